@@ -1,0 +1,215 @@
+"""Read settings: one YAML file, `section.key=value` overrides, and errors that name the fix.
+
+The machinery only; the settings themselves are the dataclasses of `settings.py`. Imports neither
+torch nor Megatron, so that a wrong file is refused in well under a second.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    choices: tuple[Any, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """Declare one setting of a settings dataclass: default, help text, unit and legal values."""
+    metadata = {"help": help, "unit": unit, "choices": choices, "low": low, "high": high}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(cls: type, help: str) -> Any:
+    """Declare a section: a settings dataclass inside another."""
+    return dataclasses.field(default_factory=cls, metadata={"help": help})
+
+
+def load[T](cls: type[T], path: str | Path | None, overrides: Iterable[str] = ()) -> T:
+    """Build `cls` from a YAML file and overrides; every value is checked on its own.
+
+    Raises:
+        ValueError: unreadable file, unknown key (names the nearest), wrong type, value or range.
+    """
+    tree = read_yaml(path) if path is not None else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return build(cls, tree)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read one YAML mapping.
+
+    Raises:
+        ValueError: the file is missing, is not YAML, or does not hold a mapping.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
+        raise ValueError(f"settings file {path}: {reason}; give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ValueError(f"settings file {path}{where}: not valid YAML: {problem}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"settings file {path}: the top level must be sections, not {tree!r}")
+    return tree
+
+
+def build[T](cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
+    """Build a settings dataclass from nested mappings, checking names, types and ranges."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in fields:
+            raise ValueError(_unknown_key(cls, prefix, str(key), fields))
+    values = {}
+    for name, value in tree.items():
+        key = prefix + name
+        if dataclasses.is_dataclass(hints[name]):
+            if value is None:
+                continue
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{key}={value!r} is a section; write `{key}:` and indent its keys")
+            values[name] = build(hints[name], value, f"{key}.")  # type: ignore[arg-type]
+        else:
+            values[name] = _checked(key, value, hints[name], fields[name].metadata)
+    return cls(**values)
+
+
+def to_tree(settings: Any) -> dict[str, Any]:
+    """Return settings as nested dictionaries, ready for YAML or wandb."""
+    return dataclasses.asdict(settings)
+
+
+def to_yaml(settings: Any) -> str:
+    """Return settings as YAML that `load` reads back to an equal value."""
+    return yaml.safe_dump(to_tree(settings), sort_keys=False, width=100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """One line of the settings reference."""
+
+    key: str
+    type: str
+    default: Any
+    unit: str
+    help: str
+    choices: tuple[Any, ...]
+
+
+def describe(cls: type, prefix: str = "") -> Iterator[Described]:
+    """Yield every setting below `cls` with type, default, unit, help and choices."""
+    hints = typing.get_type_hints(cls)
+    defaults = cls()
+    for field in dataclasses.fields(cls):
+        hint, meta = hints[field.name], field.metadata
+        if dataclasses.is_dataclass(hint):
+            yield from describe(hint, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        else:
+            yield Described(
+                prefix + field.name,
+                _type_name(hint),
+                getattr(defaults, field.name),
+                meta["unit"],
+                meta["help"],
+                meta["choices"],
+            )
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise ValueError(f"override {override!r}: write section.key=value, e.g. run.seed=1")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    *sections, name = key.strip().split(".")
+    node = tree
+    for part in sections:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {part} is a value, not a section")
+    node[name] = value
+
+
+def _unknown_key(cls: type, prefix: str, key: str, fields: Mapping[str, Any]) -> str:
+    nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+    if nearest:
+        return f"{prefix}{key} is not a setting; did you mean {prefix}{nearest[0]}?"
+    known = ", ".join(fields)
+    where = f"section {prefix.rstrip('.')}" if prefix else "a settings file"
+    return f"{prefix}{key} is not a setting; {where} has {known}"
+
+
+def _checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None:
+        if type(None) in options:
+            return None
+        raise ValueError(f"{key} is empty; it must be {_type_name(hint)}")
+    for option in options:
+        converted = _convert(value, option)
+        if converted is not None:
+            _check_range(key, converted, meta)
+            return converted
+    raise ValueError(f"{key}={value!r} has the wrong type; it must be {_type_name(hint)}")
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """Return `value` as `hint`, or None where it is not one (YAML reads 1e-4 as text)."""
+    if hint is bool:
+        return value if isinstance(value, bool) else None
+    if hint is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+    if hint is float:
+        if isinstance(value, bool):
+            return None
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            return None
+    if hint is str:
+        return value if isinstance(value, str) else None
+    if typing.get_origin(hint) is dict:
+        return dict(value) if isinstance(value, Mapping) else None
+    return None
+
+
+def _check_range(key: str, value: Any, meta: Mapping[str, Any]) -> None:
+    choices, low, high = meta["choices"], meta["low"], meta["high"]
+    if choices and value not in choices:
+        nearest = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"{key}={value} must be one of {', '.join(map(str, choices))}{hint}")
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if numeric and low is not None and not value >= low:
+        raise ValueError(f"{key}={value} must be at least {low}")
+    if numeric and high is not None and not value <= high:
+        raise ValueError(f"{key}={value} must be at most {high}")
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    words = [names.get(o, "a mapping") for o in options if o is not type(None)]
+    return " or ".join(words + (["null"] if type(None) in options else []))

@@ -1,0 +1,107 @@
+"""The records that flow through a run; a stage that adds information returns a new record.
+
+    Problem -> prompt ids -> Trajectory -> rewards -> advantages = Rollout
+            -> drawn steps and weights = StepDraws -> TimestepBatch -> scored log-probs -> loss
+
+Shapes: R rollouts, C completion tokens, K support ids, N drawn (rollout, step) rows, S scored
+tokens, T packed tokens.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from agrpo_megatron.settings import SamplingSettings
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a task: what the checker needs, and a solution to learn from."""
+
+    key: str  # unique within the task; two problems with one key are the same problem
+    fields: dict[str, Any]  # what `prompt` and `reward` read
+    solution: str  # completion text of one right answer, for supervised fine-tuning
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A graded completion."""
+
+    score: float  # what the policy gradient maximises
+    correct: bool  # what accuracy counts
+    parts: dict[str, float] = field(default_factory=dict)  # named shares of the score
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What the sampler did, for R completions: enough to rebuild and re-score every step.
+
+    The partially masked state before denoising step t of rollout r is
+    `tokens[r, j] if unmask_step[r, j] < t else mask`.
+    """
+
+    prompts: tuple[Tensor, ...]  # R tensors of prompt ids, int64
+    tokens: Tensor  # [R, C] int64
+    unmask_step: Tensor  # [R, C] int64; steps count up from 0 in each rollout
+    logprobs: Tensor  # [R, C] float32, nats, of the token when it was drawn; 0 where none was
+    entropies: Tensor  # [R, C] float32, nats, of the distribution it was drawn from; 0 likewise
+    support_ids: Tensor | None  # [R, C, K] int32 candidates kept by top-k/top-p, padded with -1
+    num_steps: Tensor  # [R] int64 forward passes; tokens with unmask_step >= this were filled in
+    rollout_ids: Tensor  # [R] int64, the rollout index of the noise
+    sampling: SamplingSettings
+    weights_version: int  # optimizer steps behind the weights that sampled
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Trajectories with their rewards; rollouts of one problem are neighbours, group_size each."""
+
+    trajectory: Trajectory
+    rewards: Tensor  # [R] float32
+    correct: Tensor  # [R] bool
+    advantages: Tensor  # [R] float32
+
+
+@dataclass(frozen=True)
+class StepDraws:
+    """Drawn (rollout, denoising step) rows and the weight of each in the loss.
+
+    A row's weight already holds its importance weight over the proposal, the division by the
+    number of draws, and the normaliser over live steps; the mean over rollouts is still to come.
+    """
+
+    rollout: Tensor  # [N] int64
+    step: Tensor  # [N] int64
+    weight: Tensor  # [N] float32 or float64
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows laid end to end without padding."""
+
+    tokens: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [rows + 1] int32
+    scored: Tensor  # [S] int64 indices into the T tokens; the head runs on these only
+
+
+@dataclass(frozen=True)
+class TimestepBatch:
+    """One micro-batch of the policy gradient: states at drawn steps, and what is scored there."""
+
+    rows: PackedRows
+    targets: Tensor  # [S] int64
+    old_logprobs: Tensor  # [S] float32, from the rollout
+    reference_logprobs: Tensor | None  # [S] float32, from the frozen reference
+    support_ids: Tensor | None  # [S, K] int32
+    advantages: Tensor  # [S] float32, of the rollout the token belongs to
+    weights: Tensor  # [S] float32, of the row the token belongs to
+
+
+@dataclass(frozen=True)
+class SftBatch:
+    """One micro-batch of masked-diffusion cross-entropy."""
+
+    rows: PackedRows
+    targets: Tensor  # [S] int64
+    weights: Tensor  # [S] float32: 1 / (t * length), see `diffusion.losses`
