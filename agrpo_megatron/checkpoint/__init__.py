@@ -1,0 +1,1 @@
+"""Sharded checkpoints of a run, in Megatron's own format."""

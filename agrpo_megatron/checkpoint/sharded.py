@@ -1,0 +1,187 @@
+"""Save and load model, optimizer and schedule as Megatron's sharded `torch_dist` checkpoints.
+
+A checkpoint appears under its final name only when it is whole, and `latest` is moved after
+that; a kill at any moment leaves the previous one in place.
+"""
+
+import json
+import os
+import queue
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.megatron.model import MaskedDiffusionModel
+
+PROGRESS_FILE = "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run had come when a checkpoint was written."""
+
+    phase: str  # "sft" or "rl"
+    iteration: int  # finished iterations of the phase
+    offsets: dict[str, int]  # bytes of each log file that belong to them
+
+    @property
+    def name(self) -> str:
+        """Return the checkpoint's directory name, which sorts in order of time within a phase."""
+        return f"{self.phase}-{self.iteration:06d}"
+
+
+def save_checkpoint(root: Path, engine: Engine, progress: Progress, *, keep: int) -> Path:
+    """Write one checkpoint and move `latest` to it; called by every rank.
+
+    Args:
+        root: the run's `checkpoints` directory.
+        keep: newest checkpoints of the phase that stay; the end of SFT always stays.
+    """
+    final, partial = root / progress.name, root / f".partial-{progress.name}"
+    if engine.ranks.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    with _writers_in_process():
+        dist_checkpointing.save(_state(engine, is_loading=False), str(partial))
+    if engine.ranks.is_main:
+        (partial / PROGRESS_FILE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        pointer = root / ".latest"
+        pointer.write_text(progress.name, encoding="utf-8")
+        os.replace(pointer, root / "latest")
+        _remove_old(root, progress, keep)
+    dist.barrier()
+    return final
+
+
+def latest_checkpoint(root: Path) -> tuple[Path, Progress] | None:
+    """Return the newest whole checkpoint below `root`, if there is one.
+
+    Raises:
+        RuntimeError: `latest` points at something that is not there.
+    """
+    pointer = root / "latest"
+    if not pointer.exists():
+        return None
+    path = root / pointer.read_text(encoding="utf-8").strip()
+    return path, read_progress(path)
+
+
+def read_progress(path: Path) -> Progress:
+    """Read a checkpoint's progress record.
+
+    Raises:
+        RuntimeError: the directory does not hold a whole checkpoint.
+    """
+    try:
+        return Progress(**json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise RuntimeError(f"{path} does not hold a whole checkpoint") from None
+
+
+def load_checkpoint(path: Path, engine: Engine) -> None:
+    """Load model, optimizer and schedule in place; called by every rank, at any layout."""
+    with torch.no_grad(), _loadable_optimizer_state():
+        _fill_adam_state(engine)
+        state = dist_checkpointing.load(_state(engine, is_loading=True), str(path))
+        engine.network.load_state_dict(state["model"], strict=False)
+        engine.optimizer.load_state_dict(state["optimizer"])
+    engine.scheduler.load_state_dict(state["scheduler"])
+    _separate_adam_steps(engine, engine.scheduler.num_steps)
+
+
+def load_weights(path: Path, network: MaskedDiffusionModel) -> None:
+    """Load the model's weights alone, in place; called by every rank, at any layout."""
+    with torch.no_grad():
+        state = dist_checkpointing.load({"model": network.sharded_state_dict()}, str(path))
+        network.load_state_dict(state["model"], strict=False)
+
+
+def _state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
+    model = engine.network.sharded_state_dict()
+    optimizer = engine.optimizer.sharded_state_dict(
+        model,
+        is_loading=is_loading,
+        metadata={"distrib_optim_sharding_type": "fully_reshardable"},
+    )
+    scheduler = engine.scheduler.state_dict()
+    return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+
+@contextmanager
+def _writers_in_process() -> Iterator[None]:
+    """Hand Megatron's writer a queue of this process.
+
+    A synchronous save writes in this process, yet Megatron starts a manager process to pass the
+    results through, which imports everything again: over ten seconds for a tiny model.
+    """
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = None
+
+
+@contextmanager
+def _loadable_optimizer_state() -> Iterator[None]:
+    """Let the distributed optimizer load torch Adam's state.
+
+    Without Transformer Engine or Apex the optimizer is torch's, whose per-tensor `step` the
+    loader does not expect to be absent from the checkpoint.
+    """
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def patched(self, model_param, tensors):
+        tensors.setdefault("step", None)
+        return original(self, model_param, tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = patched
+    try:
+        yield
+    finally:
+        DistributedOptimizer._set_main_param_and_optimizer_states = original
+
+
+def _distributed_adams(engine: Engine) -> Iterator[torch.optim.Optimizer]:
+    """Yield the torch optimizers inside distributed ones."""
+    for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+        if isinstance(optimizer, DistributedOptimizer):
+            yield optimizer.optimizer
+
+
+def _fill_adam_state(engine: Engine) -> None:
+    """Give a fresh distributed optimizer the Adam state that loading overwrites."""
+    for adam in _distributed_adams(engine):
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            adam.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def _separate_adam_steps(engine: Engine, steps: int) -> None:
+    """Give every tensor its own step counter: loading leaves one that all would advance."""
+    for adam in _distributed_adams(engine):
+        for state in adam.state.values():
+            state["step"] = torch.tensor(float(steps))
+
+
+def _remove_old(root: Path, newest: Progress, keep: int) -> None:
+    older = sorted(root.glob(f"{newest.phase}-*"))[:-keep]
+    for path in older:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in root.glob(".partial-*"):
+        shutil.rmtree(path, ignore_errors=True)

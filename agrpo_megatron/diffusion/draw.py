@@ -1,0 +1,119 @@
+"""Draw tokens from a policy: temperature, top-k, top-p and counter-based Gumbel noise."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from agrpo_megatron.diffusion import noise
+from agrpo_megatron.diffusion.logprobs import (
+    Vocabulary,
+    entropy,
+    policy_logits,
+    reduce,
+    token_logprobs,
+)
+from agrpo_megatron.settings import SamplingSettings
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Tokens drawn at S scored positions."""
+
+    tokens: Tensor  # [S] int64
+    logprobs: Tensor  # [S] nats, under the tempered and truncated policy
+    entropies: Tensor  # [S] nats, of that policy
+    confidences: Tensor  # [S] nats: the log-prob that ranks positions
+    support_ids: Tensor | None  # [S, K] int64 kept candidates, padded with -1
+
+
+def draw_tokens(
+    logits: Tensor, keys: Tensor, *, vocab: Vocabulary, sampling: SamplingSettings
+) -> Draw:
+    """Draw one token per row of a logits shard [S, shard]; equal on every rank of the group.
+
+    Args:
+        keys: [S] noise keys, see `noise.noise_key`; each token id folds into them.
+    """
+    policy = policy_logits(logits, vocab, temperature=sampling.temperature)
+    truncated = sampling.top_k is not None or sampling.top_p < 1
+    support_ids = None
+    if sampling.temperature == 0:
+        tokens = _argmax(policy, vocab)
+        logprobs, entropies = token_logprobs(policy, tokens, vocab=vocab)
+    elif truncated:
+        support_ids, support = _support(policy, vocab, sampling)
+        noisy = support.double() + noise.gumbel(noise.fold(keys[:, None], support_ids))
+        chosen = noisy.argmax(-1, keepdim=True)
+        tokens = support_ids.gather(-1, chosen).squeeze(-1)
+        logprobs, entropies = support.gather(-1, chosen).squeeze(-1), entropy(support)
+    else:
+        ids = vocab.start + torch.arange(policy.shape[-1], device=policy.device)
+        tokens = _argmax(policy.double() + noise.gumbel(noise.fold(keys[:, None], ids)), vocab)
+        logprobs, entropies = token_logprobs(policy, tokens, vocab=vocab)
+    confidences = logprobs
+    if sampling.confidence == "untempered" and (truncated or sampling.temperature not in (0, 1)):
+        confidences, _ = token_logprobs(policy_logits(logits, vocab), tokens, vocab=vocab)
+    return Draw(tokens, logprobs, entropies, confidences, support_ids)
+
+
+def _argmax(values: Tensor, vocab: Vocabulary) -> Tensor:
+    """Return the id of the largest value over all shards; the lowest id wins a tie."""
+    best, column = values.max(-1)
+    ids = column + vocab.start
+    if vocab.group is None or vocab.group.size() == 1:
+        return ids
+    top = reduce(best.clone(), vocab.group, dist.ReduceOp.MAX)
+    ids = ids.masked_fill(best < top, torch.iinfo(torch.int64).max)
+    return reduce(ids, vocab.group, dist.ReduceOp.MIN)
+
+
+def _support(
+    policy: Tensor, vocab: Vocabulary, sampling: SamplingSettings
+) -> tuple[Tensor, Tensor]:
+    """Return candidate ids [S, K] (-1 where cut) and their renormalised log-probs (-inf there).
+
+    top-k comes first and top-p applies to what it keeps. Without top-k, the candidates are
+    widened until they hold top-p's mass, so no more of the vocabulary is gathered than needed.
+    """
+    if sampling.top_k is not None:
+        values, ids = _top_candidates(policy, sampling.top_k, vocab)
+        logprobs = values.log_softmax(-1)
+    else:
+        count = 64
+        while True:
+            values, ids = _top_candidates(policy, count, vocab)
+            logprobs = values - _log_total(policy, vocab)[:, None]
+            mass = logprobs.double().exp().sum(-1)
+            if count >= vocab.size or bool((mass > sampling.top_p).all()):
+                break
+            count = min(4 * count, vocab.size)
+    before = logprobs.double().exp().cumsum(-1) - logprobs.double().exp()
+    cut = (before > sampling.top_p) | (values == float("-inf"))
+    width = int((~cut).sum(-1).max())
+    ids, cut = ids[:, :width], cut[:, :width]
+    # In float64, so that the other rows' widths cannot change the last bit of this row's numbers.
+    kept = values[:, :width].double().masked_fill(cut, float("-inf"))
+    return ids.masked_fill(cut, -1), kept.log_softmax(-1).to(values.dtype)
+
+
+def _top_candidates(values: Tensor, count: int, vocab: Vocabulary) -> tuple[Tensor, Tensor]:
+    """Return the `count` largest values over all shards, in descending order, and their ids."""
+    top, columns = values.topk(min(count, values.shape[-1]), dim=-1)
+    ids = columns + vocab.start
+    if vocab.group is None or vocab.group.size() == 1:
+        return top, ids
+    tops = [torch.empty_like(top) for _ in range(vocab.group.size())]
+    all_ids = [torch.empty_like(ids) for _ in range(vocab.group.size())]
+    dist.all_gather(tops, top.contiguous(), group=vocab.group)
+    dist.all_gather(all_ids, ids.contiguous(), group=vocab.group)
+    merged, merged_ids = torch.cat(tops, -1), torch.cat(all_ids, -1)
+    top, chosen = merged.topk(min(count, merged.shape[-1]), dim=-1)
+    return top, merged_ids.gather(-1, chosen)
+
+
+def _log_total(policy: Tensor, vocab: Vocabulary) -> Tensor:
+    top = reduce(policy.amax(-1), vocab.group, dist.ReduceOp.MAX)
+    total = reduce((policy - top[:, None]).exp().sum(-1), vocab.group, dist.ReduceOp.SUM)
+    return top + total.log()

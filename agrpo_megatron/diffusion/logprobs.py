@@ -1,0 +1,119 @@
+"""Vocabulary-parallel log-probabilities and entropies; the vocabulary is never gathered.
+
+Every function takes this rank's shard of the logits, [S, V / tensor parallel], and a
+`Vocabulary` that says which columns those are. Results are equal on all ranks of the group.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The columns of a logits shard: what they stand for and who holds the others."""
+
+    size: int  # true vocabulary; columns from here on are padding
+    start: int = 0  # id of the shard's first column
+    forbidden: tuple[int, ...] = ()  # ids that are never drawn, such as the mask token
+    group: dist.ProcessGroup | None = None  # tensor-parallel group; None: the shard is all
+
+
+def policy_logits(logits: Tensor, vocab: Vocabulary, *, temperature: float = 1.0) -> Tensor:
+    """Return the shard in float32 (float64 stays), tempered; impossible ids are -inf.
+
+    Temperature 0 (greedy) leaves logits un-tempered: its log-probs are those of the model.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if temperature not in (0.0, 1.0):
+        logits = logits / temperature
+    width = logits.shape[-1]
+    shut = [i - vocab.start for i in vocab.forbidden if vocab.start <= i < vocab.start + width]
+    if not shut and vocab.start + width <= vocab.size:
+        return logits
+    columns = torch.arange(width, device=logits.device)
+    impossible = columns + vocab.start >= vocab.size
+    impossible[shut] = True
+    return logits.masked_fill(impossible, float("-inf"))
+
+
+def token_logprobs(
+    logits: Tensor, targets: Tensor, *, vocab: Vocabulary, support_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs of `targets` [S] and entropies [S], in nats.
+
+    Gradients flow through the log-probs alone. With `support_ids` [S, K] (padded with -1) both
+    are of the distribution renormalised over those candidates, which must hold the target.
+
+    Args:
+        logits: [S, shard], from `policy_logits`.
+    """
+    if support_ids is None:
+        return _VocabParallelLogProb.apply(logits, targets, vocab.start, vocab.group)  # type: ignore
+    candidates = gather_logits(logits, support_ids, vocab)
+    logprobs = candidates.log_softmax(-1)
+    chosen = (support_ids == targets[:, None]).to(torch.int64).argmax(-1, keepdim=True)
+    return logprobs.gather(-1, chosen).squeeze(-1), entropy(logprobs.detach())
+
+
+def entropy(logprobs: Tensor) -> Tensor:
+    """Return the entropy of each row of normalised log-probs, in nats; -inf counts as 0."""
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs == float("-inf"), 0.0)).sum(-1)
+
+
+def gather_logits(logits: Tensor, ids: Tensor, vocab: Vocabulary) -> Tensor:
+    """Return the logits of `ids` [S, K] from whichever rank holds them; -inf where the id is -1."""
+    local = ids.to(torch.int64) - vocab.start
+    here = (local >= 0) & (local < logits.shape[-1]) & (ids >= 0)
+    picked = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1))
+    picked = _SumOverShards.apply(picked.masked_fill(~here, 0.0), vocab.group)
+    return picked.masked_fill(ids < 0, float("-inf"))  # type: ignore[union-attr]
+
+
+def reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType) -> Tensor:
+    """All-reduce in place over a group, if there is one to reduce over."""
+    if group is not None and group.size() > 1:
+        dist.all_reduce(tensor, op=op, group=group)
+    return tensor
+
+
+class _SumOverShards(torch.autograd.Function):
+    """Sum over ranks; the gradient of a replicated result is each rank's own."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # type: ignore
+        return reduce(tensor.clone(), group, dist.ReduceOp.SUM)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad, None
+
+
+class _VocabParallelLogProb(torch.autograd.Function):
+    """Log-prob and entropy in two reductions; the softmax is rebuilt in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, start: int, group):  # type: ignore
+        top = reduce(logits.amax(-1), group, dist.ReduceOp.MAX)
+        shifted = logits - top[:, None]
+        weights = shifted.exp()
+        mean_part = (weights * shifted.masked_fill(weights == 0, 0.0)).sum(-1)
+        local = targets - start
+        here = (local >= 0) & (local < logits.shape[-1])
+        local = local.clamp(0, logits.shape[-1] - 1)
+        chosen = shifted.gather(-1, local[:, None]).squeeze(-1)
+        chosen = chosen.masked_fill(~here, 0.0)
+        sums = reduce(torch.stack([weights.sum(-1), mean_part, chosen]), group, dist.ReduceOp.SUM)
+        log_total = sums[0].log()
+        entropies = log_total - sums[1] / sums[0]
+        ctx.save_for_backward(logits, top + log_total, local, here)
+        ctx.mark_non_differentiable(entropies)
+        return sums[2] - log_total, entropies
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _entropies: Tensor):  # type: ignore[override]
+        logits, log_total, local, here = ctx.saved_tensors
+        result = (logits - log_total[:, None]).exp_().mul_(-grad[:, None])
+        return result.scatter_add_(-1, local[:, None], (grad * here)[:, None]), None, None, None

@@ -1,0 +1,86 @@
+"""Draw denoising steps: proposals over a rollout's live steps, and low-discrepancy draws."""
+
+import torch
+from torch import Tensor
+
+from agrpo_megatron.diffusion import noise
+from agrpo_megatron.types import Trajectory
+
+PUBLISHED_ENTROPY_FLOOR = 1e-8  # nats, added to every live step's entropy
+
+
+def live_steps(trajectory: Trajectory, *, eos_id: int | None, rule: str) -> Tensor:
+    """Return how many leading denoising steps of each rollout are scored, [R] int64.
+
+    `sampled` counts every forward pass that ran. `text` (published) stops at the step that fixed
+    the last token other than end-of-text, which is none at all for an empty completion.
+    """
+    if rule == "sampled" or eos_id is None:
+        return trajectory.num_steps
+    text = trajectory.tokens != eos_id
+    return (trajectory.unmask_step.masked_fill(~text, -1).amax(1) + 1).clamp(min=0)
+
+
+def step_entropies(trajectory: Trajectory, num_steps: int) -> Tensor:
+    """Return the summed entropy of the tokens fixed at each step, [R, num_steps] float64, nats."""
+    ran = trajectory.unmask_step < trajectory.num_steps[:, None]
+    sums = torch.zeros(len(trajectory.tokens), num_steps + 1, dtype=torch.float64)
+    sums = sums.to(trajectory.tokens.device)
+    steps = trajectory.unmask_step.masked_fill(~ran, num_steps).clamp(max=num_steps)
+    return sums.scatter_add_(1, steps, trajectory.entropies.double())[:, :num_steps]
+
+
+def step_proposal(live: Tensor, entropies: Tensor, *, proposal: str, uniform_mix: float) -> Tensor:
+    """Return the distribution over steps that draws come from, [R, M] float64.
+
+    It is zero beyond the live steps and, for a rollout without live steps, everywhere. A share
+    `uniform_mix` of uniform bounds every step weight by 1 / uniform_mix.
+
+    Args:
+        live: [R] numbers of live steps.
+        entropies: [R, M] from `step_entropies`.
+    """
+    alive = torch.arange(entropies.shape[1], device=live.device) < live[:, None]
+    uniform = alive / live.clamp(min=1)[:, None].double()
+    if proposal == "uniform":
+        return uniform
+    scores = (entropies + PUBLISHED_ENTROPY_FLOOR) * alive
+    scores = scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return (1 - uniform_mix) * scores + uniform_mix * uniform
+
+
+def draw_uniforms(
+    rollout_ids: Tensor, count: int, *, sampler: str, seed: int, group_size: int
+) -> Tensor:
+    """Return [R, count] float64 numbers in (0, 1), spread as asked; one of a row is uniform.
+
+    `independent` draws each alone; `stratified` one from each of `count` equal parts, per
+    rollout; `systematic` shifts one regular comb, per rollout; `batch` (published) shuffles
+    group_size * count parts over the whole group, so that a rollout gets a random subset.
+    """
+    rows = rollout_ids[:, None]
+    places = torch.arange(count, device=rollout_ids.device)
+    own = noise.uniform(noise.noise_key(seed, noise.STEPS, rows, places))
+    if sampler == "independent":
+        return own
+    if sampler == "stratified":
+        return (places + own) / count
+    if sampler == "systematic":
+        return (places + own[:, :1]) / count
+    parts = group_size * count
+    order = noise.uniform(noise.noise_key(seed, noise.STEPS, rows, places + count))
+    shuffled = order.view(-1, parts).argsort(1).argsort(1).view(-1, count)
+    return (shuffled + own) / parts
+
+
+def invert(proposal: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the steps [R, k] that uniform numbers [R, k] stand for, by inverse CDF.
+
+    Rounding cannot lead past the last live step, nor to a step of zero probability. Rows without
+    live steps give step 0, which carries no weight.
+    """
+    last = (proposal > 0).long().cumsum(1).argmax(1)
+    cdf = proposal.cumsum(1)
+    total = cdf.gather(1, last[:, None]).clamp(min=torch.finfo(torch.float64).tiny)
+    steps = torch.searchsorted(cdf / total, uniforms.contiguous(), right=True)
+    return torch.minimum(steps, last[:, None])

@@ -1,0 +1,96 @@
+"""LLaDA-8B (Base, Instruct, 1.5): full bidirectional attention, no shift, untied head.
+
+Source: config.json and model.safetensors.index.json of GSAI-ML/LLaDA-8B-Instruct, and its
+modelling code for the order of operations.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from agrpo_megatron.families.names import Family, Line
+from agrpo_megatron.settings import ModelSettings
+
+# What the modelling code can do and this model does not: each must have this value.
+_REQUIRED = {
+    "alibi": False,
+    "rope": True,
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "activation_type": "silu",
+    "include_bias": False,
+    "weight_tying": False,
+    "scale_logits": False,
+    "input_emb_norm": False,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+}
+
+
+def _settings(config: Mapping[str, Any]) -> ModelSettings:
+    """Translate config.json.
+
+    Raises:
+        ValueError: a key is missing, or asks for what this family does not have.
+    """
+    for key, value in _REQUIRED.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"config.json: {key}={config[key]!r}; the llada family needs {value}")
+    try:
+        # `embedding_size` counts the rows of the tensors, `vocab_size` those that are meant.
+        rows = config.get("embedding_size") or config["vocab_size"]
+        return ModelSettings(
+            family="llada",
+            num_layers=config["n_layers"],
+            hidden_size=config["d_model"],
+            # `mlp_hidden_size` wins over `mlp_ratio` in the modelling code.
+            ffn_hidden_size=config.get("mlp_hidden_size")
+            or config["mlp_ratio"] * config["d_model"],
+            num_attention_heads=config["n_heads"],
+            num_query_groups=config.get("n_kv_heads") or config["n_heads"],
+            vocab_size=rows,
+            mask_token_id=config["mask_token_id"],
+            eos_token_id=config["eos_token_id"],
+            max_sequence_length=config["max_sequence_length"],
+            rope_theta=config["rope_theta"],
+            norm_epsilon=config["rms_norm_eps"],
+            qkv_bias=config.get("include_qkv_bias", False),
+        )
+    except KeyError as error:
+        raise ValueError(f"config.json: {error.args[0]} is missing; the llada family needs it")
+
+
+def _lines(model: ModelSettings) -> list[Line]:
+    block = "model.transformer.blocks.{i}."
+    layer = "decoder.layers.{i}."
+    lines = [
+        Line("embedding.word_embeddings.weight", ("model.transformer.wte.weight",), "vocab"),
+        Line(layer + "input_layernorm.weight", (block + "attn_norm.weight",), "copy"),
+        Line(
+            layer + "self_attention.linear_qkv.weight",
+            (block + "q_proj.weight", block + "k_proj.weight", block + "v_proj.weight"),
+            "qkv",
+        ),
+        Line(layer + "self_attention.linear_proj.weight", (block + "attn_out.weight",), "row"),
+        Line(layer + "pre_mlp_layernorm.weight", (block + "ff_norm.weight",), "copy"),
+        # `ff_proj` is the gate: the modelling code applies SiLU to it.
+        Line(
+            layer + "mlp.linear_fc1.weight",
+            (block + "ff_proj.weight", block + "up_proj.weight"),
+            "gate_up",
+        ),
+        Line(layer + "mlp.linear_fc2.weight", (block + "ff_out.weight",), "row"),
+        Line("decoder.final_layernorm.weight", ("model.transformer.ln_f.weight",), "copy"),
+        # The head is called like the blocks' down projections, one level up.
+        Line("output_layer.weight", ("model.transformer.ff_out.weight",), "vocab"),
+    ]
+    if model.qkv_bias:
+        names = tuple(block + f"{part}_proj.bias" for part in "qkv")
+        lines.append(Line(layer + "self_attention.linear_qkv.bias", names, "qkv"))
+    if model.qk_norm:
+        for part in "qk":
+            name = f"self_attention.{part}_layernorm.weight"
+            lines.append(Line(layer + name, (block + f"{part}_norm.weight",), "copy"))
+    return lines
+
+
+FAMILY = Family("llada", _settings, _lines)

@@ -1,0 +1,1 @@
+"""Everything that touches Megatron-Core: platform, ranks, layer spec, model, optimizer."""

@@ -1,0 +1,98 @@
+"""Megatron-Core without a GPU: one explicit stand-in for what it asks of CUDA.
+
+`prepare_platform` is called once at start-up. Where a GPU is present it changes nothing but the
+current device. Everything else is Megatron's own code, so the schedule, the data parallelism,
+the optimizer and the checkpoints that run on CPU are the real ones.
+"""
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_stand_in: "_CpuForCuda | None" = None
+
+
+def prepare_platform(threads: int | None = None) -> torch.device:
+    """Choose this rank's device and make Megatron-Core run on it; mutates torch.cuda on a CPU.
+
+    Args:
+        threads: CPU threads of this rank; None shares the cores among the local ranks.
+    """
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    _stand_in_for_cuda()
+    return torch.device("cpu")
+
+
+class _CpuForCuda(TorchFunctionMode):
+    """Turn `device="cuda"`, `.cuda()` and CUDA tensor type names into their CPU form."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizers sort parameters by the name of their CUDA tensor type.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A CUDA stream or event that has nothing to wait for: the CPU runs in order."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, _stream: Any) -> None:
+        """Do nothing: earlier work is done."""
+
+    def wait_event(self, _event: Any) -> None:
+        """Do nothing: earlier work is done."""
+
+    def record(self, _stream: Any = None) -> None:
+        """Do nothing: there is nothing to mark."""
+
+    def wait(self, _stream: Any = None) -> None:
+        """Do nothing: earlier work is done."""
+
+    def synchronize(self) -> None:
+        """Do nothing: earlier work is done."""
+
+
+def _stand_in_for_cuda() -> None:
+    global _stand_in
+    if _stand_in is not None:
+        return
+    from megatron.core.tensor_parallel import random as tracker
+
+    cpu, stream = torch.device("cpu"), _Stream()
+    functions = {
+        "current_device": lambda: cpu,
+        "current_stream": lambda *_: stream,
+        "default_stream": lambda *_: stream,
+        "Stream": _Stream,
+        "Event": _Stream,
+        "stream": lambda _stream: contextlib.nullcontext(),
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "is_current_stream_capturing": lambda: False,
+    }
+    for name, function in functions.items():
+        setattr(torch.cuda, name, function)
+    tracker._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    tracker._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    _stand_in = _CpuForCuda()
+    _stand_in.__enter__()

@@ -1,0 +1,162 @@
+"""Weights in and out of a built model, by the names of its family."""
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from agrpo_megatron.families import FAMILIES
+from agrpo_megatron.families.names import Line, Split, expand, from_megatron, to_megatron
+from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.settings import ModelSettings
+
+
+def settings_from_hf(directory: str | Path) -> ModelSettings:
+    """Read the model settings of a Hugging Face directory.
+
+    Raises:
+        ValueError: config.json is missing, or of a family that is not known.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); give a Hugging Face directory")
+    family = FAMILIES.get(config.get("model_type"))
+    if family is None:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{path}: model_type={config.get('model_type')!r}; known are {known}")
+    return family.settings(config)
+
+
+def load_hf(model: nn.Module, settings: ModelSettings, directory: str | Path, ranks: Ranks) -> None:
+    """Read the safetensors of a Hugging Face directory into the model; mutates its weights.
+
+    Each rank reads the tensors and keeps its shard. Pickled weights are never opened.
+
+    Raises:
+        ValueError: a tensor is missing, damaged or has the wrong shape.
+    """
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{directory}: no .safetensors file; pickled weights are not read")
+    where: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                where.update(dict.fromkeys(tensors.keys(), file))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+
+    def read(name: str) -> Tensor:
+        if name not in where:
+            raise ValueError(f"{directory}: tensor {name} is missing")
+        with safe_open(where[name], framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+    load_named(model, settings, read, ranks)
+
+
+def initialise(model: nn.Module, settings: ModelSettings, seed: int, ranks: Ranks) -> None:
+    """Draw random weights by tensor name, so that they are the same under any layout.
+
+    Norms are 1, biases 0, everything else is normal with `model.init_std`; projections back into
+    the residual stream are scaled by 1 / sqrt(2 * num_layers), as Megatron does.
+    """
+    shapes = hf_shapes(settings)
+    residual = settings.init_std / (2 * settings.num_layers) ** 0.5
+
+    def draw(name: str) -> Tensor:
+        shape, transform = shapes[name]
+        if name.endswith("bias"):
+            return torch.zeros(shape)
+        if len(shape) == 1:
+            return torch.ones(shape)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        std = residual if transform == "row" else settings.init_std
+        return torch.randn(shape, generator=generator) * std
+
+    load_named(model, settings, draw, ranks)
+
+
+def load_named(
+    model: nn.Module, settings: ModelSettings, read: Callable[[str], Tensor], ranks: Ranks
+) -> None:
+    """Fill the parameters this rank holds from whole Hugging Face tensors; mutates them."""
+    parameters = dict(model.named_parameters())
+    shapes = hf_shapes(settings)
+    split = Split(ranks.tensor_rank, ranks.tensor_size)
+    for line in _lines(settings):
+        if line.megatron not in parameters:
+            continue  # another pipeline stage holds it
+        parts = []
+        for name in line.parts:
+            part = read(name)
+            if tuple(part.shape) != shapes[name][0]:
+                raise ValueError(
+                    f"tensor {name} has shape {tuple(part.shape)}; the settings need "
+                    f"{shapes[name][0]}"
+                )
+            parts.append(part)
+        parameter = parameters.pop(line.megatron)
+        with torch.no_grad():
+            parameter.copy_(to_megatron(parts, line.transform, settings, split))
+    if parameters:
+        raise RuntimeError(f"no weights are named for {', '.join(parameters)}")
+
+
+def export_hf(
+    tensors: Mapping[str, Tensor], settings: ModelSettings, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Return whole Hugging Face tensors; called by every rank of the tensor-parallel group.
+
+    Args:
+        tensors: Megatron parameter name -> this rank's shard (weights, or gradients).
+    """
+    result: dict[str, Tensor] = {}
+    for line in _lines(settings):
+        if line.megatron not in tensors:
+            continue
+        shard = tensors[line.megatron].contiguous()
+        shards = [torch.empty_like(shard) for _ in range(ranks.tensor_size)]
+        dist.all_gather(shards, shard, group=ranks.tensor_group)
+        parts = from_megatron(shards, line.transform, settings)
+        result.update(zip(line.parts, parts, strict=True))
+    return result
+
+
+def hf_shapes(settings: ModelSettings) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shape and transform of every Hugging Face tensor, by name."""
+    hidden, head = settings.hidden_size, settings.hidden_size // settings.num_attention_heads
+    groups = settings.num_query_groups or settings.num_attention_heads
+    assert settings.vocab_size is not None
+    heights = {"q": hidden, "k": groups * head, "v": groups * head}
+    matrices = {
+        "vocab": (settings.vocab_size, hidden),
+        "gate_up": (settings.ffn_hidden_size, hidden),
+        "row": (hidden, hidden),
+    }
+    result: dict[str, tuple[tuple[int, ...], str]] = {}
+    for line in _lines(settings):
+        for number, name in enumerate(line.parts):
+            if line.transform == "qkv":
+                rows = heights["qkv"[number]]
+                shape = (rows, hidden) if name.endswith("weight") else (rows,)
+            elif line.transform == "copy":
+                per_head = "q_layernorm" in line.megatron or "k_layernorm" in line.megatron
+                shape = (head if per_head else hidden,)
+            elif line.megatron.endswith("linear_fc2.weight"):
+                shape = (hidden, settings.ffn_hidden_size)
+            else:
+                shape = matrices[line.transform]
+            result[name] = (shape, line.transform)
+    return result
+
+
+def _lines(settings: ModelSettings) -> list[Line]:
+    return expand(FAMILIES[settings.family].lines(settings), settings.num_layers)

@@ -1,0 +1,160 @@
+"""Read a run directory: settings, metrics and completion samples."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agrpo_megatron.config import read_yaml
+from agrpo_megatron.reports.text import number
+
+STAGES = ("before", "interval", "after")
+TIME_PARTS = ("rollout", "reward", "update", "checkpoint")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds; rows are in order of iteration, which counts within a phase."""
+
+    path: Path
+    settings: dict[str, Any]  # nested, as config.yaml holds them; empty where it is missing
+    sft: tuple[Row, ...]
+    rl: tuple[Row, ...]
+    evaluations: tuple[Row, ...]
+    samples: tuple[Row, ...]
+    unreadable_lines: int  # lines cut off by a crash or not of the expected form
+
+    @property
+    def name(self) -> str:
+        """Return the run's name: the directory's."""
+        return self.path.resolve().name
+
+
+def read_run(run_dir: str | Path) -> Run:
+    """Read a run directory, whether the run has finished, is under way, or was cut off.
+
+    Settings are taken as written, so that runs of other versions of the settings can be read.
+    Where a resumed run repeats iterations, the rows it rolled back are left out.
+
+    Raises:
+        ValueError: the directory holds no metrics, or its config.yaml is not YAML.
+    """
+    path = Path(run_dir)
+    if not (path / "metrics.jsonl").is_file():
+        what = "has no metrics.jsonl" if path.is_dir() else "does not exist"
+        raise ValueError(f"run directory {path} {what}; give the run.dir of a run that has begun")
+    metrics, broken_metrics = _read_lines(path / "metrics.jsonl")
+    samples, broken_samples = _read_lines(path / "samples.jsonl")
+    if not metrics:
+        raise ValueError(
+            f"{path / 'metrics.jsonl'} holds no metrics yet; wait for the first iteration"
+        )
+    config = path / "config.yaml"
+    return Run(
+        path=path,
+        settings=read_yaml(config) if config.is_file() else {},
+        sft=_of_phase(metrics, "sft"),
+        rl=_of_phase(metrics, "rl"),
+        evaluations=_of_phase(metrics, "eval"),
+        samples=_distinct(sample for sample in samples if _is_sample(sample)),
+        unreadable_lines=broken_metrics + broken_samples,
+    )
+
+
+def series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return (iterations, values) of one metric, both float [n], where it is there and finite."""
+    pairs = [(row["iteration"], value) for row in rows if (value := number(row, key)) is not None]
+    table = np.array(pairs, dtype=float).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def before(run: Run) -> Row | None:
+    """Return the evaluation made before reinforcement learning, if there is one."""
+    found = [row for row in run.evaluations if row.get("stage") == "before" and "accuracy" in row]
+    return found[0] if found else None
+
+
+def after(run: Run) -> Row | None:
+    """Return the newest evaluation that is not the one before, if there is one."""
+    found = [row for row in run.evaluations if row.get("stage") != "before" and "accuracy" in row]
+    return found[-1] if found else None
+
+
+def time_shares(row: Row) -> dict[str, float]:
+    """Return seconds of an RL iteration by part; `other` is what no part accounts for."""
+    shares = {part: number(row, f"time/{part}") or 0.0 for part in TIME_PARTS}
+    whole = number(row, "time/iteration") or 0.0
+    return shares | {"other": max(0.0, whole - sum(shares.values()))}
+
+
+def time_totals(run: Run) -> dict[str, float]:
+    """Return seconds of the whole run by part, supervised phase and evaluations included."""
+    shares = [time_shares(row) for row in run.rl]
+    return {
+        "supervised": float(series(run.sft, "time/iteration")[1].sum()),
+        **{part: sum(s[part] for s in shares) for part in (*TIME_PARTS, "other")},
+        "evaluation": float(series(run.evaluations, "time/evaluation")[1].sum()),
+    }
+
+
+def smooth(values: np.ndarray, width: float | None = None) -> np.ndarray:
+    """Return a Gaussian-weighted running mean [n]; `width` in points, null: a fortieth of them."""
+    if len(values) < 8:
+        return values
+    width = width or max(1.0, len(values) / 40)
+    reach = int(4 * width)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    total = np.convolve(values, kernel)[reach : reach + len(values)]
+    return total / np.convolve(np.ones(len(values)), kernel)[reach : reach + len(values)]
+
+
+def _read_lines(path: Path) -> tuple[list[Row], int]:
+    """Return the JSON objects that have a phase and an iteration, and how many lines do not."""
+    if not path.is_file():
+        return [], 0
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    parsed = [_parse(line) for line in lines if line.strip()]
+    rows = [row for row in parsed if row is not None]
+    return rows, len(parsed) - len(rows)
+
+
+def _parse(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if isinstance(row, dict) and "phase" in row and isinstance(row.get("iteration"), int):
+        return row
+    return None
+
+
+def _of_phase(metrics: Sequence[Row], phase: str) -> tuple[Row, ...]:
+    """Return the rows of a phase; a row drops earlier ones at its own or a later iteration."""
+    kept: list[Row] = []
+    for row in metrics:
+        if row["phase"] != phase:
+            continue
+        while kept and _order(kept[-1]) >= _order(row):
+            kept.pop()
+        kept.append(row)
+    return tuple(kept)
+
+
+def _order(row: Row) -> tuple[int, int]:
+    stage = row.get("stage")
+    return row["iteration"], STAGES.index(stage) if stage in STAGES else 1
+
+
+def _is_sample(sample: Row) -> bool:
+    pieces, steps = sample.get("pieces"), sample.get("unmask_step")
+    return isinstance(pieces, list) and isinstance(steps, list) and len(pieces) == len(steps)
+
+
+def _distinct(samples: Iterable[Row]) -> tuple[Row, ...]:
+    keys = ("phase", "iteration", "prompt", "completion")
+    return tuple({tuple(str(s.get(key)) for key in keys): s for s in samples}.values())

@@ -1,0 +1,98 @@
+"""Numbers, durations and token pieces as people read them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+MASK_DOT = "\u00b7"
+TAIL_BOX = "\u25a1"
+_SCALES = ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
+_NAMED = {"\n": "\u23ce", "\t": "\u21e5", "": "\u2205"}
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Return a share as a percentage: 0.125 is `12.5%`."""
+    return f"{100 * share:.{digits}f}%"
+
+
+def points(gain: float) -> str:
+    """Return a difference of two shares in percentage points, signed."""
+    return f"{100 * gain:+.1f} points"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `0.4 s`, `12 s`, `3 min 20 s`, `2 h 05 min` or `3 d 4 h`."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def compact(value: float) -> str:
+    """Return a number in at most four significant digits, with k, M, B or T where it is large."""
+    if not math.isfinite(value):
+        return str(value)
+    for least, unit, suffix in _SCALES:
+        if abs(value) >= least:
+            return f"{value / unit:.3g}{suffix}"
+    if value == int(value):
+        return str(int(value))
+    if abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.4g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Return the 95% Wilson interval of a share of `count` problems."""
+    z = 1.959964
+    scale = 1 + z * z / count
+    middle = (share + z * z / (2 * count)) / scale
+    spread = z / scale * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return max(0.0, middle - spread), min(1.0, middle + spread)
+
+
+def number(row: dict[str, Any], key: str) -> float | None:
+    """Return a metric where it is there and finite, else None."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def written(value: Any) -> str:
+    """Return a setting's value as one would write it in YAML."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def visible(piece: str) -> str:
+    """Return a token piece on one line, without control or escape characters.
+
+    Line feeds, tabs and empty pieces get a symbol; what else cannot be printed gets U+FFFD.
+    """
+    if piece in _NAMED:
+        return _NAMED[piece]
+    return "".join(
+        char if char.isprintable() else _NAMED.get(char, "\ufffd")
+        for char in piece  # a lone surrogate is not printable, so the result always encodes
+    )
+
+
+def tail_start(pieces: Sequence[str], shortest: int = 4) -> int:
+    """Return where the run of equal pieces at the end begins; `len(pieces)` if it is short.
+
+    Completions end in many end-of-text tokens; views fold this run into one cell.
+    """
+    start = len(pieces)
+    while start and pieces[start - 1] == pieces[-1]:
+        start -= 1
+    return start if len(pieces) - start >= shortest else len(pieces)

@@ -1,0 +1,92 @@
+"""A completion in the terminal with the order in which its tokens were unmasked."""
+
+import colorsys
+from collections.abc import Sequence
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from agrpo_megatron.reports.text import MASK_DOT, TAIL_BOX, tail_start, visible
+
+INK = "#10151c"
+
+
+def trace(
+    pieces: Sequence[str],
+    unmask_step: Sequence[int],
+    console: Console,
+    *,
+    num_steps: int | None = None,
+    max_lines: int = 64,
+) -> None:
+    """Print a completion coloured by denoising step, then one line per step.
+
+    Masks are dots, as wide as the token to come, so that lines align. Equal tokens at the end
+    (end-of-text) are drawn as boxes.
+
+    Args:
+        num_steps: tokens at or past it were filled in, not drawn; null: all were drawn.
+        max_lines: more steps than this are thinned out evenly, first and last kept.
+    """
+    last = max(unmask_step, default=0)
+    num_steps = last + 1 if num_steps is None else num_steps
+    tail = tail_start(pieces)
+    shown = [TAIL_BOX if i >= tail else visible(piece) for i, piece in enumerate(pieces)]
+    console.print(_legend(num_steps))
+    if tail < len(pieces):
+        folded = f"{TAIL_BOX} is {visible(pieces[-1])} ({len(pieces) - tail} at the end)"
+        console.print(Text(folded, style="dim"))
+    console.print()
+    cells = zip(shown, unmask_step, strict=True)
+    console.print(Text.assemble(*((text, _colour(step, num_steps)) for text, step in cells)))
+    console.print()
+    console.print(_steps(shown, unmask_step, num_steps, max_lines))
+
+
+def _steps(
+    shown: Sequence[str], unmask_step: Sequence[int], num_steps: int, max_lines: int
+) -> Table:
+    """Return the state after each denoising step, with the tokens it unmasked coloured."""
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
+    table.add_column("step", justify="right", style="dim", no_wrap=True)
+    table.add_column("new", justify="right", style="dim", no_wrap=True)
+    table.add_column("after it", overflow="fold")
+    drawn = sorted({step for step in unmask_step if step < num_steps})
+    for step in _thinned(drawn, max_lines):
+        state = Text()
+        for text, when in zip(shown, unmask_step, strict=True):
+            style = _colour(step, num_steps) if when == step else Style()
+            hidden = MASK_DOT * cell_len(text)
+            state.append(text if when <= step else hidden, style if when <= step else "dim")
+        table.add_row(str(step), f"+{list(unmask_step).count(step)}", state)
+    filled = sum(step >= num_steps for step in unmask_step)
+    if filled:
+        table.add_row("end", f"+{filled}", Text("".join(shown)))
+    return table
+
+
+def _thinned(steps: Sequence[int], most: int) -> list[int]:
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+
+
+def _legend(num_steps: int) -> Text:
+    legend = Text("denoising step  ")
+    legend.append("0 ")
+    for i in range(24):
+        legend.append(" ", _colour(round(i * (num_steps - 1) / 23), num_steps))
+    return legend.append(f" {num_steps - 1}")
+
+
+def _colour(step: int, num_steps: int) -> Style:
+    """Return the colour of a step: blue first, through violet, to orange last."""
+    if step >= num_steps:
+        return Style(dim=True)
+    share = step / max(1, num_steps - 1)
+    red, green, blue = colorsys.hls_to_rgb((225 + 165 * share) % 360 / 360, 0.78, 0.9)
+    tint = f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+    return Style(color=INK, bgcolor=tint)
