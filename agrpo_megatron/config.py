@@ -85,7 +85,7 @@ def build[T](cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
             if value is None:
                 continue
             if not isinstance(value, Mapping):
-                raise ValueError(f"{key}={value!r} is a section; write `{key}:` and indent its keys")
+                raise ValueError(f"{key}={value!r} is a section; write {key}: and indent its keys")
             values[name] = build(hints[name], value, f"{key}.")  # type: ignore[arg-type]
         else:
             values[name] = _checked(key, value, hints[name], fields[name].metadata)

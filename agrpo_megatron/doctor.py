@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 REINSTALL = "reinstall with `make install`"
-REQUIRED = ("PyTorch", "Megatron-Core", "sentencepiece", "transformers", "wandb")
+REQUIRED = ("PyTorch", "Megatron-Core", "sentencepiece")
+FUSED = ("Transformer Engine", "NVIDIA Apex")
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,14 @@ def summary(findings: Sequence[Finding]) -> list[str]:
     missing = [part for part in REQUIRED if part not in here]
     lines = [f"cannot run: {', '.join(missing)} missing or broken"] if missing else []
     gpu = any(part.startswith("GPU") for part in here)
-    engine = "Transformer Engine" in here
-    lines.append(
-        "device: GPU, ranks joined by NCCL" if gpu else "device: CPU, ranks joined by gloo; no GPU"
-    )
-    lines.append(
-        "layer spec: local (Megatron-Core's layers, attention through torch SDPA), the only one "
-        f"built so far; Transformer Engine is {'here, but' if engine else 'absent, and'} its spec "
-        "is not built yet"
-    )
-    lines.append("precision: float32; bfloat16 and FP8 are not built yet")
-    lines.append(f"optimizer: {_optimizer(gpu, engine, 'NVIDIA Apex' in here)}")
-    return lines
+    return [
+        *lines,
+        f"device: {'GPU, ranks joined by NCCL' if gpu else 'CPU, ranks joined by gloo'}",
+        "layer spec: local, Megatron-Core's layers with attention through torch SDPA; "
+        "the Transformer Engine spec is not built yet",
+        "precision: float32; bfloat16 and FP8 are not built yet",
+        f"optimizer: {_optimizer(here, gpu=gpu)}",
+    ]
 
 
 def print_findings(findings: Sequence[Finding], console: "Console") -> None:
@@ -112,16 +109,13 @@ def print_findings(findings: Sequence[Finding], console: "Console") -> None:
         console.print(Text.assemble((f"{head}: ", "bold"), rest))
 
 
-def _optimizer(gpu: bool, engine: bool, apex: bool) -> str:
-    if engine:
-        fused = "Adam and multi-tensor kernels of Transformer Engine"
-    elif apex:
-        fused = "Adam and multi-tensor kernels of NVIDIA Apex"
-    else:
-        absent = "neither Transformer Engine nor NVIDIA Apex is here"
-        return f"torch's AdamW, since {absent}, whose fused kernels Megatron-Core would take"
-    wrong = "" if gpu else "; they need a GPU, so uninstall them to train on a CPU"
-    return f"{fused}, which Megatron-Core takes when it can import them{wrong}"
+def _optimizer(here: set[str], *, gpu: bool) -> str:
+    """Name the kernels as Megatron-Core chooses them: the first of `FUSED` that it can import."""
+    for part in FUSED:
+        if part in here:
+            problem = "" if gpu else "; it needs a GPU, so uninstall it to train on a CPU"
+            return f"fused Adam of {part}, as Megatron-Core can import it{problem}"
+    return f"torch's AdamW; Megatron-Core would take fused kernels of {' or '.join(FUSED)}"
 
 
 def _python() -> Finding:

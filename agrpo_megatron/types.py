@@ -7,12 +7,15 @@ Shapes: R rollouts, C completion tokens, K support ids, N drawn (rollout, step) 
 tokens, T packed tokens.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from agrpo_megatron.settings import SamplingSettings
+
+if TYPE_CHECKING:  # tasks read this file, and need no torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

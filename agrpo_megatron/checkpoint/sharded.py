@@ -155,10 +155,11 @@ def _loadable_optimizer_state() -> Iterator[None]:
 
 
 def _distributed_adams(engine: Engine) -> Iterator[torch.optim.Optimizer]:
-    """Yield the torch optimizers inside distributed ones."""
+    """Yield torch's Adam inside distributed optimizers (Transformer Engine's needs no help)."""
     for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
-        if isinstance(optimizer, DistributedOptimizer):
-            yield optimizer.optimizer
+        inner = getattr(optimizer, "optimizer", None)
+        if isinstance(optimizer, DistributedOptimizer) and isinstance(inner, torch.optim.AdamW):
+            yield inner
 
 
 def _fill_adam_state(engine: Engine) -> None:

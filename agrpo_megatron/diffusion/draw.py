@@ -44,10 +44,11 @@ def draw_tokens(
         logprobs, entropies = token_logprobs(policy, tokens, vocab=vocab)
     elif truncated:
         support_ids, support = _support(policy, vocab, sampling)
-        noisy = support.double() + noise.gumbel(noise.fold(keys[:, None], support_ids))
+        noisy = support + noise.gumbel(noise.fold(keys[:, None], support_ids))
         chosen = noisy.argmax(-1, keepdim=True)
         tokens = support_ids.gather(-1, chosen).squeeze(-1)
-        logprobs, entropies = support.gather(-1, chosen).squeeze(-1), entropy(support)
+        logprobs = support.gather(-1, chosen).squeeze(-1).to(policy.dtype)
+        entropies = entropy(support).to(policy.dtype)
     else:
         ids = vocab.start + torch.arange(policy.shape[-1], device=policy.device)
         tokens = _argmax(policy.double() + noise.gumbel(noise.fold(keys[:, None], ids)), vocab)
@@ -76,6 +77,8 @@ def _support(
 
     top-k comes first and top-p applies to what it keeps. Without top-k, the candidates are
     widened until they hold top-p's mass, so no more of the vocabulary is gathered than needed.
+    Log-probs are float64: rounded to float32 afterwards, a row's do not depend on K, which is
+    the widest support of the batch.
     """
     if sampling.top_k is not None:
         values, ids = _top_candidates(policy, sampling.top_k, vocab)
@@ -93,24 +96,33 @@ def _support(
     cut = (before > sampling.top_p) | (values == float("-inf"))
     width = int((~cut).sum(-1).max())
     ids, cut = ids[:, :width], cut[:, :width]
-    # In float64, so that the other rows' widths cannot change the last bit of this row's numbers.
     kept = values[:, :width].double().masked_fill(cut, float("-inf"))
-    return ids.masked_fill(cut, -1), kept.log_softmax(-1).to(values.dtype)
+    return ids.masked_fill(cut, -1), kept.log_softmax(-1)
 
 
 def _top_candidates(values: Tensor, count: int, vocab: Vocabulary) -> tuple[Tensor, Tensor]:
     """Return the `count` largest values over all shards, in descending order, and their ids."""
-    top, columns = values.topk(min(count, values.shape[-1]), dim=-1)
-    ids = columns + vocab.start
+    ids = vocab.start + torch.arange(values.shape[-1], device=values.device)
+    top, ids = _largest(values, ids.expand_as(values), count)
     if vocab.group is None or vocab.group.size() == 1:
         return top, ids
     tops = [torch.empty_like(top) for _ in range(vocab.group.size())]
     all_ids = [torch.empty_like(ids) for _ in range(vocab.group.size())]
-    dist.all_gather(tops, top.contiguous(), group=vocab.group)
-    dist.all_gather(all_ids, ids.contiguous(), group=vocab.group)
-    merged, merged_ids = torch.cat(tops, -1), torch.cat(all_ids, -1)
-    top, chosen = merged.topk(min(count, merged.shape[-1]), dim=-1)
-    return top, merged_ids.gather(-1, chosen)
+    dist.all_gather(tops, top, group=vocab.group)
+    dist.all_gather(all_ids, ids, group=vocab.group)
+    return _largest(torch.cat(tops, -1), torch.cat(all_ids, -1), count)
+
+
+def _largest(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` largest values, ranked as float32, and their ids; low ids win ties.
+
+    bfloat16 heads tie often, and topk alone would break ties as the layout has it. So the bits of
+    the value, made to sort as integers, and the id form one number that is never tied.
+    """
+    bits = values.float().view(torch.int32)
+    rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() * 2**32 - ids
+    columns = rank.topk(min(count, values.shape[-1]), dim=-1).indices
+    return values.gather(-1, columns), ids.gather(-1, columns)
 
 
 def _log_total(policy: Tensor, vocab: Vocabulary) -> Tensor:

@@ -3,7 +3,29 @@
 A family is one file with `FAMILY`, a `Family` record. `FAMILIES` holds them by `model_type`.
 """
 
+import json
+from pathlib import Path
+
 from agrpo_megatron.families.llada import FAMILY as LLADA
 from agrpo_megatron.families.names import Family
+from agrpo_megatron.settings import ModelSettings
 
 FAMILIES: dict[str, Family] = {LLADA.name: LLADA}
+
+
+def settings_from_hf(directory: str | Path) -> ModelSettings:
+    """Read the model settings of a Hugging Face directory.
+
+    Raises:
+        ValueError: config.json is missing, or of a family that is not known.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        fix = "give a Hugging Face directory"
+        raise ValueError(f"{path}: cannot be read ({error}); {fix}") from None
+    if kind not in FAMILIES:
+        raise ValueError(f"{path}: model_type={kind!r}; known families are {', '.join(FAMILIES)}")
+    return FAMILIES[kind].settings(config)

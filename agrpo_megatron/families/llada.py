@@ -56,7 +56,8 @@ def _settings(config: Mapping[str, Any]) -> ModelSettings:
             qkv_bias=config.get("include_qkv_bias", False),
         )
     except KeyError as error:
-        raise ValueError(f"config.json: {error.args[0]} is missing; the llada family needs it")
+        key = error.args[0]
+        raise ValueError(f"config.json: {key} is missing; the llada family needs it") from None
 
 
 def _lines(model: ModelSettings) -> list[Line]:

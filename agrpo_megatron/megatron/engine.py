@@ -86,9 +86,7 @@ def _optimizer_config(optimizer: OptimizerSettings) -> OptimizerConfig:
         "clip_grad": optimizer.clip_grad,
         "use_distributed_optimizer": optimizer.distributed,
     }
-    return _megatron_record(
-        OptimizerConfig, {**values, **optimizer.megatron}, "optimizer.megatron"
-    )
+    return _megatron_record(OptimizerConfig, {**values, **optimizer.megatron}, "optimizer.megatron")
 
 
 def _scheduler(

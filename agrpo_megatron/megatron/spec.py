@@ -76,7 +76,7 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedLayout,
         **_: object,
     ) -> Tensor:
-        """Attend; query [T, heads, head_dim], key and value [T, groups, head_dim] -> [T, hidden]."""
+        """Attend within rows: [T, heads, head_dim], keys and values [T, groups, head_dim]."""
         layout = packed_seq_params
         query, key = _rotate(query, layout), _rotate(key, layout)
         grouped = query.shape[1] != key.shape[1]

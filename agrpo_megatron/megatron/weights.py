@@ -1,6 +1,5 @@
 """Weights in and out of a built model, by the names of its family."""
 
-import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,27 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from agrpo_megatron.families import FAMILIES
-from agrpo_megatron.families.names import Line, Split, expand, from_megatron, to_megatron
+from agrpo_megatron.families.names import Line, expand
+from agrpo_megatron.families.transforms import Split, from_megatron, to_megatron
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.settings import ModelSettings
-
-
-def settings_from_hf(directory: str | Path) -> ModelSettings:
-    """Read the model settings of a Hugging Face directory.
-
-    Raises:
-        ValueError: config.json is missing, or of a family that is not known.
-    """
-    path = Path(directory) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); give a Hugging Face directory")
-    family = FAMILIES.get(config.get("model_type"))
-    if family is None:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"{path}: model_type={config.get('model_type')!r}; known are {known}")
-    return family.settings(config)
 
 
 def load_hf(model: nn.Module, settings: ModelSettings, directory: str | Path, ranks: Ranks) -> None:

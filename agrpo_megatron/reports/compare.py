@@ -31,8 +31,8 @@ def write_comparison(runs: Mapping[str, Sequence[Run]], path: str | Path) -> Pat
     Raises:
         ValueError: there is no run, or one without an evaluation.
     """
-    if not runs:
-        raise ValueError("no runs to compare; give at least one run directory")
+    if not runs or not all(runs.values()):
+        raise ValueError("no runs to compare; give at least one run directory per label")
     path = Path(path)
     curves = {label: [_curve(run) for run in seeds] for label, seeds in runs.items()}
     path.parent.mkdir(parents=True, exist_ok=True)

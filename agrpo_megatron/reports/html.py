@@ -29,8 +29,8 @@ CAPTIONS = {
     ),
     "sampler": (
         "Sampler",
-        "Live steps are denoising steps that unmask something. A rollout has no advantage where "
-        "all completions of its group earn the same reward; it teaches nothing.",
+        "Live steps are the denoising steps of a completion that can be drawn for training. A "
+        "rollout has no advantage where all completions of its group earn the same reward.",
     ),
     "time": (
         "Time",

@@ -1,6 +1,7 @@
 """The learning figure: accuracy and reward by iteration, held-out accuracy, supervised loss."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,7 +21,7 @@ def learning_figure(run: Run, theme: Theme) -> Figure:
     charts = _learning_charts(run)
     first, *rest = charts
     figure = new_figure(11 if rest else 8, 4.8)
-    mosaic = [[first, name] for name in rest] or [[first]]
+    mosaic: list[Any] = [[first, name] for name in rest] or [[first]]
     ratios = (1.75, 1) if rest else (1,)
     for name, axes in figure.subplot_mosaic(mosaic, width_ratios=ratios).items():
         charts[name](axes, run, theme)

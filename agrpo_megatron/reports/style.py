@@ -6,6 +6,7 @@ Matplotlib's object API only: no pyplot, no global state (`rc` is applied within
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -192,7 +193,7 @@ def _lines(text: str) -> int:
     return text.count("\n") + 1
 
 
-def _rc(theme: Theme) -> dict[str, object]:
+def _rc(theme: Theme) -> dict[Any, Any]:
     return {
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],

@@ -37,8 +37,8 @@ class LiveView:
         start: tuple[int, int] = (0, 0),
     ) -> None:
         """Take the planned iterations, and as `start` those done before a resume, as (sft, rl)."""
-        self._total = {"sft": sft_iterations, "rl": rl_iterations}
-        self._done = dict(zip(("sft", "rl"), start, strict=True))
+        self._total: dict[str, int] = {"sft": sft_iterations, "rl": rl_iterations}
+        self._done: dict[str, int] = {"sft": start[0], "rl": start[1]}
         self._start = dict(self._done)
         self._phase = "sft" if start[0] < sft_iterations else "rl"
         self._metrics: Metrics = {}

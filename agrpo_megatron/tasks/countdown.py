@@ -17,7 +17,7 @@ from agrpo_megatron.tasks.generated import Split, split_problems
 from agrpo_megatron.types import Problem, Reward
 
 LONGEST_EXPRESSION = 200  # characters; longer text is wrong without being parsed
-MOST_ENUMERATED = 4_000_000  # expressions, some seconds; a larger space is drawn from
+MOST_ENUMERATED = 2_500_000  # expressions, some seconds; a larger space is drawn from
 NUMBER, PRODUCT, SUM = range(3)  # how loosely an expression binds
 SIGNS: dict[type, str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
@@ -134,10 +134,10 @@ def _apply(left: int, right: int, *, sign: str) -> int | None:
 
 
 def _space(options: CountdownOptions) -> int:
-    """Return an upper bound on the number of expressions there are."""
+    """Return about how many expressions listing them all would make."""
     n = options.numbers
     choices = math.comb(options.high - options.low + n, n)
-    shapes = math.comb(2 * n - 2, n - 1) // n if options.parentheses else 1
+    shapes = n - 1 if options.parentheses else 1
     return choices * math.factorial(n) * len(options.operators) ** (n - 1) * shapes
 
 
@@ -146,24 +146,25 @@ def _enumerate_problems(
 ) -> list[Problem]:
     """Return `wanted` problems, uniform over all solvable ones, or all where fewer exist."""
     memo: dict[tuple[int, ...], list[Expression]] = {}
-    solutions: dict[tuple[tuple[int, ...], int], list[str]] = {}
+    solved: list[tuple[tuple[int, ...], int, str]] = []
     span = range(options.low, options.high + 1)
     for numbers in itertools.combinations_with_replacement(span, options.numbers):
+        texts: dict[int, list[str]] = {}
         for text, value, _ in _expressions(numbers, memo, options=options):
             if value > 0:
-                solutions.setdefault((numbers, value), []).append(text)
-    chosen = list(solutions)
-    rng.shuffle(chosen)
+                texts.setdefault(value, []).append(text)
+        solved += [(numbers, value, rng.choice(same)) for value, same in texts.items()]
+    rng.shuffle(solved)
     return [
-        _make_problem(rng, numbers, target=target, solution=rng.choice(solutions[numbers, target]))
-        for numbers, target in chosen[:wanted]
+        _make_problem(rng, numbers, target=target, solution=solution)
+        for numbers, target, solution in solved[:wanted]
     ]
 
 
 def _draw_problems(rng: random.Random, wanted: int, *, options: CountdownOptions) -> list[Problem]:
     """Return `wanted` problems made from random expressions; fewer where most are alike."""
     chosen: dict[str, Problem] = {}
-    for _ in range(100 * wanted):
+    for _ in range(30 * wanted):
         numbers = rng.choices(range(options.low, options.high + 1), k=options.numbers)
         signs = rng.choices(options.operators, k=options.numbers - 1)
         drawn = _draw_expression(rng, numbers, signs=signs, parentheses=options.parentheses)

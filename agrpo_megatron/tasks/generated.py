@@ -26,7 +26,7 @@ def split_problems(
         fewer = f"use at most {room} training problems or " if room > 0 else ""
         raise ValueError(
             f"task.train_problems={train} and task.eval_problems={held_out} ask for "
-            f"{held_out + train} different problems, but {settings.name} has {len(problems)} with "
-            f"these options; {fewer}{wider}"
+            f"{held_out + train} different problems, but {settings.name} yields "
+            f"{len(problems)} with these options; {fewer}{wider}"
         )
     return {"eval": problems[:held_out], "train": problems[held_out : held_out + train]}

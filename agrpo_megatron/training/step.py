@@ -10,7 +10,6 @@ gradient is the mean over rollouts, whatever the number of micro-batches or rank
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,12 +19,15 @@ from torch import Tensor
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.types import SftBatch, TimestepBatch
 
-Batch = TypeVar("Batch", SftBatch, TimestepBatch)
-Loss = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
+Metrics = dict[str, Tensor]
 
 
-def optimizer_step(
-    engine: Engine, batches: Sequence[Batch], *, loss: Loss, examples: int
+def optimizer_step[Batch: (SftBatch, TimestepBatch)](
+    engine: Engine,
+    batches: Sequence[Batch],
+    *,
+    loss: Callable[[Tensor, Batch], tuple[Tensor, Metrics]],
+    examples: int,
 ) -> dict[str, float]:
     """Run forward and backward over all micro-batches and update the weights; all ranks.
 
@@ -77,16 +79,16 @@ def optimizer_step(
     return {**metrics, "grad_norm": float(grad_norm or 0.0), "learning_rate": learning_rate}
 
 
-def equal_count(batches: Sequence[Batch], engine: Engine, filler: Batch) -> list[Batch]:
+def equal_count[Batch: (SftBatch, TimestepBatch)](
+    batches: Sequence[Batch], engine: Engine, filler: Batch
+) -> list[Batch]:
     """Append weightless micro-batches until every data-parallel rank has the same number."""
     most = torch.tensor(max(1, len(batches)), device=engine.ranks.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=engine.ranks.data_group)
     return [*batches, *[filler] * (int(most) - len(batches))]
 
 
-def _reduce_metrics(
-    collected: list[dict[str, Tensor]], examples: int, engine: Engine
-) -> dict[str, float]:
+def _reduce_metrics(collected: list[Metrics], examples: int, engine: Engine) -> dict[str, float]:
     """Combine micro-batches and data-parallel ranks: sums, or maxima where the name says so."""
     group, device = engine.ranks.data_group, engine.ranks.device
     names = list(collected[0])
@@ -96,8 +98,6 @@ def _reduce_metrics(
     tops = values.amax(0)
     dist.all_reduce(sums, group=group)
     dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=group)
-    result = {
-        name: float(tops[i] if "_max" in name else sums[i]) for i, name in enumerate(names)
-    }
+    result = {name: float(tops[i] if "_max" in name else sums[i]) for i, name in enumerate(names)}
     result["loss"] /= float(sums[-1])
     return result

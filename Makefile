@@ -1,0 +1,53 @@
+# Installs into .venv (and .uv where the machine has no uv); nothing outside this folder changes.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types
+
+# Test processes, and what they test. A multi-rank test starts its ranks with one thread each.
+WORKERS ?= 2
+TESTS ?= tests
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# A version manager may put a `uv` on PATH that only fails: ask it before relying on it.
+UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
+
+help: ## list these targets
+	@grep -E '^[a-z]+:.* ## ' $(MAKEFILE_LIST) | sed -E 's/:.* ## /\t/' | expand -t 10
+
+install: $(INSTALLED) ## install the pinned versions into .venv; does nothing when nothing changed
+
+demo: install ## train the tiny example from nothing, evaluate it and write its report
+	@$(BIN)/agrpo train examples/tiny.yaml
+
+test: install ## run the tests, for instance: make test TESTS=tests/test_config.py WORKERS=4
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
+
+lint: install ## check style and format
+	@failed=0; $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; exit $$failed
+
+types: install ## check types
+	@$(BIN)/pyright
+
+# Compiled at once, because many images forbid Python to keep what it compiled at an import:
+# there, every process would spend twenty seconds on importing Megatron-Core.
+$(INSTALLED): pyproject.toml constraints.txt | $(filter .uv/%,$(UV))
+	@$(BIN)/python --version >/dev/null 2>&1 \
+	  || { rm -rf .venv && $(UV) venv --quiet --python 3.12 .venv; }
+	@echo "Installing into .venv: about 5 GB, minutes on a first install"
+	@$(UV) pip install --quiet --python .venv --compile-bytecode \
+	  --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# A private uv, since some systems refuse `pip install` outside a virtual environment. Where
+# `venv` brings no pip (Debian without python3-venv), the system's pip installs into it.
+.uv/bin/uv:
+	@echo "No working uv on PATH: installing one into .uv"
+	@rm -rf .uv; python3 -m venv .uv >/dev/null 2>&1 || { rm -rf .uv; \
+	  python3 -m venv --without-pip .uv && python3 -m pip --version >/dev/null; } \
+	  || { echo "cannot make .uv: install python3-venv, or put uv on PATH" >&2; exit 1; }
+	@pip=".uv/bin/python -m pip"; $$pip --version >/dev/null 2>&1 \
+	  || pip="python3 -m pip --python .uv/bin/python"; \
+	  $$pip install -qq --disable-pip-version-check --constraint constraints.txt uv

@@ -1,0 +1,88 @@
+"""The files of a run: metrics, samples, resolved settings; and wandb."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from agrpo_megatron.config import to_tree, to_yaml
+from agrpo_megatron.settings import Settings
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+
+class RunLog:
+    """Append-only logs of a run, written by the main rank; on others every call does nothing.
+
+    A checkpoint remembers how long the files were, and a resumed run cuts them back to that, so
+    that an iteration never stands there twice.
+    """
+
+    def __init__(self, directory: Path, *, settings: Settings, is_main: bool):
+        self.directory = directory
+        self._files: dict[str, Any] = {}
+        self._wandb: Any = None
+        if not is_main:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, SAMPLES):
+            self._files[name] = (directory / name).open("a", encoding="utf-8")
+        (directory / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+        self._wandb = _start_wandb(directory, settings)
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Write one line of metrics and hand it to wandb, under its phase's name."""
+        self._append(METRICS, record)
+        if self._wandb is not None:
+            phase = record["phase"]
+            named = {f"{phase}/{key}": value for key, value in record.items() if key != "phase"}
+            self._wandb.log(named)
+
+    def samples(self, records: list[dict[str, Any]], **common: Any) -> None:
+        """Write completion samples, one line each."""
+        for record in records:
+            self._append(SAMPLES, {**common, **record})
+
+    def offsets(self) -> dict[str, int]:
+        """Return the length of each file, in bytes."""
+        return {name: file.tell() for name, file in self._files.items()}
+
+    def cut_back(self, offsets: dict[str, int]) -> None:
+        """Drop what was written after a checkpoint."""
+        for name, file in self._files.items():
+            file.truncate(min(offsets.get(name, 0), file.seek(0, os.SEEK_END)))
+            file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Flush everything; wandb included."""
+        for file in self._files.values():
+            file.close()
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        if name in self._files:
+            self._files[name].write(json.dumps(record) + "\n")
+            self._files[name].flush()
+
+
+def _start_wandb(directory: Path, settings: Settings) -> Any:
+    """Start wandb, under an id that a resumed run finds again."""
+    logging = settings.logging
+    if logging.wandb == "disabled":
+        return None
+    import wandb
+
+    id_file = directory / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+    return wandb.init(
+        mode=logging.wandb,  # type: ignore[arg-type]
+        project=logging.project,
+        name=logging.name or directory.name,
+        id=id_file.read_text(encoding="utf-8"),
+        resume="allow",
+        dir=str(directory),
+        config=to_tree(settings),
+        settings=wandb.Settings(silent=True, console="off"),
+    )

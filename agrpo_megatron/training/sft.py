@@ -1,0 +1,97 @@
+"""Supervised fine-tuning: masked-diffusion cross-entropy on the task's solutions."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from agrpo_megatron.diffusion.batches import sft_batches
+from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
+from agrpo_megatron.diffusion.losses import sft_loss
+from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.training.session import Session, encode_prompts, pick_problems
+from agrpo_megatron.training.step import equal_count, optimizer_step
+from agrpo_megatron.types import PackedRows, SftBatch
+
+
+def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[int], None]) -> None:
+    """Train from iteration `start` (finished so far) to `sft.iterations`; called by every rank.
+
+    Args:
+        after: called after each iteration with the number finished; it saves checkpoints.
+    """
+    settings = session.settings.sft
+    loss = _loss(session.vocab)
+    for iteration in range(start, settings.iterations):
+        started = time.perf_counter()
+        batches, examples, tokens = _batches(session, iteration)
+        batches = equal_count(batches, engine, _filler(session))
+        metrics = optimizer_step(engine, batches, loss=loss, examples=examples)
+        seconds = time.perf_counter() - started
+        record = {
+            "phase": "sft",
+            "iteration": iteration + 1,
+            **metrics,
+            "time/iteration": seconds,
+            "tokens_per_second": tokens * session.ranks.data_size / seconds,
+        }
+        session.log.metrics(record)
+        session.view.sft(record)
+        after(iteration + 1)
+
+
+def _batches(session: Session, iteration: int) -> tuple[list[SftBatch], int, int]:
+    """Return this rank's micro-batches, the number of its examples and of its tokens."""
+    settings = session.settings
+    problems = session.task.problems("train")
+    size = settings.sft.batch_size
+    picked = pick_problems(len(problems), batch=size, iteration=iteration, seed=settings.run.seed)
+    mine = session.my_share(size)
+    chosen = [problems[picked[i]] for i in mine]
+    prompts = encode_prompts(session, chosen)
+    responses = _padded(session, [problem.solution for problem in chosen])
+    example_ids = torch.tensor(mine, device=session.ranks.device) + iteration * size
+    batches = sft_batches(
+        prompts,
+        responses,
+        example_ids,
+        mask_id=session.mask_id,
+        mask_epsilon=settings.sft.mask_epsilon,
+        seed=settings.run.seed,
+        token_budget=settings.train.token_budget,
+    )
+    return batches, len(mine), sum(len(batch.rows.tokens) for batch in batches)
+
+
+def _padded(session: Session, texts: list[str]) -> Tensor:
+    """Return solutions as [B, completion length], filled up with end-of-text."""
+    width = session.settings.sampling.completion_length
+    rows = [session.tokenizer.encode(text) for text in texts]
+    filled = [row + [session.eos_id] * (width - len(row)) for row in rows]
+    return torch.tensor(filled, dtype=torch.int64, device=session.ranks.device).view(-1, width)
+
+
+def _loss(vocab: Vocabulary):
+    whole = Vocabulary(size=vocab.size, start=vocab.start, group=vocab.group)
+
+    def loss(logits: Tensor, batch: SftBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        policy = policy_logits(logits, whole)
+        logprobs, _ = token_logprobs(policy, batch.targets, vocab=whole)
+        return sft_loss(logprobs, batch), {"scored_tokens": torch.tensor(len(batch.targets))}
+
+    return loss
+
+
+def _filler(session: Session) -> SftBatch:
+    """Return a micro-batch without weight, for ranks that have fewer."""
+    device = session.ranks.device
+    return SftBatch(
+        rows=PackedRows(
+            tokens=torch.tensor([session.mask_id], device=device),
+            cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
+            scored=torch.zeros(0, dtype=torch.int64, device=device),
+        ),
+        targets=torch.zeros(0, dtype=torch.int64, device=device),
+        weights=torch.zeros(0, device=device),
+    )

@@ -1,0 +1,211 @@
+"""A vocabulary sharded over two ranks gives the tokens and numbers that one shard gives."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from agrpo_megatron.diffusion import noise
+from agrpo_megatron.diffusion.draw import draw_tokens
+from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
+from agrpo_megatron.diffusion.sampler import sample
+from agrpo_megatron.settings import SamplingSettings
+from tests.diffusion.hashed import PADDED, SAMPLINGS, HashedModel, prompts_of
+from tests.ranks import run_ranks
+
+torch.set_num_threads(1)
+RANKS = 2
+ROWS = 40
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+# (true size, padded size, forbidden ids): padding on one shard, on a shard and a half, or nearly
+# everywhere; the mask token on the first shard or on the second.
+VOCABULARIES = {
+    "mask on the first shard": (31, 40, (3,)),
+    "mask on the second shard": (31, 40, (30,)),
+    "second shard is all padding": (18, 40, (17,)),
+    "first shard has one token left": (22, 40, tuple(range(1, 20))),
+    "larger than the first candidates": (700, 704, (699,)),
+}
+POLICIES = {
+    "plain": {},
+    "greedy": {"temperature": 0.0},
+    "tempered": {"temperature": 0.7, "confidence": "untempered"},
+    "top-k": {"top_k": 5, "temperature": 1.2},
+    "top-k wider than a shard": {"top_k": 30},
+    "top-p": {"top_p": 0.8},
+    "top-p that widens its candidates": {"top_p": 0.97, "temperature": 2.0},
+    "top-k and top-p": {"top_k": 8, "top_p": 0.7, "confidence": "untempered"},
+}
+DTYPES = (torch.float32, torch.float64)
+
+
+def logits_of(name, dtype):
+    size, padded, forbidden = VOCABULARIES[name]
+    generator = torch.Generator().manual_seed(size)
+    logits = 2 * torch.randn(ROWS, padded, generator=generator, dtype=torch.float64)
+    logits[:, size:] += 30
+    logits[:, list(forbidden)] += 30
+    return logits.to(dtype)
+
+
+def numbers(name, policy, dtype, rank, ranks):
+    """Draw on one shard, and score the drawn tokens with their gradient; all by shard."""
+    size, padded, forbidden = VOCABULARIES[name]
+    width = padded // ranks
+    group = dist.group.WORLD if ranks > 1 else None
+    vocab = Vocabulary(size, start=rank * width, forbidden=forbidden, group=group)
+    sampling = SamplingSettings(**POLICIES[policy])
+    shard = logits_of(name, dtype)[:, rank * width : (rank + 1) * width].clone()
+    keys = noise.noise_key(0, noise.TOKENS, torch.arange(ROWS))
+    draw = draw_tokens(shard, keys, vocab=vocab, sampling=sampling)
+    shard.requires_grad_()
+    logits = policy_logits(shard, vocab, temperature=sampling.temperature)
+    scored, entropies = token_logprobs(
+        logits, draw.tokens, vocab=vocab, support_ids=draw.support_ids
+    )
+    (scored * torch.linspace(-1, 2, ROWS).to(dtype)).sum().backward()
+    return {
+        "tokens": draw.tokens,
+        "support": draw.support_ids,
+        "logprobs": draw.logprobs,
+        "entropies": draw.entropies,
+        "confidences": draw.confidences,
+        "scored": scored.detach(),
+        "scored entropies": entropies,
+        "gradient": shard.grad,
+    }
+
+
+def case_names():
+    return [(v, p, d) for v in VOCABULARIES for p in POLICIES for d in DTYPES]
+
+
+def _every_case():
+    rank = dist.get_rank()
+    return {case: numbers(*case, rank, RANKS) for case in case_names()}
+
+
+@functools.cache
+def sharded():
+    return run_ranks(RANKS, _every_case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_two_shards_equal_one(name, policy, dtype):
+    alone = numbers(name, policy, dtype, 0, 1)
+    parts = [result[name, policy, dtype] for result in sharded()]
+    for part in parts:
+        assert torch.equal(part["tokens"], alone["tokens"])
+        assert (part["support"] is None) == (alone["support"] is None)
+        if alone["support"] is not None:
+            assert torch.equal(part["support"], alone["support"])
+        for key in ("logprobs", "entropies", "confidences", "scored", "scored entropies"):
+            assert float((part[key] - alone[key]).abs().max()) < TOLERANCE[dtype]
+    gradient = torch.cat([part["gradient"] for part in parts], 1)
+    error = (gradient - alone["gradient"]).abs().max() / alone["gradient"].abs().max()
+    assert float(error) < TOLERANCE[dtype]
+    size, _, forbidden = VOCABULARIES[name]
+    assert int(alone["tokens"].max()) < size
+    assert not torch.isin(alone["tokens"], torch.tensor(forbidden)).any()
+    assert float(gradient[:, size:].abs().max()) == 0
+    assert float(gradient[:, list(forbidden)].abs().max()) == 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_shard_equals_the_definition(policy):
+    """Softmax, top-k, top-p and entropy written out for one row at a time, in float64."""
+    name = "mask on the second shard"
+    size, _, forbidden = VOCABULARIES[name]
+    got, sampling = numbers(name, policy, torch.float64, 0, 1), SamplingSettings(**POLICIES[policy])
+    for row, raw in enumerate(logits_of(name, torch.float64)):
+        allowed = [v for v in range(size) if v not in forbidden]
+        untempered = {v: float(x) for v, x in zip(allowed, raw[allowed].softmax(0), strict=True)}
+        scale = sampling.temperature or 1.0
+        probs = (raw[allowed] / scale).softmax(0).tolist()
+        ranked = sorted(zip(probs, allowed, strict=True), reverse=True)
+        if sampling.temperature > 0:
+            ranked = ranked[: sampling.top_k]
+            total, mass, kept = sum(p for p, _ in ranked), 0.0, []
+            for p, v in ranked:
+                if mass <= sampling.top_p:
+                    kept.append((p, v))
+                mass += p / total
+            ranked = kept
+        support = [v for _, v in ranked]
+        renormalised = torch.tensor([p for p, _ in ranked], dtype=torch.float64)
+        renormalised /= renormalised.sum()
+        token = int(got["tokens"][row])
+        expected = float(renormalised[support.index(token)].log())
+        assert float(got["logprobs"][row]) == pytest.approx(expected, abs=1e-12)
+        entropy = -float((renormalised * renormalised.log()).sum())
+        assert float(got["entropies"][row]) == pytest.approx(entropy, abs=1e-12)
+        if got["support"] is not None:
+            assert [v for v in got["support"][row].tolist() if v >= 0] == support
+        if sampling.confidence == "untempered":
+            own = float(torch.tensor(untempered[token]).log())
+            assert float(got["confidences"][row]) == pytest.approx(own, abs=1e-6)
+        else:
+            assert torch.equal(got["confidences"], got["logprobs"])
+        if sampling.temperature == 0:
+            assert token == support[0]
+
+
+def _trajectories():
+    rank, width = dist.get_rank(), PADDED // RANKS
+    model = HashedModel()
+    context = model.context()
+    vocab = replace(context.vocab, start=rank * width, group=dist.group.WORLD)
+    columns = slice(rank * width, (rank + 1) * width)
+    context = replace(context, vocab=vocab, score=lambda rows: model.logits(rows)[:, columns])
+    return [
+        sample(prompts_of(6), torch.arange(6), context=context, sampling=sampling)
+        for sampling in SAMPLINGS.values()
+    ]
+
+
+def test_trajectories_of_two_shards_equal_those_of_one():
+    ranks = run_ranks(RANKS, _trajectories)
+    for sampling, *parts in zip(SAMPLINGS.values(), *ranks, strict=True):
+        alone = sample(
+            prompts_of(6), torch.arange(6), context=HashedModel().context(), sampling=sampling
+        )
+        for part in parts:
+            for field in ("tokens", "unmask_step", "num_steps"):
+                assert torch.equal(getattr(part, field), getattr(alone, field))
+            for field in ("logprobs", "entropies"):
+                gap = (getattr(part, field) - getattr(alone, field)).abs().max()
+                assert float(gap) < 1e-6
+            if alone.support_ids is not None:
+                assert torch.equal(part.support_ids, alone.support_ids)
+
+
+def _tied(rank, ranks):
+    width = 40 // ranks
+    group = dist.group.WORLD if ranks > 1 else None
+    vocab = Vocabulary(39, start=rank * width, group=group)
+    logits = logits_of("mask on the first shard", torch.float32).mul(0.5).round()
+    shard = logits[:, rank * width : (rank + 1) * width]
+    keys = noise.noise_key(0, noise.TOKENS, torch.arange(ROWS))
+    draws = []
+    for policy in POLICIES.values():
+        draws.append(draw_tokens(shard, keys, vocab=vocab, sampling=SamplingSettings(**policy)))
+    return draws
+
+
+def _tied_on_ranks():
+    return _tied(dist.get_rank(), RANKS)
+
+
+def test_equal_logits_are_ranked_alike_on_any_number_of_shards():
+    """In bfloat16 many logits are equal, and one of them is the k-th; the lowest id is kept."""
+    alone = _tied(0, 1)
+    for draws in run_ranks(RANKS, _tied_on_ranks):
+        for one, two in zip(alone, draws, strict=True):
+            assert torch.equal(one.tokens, two.tokens)
+            if one.support_ids is not None:
+                assert torch.equal(one.support_ids, two.support_ids)

@@ -1,0 +1,54 @@
+"""Figures are drawn for whatever a run has, and touch no global state."""
+
+import io
+import random
+
+import matplotlib
+import pytest
+from PIL import Image
+
+from agrpo_megatron.reports.compare import write_comparison
+from agrpo_megatron.reports.figures import write_figures
+from agrpo_megatron.reports.read import read_run
+from agrpo_megatron.reports.style import spread
+from tests.reports.synthetic import rl_row, sft_row, write_lines, write_run
+
+
+def test_figures_of_a_finished_run(tmp_path):
+    before = dict(matplotlib.rcParams)
+    paths = write_figures(write_run(tmp_path))
+    assert [p.name for p in paths] == ["learning.png", "policy.png", "sampler.png", "time.png"]
+    for path in paths:
+        image = Image.open(path)
+        assert image.width == 2200
+        assert len(set(image.convert("RGB").resize((275, 120)).tobytes())) > 100  # not blank
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_figures_of_runs_that_lack_most_metrics(tmp_path):
+    rng = random.Random(0)
+    write_lines(tmp_path / "metrics.jsonl", [sft_row(rng, 1, 10)])
+    assert [p.name for p in write_figures(tmp_path)] == ["learning.png", "time.png"]
+    row = rl_row(rng, 1, 10) | {"ratio/max_error": 0.0, "ratio/mean": 1.0, "entropy": None}
+    write_lines(tmp_path / "metrics.jsonl", [row])
+    assert len(write_figures(tmp_path)) == 4
+    write_lines(tmp_path / "metrics.jsonl", [{"phase": "rl", "iteration": 1}])
+    assert write_figures(tmp_path) == []
+
+
+def test_comparison_of_seeds(tmp_path):
+    seeds = [read_run(write_run(tmp_path / str(s), iterations=4, sft=0, seed=s)) for s in (0, 1)]
+    path = write_comparison({"two seeds": seeds, "one": seeds[:1]}, tmp_path / "out" / "c.png")
+    assert Image.open(io.BytesIO(path.read_bytes())).width == 2200
+    write_lines(tmp_path / "metrics.jsonl", [{"phase": "rl", "iteration": 1}])
+    with pytest.raises(ValueError, match="has no evaluation"):
+        write_comparison({"none": [read_run(tmp_path)]}, path)
+    with pytest.raises(ValueError, match="no runs to compare"):
+        write_comparison({"none": []}, path)
+
+
+def test_labels_are_pushed_apart_as_little_as_needed():
+    assert spread([0.1, 0.9], [0.2, 0.2]) == [0.1, 0.9]
+    moved = spread([0.5, 0.5, 0.52], [0.1, 0.1, 0.1])
+    assert all(b - a >= 0.1 - 1e-12 for a, b in zip(moved, moved[1:], strict=False))
+    assert abs(sum(moved) / 3 - (0.5 + 0.5 + 0.52) / 3) < 1e-12

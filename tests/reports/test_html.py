@@ -1,0 +1,76 @@
+"""The report states what the data says, stands alone, and survives hostile text."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from agrpo_megatron.reports.html import write_report
+from agrpo_megatron.reports.text import wilson
+from tests.reports.synthetic import END, HOSTILE, write_lines, write_run
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    run_dir = write_run(tmp_path_factory.mktemp("runs") / "a<b>", iterations=10, sft=3)
+    rows = [
+        {"phase": "eval", "iteration": 0, "stage": "before", "accuracy": 0.125, "problems": 256},
+        {"phase": "rl", "iteration": 10, "tokens_per_second": 12345.0, "time/iteration": 90.0}
+        | {"new/<metric>": 7, "parameters": 8_016_000_000},
+        {"phase": "eval", "iteration": 10, "stage": "after", "accuracy": 0.625, "problems": 256},
+    ]
+    write_lines(run_dir / "metrics.jsonl", rows)
+    return write_report(run_dir).read_text(encoding="utf-8")
+
+
+def test_headline_numbers_come_from_the_metrics(page):
+    low, high = wilson(0.625, 256)
+    for shown in (
+        "12.5% &#8594; 62.5%",
+        "+50.0 points",
+        f"95% interval {100 * low:.1f}% to {100 * high:.1f}%",
+        "of 10 planned",
+        "1 min 30 s",
+        "12.3k",
+        "8.02B",
+    ):
+        assert shown in page
+
+
+def test_model_text_is_escaped_everywhere(page):
+    assert HOSTILE not in page
+    assert "<script" not in page
+    assert "<b>a" not in page and "a&lt;b&gt;" in page
+    assert "new/&lt;metric&gt;" in page
+    assert "default-src 'none'" in page
+
+
+def test_page_needs_nothing_else_and_is_well_formed(page):
+    sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', page)
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "url(" not in page and "prefers-color-scheme: dark" in page
+    opened = []
+
+    class Balance(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag not in ("meta", "img", "input", "br", "source"):
+                opened.append(tag)
+
+        def handle_endtag(self, tag):
+            assert opened.pop() == tag
+
+    Balance().feed(page)
+    assert opened == []
+
+
+def test_cells_carry_their_denoising_step(page):
+    cells = re.findall(r"--s:(\d+)\"><b>([^<]*)</b><i>([^<]*)</i>", page)
+    assert cells and all(label.split(" to ")[0] == step for step, _, label in cells)
+    assert any(text.endswith("&#215; 12") for _, text, _ in cells)  # folded end of text
+    assert page.count(END.replace("<", "&lt;").replace(">", "&gt;")) == 4  # one per completion
+    assert "Before RL" in page and "Iteration 10" in page
+
+
+def test_only_changed_settings_are_marked(page):
+    marked = re.findall(r"<tr class=set><td><code>([^<]*)<", page)
+    assert marked == ["train.iterations"]

@@ -1,0 +1,132 @@
+"""Countdown against judges that share no code with it."""
+
+import itertools
+import re
+
+import pytest
+
+from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.tasks import build_task
+from agrpo_megatron.types import Problem
+
+EVERYTHING = {"operators": "+-*/", "parentheses": True}
+
+
+class Whole:
+    """A number that only adds, subtracts, multiplies and divides exactly."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __add__(self, other):
+        return Whole(self.value + other.value)
+
+    def __sub__(self, other):
+        return Whole(self.value - other.value)
+
+    def __mul__(self, other):
+        return Whole(self.value * other.value)
+
+    def __truediv__(self, other):
+        quotient, remainder = divmod(self.value, other.value)
+        if remainder:
+            raise ZeroDivisionError
+        return Whole(quotient)
+
+
+def is_right(problem, text, legal):
+    """Judge by Python's own evaluation over `Whole`, which knows no other operation."""
+    literals = re.findall(r"\d+", text)
+    if set(text) - set(legal) or any(number != str(int(number)) for number in literals):
+        return False
+    if sorted(map(int, literals)) != sorted(problem.fields["numbers"]):
+        return False
+    try:
+        result = eval(re.sub(r"(\d+)", r"Whole(\1)", text), {"Whole": Whole})
+    except (SyntaxError, TypeError, ZeroDivisionError):
+        return False
+    return result.value == problem.fields["target"]
+
+
+def reachable(numbers):
+    """Return every whole value reached by joining two of the numbers again and again."""
+    if len(numbers) == 1:
+        return set(numbers)
+    found = set()
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+        a, b = numbers[i], numbers[j]
+        joined = [a + b, a - b, a * b] + ([a // b] if b and a % b == 0 else [])
+        for value in joined:
+            found |= reachable([*rest, value])
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_every_single_character_change_is_graded_as_python_does(options):
+    chosen = TaskSettings(train_problems=1000, eval_problems=100, options=options)
+    task = build_task(chosen)
+    legal = "0123456789" + ("+-*/()" if options else "+-*")
+    still_right = 0
+    for problem in task.problems("eval"):
+        text = problem.solution
+        changed = set()
+        for i in range(len(text) + 1):
+            for character in ("", *"0123456789+-*/() _."):
+                changed |= {text[:i] + character + text[i + 1 :], text[:i] + character + text[i:]}
+        for candidate in changed:
+            right = is_right(problem, candidate.strip(), legal)
+            assert task.reward(problem, candidate).correct == right, (problem, candidate)
+            still_right += right
+    assert still_right > 100  # 100 of these are the solutions themselves
+
+
+def test_problems_are_all_that_can_be_solved():
+    solvable = {
+        (numbers, target)
+        for numbers in itertools.combinations_with_replacement(range(1, 7), 3)
+        for target in reachable(list(numbers))
+        if target > 0
+    }
+    options = {"high": 6, **EVERYTHING}
+    chosen = TaskSettings(train_problems=len(solvable) - 1, eval_problems=1, options=options)
+    task = build_task(chosen)
+    found = {
+        (tuple(sorted(p.fields["numbers"])), p.fields["target"])
+        for p in (*task.problems("train"), *task.problems("eval"))
+    }
+    assert found == solvable
+
+
+def test_prompt_shows_the_numbers_in_random_order():
+    task = build_task(TaskSettings(train_problems=1000, eval_problems=100))
+    problems = task.problems("train")
+    assert all(re.fullmatch(r"\d \d \d = \d+:", task.prompt(p)) for p in problems)
+    increasing = sum(p.fields["numbers"] == sorted(p.fields["numbers"]) for p in problems)
+    assert 150 < increasing < 350  # 1/6, and more where numbers repeat
+
+
+@pytest.mark.parametrize(
+    "text, score, parts",
+    [
+        ("3*5+7", 1.0, {"numbers": 1.0, "value": 1.0}),
+        ("3+5+7", 0.25, {"numbers": 1.0, "value": 0.0}),
+        ("15+7", 0.0, {"numbers": 0.0, "value": 0.0}),
+        ("3*5+7=22", 0.0, {"numbers": 0.0, "value": 0.0}),
+        ("(3*5)+7", 0.0, {"numbers": 0.0, "value": 0.0}),
+        ("3*5 +7", 0.0, {"numbers": 0.0, "value": 0.0}),
+    ],
+)
+def test_partial_credit_is_for_the_right_numbers(text, score, parts):
+    options = {"partial_credit": 0.25}
+    task = build_task(TaskSettings(train_problems=1, eval_problems=1, options=options))
+    reward = task.reward(Problem("", {"numbers": [3, 5, 7], "target": 22}, ""), text)
+    assert (reward.score, reward.parts) == (score, parts)
+
+
+def test_division_has_to_come_out_whole():
+    options = {"operators": "*/", "parentheses": True}
+    task = build_task(TaskSettings(train_problems=1, eval_problems=1, options=options))
+    problem = Problem("", {"numbers": [3, 6, 4], "target": 8}, "")
+    assert task.reward(problem, "6*4/3").correct
+    assert not task.reward(problem, "4/3*6").correct

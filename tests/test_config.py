@@ -1,0 +1,216 @@
+"""Settings files: what is read back, what is refused and how it is said."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from agrpo_megatron.config import build, describe, load, to_tree, to_yaml
+from agrpo_megatron.rules import validate
+from agrpo_megatron.settings import SamplingSettings, Settings, evaluation_sampling
+
+OVERRIDES = [
+    "run.seed=3",
+    "optimizer.learning_rate=1e-4",
+    "sampling.top_k=20",
+    "sampling.threshold=0.9",
+    "model.megatron={attention_dropout: 0.1}",
+    "task.options.numbers=3",
+    "logging.live=false",
+    "tokenizer.path=null",
+]
+
+
+def _message(overrides, *, world_size=1, path=None):
+    with pytest.raises(ValueError, match=".") as error:
+        validate(load(Settings, path, overrides), world_size)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_resolved_settings_read_back_equal(tmp_path):
+    settings = load(Settings, None, OVERRIDES)
+    assert settings != Settings()
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(settings))
+    assert load(Settings, path) == settings
+    assert build(Settings, to_tree(settings)) == settings
+
+
+def test_the_defaults_are_valid_and_read_back_equal(tmp_path):
+    validate(Settings())
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(Settings()))
+    assert load(Settings, path) == Settings()
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "0.0001"])
+def test_numbers_are_read_as_people_write_them(tmp_path, written):
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"optimizer:\n  learning_rate: {written}\n")
+    rate = load(Settings, path).optimizer.learning_rate
+    assert rate == 1e-4
+    assert load(Settings, None, [f"optimizer.learning_rate={written}"]).optimizer == replace(
+        Settings().optimizer, learning_rate=rate
+    )
+
+
+def test_overrides_win_over_the_file_in_their_order(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("run: {seed: 1}\nmodel:\n  # all defaults\n")
+    assert load(Settings, path).run.seed == 1
+    assert load(Settings, path, ["run.seed=2", "run.seed=3"]).run.seed == 3
+    assert load(Settings, path).model == Settings().model
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("# nothing set\n")
+    assert load(Settings, path) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "sampling.block_lenght=32",
+            "sampling.block_lenght is not a setting; did you mean sampling.block_length?",
+        ),
+        ("modle.num_layers=2", "modle is not a setting; did you mean model?"),
+        (
+            "checkpoint.zzz=1",
+            "checkpoint.zzz is not a setting; section checkpoint has interval, keep",
+        ),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(override, message):
+    assert _message([override]) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.seed=one", "run.seed='one' has the wrong type; it must be an integer"),
+        ("run.seed=true", "run.seed=True has the wrong type; it must be an integer"),
+        ("run.seed=", "run.seed is empty; it must be an integer"),
+        ("logging.live=1", "logging.live=1 has the wrong type; it must be true or false"),
+        ("algorithm.group_size=1", "algorithm.group_size=1 must be at least 2"),
+        ("sampling.top_p=1.5", "sampling.top_p=1.5 must be at most 1"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate=nan must be at least 0"),
+        (
+            "sampling.unmasking=entropie",
+            "sampling.unmasking=entropie must be one of random, low_confidence, entropy; "
+            "did you mean entropy?",
+        ),
+        ("model=4", "model=4 is a section; write `model:` and indent its keys"),
+        ("run.seed", "override 'run.seed': write section.key=value, e.g. run.seed=1"),
+        ("run.seed.x=1", "run.seed={'x': 1} has the wrong type; it must be an integer"),
+        ("run.dir=[", "override 'run.dir=[': the value is not valid YAML; quote it"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_what_it_must_be(override, message):
+    assert _message([override]) == message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["sampling.block_length=24"],
+            "sampling.block_length=24 does not divide sampling.completion_length=256; use 16 or 32",
+        ),
+        (
+            ["sampling.denoising_steps=100"],
+            "sampling.denoising_steps=100 must be a multiple of the 8 blocks and at most "
+            "sampling.completion_length=256; use 96",
+        ),
+        (
+            ["model.num_attention_heads=6"],
+            "model.num_attention_heads=6 does not divide model.hidden_size=128; use 4",
+        ),
+        (
+            ["model.num_query_groups=3"],
+            "model.num_query_groups=3 does not divide model.num_attention_heads=4; use 2",
+        ),
+        (
+            ["sampling.temperature=0"],
+            "sampling.temperature=0 draws equal completions in a group, so no advantage; use a "
+            "positive temperature such as 1.0 (evaluation.temperature may be 0)",
+        ),
+        (
+            ["tokenizer.path=missing.model"],
+            "tokenizer.path=missing.model does not exist; give a sentencepiece .model file, a "
+            "Hugging Face directory, or null for the built-in characters",
+        ),
+        (
+            ["parallel.sequence=true"],
+            "parallel.sequence=true needs parallel.tensor of at least 2; set it to false",
+        ),
+        (
+            ["parallel.tensor=2"],
+            "parallel.tensor=2 does not divide the 1 ranks that were started; start 2 ranks "
+            "(torchrun --nproc-per-node 2) or use 1",
+        ),
+        (
+            ["model.max_sequence_length=256"],
+            "sampling.completion_length=256 leaves no room for a prompt in "
+            "model.max_sequence_length=256; shorten or raise it",
+        ),
+    ],
+)
+def test_a_broken_rule_says_key_value_rule_and_fix(overrides, message):
+    assert _message(overrides) == message
+
+
+def test_the_fix_that_a_rule_names_is_accepted():
+    for fix in ("sampling.block_length=16", "sampling.block_length=32"):
+        validate(load(Settings, None, [fix]))
+    validate(load(Settings, None, ["sampling.denoising_steps=96"]))
+    validate(load(Settings, None, ["parallel.tensor=2", "parallel.sequence=true"]), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: [", "not valid YAML"),
+        ("- run", "the top level must be sections"),
+        (b"\xff\xfe", "not a UTF-8 text file"),
+        (None, "No such file or directory; give the path of a YAML file"),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path, text, message):
+    path = tmp_path / "settings.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    told = _message([], path=path)
+    assert str(path) in told
+    assert message in told
+
+
+def test_evaluation_takes_the_sampler_of_the_run_where_it_sets_nothing():
+    settings = load(Settings, None, ["sampling.block_length=64", "evaluation.denoising_steps=64"])
+    assert evaluation_sampling(settings) == SamplingSettings(
+        block_length=64, denoising_steps=64, temperature=0.0, unmasking="low_confidence"
+    )
+
+
+def test_the_reference_describes_every_setting_with_help_and_default():
+    lines = list(describe(Settings))
+    assert all(line.help and line.type for line in lines)
+    resolved = yaml.safe_load(to_yaml(Settings()))
+    for line in lines:
+        value = resolved
+        for part in line.key.split("."):
+            value = value[part]
+        assert value == line.default, line.key
+
+
+@pytest.mark.parametrize("module", ["settings", "config", "rules", "tokenizer", "doctor"])
+def test_what_reads_settings_loads_no_heavy_library(module):
+    heavy = "{'torch', 'megatron', 'transformers', 'sentencepiece', 'wandb'}"
+    code = f"import sys, agrpo_megatron.{module}; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
