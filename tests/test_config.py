@@ -105,7 +105,7 @@ def test_an_unknown_key_names_the_nearest(override, message):
             "sampling.unmasking=entropie must be one of random, low_confidence, entropy; "
             "did you mean entropy?",
         ),
-        ("model=4", "model=4 is a section; write `model:` and indent its keys"),
+        ("model=4", "model=4 is a section; write model: and indent its keys"),
         ("run.seed", "override 'run.seed': write section.key=value, e.g. run.seed=1"),
         ("run.seed.x=1", "run.seed={'x': 1} has the wrong type; it must be an integer"),
         ("run.dir=[", "override 'run.dir=[': the value is not valid YAML; quote it"),

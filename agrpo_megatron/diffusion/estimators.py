@@ -32,19 +32,25 @@ def agrpo(trajectory: Trajectory, context: DrawContext) -> StepDraws:
 
     Source: arXiv 2510.04019, with its sampler as `step_sampler: batch`.
     """
-    settings, count = context.algorithm, context.algorithm.mc_samples
+    settings = context.algorithm
+    uniforms = timesteps.draw_uniforms(
+        trajectory.rollout_ids,
+        settings.mc_samples,
+        sampler=settings.step_sampler,
+        seed=context.seed,
+        group_size=settings.group_size,
+    )
+    return draws_at(trajectory, uniforms, context)
+
+
+def draws_at(trajectory: Trajectory, uniforms: Tensor, context: DrawContext) -> StepDraws:
+    """Return the rows that uniform numbers [R, k] draw from the proposal, by inverse CDF."""
+    settings, count = context.algorithm, uniforms.shape[1]
     live = _live(trajectory, context)
     most = max(1, int(live.max())) if len(live) else 1
     entropies = timesteps.step_entropies(trajectory, most)
     proposal = timesteps.step_proposal(
         live, entropies, proposal=settings.proposal, uniform_mix=settings.uniform_mix
-    )
-    uniforms = timesteps.draw_uniforms(
-        trajectory.rollout_ids,
-        count,
-        sampler=settings.step_sampler,
-        seed=context.seed,
-        group_size=settings.group_size,
     )
     steps = timesteps.invert(proposal, uniforms)
     weights = step_weights(proposal, live, steps) / count

@@ -35,13 +35,13 @@ def load_hf(model: nn.Module, settings: ModelSettings, directory: str | Path, ra
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
 
-    def read(name: str) -> Tensor:
+    def _read(name: str) -> Tensor:
         if name not in where:
             raise ValueError(f"{directory}: tensor {name} is missing")
         with safe_open(where[name], framework="pt") as tensors:
             return tensors.get_tensor(name)
 
-    load_named(model, settings, read, ranks)
+    load_named(model, settings, _read, ranks)
 
 
 def initialise(model: nn.Module, settings: ModelSettings, seed: int, ranks: Ranks) -> None:
@@ -53,7 +53,7 @@ def initialise(model: nn.Module, settings: ModelSettings, seed: int, ranks: Rank
     shapes = hf_shapes(settings)
     residual = settings.init_std / (2 * settings.num_layers) ** 0.5
 
-    def draw(name: str) -> Tensor:
+    def _draw(name: str) -> Tensor:
         shape, transform = shapes[name]
         if name.endswith("bias"):
             return torch.zeros(shape)
@@ -63,7 +63,7 @@ def initialise(model: nn.Module, settings: ModelSettings, seed: int, ranks: Rank
         std = residual if transform == "row" else settings.init_std
         return torch.randn(shape, generator=generator) * std
 
-    load_named(model, settings, draw, ranks)
+    load_named(model, settings, _draw, ranks)
 
 
 def load_named(

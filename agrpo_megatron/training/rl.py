@@ -144,11 +144,13 @@ def update_policy(
         filled = sum(len(batch.rows.tokens) for batch in batches)
         batches = equal_count(batches, engine, _filler(session, rollout))
         if reference is not None:
-            batches = [_with_reference(b, reference, session, settings.sampling) for b in batches]
+            batches = [
+                with_reference(b, reference, session.vocab, settings.sampling) for b in batches
+            ]
         metrics = optimizer_step(
             engine,
             batches,
-            loss=_loss(session.vocab, settings.sampling, algorithm),
+            loss=make_loss(session.vocab, settings.sampling, algorithm),
             examples=len(rollout.rewards),
         )
         tokens += filled
@@ -166,7 +168,9 @@ def useful_draws(draws: StepDraws, rollout: Rollout, algorithm: AlgorithmSetting
     return StepDraws(draws.rollout[kept], draws.step[kept], draws.weight[kept])
 
 
-def _loss(vocab: Vocabulary, sampling: SamplingSettings, algorithm: AlgorithmSettings):
+def make_loss(vocab: Vocabulary, sampling: SamplingSettings, algorithm: AlgorithmSettings):
+    """Return the loss of one micro-batch, for `optimizer_step`."""
+
     def loss(logits: Tensor, batch: TimestepBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs = _logprobs(logits, batch, vocab, sampling)
         return policy_loss(logprobs, batch, algorithm)
@@ -183,14 +187,15 @@ def _logprobs(
     return logprobs
 
 
-def _with_reference(
+def with_reference(
     batch: TimestepBatch,
     reference: MaskedDiffusionModel,
-    session: Session,
+    vocab: Vocabulary,
     sampling: SamplingSettings,
 ) -> TimestepBatch:
+    """Add the frozen reference's log-probs of the batch's tokens."""
     logits = score_rows(reference, batch.rows)
-    return replace(batch, reference_logprobs=_logprobs(logits, batch, session.vocab, sampling))
+    return replace(batch, reference_logprobs=_logprobs(logits, batch, vocab, sampling))
 
 
 def _rollout_sums(session: Session, rollout: Rollout) -> dict[str, float]:

@@ -9,6 +9,7 @@ SFT examples) of the whole step, also of those that were skipped for having no g
 gradient is the mean over rollouts, whatever the number of micro-batches or ranks.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -43,12 +44,31 @@ def optimizer_step[Batch: (SftBatch, TimestepBatch)](
     Raises:
         RuntimeError: the loss or the gradient is not finite.
     """
-    network = engine.network.train()
+    metrics = accumulate_gradients(engine, batches, loss=loss, examples=examples)
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise RuntimeError(f"the loss is not finite: {metrics}; no weights were changed")
+    engine.scheduler.step(increment=1)
+    updated, grad_norm, _ = engine.optimizer.step()
+    if not updated:
+        raise RuntimeError("the gradient is not finite; no weights were changed")
+    learning_rate = max(group["lr"] for group in engine.optimizer.param_groups)
+    return {**metrics, "grad_norm": float(grad_norm or 0.0), "learning_rate": learning_rate}
+
+
+def accumulate_gradients[Batch: (SftBatch, TimestepBatch)](
+    engine: Engine,
+    batches: Sequence[Batch],
+    *,
+    loss: Callable[[Tensor, Batch], tuple[Tensor, Metrics]],
+    examples: int,
+) -> dict[str, float]:
+    """Run forward and backward alone: leaves the mean gradient in `main_grad`; all ranks."""
+    engine.network.train()
     engine.ddp.zero_grad_buffer()
     engine.optimizer.zero_grad()
     counts = iter([examples] + [0] * (len(batches) - 1))
 
-    def forward(iterator: Iterator[Batch], model: torch.nn.Module):
+    def forward_step(iterator: Iterator[Batch], model: torch.nn.Module):
         batch = next(iterator)
 
         def reduce_loss(logits: Tensor):
@@ -59,7 +79,7 @@ def optimizer_step[Batch: (SftBatch, TimestepBatch)](
         return model(batch.rows), reduce_loss
 
     collected = get_forward_backward_func()(
-        forward_step_func=forward,
+        forward_step_func=forward_step,
         data_iterator=iter(batches),
         model=engine.ddp,
         num_microbatches=len(batches),
@@ -67,16 +87,8 @@ def optimizer_step[Batch: (SftBatch, TimestepBatch)](
         micro_batch_size=1,
         forward_only=False,
     )
-    metrics = _reduce_metrics(collected, examples, engine)
-    if not all(torch.isfinite(torch.tensor(value)) for value in metrics.values()):
-        raise RuntimeError(f"the loss is not finite: {metrics}; no weights were changed")
-    engine.scheduler.step(increment=1)
-    updated, grad_norm, _ = engine.optimizer.step()
-    if not updated:
-        raise RuntimeError("the gradient is not finite; no weights were changed")
-    network.eval()
-    learning_rate = max(group["lr"] for group in engine.optimizer.param_groups)
-    return {**metrics, "grad_norm": float(grad_norm or 0.0), "learning_rate": learning_rate}
+    engine.network.eval()
+    return _reduce_metrics(collected, examples, engine)
 
 
 def equal_count[Batch: (SftBatch, TimestepBatch)](

@@ -1,0 +1,96 @@
+"""Exact variance of drawn denoising steps: what a step sampler and a proposal cost in noise.
+
+No draw is made. A draw is a function of uniform numbers that is constant between the breakpoints
+of the inverse CDF, so that first and second moments are finite sums.
+"""
+
+import torch
+from torch import Tensor
+
+from agrpo_megatron.diffusion.estimators import step_weights
+from agrpo_megatron.diffusion.timesteps import invert
+
+
+def estimator_variance(
+    contributions: Tensor,
+    proposal: Tensor,
+    *,
+    live: Tensor,
+    count: int,
+    sampler: str,
+    group_size: int,
+    enumerate_short: bool = True,
+) -> Tensor:
+    """Return the variance of sum_r (1 / count) sum_l w(t_l) g_r(t_l), summed over D; float64.
+
+    Its mean is sum_r of the mean of g_r over the live steps, whichever way steps are drawn.
+
+    Args:
+        contributions: [R, M, D] g_r(t): what step t of rollout r adds, advantage included.
+        proposal: [R, M] from `timesteps.step_proposal`.
+        live: [R] numbers of live steps.
+        group_size: neighbours that `batch` spreads its draws over; it divides R.
+        enumerate_short: rollouts with no more live steps than draws add no variance.
+    """
+    proposal = proposal.double()
+    steps = torch.arange(proposal.shape[1], device=proposal.device).expand_as(proposal)
+    values = step_weights(proposal, live, steps)[:, :, None] * contributions.double()
+    if enumerate_short:
+        values = values * (live > count)[:, None, None]
+    if sampler == "independent":
+        return _within(values, proposal, 1).sum() / count
+    if sampler == "stratified":
+        return _within(values, proposal, count).sum() / count**2
+    if sampler == "systematic":
+        return _systematic(values, proposal, count)
+    assert sampler == "batch"
+    return _batch(values, proposal, count, group_size)
+
+
+def _parts(proposal: Tensor, parts: int) -> Tensor:
+    """Return P(step | the uniform number lies in part s of the unit interval), [R, parts, M]."""
+    high = proposal.cumsum(1)
+    low = high - proposal
+    edges = torch.arange(parts + 1, dtype=torch.float64, device=proposal.device)[:, None] / parts
+    shared = torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])
+    return parts * shared.clamp(min=0)
+
+
+def _within(values: Tensor, proposal: Tensor, parts: int) -> Tensor:
+    """Return the variance of one drawn value given its part, [R, parts], summed over D."""
+    chances = _parts(proposal, parts)
+    squares = (chances @ values.square().sum(-1, keepdim=True)).squeeze(-1)
+    return (squares - (chances @ values).square().sum(-1)).clamp(min=0)
+
+
+def _systematic(values: Tensor, proposal: Tensor, count: int) -> Tensor:
+    """Integrate over the one offset of each rollout's comb, cell by cell."""
+    jumps = (count * proposal.cumsum(1)).frac()
+    ends = torch.zeros_like(jumps[:, :1])
+    edges = torch.cat([ends, jumps, ends + 1], 1).sort(1).values
+    offsets, widths = (edges[:, 1:] + edges[:, :-1]) / 2, edges.diff(dim=1)
+    places = torch.arange(count, device=proposal.device)
+    uniforms = (places + offsets[:, :, None]) / count
+    steps = invert(proposal, uniforms.flatten(1)).view(uniforms.shape)
+    shares = torch.zeros(*offsets.shape, proposal.shape[1], dtype=torch.float64)
+    shares = shares.to(steps.device).scatter_add_(
+        2, steps, torch.full_like(uniforms, 1 / count, dtype=torch.float64)
+    )
+    combs = shares @ values
+    mean = (widths[:, :, None] * combs).sum(1, keepdim=True)
+    return (widths * (combs - mean).square().sum(-1)).sum()
+
+
+def _batch(values: Tensor, proposal: Tensor, count: int, group_size: int) -> Tensor:
+    """Treat parts shuffled over a group: draws sit in different parts, hence are correlated.
+
+    With n parts and m_r(s) the mean value of rollout r in part s, two draws of rollouts r and r'
+    have covariance -sum_s (m_r(s) - m_r) (m_r'(s) - m_r') / (n (n - 1)).
+    """
+    parts = group_size * count
+    means = _parts(proposal, parts) @ values
+    apart = means - means.mean(1, keepdim=True)
+    pairs = apart.view(-1, group_size, *apart.shape[1:]).sum(1).square().sum()
+    same = apart.square().sum()
+    alone = _within(values, proposal, 1).sum()
+    return alone / count - (pairs - same / count) / (parts * max(1, parts - 1))

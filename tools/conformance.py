@@ -1,0 +1,265 @@
+"""Check this code against golden numbers of the public reference code.
+
+    python tools/conformance.py DIR
+    torchrun --nproc-per-node 2 tools/conformance.py DIR --parallel tp2
+
+DIR holds `hf/` (a checkpoint in Hugging Face format), `golden.json` (what was computed, with
+which settings) and `golden.safetensors` (inputs and results). Checked are the logits of a
+forward pass, the completions of the sampler token for token, and the loss and every gradient of
+the AGRPO update. One line per check; exit status 1 when one fails, 2 for wrong arguments.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from agrpo_megatron.diffusion import estimators
+from agrpo_megatron.diffusion.batches import timestep_batches
+from agrpo_megatron.diffusion.logprobs import Vocabulary
+from agrpo_megatron.diffusion.packing import pack
+from agrpo_megatron.diffusion.sampler import SamplerContext, sample
+from agrpo_megatron.families import settings_from_hf
+from agrpo_megatron.megatron.engine import Engine, build_engine, model_vocabulary, score_rows
+from agrpo_megatron.megatron.model import build_model
+from agrpo_megatron.megatron.ranks import Ranks, start_ranks, stop_ranks, world_size
+from agrpo_megatron.megatron.weights import export_hf, load_hf, load_named
+from agrpo_megatron.rules import validate
+from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings, Settings
+from agrpo_megatron.training.rl import make_loss, with_reference
+from agrpo_megatron.training.step import accumulate_gradients
+from agrpo_megatron.types import Rollout, Trajectory
+
+LOGITS, LOSS, GRADIENT = 1e-5, 1e-5, 1e-4
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison; `error` is what `limit` bounds."""
+
+    name: str
+    error: float
+    limit: float
+    detail: str
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A conformance directory, with a model built for it."""
+
+    directory: Path
+    cases: dict
+    tensors: dict[str, Tensor]
+    settings: Settings
+    ranks: Ranks
+    engine: Engine
+    vocab: Vocabulary
+
+
+def main() -> int:
+    """Run all checks; returns the exit status."""
+    arguments = _arguments()
+    try:
+        golden = _open(arguments.directory, arguments.parallel)
+    except ValueError as error:
+        print(f"conformance: error: {error}", file=sys.stderr)
+        return 2
+    failed, total = 0, 0
+    for check in [*check_logits(golden), *check_sampler(golden), *check_agrpo(golden)]:
+        passed = check.error <= check.limit
+        total, failed = total + 1, failed + (not passed)
+        if golden.ranks.is_main:
+            word = "ok  " if passed else "FAIL"
+            bounds = f"{check.error:9.2e} (limit {check.limit:.0e})"
+            print(f"{word} {check.name:28s} {bounds}  {check.detail}")
+    if golden.ranks.is_main:
+        layout = f"tp{golden.ranks.tensor_size}"
+        print(f"{arguments.directory}: {total - failed} of {total} checks passed at {layout}")
+    stop_ranks()
+    return 1 if failed or not total else 0
+
+
+def check_logits(golden: Golden) -> Iterator[Check]:
+    """Compare a forward pass over rows of equal length; errors are relative to the largest."""
+    if "logits.logits" not in golden.tensors:
+        return
+    ids, expected = golden.tensors["logits.input_ids"], golden.tensors["logits.logits"]
+    lengths = torch.full((len(ids),), ids.shape[1])
+    rows = pack(ids, lengths, torch.ones_like(ids, dtype=torch.bool))
+    ours = score_rows(golden.engine.network, rows)
+    expected = expected.flatten(0, 1)[:, golden.vocab.start :][:, : ours.shape[1]]
+    error, scale = _most(ours - expected, golden), _most(expected, golden)
+    detail = f"{tuple(ids.shape)} tokens, largest difference {error:.2e} of {scale:.1f}"
+    yield Check("logits", error / max(1.0, scale), LOGITS, detail)
+
+
+def check_sampler(golden: Golden) -> Iterator[Check]:
+    """Compare completions of LLaDA's sampler, token for token."""
+    for number, case in enumerate(golden.cases.get("sampler", [])):
+        prompts = golden.tensors["sampler.prompt_ids"]
+        expected = golden.tensors[f"sampler.{number}.output_ids"][:, prompts.shape[1] :]
+        sampling = SamplingSettings(
+            completion_length=case["gen_length"],
+            block_length=case["block_length"],
+            denoising_steps=case["steps"],
+            unmasking=case["remasking"],
+            temperature=case["temperature"],
+            confidence="untempered",
+            early_end=False,
+            forbid_mask_token=False,
+        )
+        model = golden.settings.model
+        assert model.mask_token_id is not None
+        context = SamplerContext(
+            score=lambda rows: score_rows(golden.engine.network, rows),
+            vocab=golden.vocab,
+            mask_id=model.mask_token_id,
+            eos_id=model.eos_token_id,
+            seed=0,
+            token_budget=1 << 20,
+        )
+        made = sample(list(prompts), torch.arange(len(prompts)), context=context, sampling=sampling)
+        wrong = int((made.tokens != expected).sum())
+        detail = f"{expected.numel()} tokens, {case['steps']} steps, block {case['block_length']}"
+        yield Check(f"sampler {number}", float(wrong), 0.0, detail)
+
+
+def check_agrpo(golden: Golden) -> Iterator[Check]:
+    """Compare loss and gradients of the update on stored rollouts."""
+    network, model, ranks = golden.engine.network, golden.settings.model, golden.ranks
+    for number, case in enumerate(golden.cases.get("agrpo", [])):
+        part = _below(golden.tensors, f"agrpo.{number}.")
+        sampling, algorithm = _published(case)
+        context = estimators.DrawContext(algorithm, eos_id=model.eos_token_id, seed=0)
+        rollout = _stored_rollout(part, sampling)
+        draws = estimators.draws_at(rollout.trajectory, part["u"].double(), context)
+        assert model.mask_token_id is not None
+        batches = timestep_batches(rollout, draws, mask_id=model.mask_token_id, token_budget=512)
+        if algorithm.kl_coefficient > 0:
+            reference = build_model(model, golden.settings.parallel).eval()
+            load_hf(reference, model, golden.directory / "hf", ranks)
+            batches = [with_reference(b, reference, golden.vocab, sampling) for b in batches]
+        load_named(network, model, _below(part, "policy.").__getitem__, ranks)
+        loss = make_loss(golden.vocab, sampling, algorithm)
+        metrics = accumulate_gradients(
+            golden.engine, batches, loss=loss, examples=len(rollout.rewards)
+        )
+        expected = float(part["loss"])
+        error = abs(metrics["loss"] - expected)
+        detail = f"{len(draws.rollout)} rows, {case['unmasking']}, {case['is_']} proposal"
+        yield Check(f"agrpo {number} loss", error, LOSS, f"{detail}, loss {expected:.6f}")
+        gradients = {name: p.main_grad for name, p in network.named_parameters()}  # type: ignore
+        ours, theirs = export_hf(gradients, model, ranks), _below(part, "grad.")
+        errors = {n: float((ours[n] - g).norm() / g.norm()) for n, g in theirs.items()}
+        worst = max(errors, key=lambda name: errors[name])
+        detail = f"{len(errors)} tensors, worst {worst}"
+        yield Check(f"agrpo {number} gradients", errors[worst], GRADIENT, detail)
+
+
+def _published(case: dict) -> tuple[SamplingSettings, AlgorithmSettings]:
+    """Translate a case's settings; where ours differ from the published code, take theirs."""
+    sampling = SamplingSettings(
+        completion_length=case["gen_length"],
+        block_length=case["block_length"],
+        denoising_steps=case["steps"],
+        unmasking=case["unmasking"],
+        temperature=case["temperature"],
+        top_k=case["top_k"],
+        top_p=case["top_p"],
+        forbid_mask_token=False,
+    )
+    algorithm = AlgorithmSettings(
+        group_size=case["num_generations"],
+        mc_samples=case["mc_samples"],
+        proposal=case["is_"],
+        step_sampler="batch" if case["low_discrepancy"] else "independent",
+        uniform_mix=0.0,
+        enumerate_short=False,
+        live_steps="text",
+        clip_low=case["epsilon"],
+        clip_high=case["epsilon"],
+        kl_coefficient=case["beta"],
+    )
+    return sampling, algorithm
+
+
+def _stored_rollout(part: dict[str, Tensor], sampling: SamplingSettings) -> Rollout:
+    masks, count = part.get("sampling_masks"), len(part["advantages"])
+    trajectory = Trajectory(
+        prompts=tuple(part["prompt_ids"]),
+        tokens=part["completion_ids"],
+        unmask_step=part["unmask_steps"],
+        logprobs=part["old_logprobs"],
+        entropies=part["old_entropies"],
+        support_ids=_support_ids(masks) if masks is not None else None,
+        num_steps=torch.full((count,), sampling.denoising_steps),
+        rollout_ids=torch.arange(count),
+        sampling=sampling,
+        weights_version=0,
+    )
+    zeros = torch.zeros(count)
+    return Rollout(trajectory, zeros, correct=zeros.bool(), advantages=part["advantages"])
+
+
+def _support_ids(masks: Tensor) -> Tensor:
+    """Turn vocabulary-wide masks [R, C, V] into candidate ids [R, C, K], padded with -1."""
+    width = int(masks.sum(-1).max())
+    ids = torch.arange(masks.shape[-1]).expand(masks.shape).masked_fill(~masks, -1)
+    return ids.sort(-1, descending=True).values[..., :width].to(torch.int32)
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _most(difference: Tensor, golden: Golden) -> float:
+    top = difference.abs().max()
+    torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, golden.ranks.tensor_group)
+    return float(top)
+
+
+def _open(directory: Path, parallel: str) -> Golden:
+    match = re.fullmatch(r"tp(\d+)", parallel)
+    if match is None:
+        raise ValueError(f"--parallel {parallel}: write tp followed by a number, such as tp2")
+    try:
+        cases = json.loads((directory / "golden.json").read_text(encoding="utf-8"))
+        tensors = load_file(directory / "golden.safetensors")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory}: not a conformance directory: {error}") from None
+    model = settings_from_hf(directory / "hf")
+    settings = Settings(model=model)
+    settings = replace(
+        settings,
+        parallel=replace(settings.parallel, tensor=int(match[1])),
+        sampling=replace(settings.sampling, forbid_mask_token=False),
+    )
+    validate(settings, world_size())
+    ranks = start_ranks(settings)
+    engine = build_engine(settings, settings.optimizer, iterations=1, ranks=ranks)
+    load_hf(engine.network, model, directory / "hf", ranks)
+    vocab = model_vocabulary(settings, ranks)
+    return Golden(directory, cases, tensors, settings, ranks, engine, vocab)
+
+
+def _arguments() -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="conformance directory")
+    parser.add_argument(
+        "--parallel", default="tp1", metavar="LAYOUT", help="layout, such as tp2 (default: tp1)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

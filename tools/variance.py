@@ -1,0 +1,307 @@
+"""Print how noisy the drawn denoising steps are, under every step sampler and proposal.
+
+AGRPO scores a few drawn steps of each rollout in place of all of them. Draws can be spread in
+several ways (`algorithm.step_sampler`) and aimed by a proposal (`algorithm.proposal`). All are
+unbiased; they differ in variance, and that is what this tool computes, exactly and without
+drawing anything: the variance of the whole gradient, summed over all weights, over the draws of
+one batch of stored rollouts. 1.00 is `independent` draws from the `uniform` proposal, with as many
+draws; 0.50 is worth twice the draws. Lower is better.
+
+Columns are the numbers of draws (`algorithm.mc_samples`); those with * also score short rollouts
+once in full (`algorithm.enumerate_short`). `entropy, mix 0` is the published proposal, and
+`batch` with it the published sampler; `entropy` mixes in `algorithm.uniform_mix` of uniform. The
+default of the settings is green.
+
+    python tools/variance.py
+    python tools/variance.py --trajectories tests/fixtures/llada_tiny/golden.safetensors
+    python tools/variance.py --draws 4 24 --unmasking low_confidence --seed 3
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from agrpo_megatron.diffusion import timesteps
+from agrpo_megatron.diffusion.batches import timestep_batches
+from agrpo_megatron.diffusion.estimators import advantages
+from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
+from agrpo_megatron.diffusion.sampler import SamplerContext, sample
+from agrpo_megatron.diffusion.variance import estimator_variance
+from agrpo_megatron.settings import (
+    STEP_SAMPLERS,
+    UNMASKING,
+    AlgorithmSettings,
+    SamplingSettings,
+)
+from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
+
+NAMES = ("n_layers", "n_heads", "d_model", "mlp_hidden_size", "vocab_size", "mask_token_id")
+RANDOM_CONFIG = dict(zip(NAMES, (2, 4, 32, 96, 40, 39), strict=True)) | {
+    "eos_token_id": 38,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+}
+# name: (proposal, share of uniform; None is the default of the settings)
+PROPOSALS = {
+    "uniform": ("uniform", 0.0),
+    "entropy": ("entropy", None),
+    "entropy, mix 0": ("entropy", 0.0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Stored rollouts, and what each of their steps adds to the gradient."""
+
+    name: str
+    contributions: Tensor  # [R, M, D] float64
+    entropies: Tensor  # [R, M] nats
+    live: Tensor  # [R]
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """A LLaDA in plain torch, float64: small enough for one gradient per denoising step."""
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+
+    @property
+    def vocab(self) -> Vocabulary:
+        return Vocabulary(self.config["vocab_size"], forbidden=(self.config["mask_token_id"],))
+
+    def score(self, rows: PackedRows) -> Tensor:
+        """Return logits at the scored positions of rows of one length."""
+        length = int(rows.cu_seqlens[1])
+        assert bool((rows.cu_seqlens.diff() == length).all())
+        hidden = self.hidden(rows.tokens.view(-1, length)).flatten(0, 1)
+        return hidden[rows.scored] @ self.weights["ff_out.weight"].T
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Return the final hidden states [N, L, d] of token ids [N, L]."""
+        weights, heads = self.weights, self.config["n_heads"]
+        x = weights["wte.weight"][tokens]
+        for layer in range(self.config["n_layers"]):
+            own = {
+                name.removeprefix(f"blocks.{layer}."): weight
+                for name, weight in weights.items()
+                if name.startswith(f"blocks.{layer}.")
+            }
+            y = self._norm(x, own["attn_norm.weight"])
+            q, k, v = (
+                (y @ own[f"{name}_proj.weight"].T).unflatten(-1, (heads, -1)).transpose(1, 2)
+                for name in "qkv"
+            )
+            mixed = functional.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v)
+            x = x + mixed.transpose(1, 2).flatten(2) @ own["attn_out.weight"].T
+            y = self._norm(x, own["ff_norm.weight"])
+            gate = functional.silu(y @ own["ff_proj.weight"].T)
+            x = x + (gate * (y @ own["up_proj.weight"].T)) @ own["ff_out.weight"].T
+        return self._norm(x, weights["ln_f.weight"])
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, weight.shape, weight, self.config["rms_norm_eps"])
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        exponents = torch.arange(0, width, 2, dtype=x.dtype) / width
+        turns = torch.arange(x.shape[-2], dtype=x.dtype)[:, None]
+        angles = (turns / self.config["rope_theta"] ** exponents).repeat(1, 2)
+        left, right = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat([-right, left], -1) * angles.sin()
+
+
+def random_model(seed: int) -> Model:
+    """Return a model of random weights, wide enough to have opinions."""
+    config, generator = RANDOM_CONFIG, torch.Generator().manual_seed(seed)
+    size, inner, vocab = config["d_model"], config["mlp_hidden_size"], config["vocab_size"]
+    shapes = {"wte": (vocab, size), "ff_out": (vocab, size), "ln_f": (size,)}
+    for layer in range(config["n_layers"]):
+        block = dict.fromkeys(("q_proj", "k_proj", "v_proj", "attn_out"), (size, size))
+        block |= {"ff_proj": (inner, size), "up_proj": (inner, size), "ff_out": (size, inner)}
+        block |= {"attn_norm": (size,), "ff_norm": (size,)}
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
+    weights = {
+        f"{name}.weight": torch.ones(shape, dtype=torch.float64)
+        if len(shape) == 1
+        else torch.randn(shape, generator=generator, dtype=torch.float64) * 2 / shape[1] ** 0.5
+        for name, shape in shapes.items()
+    }
+    return Model(config, weights)
+
+
+def sampled_case(unmasking: str, seed: int) -> Case:
+    """Sample two groups from a random model; the reward is the share of even token ids."""
+    model, group_size = random_model(seed), AlgorithmSettings().group_size
+    sampling = SamplingSettings(
+        completion_length=32, block_length=8, denoising_steps=16, unmasking=unmasking
+    )
+    mask_id, eos_id = model.config["mask_token_id"], model.config["eos_token_id"]
+    context = SamplerContext(model.score, model.vocab, mask_id, eos_id, seed, token_budget=4096)
+    prompts = [torch.arange(8) + 10 * g for g in range(2) for _ in range(group_size)]
+    trajectory = sample(prompts, torch.arange(len(prompts)), context=context, sampling=sampling)
+    rewards = (trajectory.tokens % 2 == 0).double().mean(1)
+    gains = advantages(rewards, group_size=group_size, baseline=AlgorithmSettings().baseline)
+    name = f"2 x {group_size} rollouts of a random model, unmasking {unmasking}"
+    return make_case(name, model, trajectory, gains, group_size)
+
+
+def stored_cases(path: Path) -> Iterator[Case]:
+    """Read the `agrpo.N.*` trajectories of a file, and the `hf/` model beside it that drew them."""
+    tensors = load_file(path)
+    settings = json.loads((path.parent / "golden.json").read_text())
+    config = json.loads((path.parent / "hf" / "config.json").read_text())
+    weights = {
+        name.removeprefix("model.transformer."): weight.double()
+        for name, weight in load_file(path.parent / "hf" / "model.safetensors").items()
+    }
+    for number, options in enumerate(settings["agrpo"]):
+        stored = {
+            name.removeprefix(f"agrpo.{number}."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(f"agrpo.{number}.")
+        }
+        trajectory, gains = stored_trajectory(stored, options), stored["advantages"].double()
+        name = f"{path.name}, agrpo.{number}: {len(gains)} rollouts, {options['unmasking']}"
+        yield make_case(name, Model(config, weights), trajectory, gains, len(gains))
+
+
+def stored_trajectory(stored: dict[str, Tensor], options: dict[str, Any]) -> Trajectory:
+    """Turn stored tensors into a record; positions without numbers were filled in, not drawn."""
+    steps, masks, support = stored["unmask_steps"], stored.get("sampling_masks"), None
+    drawn = (stored["old_logprobs"] != 0) | (stored["old_entropies"] > 0)
+    if masks is not None:
+        kept, ids = torch.sort(masks.int(), dim=-1, descending=True, stable=True)
+        support = ids.masked_fill(kept == 0, -1)[..., : int(masks.sum(-1).max())].int()
+    return Trajectory(
+        prompts=tuple(stored["prompt_ids"]),
+        tokens=stored["completion_ids"],
+        unmask_step=steps,
+        logprobs=stored["old_logprobs"],
+        entropies=stored["old_entropies"],
+        support_ids=support,
+        num_steps=steps.masked_fill(~drawn, -1).amax(1) + 1,
+        rollout_ids=torch.arange(len(steps)),
+        sampling=SamplingSettings(temperature=options["temperature"]),
+        weights_version=0,
+    )
+
+
+def make_case(
+    name: str, model: Model, trajectory: Trajectory, gains: Tensor, group_size: int
+) -> Case:
+    """Compute every live step's gradient by all weights, at a policy ratio of 1."""
+    live = timesteps.live_steps(
+        trajectory, eos_id=model.config["eos_token_id"], rule=AlgorithmSettings().live_steps
+    )
+    weights = {key: weight.detach().requires_grad_() for key, weight in model.weights.items()}
+    model, rollout = replace(model, weights=weights), Rollout(trajectory, gains, gains > 0, gains)
+    rows, most = len(gains), int(live.max())
+    size = sum(weight.numel() for weight in weights.values())
+    result = torch.zeros(rows, most, size, dtype=torch.float64)
+    for r, t in (torch.arange(most) < live[:, None]).nonzero().tolist():
+        one = StepDraws(torch.tensor([r]), torch.tensor([t]), torch.ones(1).double())
+        (batch,) = timestep_batches(
+            rollout, one, mask_id=model.config["mask_token_id"], token_budget=1
+        )
+        temperature = trajectory.sampling.temperature
+        logits = policy_logits(model.score(batch.rows), model.vocab, temperature=temperature)
+        logprobs, _ = token_logprobs(
+            logits, batch.targets, vocab=model.vocab, support_ids=batch.support_ids
+        )
+        loss = -(logprobs * batch.advantages).sum()
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        result[r, t] = torch.cat(
+            [
+                torch.zeros_like(w).flatten() if g is None else g.flatten()
+                for g, w in zip(gradients, weights.values(), strict=True)
+            ]
+        )
+    # Variances need inner products alone, and those survive a rotation into the vectors' span.
+    spanned = torch.linalg.qr(result.flatten(0, 1).T, mode="r").R.T.view(rows, most, -1)
+    return Case(name, spanned, timesteps.step_entropies(trajectory, most), live, group_size)
+
+
+def variance_of(case: Case, proposal: str, *, mix: float, **drawing: Any) -> float:
+    """Return the variance of one way to draw; `mix` stands where a proposal names none.
+
+    Args:
+        drawing: sampler, count and enumerate_short, as `estimator_variance` takes them.
+    """
+    kind, share = PROPOSALS[proposal]
+    chances = timesteps.step_proposal(
+        case.live, case.entropies, proposal=kind, uniform_mix=mix if share is None else share
+    )
+    options = {"live": case.live, "group_size": case.group_size, **drawing}
+    return float(estimator_variance(case.contributions, chances, **options))
+
+
+def print_table(case: Case, *, draws: list[int], mix: float, console: Console) -> None:
+    """Print one case: a row per sampler and proposal, a column per number of draws."""
+    table = Table(title=case.name, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
+    table.add_column("step sampler", no_wrap=True)
+    table.add_column("proposal", no_wrap=True)
+    columns = [(count, short) for short in (False, True) for count in draws]
+    for count, short in columns:
+        table.add_column(f"k={count}{'*' if short else ''}", justify="right", no_wrap=True)
+    plain = {"sampler": "independent", "enumerate_short": False}
+    units = {count: variance_of(case, "uniform", mix=mix, count=count, **plain) for count in draws}
+    chosen = (AlgorithmSettings().step_sampler, AlgorithmSettings().proposal)
+    for sampler, proposal in itertools.product(reversed(STEP_SAMPLERS), PROPOSALS):
+        cells = []
+        for count, short in columns:
+            drawing = {"sampler": sampler, "count": count, "enumerate_short": short}
+            value = variance_of(case, proposal, mix=mix, **drawing)
+            cells.append(f"{value / units[count]:.2f}" if units[count] > 0 else "-")
+        style = "bold green" if (sampler, proposal) == chosen else None
+        last = proposal == list(PROPOSALS)[-1]
+        table.add_row(sampler, proposal, *cells, style=style, end_section=last)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--trajectories",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="stored rollouts `agrpo.N.*`, with golden.json and hf/ beside the file; without it, "
+        "rollouts are sampled from a random model (seconds)",
+    )
+    parser.add_argument("--draws", type=int, nargs="+", default=[2, 4, 6, 8], metavar="K")
+    parser.add_argument(
+        "--unmasking", choices=UNMASKING, default="random", help="rule of the sampled rollouts"
+    )
+    parser.add_argument(
+        "--uniform-mix", type=float, default=AlgorithmSettings().uniform_mix, metavar="SHARE"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled rollouts")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    path = arguments.trajectories
+    if path is not None and not path.is_file():
+        sys.exit(f"--trajectories {path}: no such file; give a .safetensors file of rollouts")
+    cases = stored_cases(path) if path else [sampled_case(arguments.unmasking, arguments.seed)]
+    for case in cases:
+        print_table(case, draws=arguments.draws, mix=arguments.uniform_mix, console=Console())
+
+
+if __name__ == "__main__":
+    main()
