@@ -6,6 +6,7 @@ torch nor Megatron, so that a wrong file is refused in well under a second.
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def setting(
@@ -191,8 +194,16 @@ def _convert(value: Any, hint: Any) -> Any:
     if hint is str:
         return value if isinstance(value, str) else None
     if typing.get_origin(hint) is dict:
-        return dict(value) if isinstance(value, Mapping) else None
+        return _with_numbers(value) if isinstance(value, Mapping) else None
     return None
+
+
+def _with_numbers(value: Any) -> Any:
+    """Read 1e-4 as a number below settings that are passed through, where no type is declared."""
+    if isinstance(value, Mapping):
+        return {key: _with_numbers(part) for key, part in value.items()}
+    is_number = isinstance(value, str) and _EXPONENT.fullmatch(value)
+    return float(value) if is_number else value
 
 
 def _check_range(key: str, value: Any, meta: Mapping[str, Any]) -> None:

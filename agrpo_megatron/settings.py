@@ -105,6 +105,9 @@ class SftSettings:
 
     iterations: int = setting(0, "optimizer steps; 0 skips the phase", low=0)
     batch_size: int = setting(128, "examples per optimizer step, all ranks together", low=1)
+    problems: int | None = setting(
+        None, "training problems whose solutions are shown; null: all of them", low=1
+    )
     mask_epsilon: float = setting(1e-3, "lowest masking rate t", low=0, high=1)
     optimizer: OptimizerSettings = section(OptimizerSettings, "optimizer of this phase")
 

@@ -40,12 +40,7 @@ from agrpo_megatron.diffusion.estimators import advantages
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
 from agrpo_megatron.diffusion.variance import estimator_variance
-from agrpo_megatron.settings import (
-    STEP_SAMPLERS,
-    UNMASKING,
-    AlgorithmSettings,
-    SamplingSettings,
-)
+from agrpo_megatron.settings import STEP_SAMPLERS, UNMASKING, AlgorithmSettings, SamplingSettings
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
 
 NAMES = ("n_layers", "n_heads", "d_model", "mlp_hidden_size", "vocab_size", "mask_token_id")
@@ -79,10 +74,7 @@ class Model:
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
-
-    @property
-    def vocab(self) -> Vocabulary:
-        return Vocabulary(self.config["vocab_size"], forbidden=(self.config["mask_token_id"],))
+    vocab: Vocabulary  # published rollouts may draw the mask token, ours may not
 
     def score(self, rows: PackedRows) -> Tensor:
         """Return logits at the scored positions of rows of one length."""
@@ -96,11 +88,7 @@ class Model:
         weights, heads = self.weights, self.config["n_heads"]
         x = weights["wte.weight"][tokens]
         for layer in range(self.config["n_layers"]):
-            own = {
-                name.removeprefix(f"blocks.{layer}."): weight
-                for name, weight in weights.items()
-                if name.startswith(f"blocks.{layer}.")
-            }
+            own = below(weights, f"blocks.{layer}.")
             y = self._norm(x, own["attn_norm.weight"])
             q, k, v = (
                 (y @ own[f"{name}_proj.weight"].T).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -141,7 +129,7 @@ def random_model(seed: int) -> Model:
         else torch.randn(shape, generator=generator, dtype=torch.float64) * 2 / shape[1] ** 0.5
         for name, shape in shapes.items()
     }
-    return Model(config, weights)
+    return Model(config, weights, Vocabulary(vocab, forbidden=(config["mask_token_id"],)))
 
 
 def sampled_case(unmasking: str, seed: int) -> Case:
@@ -162,22 +150,26 @@ def sampled_case(unmasking: str, seed: int) -> Case:
 
 def stored_cases(path: Path) -> Iterator[Case]:
     """Read the `agrpo.N.*` trajectories of a file, and the `hf/` model beside it that drew them."""
-    tensors = load_file(path)
+    tensors, model = load_file(path), stored_model(path.parent / "hf")
     settings = json.loads((path.parent / "golden.json").read_text())
-    config = json.loads((path.parent / "hf" / "config.json").read_text())
-    weights = {
-        name.removeprefix("model.transformer."): weight.double()
-        for name, weight in load_file(path.parent / "hf" / "model.safetensors").items()
-    }
     for number, options in enumerate(settings["agrpo"]):
-        stored = {
-            name.removeprefix(f"agrpo.{number}."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(f"agrpo.{number}.")
-        }
+        stored = below(tensors, f"agrpo.{number}.")
         trajectory, gains = stored_trajectory(stored, options), stored["advantages"].double()
         name = f"{path.name}, agrpo.{number}: {len(gains)} rollouts, {options['unmasking']}"
-        yield make_case(name, Model(config, weights), trajectory, gains, len(gains))
+        yield make_case(name, model, trajectory, gains, len(gains))
+
+
+def stored_model(folder: Path) -> Model:
+    """Read a LLaDA in Hugging Face's format."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = below(load_file(folder / "model.safetensors"), "model.transformer.")
+    weights = {name: weight.double() for name, weight in weights.items()}
+    return Model(config, weights, Vocabulary(config["vocab_size"]))
+
+
+def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def stored_trajectory(stored: dict[str, Tensor], options: dict[str, Any]) -> Trajectory:
@@ -285,14 +277,12 @@ def main() -> None:
         help="stored rollouts `agrpo.N.*`, with golden.json and hf/ beside the file; without it, "
         "rollouts are sampled from a random model (seconds)",
     )
-    parser.add_argument("--draws", type=int, nargs="+", default=[2, 4, 6, 8], metavar="K")
-    parser.add_argument(
-        "--unmasking", choices=UNMASKING, default="random", help="rule of the sampled rollouts"
-    )
-    parser.add_argument(
-        "--uniform-mix", type=float, default=AlgorithmSettings().uniform_mix, metavar="SHARE"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled rollouts")
+    add = parser.add_argument
+    add("--draws", type=int, nargs="+", default=[2, 4, 6, 8], metavar="K", help="draws per rollout")
+    add("--unmasking", choices=UNMASKING, default="random", help="rule of the sampled rollouts")
+    mix = AlgorithmSettings().uniform_mix
+    add("--uniform-mix", type=float, default=mix, metavar="SHARE", help=f"default {mix}")
+    add("--seed", type=int, default=0, help="seed of the sampled rollouts")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = arguments.trajectories

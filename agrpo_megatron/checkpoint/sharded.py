@@ -10,7 +10,7 @@ import queue
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from agrpo_megatron.checkpoint.progress import PROGRESS_FILE, Progress
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.model import MaskedDiffusionModel
-
-PROGRESS_FILE = "progress.json"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run had come when a checkpoint was written."""
-
-    phase: str  # "sft" or "rl"
-    iteration: int  # finished iterations of the phase
-    offsets: dict[str, int]  # bytes of each log file that belong to them
-
-    @property
-    def name(self) -> str:
-        """Return the checkpoint's directory name, which sorts in order of time within a phase."""
-        return f"{self.phase}-{self.iteration:06d}"
 
 
 def save_checkpoint(root: Path, engine: Engine, progress: Progress, *, keep: int) -> Path:
@@ -64,31 +49,6 @@ def save_checkpoint(root: Path, engine: Engine, progress: Progress, *, keep: int
         _remove_old(root, progress, keep)
     dist.barrier()
     return final
-
-
-def latest_checkpoint(root: Path) -> tuple[Path, Progress] | None:
-    """Return the newest whole checkpoint below `root`, if there is one.
-
-    Raises:
-        RuntimeError: `latest` points at something that is not there.
-    """
-    pointer = root / "latest"
-    if not pointer.exists():
-        return None
-    path = root / pointer.read_text(encoding="utf-8").strip()
-    return path, read_progress(path)
-
-
-def read_progress(path: Path) -> Progress:
-    """Read a checkpoint's progress record.
-
-    Raises:
-        RuntimeError: the directory does not hold a whole checkpoint.
-    """
-    try:
-        return Progress(**json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise RuntimeError(f"{path} does not hold a whole checkpoint") from None
 
 
 def load_checkpoint(path: Path, engine: Engine) -> None:

@@ -7,6 +7,7 @@ modelling code for the order of operations.
 from collections.abc import Mapping
 from typing import Any
 
+from agrpo_megatron.config import build
 from agrpo_megatron.families.names import Family, Line
 from agrpo_megatron.settings import ModelSettings
 
@@ -23,6 +24,10 @@ _REQUIRED = {
     "input_emb_norm": False,
     "attention_layer_norm": False,
     "bias_for_layer_norm": False,
+    "layer_norm_with_affine": True,
+    "rope_full_precision": True,
+    "multi_query_attention": False,
+    "block_group_size": 1,
 }
 
 
@@ -33,31 +38,32 @@ def _settings(config: Mapping[str, Any]) -> ModelSettings:
         ValueError: a key is missing, or asks for what this family does not have.
     """
     for key, value in _REQUIRED.items():
-        if config.get(key, value) != value:
+        if config.get(key) not in (None, value):
             raise ValueError(f"config.json: {key}={config[key]!r}; the llada family needs {value}")
     try:
         # `embedding_size` counts the rows of the tensors, `vocab_size` those that are meant.
         rows = config.get("embedding_size") or config["vocab_size"]
-        return ModelSettings(
-            family="llada",
-            num_layers=config["n_layers"],
-            hidden_size=config["d_model"],
+        values = {
+            "family": "llada",
+            "num_layers": config["n_layers"],
+            "hidden_size": config["d_model"],
             # `mlp_hidden_size` wins over `mlp_ratio` in the modelling code.
-            ffn_hidden_size=config.get("mlp_hidden_size")
+            "ffn_hidden_size": config.get("mlp_hidden_size")
             or config["mlp_ratio"] * config["d_model"],
-            num_attention_heads=config["n_heads"],
-            num_query_groups=config.get("n_kv_heads") or config["n_heads"],
-            vocab_size=rows,
-            mask_token_id=config["mask_token_id"],
-            eos_token_id=config["eos_token_id"],
-            max_sequence_length=config["max_sequence_length"],
-            rope_theta=config["rope_theta"],
-            norm_epsilon=config["rms_norm_eps"],
-            qkv_bias=config.get("include_qkv_bias", False),
-        )
+            "num_attention_heads": config["n_heads"],
+            "num_query_groups": config.get("n_kv_heads") or config["n_heads"],
+            "vocab_size": rows,
+            "mask_token_id": config["mask_token_id"],
+            "eos_token_id": config["eos_token_id"],
+            "max_sequence_length": config["max_sequence_length"],
+            "rope_theta": config["rope_theta"],
+            "norm_epsilon": config["rms_norm_eps"],
+            "qkv_bias": config.get("include_qkv_bias", False),
+        }
     except KeyError as error:
         key = error.args[0]
         raise ValueError(f"config.json: {key} is missing; the llada family needs it") from None
+    return build(ModelSettings, values, "config.json as model.")
 
 
 def _lines(model: ModelSettings) -> list[Line]:

@@ -12,9 +12,10 @@ from agrpo_megatron.training.session import (
     grade,
     reward_metrics,
     reward_sums,
-    sample_problems,
+    sample_prompts,
     sample_records,
     sum_over_ranks,
+    task_prompts,
 )
 
 
@@ -34,7 +35,9 @@ def evaluate(
     chosen = [problems[i] for i in mine]
     ids = EVALUATION_IDS + torch.tensor(mine, dtype=torch.int64, device=session.ranks.device)
     sampling = evaluation_sampling(session.settings)
-    trajectory, _ = sample_problems(session, network, chosen, ids, sampling=sampling)
+    trajectory, _ = sample_prompts(
+        session, network, task_prompts(session, chosen), ids, sampling=sampling
+    )
     rewards = grade(session, chosen, trajectory)
     metrics = reward_metrics(sum_over_ranks(session, reward_sums(rewards)))
     record = {

@@ -14,7 +14,7 @@ from agrpo_megatron.tasks import Task, build_task
 from agrpo_megatron.tokenizer import Tokenizer, load_tokenizer
 from agrpo_megatron.types import Problem
 
-RESOLVED_FILE = "config.yaml"
+RUN_SETTINGS = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _with_loaded_model(settings: Settings) -> Settings:
     source = settings.model.load
     if source is None:
         return settings
-    run_file = Path(source) / RESOLVED_FILE
+    run_file = Path(source) / RUN_SETTINGS
     if run_file.exists():
         saved = load(Settings, run_file)
         model, tokenizer_path = saved.model, saved.tokenizer.path

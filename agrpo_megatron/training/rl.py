@@ -20,9 +20,10 @@ from agrpo_megatron.training.session import (
     pick_problems,
     reward_metrics,
     reward_sums,
-    sample_problems,
+    sample_prompts,
     sample_records,
     sum_over_ranks,
+    task_prompts,
 )
 from agrpo_megatron.training.step import equal_count, optimizer_step
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, TimestepBatch
@@ -83,10 +84,10 @@ def collect_rollout(
     places = [p * group + member for p in session.my_share(count) for member in range(group)]
     chosen = [problems[picked[place // group]] for place in places]
     ids = torch.tensor(places, dtype=torch.int64, device=session.ranks.device)
-    trajectory, tokens = sample_problems(
+    trajectory, tokens = sample_prompts(
         session,
         engine.network,
-        chosen,
+        task_prompts(session, chosen),
         ids + iteration * count * group,
         sampling=session.settings.sampling,
         weights_version=iteration,

@@ -1,16 +1,15 @@
 """A whole run: supervised phase, reinforcement learning, evaluations, checkpoints, resume."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from agrpo_megatron.checkpoint.sharded import (
+from agrpo_megatron.checkpoint.progress import (
+    CHECKPOINTS,
     Progress,
+    checkpoint_path,
     latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
 )
+from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights, save_checkpoint
 from agrpo_megatron.megatron.engine import Engine, build_engine, model_vocabulary
 from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_model
 from agrpo_megatron.megatron.ranks import Ranks, start_ranks, stop_ranks
@@ -18,12 +17,10 @@ from agrpo_megatron.megatron.weights import initialise, load_hf
 from agrpo_megatron.settings import OptimizerSettings, Settings
 from agrpo_megatron.training.evaluation import evaluate
 from agrpo_megatron.training.log import RunLog
-from agrpo_megatron.training.resolve import RESOLVED_FILE, Resolved
+from agrpo_megatron.training.resolve import RUN_SETTINGS, Resolved
 from agrpo_megatron.training.rl import run_rl
 from agrpo_megatron.training.session import Session, View
 from agrpo_megatron.training.sft import run_sft
-
-CHECKPOINTS = "checkpoints"
 
 
 def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "rl")) -> None:
@@ -60,28 +57,10 @@ def load_start_weights(network: MaskedDiffusionModel, settings: Settings, ranks:
     source = settings.model.load
     if source is None:
         initialise(network, settings.model, settings.run.seed, ranks)
-    elif (Path(source) / RESOLVED_FILE).exists():
+    elif (Path(source) / RUN_SETTINGS).exists():
         load_weights(checkpoint_path(Path(source)), network)
     else:
         load_hf(network, settings.model, source, ranks)
-
-
-def checkpoint_path(run_dir: Path, name: str | None = None) -> Path:
-    """Return a checkpoint of a run: the latest, or the one of this name.
-
-    Raises:
-        ValueError: there is none; names those there are.
-    """
-    root = run_dir / CHECKPOINTS
-    names = sorted(p.name for p in root.glob("*-*") if not p.name.startswith("."))
-    if name is None:
-        found = latest_checkpoint(root)
-        if found is None:
-            raise ValueError(f"{run_dir} holds no checkpoint; train it first")
-        return found[0]
-    if name not in names:
-        raise ValueError(f"{run_dir} holds no checkpoint {name}; it has {', '.join(names)}")
-    return root / name
 
 
 def _root(settings: Settings) -> Path:
@@ -158,11 +137,3 @@ def _saver(session: Session, engine: Engine, phase: str, last: int) -> Callable[
         save_checkpoint(root, engine, progress, keep=settings.keep)
 
     return save
-
-
-def is_finished(settings: Settings) -> bool:
-    """Say whether the run directory holds the end of this run."""
-    found = latest_checkpoint(_root(settings))
-    return found is not None and found[1] == replace(
-        found[1], phase="rl", iteration=settings.train.iterations
-    )

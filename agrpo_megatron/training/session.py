@@ -72,23 +72,27 @@ class Session:
         return list(range(count * rank // size, count * (rank + 1) // size))
 
 
-def encode_prompts(session: Session, problems: Sequence[Problem]) -> list[Tensor]:
-    """Return the prompt ids of each problem, int64."""
-    device = session.ranks.device
-    encode, prompt = session.tokenizer.encode, session.task.prompt
-    return [torch.tensor(encode(prompt(p)), dtype=torch.int64, device=device) for p in problems]
+def encode_prompts(session: Session, prompts: Sequence[str]) -> list[Tensor]:
+    """Return the ids of each prompt, int64."""
+    device, encode = session.ranks.device, session.tokenizer.encode
+    return [torch.tensor(encode(text), dtype=torch.int64, device=device) for text in prompts]
 
 
-def sample_problems(
+def task_prompts(session: Session, problems: Sequence[Problem]) -> list[str]:
+    """Return the prompt of each problem."""
+    return [session.task.prompt(problem) for problem in problems]
+
+
+def sample_prompts(
     session: Session,
     network: MaskedDiffusionModel,
-    problems: Sequence[Problem],
+    prompts: Sequence[str],
     rollout_ids: Tensor,
     *,
     sampling: SamplingSettings,
     weights_version: int = 0,
 ) -> tuple[Trajectory, int]:
-    """Sample one completion per problem; also returns the tokens that went through the network."""
+    """Sample one completion per prompt; also returns the tokens that went through the network."""
     network.eval()
     tokens = 0
 
@@ -106,7 +110,7 @@ def sample_problems(
         token_budget=session.settings.train.token_budget,
     )
     trajectory = sample(
-        encode_prompts(session, problems),
+        encode_prompts(session, prompts),
         rollout_ids,
         context=context,
         sampling=sampling,

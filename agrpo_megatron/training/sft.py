@@ -10,7 +10,7 @@ from agrpo_megatron.diffusion.batches import sft_batches
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import sft_loss
 from agrpo_megatron.megatron.engine import Engine
-from agrpo_megatron.training.session import Session, encode_prompts, pick_problems
+from agrpo_megatron.training.session import Session, encode_prompts, pick_problems, task_prompts
 from agrpo_megatron.training.step import equal_count, optimizer_step
 from agrpo_megatron.types import PackedRows, SftBatch
 
@@ -44,12 +44,12 @@ def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[in
 def _batches(session: Session, iteration: int) -> tuple[list[SftBatch], int, int]:
     """Return this rank's micro-batches, the number of its examples and of its tokens."""
     settings = session.settings
-    problems = session.task.problems("train")
+    problems = session.task.problems("train")[: settings.sft.problems]
     size = settings.sft.batch_size
     picked = pick_problems(len(problems), batch=size, iteration=iteration, seed=settings.run.seed)
     mine = session.my_share(size)
     chosen = [problems[picked[i]] for i in mine]
-    prompts = encode_prompts(session, chosen)
+    prompts = encode_prompts(session, task_prompts(session, chosen))
     responses = _padded(session, [problem.solution for problem in chosen])
     example_ids = torch.tensor(mine, device=session.ranks.device) + iteration * size
     batches = sft_batches(

@@ -184,6 +184,18 @@ def test_as_many_draws_as_live_steps_are_the_full_trajectory(sampler, count):
         assert torch.equal(getattr(drawn, name), getattr(full, name))
 
 
+def test_only_short_rollouts_are_enumerated():
+    """At two draws, rollouts of one or two live steps are scored once each, longer ones drawn."""
+    trajectory = trajectories()
+    for enumerate_short in (True, False):
+        algorithm = AlgorithmSettings(mc_samples=2, enumerate_short=enumerate_short)
+        draws = ESTIMATORS["agrpo"](trajectory, DrawContext(algorithm, TOY.eos_id, 5))
+        rows = torch.bincount(draws.rollout, minlength=15)
+        short = trajectory.num_steps <= 2
+        assert (rows <= 2).all() and (rows >= 1).all()
+        assert torch.equal(rows[short], trajectory.num_steps[short])
+
+
 @pytest.mark.parametrize("sampler", ["stratified", "systematic"])
 def test_a_comb_of_all_steps_is_the_full_trajectory_without_enumeration(sampler):
     trajectory = trajectories()
@@ -222,6 +234,9 @@ def test_steps_are_those_of_the_cells_up_to_their_very_edges():
     for inside in (low + 1e-12, (low + high) / 2, high - 1e-12):
         steps = timesteps.invert(proposal, inside)
         assert torch.equal(steps[wide], torch.arange(40).expand_as(steps)[wide])
+    quarters = torch.full((1, 4), 0.25, dtype=torch.float64)
+    edges = torch.tensor([[0.25, 0.5, 0.75]], dtype=torch.float64)
+    assert timesteps.invert(quarters, edges).tolist() == [[1, 2, 3]]  # as floor(4 u), published
     top = timesteps.invert(proposal, torch.ones(200, 1, dtype=torch.float64))
     assert torch.equal(top[:, 0], live - 1)
 

@@ -117,9 +117,9 @@ def test_two_shards_equal_one(name, policy, dtype):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_one_shard_equals_the_definition(policy):
+@pytest.mark.parametrize("name", ["mask on the second shard", "larger than the first candidates"])
+def test_one_shard_equals_the_definition(name, policy):
     """Softmax, top-k, top-p and entropy written out for one row at a time, in float64."""
-    name = "mask on the second shard"
     size, _, forbidden = VOCABULARIES[name]
     got, sampling = numbers(name, policy, torch.float64, 0, 1), SamplingSettings(**POLICIES[policy])
     for row, raw in enumerate(logits_of(name, torch.float64)):
@@ -184,24 +184,28 @@ def test_trajectories_of_two_shards_equal_those_of_one():
                 assert torch.equal(part.support_ids, alone.support_ids)
 
 
+def tied_logits():
+    return logits_of("mask on the first shard", torch.float32).mul(0.5).round()[:, :39]
+
+
 def _tied(rank, ranks):
     width = 40 // ranks
     group = dist.group.WORLD if ranks > 1 else None
     vocab = Vocabulary(39, start=rank * width, group=group)
-    logits = logits_of("mask on the first shard", torch.float32).mul(0.5).round()
-    shard = logits[:, rank * width : (rank + 1) * width]
+    padded = torch.nn.functional.pad(tied_logits(), (0, 1), value=9.0)
+    shard = padded[:, rank * width : (rank + 1) * width]
     keys = noise.noise_key(0, noise.TOKENS, torch.arange(ROWS))
-    draws = []
-    for policy in POLICIES.values():
-        draws.append(draw_tokens(shard, keys, vocab=vocab, sampling=SamplingSettings(**policy)))
-    return draws
+    return [
+        draw_tokens(shard, keys, vocab=vocab, sampling=SamplingSettings(**policy))
+        for policy in POLICIES.values()
+    ]
 
 
 def _tied_on_ranks():
     return _tied(dist.get_rank(), RANKS)
 
 
-def test_equal_logits_are_ranked_alike_on_any_number_of_shards():
+def test_equal_logits_are_ranked_by_id_on_any_number_of_shards():
     """In bfloat16 many logits are equal, and one of them is the k-th; the lowest id is kept."""
     alone = _tied(0, 1)
     for draws in run_ranks(RANKS, _tied_on_ranks):
@@ -209,3 +213,11 @@ def test_equal_logits_are_ranked_alike_on_any_number_of_shards():
             assert torch.equal(one.tokens, two.tokens)
             if one.support_ids is not None:
                 assert torch.equal(one.support_ids, two.support_ids)
+    ranked = tied_logits().sort(descending=True, stable=True).indices
+    for policy, draw in zip(POLICIES, alone, strict=True):
+        if policy == "greedy":
+            assert torch.equal(draw.tokens, ranked[:, 0])
+        elif draw.support_ids is not None:
+            kept = draw.support_ids >= 0
+            width = draw.support_ids.shape[1]
+            assert torch.equal(draw.support_ids[kept], ranked[:, :width][kept])

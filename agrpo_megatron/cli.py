@@ -1,0 +1,288 @@
+"""The `agrpo` command: thin sub-commands over the library.
+
+Heavy imports happen inside the sub-commands, after the settings were checked, so that `--help`,
+`config` and wrong input answer at once.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from agrpo_megatron import __version__
+from agrpo_megatron.config import describe, load, to_yaml
+from agrpo_megatron.settings import Settings
+
+OVERRIDES = "section.key=value ..., for instance run.seed=1 train.iterations=200"
+EPILOG = """\
+a first run:
+  agrpo train examples/tiny.yaml            train from nothing on the CPU, in minutes
+  agrpo sample runs/tiny --trace            see completions and their unmasking order
+  agrpo report runs/tiny                    figures and an HTML page
+
+several ranks:
+  torchrun --nproc-per-node 2 -m agrpo_megatron train examples/tiny.yaml parallel.tensor=2
+
+`agrpo COMMAND --help` explains a command, `agrpo config` every setting.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one sub-command; returns the exit status: 2 for wrong input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:
+        if os.environ.get("AGRPO_TRACEBACK"):
+            raise
+        if _is_main():
+            print(f"agrpo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Run or resume training, then write the report and say how it went."""
+    phases = arguments.phases
+    settings = load(Settings, arguments.file, arguments.overrides)
+    from agrpo_megatron.training import directory
+    from agrpo_megatron.training.resolve import resolve
+
+    resolved = resolve(settings, world_size=_world_size())
+    settings = resolved.settings
+    if arguments.restart and _is_main():
+        moved = directory.move_away(Path(settings.run.dir))
+        if moved is not None:
+            print(f"the earlier run is now {moved}")
+    done = directory.progress(settings)
+    if directory.is_finished(settings, done):
+        if _is_main():
+            print(f"{settings.run.dir} is finished; add --restart to run it again\n")
+            _conclude(Path(settings.run.dir))
+        return 0
+    from agrpo_megatron.reports.terminal import LiveView
+    from agrpo_megatron.training.run import train as run
+
+    finished = (0, 0)
+    if done is not None:
+        is_sft = done.phase == "sft"
+        finished = (done.iteration, 0) if is_sft else (settings.sft.iterations, done.iteration)
+    view = LiveView(
+        sft_iterations=settings.sft.iterations if "sft" in phases else 0,
+        rl_iterations=settings.train.iterations if "rl" in phases else 0,
+        live=settings.logging.live,
+        is_main=_is_main(),
+        start=finished,
+    )
+    with view:
+        run(resolved, view, phases=phases)
+    if _is_main():
+        _conclude(Path(settings.run.dir))
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Evaluate a checkpoint on the held-out problems."""
+    resolved, checkpoint = _open_target(arguments)
+    from agrpo_megatron.training.evaluation import evaluate as run
+    from agrpo_megatron.training.inference import opened
+
+    with opened(resolved, _silent_view(), checkpoint) as (session, network):
+        result = run(session, network, iteration=0, stage="evaluate")
+    if _is_main():
+        name = checkpoint.name if checkpoint else resolved.settings.model.load
+        result = {"checkpoint": name, **result}
+        print(json.dumps(result, indent=2))
+        if arguments.output:
+            Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    """Print completions of held-out problems or of a prompt."""
+    from rich.console import Console
+    from rich.text import Text
+
+    resolved, checkpoint = _open_target(arguments)
+    from agrpo_megatron.reports.trace import trace
+    from agrpo_megatron.training.inference import complete, opened
+
+    console, tokenizer, task = Console(), resolved.tokenizer, resolved.task
+    problems = [] if arguments.prompt else task.problems("eval")[: arguments.number]
+    prompts = [task.prompt(problem) for problem in problems] or [arguments.prompt]
+    with opened(resolved, _silent_view(), checkpoint) as (session, network):
+        trajectory = complete(session, network, prompts)
+    if not _is_main():
+        return 0
+    for row, prompt in enumerate(prompts):
+        ids = trajectory.tokens[row].tolist()
+        text = tokenizer.decode(ids)
+        console.print(Text.assemble(("prompt      ", "dim"), prompt))
+        console.print(Text.assemble(("completion  ", "dim"), text))
+        if problems:
+            reward = task.reward(problems[row], text)
+            word = ("correct", "green") if reward.correct else ("wrong", "red")
+            console.print(Text.assemble(("reward      ", "dim"), f"{reward.score:g} ", word))
+        if arguments.trace:
+            steps = trajectory.unmask_step[row].tolist()
+            count = int(trajectory.num_steps[row])
+            trace(tokenizer.pieces(ids), steps, console, num_steps=count)
+        console.print()
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write the figures and the HTML page of a run."""
+    from agrpo_megatron.reports.figures import write_figures
+    from agrpo_megatron.reports.html import write_report
+
+    figures = write_figures(arguments.run_dir)
+    page = write_report(arguments.run_dir)
+    for path in [*figures, page]:
+        print(path)
+    return 0
+
+
+def doctor(_arguments: argparse.Namespace) -> int:
+    """Print what is installed and what that allows."""
+    from rich.console import Console
+
+    from agrpo_megatron.doctor import examine, print_findings
+
+    print_findings(examine(), Console())
+    return 0
+
+
+def config(arguments: argparse.Namespace) -> int:
+    """Print the settings reference, or check a file and print it resolved."""
+    from rich.console import Console
+
+    from agrpo_megatron.reports.tables import settings_reference
+
+    if arguments.tasks:
+        from agrpo_megatron.tasks import describe_tasks
+
+        for name, described in describe_tasks().items():
+            Console().print(f"[bold]task.name={name}[/]")
+            settings_reference(described, Console())
+        return 0
+    if arguments.file is None:
+        settings_reference(describe(Settings), Console(), prefix=arguments.section)
+        return 0
+    settings = load(Settings, arguments.file, arguments.overrides)
+    from agrpo_megatron.training.resolve import resolve
+
+    print(to_yaml(resolve(settings, world_size=_world_size()).settings), end="")
+    return 0
+
+
+def _open_target(arguments: argparse.Namespace):
+    """Resolve the settings of a run directory or file, and find the checkpoint to use."""
+    from agrpo_megatron.checkpoint.progress import checkpoint_path
+    from agrpo_megatron.training.resolve import RUN_SETTINGS, resolve
+
+    target = Path(arguments.target)
+    is_run = target.is_dir()
+    file = target / RUN_SETTINGS if is_run else target
+    if is_run and not file.exists():
+        raise ValueError(f"{target} is not a run directory: it has no {RUN_SETTINGS}")
+    settings = load(Settings, file, arguments.overrides)
+    checkpoint = checkpoint_path(target, arguments.checkpoint) if is_run else None
+    if not is_run and settings.model.load is None:
+        raise ValueError(f"{target} names no weights; set model.load, or give a run directory")
+    return resolve(settings, world_size=_world_size()), checkpoint
+
+
+def _conclude(run_dir: Path) -> None:
+    """Write the report and print what came of the run."""
+    from agrpo_megatron.reports.figures import write_figures
+    from agrpo_megatron.reports.html import write_report
+    from agrpo_megatron.reports.read import after, before, read_run
+
+    write_figures(run_dir)
+    page = write_report(run_dir)
+    run = read_run(run_dir)
+    first, last = before(run), after(run)
+    if first is not None and last is not None:
+        gain = 100 * (last["accuracy"] - first["accuracy"])
+        print(
+            f"held-out accuracy {100 * first['accuracy']:.1f} % -> {100 * last['accuracy']:.1f} % "
+            f"({gain:+.1f} points, {last['problems']} problems)"
+        )
+    print(f"report  {page}")
+    print(f"next    agrpo sample {run_dir} --trace")
+
+
+def _silent_view():
+    from agrpo_megatron.reports.terminal import LiveView
+
+    return LiveView(sft_iterations=0, rl_iterations=0, live=False, is_main=False)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="agrpo",
+        description="Reinforcement learning for masked diffusion language models on Megatron-Core.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"agrpo_megatron {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, phases, text in (
+        ("train", ("sft", "rl"), "supervised phase if any, then AGRPO, evaluation and report"),
+        ("sft", ("sft",), "the supervised phase alone"),
+    ):
+        command = _command(commands, name, text, train)
+        command.set_defaults(phases=phases)
+        command.add_argument("file", metavar="FILE", help="settings file (YAML)")
+        command.add_argument(
+            "--restart", action="store_true", help="move an earlier run away instead of resuming it"
+        )
+        _add_overrides(command)
+    command = _command(commands, "evaluate", "accuracy on the held-out problems", evaluate)
+    _add_target(command)
+    command.add_argument("--output", metavar="JSON", help="also write the result here")
+    _add_overrides(command)
+    command = _command(commands, "sample", "print completions", sample)
+    _add_target(command)
+    command.add_argument("-n", "--number", type=int, default=3, help="held-out problems (3)")
+    command.add_argument("--prompt", help="complete this text instead")
+    command.add_argument("--trace", action="store_true", help="show the unmasking order in colour")
+    _add_overrides(command)
+    command = _command(commands, "report", "figures and an HTML page of a run", report)
+    command.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    _command(commands, "doctor", "what is installed, and what that allows", doctor)
+    command = _command(commands, "config", "explain all settings, or check a file", config)
+    command.add_argument("file", nargs="?", metavar="FILE", help="check this and print it resolved")
+    command.add_argument("--section", default="", help="only settings that begin so")
+    command.add_argument("--tasks", action="store_true", help="explain the options of each task")
+    _add_overrides(command)
+    return parser
+
+
+def _command(commands, name: str, text: str, run: Callable) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "target", metavar="RUN", help="run directory, or settings file with model.load"
+    )
+    command.add_argument("--checkpoint", metavar="NAME", help="such as sft-000300; default: latest")

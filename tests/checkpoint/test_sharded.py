@@ -1,0 +1,225 @@
+"""Sharded checkpoints: bit-exact continuation, any layout, whole or not there at all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from agrpo_megatron.checkpoint.progress import Progress, latest_checkpoint
+from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights, save_checkpoint
+from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.megatron.model import build_model
+from agrpo_megatron.megatron.weights import export_hf
+from agrpo_megatron.training.session import Session
+from agrpo_megatron.training.sft import run_sft
+from tests.ranks import run_ranks
+from tests.training.tiny import open_session
+
+# A warm-up and a decay, so that the schedule's place matters; Adam's moments matter anyway.
+SFT = [
+    "sft.iterations=4",
+    "sft.optimizer.learning_rate=1e-2",
+    "sft.optimizer.decay=cosine",
+    "sft.optimizer.warmup_iterations=2",
+]
+TP2, DISTRIBUTED = "parallel.tensor=2", "sft.optimizer.distributed=true"
+
+
+def _open(overrides: list[str]) -> tuple[Session, Engine]:
+    return open_session(*SFT, *overrides, world_size=dist.get_world_size(), phase="sft")
+
+
+def _weights(session, network):
+    weights = {name: p.detach() for name, p in network.named_parameters()}
+    return export_hf(weights, session.settings.model, session.ranks)
+
+
+def _outcome(session, engine):
+    """Return what two runs are compared by: metrics without times, and weights."""
+    keys = ("loss", "grad_norm", "learning_rate", "scored_tokens")
+    records = [{key: record[key] for key in keys} for record in session.log.records]
+    return records, _weights(session, engine.network)
+
+
+def _save(root, engine, iteration, keep=9):
+    progress = Progress("sft", iteration, {})
+    return save_checkpoint(Path(root), engine, progress, keep=keep)
+
+
+def _train_and_save_halfway(root, overrides):
+    """Train four iterations in one go, saving after two; returns records 3 and 4, and weights."""
+    session, engine = _open(overrides)
+    run_sft(session, engine, start=0, after=lambda i: _save(root, engine, i) if i == 2 else None)
+    records, weights = _outcome(session, engine)
+    return records[2:], weights
+
+
+def _load_and_save(source, root, overrides):
+    """Load at this layout and save again, with no step in between."""
+    _, engine = _open(overrides)
+    load_checkpoint(Path(source), engine)
+    return _save(root, engine, 2)
+
+
+def _continue(source, overrides):
+    session, engine = _open([*overrides, "run.seed=0", "model.init_std=0.1"])
+    load_checkpoint(Path(source), engine)
+    run_sft(session, engine, start=2, after=lambda _: None)
+    return _outcome(session, engine)
+
+
+def _same(ours, theirs):
+    """Say whether two outcomes agree bit for bit."""
+    (records, weights), (other_records, other_weights) = ours, theirs
+    return records == other_records and all(
+        torch.equal(weights[name], tensor) for name, tensor in other_weights.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [(1, []), (2, [TP2]), (2, [DISTRIBUTED]), (1, [DISTRIBUTED])],
+    ids=["one rank", "tp2", "dp2, distributed optimizer", "distributed optimizer alone"],
+)
+def test_a_loaded_run_continues_bit_for_bit(tmp_path, world_size, overrides):
+    whole = run_ranks(world_size, _train_and_save_halfway, tmp_path, overrides)
+    again = run_ranks(world_size, _continue, tmp_path / "sft-000002", overrides)
+    assert len(whole[0][0]) == 2
+    assert all(_same(a, b) for a, b in zip(again, whole, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "other"),
+    [([], [TP2]), ([DISTRIBUTED], [DISTRIBUTED])],
+    ids=["tp1 to tp2", "dp1 to dp2, distributed optimizer"],
+)
+def test_a_checkpoint_goes_to_another_layout_and_back_bit_for_bit(tmp_path, overrides, other):
+    """Loading at the other layout and saving there changes nothing; training there, rounding."""
+    whole = run_ranks(1, _train_and_save_halfway, tmp_path / "a", overrides)[0]
+    source = tmp_path / "a" / "sft-000002"
+    run_ranks(2, _load_and_save, source, tmp_path / "b", other)
+    back = run_ranks(1, _continue, tmp_path / "b" / "sft-000002", overrides)[0]
+    assert _same(back, whole)
+    records, weights = run_ranks(2, _continue, source, other)[0]
+    for ours, theirs in zip(records, whole[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    worst = max(float((weights[name] - t).abs().max()) for name, t in whole[1].items())
+    assert worst < 1e-4
+
+
+def _kill_saves(root):
+    """Fail in each stage of a save; return (stage, latest, entries) after each, then a good one."""
+    from agrpo_megatron.checkpoint import sharded
+
+    root = Path(root)
+    _, engine = _open([])
+    _save(root, engine, 1)
+    seen = []
+
+    def look(stage):
+        found = latest_checkpoint(root)
+        assert found is not None
+        seen.append((stage, found[1].iteration, sorted(p.name for p in root.iterdir())))
+
+    def die(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    def write_half(_state, directory):
+        Path(directory, "half.distcp").write_bytes(b"half")
+        die()
+
+    stages = [
+        ("writing", sharded.dist_checkpointing, "save", write_half),
+        ("naming", Path, "rename", die),
+        ("pointing", sharded.os, "replace", die),
+    ]
+    for stage, owner, name, stand_in in stages:
+        own = getattr(owner, name)
+        setattr(owner, name, stand_in)
+        with pytest.raises(KeyboardInterrupt):
+            _save(root, engine, 2)
+        setattr(owner, name, own)
+        look(stage)
+    _save(root, engine, 2)
+    look("whole")
+    load_checkpoint(root / "sft-000002", engine)
+    return seen
+
+
+def test_a_killed_save_leaves_the_previous_checkpoint_in_place(tmp_path):
+    seen = run_ranks(1, _kill_saves, tmp_path)[0]
+    assert seen == [
+        ("writing", 1, [".partial-sft-000002", "latest", "sft-000001"]),
+        ("naming", 1, [".partial-sft-000002", "latest", "sft-000001"]),
+        ("pointing", 1, [".latest", "latest", "sft-000001", "sft-000002"]),
+        ("whole", 2, ["latest", "sft-000001", "sft-000002"]),
+    ]
+
+
+def _save_many(root):
+    root = Path(root)
+    _, engine = _open([])
+    for phase, iterations in (("sft", (5, 10)), ("rl", (9, 10, 11))):
+        for iteration in iterations:
+            save_checkpoint(root, engine, Progress(phase, iteration, {}), keep=2)
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_the_newest_checkpoints_of_a_phase_stay_and_the_supervised_ones_too(tmp_path):
+    kept = run_ranks(1, _save_many, tmp_path)[0]
+    assert kept == ["latest", "rl-000010", "rl-000011", "sft-000005", "sft-000010"]
+
+
+def _read_with_megatron_alone(root):
+    """Save, then list the tensors and load them into Megatron's own GPTModel."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    session, engine = _open([])
+    path = _save(root, engine, 1)
+    listed = dist_checkpointing.load_tensors_metadata(str(path))
+    model = session.settings.model
+    theirs = GPTModel(
+        config=engine.network.config,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.max_sequence_length,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+    load_weights(path, theirs)
+    weights = dict(theirs.named_parameters())
+    equal = {name: torch.equal(p, weights[name]) for name, p in engine.network.named_parameters()}
+    return sorted(n for n in listed if not n.startswith("optimizer")), equal
+
+
+def test_megatron_alone_lists_and_loads_the_model(tmp_path):
+    names, equal = run_ranks(1, _read_with_megatron_alone, tmp_path)[0]
+    assert names == [
+        "decoder.final_layernorm.weight",
+        "decoder.layers.input_layernorm.weight",
+        "decoder.layers.mlp.linear_fc1.weight",
+        "decoder.layers.mlp.linear_fc2.weight",
+        "decoder.layers.pre_mlp_layernorm.weight",
+        "decoder.layers.self_attention.linear_proj.weight",
+        "decoder.layers.self_attention.linear_qkv.weight",
+        "embedding.word_embeddings.weight",
+        "output_layer.weight",
+    ]
+    assert len(equal) == 15 and all(equal.values())
+
+
+def _weights_alone(source, overrides):
+    session, engine = _open([*overrides, "run.seed=5"])
+    network = build_model(session.settings.model, session.settings.parallel)
+    load_weights(Path(source), network)
+    return _weights(session, network)
+
+
+def test_weights_load_without_an_optimizer_at_any_layout(tmp_path):
+    run_ranks(1, _train_and_save_halfway, tmp_path, [])
+    alone = run_ranks(1, _weights_alone, tmp_path / "sft-000002", [])[0]
+    split = run_ranks(2, _weights_alone, tmp_path / "sft-000002", [TP2])[0]
+    assert all(torch.equal(alone[name], split[name]) for name in alone)

@@ -1,0 +1,125 @@
+"""What drawn steps cost on stored trajectories, with the gradient of every weight."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agrpo_megatron.diffusion.batches import timestep_batches
+from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
+from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
+from agrpo_megatron.settings import AlgorithmSettings
+from agrpo_megatron.types import Rollout
+from tools.variance import (
+    PROPOSALS,
+    below,
+    sampled_case,
+    stored_cases,
+    stored_model,
+    stored_trajectory,
+    variance_of,
+)
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent.parent
+STORED = ROOT / "tests" / "fixtures" / "llada_tiny" / "golden.safetensors"
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return list(stored_cases(STORED))
+
+
+@pytest.mark.parametrize("enumerate_short", [False, True])
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_default_is_never_worse_than_the_published_sampler(cases, proposal, enumerate_short):
+    default = AlgorithmSettings().step_sampler
+    for case in cases:
+        for count in range(1, 17):
+            options = {"mix": 0.1, "count": count, "enumerate_short": enumerate_short}
+            ours = variance_of(case, proposal, sampler=default, **options)
+            published = variance_of(case, proposal, sampler="batch", **options)
+            assert ours <= published * (1 + 1e-9) + 1e-18
+
+
+def test_defaults_as_a_whole_beat_the_published_choice(cases):
+    """Sampler, mix and enumeration together, at the default number of draws."""
+    chosen = AlgorithmSettings()
+    for case in cases:
+        ours = variance_of(
+            case,
+            chosen.proposal,
+            mix=chosen.uniform_mix,
+            sampler=chosen.step_sampler,
+            count=chosen.mc_samples,
+            enumerate_short=chosen.enumerate_short,
+        )
+        published = variance_of(
+            case,
+            "entropy, mix 0",
+            mix=0.0,
+            sampler="batch",
+            count=chosen.mc_samples,
+            enumerate_short=False,
+        )
+        assert ours < 0.75 * published
+
+
+def test_contributions_add_up_to_the_full_trajectory_gradient(cases):
+    """Their span was rotated, so lengths are compared: with the golden file's own machinery."""
+    model = stored_model(STORED.parent / "hf")
+    weights = {name: weight.requires_grad_() for name, weight in model.weights.items()}
+    stored = below(load_file(STORED), "agrpo.1.")
+    trajectory = stored_trajectory(stored, {"temperature": 0.6})
+    gains = stored["advantages"].double()
+    draws = ESTIMATORS["full_trajectory"](trajectory, DrawContext(AlgorithmSettings(), 158, 0))
+    rollout = Rollout(trajectory, gains, gains > 0, gains)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in timestep_batches(rollout, draws, mask_id=159, token_budget=10**6):
+        logits = policy_logits(model.score(batch.rows), model.vocab, temperature=0.6)
+        logprobs, _ = token_logprobs(
+            logits, batch.targets, vocab=model.vocab, support_ids=batch.support_ids
+        )
+        total = total + (logprobs * batch.advantages * batch.weights).sum()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(weights.values()))])
+    case = cases[1]
+    got = (case.contributions.sum(1) / case.live[:, None]).sum(0)
+    assert float(got.norm()) == pytest.approx(float(expected.norm()), rel=1e-9)
+
+
+def test_sampled_rollouts_gain_as_well():
+    case = sampled_case("random", 0)
+    assert case.live.tolist() == [16] * 16
+    options = {"mix": 0.1, "count": 8, "enumerate_short": True}
+    variance = {
+        sampler: variance_of(case, "uniform", sampler=sampler, **options)
+        for sampler in ("independent", "batch", "stratified", "systematic")
+    }
+    assert variance["systematic"] < variance["batch"] < variance["independent"]
+    assert variance["stratified"] < variance["batch"]
+
+
+def run_tool(*arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "variance.py"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+        check=False,
+    )
+
+
+def test_tool_prints_a_table_of_stored_trajectories():
+    result = run_tool("--trajectories", str(STORED), "--draws", "8")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("systematic") == 9 and "golden.safetensors" in result.stdout
+
+
+def test_tool_names_a_missing_file():
+    result = run_tool("--trajectories", "nowhere.safetensors")
+    assert result.returncode != 0
+    assert "nowhere.safetensors: no such file" in result.stderr and "Traceback" not in result.stderr

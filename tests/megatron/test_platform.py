@@ -1,0 +1,114 @@
+"""The stand-in for CUDA: explicit, once, and nothing at all before it is called or on a GPU."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+
+def _cuda_functions():
+    from megatron.core.tensor_parallel import random as tracker
+
+    functions = {name: getattr(torch.cuda, name) for name in dir(torch.cuda)}
+    functions["_get"], functions["_set"] = tracker._get_cuda_rng_state, tracker._set_cuda_rng_state
+    return functions
+
+
+def _changed(before):
+    return sorted(k for k, v in _cuda_functions().items() if v is not before.get(k))
+
+
+def _modes():
+    return torch._C._len_torch_function_stack()
+
+
+def _import_everything():
+    import importlib
+    import pkgutil
+
+    import agrpo_megatron
+
+    for module in pkgutil.walk_packages(agrpo_megatron.__path__, "agrpo_megatron."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
+def _import_then_prepare():
+    before, modes = _cuda_functions(), _modes()
+    _import_everything()
+    by_import = (_changed(before), _modes() - modes)
+
+    from agrpo_megatron.megatron.platform import prepare_platform
+
+    prepare_platform(threads=1)
+    once, by_call = _cuda_functions(), (len(_changed(before)) > 0, _modes() - modes)
+    prepare_platform(threads=1)
+    by_second_call = (_changed(once), _modes() - modes)
+    return by_import, by_call, by_second_call
+
+
+def _use_cuda_names(local_ranks):
+    import os
+
+    from agrpo_megatron.megatron.platform import prepare_platform
+
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_ranks)
+    device = prepare_platform()
+    threads = torch.get_num_threads()
+    tensor = torch.ones(2, device="cuda")
+    moved = torch.zeros(3).cuda()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        state = torch.cuda.get_rng_state()
+        first = torch.rand(2)
+        torch.cuda.set_rng_state(state)
+        again = torch.rand(2)
+    return {
+        "devices": {str(device), str(tensor.device), str(moved.device)},
+        "type": tensor.type(),
+        "cast": tensor.type(torch.float64).dtype,
+        "available": torch.cuda.is_available(),
+        "repeats": torch.equal(first, again),
+        "threads": threads,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def test_imports_change_nothing_and_a_second_call_changes_nothing_more():
+    by_import, by_call, by_second_call = run_ranks(1, _import_then_prepare)[0]
+    assert by_import == ([], 0)
+    assert by_call == (True, 1)
+    assert by_second_call == ([], 1)
+
+
+def test_what_megatron_asks_of_cuda_runs_on_the_cpu():
+    seen = run_ranks(1, _use_cuda_names, 2)[0]
+    assert seen["devices"] == {"cpu"}
+    assert seen["type"] == "torch.cuda.FloatTensor"
+    assert seen["cast"] == torch.float64
+    assert not seen["available"]
+    assert seen["repeats"]
+    assert seen["threads"] == max(1, seen["cores"] // 2)
+
+
+ON_A_GPU = """
+import torch
+from megatron.core.tensor_parallel import random as tracker
+names = {name: getattr(torch.cuda, name) for name in dir(torch.cuda)}
+own = tracker._get_cuda_rng_state
+from agrpo_megatron.megatron.platform import prepare_platform
+device = prepare_platform(threads=1)
+changed = [name for name, value in names.items() if getattr(torch.cuda, name) is not value]
+assert changed == [], changed
+assert tracker._get_cuda_rng_state is own
+assert torch._C._len_torch_function_stack() == 0
+assert str(device) == "cuda:0" and torch.ones(1, device="cuda").device == device
+"""
+
+
+@pytest.mark.gpu
+def test_nothing_is_replaced_where_there_is_a_gpu():
+    subprocess.run([sys.executable, "-c", ON_A_GPU], check=True, timeout=300)

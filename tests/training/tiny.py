@@ -1,0 +1,118 @@
+"""A model, a task and settings small enough that a test trains in seconds, on any layout."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from agrpo_megatron.config import load
+from agrpo_megatron.megatron.engine import Engine, build_engine, model_vocabulary
+from agrpo_megatron.megatron.ranks import start_ranks
+from agrpo_megatron.reports.terminal import LiveView
+from agrpo_megatron.settings import Settings
+from agrpo_megatron.tasks import Task
+from agrpo_megatron.training.resolve import Resolved, resolve
+from agrpo_megatron.training.run import load_start_weights
+from agrpo_megatron.training.session import Session
+from agrpo_megatron.types import Problem, Reward
+
+# Initial weights are large, so that attention matters and no distribution is near uniform. The
+# vocabulary is odd and wider than the tokenizer's: a tensor-parallel split has to pad it.
+TINY = [
+    "model.num_layers=2",
+    "model.hidden_size=16",
+    "model.ffn_hidden_size=32",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "model.max_sequence_length=64",
+    "model.init_std=0.3",
+    "model.vocab_size=83",
+    "task.name=countdown",
+    "task.train_problems=24",
+    "task.eval_problems=6",
+    "sampling.completion_length=8",
+    "sampling.block_length=4",
+    "sampling.denoising_steps=4",
+    "sft.batch_size=6",
+    "algorithm.prompts_per_iteration=3",
+    "algorithm.group_size=4",
+    "algorithm.mc_samples=2",
+    "optimizer.learning_rate=1e-2",
+    "train.token_budget=90",
+    "logging.wandb=disabled",
+    "logging.live=false",
+]
+
+
+def tiny(*overrides: str) -> Settings:
+    """Return settings of a run that takes a second; later overrides win."""
+    return load(Settings, None, [*TINY, *overrides])
+
+
+@dataclass(frozen=True)
+class HashedReward:
+    """A task whose reward is a hash of the text: half of the groups differ under any weights."""
+
+    task: Task
+    constant: float | None = None  # every reward, instead
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    def problems(self, split) -> Sequence[Problem]:
+        return self.task.problems(split)
+
+    def prompt(self, problem: Problem) -> str:
+        return self.task.prompt(problem)
+
+    def reward(self, problem: Problem, completion: str) -> Reward:
+        if self.constant is not None:
+            return Reward(self.constant, False)
+        score = zlib.crc32(f"{problem.key} {completion}".encode()) % 5 / 4
+        return Reward(score, score == 1.0, {"hash": score})
+
+
+def silent_view() -> LiveView:
+    """Return a view that shows nothing."""
+    return LiveView(sft_iterations=0, rl_iterations=0, live=False, is_main=False)
+
+
+def resolved_run(run_dir: str | Path, *overrides: str, world_size: int = 1) -> Resolved:
+    """Return what `training.run.train` takes, graded by hash."""
+    resolved = resolve(tiny(f"run.dir={run_dir}", *overrides), world_size=world_size)
+    return replace(resolved, task=HashedReward(resolved.task))
+
+
+class Recorder:
+    """Stand in for the run's log: keep the metrics instead of writing them."""
+
+    def __init__(self) -> None:
+        self.records: list[dict] = []
+
+    def metrics(self, record: dict) -> None:
+        self.records.append(record)
+
+    def samples(self, records: list[dict], **common: object) -> None:
+        pass
+
+
+def open_session(*overrides: str, world_size: int = 1, phase: str = "rl") -> tuple[Session, Engine]:
+    """Start the ranks and build a session that writes no files, and an engine with weights."""
+    resolved = resolved_run("unused", *overrides, world_size=world_size)
+    settings = resolved.settings
+    ranks = start_ranks(settings)
+    session = Session(
+        settings,
+        ranks,
+        resolved.task,
+        resolved.tokenizer,
+        model_vocabulary(settings, ranks),
+        Recorder(),  # type: ignore[arg-type]
+        silent_view(),
+    )
+    optimizer = settings.optimizer if phase == "rl" else settings.sft.optimizer
+    engine = build_engine(settings, optimizer, iterations=10, ranks=ranks)
+    load_start_weights(engine.network, settings, ranks)
+    engine.optimizer.reload_model_params()
+    return session, engine
