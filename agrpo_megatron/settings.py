@@ -72,7 +72,7 @@ class ParallelSettings:
 class TaskSettings:
     """The problems, their prompts and their reward."""
 
-    name: str = setting("countdown", "task", choices=("countdown", "sudoku"))
+    name: str = setting("sudoku", "task", choices=("sudoku", "countdown"))
     train_problems: int = setting(20000, "training problems", low=1)
     eval_problems: int = setting(256, "held-out problems, disjoint from training", low=1)
     seed: int = setting(0, "seed of the generated problems, apart from run.seed", low=0)

@@ -119,7 +119,7 @@ def _largest(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     bfloat16 heads tie often, and topk alone would break ties as the layout has it. So the bits of
     the value, made to sort as integers, and the id form one number that is never tied.
     """
-    bits = values.float().view(torch.int32)
+    bits = (values.float() + 0.0).view(torch.int32)  # + 0.0 makes a zero of -0.0
     rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() * 2**32 - ids
     columns = rank.topk(min(count, values.shape[-1]), dim=-1).indices
     return values.gather(-1, columns), ids.gather(-1, columns)

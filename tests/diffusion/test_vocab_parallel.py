@@ -155,6 +155,9 @@ def test_one_shard_equals_the_definition(name, policy):
             assert token == support[0]
 
 
+SAMPLED = [SAMPLINGS[name] for name in SAMPLINGS if name.startswith("low_confidence")]
+
+
 def _trajectories():
     rank, width = dist.get_rank(), PADDED // RANKS
     model = HashedModel()
@@ -164,13 +167,13 @@ def _trajectories():
     context = replace(context, vocab=vocab, score=lambda rows: model.logits(rows)[:, columns])
     return [
         sample(prompts_of(6), torch.arange(6), context=context, sampling=sampling)
-        for sampling in SAMPLINGS.values()
+        for sampling in SAMPLED
     ]
 
 
 def test_trajectories_of_two_shards_equal_those_of_one():
     ranks = run_ranks(RANKS, _trajectories)
-    for sampling, *parts in zip(SAMPLINGS.values(), *ranks, strict=True):
+    for sampling, *parts in zip(SAMPLED, *ranks, strict=True):
         alone = sample(
             prompts_of(6), torch.arange(6), context=HashedModel().context(), sampling=sampling
         )

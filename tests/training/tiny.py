@@ -5,16 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from agrpo_megatron.config import load
 from agrpo_megatron.megatron.engine import Engine, build_engine, model_vocabulary
+from agrpo_megatron.megatron.model import MaskedDiffusionModel
 from agrpo_megatron.megatron.ranks import start_ranks
+from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.reports.terminal import LiveView
 from agrpo_megatron.settings import Settings
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.training.resolve import Resolved, resolve
+from agrpo_megatron.training.rl import update_policy
 from agrpo_megatron.training.run import load_start_weights
 from agrpo_megatron.training.session import Session
-from agrpo_megatron.types import Problem, Reward
+from agrpo_megatron.types import Problem, Reward, Rollout
 
 # Initial weights are large, so that attention matters and no distribution is near uniform. The
 # vocabulary is odd and wider than the tokenizer's: a tensor-parallel split has to pad it.
@@ -116,3 +121,28 @@ def open_session(*overrides: str, world_size: int = 1, phase: str = "rl") -> tup
     load_start_weights(engine.network, settings, ranks)
     engine.optimizer.reload_model_params()
     return session, engine
+
+
+def gradient(
+    session: Session,
+    engine: Engine,
+    rollout: Rollout,
+    reference: MaskedDiffusionModel | None = None,
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Return metrics and whole gradients of one update that leaves the weights as they are."""
+    caught: dict[str, Tensor] = {}
+
+    def step():
+        grads = {n: p.main_grad.clone() for n, p in engine.network.named_parameters()}
+        caught.update(export_hf(grads, session.settings.model, session.ranks))
+        return True, 0.0, None
+
+    engine.optimizer.step = step  # type: ignore[method-assign]
+    metrics, _ = update_policy(session, engine, rollout, reference, 0)
+    del engine.optimizer.step
+    return metrics, caught
+
+
+def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Return the worst difference of a tensor, relative to its norm."""
+    return max(float((ours[n] - t).norm() / t.norm().clamp(min=1e-12)) for n, t in theirs.items())

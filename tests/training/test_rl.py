@@ -1,0 +1,241 @@
+"""The update: equal to a literal computation, indifferent to what carries no gradient."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
+from agrpo_megatron.megatron.model import build_model
+from agrpo_megatron.megatron.weights import export_hf
+from agrpo_megatron.training import rl
+from agrpo_megatron.training.rl import collect_rollout, update_policy
+from agrpo_megatron.training.run import load_start_weights
+from tests.megatron.literal import literal_logits
+from tests.ranks import run_ranks
+from tests.training.tiny import gradient, open_session, relative_error
+
+LITERAL = {
+    "plain": [],
+    "tempered, truncated, clipped, to a constant": [
+        "sampling.temperature=0.8",
+        "sampling.top_k=12",
+        "sampling.top_p=0.9",
+        "algorithm.clip_low=0.1",
+        "algorithm.clip_high=0.3",
+        "algorithm.normaliser=constant",
+        "algorithm.normaliser_constant=7",
+        "algorithm.scale_by_std=true",
+    ],
+    "with KL, entropy proposal": [
+        "sampling.unmasking=low_confidence",
+        "algorithm.kl_coefficient=0.5",
+        "algorithm.proposal=entropy",
+        "algorithm.mc_samples=1",
+        "algorithm.baseline=leave_one_out",
+    ],
+}
+
+
+def _perturb(network):
+    """Move the policy away from the one that sampled, so that ratios are not 1."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def _reference(session):
+    reference = build_model(session.settings.model, session.settings.parallel).eval()
+    load_start_weights(reference, session.settings, session.ranks)
+    return reference
+
+
+def _tensors(session, network, dtype=torch.float64):
+    weights = {name: p.detach() for name, p in network.named_parameters()}
+    exported = export_hf(weights, session.settings.model, session.ranks)
+    return {name: tensor.to(dtype) for name, tensor in exported.items()}
+
+
+def _literal_advantages(rewards, algorithm):
+    """Return reward minus the group's mean, or the others' mean, or over the group's spread."""
+    result = []
+    for start in range(0, len(rewards), algorithm.group_size):
+        group = rewards[start : start + algorithm.group_size]
+        for i, reward in enumerate(group):
+            others = group[:i] + group[i + 1 :]
+            base = others if algorithm.baseline == "leave_one_out" else group
+            value = reward - sum(base) / len(base)
+            if algorithm.scale_by_std:
+                value /= float(torch.tensor(group).std()) + 1e-6
+            result.append(value)
+    return result
+
+
+def _literal_logprobs(session, tensors, rollout, number, step):
+    """Return the log-probs of the tokens fixed at a step, from one unpacked row."""
+    trajectory, settings = rollout.trajectory, session.settings
+    tokens, when = trajectory.tokens[number].tolist(), trajectory.unmask_step[number].tolist()
+    state = [t if w < step else session.mask_id for t, w in zip(tokens, when, strict=True)]
+    prompt = trajectory.prompts[number]
+    row = torch.cat([prompt, torch.tensor(state)])
+    logits = literal_logits(tensors, settings.model, row)[len(prompt) :]
+    logits = logits / settings.sampling.temperature
+    result = []
+    for place in (place for place, w in enumerate(when) if w == step):
+        allowed = [v for v in range(logits.shape[1]) if v != session.mask_id]
+        if trajectory.support_ids is not None:
+            allowed = [v for v in trajectory.support_ids[number, place].tolist() if v >= 0]
+        result.append(logits[place, tokens[place]] - logits[place, allowed].logsumexp(0))
+    return torch.stack(result)
+
+
+def _literal_loss(session, tensors, start, rollout, draws):
+    """Return the loss as its definition reads: row by row."""
+    algorithm, trajectory = session.settings.algorithm, rollout.trajectory
+    advantages = _literal_advantages(rollout.rewards.tolist(), algorithm)
+    total = torch.zeros((), dtype=torch.float64)
+    for number, step, weight in zip(draws.rollout, draws.step, draws.weight, strict=True):
+        number, step = int(number), int(step)
+        logprobs = _literal_logprobs(session, tensors, rollout, number, step)
+        old = trajectory.logprobs[number, trajectory.unmask_step[number] == step]
+        ratio = (logprobs - old).exp()
+        bounded = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+        terms = -torch.minimum(ratio * advantages[number], bounded * advantages[number])
+        if algorithm.kl_coefficient > 0:
+            gap = _literal_logprobs(session, start, rollout, number, step) - logprobs
+            terms = terms + algorithm.kl_coefficient * (gap.exp() - gap - 1) * ratio
+        total = total + float(weight) * terms.sum()
+    return total / len(rollout.rewards)
+
+
+def _compare_with_literal(overrides):
+    """Return loss errors, gradient error, and the update's metrics."""
+    few = ["algorithm.prompts_per_iteration=2", "algorithm.group_size=3"]
+    session, engine = open_session(*few, *overrides)
+    rollout, _ = collect_rollout(session, engine, 0)
+    reference = _reference(session)
+    start = _tensors(session, reference)
+    _perturb(engine.network)
+    algorithm = session.settings.algorithm
+    context = DrawContext(algorithm, eos_id=session.eos_id, seed=session.settings.run.seed)
+    draws = ESTIMATORS[algorithm.name](rollout.trajectory, context)
+    metrics, grads = gradient(
+        session, engine, rollout, reference if algorithm.kl_coefficient > 0 else None
+    )
+    tensors = {n: t.requires_grad_() for n, t in _tensors(session, engine.network).items()}
+    loss = _literal_loss(session, tensors, start, rollout, draws)
+    loss.backward()
+    literal = {name: tensor.grad for name, tensor in tensors.items()}
+    return abs(float(loss) - metrics["loss"]), relative_error(grads, literal), metrics
+
+
+@pytest.mark.parametrize("name", LITERAL)
+def test_loss_and_gradient_equal_a_literal_computation(name):
+    loss, grads, metrics = run_ranks(1, _compare_with_literal, LITERAL[name])[0]
+    assert loss < 1e-5
+    assert grads < 1e-4
+    assert metrics["ratio/max_error"] > 0.1 and metrics["clip_fraction"] > 0
+    assert metrics["micro_batches"] > 1
+    assert (metrics["kl"] > 1e-3) == ("KL" in name)
+
+
+def _always_end_of_text(network, eos):
+    """Make every position predict end-of-text, almost surely."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                parameter.zero_()
+        network.embedding.word_embeddings.weight.fill_(1.0)
+        network.output_layer.weight.mul_(0.1)
+        network.output_layer.weight[eos] = 1.0
+
+
+def _train_on_empty_completions(rule):
+    session, engine = open_session(
+        f"algorithm.live_steps={rule}", "algorithm.baseline=none", "optimizer.weight_decay=0"
+    )
+    _always_end_of_text(engine.network, session.eos_id)
+    engine.optimizer.reload_model_params()
+    before = [p.detach().clone() for p in engine.network.parameters()]
+    rollout, _ = collect_rollout(session, engine, 0)
+    metrics, _ = update_policy(session, engine, rollout, None, 0)
+    after = list(engine.network.parameters())
+    return {
+        "tokens": set(rollout.trajectory.tokens.unique().tolist()) - {session.eos_id},
+        "steps": set(rollout.trajectory.num_steps.tolist()),
+        "finite": all(bool(p.isfinite().all()) for p in after),
+        "moved": any(not torch.equal(p, q) for p, q in zip(after, before, strict=True)),
+        "metrics": metrics,
+    }
+
+
+@pytest.mark.parametrize(("rule", "rows"), [("text", 0), ("sampled", 24)])
+def test_completions_that_are_all_end_of_text_train_without_error(rule, rows):
+    """Rows end after the first of two blocks, two steps in; `text` leaves none of them to score.
+
+    By `sampled`, both steps of all twelve rollouts are scored.
+    """
+    result = run_ranks(1, _train_on_empty_completions, rule)[0]
+    assert result["tokens"] == set() and result["steps"] == {2}
+    assert result["finite"]
+    assert result["metrics"]["rows"] == rows
+    assert result["moved"] == (rows > 0) == (result["metrics"]["grad_norm"] > 0)
+    assert result["metrics"]["ratio/max_error"] < 1e-5
+
+
+def _skip_or_not():
+    """Return metrics and gradients of one rollout batch: rows skipped, and all rows kept."""
+    session, engine = open_session()
+    rollout, _ = collect_rollout(session, engine, 0)
+    flat = rollout.advantages.clone()
+    flat[:4] = 0.0
+    flat[6] = 0.0
+    rollout = replace(rollout, advantages=flat)
+    _perturb(engine.network)
+    skipped = gradient(session, engine, rollout)
+    keep = rl.useful_draws
+    rl.useful_draws = lambda draws, *_: draws
+    kept = gradient(session, engine, rollout)
+    rl.useful_draws = keep
+    return skipped, kept
+
+
+def test_rollouts_without_advantage_are_skipped_and_change_nothing():
+    (skipped, grads), (kept, whole) = run_ranks(1, _skip_or_not)[0]
+    assert (skipped["rows"], kept["rows"]) == (14, 24)
+    assert skipped["loss"] == pytest.approx(kept["loss"], rel=1e-6)
+    assert relative_error(grads, whole) < 1e-6
+
+
+def _with_and_without_kl():
+    plain, engine = open_session()
+    rollout, _ = collect_rollout(plain, engine, 0)
+    rollout = replace(rollout, advantages=rollout.advantages.index_fill(0, torch.arange(4), 0.0))
+    without = gradient(plain, engine, rollout)
+    algorithm = replace(plain.settings.algorithm, kl_coefficient=0.3)
+    session = replace(plain, settings=replace(plain.settings, algorithm=algorithm))
+    return gradient(session, engine, rollout, _reference(session)), without
+
+
+def test_kl_is_nothing_at_the_first_update_and_keeps_every_row():
+    (metrics, grads), (_, without) = run_ranks(1, _with_and_without_kl)[0]
+    assert metrics["kl"] == 0
+    assert metrics["rows"] == 24
+    assert relative_error(grads, without) < 1e-5
+
+
+def _update_with_a_broken_weight():
+    session, engine = open_session()
+    rollout, _ = collect_rollout(session, engine, 0)
+    with torch.no_grad():
+        engine.network.output_layer.weight[3, 0] = float("nan")
+    before = [p.detach().clone() for p in engine.network.parameters()]
+    with pytest.raises(RuntimeError, match="not finite.*no weights were changed"):
+        update_policy(session, engine, rollout, None, 0)
+    pairs = zip(before, engine.network.parameters(), strict=True)
+    return all(torch.equal(p.nan_to_num(), q.nan_to_num()) for p, q in pairs)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_as_they_were():
+    assert run_ranks(1, _update_with_a_broken_weight)[0]
