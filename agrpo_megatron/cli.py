@@ -48,6 +48,7 @@ def train(arguments: argparse.Namespace) -> int:
     """Run or resume training, then write the report and say how it went."""
     phases = arguments.phases
     settings = load(Settings, arguments.file, arguments.overrides)
+    from agrpo_megatron.reports.summary import conclude
     from agrpo_megatron.training import directory
     from agrpo_megatron.training.resolve import resolve
 
@@ -61,7 +62,7 @@ def train(arguments: argparse.Namespace) -> int:
     if directory.is_finished(settings, done):
         if _is_main():
             print(f"{settings.run.dir} is finished; add --restart to run it again\n")
-            _conclude(Path(settings.run.dir))
+            conclude(Path(settings.run.dir))
         return 0
     from agrpo_megatron.reports.terminal import LiveView
     from agrpo_megatron.training.run import train as run
@@ -80,7 +81,7 @@ def train(arguments: argparse.Namespace) -> int:
     with view:
         run(resolved, view, phases=phases)
     if _is_main():
-        _conclude(Path(settings.run.dir))
+        conclude(Path(settings.run.dir))
     return 0
 
 
@@ -135,14 +136,17 @@ def sample(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Write the figures and the HTML page of a run."""
+    """Write the figures and the HTML page of each run; several runs are compared."""
     from agrpo_megatron.reports.figures import write_figures
     from agrpo_megatron.reports.html import write_report
 
-    figures = write_figures(arguments.run_dir)
-    page = write_report(arguments.run_dir)
-    for path in [*figures, page]:
-        print(path)
+    for run_dir in arguments.run_dirs:
+        for path in [*write_figures(run_dir), write_report(run_dir)]:
+            print(path)
+    if len(arguments.run_dirs) > 1:
+        from agrpo_megatron.reports.summary import compare
+
+        compare(arguments.run_dirs)
     return 0
 
 
@@ -196,26 +200,6 @@ def _open_target(arguments: argparse.Namespace):
     return resolve(settings, world_size=_world_size()), checkpoint
 
 
-def _conclude(run_dir: Path) -> None:
-    """Write the report and print what came of the run."""
-    from agrpo_megatron.reports.figures import write_figures
-    from agrpo_megatron.reports.html import write_report
-    from agrpo_megatron.reports.read import after, before, read_run
-
-    write_figures(run_dir)
-    page = write_report(run_dir)
-    run = read_run(run_dir)
-    first, last = before(run), after(run)
-    if first is not None and last is not None:
-        gain = 100 * (last["accuracy"] - first["accuracy"])
-        print(
-            f"held-out accuracy {100 * first['accuracy']:.1f} % -> {100 * last['accuracy']:.1f} % "
-            f"({gain:+.1f} points, {last['problems']} problems)"
-        )
-    print(f"report  {page}")
-    print(f"next    agrpo sample {run_dir} --trace")
-
-
 def _silent_view():
     from agrpo_megatron.reports.terminal import LiveView
 
@@ -260,8 +244,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prompt", help="complete this text instead")
     command.add_argument("--trace", action="store_true", help="show the unmasking order in colour")
     _add_overrides(command)
-    command = _command(commands, "report", "figures and an HTML page of a run", report)
-    command.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    command = _command(commands, "report", "figures and an HTML page of runs", report)
+    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN", help="run directory")
     _command(commands, "doctor", "what is installed, and what that allows", doctor)
     command = _command(commands, "config", "explain all settings, or check a file", config)
     command.add_argument("file", nargs="?", metavar="FILE", help="check this and print it resolved")

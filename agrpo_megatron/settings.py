@@ -124,7 +124,7 @@ class SamplingSettings:
     top_k: int | None = setting(None, "keep the k likeliest tokens", unit="tokens", low=1)
     top_p: float = setting(1.0, "keep the smallest set with this mass", low=0, high=1)
     threshold: float | None = setting(
-        None, "fix every token at least this probable (and one at least)", low=0, high=1
+        None, "also fix every token at least this probable, beyond the schedule", low=0, high=1
     )
     confidence: str = setting(
         "policy",

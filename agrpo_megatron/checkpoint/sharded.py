@@ -55,7 +55,7 @@ def load_checkpoint(path: Path, engine: Engine) -> None:
     """Load model, optimizer and schedule in place; called by every rank, at any layout."""
     with torch.no_grad(), _loadable_optimizer_state():
         _fill_adam_state(engine)
-        state = dist_checkpointing.load(_state(engine, is_loading=True), str(path))
+        state = _load(_state(engine, is_loading=True), path)
         engine.network.load_state_dict(state["model"], strict=False)
         engine.optimizer.load_state_dict(state["optimizer"])
     engine.scheduler.load_state_dict(state["scheduler"])
@@ -65,8 +65,14 @@ def load_checkpoint(path: Path, engine: Engine) -> None:
 def load_weights(path: Path, network: MaskedDiffusionModel) -> None:
     """Load the model's weights alone, in place; called by every rank, at any layout."""
     with torch.no_grad():
-        state = dist_checkpointing.load({"model": network.sharded_state_dict()}, str(path))
+        state = _load({"model": network.sharded_state_dict()}, path)
         network.load_state_dict(state["model"], strict=False)
+
+
+def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    loaded = dist_checkpointing.load(state, str(path))
+    assert isinstance(loaded, dict)
+    return loaded
 
 
 def _state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:

@@ -68,13 +68,14 @@ class MaskedDiffusionModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
+            assert config.init_method is not None
             # Scored tokens are gathered before the head, so the head itself is not sequence-
             # parallel: its input is whole on every rank and its input gradient is summed.
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 vocab_rows,
                 config=replace(config, sequence_parallel=False),
-                init_method=config.embedding_init_method or config.init_method,
+                init_method=config.init_method,
                 bias=False,
                 gather_output=False,
                 tp_group=groups.tp,
@@ -86,7 +87,7 @@ class MaskedDiffusionModel(LanguageModule):
         if isinstance(input_tensor, list):
             assert len(input_tensor) == 1
             input_tensor = input_tensor[0]
-        self.decoder.set_input_tensor(input_tensor)
+        self.decoder.set_input_tensor(input_tensor)  # type: ignore[arg-type]
 
     def forward(self, rows: PackedRows) -> Tensor:
         """Return the logits [S, V / tensor parallel] of the scored tokens.
@@ -110,7 +111,8 @@ class MaskedDiffusionModel(LanguageModule):
 
     def _padded(self, rows: PackedRows) -> PackedRows:
         """Append a row of padding where sequence parallelism needs an even split."""
-        missing = -len(rows.tokens) % self.tp_group.size() if self.config.sequence_parallel else 0
+        parts = self.config.tensor_model_parallel_size
+        missing = -len(rows.tokens) % parts if self.config.sequence_parallel else 0
         if not missing:
             return rows
         end = rows.cu_seqlens[-1:] + missing

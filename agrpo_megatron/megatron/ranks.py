@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from agrpo_megatron.megatron.platform import prepare_platform
 from agrpo_megatron.settings import Settings
@@ -49,16 +50,18 @@ def start_ranks(settings: Settings) -> Ranks:
         distributed_timeout_minutes=max(1, round(settings.run.timeout / 60)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(settings.run.seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    assert groups.tp is not None and groups.dp is not None
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         device=device,
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_group=groups.tp,
+        tensor_rank=groups.tp.rank(),
         tensor_size=settings.parallel.tensor,
-        data_group=parallel_state.get_data_parallel_group(),
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
+        data_group=groups.dp,
+        data_rank=groups.dp.rank(),
+        data_size=groups.dp.size(),
     )
 
 

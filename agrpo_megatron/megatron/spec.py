@@ -1,6 +1,7 @@
 """The `local` layer spec: Megatron's transformer layer with our norm and packed attention."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ class RMSNorm(nn.Module):
 def local_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Return the layers of the `local` spec: Megatron's, bidirectional, on packed rows."""
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    parts = layer.submodules
+    parts: Any = layer.submodules
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention
@@ -125,12 +125,12 @@ def local_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention.submodules.q_layernorm = norm
     attention.submodules.k_layernorm = norm
-    layer = ModuleSpec(module=layer.module, params=layer.params, submodules=parts)
     return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=RMSNorm)
 
 
 def _rotate(x: Tensor, layout: PackedLayout) -> Tensor:
     """Rotate the two halves of each head, [T, heads, head_dim]."""
+    assert layout.cosines is not None and layout.sines is not None
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)

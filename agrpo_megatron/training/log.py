@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def _start_wandb(directory: Path, settings: Settings) -> Any:
 
     id_file = directory / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
     return wandb.init(
         mode=logging.wandb,  # type: ignore[arg-type]
         project=logging.project,

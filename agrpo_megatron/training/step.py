@@ -47,10 +47,10 @@ def optimizer_step[Batch: (SftBatch, TimestepBatch)](
     metrics = accumulate_gradients(engine, batches, loss=loss, examples=examples)
     if not all(math.isfinite(value) for value in metrics.values()):
         raise RuntimeError(f"the loss is not finite: {metrics}; no weights were changed")
-    engine.scheduler.step(increment=1)
-    updated, grad_norm, _ = engine.optimizer.step()
-    if not updated:
+    if not _gradient_is_finite(engine):
         raise RuntimeError("the gradient is not finite; no weights were changed")
+    engine.scheduler.step(increment=1)
+    _, grad_norm, _ = engine.optimizer.step()  # type: ignore[misc]
     learning_rate = max(group["lr"] for group in engine.optimizer.param_groups)
     return {**metrics, "grad_norm": float(grad_norm or 0.0), "learning_rate": learning_rate}
 
@@ -89,6 +89,15 @@ def accumulate_gradients[Batch: (SftBatch, TimestepBatch)](
     )
     engine.network.eval()
     return _reduce_metrics(collected, examples, engine)
+
+
+def _gradient_is_finite(engine: Engine) -> bool:
+    """Say whether every rank's gradient is finite: a sum of finite numbers tells, cheaply."""
+    buffers = [*engine.ddp.buffers, *engine.ddp.expert_parallel_buffers]
+    total = sum(buffer.grad_data.sum(dtype=torch.float32) for buffer in buffers)
+    finite = torch.as_tensor(total, device=engine.ranks.device).isfinite().int()
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 def equal_count[Batch: (SftBatch, TimestepBatch)](

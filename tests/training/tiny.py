@@ -33,6 +33,7 @@ TINY = [
     "model.init_std=0.3",
     "model.vocab_size=83",
     "task.name=countdown",
+    "task.options.high=5",
     "task.train_problems=24",
     "task.eval_problems=6",
     "sampling.completion_length=8",
@@ -146,3 +147,13 @@ def gradient(
 def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Return the worst difference of a tensor, relative to its norm."""
     return max(float((ours[n] - t).norm() / t.norm().clamp(min=1e-12)) for n, t in theirs.items())
+
+
+def same_metrics(ours: Sequence[dict], theirs: Sequence[dict]) -> bool:
+    """Say whether two runs' metrics agree in every bit of every key but those of time."""
+
+    def timeless(record: dict) -> dict:
+        timed = ("time/", "tokens_per_second")
+        return {key: value for key, value in record.items() if not key.startswith(timed)}
+
+    return [timeless(record) for record in ours] == [timeless(record) for record in theirs]

@@ -1,0 +1,46 @@
+"""What came of a run, in a few lines; several runs side by side."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from agrpo_megatron.reports.compare import write_comparison
+from agrpo_megatron.reports.figures import write_figures
+from agrpo_megatron.reports.html import write_report
+from agrpo_megatron.reports.read import after, before, read_run
+from agrpo_megatron.reports.tables import overview_table
+
+
+def conclude(run_dir: Path) -> None:
+    """Write a run's figures and page, and print held-out accuracy before and after."""
+    write_figures(run_dir)
+    page = write_report(run_dir)
+    run = read_run(run_dir)
+    first, last = before(run), after(run)
+    if first is not None and last is not None:
+        gain = 100 * (last["accuracy"] - first["accuracy"])
+        print(
+            f"held-out accuracy {100 * first['accuracy']:.1f} % -> {100 * last['accuracy']:.1f} % "
+            f"({gain:+.1f} points, {last['problems']} problems)"
+        )
+    print(f"report  {page}")
+    print(f"next    agrpo sample {run_dir} --trace")
+
+
+def compare(run_dirs: list[Path]) -> None:
+    """Print held-out accuracy of several runs side by side, and draw it beside the first.
+
+    Raises:
+        ValueError: a run was not evaluated both before and after.
+    """
+    rows = []
+    runs = {run_dir.name: [read_run(run_dir)] for run_dir in run_dirs}
+    for name, [run] in runs.items():
+        first, last = before(run), after(run)
+        if first is None or last is None:
+            raise ValueError(f"{run.path} has no evaluation before and after; let it finish first")
+        gain = last["accuracy"] - first["accuracy"]
+        values = [f"{100 * x:.1f}" for x in (first["accuracy"], last["accuracy"], gain)]
+        rows.append(dict(zip(("run", "before %", "after %", "gain"), (name, *values), strict=True)))
+    print(write_comparison(runs, run_dirs[0].parent / "comparison.png"))
+    Console().print(overview_table(rows, title="held-out accuracy"))

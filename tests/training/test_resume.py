@@ -1,0 +1,153 @@
+"""A run that is killed with SIGKILL and started again ends as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch.distributed as dist
+
+from agrpo_megatron.checkpoint import sharded
+from agrpo_megatron.config import to_yaml
+from agrpo_megatron.training.log import RunLog
+from agrpo_megatron.training.run import train
+from tests.ranks import run_ranks
+from tests.training.test_run import read
+from tests.training.tiny import resolved_run, same_metrics, silent_view, tiny
+
+# Metric lines: sft 1-4, evaluation before, rl 1, rl 2, evaluation, rl 3, rl 4, evaluation after.
+RUN = [
+    "sft.iterations=4",
+    "sft.optimizer.decay=cosine",
+    "sft.optimizer.warmup_iterations=2",
+    "train.iterations=4",
+    "optimizer.decay=linear",
+    "algorithm.kl_coefficient=0.01",
+    "algorithm.updates_per_iteration=2",
+    "evaluation.interval=2",
+    "checkpoint.interval=2",
+    "run.threads=1",
+]
+LINES = 11
+KILLS = {
+    "before any checkpoint": (1, None),
+    "between supervised checkpoints": (3, None),
+    "after the supervised phase, before RL's first checkpoint": (6, None),
+    "in an iteration after a checkpoint": (9, None),
+    "while the first RL checkpoint is written": (None, 3),
+    "while the last checkpoint is written": (None, 4),
+}
+DISTRIBUTED = ["optimizer.distributed=true", "sft.optimizer.distributed=true"]
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_after_line(number):
+    """Kill the process once it has written so many metric lines."""
+    own, written = RunLog.metrics, []
+
+    def metrics(self, record):
+        own(self, record)
+        written.append(record)
+        if len(written) == number:
+            _die()
+
+    RunLog.metrics = metrics
+
+
+def _kill_in_save(number):
+    """Kill the process inside its so-many-th save, once the shards are written."""
+    own, saved = sharded.dist_checkpointing.save, []
+
+    def save(*args):
+        own(*args)
+        saved.append(args)
+        if len(saved) == number and dist.get_rank() == 0:
+            _die()
+
+    sharded.dist_checkpointing.save = save
+
+
+def _train(run_dir, overrides, line=None, save=None):
+    if line is not None:
+        _kill_after_line(line)
+    if save is not None:
+        _kill_in_save(save)
+    resolved = resolved_run(run_dir, *RUN, *overrides, world_size=dist.get_world_size())
+    train(resolved, silent_view())
+
+
+def _assert_same(ours, theirs):
+    metrics, expected = read(ours / "metrics.jsonl"), read(theirs / "metrics.jsonl")
+    assert len(expected) == LINES
+    assert same_metrics(metrics, expected)
+    assert (ours / "samples.jsonl").read_text() == (theirs / "samples.jsonl").read_text()
+    assert not list((ours / "checkpoints").glob(".partial-*"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    run_ranks(1, _train, directory, [])
+    return directory
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path, name):
+    run_dir = tmp_path / "run"
+    with pytest.raises(AssertionError, match="killed by signal 9"):
+        run_ranks(1, _train, run_dir, [], *KILLS[name])
+    left = (run_dir / "metrics.jsonl").read_text()
+    assert 0 < len(left.splitlines()) <= LINES
+    run_ranks(1, _train, run_dir, [])
+    _assert_same(run_dir, whole)
+
+
+@pytest.mark.parametrize("layout", [["parallel.tensor=2"], DISTRIBUTED], ids=["tp2", "dp2"])
+def test_two_ranks_resume_to_the_same_bits(tmp_path, layout):
+    """With tensor parallelism, and with an optimizer that is sharded over the ranks."""
+    run_ranks(2, _train, tmp_path / "whole", layout)
+    with pytest.raises(AssertionError, match="killed by signal 9"):
+        run_ranks(2, _train, tmp_path / "run", layout, None, 4)
+    run_ranks(2, _train, tmp_path / "run", layout)
+    _assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_that_was_killed_three_times_ends_the_same(whole, tmp_path):
+    for line in (2, 4, 3):  # lines that this attempt writes before it dies
+        with pytest.raises(AssertionError, match="killed by signal 9"):
+            run_ranks(1, _train, tmp_path / "run", [], line)
+    run_ranks(1, _train, tmp_path / "run", [])
+    _assert_same(tmp_path / "run", whole)
+
+
+def _train_ungraded(run_dir):
+    """Train as the command does, with the task's own reward."""
+    from agrpo_megatron.cli import main
+
+    assert main(["train", str(run_dir.parent / "settings.yaml"), f"run.dir={run_dir}"]) == 0
+
+
+@pytest.mark.slow
+def test_the_command_resumes_after_kill_9(tmp_path):
+    """One process of `python -m agrpo_megatron train`, killed from outside at no chosen moment."""
+    (tmp_path / "settings.yaml").write_text(to_yaml(tiny(*RUN)))
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "agrpo_megatron", "train", str(tmp_path / "settings.yaml")]
+    process = subprocess.Popen([*command, f"run.dir={run_dir}"], stdout=subprocess.DEVNULL)
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 240
+    try:
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 7:
+            assert process.poll() is None, "it ended before it was killed"
+            assert time.monotonic() < deadline, "it wrote no metrics"
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    run_ranks(1, _train_ungraded, run_dir)
+    run_ranks(1, _train_ungraded, tmp_path / "whole")
+    _assert_same(run_dir, tmp_path / "whole")
