@@ -95,7 +95,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         result = run(session, network, iteration=0, stage="evaluate")
     if _is_main():
         name = checkpoint.name if checkpoint else resolved.settings.model.load
-        result = {"checkpoint": name, **result}
+        kept = {k: v for k, v in result.items() if k not in ("phase", "iteration", "stage")}
+        result = {"checkpoint": name, "task": resolved.settings.task.name, **kept}
         print(json.dumps(result, indent=2))
         if arguments.output:
             Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
