@@ -267,6 +267,7 @@ def print_table(case: Case, *, draws: list[int], mix: float, console: Console) -
 
 
 def main() -> None:
+    """Read the arguments and print one table for each case."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -96,6 +96,7 @@ class _VocabParallelLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, start: int, group):  # type: ignore
+        """Return log-probs and entropies, [S] each, equal on every rank."""
         top = reduce(logits.amax(-1), group, dist.ReduceOp.MAX)
         shifted = logits - top[:, None]
         weights = shifted.exp()

@@ -199,13 +199,11 @@ def _expressions(
         return [Expression(str(numbers[0]), numbers[0], NUMBER)]
     found: dict[str, Expression] = {}
     for left, right in _splits(numbers):
-        for pair in itertools.product(
-            _expressions(left, memo, options=options), _expressions(right, memo, options=options)
-        ):
-            for sign in options.operators:
-                joined = _join(*pair, sign=sign, parentheses=options.parentheses)
-                if joined is not None:
-                    found[joined.text] = joined
+        sides = [_expressions(side, memo, options=options) for side in (left, right)]
+        for first, second, sign in itertools.product(*sides, options.operators):
+            joined = _join(first, second, sign=sign, parentheses=options.parentheses)
+            if joined is not None:
+                found[joined.text] = joined
     if len(numbers) < options.numbers:
         memo[numbers] = list(found.values())
     return list(found.values())

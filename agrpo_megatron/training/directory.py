@@ -24,11 +24,11 @@ def progress(settings: Settings) -> Progress | None:
         return None
     there = _flat(to_tree(load(Settings, directory / RUN_SETTINGS)))
     here = _flat(to_tree(settings))
-    for key, value in here.items():
+    for key in [*here, *there]:
         allowed = any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
-        if not allowed and there.get(key) != value:
+        if not allowed and there.get(key) != here.get(key):
             raise ValueError(
-                f"run.dir={directory} holds a run with {key}={there.get(key)}, not {value}; "
+                f"run.dir={directory} holds a run with {key}={there.get(key)}, not {here.get(key)}; "
                 "choose another run.dir, or move it away with --restart"
             )
     return found[1]
@@ -53,7 +53,7 @@ def move_away(directory: Path) -> Path | None:
 def _flat(tree: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value

@@ -59,7 +59,7 @@ class RunLog:
         for file in self._files.values():
             file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if name in self._files:

@@ -11,6 +11,7 @@ gradient is the mean over rollouts, whatever the number of micro-batches or rank
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,6 +70,7 @@ def accumulate_gradients[Batch: (SftBatch, TimestepBatch)](
     counts = iter([examples] + [0] * (len(batches) - 1))
 
     def forward_step(iterator: Iterator[Batch], model: torch.nn.Module):
+        """Run one micro-batch and hand its loss function back to the schedule."""
         batch = next(iterator)
 
         def reduce_loss(logits: Tensor):
@@ -93,8 +95,9 @@ def accumulate_gradients[Batch: (SftBatch, TimestepBatch)](
 
 def _gradient_is_finite(engine: Engine) -> bool:
     """Say whether every rank's gradient is finite: a sum of finite numbers tells, cheaply."""
-    buffers = [*engine.ddp.buffers, *engine.ddp.expert_parallel_buffers]
-    total = sum(buffer.grad_data.sum(dtype=torch.float32) for buffer in buffers)
+    buffers: Any = (engine.ddp.buffers, engine.ddp.expert_parallel_buffers)  # Megatron's lists
+    grads = [buffer.grad_data for group in buffers for buffer in group]
+    total = sum(grad.sum(dtype=torch.float32) for grad in grads)
     finite = torch.as_tensor(total, device=engine.ranks.device).isfinite().int()
     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
     return bool(finite)

@@ -64,7 +64,7 @@ def reachable(numbers):
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_every_single_character_change_is_graded_as_python_does(options):
-    chosen = TaskSettings(train_problems=1000, eval_problems=100, options=options)
+    chosen = TaskSettings(name="countdown", train_problems=1000, eval_problems=100, options=options)
     task = build_task(chosen)
     legal = "0123456789" + ("+-*/()" if options else "+-*")
     still_right = 0
@@ -89,7 +89,9 @@ def test_problems_are_all_that_can_be_solved():
         if target > 0
     }
     options = {"high": 6, **EVERYTHING}
-    chosen = TaskSettings(train_problems=len(solvable) - 1, eval_problems=1, options=options)
+    chosen = TaskSettings(
+        name="countdown", train_problems=len(solvable) - 1, eval_problems=1, options=options
+    )
     task = build_task(chosen)
     found = {
         (tuple(sorted(p.fields["numbers"])), p.fields["target"])
@@ -99,7 +101,7 @@ def test_problems_are_all_that_can_be_solved():
 
 
 def test_prompt_shows_the_numbers_in_random_order():
-    task = build_task(TaskSettings(train_problems=1000, eval_problems=100))
+    task = build_task(TaskSettings(name="countdown", train_problems=1000, eval_problems=100))
     problems = task.problems("train")
     assert all(re.fullmatch(r"\d \d \d = \d+:", task.prompt(p)) for p in problems)
     increasing = sum(p.fields["numbers"] == sorted(p.fields["numbers"]) for p in problems)
@@ -119,14 +121,18 @@ def test_prompt_shows_the_numbers_in_random_order():
 )
 def test_partial_credit_is_for_the_right_numbers(text, score, parts):
     options = {"partial_credit": 0.25}
-    task = build_task(TaskSettings(train_problems=1, eval_problems=1, options=options))
+    task = build_task(
+        TaskSettings(name="countdown", train_problems=1, eval_problems=1, options=options)
+    )
     reward = task.reward(Problem("", {"numbers": [3, 5, 7], "target": 22}, ""), text)
     assert (reward.score, reward.parts) == (score, parts)
 
 
 def test_division_has_to_come_out_whole():
     options = {"operators": "*/", "parentheses": True}
-    task = build_task(TaskSettings(train_problems=1, eval_problems=1, options=options))
+    task = build_task(
+        TaskSettings(name="countdown", train_problems=1, eval_problems=1, options=options)
+    )
     problem = Problem("", {"numbers": [3, 6, 4], "target": 8}, "")
     assert task.reward(problem, "6*4/3").correct
     assert not task.reward(problem, "4/3*6").correct
