@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 # better, and at every checkpoint it and torch announce what a later release will drop.
 for _module in (r"megatron\.core", r"torch\.distributed\.checkpoint"):
     warnings.filterwarnings("ignore", module=_module)
-warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
+for _message in ("Please use DTensor", "The .grad attribute of a Tensor that is not a leaf"):
+    warnings.filterwarnings("ignore", message=_message)
 for _logger in (
     "torch.utils.cpp_extension",
     "megatron.core.dist_checkpointing",

@@ -31,7 +31,14 @@ several ranks:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one sub-command; returns the exit status: 2 for wrong input."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    # argparse does not take up overrides again after an option: `a.b=1 --restart c.d=2`.
+    arguments, rest = parser.parse_known_args(argv)
+    strange = [r for r in rest if "=" not in r or r.startswith("-")]
+    if strange or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"not understood: {' '.join(strange or rest)}")
+    if rest:
+        arguments.overrides += rest
     try:
         return arguments.run(arguments)
     except ValueError as error:
@@ -58,7 +65,8 @@ def train(arguments: argparse.Namespace) -> int:
         moved = directory.move_away(Path(settings.run.dir))
         if moved is not None:
             print(f"the earlier run is now {moved}")
-    done = directory.progress(settings)
+    # After a restart there is nothing to look at, though another rank may still be moving it.
+    done = None if arguments.restart else directory.progress(settings)
     if directory.is_finished(settings, done):
         if _is_main():
             print(f"{settings.run.dir} is finished; add --restart to run it again\n")

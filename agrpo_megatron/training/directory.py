@@ -26,9 +26,10 @@ def progress(settings: Settings) -> Progress | None:
     here = _flat(to_tree(settings))
     for key in [*here, *there]:
         allowed = any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
-        if not allowed and there.get(key) != here.get(key):
+        old, new = there.get(key), here.get(key)
+        if not allowed and old != new:
             raise ValueError(
-                f"run.dir={directory} holds a run with {key}={there.get(key)}, not {here.get(key)}; "
+                f"run.dir={directory} holds a run with {key}={old}, not {new}; "
                 "choose another run.dir, or move it away with --restart"
             )
     return found[1]
