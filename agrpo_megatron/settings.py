@@ -31,7 +31,7 @@ class ModelSettings:
 
     family: str = setting("llada", "weight-name family", choices=("llada",))
     load: str | None = setting(
-        None, "Hugging Face directory or run directory to start from; null starts from random"
+        None, "Hugging Face or run directory to start from, architecture included; null: random"
     )
     num_layers: int = setting(4, "transformer layers", low=1)
     hidden_size: int = setting(128, "width of the residual stream", low=1)

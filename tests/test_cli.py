@@ -209,7 +209,7 @@ def test_config_explains_every_setting_and_every_task_and_checks_a_file(tmp_path
     assert whole.returncode == 0 and "loaded:\n" in whole.stdout
     for key in ("run.dir", "sampling.unmasking", "optimizer.learning_rate", "ddp"):
         assert f"{key} " in whole.stdout
-    assert "random, low_confidence, entropy" in whole.stdout
+    assert "random | low_confidence | entropy" in whole.stdout
     tasks = _probe("config", "--tasks")
     assert "task.name=countdown" in tasks.stdout and "task.options.clues" in tasks.stdout
     part = _probe("config", "--section", "checkpoint")

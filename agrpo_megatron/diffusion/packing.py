@@ -38,6 +38,15 @@ def pack(canvas: Tensor, lengths: Tensor, scored: Tensor) -> PackedRows:
     return PackedRows(canvas[valid], cu_seqlens, scored[valid].nonzero().squeeze(1))
 
 
+def unscored_row(mask_id: int, device: torch.device) -> PackedRows:
+    """Return one row of one mask token with nothing to score: a forward that weighs nothing."""
+    return PackedRows(
+        tokens=torch.tensor([mask_id], device=device),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        scored=torch.zeros(0, dtype=torch.int64, device=device),
+    )
+
+
 def split_by_budget(lengths: Tensor, budget: int) -> list[Tensor]:
     """Split rows into micro-batches of at most `budget` tokens; returns the row indices of each.
 

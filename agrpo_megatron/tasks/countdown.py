@@ -200,8 +200,8 @@ def _expressions(
     found: dict[str, Expression] = {}
     for left, right in _splits(numbers):
         sides = [_expressions(side, memo, options=options) for side in (left, right)]
-        for first, second, sign in itertools.product(*sides, options.operators):
-            joined = _join(first, second, sign=sign, parentheses=options.parentheses)
+        for pair, sign in itertools.product(itertools.product(*sides), options.operators):
+            joined = _join(*pair, sign=sign, parentheses=options.parentheses)
             if joined is not None:
                 found[joined.text] = joined
     if len(numbers) < options.numbers:

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from agrpo_megatron.diffusion import estimators
+from agrpo_megatron.diffusion import estimators, timesteps
 from agrpo_megatron.diffusion.batches import timestep_batches
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import policy_loss
+from agrpo_megatron.diffusion.packing import unscored_row
 from agrpo_megatron.megatron.engine import Engine, score_rows
 from agrpo_megatron.megatron.model import MaskedDiffusionModel
 from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
@@ -26,7 +27,7 @@ from agrpo_megatron.training.session import (
     task_prompts,
 )
 from agrpo_megatron.training.step import equal_count, optimizer_step
-from agrpo_megatron.types import PackedRows, Rollout, StepDraws, TimestepBatch
+from agrpo_megatron.types import Rollout, StepDraws, TimestepBatch
 
 
 def run_rl(
@@ -203,10 +204,12 @@ def _rollout_sums(session: Session, rollout: Rollout) -> dict[str, float]:
     trajectory = rollout.trajectory
     text = (trajectory.tokens == session.eos_id).long().cumsum(1) == 0
     sampled = trajectory.unmask_step < trajectory.num_steps[:, None]
+    rule = session.settings.algorithm.live_steps
+    live = timesteps.live_steps(trajectory, eos_id=session.eos_id, rule=rule)
     return {
         "entropy": float(trajectory.entropies.sum()),
         "sampled": float(sampled.sum()),
-        "steps": float(trajectory.num_steps.sum()),
+        "steps": float(live.sum()),
         "text": float(text.sum()),
         "flat": float((rollout.advantages == 0).sum()),
     }
@@ -237,11 +240,7 @@ def _filler(session: Session, rollout: Rollout) -> TimestepBatch:
     nothing = torch.zeros(0, dtype=torch.int64, device=device)
     support = rollout.trajectory.support_ids
     return TimestepBatch(
-        rows=PackedRows(
-            tokens=torch.tensor([session.mask_id], device=device),
-            cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
-            scored=nothing,
-        ),
+        rows=unscored_row(session.mask_id, device),
         targets=nothing,
         old_logprobs=nothing.float(),
         reference_logprobs=None,

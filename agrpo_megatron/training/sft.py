@@ -9,10 +9,11 @@ from torch import Tensor
 from agrpo_megatron.diffusion.batches import sft_batches
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import sft_loss
+from agrpo_megatron.diffusion.packing import unscored_row
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.training.session import Session, encode_prompts, pick_problems, task_prompts
 from agrpo_megatron.training.step import equal_count, optimizer_step
-from agrpo_megatron.types import PackedRows, SftBatch
+from agrpo_megatron.types import SftBatch
 
 
 def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[int], None]) -> None:
@@ -87,11 +88,7 @@ def _filler(session: Session) -> SftBatch:
     """Return a micro-batch without weight, for ranks that have fewer."""
     device = session.ranks.device
     return SftBatch(
-        rows=PackedRows(
-            tokens=torch.tensor([session.mask_id], device=device),
-            cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
-            scored=torch.zeros(0, dtype=torch.int64, device=device),
-        ),
+        rows=unscored_row(session.mask_id, device),
         targets=torch.zeros(0, dtype=torch.int64, device=device),
         weights=torch.zeros(0, device=device),
     )

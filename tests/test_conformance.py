@@ -1,0 +1,113 @@
+"""tools/conformance.py: the golden numbers hold at each layout, and a wrong one is noticed."""
+
+import contextlib
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parent.parent
+TOOL = ROOT / "tools" / "conformance.py"
+GOLDEN = Path(__file__).parent / "fixtures" / "llada_tiny"
+NAMES = [
+    "logits",
+    *(f"sampler {number}" for number in range(3)),
+    *(f"agrpo {number} {part}" for number in range(3) for part in ("loss", "gradients")),
+]
+LINE = re.compile(r"(ok  |FAIL) (.{28}) +([0-9.e+-]+) \(limit ([0-9.e+-]+)\)  .+")
+
+
+def _check(folder, arguments):
+    """Run the tool on this rank; returns its exit status and what it printed."""
+    printed = Path(folder) / f"printed-{os.environ['RANK']}"
+    sys.argv = [str(TOOL), *map(str, arguments)]
+    with (
+        printed.open("w") as out,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+        pytest.raises(SystemExit) as end,
+    ):
+        runpy.run_path(str(TOOL), run_name="__main__")
+    return end.value.code, printed.read_text()
+
+
+def _errors(printed):
+    """Return each check's (word, error), by name, and the closing line."""
+    *lines, last = printed.splitlines()
+    found = [match for line in lines if (match := LINE.fullmatch(line))]
+    assert len(found) == len(lines), printed
+    return {m[2].strip(): (m[1].strip(), float(m[3])) for m in found}, last
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_golden_numbers_hold(tmp_path, size):
+    """Logits within 1e-5, the samplers token for token, losses 1e-5, gradients 1e-4 relative."""
+    results = run_ranks(size, _check, tmp_path, [GOLDEN, "--parallel", f"tp{size}"])
+    assert [status for status, _ in results] == [0] * size
+    assert all(printed == "" for _, printed in results[1:]), "one rank speaks"
+    checks, last = _errors(results[0][1])
+    assert list(checks) == NAMES
+    assert last == f"{GOLDEN}: 10 of 10 checks passed at tp{size}"
+    for name, (word, error) in checks.items():
+        limit = 0 if "sampler" in name else 1e-4 if "gradients" in name else 1e-5
+        assert word == "ok" and error <= limit
+
+
+@pytest.mark.slow
+def test_the_golden_numbers_hold_under_a_launcher():
+    """As a user starts it: two processes of torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launcher, "--standalone", str(TOOL), str(GOLDEN), "--parallel", "tp2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{GOLDEN}: 10 of 10 checks passed at tp2"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "fails"),
+    [
+        ("logits.logits", 1e-2, ["logits"]),
+        ("sampler.1.output_ids", 0, ["sampler 1"]),
+        ("agrpo.0.loss", 1e-3, ["agrpo 0 loss"]),
+        ("agrpo.2.grad.model.transformer.ln_f.weight", 1e-1, ["agrpo 2 gradients"]),
+        (
+            "agrpo.1.policy.model.transformer.wte.weight",
+            0.5,
+            ["agrpo 1 loss", "agrpo 1 gradients"],
+        ),
+    ],
+)
+def test_a_wrong_number_fails_its_line_and_the_whole(tmp_path, tensor, change, fails):
+    folder = shutil.copytree(GOLDEN, tmp_path / "golden")
+    tensors = load_file(folder / "golden.safetensors")
+    spoilt = tensors[tensor].clone()
+    spoilt.view(-1)[-1] += change or 1
+    save_file({**tensors, tensor: spoilt}, folder / "golden.safetensors")
+    ((status, printed),) = run_ranks(1, _check, tmp_path, [folder])
+    checks, last = _errors(printed)
+    assert status == 1
+    assert [name for name, (word, _) in checks.items() if word == "FAIL"] == fails
+    assert last.endswith(f": {10 - len(fails)} of 10 checks passed at tp1")
+
+
+def test_wrong_arguments_are_one_line_and_status_2(tmp_path):
+    for arguments, said in (
+        ([tmp_path], "not a conformance directory"),
+        ([GOLDEN, "--parallel", "pp2"], "--parallel pp2: write tp followed by a number"),
+        ([GOLDEN, "--parallel", "tp2"], "parallel.tensor=2 does not divide the 1 ranks"),
+    ):
+        ((status, printed),) = run_ranks(1, _check, tmp_path, arguments)
+        assert status == 2
+        assert printed.startswith("conformance: error: ") and printed.count("\n") == 1
+        assert said in printed
