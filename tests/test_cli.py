@@ -1,9 +1,8 @@
-"""The `agrpo` command: wrong input is one line and status 2, and every sub-command is of use."""
+"""The `agrpo` command: wrong input is one line and status 2, and every sub-command explains."""
 
-import json
+import contextlib
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +47,7 @@ sys.exit(status)
 """
 
 
-def _write(path, **changes):
+def write_settings(path, **changes):
     """Write the settings file, with sections changed key by key."""
     tree = {name: dict(section) for name, section in SETTINGS.items()}
     for name, section in changes.items():
@@ -57,7 +56,7 @@ def _write(path, **changes):
     return path
 
 
-def _probe(*arguments, **environment):
+def probe(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-c", PROBE, *map(str, arguments)],
         capture_output=True,
@@ -68,14 +67,12 @@ def _probe(*arguments, **environment):
     )
 
 
-def _run(arguments, folder):
+def call(arguments, folder):
     """Call the command on this rank, with what it prints sent to a file; returns both."""
-    import contextlib
-
     os.environ["COLUMNS"] = "200"
     from agrpo_megatron.cli import main
 
-    printed = Path(folder) / "printed"
+    printed = Path(folder) / f"printed-{os.environ['RANK']}"
     with (
         printed.open("w") as out,
         contextlib.redirect_stdout(out),
@@ -87,17 +84,7 @@ def _run(arguments, folder):
 
 def agrpo(folder, *arguments):
     """Return exit status and output of one call."""
-    return run_ranks(1, _run, arguments, folder)[0]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Return (run directory, settings file, what training printed) of a finished run."""
-    folder = tmp_path_factory.mktemp("cli")
-    file = _write(folder / "tiny.yaml", run={"dir": str(folder / "run")})
-    status, printed = agrpo(folder, "train", file)
-    assert status == 0
-    return folder / "run", file, printed
+    return run_ranks(1, call, arguments, folder)[0]
 
 
 WRONG = {
@@ -158,9 +145,9 @@ def test_wrong_settings_are_one_line_and_status_2_before_torch_is_loaded(tmp_pat
     """No torch, so no process group. Time is that of the processor: a machine may be busy."""
     changes, message = WRONG[name]
     run_dir = tmp_path / "run"
-    file = _write(tmp_path / "wrong.yaml", run={"dir": str(run_dir)}, **changes)
+    file = write_settings(tmp_path / "wrong.yaml", run={"dir": str(run_dir)}, **changes)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = _probe("train", file)
+    done = probe("train", file)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
     assert done.stderr == f"agrpo: error: {message}\n"
@@ -169,7 +156,7 @@ def test_wrong_settings_are_one_line_and_status_2_before_torch_is_loaded(tmp_pat
 
 
 def test_a_missing_file_and_a_bad_override_are_refused_the_same_way(tmp_path):
-    file = _write(tmp_path / "good.yaml")
+    file = write_settings(tmp_path / "good.yaml")
     for arguments, said in (
         (("train", tmp_path / "none.yaml"), "none.yaml: No such file or directory"),
         (("train", file, "run.seed"), "override 'run.seed': write section.key=value"),
@@ -177,16 +164,16 @@ def test_a_missing_file_and_a_bad_override_are_refused_the_same_way(tmp_path):
         (("sample", file), f"{file} names no weights; set model.load, or give a run directory"),
         (("report", tmp_path), f"run directory {tmp_path} has no metrics.jsonl"),
     ):
-        done = _probe(*arguments)
+        done = probe(*arguments)
         assert done.returncode == 2
         assert done.stderr.startswith("agrpo: error: ") and done.stderr.count("\n") == 1
         assert said in done.stderr
 
 
 def test_one_rank_of_many_speaks(tmp_path):
-    file = _write(tmp_path / "wrong.yaml", train={"iteration": 1})
-    first = _probe("train", file, RANK="0", WORLD_SIZE="2")
-    second = _probe("train", file, RANK="1", WORLD_SIZE="2")
+    file = write_settings(tmp_path / "wrong.yaml", train={"iteration": 1})
+    first = probe("train", file, RANK="0", WORLD_SIZE="2")
+    second = probe("train", file, RANK="1", WORLD_SIZE="2")
     assert first.returncode == second.returncode == 2
     assert "train.iteration is not a setting" in first.stderr and second.stderr == ""
 
@@ -195,26 +182,26 @@ COMMANDS = ("train", "sft", "evaluate", "sample", "report", "doctor", "config")
 
 
 def test_every_sub_command_explains_itself_at_once():
-    whole = _probe("--help")
+    whole = probe("--help")
     assert whole.returncode == 0
     for name in COMMANDS:
         assert f"  {name} " in whole.stdout
-        done = _probe(name, "--help")
+        done = probe(name, "--help")
         assert done.returncode == 0 and done.stderr == ""
         assert done.stdout.startswith(f"usage: agrpo {name} ")
 
 
 def test_config_explains_every_setting_and_every_task_and_checks_a_file(tmp_path):
-    whole = _probe("config", COLUMNS="200")
+    whole = probe("config", COLUMNS="200")
     assert whole.returncode == 0 and "loaded:\n" in whole.stdout
     for key in ("run.dir", "sampling.unmasking", "optimizer.learning_rate", "ddp"):
         assert f"{key} " in whole.stdout
     assert "random | low_confidence | entropy" in whole.stdout
-    tasks = _probe("config", "--tasks")
+    tasks = probe("config", "--tasks")
     assert "task.name=countdown" in tasks.stdout and "task.options.clues" in tasks.stdout
-    part = _probe("config", "--section", "checkpoint")
+    part = probe("config", "--section", "checkpoint")
     assert "checkpoint.keep" in part.stdout and "run.dir" not in part.stdout
-    checked = _probe("config", _write(tmp_path / "good.yaml"), "run.seed=7")
+    checked = probe("config", write_settings(tmp_path / "good.yaml"), "run.seed=7")
     assert checked.returncode == 0
     resolved = yaml.safe_load(checked.stdout.removesuffix("loaded:\n"))
     assert resolved["run"]["seed"] == 7 and resolved["model"]["mask_token_id"] is not None
@@ -225,72 +212,3 @@ def test_doctor_names_what_is_there_and_what_is_not(tmp_path):
     assert status == 0
     for part in ("Python", "PyTorch", "Megatron-Core", "Transformer Engine", "wandb"):
         assert part in printed
-
-
-def test_training_prints_what_came_of_it_and_writes_the_report(run):
-    run_dir, _, printed = run
-    assert "held-out accuracy" in printed and f"next    agrpo sample {run_dir}" in printed
-    assert (run_dir / "report.html").stat().st_size > 10_000
-    assert list(run_dir.glob("**/*.png"))
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert max(row["grad_norm"] for row in rows if row["phase"] == "rl") > 0
-
-
-def test_a_finished_run_is_not_run_again_and_a_changed_one_is_refused(run, tmp_path):
-    run_dir, file, _ = run
-    before = (run_dir / "metrics.jsonl").read_text()
-    status, printed = agrpo(tmp_path, "train", file)
-    assert status == 0 and f"{run_dir} is finished; add --restart" in printed
-    done = _probe("train", file, "optimizer.learning_rate=0.5")
-    assert (done.returncode, done.stdout) == (2, "loaded:\n")
-    assert "holds a run with optimizer.learning_rate=0.0001, not 0.5" in done.stderr
-    assert (run_dir / "metrics.jsonl").read_text() == before
-
-
-def test_restart_moves_the_earlier_run_aside(run, tmp_path):
-    run_dir, file, _ = run
-    copy = shutil.copytree(run_dir, tmp_path / "run")
-    changes = (f"run.dir={copy}", "sft.iterations=1", "train.iterations=1", "run.seed=1")
-    status, printed = agrpo(tmp_path, "train", file, *changes, "--restart")
-    assert status == 0 and f"the earlier run is now {tmp_path / 'run.1'}" in printed
-    now, earlier = (
-        yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("run", "run.1")
-    )
-    assert (now["run"]["seed"], earlier["run"]["seed"]) == (1, 0)
-    assert (tmp_path / "run.1" / "checkpoints" / "rl-000003").is_dir()
-
-
-def test_sample_shows_completions_and_the_order_they_were_written_in(run, tmp_path):
-    run_dir, _, _ = run
-    status, printed = agrpo(tmp_path, "sample", run_dir, "--trace", "-n", "2")
-    assert status == 0
-    assert printed.count("prompt      ") == printed.count("reward      ") == 2
-    plain = agrpo(tmp_path, "sample", run_dir, "-n", "2")[1]
-    assert len(printed) > len(plain) > 0
-    chosen = agrpo(tmp_path, "sample", run_dir, "--prompt", "12", "--checkpoint", "sft-000040")
-    assert chosen[0] == 0 and "prompt      12\n" in chosen[1]
-    refused = _probe("sample", run_dir, "--checkpoint", "rl-9")
-    assert refused.returncode == 2
-    assert "holds no checkpoint rl-9; it has rl-000003, sft-000040" in refused.stderr
-
-
-def test_evaluate_repeats_the_accuracy_that_training_reported(run, tmp_path):
-    run_dir, _, _ = run
-    output = tmp_path / "result.json"
-    status, printed = agrpo(tmp_path, "evaluate", run_dir, "--output", output)
-    assert status == 0
-    result = json.loads(output.read_text())
-    assert json.loads(printed) == result
-    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    assert result["checkpoint"] == "rl-000003"
-    for key in ("accuracy", "reward/mean", "reward/valid", "problems"):
-        assert result[key] == last[key]
-
-
-def test_report_can_be_written_again(run, tmp_path):
-    run_dir, _, _ = run
-    page = run_dir / "report.html"
-    page.unlink()
-    status, printed = agrpo(tmp_path, "report", run_dir)
-    assert status == 0 and str(page) in printed.splitlines()
-    assert "held-out" in page.read_text().lower()

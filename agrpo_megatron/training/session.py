@@ -173,10 +173,17 @@ def _epoch_order(count: int, epoch: int, seed: int) -> list[int]:
 
 
 def sum_over_ranks(session: Session, sums: dict[str, float]) -> dict[str, float]:
-    """Add each value over the data-parallel ranks; called by every rank with the same keys."""
-    values = torch.tensor(list(sums.values()), dtype=torch.float64, device=session.ranks.device)
+    """Add each value over the data-parallel ranks; called by every rank.
+
+    A rank without rollouts, or whose rewards lack a part, does not know every key.
+    """
+    known: list[list[str]] = [[] for _ in range(session.ranks.data_size)]
+    dist.all_gather_object(known, list(sums), group=session.ranks.data_group)
+    names = list(dict.fromkeys(name for names in known for name in names))
+    values = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
+    values = values.to(session.ranks.device)
     dist.all_reduce(values, group=session.ranks.data_group)
-    return dict(zip(sums, values.tolist(), strict=True))
+    return dict(zip(names, values.tolist(), strict=True))
 
 
 def reward_sums(rewards: Sequence[Reward]) -> dict[str, float]:

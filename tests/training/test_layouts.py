@@ -113,3 +113,25 @@ def test_metrics_are_of_all_ranks(alone, other, sampling):
 
 def test_the_ragged_case_is_ragged(alone):
     assert len(set(alone["ragged"]["num_steps"].tolist())) > 1
+
+
+def _one_problem_for_two_ranks():
+    """One rank has no problem at all, in training and in evaluation."""
+    few = ["algorithm.prompts_per_iteration=1", "task.eval_problems=1", "sampling.top_k=20"]
+    batch = ["algorithm.step_sampler=batch", "algorithm.proposal=entropy"]
+    session, engine = open_session(*few, *batch, world_size=dist.get_world_size())
+    rollout, metrics = collect_rollout(session, engine, 0)
+    update, _ = update_policy(session, engine, rollout, None, 0)
+    evaluation = evaluate(session, engine.network, iteration=1, stage="after")
+    keys = ("reward/hash", "rows", "loss", "grad_norm")
+    numbers = [{**metrics, **update}[key] for key in keys]
+    return len(rollout.rewards), numbers, evaluation["reward/mean"]
+
+
+def test_a_rank_without_problems_waits_for_the_others():
+    ((_, numbers, evaluation),) = run_ranks(1, _one_problem_for_two_ranks)
+    results = run_ranks(2, _one_problem_for_two_ranks)
+    assert sorted(count for count, _, _ in results) == [0, 4]
+    for _, ours, reward in results:
+        assert ours == pytest.approx(numbers, rel=1e-5, abs=1e-6)
+        assert reward == evaluation
