@@ -13,6 +13,7 @@ from tests.training.tiny import open_session
 # far above that keeps the step from being only rounding, too.
 SFT = [
     "sft.iterations=3",
+    "sft.batch_size=7",
     "sft.optimizer.learning_rate=1e-2",
     "sft.optimizer.weight_decay=0.1",
     "sft.optimizer.megatron.adam_eps=1e-4",

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
 from agrpo_megatron.megatron.model import build_model
@@ -166,21 +167,23 @@ def _train_on_empty_completions(rule):
         "steps": set(rollout.trajectory.num_steps.tolist()),
         "finite": all(bool(p.isfinite().all()) for p in after),
         "moved": any(not torch.equal(p, q) for p, q in zip(after, before, strict=True)),
+        "used": int((rollout.advantages != 0).sum()),
         "metrics": metrics,
     }
 
 
-@pytest.mark.parametrize(("rule", "rows"), [("text", 0), ("sampled", 24)])
-def test_completions_that_are_all_end_of_text_train_without_error(rule, rows):
+@pytest.mark.parametrize(("rule", "steps"), [("text", 0), ("sampled", 2)])
+def test_completions_that_are_all_end_of_text_train_without_error(rule, steps):
     """Rows end after the first of two blocks, two steps in; `text` leaves none of them to score.
 
-    By `sampled`, both steps of all twelve rollouts are scored.
+    By `sampled`, both steps of every rollout with an advantage are scored.
     """
     result = run_ranks(1, _train_on_empty_completions, rule)[0]
     assert result["tokens"] == set() and result["steps"] == {2}
     assert result["finite"]
-    assert result["metrics"]["rows"] == rows
-    assert result["moved"] == (rows > 0) == (result["metrics"]["grad_norm"] > 0)
+    assert result["used"] > 0
+    assert result["metrics"]["rows"] == steps * result["used"]
+    assert result["moved"] == (steps > 0) == (result["metrics"]["grad_norm"] > 0)
     assert result["metrics"]["ratio/max_error"] < 1e-5
 
 
@@ -225,17 +228,27 @@ def test_kl_is_nothing_at_the_first_update_and_keeps_every_row():
     assert relative_error(grads, without) < 1e-5
 
 
-def _update_with_a_broken_weight():
-    session, engine = open_session()
+def _update_with_a_broken(part, overrides):
+    """Break a weight, or only a gradient, on the last rank; say what was said and what moved."""
+    session, engine = open_session(*overrides, world_size=dist.get_world_size())
     rollout, _ = collect_rollout(session, engine, 0)
-    with torch.no_grad():
-        engine.network.output_layer.weight[3, 0] = float("nan")
+    weight = engine.network.output_layer.weight
+    if session.ranks.rank == session.ranks.world_size - 1 and part == "weight":
+        with torch.no_grad():
+            weight[3, 0] = float("nan")
+    elif session.ranks.rank == session.ranks.world_size - 1:
+        weight.register_hook(lambda grad: grad * float("inf"))
     before = [p.detach().clone() for p in engine.network.parameters()]
-    with pytest.raises(RuntimeError, match="not finite.*no weights were changed"):
+    with pytest.raises(RuntimeError) as error:
         update_policy(session, engine, rollout, None, 0)
     pairs = zip(before, engine.network.parameters(), strict=True)
-    return all(torch.equal(p.nan_to_num(), q.nan_to_num()) for p, q in pairs)
+    return str(error.value), all(torch.equal(p.nan_to_num(), q.nan_to_num()) for p, q in pairs)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_as_they_were():
-    assert run_ranks(1, _update_with_a_broken_weight)[0]
+@pytest.mark.parametrize("part", ["weight", "gradient"])
+@pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"]], ids=["dp2", "tp2"])
+def test_what_is_not_finite_on_one_rank_stops_all_with_the_weights_as_they_were(part, layout):
+    what = "the loss is not finite" if part == "weight" else "the gradient is not finite"
+    for said, is_unchanged in run_ranks(2, _update_with_a_broken, part, layout):
+        assert said.startswith(what) and said.endswith("no weights were changed")
+        assert is_unchanged

@@ -138,9 +138,10 @@ def test_a_run_starts_from_the_weights_of_another(run, tmp_path):
     assert [first[key] for key in keys] == [last[key] for key in keys]
 
 
-def test_the_reference_of_kl_is_what_rl_started_from(run, tmp_path):
+@pytest.mark.parametrize("is_loaded", [False, True], ids=["after sft", "loaded"])
+def test_the_reference_of_kl_is_what_rl_started_from(run, tmp_path, is_loaded):
     """The first iteration's KL is 0, the second's is not."""
-    overrides = [*RUN, "sft.iterations=0", f"model.load={run}", "algorithm.kl_coefficient=0.1"]
-    run_ranks(1, _train, tmp_path / "kl", overrides)
+    start = ["sft.iterations=0", f"model.load={run}"] if is_loaded else []
+    run_ranks(1, _train, tmp_path / "kl", [*RUN, *start, "algorithm.kl_coefficient=0.1"])
     records = [r for r in read(tmp_path / "kl" / "metrics.jsonl") if r["phase"] == "rl"]
     assert records[0]["kl"] == 0 and records[1]["kl"] > 1e-6
