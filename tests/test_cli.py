@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Sudoku with partial credit, after a supervised phase that has learned to write digits: rewards
 # differ, so the reinforcement learning of this run has gradients.
 SETTINGS = {
+    "run": {"threads": 1},
     "model": {
         "num_layers": 1,
         "hidden_size": 16,

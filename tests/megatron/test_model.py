@@ -8,7 +8,7 @@ import torch
 from agrpo_megatron.megatron.model import build_model, transformer_config
 from agrpo_megatron.megatron.ranks import start_ranks
 from agrpo_megatron.megatron.weights import export_hf, initialise
-from agrpo_megatron.settings import ModelSettings, ParallelSettings, Settings
+from agrpo_megatron.settings import ModelSettings, ParallelSettings, RunSettings, Settings
 from agrpo_megatron.types import PackedRows
 from tests.megatron.literal import literal_logits
 from tests.ranks import run_ranks
@@ -46,7 +46,7 @@ def _random_rows():
 
 
 def _built(model):
-    ranks = start_ranks(Settings(model=model))
+    ranks = start_ranks(Settings(run=RunSettings(threads=1), model=model))
     network = build_model(model, ParallelSettings()).eval()
     initialise(network, model, 0, ranks)
     with torch.no_grad():  # biases and norms that do something

@@ -14,7 +14,7 @@ from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.megatron.model import build_model
 from agrpo_megatron.megatron.ranks import start_ranks
 from agrpo_megatron.megatron.weights import export_hf, initialise, load_hf
-from agrpo_megatron.settings import ModelSettings, ParallelSettings, Settings
+from agrpo_megatron.settings import ModelSettings, ParallelSettings, RunSettings, Settings
 from tests.ranks import run_ranks
 
 HF = Path(__file__).parent.parent / "fixtures" / "llada_tiny" / "hf"
@@ -34,7 +34,7 @@ GROUPED = ModelSettings(
 
 def _network(model, tensor):
     parallel = ParallelSettings(tensor=tensor)
-    ranks = start_ranks(Settings(model=model, parallel=parallel))
+    ranks = start_ranks(Settings(run=RunSettings(threads=1), model=model, parallel=parallel))
     return build_model(model, parallel), ranks
 
 

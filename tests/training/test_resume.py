@@ -28,7 +28,6 @@ RUN = [
     "algorithm.updates_per_iteration=2",
     "evaluation.interval=2",
     "checkpoint.interval=2",
-    "run.threads=1",
 ]
 LINES = 11
 KILLS = {  # after so many lines, or in so-many-th save

@@ -24,6 +24,7 @@ from agrpo_megatron.types import Problem, Reward, Rollout
 # Initial weights are large, so that attention matters and no distribution is near uniform. The
 # vocabulary is odd and wider than the tokenizer's: a tensor-parallel split has to pad it.
 TINY = [
+    "run.threads=1",
     "model.num_layers=2",
     "model.hidden_size=16",
     "model.ffn_hidden_size=32",
