@@ -83,6 +83,11 @@ def call(arguments, folder):
     return status, printed.read_text()
 
 
+def call_all(several, folder):
+    """Make several calls on this rank."""
+    return [call(arguments, folder) for arguments in several]
+
+
 def agrpo(folder, *arguments):
     """Return exit status and output of one call."""
     return run_ranks(1, call, arguments, folder)[0]

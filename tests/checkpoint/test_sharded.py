@@ -49,9 +49,11 @@ def _save(root, engine, iteration, keep=9):
 
 
 def _train_and_save_halfway(root, overrides):
-    """Train four iterations in one go, saving after two; returns records 3 and 4, and weights."""
+    """Train four iterations, saving after two and at the end; returns records 3, 4 and weights."""
     session, engine = _open(overrides)
-    run_sft(session, engine, start=0, after=lambda i: _save(root, engine, i) if i == 2 else None)
+    run_sft(
+        session, engine, start=0, after=lambda i: _save(root, engine, i) if i in (2, 4) else None
+    )
     records, weights = _outcome(session, engine)
     return records[2:], weights
 
@@ -90,6 +92,14 @@ def test_a_loaded_run_continues_bit_for_bit(tmp_path, world_size, overrides):
     assert all(_same(a, b) for a, b in zip(again, whole, strict=True))
 
 
+def _weights_alone(source, overrides):
+    """Load the weights without an optimizer, as evaluation does."""
+    session, engine = _open([*overrides, "run.seed=5"])
+    network = build_model(session.settings.model, session.settings.parallel)
+    load_weights(Path(source), network)
+    return _weights(session, network)
+
+
 @pytest.mark.parametrize(
     ("overrides", "other"),
     [([], [TP2]), ([DISTRIBUTED], [DISTRIBUTED])],
@@ -107,6 +117,8 @@ def test_a_checkpoint_goes_to_another_layout_and_back_bit_for_bit(tmp_path, over
         assert ours == pytest.approx(theirs, rel=1e-5)
     worst = max(float((weights[name] - t).abs().max()) for name, t in whole[1].items())
     assert worst < 1e-4
+    for alone in run_ranks(2, _weights_alone, tmp_path / "a" / "sft-000004", other):
+        assert all(torch.equal(alone[name], tensor) for name, tensor in whole[1].items())
 
 
 def _kill_saves(root):
@@ -213,17 +225,3 @@ def test_megatron_alone_lists_and_loads_the_model(tmp_path):
         "output_layer.weight",
     ]
     assert len(equal) == 15 and all(equal.values())
-
-
-def _weights_alone(source, overrides):
-    session, engine = _open([*overrides, "run.seed=5"])
-    network = build_model(session.settings.model, session.settings.parallel)
-    load_weights(Path(source), network)
-    return _weights(session, network)
-
-
-def test_weights_load_without_an_optimizer_at_any_layout(tmp_path):
-    run_ranks(1, _train_and_save_halfway, tmp_path, [])
-    alone = run_ranks(1, _weights_alone, tmp_path / "sft-000002", [])[0]
-    split = run_ranks(2, _weights_alone, tmp_path / "sft-000002", [TP2])[0]
-    assert all(torch.equal(alone[name], split[name]) for name in alone)

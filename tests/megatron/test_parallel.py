@@ -18,7 +18,7 @@ SFT = [
     "sft.optimizer.weight_decay=0.1",
     "sft.optimizer.megatron.adam_eps=1e-4",
     "sft.optimizer.clip_grad=0.5",
-    "train.token_budget=60",  # three rows of 18 or 19 tokens: an odd number now and then
+    "train.token_budget=45",  # three rows of 14 or 15 tokens: an odd number now and then
     "model.qk_norm=true",
     "model.qkv_bias=true",
 ]

@@ -42,8 +42,7 @@ def _run(overrides):
     for name, sampling in SAMPLINGS.items():
         session, engine = open_session(*sampling, *overrides, world_size=dist.get_world_size())
         rollout, metrics = collect_rollout(session, engine, 0)
-        _, grads = gradient(session, engine, rollout)
-        update, _ = update_policy(session, engine, rollout, None, 0)
+        update, grads = gradient(session, engine, rollout, is_applied=True)
         again, _ = collect_rollout(session, engine, 1)
         evaluation = evaluate(session, engine.network, iteration=1, stage="after")
         first = rollout.trajectory

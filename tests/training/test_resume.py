@@ -10,8 +10,10 @@ import pytest
 import torch.distributed as dist
 
 from agrpo_megatron.checkpoint import sharded
-from agrpo_megatron.config import to_yaml
+from agrpo_megatron.config import load, to_yaml
+from agrpo_megatron.settings import Settings
 from agrpo_megatron.training.log import RunLog
+from agrpo_megatron.training.resolve import resolve
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
 from tests.training.test_run import read
@@ -103,13 +105,11 @@ def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path, name):
     _assert_same(run_dir, whole)
 
 
-@pytest.mark.parametrize("layout", [["parallel.tensor=2"], DISTRIBUTED], ids=["tp2", "dp2"])
-def test_two_ranks_resume_to_the_same_bits(tmp_path, layout):
-    """With tensor parallelism, and with an optimizer that is sharded over the ranks."""
-    run_ranks(2, _train, tmp_path / "whole", layout)
+def test_ranks_that_share_an_optimizer_resume_to_the_same_bits(tmp_path):
+    run_ranks(2, _train, tmp_path / "whole", DISTRIBUTED)
     with pytest.raises(AssertionError, match="killed by signal 9"):
-        run_ranks(2, _train, tmp_path / "run", layout, None, 4)
-    run_ranks(2, _train, tmp_path / "run", layout)
+        run_ranks(2, _train, tmp_path / "run", DISTRIBUTED, None, 4)
+    run_ranks(2, _train, tmp_path / "run", DISTRIBUTED)
     _assert_same(tmp_path / "run", tmp_path / "whole")
 
 
@@ -122,20 +122,19 @@ def test_a_run_that_was_killed_three_times_ends_the_same(whole, tmp_path):
     _assert_same(tmp_path / "run", whole)
 
 
-def _train_ungraded(run_dir):
-    """Train as the command does, with the task's own reward."""
-    from agrpo_megatron.cli import main
-
-    assert main(["train", str(run_dir.parent / "settings.yaml"), f"run.dir={run_dir}"]) == 0
+def _train_as_graded(run_dir, file):
+    """Train as the command does, with the task's own reward, but without the report."""
+    resolved = resolve(load(Settings, file, [f"run.dir={run_dir}"]), world_size=1)
+    train(resolved, silent_view())
 
 
 @pytest.mark.slow
 def test_the_command_resumes_after_kill_9(tmp_path):
-    """One process of `python -m agrpo_megatron train`, killed from outside at no chosen moment."""
-    (tmp_path / "settings.yaml").write_text(to_yaml(tiny(*RUN)))
-    run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "agrpo_megatron", "train", str(tmp_path / "settings.yaml")]
-    process = subprocess.Popen([*command, f"run.dir={run_dir}"], stdout=subprocess.DEVNULL)
+    """A process of `python -m agrpo_megatron train`, killed from outside at no chosen moment."""
+    file, run_dir = tmp_path / "settings.yaml", tmp_path / "run"
+    file.write_text(to_yaml(tiny(*RUN)))
+    command = [sys.executable, "-m", "agrpo_megatron", "train", str(file), f"run.dir={run_dir}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 240
     try:
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 7:
@@ -145,6 +144,6 @@ def test_the_command_resumes_after_kill_9(tmp_path):
     finally:
         process.kill()
         process.wait()
-    run_ranks(1, _train_ungraded, run_dir)
-    run_ranks(1, _train_ungraded, tmp_path / "whole")
+    run_ranks(1, _train_as_graded, run_dir, file)
+    run_ranks(1, _train_as_graded, tmp_path / "whole", file)
     _assert_same(run_dir, tmp_path / "whole")

@@ -34,7 +34,7 @@ TINY = [
     "model.init_std=0.3",
     "model.vocab_size=83",
     "task.name=countdown",
-    "task.options.high=5",
+    "task.options.numbers=2",
     "task.train_problems=24",
     "task.eval_problems=6",
     "sampling.completion_length=8",
@@ -130,14 +130,17 @@ def gradient(
     engine: Engine,
     rollout: Rollout,
     reference: MaskedDiffusionModel | None = None,
+    *,
+    is_applied: bool = False,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Return metrics and whole gradients of one update that leaves the weights as they are."""
+    """Return metrics and whole gradients of one update; weights stay unless it is applied."""
     caught: dict[str, Tensor] = {}
+    own = engine.optimizer.step
 
     def step():
         grads = {n: p.main_grad.clone() for n, p in engine.network.named_parameters()}
         caught.update(export_hf(grads, session.settings.model, session.ranks))
-        return True, 0.0, None
+        return own() if is_applied else (True, 0.0, None)
 
     engine.optimizer.step = step  # type: ignore[method-assign]
     metrics, _ = update_policy(session, engine, rollout, reference, 0)
