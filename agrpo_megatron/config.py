@@ -26,9 +26,14 @@ def setting(
     choices: tuple[Any, ...] = (),
     low: float | None = None,
     high: float | None = None,
+    short: str = "",
 ) -> Any:
-    """Declare one setting of a settings dataclass: default, help text, unit and legal values."""
+    """Declare one setting of a settings dataclass: default, help text, unit and legal values.
+
+    A section whose settings have a `short` name may also be written as one text, see `from_text`.
+    """
     metadata = {"help": help, "unit": unit, "choices": choices, "low": low, "high": high}
+    metadata["short"] = short
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -47,7 +52,7 @@ def load[T](cls: type[T], path: str | Path | None, overrides: Iterable[str] = ()
     """
     tree = read_yaml(path) if path is not None else {}
     for override in overrides:
-        _apply_override(tree, override)
+        _apply_override(cls, tree, override)
     return build(cls, tree)
 
 
@@ -87,12 +92,36 @@ def build[T](cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
         if dataclasses.is_dataclass(hints[name]):
             if value is None:
                 continue
+            value = _as_mapping(hints[name], value, key=key)
             if not isinstance(value, Mapping):
-                raise ValueError(f"{key}={value!r} is a section; write {key}: and indent its keys")
+                text = f", or write {_text_form(hints[name])}" if _shorts(hints[name]) else ""
+                raise ValueError(
+                    f"{key}={value!r} is a section; write {key}: and indent its keys{text}"
+                )
             values[name] = build(hints[name], value, f"{key}.")  # type: ignore[arg-type]
         else:
             values[name] = _checked(key, value, hints[name], fields[name].metadata)
     return cls(**values)
+
+
+def from_text(cls: type, text: str, *, key: str) -> dict[str, Any]:
+    """Read a section written as text, such as tp2-sp: short names, with a number unless a switch.
+
+    Returns the settings that are named; what is not named keeps its default.
+
+    Raises:
+        ValueError: a part that is not one, or that is written twice; `key` is where it stands.
+    """
+    known, values = _shorts(cls), {}
+    for part in text.split("-"):
+        match = re.fullmatch(r"([a-z]+)([1-9][0-9]{0,8})?", part)
+        field = known.get(match[1]) if match else None
+        if match is None or field is None or (match[2] is None) != _is_switch(field):
+            raise ValueError(f"{key}={text}: {part!r} is not a part; write {_text_form(cls)}")
+        if field.name in values:
+            raise ValueError(f"{key}={text}: {match[1]} is written twice; write it once")
+        values[field.name] = int(match[2]) if match[2] else True
+    return values
 
 
 def to_tree(settings: Any) -> dict[str, Any]:
@@ -126,17 +155,43 @@ def describe(cls: type, prefix: str = "") -> Iterator[Described]:
         if dataclasses.is_dataclass(hint):
             yield from describe(hint, f"{prefix}{field.name}.")  # type: ignore[arg-type]
         else:
+            as_text = f"; as text {prefix[:-1]}={_written(field)}" if meta["short"] else ""
             yield Described(
                 prefix + field.name,
                 _type_name(hint),
                 getattr(defaults, field.name),
                 meta["unit"],
-                meta["help"],
+                meta["help"] + as_text,
                 meta["choices"],
             )
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _shorts(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    fields = dataclasses.fields(cls)
+    return {short: field for field in fields if (short := field.metadata.get("short"))}
+
+
+def _is_switch(field: dataclasses.Field[Any]) -> bool:
+    return isinstance(field.default, bool)
+
+
+def _written(field: dataclasses.Field[Any]) -> str:
+    return field.metadata["short"] + ("" if _is_switch(field) else "N")
+
+
+def _text_form(cls: type) -> str:
+    parts = ", ".join(_written(field) for field in _shorts(cls).values())
+    return f"any of {parts} (N from 1) joined by -"
+
+
+def _as_mapping(hint: Any, value: Any, *, key: str) -> Any:
+    """Read a section that stands as text; return everything else as it is."""
+    if isinstance(value, str) and dataclasses.is_dataclass(hint) and _shorts(hint):  # type: ignore[arg-type]
+        return from_text(hint, value, key=key)  # type: ignore[arg-type]
+    return value
+
+
+def _apply_override(cls: type, tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")):
         raise ValueError(f"override {override!r}: write section.key=value, e.g. run.seed=1")
@@ -145,10 +200,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
     *sections, name = key.strip().split(".")
-    node = tree
-    for part in sections:
+    node, owner = tree, cls
+    for depth, part in enumerate(sections, start=1):
+        owner = typing.get_type_hints(owner).get(part) if dataclasses.is_dataclass(owner) else None
         if node.get(part) is None:
             node[part] = {}
+        node[part] = _as_mapping(owner, node[part], key=".".join(sections[:depth]))
         node = node[part]
         if not isinstance(node, dict):
             raise ValueError(f"override {override!r}: {part} is a value, not a section")
@@ -193,6 +250,10 @@ def _convert(value: Any, hint: Any) -> Any:
             return None
     if hint is str:
         return value if isinstance(value, str) else None
+    if typing.get_origin(hint) is list:
+        (kind,) = typing.get_args(hint)
+        items = [_convert(item, kind) for item in value] if isinstance(value, list) else [None]
+        return None if None in items else items
     if typing.get_origin(hint) is dict:
         return _with_numbers(value) if isinstance(value, Mapping) else None
     return None
@@ -220,7 +281,8 @@ def _check_range(key: str, value: Any, meta: Mapping[str, Any]) -> None:
 
 
 def _type_name(hint: Any) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    names: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false"}
+    names |= {str: "text", list[int]: "a list of integers"}
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     words = [names.get(o, "a mapping") for o in options if o is not type(None)]
     return " or ".join(words + (["null"] if type(None) in options else []))

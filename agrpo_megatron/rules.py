@@ -1,7 +1,19 @@
 """Rules that tie settings together, checked before a process group or a GPU is touched."""
 
+import itertools
+import math
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+from agrpo_megatron.layout import (
+    layout_name,
+    layout_text,
+    model_ranks,
+    rollout_parallel,
+    stage_layers,
+)
 from agrpo_megatron.settings import (
     ModelSettings,
     ParallelSettings,
@@ -17,7 +29,11 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     Raises:
         ValueError: the first rule broken, with key, value, rule and fix.
     """
-    _validate_model(settings.model, settings.parallel, world_size)
+    # An architecture that is still to be read from model.load is checked once it was.
+    if settings.model.load is None or settings.model.vocab_size is not None:
+        _validate_model(settings.model)
+        validate_layout(settings.model, settings.parallel, world_size=world_size)
+        _validate_rollout(settings, world_size)
     validate_sampling(settings.sampling, "sampling")
     validate_sampling(evaluation_sampling(settings), "evaluation")
     path = settings.tokenizer.path
@@ -61,8 +77,133 @@ def validate_sampling(sampling: SamplingSettings, section_name: str) -> None:
         )
 
 
-def _validate_model(model: ModelSettings, parallel: ParallelSettings, world_size: int) -> None:
-    heads, tensor = model.num_attention_heads, parallel.tensor
+def validate_layout(
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    *,
+    world_size: int,
+    key: str = "parallel",
+) -> None:
+    """Check that a layout fits the model and the ranks that were started.
+
+    `key` says where it was written: in the section `parallel`, or as the text of another setting.
+
+    Raises:
+        ValueError: the first rule broken, with the nearest layout that fits.
+    """
+    is_section = key == "parallel"
+    said = "parallel." if is_section else f"{key}={layout_text(parallel)}: "
+    fix = ""
+    problem = _model_misfit(model, parallel, at="parallel." if is_section else "")
+    if not problem and (problem := _rank_misfit(parallel, world_size)):
+        size = model_ranks(parallel)
+        ranks = parallel.data * size if parallel.data else -(-world_size // size) * size
+        fix = f"start {ranks} ranks (torchrun --nproc-per-node {ranks}) or "
+    if not problem and (problem := _layers_misfit(model, parallel)):
+        even = stage_layers(model, replace(parallel, layers=None))
+        fix = f"use {said}layers={list(even)} or "
+    if problem:
+        near = layout_name(nearest_layout(model, parallel, world_size=world_size), world_size)
+        raise ValueError(f"{said}{problem}; {fix}use {key}={near}, the nearest layout that fits")
+
+
+def nearest_layout(
+    model: ModelSettings, parallel: ParallelSettings, *, world_size: int
+) -> ParallelSettings:
+    """Return the layout nearest to `parallel` of all that fit; `layers` are left to the split."""
+    divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    fitting = []
+    for tensor, pipeline, context in itertools.product(divisors, repeat=3):
+        if world_size % (tensor * pipeline * context):
+            continue
+        virtual = min(parallel.virtual, model.num_layers // pipeline) if pipeline > 1 else 1
+        near = ParallelSettings(
+            tensor=tensor,
+            sequence=parallel.sequence and tensor > 1,
+            pipeline=pipeline,
+            virtual=max(1, virtual),
+            context=context,
+            data=world_size // (tensor * pipeline * context),
+        )
+        if not _model_misfit(model, near):
+            fitting.append(near)
+    return min(fitting, key=lambda near: _distance(near, parallel))
+
+
+def _distance(near: ParallelSettings, asked: ParallelSettings) -> tuple[Any, ...]:
+    """Return what orders layouts: the sum of |log2 ratio| over tensor, pipeline, context, virtual.
+
+    Written as a product of fractions, so that what is equally far compares equal. Then comes what
+    keeps `sequence`, `data` and, in their order, the sizes.
+    """
+    names = ("tensor", "pipeline", "context", "virtual")
+    pairs = [(getattr(near, name), getattr(asked, name)) for name in names]
+    ratios = [Fraction(max(pair), min(pair)) for pair in pairs]
+    lost = near.sequence != asked.sequence, near.data != (asked.data or near.data)
+    return math.prod(ratios), *lost, *ratios, pairs
+
+
+def _model_misfit(model: ModelSettings, parallel: ParallelSettings, *, at: str = "") -> str:
+    """Say which rule between layout and model is broken, after its key's prefix; empty if none."""
+    tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual
+    heads = "num_query_groups" if model.num_query_groups else "num_attention_heads"
+    for name in (heads, "ffn_hidden_size"):
+        if getattr(model, name) % tensor:
+            return f"tensor={tensor} does not divide model.{name}={getattr(model, name)}"
+    if parallel.sequence and tensor == 1:
+        return f"sequence=true needs {at}tensor of at least 2"
+    if virtual > 1 and pipeline == 1:
+        return f"virtual={virtual} needs {at}pipeline of at least 2"
+    if pipeline * virtual > model.num_layers:
+        stages = f"{pipeline} x {at}virtual={virtual} stages" if virtual > 1 else str(pipeline)
+        return f"pipeline={stages} is more than model.num_layers={model.num_layers}"
+    return ""
+
+
+def _rank_misfit(parallel: ParallelSettings, world_size: int) -> str:
+    left, ranks = world_size, f"the {world_size} ranks that were started"
+    for name in ("tensor", "pipeline", "context"):
+        size = getattr(parallel, name)
+        if left % size:
+            return f"{name}={size} does not divide {ranks}"
+        left //= size
+        if left < world_size:
+            ranks = f"the {left} ranks left of the {world_size} that were started"
+    if parallel.data not in (None, left):
+        return f"data={parallel.data} is not {ranks}"
+    return ""
+
+
+def _layers_misfit(model: ModelSettings, parallel: ParallelSettings) -> str:
+    layers, stages = parallel.layers, parallel.pipeline * parallel.virtual
+    if layers is None:
+        return ""
+    if len(layers) != stages:
+        return f"layers={layers} has {len(layers)} entries for {stages} stages"
+    if min(layers) < 1:
+        return f"layers={layers} leaves a stage without a layer"
+    if sum(layers) != model.num_layers:
+        return f"layers={layers} adds up to {sum(layers)}, not model.num_layers={model.num_layers}"
+    return ""
+
+
+def _validate_rollout(settings: Settings, world_size: int) -> None:
+    key, text = "rollout.parallel", settings.rollout.parallel
+    if text is None:
+        return
+    parallel = rollout_parallel(settings)
+    if parallel.virtual > 1:
+        flat = replace(parallel, virtual=1)
+        near = nearest_layout(settings.model, flat, world_size=world_size)
+        raise ValueError(
+            f"{key}={text}: vpp{parallel.virtual} is for training alone, the ring of the rollouts "
+            f"keeps every stage busy without; use {key}={layout_name(near, world_size)}"
+        )
+    validate_layout(settings.model, parallel, world_size=world_size, key=key)
+
+
+def _validate_model(model: ModelSettings) -> None:
+    heads = model.num_attention_heads
     if model.hidden_size % heads:
         raise ValueError(
             f"model.num_attention_heads={heads} does not divide "
@@ -73,22 +214,6 @@ def _validate_model(model: ModelSettings, parallel: ParallelSettings, world_size
         raise ValueError(
             f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}; "
             f"use {_divisor_near(heads, groups)}"
-        )
-    for key, value in (("num_query_groups", groups), ("ffn_hidden_size", model.ffn_hidden_size)):
-        if value % tensor:
-            raise ValueError(
-                f"parallel.tensor={tensor} does not divide model.{key}={value}; "
-                f"use {_divisor_near(value, tensor)}"
-            )
-    if world_size % tensor:
-        raise ValueError(
-            f"parallel.tensor={tensor} does not divide the {world_size} ranks that were started; "
-            f"start {tensor} ranks (torchrun --nproc-per-node {tensor}) or use "
-            f"{_divisor_near(world_size, tensor)}"
-        )
-    if parallel.sequence and tensor == 1:
-        raise ValueError(
-            "parallel.sequence=true needs parallel.tensor of at least 2; set it to false"
         )
 
 

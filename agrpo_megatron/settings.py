@@ -62,10 +62,34 @@ class TokenizerSettings:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How the ranks share the work; data parallelism takes what is left of the world size."""
+    """How the ranks share the work; one text such as tp2-pp2-cp1-dp2 sets all of it."""
 
-    tensor: int = setting(1, "tensor-parallel ranks", low=1)
-    sequence: bool = setting(False, "sequence parallelism inside each tensor-parallel group")
+    tensor: int = setting(1, "tensor-parallel ranks", low=1, short="tp")
+    sequence: bool = setting(False, "sequence parallelism beside tensor parallelism", short="sp")
+    pipeline: int = setting(1, "pipeline stages", low=1, short="pp")
+    virtual: int = setting(1, "virtual stages on each pipeline rank", low=1, short="vpp")
+    layers: list[int] | None = setting(
+        None, "layers of each (virtual) stage in order; null: even, embedding and head counted"
+    )
+    context: int = setting(1, "ranks that share each row's tokens", low=1, short="cp")
+    data: int | None = setting(None, "data-parallel ranks; null: what is left", low=1, short="dp")
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How rollouts use the ranks."""
+
+    parallel: str | None = setting(
+        None, "layout of the rollouts, such as tp4-pp1; null: the training layout, nothing moves"
+    )
+    schedule: str = setting(
+        "ring",
+        "under a pipeline: ring keeps every stage busy, lockstep is Megatron's own schedule",
+        choices=("ring", "lockstep"),
+    )
+    groups: int | None = setting(
+        None, "groups of rows in flight; null: twice the pipeline stages, 1 without", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -233,9 +257,13 @@ class Settings:
     """All settings of a run."""
 
     run: RunSettings = section(RunSettings, "where a run lives")
+    precision: str = setting(
+        "fp32", "weights and activations; bf16 keeps fp32 main weights", choices=("fp32", "bf16")
+    )
     model: ModelSettings = section(ModelSettings, "the transformer")
     tokenizer: TokenizerSettings = section(TokenizerSettings, "text to ids")
     parallel: ParallelSettings = section(ParallelSettings, "layout of the ranks")
+    rollout: RolloutSettings = section(RolloutSettings, "rollouts under a pipeline")
     task: TaskSettings = section(TaskSettings, "problems and reward")
     sft: SftSettings = section(SftSettings, "supervised phase")
     sampling: SamplingSettings = section(SamplingSettings, "rollout sampler")

@@ -9,7 +9,12 @@ import yaml
 
 from agrpo_megatron.config import build, describe, load, to_tree, to_yaml
 from agrpo_megatron.rules import validate
-from agrpo_megatron.settings import SamplingSettings, Settings, evaluation_sampling
+from agrpo_megatron.settings import (
+    ParallelSettings,
+    SamplingSettings,
+    Settings,
+    evaluation_sampling,
+)
 
 OVERRIDES = [
     "run.seed=3",
@@ -72,6 +77,58 @@ def test_an_empty_file_is_the_defaults(tmp_path):
     assert load(Settings, path) == Settings()
 
 
+def test_a_list_of_numbers_is_read_from_a_file_and_an_override(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("parallel:\n  layers: [1, 3]\n")
+    assert load(Settings, path).parallel.layers == [1, 3]
+    assert load(Settings, path, ["parallel.layers=[3,5]"]).parallel.layers == [3, 5]
+    assert load(Settings, path, ["parallel.layers=null"]).parallel.layers is None
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "expected"),
+    [
+        ("parallel: tp2-pp2-cp1-dp2", [], {"tensor": 2, "pipeline": 2, "data": 2}),
+        (
+            "",
+            ["parallel=tp2-sp-pp2-vpp3"],
+            {"tensor": 2, "sequence": True, "pipeline": 2, "virtual": 3},
+        ),
+        ("parallel: tp2-pp2", ["parallel.context=2"], {"tensor": 2, "pipeline": 2, "context": 2}),
+        (
+            "",
+            ["parallel=pp2", "parallel.layers=[1,3]", "parallel.pipeline=2"],
+            {"pipeline": 2, "layers": [1, 3]},
+        ),
+        # One text sets all of it, so nothing of an earlier layout is left.
+        ("parallel: {tensor: 2, layers: [1, 3]}", ["parallel=pp2"], {"pipeline": 2}),
+        ("parallel: tp2-pp2", ["parallel=cp2"], {"context": 2}),
+        ("parallel: tp2", ["parallel=null"], {}),
+    ],
+)
+def test_a_layout_is_one_text_or_single_keys(tmp_path, file, overrides, expected):
+    path = tmp_path / "settings.yaml"
+    path.write_text(file)
+    settings = load(Settings, path, overrides)
+    assert settings.parallel == ParallelSettings(**expected)
+    path.write_text(to_yaml(settings))
+    assert load(Settings, path) == settings
+
+
+def test_a_wrong_text_is_named_when_a_key_is_set_on_top_of_it(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("parallel: tp2-pp0\n")
+    message = _message(["parallel.context=2"], path=path)
+    assert message.startswith("parallel=tp2-pp0: 'pp0' is not a part; write any of tpN")
+
+
+def test_the_reference_says_which_text_sets_a_key():
+    help = {line.key: line.help for line in describe(Settings)}
+    assert help["parallel.virtual"].endswith("; as text parallel=vppN")
+    assert help["parallel.sequence"].endswith("; as text parallel=sp")
+    assert "as text" not in help["parallel.layers"] + help["rollout.parallel"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -108,6 +165,26 @@ def test_an_unknown_key_names_the_nearest(override, message):
         ("model=4", "model=4 is a section; write model: and indent its keys"),
         ("run.seed", "override 'run.seed': write section.key=value, e.g. run.seed=1"),
         ("run.seed.x=1", "run.seed={'x': 1} has the wrong type; it must be an integer"),
+        (
+            "parallel.layers=[3, x]",
+            "parallel.layers=[3, 'x'] has the wrong type; it must be a list of integers or null",
+        ),
+        (
+            "parallel.layers=3",
+            "parallel.layers=3 has the wrong type; it must be a list of integers or null",
+        ),
+        (
+            "parallel=4",
+            "parallel=4 is a section; write parallel: and indent its keys, or write any of tpN, "
+            "sp, ppN, vppN, cpN, dpN (N from 1) joined by -",
+        ),
+        (
+            "parallel=tp2-xx3",
+            "parallel=tp2-xx3: 'xx3' is not a part; write any of tpN, sp, ppN, vppN, cpN, dpN "
+            "(N from 1) joined by -",
+        ),
+        ("parallel=tp2-tp4", "parallel=tp2-tp4: tp is written twice; write it once"),
+        ("model=llada", "model='llada' is a section; write model: and indent its keys"),
         ("run.dir=[", "override 'run.dir=[': the value is not valid YAML; quote it"),
     ],
 )
@@ -147,12 +224,14 @@ def test_a_wrong_value_is_named_with_its_key_and_what_it_must_be(override, messa
         ),
         (
             ["parallel.sequence=true"],
-            "parallel.sequence=true needs parallel.tensor of at least 2; set it to false",
+            "parallel.sequence=true needs parallel.tensor of at least 2; "
+            "use parallel=tp1-pp1-cp1-dp1, the nearest layout that fits",
         ),
         (
             ["parallel.tensor=2"],
             "parallel.tensor=2 does not divide the 1 ranks that were started; start 2 ranks "
-            "(torchrun --nproc-per-node 2) or use 1",
+            "(torchrun --nproc-per-node 2) or use parallel=tp1-pp1-cp1-dp1, the nearest layout "
+            "that fits",
         ),
         (
             ["model.max_sequence_length=256"],
@@ -208,7 +287,7 @@ def test_the_reference_describes_every_setting_with_help_and_default():
         assert value == line.default, line.key
 
 
-@pytest.mark.parametrize("module", ["settings", "config", "rules", "tokenizer", "doctor"])
+@pytest.mark.parametrize("module", ["settings", "config", "layout", "rules", "tokenizer", "doctor"])
 def test_what_reads_settings_loads_no_heavy_library(module):
     heavy = "{'torch', 'megatron', 'transformers', 'sentencepiece', 'wandb'}"
     code = f"import sys, agrpo_megatron.{module}; print(sorted({heavy} & set(sys.modules)))"

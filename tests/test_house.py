@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "agrpo_megatron"
 
 LAYERS = {
-    0: ("__init__", "config", "settings", "rules", "types"),
+    0: ("__init__", "config", "settings", "layout", "rules", "types"),
     1: ("diffusion", "tasks", "families", "tokenizer", "scaling", "doctor"),
     2: ("megatron", "checkpoint"),
     3: ("training",),
@@ -28,6 +28,7 @@ MEGATRON_CORE_IN = ("megatron/", "checkpoint/", "training/step.py")
 FORBIDDEN = [
     ("config.py", "torch", "a wrong file is refused before torch loads"),
     ("settings.py", "torch", "a wrong file is refused before torch loads"),
+    ("layout.py", "torch", "a wrong file is refused before torch loads"),
     ("rules.py", "torch", "a wrong file is refused before torch loads"),
     ("tasks/", "torch", "a task is problems, prompts and rewards"),
     ("diffusion/", "megatron", "pure functions of tensors"),

@@ -22,7 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from agrpo_megatron.checkpoint.progress import PROGRESS_FILE, Progress
 from agrpo_megatron.megatron.engine import Engine
-from agrpo_megatron.megatron.model import MaskedDiffusionModel
+from agrpo_megatron.megatron.network import Network
 
 
 def save_checkpoint(root: Path, engine: Engine, progress: Progress, *, keep: int) -> Path:
@@ -56,17 +56,29 @@ def load_checkpoint(path: Path, engine: Engine) -> None:
     with torch.no_grad(), _loadable_optimizer_state():
         _fill_adam_state(engine)
         state = _load(_state(engine, is_loading=True), path)
-        engine.network.load_state_dict(state["model"], strict=False)
+        _fill(engine.network, state)
         engine.optimizer.load_state_dict(state["optimizer"])
     engine.scheduler.load_state_dict(state["scheduler"])
     _separate_adam_steps(engine, engine.scheduler.num_steps)
 
 
-def load_weights(path: Path, network: MaskedDiffusionModel) -> None:
+def load_weights(path: Path, network: Network) -> None:
     """Load the model's weights alone, in place; called by every rank, at any layout."""
     with torch.no_grad():
-        state = _load({"model": network.sharded_state_dict()}, path)
-        network.load_state_dict(state["model"], strict=False)
+        _fill(network, _load(_model_state(network), path))
+
+
+def _model_state(network: Network) -> dict[str, Any]:
+    """Return the sharded state of each virtual stage, under the keys that Megatron's tools use."""
+    if len(network.chunks) == 1:
+        return {"model": network.chunks[0].sharded_state_dict()}
+    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(network.chunks)}
+
+
+def _fill(network: Network, state: dict[str, Any]) -> None:
+    parts = [part for name, part in state.items() if name.startswith("model")]
+    for chunk, part in zip(network.chunks, parts, strict=True):
+        chunk.load_state_dict(part, strict=False)
 
 
 def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -76,14 +88,14 @@ def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
-    model = engine.network.sharded_state_dict()
+    model = _model_state(engine.network)
     optimizer = engine.optimizer.sharded_state_dict(
         model,
         is_loading=is_loading,
         metadata={"distrib_optim_sharding_type": "fully_reshardable"},
     )
     scheduler = engine.scheduler.state_dict()
-    return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    return {**model, "optimizer": optimizer, "scheduler": scheduler}
 
 
 @contextmanager

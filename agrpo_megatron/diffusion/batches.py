@@ -1,11 +1,20 @@
 """Build micro-batches: drawn steps of rollouts, and masked examples, as packed rows."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from agrpo_megatron.diffusion import noise
-from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, pack, split_by_budget
-from agrpo_megatron.types import Rollout, SftBatch, StepDraws, TimestepBatch, Trajectory
+from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, pack, unscored_row
+from agrpo_megatron.types import (
+    PackedRows,
+    Rollout,
+    SftBatch,
+    StepDraws,
+    TimestepBatch,
+    Trajectory,
+)
 
 
 def rebuild_state(trajectory: Trajectory, rollout: Tensor, step: Tensor, mask_id: int) -> Tensor:
@@ -14,47 +23,66 @@ def rebuild_state(trajectory: Trajectory, rollout: Tensor, step: Tensor, mask_id
     return trajectory.tokens[rollout].masked_fill(unseen, mask_id)
 
 
-def timestep_batches(
-    rollout: Rollout, draws: StepDraws, *, mask_id: int, token_budget: int
-) -> list[TimestepBatch]:
-    """Pack drawn rows into micro-batches; rows of zero-advantage rollouts are the caller's."""
+def row_lengths(rollout: Rollout, draws: StepDraws) -> Tensor:
+    """Return the tokens of each drawn row [N]: prompt and completion."""
     trajectory = rollout.trajectory
-    states = rebuild_state(trajectory, draws.rollout, draws.step, mask_id)
-    prompts = [trajectory.prompts[r] for r in draws.rollout.tolist()]
-    canvas, prompt_lengths = make_canvas(prompts, states)
-    target = trajectory.unmask_step[draws.rollout] == draws.step[:, None]
-    columns = completion_columns(prompt_lengths, states.shape[1])
-    scored = torch.zeros_like(canvas, dtype=torch.bool).scatter_(1, columns, target)
-    lengths = prompt_lengths + states.shape[1]
-    batches = []
-    for chunk in split_by_budget(lengths, token_budget):
-        row, position = target[chunk].nonzero(as_tuple=True)
-        draw = chunk[row]
-        source = draws.rollout[draw]
-        support = trajectory.support_ids
-        batches.append(
-            TimestepBatch(
-                rows=pack(canvas[chunk], lengths[chunk], scored[chunk]),
-                targets=trajectory.tokens[source, position],
-                old_logprobs=trajectory.logprobs[source, position],
-                reference_logprobs=None,
-                support_ids=support[source, position] if support is not None else None,
-                advantages=rollout.advantages[source],
-                weights=draws.weight[draw].to(rollout.advantages.dtype),
-            )
-        )
-    return batches
+    prompts = torch.tensor([len(p) for p in trajectory.prompts], dtype=torch.int64)
+    return prompts[draws.rollout.cpu()] + trajectory.tokens.shape[1]
+
+
+def timestep_batches(
+    rollout: Rollout, draws: StepDraws, micro_batches: Sequence[Tensor], *, mask_id: int
+) -> list[TimestepBatch]:
+    """Pack drawn rows: one batch for each of `micro_batches`, which hold indices of draws.
+
+    An empty one becomes a batch without weight, so that every rank has as many as the others.
+    """
+    return [_timestep_batch(rollout, draws, chunk, mask_id=mask_id) for chunk in micro_batches]
+
+
+def _timestep_batch(
+    rollout: Rollout, draws: StepDraws, chunk: Tensor, *, mask_id: int
+) -> TimestepBatch:
+    trajectory = rollout.trajectory
+    chunk = chunk.to(draws.rollout.device)
+    source, step = draws.rollout[chunk], draws.step[chunk]
+    states = rebuild_state(trajectory, source, step, mask_id)
+    target = trajectory.unmask_step[source] == step[:, None]
+    prompts = [trajectory.prompts[r] for r in source.tolist()]
+    row, position = target.nonzero(as_tuple=True)
+    scored, support = source[row], trajectory.support_ids
+    return TimestepBatch(
+        rows=_packed(prompts, states, target, mask_id=mask_id),
+        targets=trajectory.tokens[scored, position],
+        old_logprobs=trajectory.logprobs[scored, position],
+        reference_logprobs=None,
+        support_ids=support[scored, position] if support is not None else None,
+        advantages=rollout.advantages[scored],
+        weights=draws.weight[chunk][row].to(rollout.advantages.dtype),
+    )
+
+
+def _packed(
+    prompts: Sequence[Tensor], completions: Tensor, scored: Tensor, *, mask_id: int
+) -> PackedRows:
+    """Pack prompts with completions [n, C], of which `scored` [n, C] reach the head."""
+    if not len(completions):
+        return unscored_row(mask_id, completions.device)
+    canvas, prompt_lengths = make_canvas(prompts, completions)
+    columns = completion_columns(prompt_lengths, completions.shape[1])
+    marks = torch.zeros_like(canvas, dtype=torch.bool).scatter_(1, columns, scored)
+    return pack(canvas, prompt_lengths + completions.shape[1], marks)
 
 
 def sft_batches(
-    prompts: list[Tensor],
+    prompts: Sequence[Tensor],
     responses: Tensor,
     example_ids: Tensor,
+    micro_batches: Sequence[Tensor],
     *,
     mask_id: int,
     mask_epsilon: float,
     seed: int,
-    token_budget: int,
 ) -> list[SftBatch]:
     """Mask responses [B, C] at a rate t ~ U(mask_epsilon, 1) each, and pack them.
 
@@ -64,22 +92,23 @@ def sft_batches(
     Args:
         example_ids: [B] noise indices: the same example in the same place is masked alike under
             any layout.
+        micro_batches: indices of the examples in each batch; none makes a batch without weight.
     """
     places = torch.arange(responses.shape[1], device=responses.device)
     row_key = noise.noise_key(seed, noise.MASKS, example_ids)
     rate = mask_epsilon + (1 - mask_epsilon) * noise.uniform(row_key)
     chance = noise.uniform(noise.fold(row_key[:, None], places))
     masked = chance < rate[:, None]
-    canvas, prompt_lengths = make_canvas(prompts, responses.masked_fill(masked, mask_id))
-    columns = completion_columns(prompt_lengths, responses.shape[1])
-    scored = torch.zeros_like(canvas, dtype=torch.bool).scatter_(1, columns, masked)
-    lengths = prompt_lengths + responses.shape[1]
     weight = (1 / (rate * responses.shape[1]))[:, None].expand_as(masked)
-    return [
-        SftBatch(
-            rows=pack(canvas[chunk], lengths[chunk], scored[chunk]),
-            targets=responses[chunk][masked[chunk]],
-            weights=weight[chunk][masked[chunk]].float(),
+    batches = []
+    for chunk in micro_batches:
+        mine, part = masked[chunk], [prompts[i] for i in chunk.tolist()]
+        states = responses[chunk].masked_fill(mine, mask_id)
+        batches.append(
+            SftBatch(
+                rows=_packed(part, states, mine, mask_id=mask_id),
+                targets=responses[chunk][mine],
+                weights=weight[chunk][mine].float(),
+            )
         )
-        for chunk in split_by_budget(lengths, token_budget)
-    ]
+    return batches

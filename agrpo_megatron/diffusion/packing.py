@@ -1,5 +1,6 @@
 """Packed rows: rows of different length laid end to end, filled to a token budget."""
 
+import heapq
 from collections.abc import Sequence
 
 import torch
@@ -47,19 +48,60 @@ def unscored_row(mask_id: int, device: torch.device) -> PackedRows:
     )
 
 
-def split_by_budget(lengths: Tensor, budget: int) -> list[Tensor]:
-    """Split rows into micro-batches of at most `budget` tokens; returns the row indices of each.
+def assign_rows(
+    lengths: Tensor, *, budget: int, ranks: int, attention: float, multiple: int = 1
+) -> list[list[Tensor]]:
+    """Plan the micro-batches of all data-parallel ranks; returns the row indices of each.
 
-    Rows are taken longest first, so that rows of equal length are neighbours: attention then
-    runs once per length instead of once per row. A row longer than the budget is alone.
+    Every rank gets the same number, a multiple of `multiple` and at least one; some may be empty.
+    A micro-batch holds at most `budget` tokens; a row longer than that is alone. Rows go, costliest
+    first, to the cheapest micro-batch with room, then micro-batches to the cheapest rank.
+
+    Args:
+        lengths: [N] tokens of each row; a row of s tokens costs s + attention * s^2.
     """
-    order = torch.argsort(lengths, descending=True, stable=True)
-    batches, start, total = [], 0, 0
-    for end, length in enumerate(lengths[order].tolist()):
-        if total + length > budget and end > start:
-            batches.append(order[start:end])
-            start, total = end, 0
-        total += length
-    if start < len(order):
-        batches.append(order[start:])
-    return batches
+    sizes = lengths.tolist()
+    order = sorted(range(len(sizes)), key=lambda row: -sizes[row])  # stable: ties by index
+    step = ranks * multiple
+    count = -(-max(1, _first_fit(order, sizes, budget)) // step) * step
+    while (bins := _spread(order, sizes, count, budget, attention)) is None:
+        count += step
+    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
+    heap = [(0.0, rank) for rank in range(ranks)]
+    for cost, rows in sorted(bins, key=lambda b: -b[0]):
+        total, rank = heapq.heappop(heap)
+        shares[rank].append(rows)
+        if len(shares[rank]) < count // ranks:
+            heapq.heappush(heap, (total + cost, rank))
+    return [[torch.tensor(rows, dtype=torch.int64) for rows in share] for share in shares]
+
+
+def _first_fit(order: list[int], sizes: list[int], budget: int) -> int:
+    """Return how many micro-batches first-fit decreasing needs."""
+    free: list[int] = []
+    for row in order:
+        place = next((i for i, room in enumerate(free) if room >= sizes[row]), None)
+        if place is None:
+            free.append(budget - sizes[row])
+        else:
+            free[place] -= sizes[row]
+    return len(free)
+
+
+def _spread(
+    order: list[int], sizes: list[int], count: int, budget: int, attention: float
+) -> list[tuple[float, list[int]]] | None:
+    """Spread rows over `count` micro-batches of equal cost; None where they do not fit."""
+    heap: list[tuple[float, int, int, list[int]]] = [(0.0, n, 0, []) for n in range(count)]
+    for row in order:
+        full = []
+        while heap and heap[0][3] and heap[0][2] + sizes[row] > budget:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        cost, number, used, rows = heap[0]
+        cost += sizes[row] * (1 + attention * sizes[row])
+        heapq.heapreplace(heap, (cost, number, used + sizes[row], [*rows, row]))
+        for entry in full:
+            heapq.heappush(heap, entry)
+    return [(cost, rows) for cost, _, _, rows in sorted(heap, key=lambda entry: entry[1])]

@@ -1,31 +1,59 @@
 """The exact sampler: one full forward of every live row per denoising step.
 
 Blocks are decoded left to right; inside a block each denoising step draws tokens for masked
-positions and fixes some of them. Only the positions a step looks at reach the output layer, and
-rows that ended leave the batch. What was done is the `Trajectory`.
+positions and fixes some of them. Only the positions a step looks at reach the output layer. Rows
+travel in groups; one that ended leaves its group, and a row that waits takes its place. What was
+done is the `Trajectory`.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from agrpo_megatron.diffusion import noise
+from agrpo_megatron.diffusion.canvas import Canvas, advance, block_positions, commit, start
 from agrpo_megatron.diffusion.draw import Draw, draw_tokens
 from agrpo_megatron.diffusion.logprobs import Vocabulary
-from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, pack, split_by_budget
+from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.settings import SamplingSettings
 from agrpo_megatron.types import PackedRows, Trajectory
 
-Score = Callable[[PackedRows], Tensor]  # packed rows -> logits shard [S, V / tensor parallel]
+# Draw at the scored tokens of this slice, from their logits shard [S, V / tensor parallel].
+DrawAt = Callable[[Tensor, slice], Draw]
+
+
+class Forward(Protocol):
+    """What runs packed rows through the network; see `megatron.pipeline`."""
+
+    in_flight: int  # groups of rows that may be under way at once
+
+    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
+        """Start on a group; the function that is returned waits for the draws at its scores."""
+        ...
+
+
+@dataclass
+class AtOnce:
+    """A `Forward` over a function from packed rows to logits [S, V / tensor parallel]."""
+
+    score: Callable[[PackedRows], Tensor]
+    in_flight: int = 1
+
+    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
+        """Draw from what the function returns."""
+        draw = draw_at(self.score(rows), slice(None))
+        return lambda: draw
 
 
 @dataclass(frozen=True)
 class SamplerContext:
     """What the sampler needs beside prompts; one per run."""
 
-    score: Score
+    forward: Forward
     vocab: Vocabulary
     mask_id: int
     eos_id: int | None  # None: text never ends early
@@ -33,21 +61,14 @@ class SamplerContext:
     token_budget: int  # packed tokens per forward
 
 
-@dataclass
-class _Canvas:
-    """The rows being written; mutated step by step, its trajectory handed out at the end."""
+@dataclass(frozen=True)
+class _Group:
+    """Rows under way: one denoising step of each."""
 
-    canvas: Tensor  # [R, longest] prompts and completions
-    prompt_lengths: Tensor  # [R]
-    columns: Tensor  # [R, C] canvas columns of the completion
-    rollout_ids: Tensor  # [R]
-    unmask_step: Tensor  # [R, C]; -1 where still masked
-    logprobs: Tensor  # [R, C]
-    entropies: Tensor  # [R, C]
-    support_ids: Tensor  # [R, C, K]; K grows to the widest support seen
-    step: Tensor  # [R] denoising steps done
-    block: Tensor  # [R] block being decoded
-    step_in_block: Tensor  # [R]
+    rows: Tensor  # [n]
+    wanted: Tensor  # [n, block length] positions that this step scores
+    owners: Tensor  # [S] row of each scored token
+    draws: Callable[[], Draw]  # waits for them
 
 
 def sample(
@@ -58,7 +79,7 @@ def sample(
     sampling: SamplingSettings,
     weights_version: int = 0,
 ) -> Trajectory:
-    """Sample one completion per prompt; called by every rank of the tensor-parallel group.
+    """Sample one completion per prompt; called by every rank of a replica.
 
     A completion depends on its prompt, its rollout id, the seed and the weights alone.
 
@@ -67,15 +88,20 @@ def sample(
         rollout_ids: [R] int64, unique within a run.
     """
     prompts = tuple(prompts)
-    state = _start(prompts, rollout_ids, context=context, sampling=sampling)
-    blocks = sampling.completion_length // sampling.block_length
-    live = torch.arange(len(prompts), device=rollout_ids.device)
-    while len(live):
-        wanted = _wanted_positions(state, live, context=context, sampling=sampling)
-        lengths = state.prompt_lengths[live] + sampling.completion_length
-        for chunk in split_by_budget(lengths, context.token_budget):
-            _denoise(state, live[chunk], wanted[chunk], context=context, sampling=sampling)
-        live = _advance(state, live, blocks=blocks, context=context, sampling=sampling)
+    state = start(prompts, rollout_ids, mask_id=context.mask_id, sampling=sampling)
+    lengths = (state.prompt_lengths + sampling.completion_length).tolist()
+    waiting = deque(sorted(range(len(lengths)), key=lambda row: -lengths[row]))
+    most = context.forward.in_flight
+    under_way: deque[_Group] = deque()
+    while waiting or under_way:
+        live: list[int] = []
+        if len(under_way) == most or not waiting:
+            live = _finish(state, under_way.popleft(), context=context, sampling=sampling)
+        live += _fill(live, waiting, lengths, free=most - len(under_way), context=context)
+        if live:
+            live.sort(key=lambda row: -lengths[row])  # equal lengths are attended to together
+            rows = torch.tensor(live, device=rollout_ids.device)
+            under_way.append(_launch(state, rows, context=context, sampling=sampling))
     support = state.support_ids
     return Trajectory(
         prompts=prompts,
@@ -91,6 +117,27 @@ def sample(
     )
 
 
+def _fill(
+    live: list[int],
+    waiting: deque[int],
+    lengths: list[int],
+    *,
+    free: int,
+    context: SamplerContext,
+) -> list[int]:
+    """Take rows that wait: a fair share for each of the `free` groups, within the budget."""
+    share = sum(lengths[row] for row in waiting) / free
+    used, taken = sum(lengths[row] for row in live), 0
+    rows: list[int] = []
+    while waiting and (taken < share or not rows):
+        length = lengths[waiting[0]]
+        if (live or rows) and used + taken + length > context.token_budget:
+            break
+        taken += length
+        rows.append(waiting.popleft())
+    return rows
+
+
 def transfer_schedule(block_length: int, steps_per_block: int) -> list[int]:
     """Return how many tokens each step of a block fixes; the first steps take the remainder.
 
@@ -100,39 +147,7 @@ def transfer_schedule(block_length: int, steps_per_block: int) -> list[int]:
     return [base + (step < more) for step in range(steps_per_block)]
 
 
-def _start(
-    prompts: tuple[Tensor, ...],
-    rollout_ids: Tensor,
-    *,
-    context: SamplerContext,
-    sampling: SamplingSettings,
-) -> _Canvas:
-    rows, width, device = len(prompts), sampling.completion_length, rollout_ids.device
-    masks = torch.full((rows, width), context.mask_id, dtype=torch.int64, device=device)
-    canvas, prompt_lengths = make_canvas(prompts, masks)
-    zeros = torch.zeros(rows, dtype=torch.int64, device=device)
-    return _Canvas(
-        canvas=canvas,
-        prompt_lengths=prompt_lengths,
-        columns=completion_columns(prompt_lengths, width),
-        rollout_ids=rollout_ids,
-        unmask_step=torch.full((rows, width), -1, dtype=torch.int64, device=device),
-        logprobs=torch.zeros(rows, width, device=device),
-        entropies=torch.zeros(rows, width, device=device),
-        support_ids=torch.zeros(rows, width, 0, dtype=torch.int32, device=device),
-        step=zeros,
-        block=zeros.clone(),
-        step_in_block=zeros.clone(),
-    )
-
-
-def _block_positions(state: _Canvas, rows: Tensor, sampling: SamplingSettings) -> Tensor:
-    """Return the completion positions [n, block length] of the rows' current blocks."""
-    offsets = torch.arange(sampling.block_length, device=rows.device)
-    return state.block[rows, None] * sampling.block_length + offsets
-
-
-def _scheduled(state: _Canvas, rows: Tensor, sampling: SamplingSettings) -> Tensor:
+def _scheduled(state: Canvas, rows: Tensor, sampling: SamplingSettings) -> Tensor:
     """Return how many tokens the schedule fixes in this step, [n, 1]."""
     blocks = sampling.completion_length // sampling.block_length
     schedule = transfer_schedule(sampling.block_length, sampling.denoising_steps // blocks)
@@ -141,13 +156,13 @@ def _scheduled(state: _Canvas, rows: Tensor, sampling: SamplingSettings) -> Tens
 
 
 def _wanted_positions(
-    state: _Canvas, rows: Tensor, *, context: SamplerContext, sampling: SamplingSettings
+    state: Canvas, rows: Tensor, *, context: SamplerContext, sampling: SamplingSettings
 ) -> Tensor:
     """Mark the positions [n, block length] of each row's block that this step must score.
 
     Random unmasking knows beforehand what it will fix, so it scores nothing else.
     """
-    positions = _block_positions(state, rows, sampling)
+    positions = block_positions(state, rows, sampling)
     masked = state.unmask_step[rows].gather(1, positions) < 0
     if sampling.unmasking != "random" or sampling.threshold is not None:
         return masked
@@ -156,40 +171,48 @@ def _wanted_positions(
 
 
 def _position_noise(
-    state: _Canvas, rows: Tensor, positions: Tensor, context: SamplerContext
+    state: Canvas, rows: Tensor, positions: Tensor, context: SamplerContext
 ) -> Tensor:
     rollouts, steps = state.rollout_ids[rows, None], state.step[rows, None]
     key = noise.noise_key(context.seed, noise.POSITIONS, rollouts, steps, positions)
     return noise.uniform(key)
 
 
-def _denoise(
-    state: _Canvas,
-    rows: Tensor,
-    wanted: Tensor,
-    *,
-    context: SamplerContext,
-    sampling: SamplingSettings,
-) -> None:
-    """Score the wanted positions of these rows, draw tokens there, and fix the best of them."""
-    positions = _block_positions(state, rows, sampling)
+def _launch(
+    state: Canvas, rows: Tensor, *, context: SamplerContext, sampling: SamplingSettings
+) -> _Group:
+    """Send rows into their next denoising step."""
+    wanted = _wanted_positions(state, rows, context=context, sampling=sampling)
+    positions = block_positions(state, rows, sampling)
     scored = torch.zeros_like(state.canvas[rows], dtype=torch.bool)
     scored.scatter_(1, state.columns[rows].gather(1, positions), wanted)
     lengths = state.prompt_lengths[rows] + sampling.completion_length
-    logits = context.score(pack(state.canvas[rows], lengths, scored))
-    where = wanted.nonzero(as_tuple=True)
-    owners = rows[where[0]]
+    owners = rows[wanted.nonzero(as_tuple=True)[0]]
     keys = noise.noise_key(
-        context.seed, noise.TOKENS, state.rollout_ids[owners], state.step[owners], positions[where]
+        context.seed, noise.TOKENS, state.rollout_ids[owners], state.step[owners], positions[wanted]
     )
-    draw = draw_tokens(logits, keys, vocab=context.vocab, sampling=sampling)
+
+    def draw_at(logits: Tensor, part: slice) -> Draw:
+        return draw_tokens(logits, keys[part], vocab=context.vocab, sampling=sampling)
+
+    draws = context.forward(pack(state.canvas[rows], lengths, scored), draw_at)
+    return _Group(rows, wanted, owners, draws)
+
+
+def _finish(
+    state: Canvas, group: _Group, *, context: SamplerContext, sampling: SamplingSettings
+) -> list[int]:
+    """Fix the best of a group's draws and end its step; returns the rows that go on."""
+    rows, wanted, draw = group.rows, group.wanted, group.draws()
+    positions = block_positions(state, rows, sampling)
     fixed = _select(state, rows, positions, wanted, draw, context=context, sampling=sampling)
-    kept = fixed[where]
-    _commit(state, owners[kept], positions[where][kept], _keep(draw, kept))
+    kept = fixed[wanted]
+    commit(state, group.owners[kept], positions[wanted][kept], _keep(draw, kept))
+    return advance(state, rows, eos_id=context.eos_id, sampling=sampling)
 
 
 def _select(
-    state: _Canvas,
+    state: Canvas,
     rows: Tensor,
     positions: Tensor,
     wanted: Tensor,
@@ -232,51 +255,3 @@ def _keep(draw: Draw, kept: Tensor) -> Draw:
         entropies=draw.entropies[kept],
         support_ids=support[kept] if support is not None else None,
     )
-
-
-def _commit(state: _Canvas, rows: Tensor, positions: Tensor, draw: Draw) -> None:
-    """Write fixed tokens and what is recorded of them."""
-    state.canvas[rows, state.columns[rows, positions]] = draw.tokens
-    state.unmask_step[rows, positions] = state.step[rows]
-    state.logprobs[rows, positions] = draw.logprobs.float()
-    state.entropies[rows, positions] = draw.entropies.float()
-    if draw.support_ids is None:
-        return
-    missing = draw.support_ids.shape[-1] - state.support_ids.shape[-1]
-    if missing > 0:
-        state.support_ids = torch.nn.functional.pad(state.support_ids, (0, missing), value=-1)
-    ids = torch.nn.functional.pad(draw.support_ids, (0, max(0, -missing)), value=-1)
-    state.support_ids[rows, positions] = ids.to(torch.int32)
-
-
-def _advance(
-    state: _Canvas,
-    rows: Tensor,
-    *,
-    blocks: int,
-    context: SamplerContext,
-    sampling: SamplingSettings,
-) -> Tensor:
-    """Count the step, move finished blocks on, end rows, and return the rows still live."""
-    state.step[rows] += 1
-    state.step_in_block[rows] += 1
-    positions = _block_positions(state, rows, sampling)
-    done = (state.unmask_step[rows].gather(1, positions) >= 0).all(1)
-    finished = rows[done]
-    state.block[finished] += 1
-    state.step_in_block[finished] = 0
-    over = state.block[rows] == blocks
-    if sampling.early_end and context.eos_id is not None:
-        tokens = state.canvas[rows].gather(1, state.columns[rows].gather(1, positions))
-        ended = done & ~over & (tokens == context.eos_id).all(1)
-        _fill_tail(state, rows[ended], context.eos_id)
-        over = over | ended
-    return rows[~over]
-
-
-def _fill_tail(state: _Canvas, rows: Tensor, eos_id: int) -> None:
-    """End rows: what is still masked becomes end-of-text, at a step that never ran."""
-    tail = state.unmask_step[rows] < 0
-    owners = rows[:, None].expand_as(tail)[tail]
-    state.canvas[owners, state.columns[rows][tail]] = eos_id
-    state.unmask_step[owners, tail.nonzero()[:, 1]] = state.step[owners]

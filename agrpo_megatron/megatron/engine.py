@@ -11,24 +11,36 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import Tensor
 
-from agrpo_megatron.diffusion.logprobs import Vocabulary
-from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_model
+from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.settings import OptimizerSettings, Settings
-from agrpo_megatron.types import PackedRows
 
 
 @dataclass(frozen=True)
 class Engine:
     """Everything that a training loop drives; the parts are mutable, the record is not."""
 
-    ranks: Ranks
-    network: MaskedDiffusionModel
-    ddp: DistributedDataParallel
+    network: Network
+    ddp: list[DistributedDataParallel]  # one per virtual stage
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+
+    @property
+    def ranks(self) -> Ranks:
+        """Return the layout of the training."""
+        return self.network.ranks
+
+    def rollout_network(self) -> Network:
+        """Return the network that samples, with the latest weights; called by every rank."""
+        self.finish_parameters()
+        return self.network
+
+    def finish_parameters(self) -> None:
+        """Wait for updated weights that are still being gathered (`ddp.overlap_param_gather`)."""
+        for ddp in self.ddp:
+            if ddp.ddp_config.overlap_param_gather:
+                ddp.start_param_sync(force_sync=True)
 
 
 def build_engine(
@@ -43,40 +55,36 @@ def build_engine(
     Raises:
         ValueError: Megatron refuses a pass-through setting.
     """
-    network = build_model(settings.model, settings.parallel)
-    ddp_values = {"use_distributed_optimizer": optimizer.distributed, **settings.ddp}
+    network = build_network(settings, ranks)
+    config, is_bf16 = network.config, settings.precision == "bf16"
+    ddp_values = {
+        "use_distributed_optimizer": optimizer.distributed,
+        "grad_reduce_in_fp32": is_bf16,
+        **settings.ddp,
+    }
     ddp_config = _megatron_record(DistributedDataParallelConfig, ddp_values, "ddp")
-    ddp = DistributedDataParallel(network.config, ddp_config, network)
-    config = network.config
+    ddp = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(network.chunks)
+    ]
     config.finalize_model_grads_func = finalize_model_grads
     if ddp_config.overlap_grad_reduce:
-        config.no_sync_func = ddp.no_sync
-    built = get_megatron_optimizer(_optimizer_config(optimizer), [ddp])
+        config.no_sync_func = _one_or_all([part.no_sync for part in ddp])
+    if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
+        config.param_sync_func = _one_or_all([part.start_param_sync for part in ddp])
+    built = get_megatron_optimizer(_optimizer_config(optimizer, is_bf16=is_bf16), ddp)
     config.grad_scale_func = built.scale_loss
-    return Engine(ranks, network, ddp, built, _scheduler(built, optimizer, iterations))
+    return Engine(network, ddp, built, _scheduler(built, optimizer, iterations))
 
 
-def model_vocabulary(settings: Settings, ranks: Ranks) -> Vocabulary:
-    """Describe this rank's logits columns for the sampler and the scorer."""
-    model = settings.model
-    assert model.vocab_size is not None and model.mask_token_id is not None
-    width = -(-model.vocab_size // ranks.tensor_size)
-    return Vocabulary(
-        size=model.vocab_size,
-        start=ranks.tensor_rank * width,
-        forbidden=(model.mask_token_id,) if settings.sampling.forbid_mask_token else (),
-        group=ranks.tensor_group,
-    )
+def _one_or_all(functions: list[Any]) -> Any:
+    return functions[0] if len(functions) == 1 else functions
 
 
-@torch.no_grad()
-def score_rows(network: MaskedDiffusionModel, rows: PackedRows) -> Tensor:
-    """Return the logits shard [S, V / tensor parallel] of packed rows, without a graph."""
-    return network(rows)
-
-
-def _optimizer_config(optimizer: OptimizerSettings) -> OptimizerConfig:
+def _optimizer_config(optimizer: OptimizerSettings, *, is_bf16: bool) -> OptimizerConfig:
     values = {
+        "bf16": is_bf16,
+        "params_dtype": torch.bfloat16 if is_bf16 else torch.float32,
         "optimizer": "adam",
         "lr": optimizer.learning_rate,
         "min_lr": optimizer.min_learning_rate,

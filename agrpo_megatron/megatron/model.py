@@ -4,14 +4,14 @@ Parameter names are GPTModel's, so other Megatron tools read the checkpoints.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -19,8 +19,11 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from agrpo_megatron.layout import stage_layers
+from agrpo_megatron.megatron.context import padded_rows, part_of, scored_slices
+from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.megatron.spec import local_spec, packed_layout
-from agrpo_megatron.settings import ModelSettings, ParallelSettings
+from agrpo_megatron.settings import ModelSettings, ParallelSettings, Settings
 from agrpo_megatron.types import PackedRows
 
 
@@ -30,6 +33,7 @@ class MaskedDiffusionModel(LanguageModule):
     Args:
         vocab_rows: rows of embedding and head, a multiple of the tensor-parallel size.
         pre_process, post_process: whether this pipeline stage holds the embedding, the head.
+        vp_stage: which of this rank's virtual stages it is.
     """
 
     def __init__(
@@ -37,17 +41,18 @@ class MaskedDiffusionModel(LanguageModule):
         config: TransformerConfig,
         spec: TransformerBlockSubmodules,
         *,
+        ranks: Ranks,
         vocab_rows: int,
         max_sequence_length: int,
         rope_theta: float,
         pre_process: bool = True,
         post_process: bool = True,
-        vp_stage: int | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int = 0,
     ):
-        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        groups = ranks.groups
         super().__init__(config=config, pg_collection=groups)
-        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.ranks, self.vp_stage = ranks, vp_stage
+        self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
         self.rope_theta = rope_theta
@@ -90,15 +95,20 @@ class MaskedDiffusionModel(LanguageModule):
         self.decoder.set_input_tensor(input_tensor)  # type: ignore[arg-type]
 
     def forward(self, rows: PackedRows) -> Tensor:
-        """Return the logits [S, V / tensor parallel] of the scored tokens.
+        """Return the logits [S, V / tensor parallel] of this rank's scored tokens.
 
-        A stage without the head returns its hidden states [T / sequence parallel, 1, hidden].
+        All scored tokens without context parallelism, else those of `context.scored_slices`. A
+        stage without the head returns its hidden states [T / (context * sequence), 1, hidden].
         """
-        rows = self._padded(rows)
-        head_dim = self.config.kv_channels
+        mine = scored_slices(rows, self.ranks)[self.ranks.context.rank]
+        rows = padded_rows(rows, self.ranks)
+        head_dim, context = self.config.kv_channels, self.ranks.context
         assert head_dim is not None
-        layout = packed_layout(rows.cu_seqlens, head_dim=head_dim, rope_theta=self.rope_theta)
-        hidden = self.embedding(rows.tokens[None], None) if self.pre_process else None
+        layout = packed_layout(
+            rows.cu_seqlens, head_dim=head_dim, rope_theta=self.rope_theta, context=context
+        )
+        first, last = part_of(len(rows.tokens), context, context.rank)
+        hidden = self.embedding(rows.tokens[None, first:last], None) if self.pre_process else None
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=layout)
         if not self.post_process:
             return hidden
@@ -106,27 +116,17 @@ class MaskedDiffusionModel(LanguageModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        logits, _ = self.output_layer(hidden[rows.scored])
+        logits, _ = self.output_layer(hidden[rows.scored[mine] - first])
         return logits.squeeze(1)
 
-    def _padded(self, rows: PackedRows) -> PackedRows:
-        """Append a row of padding where sequence parallelism needs an even split."""
-        parts = self.config.tensor_model_parallel_size
-        missing = -len(rows.tokens) % parts if self.config.sequence_parallel else 0
-        if not missing:
-            return rows
-        end = rows.cu_seqlens[-1:] + missing
-        return PackedRows(
-            F.pad(rows.tokens, (0, missing)), torch.cat([rows.cu_seqlens, end]), rows.scored
-        )
 
-
-def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> TransformerConfig:
+def transformer_config(settings: Settings, parallel: ParallelSettings) -> TransformerConfig:
     """Translate settings into Megatron's own; `model.megatron` wins.
 
     Raises:
         ValueError: Megatron refuses a value or does not know a key of `model.megatron`.
     """
+    model, is_bf16 = settings.model, settings.precision == "bf16"
     values = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -143,15 +143,19 @@ def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> Tran
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "init_method_std": model.init_std,
-        "tensor_model_parallel_size": parallel.tensor,
-        "sequence_parallel": parallel.sequence,
+        "bf16": is_bf16,
+        "params_dtype": torch.bfloat16 if is_bf16 else torch.float32,
+        "pipeline_dtype": torch.bfloat16 if is_bf16 else torch.float32,
         "calculate_per_token_loss": True,
+        "variable_seq_lengths": True,  # packed rows: every micro-batch has its own length
+        "moe_token_dispatcher_type": "alltoall",  # the default needs equal lengths
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "perform_initialization": False,  # weights come by name, see `families`
         "use_cpu_initialization": not torch.cuda.is_available(),
+        **_layout_values(model, parallel),
     }
     try:
         return TransformerConfig(**{**values, **model.megatron})
@@ -159,20 +163,48 @@ def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> Tran
         raise ValueError(f"model.megatron={model.megatron}: Megatron refuses it: {error}") from None
 
 
-def build_model(model: ModelSettings, parallel: ParallelSettings) -> MaskedDiffusionModel:
-    """Build this rank's part of the model, without weights; called by every rank."""
+def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel, ...]:
+    """Build this rank's virtual stages of the model, without weights; called by every rank."""
+    model, parallel = settings.model, ranks.parallel
     assert model.vocab_size is not None
-    config = transformer_config(model, parallel)
-    network = MaskedDiffusionModel(
-        config,
-        local_spec(config),
-        vocab_rows=padded_vocab(model.vocab_size, parallel.tensor),
-        max_sequence_length=model.max_sequence_length,
-        rope_theta=model.rope_theta,
-    )
-    return network.cuda() if torch.cuda.is_available() else network
+    config = transformer_config(settings, parallel)
+    layers, stages = stage_layers(model, parallel), parallel.pipeline * parallel.virtual
+    chunks = []
+    # Megatron takes the layers' offset from its global stage; rollouts may have another.
+    parallel_state.set_pipeline_model_parallel_rank(ranks.pipeline.rank)
+    for number in range(parallel.virtual):
+        stage = number * parallel.pipeline + ranks.pipeline.rank
+        chunk = MaskedDiffusionModel(
+            config,
+            local_spec(config, layers[stage]),
+            ranks=ranks,
+            vocab_rows=padded_vocab(model.vocab_size, parallel.tensor),
+            max_sequence_length=model.max_sequence_length,
+            rope_theta=model.rope_theta,
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
+            vp_stage=number,
+        )
+        chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
+    parallel_state.set_pipeline_model_parallel_rank(None)
+    return tuple(chunks)
 
 
 def padded_vocab(vocab_size: int, tensor: int) -> int:
     """Return the embedding's rows: padded only as far as the tensor-parallel split needs."""
     return -(-vocab_size // tensor) * tensor
+
+
+def _layout_values(model: ModelSettings, parallel: ParallelSettings) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.sequence,
+        "context_parallel_size": parallel.context,
+        "pipeline_model_parallel_size": parallel.pipeline,
+    }
+    if parallel.pipeline > 1:
+        stages = [["decoder"] * count for count in stage_layers(model, parallel)]
+        stages[0].insert(0, "embedding")
+        stages[-1].append("loss")
+        values["pipeline_model_parallel_layout"] = stages
+    return values

@@ -2,35 +2,63 @@
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from agrpo_megatron.layout import rollout_parallel
 from agrpo_megatron.megatron.platform import prepare_platform
-from agrpo_megatron.settings import Settings
+from agrpo_megatron.settings import ParallelSettings, Settings
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the layout: the ranks that differ in it alone, and this rank's place."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank's place in the layout."""
+    """This rank's place in a layout."""
 
     rank: int
     world_size: int
     device: torch.device
-    tensor_group: dist.ProcessGroup
-    tensor_rank: int
-    tensor_size: int
-    data_group: dist.ProcessGroup
-    data_rank: int
-    data_size: int
+    parallel: ParallelSettings
+    groups: ProcessGroupCollection  # Megatron's own record of the same groups
+    tensor: Axis
+    pipeline: Axis
+    context: Axis
+    data: Axis
+    data_context: Axis  # data and context together: the ranks that hold the same weights
+    returning: dist.ProcessGroup  # the pipeline's ranks again, for what travels backwards
+    rollout_layout: "Ranks | None" = None  # where rollouts have a layout of their own
 
     @property
     def is_main(self) -> bool:
         """Say whether this rank writes files and speaks to the user."""
         return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Say whether this rank holds the head, and so sees logits."""
+        return self.pipeline.rank == self.pipeline.size - 1
+
+    @property
+    def speaks_for_replica(self) -> bool:
+        """Say whether this rank is the first of those that work on the same data."""
+        return self.tensor.rank == self.pipeline.rank == self.context.rank == 0
+
+    @property
+    def for_rollouts(self) -> "Ranks":
+        """Return the layout that samples."""
+        return self.rollout_layout or self
 
 
 def world_size() -> int:
@@ -43,26 +71,13 @@ def start_ranks(settings: Settings) -> Ranks:
     device = prepare_platform(settings.run.threads)
     if not dist.is_initialized():
         _join_world(device, settings.run.timeout)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=settings.parallel.tensor,
-        distributed_timeout_minutes=max(1, round(settings.run.timeout / 60)),
-    )
+    rollout = None
+    if rollout_parallel(settings) != settings.parallel:
+        rollout = _lay_out(rollout_parallel(settings), settings, device)
+    # The training layout comes last: it stays Megatron's own, global one.
+    ranks = _lay_out(settings.parallel, settings, device)
     tensor_parallel.model_parallel_cuda_manual_seed(settings.run.seed)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    assert groups.tp is not None and groups.dp is not None
-    return Ranks(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        device=device,
-        tensor_group=groups.tp,
-        tensor_rank=groups.tp.rank(),
-        tensor_size=settings.parallel.tensor,
-        data_group=groups.dp,
-        data_rank=groups.dp.rank(),
-        data_size=groups.dp.size(),
-    )
+    return replace(ranks, rollout_layout=rollout)
 
 
 def stop_ranks() -> None:
@@ -71,6 +86,52 @@ def stop_ranks() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.device) -> Ranks:
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=max(1, round(settings.run.timeout / 60)),
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        parallel=parallel,
+        groups=groups,
+        tensor=_axis(groups.tp),
+        pipeline=_axis(groups.pp),
+        context=_axis(groups.cp),
+        data=_axis(groups.dp),
+        data_context=_axis(groups.dp_cp),
+        returning=_same_ranks(groups.pp),
+    )
+
+
+def _axis(group: dist.ProcessGroup | None) -> Axis:
+    assert group is not None
+    return Axis(group, group.rank(), group.size())
+
+
+def _same_ranks(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return a second group of the same ranks, with channels of its own; called by all ranks."""
+    assert group is not None
+    if group.size() == 1:
+        return group
+    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, dist.get_process_group_ranks(group))
+    mine = None
+    for members in sorted({tuple(members) for members in everyone}):
+        made = dist.new_group(list(members))
+        mine = made if dist.get_rank() in members else mine
+    assert mine is not None
+    return mine
 
 
 def _join_world(device: torch.device, timeout: float) -> None:

@@ -1,12 +1,13 @@
 """The `local` layer spec: Megatron's transformer layer with our norm and packed attention."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
@@ -14,57 +15,94 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from agrpo_megatron.megatron.context import GatherTokens, part_of
+from agrpo_megatron.megatron.ranks import Axis
+
+
+@dataclass(frozen=True)
+class Run:
+    """Attention in one batched call: queries of neighbouring rows of equal length."""
+
+    rows: int
+    queries: int  # per row; fewer than keys where a row goes on on another rank
+    keys: int  # per row
+    start: int  # of the first row's keys, among the keys at hand
+
 
 @dataclass
 class PackedLayout(PackedSeqParams):
     """Megatron's packed-sequence record, with what our attention needs computed once a forward."""
 
-    runs: list[tuple[int, int]] = field(default_factory=list)  # (rows, length) of equal neighbours
-    cosines: Tensor | None = None  # [T, 1, head_dim] float32
+    runs: list[Run] = field(default_factory=list)
+    gathers: bool = False  # whether a row crosses into another rank's part
+    cosines: Tensor | None = None  # [T, 1, head_dim] float32, of this rank's tokens
     sines: Tensor | None = None  # [T, 1, head_dim] float32
 
 
-def packed_layout(cu_seqlens: Tensor, *, head_dim: int, rope_theta: float) -> PackedLayout:
+def packed_layout(
+    cu_seqlens: Tensor, *, head_dim: int, rope_theta: float, context: Axis
+) -> PackedLayout:
     """Describe packed rows: positions restart at every row, and rotate by `rope_theta`.
 
     Args:
-        cu_seqlens: [rows + 1] int32 row boundaries.
+        cu_seqlens: [rows + 1] int32 row boundaries, of all context-parallel ranks together.
     """
-    lengths = cu_seqlens.diff()
+    lengths, bounds = cu_seqlens.diff(), cu_seqlens.tolist()
+    first, last = part_of(bounds[-1], context, context.rank)
     starts = cu_seqlens[:-1].repeat_interleave(lengths)
-    positions = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device) - starts
+    positions = (torch.arange(bounds[-1], device=cu_seqlens.device) - starts)[first:last]
     exponents = torch.arange(0, head_dim, 2, device=cu_seqlens.device).float() / head_dim
     angles = positions[:, None].float() * (1.0 / rope_theta**exponents)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
-    runs: list[tuple[int, int]] = []
-    for length in lengths.tolist():
-        if runs and runs[-1][1] == length:
-            runs[-1] = (runs[-1][0] + 1, length)
-        else:
-            runs.append((1, length))
-    longest = max((length for _, length in runs), default=0)
+    cuts = {part_of(bounds[-1], context, rank)[0] for rank in range(context.size)}
+    gathers = not cuts <= set(bounds)
+    longest = max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0)
     return PackedLayout(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        runs=runs,
+        runs=_runs(bounds, first, last, origin=0 if gathers else first),
+        gathers=gathers,
         cosines=angles.cos(),
         sines=angles.sin(),
     )
+
+
+def _runs(bounds: list[int], first: int, last: int, *, origin: int) -> list[Run]:
+    """Join neighbouring rows of equal length that lie whole in `first` to `last`."""
+    runs: list[Run] = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        queries = min(end, last) - max(start, first)
+        if queries <= 0:
+            continue
+        before = runs[-1] if runs else None
+        if before and queries == end - start == before.queries == before.keys:
+            runs[-1] = replace(before, rows=before.rows + 1)
+        else:
+            runs.append(Run(1, queries, end - start, start - origin))
+    return runs
 
 
 class PackedAttention(MegatronModule):
     """Bidirectional attention within each packed row, through torch SDPA.
 
     Neighbouring rows of equal length are one batched call. Queries and keys are rotated here,
-    all rows at once, in float32 as LLaDA does (`rope_full_precision`).
+    all rows at once, in float32 as LLaDA does (`rope_full_precision`). Under context parallelism
+    keys and values are gathered where a row crosses from one rank's part into the next.
     """
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
+    ):
         super().__init__(config=config)
-        self.softmax_scale = softmax_scale
+        assert pg_collection is not None and pg_collection.cp is not None
+        self.softmax_scale, self.context_group = softmax_scale, pg_collection.cp
 
     def forward(
         self,
@@ -79,18 +117,21 @@ class PackedAttention(MegatronModule):
         """Attend within rows: [T, heads, head_dim], keys and values [T, groups, head_dim]."""
         layout = packed_seq_params
         query, key = _rotate(query, layout), _rotate(key, layout)
-        grouped = query.shape[1] != key.shape[1]
+        if layout.gathers:
+            both = GatherTokens.apply(torch.stack([key, value], 1), self.context_group)
+            key, value = both.unbind(1)  # type: ignore[union-attr]
         outputs, start = [], 0
-        for rows, length in layout.runs:
-            end = start + rows * length
-            q, k, v = (
-                x[start:end].view(rows, length, x.shape[1], x.shape[2]).transpose(1, 2)
-                for x in (query, key, value)
-            )
+        for run in layout.runs:
+            end = start + run.rows * run.queries
+            keys = slice(run.start, run.start + run.rows * run.keys)
             out = F.scaled_dot_product_attention(
-                q, k, v, scale=self.softmax_scale, enable_gqa=grouped
+                _by_row(query[start:end], run.rows),
+                _by_row(key[keys], run.rows),
+                _by_row(value[keys], run.rows),
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
             )
-            outputs.append(out.transpose(1, 2).reshape(rows * length, -1))
+            outputs.append(out.transpose(1, 2).reshape(end - start, -1))
             start = end
         return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
 
@@ -113,8 +154,8 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-def local_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Return the layers of the `local` spec: Megatron's, bidirectional, on packed rows."""
+def local_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
+    """Return `layers` of the `local` spec: Megatron's, bidirectional, on packed rows."""
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts: Any = layer.submodules
     parts.input_layernorm = RMSNorm
@@ -125,7 +166,12 @@ def local_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention.submodules.q_layernorm = norm
     attention.submodules.k_layernorm = norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def _by_row(x: Tensor, rows: int) -> Tensor:
+    """Turn [rows * length, heads, head_dim] into [rows, heads, length, head_dim]."""
+    return x.unflatten(0, (rows, -1)).transpose(1, 2)
 
 
 def _rotate(x: Tensor, layout: PackedLayout) -> Tensor:

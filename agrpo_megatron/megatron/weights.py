@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from agrpo_megatron.families import FAMILIES
 from agrpo_megatron.families.names import Line, expand
 from agrpo_megatron.families.transforms import Split, from_megatron, to_megatron
+from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.settings import ModelSettings
 
 
-def load_hf(model: nn.Module, settings: ModelSettings, directory: str | Path, ranks: Ranks) -> None:
-    """Read the safetensors of a Hugging Face directory into the model; mutates its weights.
+def load_hf(network: Network, settings: ModelSettings, directory: str | Path) -> None:
+    """Read the safetensors of a Hugging Face directory into the network; mutates its weights.
 
     Each rank reads the tensors and keeps its shard. Pickled weights are never opened.
 
@@ -41,10 +42,10 @@ def load_hf(model: nn.Module, settings: ModelSettings, directory: str | Path, ra
         with safe_open(where[name], framework="pt") as tensors:
             return tensors.get_tensor(name)
 
-    load_named(model, settings, _read, ranks)
+    load_named(network, settings, _read)
 
 
-def initialise(model: nn.Module, settings: ModelSettings, seed: int, ranks: Ranks) -> None:
+def initialise(network: Network, settings: ModelSettings, seed: int) -> None:
     """Draw random weights by tensor name, so that they are the same under any layout.
 
     Norms are 1, biases 0, everything else is normal with `model.init_std`; projections back into
@@ -63,16 +64,13 @@ def initialise(model: nn.Module, settings: ModelSettings, seed: int, ranks: Rank
         std = residual if transform == "row" else settings.init_std
         return torch.randn(shape, generator=generator) * std
 
-    load_named(model, settings, _draw, ranks)
+    load_named(network, settings, _draw)
 
 
-def load_named(
-    model: nn.Module, settings: ModelSettings, read: Callable[[str], Tensor], ranks: Ranks
-) -> None:
+def load_named(network: Network, settings: ModelSettings, read: Callable[[str], Tensor]) -> None:
     """Fill the parameters this rank holds from whole Hugging Face tensors; mutates them."""
-    parameters = dict(model.named_parameters())
-    shapes = hf_shapes(settings)
-    split = Split(ranks.tensor_rank, ranks.tensor_size)
+    parameters = dict(network.named_parameters())
+    shapes, tensor = hf_shapes(settings), network.ranks.tensor
     for line in _lines(settings):
         if line.megatron not in parameters:
             continue  # another pipeline stage holds it
@@ -87,6 +85,7 @@ def load_named(
             parts.append(part)
         parameter = parameters.pop(line.megatron)
         with torch.no_grad():
+            split = Split(tensor.rank, tensor.size)
             parameter.copy_(to_megatron(parts, line.transform, settings, split))
     if parameters:
         raise RuntimeError(f"no weights are named for {', '.join(parameters)}")
@@ -95,20 +94,39 @@ def load_named(
 def export_hf(
     tensors: Mapping[str, Tensor], settings: ModelSettings, ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Return whole Hugging Face tensors; called by every rank of the tensor-parallel group.
+    """Return whole Hugging Face tensors on every rank; called by every rank of a replica.
 
     Args:
-        tensors: Megatron parameter name -> this rank's shard (weights, or gradients).
+        tensors: Megatron parameter name -> this rank's shard (weights, or gradients), layers
+            numbered as in the whole model.
     """
-    result: dict[str, Tensor] = {}
+    mine: dict[str, Tensor] = {}
     for line in _lines(settings):
         if line.megatron not in tensors:
             continue
         shard = tensors[line.megatron].contiguous()
-        shards = [torch.empty_like(shard) for _ in range(ranks.tensor_size)]
-        dist.all_gather(shards, shard, group=ranks.tensor_group)
+        shards = [torch.empty_like(shard) for _ in range(ranks.tensor.size)]
+        dist.all_gather(shards, shard, group=ranks.tensor.group)
         parts = from_megatron(shards, line.transform, settings)
-        result.update(zip(line.parts, parts, strict=True))
+        mine.update(zip(line.parts, parts, strict=True))
+    return _from_all_stages(mine, settings, ranks)
+
+
+def _from_all_stages(
+    mine: dict[str, Tensor], settings: ModelSettings, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Add the tensors that other pipeline stages hold, in the order of the family's table."""
+    if ranks.pipeline.size == 1:
+        return mine
+    held: list[list[str]] = [[] for _ in range(ranks.pipeline.size)]
+    dist.all_gather_object(held, list(mine), group=ranks.pipeline.group)
+    members = dist.get_process_group_ranks(ranks.pipeline.group)
+    owners = {name: members[stage] for stage, names in enumerate(held) for name in names}
+    like, result = next(iter(mine.values())), {}
+    for name, (shape, _) in hf_shapes(settings).items():
+        tensor = mine[name].contiguous() if name in mine else like.new_empty(shape)
+        dist.broadcast(tensor, owners[name], group=ranks.pipeline.group)
+        result[name] = tensor
     return result
 
 

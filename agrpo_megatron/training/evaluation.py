@@ -4,24 +4,18 @@ import time
 
 import torch
 
-from agrpo_megatron.megatron.model import MaskedDiffusionModel
+from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.settings import evaluation_sampling
 from agrpo_megatron.training.session import (
     EVALUATION_IDS,
     Session,
-    grade,
+    answer,
     reward_metrics,
-    reward_sums,
-    sample_prompts,
     sample_records,
-    sum_over_ranks,
-    task_prompts,
 )
 
 
-def evaluate(
-    session: Session, network: MaskedDiffusionModel, *, iteration: int, stage: str
-) -> dict[str, float]:
+def evaluate(session: Session, network: Network, *, iteration: int, stage: str) -> dict[str, float]:
     """Complete all held-out problems, log accuracy and samples, and return the metrics.
 
     Called by every rank; data-parallel ranks share the problems.
@@ -31,15 +25,11 @@ def evaluate(
     """
     started = time.perf_counter()
     problems = session.task.problems("eval")
-    mine = session.my_share(len(problems))
-    chosen = [problems[i] for i in mine]
-    ids = EVALUATION_IDS + torch.tensor(mine, dtype=torch.int64, device=session.ranks.device)
-    sampling = evaluation_sampling(session.settings)
-    trajectory, _ = sample_prompts(
-        session, network, task_prompts(session, chosen), ids, sampling=sampling
+    ids = EVALUATION_IDS + torch.arange(len(problems), device=network.ranks.device)
+    answers = answer(
+        session, network, problems, ids, sampling=evaluation_sampling(session.settings)
     )
-    rewards = grade(session, chosen, trajectory)
-    metrics = reward_metrics(sum_over_ranks(session, reward_sums(rewards)))
+    metrics = reward_metrics(answers.rewards)
     record = {
         "phase": "eval",
         "iteration": iteration,
@@ -49,7 +39,7 @@ def evaluate(
         "time/evaluation": time.perf_counter() - started,
     }
     session.log.metrics(record)
-    samples = sample_records(session, chosen, trajectory, rewards)
+    samples = sample_records(session, problems, answers)
     session.log.samples(samples, phase="eval", iteration=iteration, stage=stage)
     session.view.evaluation(record)
     return record

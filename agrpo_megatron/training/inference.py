@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from agrpo_megatron.checkpoint.sharded import load_weights
-from agrpo_megatron.megatron.engine import model_vocabulary
-from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_model
+from agrpo_megatron.layout import rollout_parallel
+from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.ranks import start_ranks, stop_ranks
 from agrpo_megatron.settings import evaluation_sampling
 from agrpo_megatron.training.log import RunLog
@@ -18,6 +19,7 @@ from agrpo_megatron.training.session import (
     EVALUATION_IDS,
     Session,
     View,
+    encode_prompts,
     sample_prompts,
 )
 from agrpo_megatron.types import Trajectory
@@ -26,33 +28,38 @@ from agrpo_megatron.types import Trajectory
 @contextmanager
 def opened(
     resolved: Resolved, view: View, checkpoint: Path | None
-) -> Iterator[tuple[Session, MaskedDiffusionModel]]:
-    """Yield a session that writes no files, and a network; called by every rank.
+) -> Iterator[tuple[Session, Network]]:
+    """Yield a session that writes no files, and a network in the layout of the rollouts.
+
+    Called by every rank.
 
     Args:
         checkpoint: a checkpoint of a run; None takes the weights that `model.load` names.
     """
     settings = resolved.settings
+    settings = replace(
+        settings,
+        parallel=rollout_parallel(settings),
+        rollout=replace(settings.rollout, parallel=None),
+    )
     ranks = start_ranks(settings)
     try:
         log = RunLog(Path(settings.run.dir), settings=settings, is_main=False)
-        vocab = model_vocabulary(settings, ranks)
-        network = build_model(settings.model, settings.parallel).eval()
+        network = build_network(settings, ranks)
+        network.set_training("eval")
         if checkpoint is not None:
             load_weights(checkpoint, network)
         else:
-            load_start_weights(network, settings, ranks)
-        yield (
-            Session(settings, ranks, resolved.task, resolved.tokenizer, vocab, log, view),
-            network,
-        )
+            load_start_weights(network, settings)
+        yield Session(settings, ranks, resolved.task, resolved.tokenizer, log, view), network
     finally:
         stop_ranks()
 
 
-def complete(session: Session, network: MaskedDiffusionModel, prompts: list[str]) -> Trajectory:
+def complete(session: Session, network: Network, prompts: list[str]) -> Trajectory:
     """Complete prompts with the sampler of `evaluation`; every rank does all of them."""
     ids = EVALUATION_IDS + torch.arange(len(prompts), device=session.ranks.device)
     sampling = evaluation_sampling(session.settings)
-    trajectory, _ = sample_prompts(session, network, prompts, ids, sampling=sampling)
+    encoded = encode_prompts(session, prompts)
+    trajectory, _ = sample_prompts(session, network, encoded, ids, sampling=sampling)
     return trajectory

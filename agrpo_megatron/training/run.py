@@ -10,9 +10,9 @@ from agrpo_megatron.checkpoint.progress import (
     latest_checkpoint,
 )
 from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights, save_checkpoint
-from agrpo_megatron.megatron.engine import Engine, build_engine, model_vocabulary
-from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_model
-from agrpo_megatron.megatron.ranks import Ranks, start_ranks, stop_ranks
+from agrpo_megatron.megatron.engine import Engine, build_engine
+from agrpo_megatron.megatron.network import Network, build_network
+from agrpo_megatron.megatron.ranks import start_ranks, stop_ranks
 from agrpo_megatron.megatron.weights import initialise, load_hf
 from agrpo_megatron.settings import OptimizerSettings, Settings
 from agrpo_megatron.training.evaluation import evaluate
@@ -31,8 +31,7 @@ def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "
     settings = resolved.settings
     ranks = start_ranks(settings)
     log = RunLog(Path(settings.run.dir), settings=settings, is_main=ranks.is_main)
-    vocab = model_vocabulary(settings, ranks)
-    session = Session(settings, ranks, resolved.task, resolved.tokenizer, vocab, log, view)
+    session = Session(settings, ranks, resolved.task, resolved.tokenizer, log, view)
     try:
         found = latest_checkpoint(_root(settings))
         log.cut_back(found[1].offsets if found else {})
@@ -48,7 +47,7 @@ def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "
         stop_ranks()
 
 
-def load_start_weights(network: MaskedDiffusionModel, settings: Settings, ranks: Ranks) -> None:
+def load_start_weights(network: Network, settings: Settings) -> None:
     """Fill a network with what `model.load` names, or with random weights; mutates it.
 
     Raises:
@@ -56,11 +55,11 @@ def load_start_weights(network: MaskedDiffusionModel, settings: Settings, ranks:
     """
     source = settings.model.load
     if source is None:
-        initialise(network, settings.model, settings.run.seed, ranks)
+        initialise(network, settings.model, settings.run.seed)
     elif (Path(source) / RUN_SETTINGS).exists():
         load_weights(checkpoint_path(Path(source)), network)
     else:
-        load_hf(network, settings.model, source, ranks)
+        load_hf(network, settings.model, source)
 
 
 def _root(settings: Settings) -> Path:
@@ -83,20 +82,20 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
     _fill(session, engine, checkpoint, start)
     reference = None
     if settings.algorithm.kl_coefficient > 0:
-        reference = build_model(settings.model, settings.parallel).eval()
+        reference = build_network(settings, session.ranks)
         if start is not None:
             load_weights(start, reference)
         else:
-            load_start_weights(reference, settings, session.ranks)
+            load_start_weights(reference, settings)
     if checkpoint is None:
-        evaluate(session, engine.network, iteration=0, stage="before")
+        evaluate(session, engine.rollout_network(), iteration=0, stage="before")
     save = _saver(session, engine, "rl", settings.train.iterations)
     every, last = settings.evaluation.interval, settings.train.iterations
 
     def after(iteration: int) -> None:
         if iteration == last or (every and iteration % every == 0):
             stage = "after" if iteration == last else "interval"
-            evaluate(session, engine.network, iteration=iteration, stage=stage)
+            evaluate(session, engine.rollout_network(), iteration=iteration, stage=stage)
         save(iteration)
 
     first = done.iteration if checkpoint is not None else 0
@@ -121,7 +120,7 @@ def _fill(session: Session, engine: Engine, checkpoint: Path | None, start: Path
     if start is not None:
         load_weights(start, engine.network)
     else:
-        load_start_weights(engine.network, session.settings, session.ranks)
+        load_start_weights(engine.network, session.settings)
     engine.optimizer.reload_model_params()
 
 
@@ -132,6 +131,7 @@ def _saver(session: Session, engine: Engine, phase: str, last: int) -> Callable[
     def save(iteration: int) -> None:
         if iteration != last and not (settings.interval and iteration % settings.interval == 0):
             return
+        engine.finish_parameters()
         progress = Progress(phase, iteration, session.log.offsets())
         root = _root(session.settings)
         save_checkpoint(root, engine, progress, keep=settings.keep)

@@ -1,5 +1,6 @@
 """What the loops share: settings, ranks, task, tokenizer and log; and how a network samples."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,16 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from agrpo_megatron.diffusion import noise
-from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
-from agrpo_megatron.megatron.engine import score_rows
-from agrpo_megatron.megatron.model import MaskedDiffusionModel
+from agrpo_megatron.diffusion.trajectories import join, moved
+from agrpo_megatron.megatron.network import Network
+from agrpo_megatron.megatron.pipeline import RolloutForward, make_forward
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.settings import SamplingSettings, Settings
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tokenizer import Tokenizer
 from agrpo_megatron.training.log import RunLog
-from agrpo_megatron.types import PackedRows, Problem, Reward, Trajectory
+from agrpo_megatron.types import Problem, Reward, Trajectory
 
 EVALUATION_IDS = 1 << 40  # noise indices of evaluation, far from those of training
 
@@ -50,7 +51,6 @@ class Session:
     ranks: Ranks
     task: Task
     tokenizer: Tokenizer
-    vocab: Vocabulary
     log: RunLog
     view: View
 
@@ -66,11 +66,6 @@ class Session:
         assert self.settings.model.eos_token_id is not None
         return self.settings.model.eos_token_id
 
-    def my_share(self, count: int) -> list[int]:
-        """Return which of `count` items this data-parallel rank works on: neighbours."""
-        rank, size = self.ranks.data_rank, self.ranks.data_size
-        return list(range(count * rank // size, count * (rank + 1) // size))
-
 
 def encode_prompts(session: Session, prompts: Sequence[str]) -> list[Tensor]:
     """Return the ids of each prompt, int64."""
@@ -85,38 +80,91 @@ def task_prompts(session: Session, problems: Sequence[Problem]) -> list[str]:
 
 def sample_prompts(
     session: Session,
-    network: MaskedDiffusionModel,
-    prompts: Sequence[str],
+    network: Network,
+    prompts: Sequence[Tensor],
     rollout_ids: Tensor,
     *,
     sampling: SamplingSettings,
     weights_version: int = 0,
-) -> tuple[Trajectory, int]:
-    """Sample one completion per prompt; also returns the tokens that went through the network."""
-    network.eval()
-    tokens = 0
+) -> tuple[Trajectory, RolloutForward]:
+    """Sample one completion per prompt, and return what counted the work beside them.
 
-    def score(rows: PackedRows) -> Tensor:
-        nonlocal tokens
-        tokens += len(rows.tokens)
-        return score_rows(network, rows)
-
+    Called by every rank of a replica with the same prompts.
+    """
+    forward = make_forward(network, session.settings.rollout)
     context = SamplerContext(
-        score=score,
-        vocab=session.vocab,
+        forward=forward,
+        vocab=network.vocab,
         mask_id=session.mask_id,
         eos_id=session.eos_id,
         seed=session.settings.run.seed,
         token_budget=session.settings.train.token_budget,
     )
     trajectory = sample(
-        encode_prompts(session, prompts),
-        rollout_ids,
-        context=context,
+        prompts, rollout_ids, context=context, sampling=sampling, weights_version=weights_version
+    )
+    forward.close()
+    return trajectory, forward
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Graded completions of all ranks, in the order of the problems; the same on every rank."""
+
+    trajectory: Trajectory
+    rewards: list[Reward]
+    tokens: int  # that went through the network
+    bubble: float  # share of the pipeline's stage-slots in which a stage had nothing to do
+    seconds: dict[str, float]  # of this rank: sampling, and grading until all have graded
+
+
+def answer(
+    session: Session,
+    network: Network,
+    problems: Sequence[Problem],
+    rollout_ids: Tensor,
+    *,
+    sampling: SamplingSettings,
+    weights_version: int = 0,
+) -> Answers:
+    """Complete and grade problems; called by every rank, data-parallel ranks share the work.
+
+    Each completion is graded once, on the first rank of the replica that wrote it.
+    """
+    started = time.perf_counter()
+    ranks, prompts = network.ranks, encode_prompts(session, task_prompts(session, problems))
+    by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    mine = by_length[ranks.data.rank :: ranks.data.size]
+    trajectory, forward = sample_prompts(
+        session,
+        network,
+        [prompts[place] for place in mine],
+        rollout_ids[mine],
         sampling=sampling,
         weights_version=weights_version,
     )
-    return trajectory, tokens
+    sampled = time.perf_counter()
+    part = None
+    if ranks.speaks_for_replica:
+        rewards = grade(session, [problems[place] for place in mine], trajectory)
+        part = (mine, moved(trajectory, "cpu"), rewards, forward.tokens, forward.slots.bubble)
+    places, trajectories, rewards, tokens, bubbles = zip(*_from_replicas(part), strict=True)
+    order = torch.tensor([place for part in places for place in part]).argsort()
+    graded = [reward for part in rewards for reward in part]
+    return Answers(
+        moved(join(trajectories, order), ranks.device),
+        [graded[i] for i in order.tolist()],
+        sum(tokens),
+        sum(bubbles) / len(bubbles),
+        {"time/rollout": sampled - started, "time/reward": time.perf_counter() - sampled},
+    )
+
+
+def _from_replicas(part: tuple | None) -> list[tuple]:
+    """Return the parts of all replicas on every rank; those that speak for none pass None."""
+    parts: list[tuple | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return [part for part in parts if part is not None]
 
 
 def grade(session: Session, problems: Sequence[Problem], trajectory: Trajectory) -> list[Reward]:
@@ -125,14 +173,9 @@ def grade(session: Session, problems: Sequence[Problem], trajectory: Trajectory)
     return [session.task.reward(p, text) for p, text in zip(problems, texts, strict=True)]
 
 
-def sample_records(
-    session: Session,
-    problems: Sequence[Problem],
-    trajectory: Trajectory,
-    rewards: Sequence[Reward],
-) -> list[dict]:
+def sample_records(session: Session, problems: Sequence[Problem], answers: Answers) -> list[dict]:
     """Describe the first completions for samples.jsonl, `logging.samples` of them."""
-    records = []
+    records, trajectory = [], answers.trajectory
     for row in range(min(session.settings.logging.samples, len(problems))):
         ids = trajectory.tokens[row].tolist()
         records.append(
@@ -142,8 +185,8 @@ def sample_records(
                 "pieces": session.tokenizer.pieces(ids),
                 "unmask_step": trajectory.unmask_step[row].tolist(),
                 "num_steps": int(trajectory.num_steps[row]),
-                "reward": rewards[row].score,
-                "correct": rewards[row].correct,
+                "reward": answers.rewards[row].score,
+                "correct": answers.rewards[row].correct,
                 "solution": problems[row].solution,
             }
         )
@@ -172,45 +215,17 @@ def _epoch_order(count: int, epoch: int, seed: int) -> list[int]:
     return _orders[key]
 
 
-def sum_over_ranks(session: Session, sums: dict[str, float]) -> dict[str, float]:
-    """Add each value over the data-parallel ranks; called by every rank.
-
-    A rank without rollouts, or whose rewards lack a part, does not know every key.
-    """
-    known: list[list[str]] = [[] for _ in range(session.ranks.data_size)]
-    dist.all_gather_object(known, list(sums), group=session.ranks.data_group)
-    names = list(dict.fromkeys(name for names in known for name in names))
-    values = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
-    values = values.to(session.ranks.device)
-    dist.all_reduce(values, group=session.ranks.data_group)
-    return dict(zip(names, values.tolist(), strict=True))
-
-
-def reward_sums(rewards: Sequence[Reward]) -> dict[str, float]:
-    """Return sums over rollouts of score, its square, correctness and the named parts."""
+def reward_metrics(rewards: Sequence[Reward]) -> dict[str, float]:
+    """Return mean and spread of the score, the accuracy, and the mean of each named part."""
+    scores = torch.tensor([reward.score for reward in rewards], dtype=torch.float64)
     names = sorted({name for reward in rewards for name in reward.parts})
-    sums = {
-        "count": float(len(rewards)),
-        "score": sum(r.score for r in rewards),
-        "score_squared": sum(r.score**2 for r in rewards),
-        "correct": float(sum(r.correct for r in rewards)),
-    }
-    return sums | {f"part {n}": sum(r.parts.get(n, 0.0) for r in rewards) for n in names}
-
-
-def reward_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Turn the sums of all ranks into metrics."""
-    count = max(1.0, sums["count"])
-    mean = sums["score"] / count
-    variance = max(0.0, sums["score_squared"] / count - mean**2)
     parts = {
-        f"reward/{name.removeprefix('part ')}": value / count
-        for name, value in sums.items()
-        if name.startswith("part ")
+        f"reward/{name}": sum(r.parts.get(name, 0.0) for r in rewards) / len(rewards)
+        for name in names
     }
     return {
-        "reward/mean": mean,
-        "reward/std": variance**0.5,
-        "accuracy": sums["correct"] / count,
+        "reward/mean": float(scores.mean()),
+        "reward/std": float(scores.std(correction=0)),
+        "accuracy": sum(reward.correct for reward in rewards) / len(rewards),
         **parts,
     }

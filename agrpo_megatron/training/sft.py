@@ -9,10 +9,11 @@ from torch import Tensor
 from agrpo_megatron.diffusion.batches import sft_batches
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import sft_loss
-from agrpo_megatron.diffusion.packing import unscored_row
+from agrpo_megatron.megatron.context import local_part
 from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.training.session import Session, encode_prompts, pick_problems, task_prompts
-from agrpo_megatron.training.step import equal_count, optimizer_step
+from agrpo_megatron.training.step import my_micro_batches, optimizer_step
 from agrpo_megatron.types import SftBatch
 
 
@@ -23,46 +24,44 @@ def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[in
         after: called after each iteration with the number finished; it saves checkpoints.
     """
     settings = session.settings.sft
-    loss = _loss(session.vocab)
+    loss = _loss(engine.network.vocab)
     for iteration in range(start, settings.iterations):
         started = time.perf_counter()
-        batches, examples, tokens = _batches(session, iteration)
-        batches = equal_count(batches, engine, _filler(session))
-        metrics = optimizer_step(engine, batches, loss=loss, examples=examples)
+        batches, tokens = _batches(session, engine.ranks, iteration)
+        metrics = optimizer_step(engine, batches, loss=loss, examples=settings.batch_size)
         seconds = time.perf_counter() - started
         record = {
             "phase": "sft",
             "iteration": iteration + 1,
             **metrics,
             "time/iteration": seconds,
-            "tokens_per_second": tokens * session.ranks.data_size / seconds,
+            "tokens_per_second": tokens / seconds,
         }
         session.log.metrics(record)
         session.view.sft(record)
         after(iteration + 1)
 
 
-def _batches(session: Session, iteration: int) -> tuple[list[SftBatch], int, int]:
-    """Return this rank's micro-batches, the number of its examples and of its tokens."""
+def _batches(session: Session, ranks: Ranks, iteration: int) -> tuple[list[SftBatch], int]:
+    """Return this rank's micro-batches, and the tokens of all ranks."""
     settings = session.settings
     problems = session.task.problems("train")[: settings.sft.problems]
     size = settings.sft.batch_size
     picked = pick_problems(len(problems), batch=size, iteration=iteration, seed=settings.run.seed)
-    mine = session.my_share(size)
-    chosen = [problems[picked[i]] for i in mine]
+    chosen = [problems[place] for place in picked]
     prompts = encode_prompts(session, task_prompts(session, chosen))
     responses = _padded(session, [problem.solution for problem in chosen])
-    example_ids = torch.tensor(mine, device=session.ranks.device) + iteration * size
+    lengths = torch.tensor([len(prompt) + responses.shape[1] for prompt in prompts])
     batches = sft_batches(
         prompts,
         responses,
-        example_ids,
+        torch.arange(size, device=ranks.device) + iteration * size,
+        my_micro_batches(lengths, settings, ranks),
         mask_id=session.mask_id,
         mask_epsilon=settings.sft.mask_epsilon,
         seed=settings.run.seed,
-        token_budget=settings.train.token_budget,
     )
-    return batches, len(mine), sum(len(batch.rows.tokens) for batch in batches)
+    return [local_part(batch, ranks) for batch in batches], int(lengths.sum())
 
 
 def _padded(session: Session, texts: list[str]) -> Tensor:
@@ -82,13 +81,3 @@ def _loss(vocab: Vocabulary):
         return sft_loss(logprobs, batch), {"scored_tokens": torch.tensor(len(batch.targets))}
 
     return loss
-
-
-def _filler(session: Session) -> SftBatch:
-    """Return a micro-batch without weight, for ranks that have fewer."""
-    device = session.ranks.device
-    return SftBatch(
-        rows=unscored_row(session.mask_id, device),
-        targets=torch.zeros(0, dtype=torch.int64, device=device),
-        weights=torch.zeros(0, device=device),
-    )

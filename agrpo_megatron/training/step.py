@@ -1,24 +1,38 @@
 """One optimizer step through Megatron's schedule.
 
-How a loss is scaled. Each micro-batch's loss function returns a SUM over its scored tokens; the
-weight of every token already holds what belongs to its row. Megatron is told
-`calculate_per_token_loss`, so data parallelism sums gradients without averaging, and after the
-last micro-batch everything is divided once by the integer that the micro-batches reported,
-summed over micro-batches and data-parallel ranks. That integer is the number of rollouts (or of
-SFT examples) of the whole step, also of those that were skipped for having no gradient. So the
-gradient is the mean over rollouts, whatever the number of micro-batches or ranks.
+How a loss is scaled. Each micro-batch's loss function returns a SUM over the scored tokens that
+the rank holds; the weight of every token already holds what belongs to its row. From there:
+
+- micro-batches: `calculate_per_token_loss` keeps Megatron from averaging, so gradients add up;
+- pipeline: only the last stage has a loss; stages before it receive its gradient, unscaled;
+- tensor: the ranks of a group compute the same loss of the same tokens, from shards of the logits,
+  and Megatron's layers sum gradients where a tensor is shared (also the norms', under sequence
+  parallelism); so the loss is counted once, whatever the size;
+- context: the ranks hold different scored tokens of the same rows, so their losses are different
+  summands, like those of data ranks. Megatron sums gradients over context and data together, and
+  without averaging, for the same `calculate_per_token_loss`;
+- data: micro-batches of different rows, also summed.
+
+After the last micro-batch Megatron divides once by the integer that the micro-batches reported,
+summed over micro-batches, context and data ranks. That integer is the number of rollouts (or of
+SFT examples) of the whole step, also of those that were skipped for having no gradient; one rank
+reports it, once, and all others report 0. So the gradient is the mean over rollouts, whatever
+the layout. With the distributed optimizer the sum is a reduce-scatter: the same sum, in pieces.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from agrpo_megatron.diffusion.packing import assign_rows
+from agrpo_megatron.layout import attention_cost
 from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.settings import Settings
 from agrpo_megatron.types import SftBatch, TimestepBatch
 
 Metrics = dict[str, Tensor]
@@ -34,10 +48,13 @@ def optimizer_step[Batch: (SftBatch, TimestepBatch)](
     """Run forward and backward over all micro-batches and update the weights; all ranks.
 
     Args:
-        batches: this rank's micro-batches; every rank needs the same number.
-        loss: (logits shard [S, V / tensor parallel], batch) -> loss summed over rows, metrics.
-            A metric is summed over micro-batches and ranks; one named `*_max*` is maximised.
-        examples: rollouts or examples of this data-parallel rank, the normaliser.
+        batches: this data-parallel rank's micro-batches, which need the same number everywhere
+            (see `my_micro_batches`), each cut by `local_part` to what its context-parallel rank
+            scores.
+        loss: (logits shard [S, V / tensor parallel], batch) -> loss summed over rows, metrics,
+            of the scored tokens that the rank holds. A metric is summed over micro-batches and
+            ranks; one named `*_max*` is maximised.
+        examples: rollouts or examples of all ranks, the normaliser.
 
     Returns:
         The metrics, `loss` (mean over examples), `grad_norm` and `learning_rate`.
@@ -64,10 +81,13 @@ def accumulate_gradients[Batch: (SftBatch, TimestepBatch)](
     examples: int,
 ) -> dict[str, float]:
     """Run forward and backward alone: leaves the mean gradient in `main_grad`; all ranks."""
-    engine.network.train()
-    engine.ddp.zero_grad_buffer()
+    network, ranks = engine.network, engine.ranks
+    network.set_training("train")
+    for ddp in engine.ddp:
+        ddp.zero_grad_buffer()
     engine.optimizer.zero_grad()
-    counts = iter([examples] + [0] * (len(batches) - 1))
+    reported = examples if ranks.data_context.rank == 0 else 0
+    counts = iter([reported] + [0] * (len(batches) - 1))
 
     def forward_step(iterator: Iterator[Batch], model: torch.nn.Module):
         """Run one micro-batch and hand its loss function back to the schedule."""
@@ -82,46 +102,60 @@ def accumulate_gradients[Batch: (SftBatch, TimestepBatch)](
 
     collected = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=engine.ddp,
+        data_iterator=[iter(batches) for _ in engine.ddp],
+        model=list(engine.ddp),
         num_microbatches=len(batches),
-        seq_length=1,  # unused without pipeline stages: rows are packed, lengths vary
+        seq_length=1,  # the schedule exchanges true lengths: `variable_seq_lengths`
         micro_batch_size=1,
         forward_only=False,
     )
-    engine.network.eval()
-    return _reduce_metrics(collected, examples, engine)
+    network.set_training("eval")
+    metrics = _reduce_metrics(collected, ranks) if collected else {}
+    return {n: v / examples if n == "loss" else v for n, v in _from_last(metrics, ranks).items()}
+
+
+def my_micro_batches(lengths: Tensor, settings: Settings, ranks: Ranks) -> list[Tensor]:
+    """Share rows of these lengths [N] among the data-parallel ranks; returns this rank's part.
+
+    Every rank computes the same plan: equal FLOPs, equal numbers of micro-batches.
+    """
+    plan = assign_rows(
+        lengths,
+        budget=settings.train.token_budget,
+        ranks=ranks.data.size,
+        attention=attention_cost(settings.model),
+        multiple=ranks.parallel.pipeline if ranks.parallel.virtual > 1 else 1,
+    )
+    return plan[ranks.data.rank]
 
 
 def _gradient_is_finite(engine: Engine) -> bool:
     """Say whether every rank's gradient is finite: a sum of finite numbers tells, cheaply."""
-    buffers: Any = (engine.ddp.buffers, engine.ddp.expert_parallel_buffers)  # Megatron's lists
-    grads = [buffer.grad_data for group in buffers for buffer in group]
+    buffers = [b for ddp in engine.ddp for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
+    grads = [buffer.grad_data for buffer in buffers]
     total = sum(grad.sum(dtype=torch.float32) for grad in grads)
     finite = torch.as_tensor(total, device=engine.ranks.device).isfinite().int()
     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
     return bool(finite)
 
 
-def equal_count[Batch: (SftBatch, TimestepBatch)](
-    batches: Sequence[Batch], engine: Engine, filler: Batch
-) -> list[Batch]:
-    """Append weightless micro-batches until every data-parallel rank has the same number."""
-    most = torch.tensor(max(1, len(batches)), device=engine.ranks.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=engine.ranks.data_group)
-    return [*batches, *[filler] * (int(most) - len(batches))]
-
-
-def _reduce_metrics(collected: list[Metrics], examples: int, engine: Engine) -> dict[str, float]:
-    """Combine micro-batches and data-parallel ranks: sums, or maxima where the name says so."""
-    group, device = engine.ranks.data_group, engine.ranks.device
-    names = list(collected[0])
-    values = torch.tensor([[float(m[name]) for name in names] for m in collected], device=device)
-    count = torch.tensor([float(examples)], device=device)
-    sums = torch.cat([values.sum(0), count]).double()
-    tops = values.amax(0)
+def _reduce_metrics(collected: list[Metrics], ranks: Ranks) -> dict[str, float]:
+    """Combine micro-batches and ranks: sums, or maxima where the name says so; the last stage."""
+    names, group = list(collected[0]), ranks.data_context.group
+    values = torch.tensor(
+        [[float(m[name]) for name in names] for m in collected], device=ranks.device
+    )
+    sums, tops = values.double().sum(0), values.amax(0)
     dist.all_reduce(sums, group=group)
     dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=group)
-    result = {name: float(tops[i] if "_max" in name else sums[i]) for i, name in enumerate(names)}
-    result["loss"] /= float(sums[-1])
-    return result
+    return {name: float(tops[i] if "_max" in name else sums[i]) for i, name in enumerate(names)}
+
+
+def _from_last(metrics: dict[str, float], ranks: Ranks) -> dict[str, float]:
+    """Hand the last stage's metrics to all stages."""
+    if ranks.pipeline.size == 1:
+        return metrics
+    shared = [metrics]
+    last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
+    dist.broadcast_object_list(shared, src=last, group=ranks.pipeline.group)
+    return shared[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from agrpo_megatron.config import load
-from agrpo_megatron.megatron.engine import Engine, build_engine, model_vocabulary
+from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.model import MaskedDiffusionModel
 from agrpo_megatron.megatron.ranks import start_ranks
 from agrpo_megatron.megatron.weights import export_hf
@@ -114,13 +114,13 @@ def open_session(*overrides: str, world_size: int = 1, phase: str = "rl") -> tup
         ranks,
         resolved.task,
         resolved.tokenizer,
-        model_vocabulary(settings, ranks),
+        
         Recorder(),  # type: ignore[arg-type]
         silent_view(),
     )
     optimizer = settings.optimizer if phase == "rl" else settings.sft.optimizer
     engine = build_engine(settings, optimizer, iterations=10, ranks=ranks)
-    load_start_weights(engine.network, settings, ranks)
+    load_start_weights(engine.network, settings)
     engine.optimizer.reload_model_params()
     return session, engine
 
@@ -143,7 +143,7 @@ def gradient(
         return own() if is_applied else (True, 0.0, None)
 
     engine.optimizer.step = step  # type: ignore[method-assign]
-    metrics, _ = update_policy(session, engine, rollout, reference, 0)
+    metrics, _ = update_policy(session, engine, rollout, reference)
     del engine.optimizer.step
     return metrics, caught
 

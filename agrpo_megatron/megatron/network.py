@@ -1,0 +1,58 @@
+"""One model as this rank holds it: its virtual stages, its place in the layout, its vocabulary."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from agrpo_megatron.diffusion.logprobs import Vocabulary
+from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_chunks, padded_vocab
+from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.settings import Settings
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Network:
+    """The virtual stages of one rank; with all ranks of its replica they are the whole model."""
+
+    chunks: tuple[MaskedDiffusionModel, ...]
+    ranks: Ranks
+    vocab: Vocabulary  # the columns of the logits that this rank computes
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Return Megatron's settings, which all virtual stages share."""
+        return self.chunks[0].config
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield this rank's parameters, layers numbered as in the whole model."""
+        for chunk in self.chunks:
+            layers = chunk.decoder.layers
+            for name, parameter in chunk.named_parameters():
+                if found := _LAYER.match(name):
+                    number = layers[int(found[1])].layer_number - 1  # type: ignore[operator]
+                    name = f"decoder.layers.{number}.{name[found.end() :]}"
+                yield name, parameter
+
+    def set_training(self, mode: str) -> None:
+        """Switch all virtual stages to `train` or `eval`."""
+        for chunk in self.chunks:
+            chunk.train(mode == "train")
+
+
+def build_network(settings: Settings, ranks: Ranks) -> Network:
+    """Build this rank's part of the model, without weights; called by every rank."""
+    model = settings.model
+    assert model.vocab_size is not None and model.mask_token_id is not None
+    width = padded_vocab(model.vocab_size, ranks.tensor.size) // ranks.tensor.size
+    vocab = Vocabulary(
+        size=model.vocab_size,
+        start=ranks.tensor.rank * width,
+        forbidden=(model.mask_token_id,) if settings.sampling.forbid_mask_token else (),
+        group=ranks.tensor.group,
+    )
+    return Network(build_chunks(settings, ranks), ranks, vocab)

@@ -1,0 +1,284 @@
+"""Forward passes without gradient, through however many pipeline stages there are.
+
+Every rank of a replica runs the same sampler on the same rows. The stage with the head draws, and
+sends the draws back to the other stages; so all of them know what comes next, and nobody waits
+for instructions.
+
+`Lockstep` sends all groups of rows through Megatron's schedule, then draws for all: each
+denoising step fills and drains the pipeline. `Ring` needs no such stop: a denoising step depends
+on its own rows alone, so a group starts its next step while others are still on their way.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from agrpo_megatron.diffusion.draw import Draw
+from agrpo_megatron.diffusion.packing import unscored_row
+from agrpo_megatron.diffusion.sampler import DrawAt, Forward
+from agrpo_megatron.megatron.context import hidden_tokens, scored_slices
+from agrpo_megatron.megatron.network import Network
+from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.megatron.wire import broadcast_draw, gather_draw, receive_draw, send_draw
+from agrpo_megatron.settings import RolloutSettings
+from agrpo_megatron.types import PackedRows
+
+
+class Slots:
+    """Count the slots of the stages: the forward pass of one group on one virtual stage is one.
+
+    Each stage works in order; a group enters a stage when it left the one before.
+    """
+
+    def __init__(self, stages: int):
+        self.ends = [0] * stages
+        self.busy = 0
+
+    def run(self, ready: int = 0) -> int:
+        """Send a group through all stages from slot `ready` on; returns when it is through."""
+        for stage, free in enumerate(self.ends):
+            ready = max(ready, free) + 1
+            self.ends[stage] = ready
+        self.busy += len(self.ends)
+        return ready
+
+    def wait_for_all(self) -> None:
+        """Let no stage start before all have ended."""
+        self.ends = [max(self.ends)] * len(self.ends)
+
+    @property
+    def bubble(self) -> float:
+        """Return the share of slots in which a stage had nothing to do."""
+        total = len(self.ends) * max(self.ends)
+        return 1 - self.busy / total if total else 0.0
+
+
+@dataclass(eq=False)
+class _Item:
+    """A group of rows on its way through the stages."""
+
+    rows: PackedRows
+    draw_at: DrawAt
+    passes: int = 0  # virtual stages of each rank that are behind it
+    through: int = 0  # slot in which it left the last stage
+    drawn: Draw | None = None  # on the last stage alone, until it is shared
+
+
+class RolloutForward(Forward, Protocol):
+    """What runs a rollout's rows, and counts its work."""
+
+    tokens: int  # packed tokens that went through
+    slots: Slots
+
+    def close(self) -> None:
+        """Wait until nothing is under way; called when sampling has ended."""
+        ...
+
+
+def make_forward(network: Network, rollout: RolloutSettings) -> RolloutForward:
+    """Return what the sampler runs its rows through; built anew for each call of `sample`."""
+    stages = network.ranks.pipeline.size
+    if stages == 1:
+        return Direct(network, groups=rollout.groups or 1)
+    cls = Ring if rollout.schedule == "ring" else Lockstep
+    return cls(network, groups=rollout.groups or 2 * stages)
+
+
+@torch.no_grad()
+def forward_rows(
+    network: Network, batches: Sequence[PackedRows], use: Callable[[int, Tensor], Any]
+) -> list[Any]:
+    """Return `use(number, logits)` of every batch, on the last pipeline stage; [] on others.
+
+    Called by every rank of a replica with the same batches; `logits` are those of the scored
+    tokens that this rank holds. Without a pipeline it is a loop, else Megatron's schedule.
+    """
+    network.set_training("eval")
+    ranks, parallel = network.ranks, network.ranks.parallel
+    if parallel.pipeline == 1:
+        return [use(number, network.chunks[0](rows)) for number, rows in enumerate(batches)]
+    if not batches:
+        return []
+    filler = unscored_row(0, ranks.device)
+    multiple = parallel.pipeline if parallel.virtual > 1 else 1
+    items = [*enumerate(batches), *[(-1, filler)] * (-len(batches) % multiple)]
+
+    def forward_step(iterator: Iterator[tuple[int, PackedRows]], model: torch.nn.Module):
+        """Run one micro-batch; the schedule hands the last stage's output to the function."""
+        number, rows = next(iterator)
+
+        def collect(logits: Tensor, non_loss_data: bool = True):  # noqa: FBT001, FBT002
+            return use(number, logits) if number >= 0 else None
+
+        return model(rows), collect
+
+    virtual = parallel.virtual if parallel.virtual > 1 else None
+    schedule = get_forward_backward_func(parallel.pipeline, virtual)
+    results = schedule(
+        forward_step_func=forward_step,
+        data_iterator=[iter(items) for _ in network.chunks],
+        model=list(network.chunks),
+        num_microbatches=len(items),
+        seq_length=1,  # the schedule exchanges true lengths: `variable_seq_lengths`
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+        p2p_communicator=P2PCommunicator(ranks.pipeline.group, network.config),
+        pg_collection=ranks.groups,
+    )
+    return results[: len(batches)]
+
+
+class Direct:
+    """No pipeline: draw at once."""
+
+    def __init__(self, network: Network, *, groups: int):
+        self.network, self.in_flight = network, groups
+        self.tokens, self.slots = 0, Slots(1)
+
+    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
+        """Run the rows and draw."""
+        self.tokens += len(rows.tokens)
+        self.slots.run()
+        (drawn,) = forward_rows(self.network, [rows], lambda _, logits: logits)
+        drawn = _draw(_Item(rows, draw_at), drawn, self.network.ranks)
+        return lambda: drawn
+
+    def close(self) -> None:
+        """Do nothing: nothing is under way."""
+
+
+class Lockstep:
+    """Megatron's schedule, once per denoising step, for all groups together."""
+
+    def __init__(self, network: Network, *, groups: int):
+        self.network, self.in_flight = network, groups
+        self.tokens, self.slots = 0, Slots(network.ranks.pipeline.size * len(network.chunks))
+        self._waiting: list[_Item] = []
+
+    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
+        """Queue a group; it runs when the first draw is asked for."""
+        self.tokens += len(rows.tokens)
+        item = _Item(rows, draw_at)
+        self._waiting.append(item)
+        return partial(self._finish, item)
+
+    def close(self) -> None:
+        """Do nothing: every draw was asked for, so nothing is under way."""
+
+    def _finish(self, item: _Item) -> Draw:
+        if item.drawn is None:
+            self._run_all()
+        assert item.drawn is not None
+        return item.drawn
+
+    def _run_all(self) -> None:
+        items, ranks = self._waiting, self.network.ranks
+        drawn = forward_rows(
+            self.network,
+            [item.rows for item in items],
+            lambda number, logits: _draw(items[number], logits, ranks),
+        )
+        for number, item in enumerate(items):
+            count = len(item.rows.scored)
+            item.drawn = broadcast_draw(drawn[number] if drawn else None, count, ranks)
+            self.slots.run()
+        self.slots.wait_for_all()
+        self._waiting = []
+
+
+class Ring:
+    """Groups follow each other through the stages without a stop between denoising steps.
+
+    Stage s works on one group while stage s + 1 works on the group before. With as many groups as
+    stages, the first stage gets a group's draws just when it is that group's turn again.
+    """
+
+    def __init__(self, network: Network, *, groups: int):
+        self.network, self.in_flight = network, groups
+        self.tokens, self.slots = 0, Slots(network.ranks.pipeline.size)
+        self._under_way: deque[_Item] = deque()
+        self._sent: deque[tuple[Any, ...]] = deque()  # sends, and the tensors they read from
+        self._ready = 0  # slot in which the latest draws were known
+        members = dist.get_process_group_ranks(network.ranks.pipeline.group)
+        stage = network.ranks.pipeline.rank
+        self._first, self._last = members[0], members[-1]
+        self._before, self._after = members[stage - 1], members[(stage + 1) % len(members)]
+        self._others = members[:-1]
+        network.set_training("eval")
+
+    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
+        """Do this stage's part for a group and pass it on."""
+        self.tokens += len(rows.tokens)
+        item = _Item(rows, draw_at, through=self._ready)
+        self._pass_on(item)
+        self._under_way.append(item)
+        return partial(self._finish, item)
+
+    def close(self) -> None:
+        """Wait until everything sent has arrived."""
+        while self._sent:
+            self._sent.popleft()[0].wait()
+
+    def _finish(self, item: _Item) -> Draw:
+        """Return a group's draws; groups with virtual stages ahead of them go on first."""
+        while item.passes < len(self.network.chunks):
+            for other in self._under_way:
+                if other.passes <= item.passes:
+                    self._pass_on(other)
+        self._under_way.remove(item)
+        self._ready = item.through
+        ranks = self.network.ranks
+        if ranks.is_last_stage:
+            assert item.drawn is not None
+            return item.drawn
+        return receive_draw(self._last, len(item.rows.scored), ranks)
+
+    @torch.no_grad()
+    def _pass_on(self, item: _Item) -> None:
+        """Run one virtual stage of a group: take it from the stage before, hand it on."""
+        ranks, chunk = self.network.ranks, self.network.chunks[item.passes]
+        item.passes += 1
+        item.through = self.slots.run(item.through)
+        if not chunk.pre_process:
+            chunk.set_input_tensor(self._receive(item.rows))
+        output = chunk(item.rows)
+        if chunk.post_process:
+            item.drawn = _draw(item, output, ranks)
+            for other in self._others:
+                self._keep(*send_draw(item.drawn, other, ranks))
+        elif ranks.is_last_stage:
+            self._keep((dist.isend(output, self._first, group=ranks.returning), output))
+        else:
+            self._keep((dist.isend(output, self._after, group=ranks.pipeline.group), output))
+
+    def _receive(self, rows: PackedRows) -> Tensor:
+        ranks, config = self.network.ranks, self.network.config
+        shape = (hidden_tokens(rows, ranks), 1, config.hidden_size)
+        hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=ranks.device)
+        is_first = ranks.pipeline.rank == 0
+        group = ranks.returning if is_first else ranks.pipeline.group
+        dist.recv(hidden, self._last if is_first else self._before, group=group)
+        return hidden
+
+    def _keep(self, *sends: tuple[Any, ...]) -> None:
+        """Hold on to what is being sent; the oldest have arrived two denoising steps ago."""
+        self._sent.extend(sends)
+        each = len(self.network.chunks) + 2 * len(self._others)
+        while len(self._sent) > 2 * each * self.in_flight:
+            self._sent.popleft()[0].wait()
+
+
+def _draw(item: _Item, logits: Tensor, ranks: Ranks) -> Draw:
+    """Draw at the scored tokens of all context-parallel ranks; called on the last stage."""
+    slices = scored_slices(item.rows, ranks)
+    mine = item.draw_at(logits, slices[ranks.context.rank])
+    return gather_draw(mine, [part.stop - part.start for part in slices], ranks)

@@ -1,0 +1,82 @@
+"""Draws between ranks: a header with the width of the support, then one float64 tensor.
+
+Token ids and float32 log-probs are exact in float64.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from agrpo_megatron.diffusion.draw import Draw
+from agrpo_megatron.megatron.ranks import Ranks
+
+_FIXED = 4  # tokens, logprobs, entropies, confidences; then the support ids
+
+
+def send_draw(draw: Draw, receiver: int, ranks: Ranks) -> list[tuple[Any, Tensor]]:
+    """Start sending to a global rank; returns the sends with the tensors they read from."""
+    content = _encode(draw)
+    header = torch.tensor([content.shape[1]], device=content.device)
+    group = ranks.returning
+    return [(dist.isend(t, receiver, group=group), t) for t in (header, content)]
+
+
+def receive_draw(sender: int, count: int, ranks: Ranks) -> Draw:
+    """Wait for the draws of `count` scored tokens from a global rank."""
+    header = torch.zeros(1, dtype=torch.int64, device=ranks.device)
+    dist.recv(header, sender, group=ranks.returning)
+    content = _empty(count, int(header), ranks)
+    dist.recv(content, sender, group=ranks.returning)
+    return _decode(content)
+
+
+def broadcast_draw(draw: Draw | None, count: int, ranks: Ranks) -> Draw:
+    """Share the last stage's draws with all stages; the others pass None."""
+    last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
+    content = _encode(draw) if draw is not None else None
+    width = 0 if content is None else content.shape[1]
+    header = torch.tensor([width], device=ranks.device)
+    dist.broadcast(header, last, group=ranks.pipeline.group)
+    if content is None:
+        content = _empty(count, int(header), ranks)
+    dist.broadcast(content, last, group=ranks.pipeline.group)
+    return _decode(content)
+
+
+def gather_draw(draw: Draw, counts: list[int], ranks: Ranks) -> Draw:
+    """Concatenate the draws of the context-parallel ranks, which drew `counts` tokens each."""
+    context = ranks.context
+    if context.size == 1:
+        return draw
+    mine = _encode(draw)
+    width = torch.tensor([mine.shape[1]], device=ranks.device)
+    dist.all_reduce(width, dist.ReduceOp.MAX, group=context.group)
+    most, wide = max(counts), int(width)
+    mine = F.pad(mine, (0, wide - mine.shape[1], 0, most - len(mine)), value=-1)
+    parts = [torch.empty_like(mine) for _ in counts]
+    dist.all_gather(parts, mine, group=context.group)
+    return _decode(torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]))
+
+
+def _empty(count: int, width: int, ranks: Ranks) -> Tensor:
+    return torch.empty(count, width, dtype=torch.float64, device=ranks.device)
+
+
+def _encode(draw: Draw) -> Tensor:
+    fixed = torch.stack([draw.tokens, draw.logprobs, draw.entropies, draw.confidences], 1).double()
+    return fixed if draw.support_ids is None else torch.cat([fixed, draw.support_ids], 1)
+
+
+def _decode(content: Tensor) -> Draw:
+    tokens, logprobs, entropies, confidences = content[:, :_FIXED].unbind(1)
+    support = content[:, _FIXED:].long()
+    return Draw(
+        tokens=tokens.long(),
+        logprobs=logprobs.float(),
+        entropies=entropies.float(),
+        confidences=confidences.float(),
+        support_ids=support if support.shape[1] else None,
+    )
