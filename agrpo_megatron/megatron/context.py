@@ -4,6 +4,7 @@ Attention is bidirectional, so contiguous parts cost the same and nothing needs 
 rows that cross from one part into the next need keys and values of other ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -15,15 +16,34 @@ from agrpo_megatron.megatron.ranks import Axis, Ranks
 from agrpo_megatron.types import PackedRows, SftBatch, TimestepBatch
 
 
-def padded_rows(rows: PackedRows, ranks: Ranks) -> PackedRows:
-    """Append a row of padding where context or sequence parallelism need an even split."""
-    missing = -len(rows.tokens) % _split(ranks)
+def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRows:
+    """Append a row of padding where context or sequence parallelism need an even split.
+
+    Args:
+        tokens: packed tokens that the result has at least.
+    """
+    count = max(tokens, len(rows.tokens))
+    missing = count + -count % _split(ranks) - len(rows.tokens)
     if not missing:
         return rows
     end = rows.cu_seqlens[-1:] + missing
     return PackedRows(
         F.pad(rows.tokens, (0, missing)), torch.cat([rows.cu_seqlens, end]), rows.scored
     )
+
+
+def for_schedule(batches: Sequence[PackedRows], ranks: Ranks) -> tuple[list[PackedRows], int]:
+    """Return micro-batches as Megatron's schedule takes them, and the tokens of each.
+
+    The interleaved schedule needs equal lengths: between two stages it exchanges lengths of both
+    directions through one channel, where they would be confused. Otherwise lengths are free, and
+    the number that is returned means nothing.
+    """
+    if ranks.parallel.virtual == 1:
+        return list(batches), 1
+    most = max(len(rows.tokens) for rows in batches)
+    padded = [padded_rows(rows, ranks, tokens=most) for rows in batches]
+    return padded, len(padded[0].tokens)
 
 
 def hidden_tokens(rows: PackedRows, ranks: Ranks) -> int:

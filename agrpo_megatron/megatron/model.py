@@ -147,7 +147,6 @@ def transformer_config(settings: Settings, parallel: ParallelSettings) -> Transf
         "params_dtype": torch.bfloat16 if is_bf16 else torch.float32,
         "pipeline_dtype": torch.bfloat16 if is_bf16 else torch.float32,
         "calculate_per_token_loss": True,
-        "variable_seq_lengths": True,  # packed rows: every micro-batch has its own length
         "moe_token_dispatcher_type": "alltoall",  # the default needs equal lengths
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,
@@ -201,6 +200,9 @@ def _layout_values(model: ModelSettings, parallel: ParallelSettings) -> dict[str
         "sequence_parallel": parallel.sequence,
         "context_parallel_size": parallel.context,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "variable_seq_lengths": parallel.virtual == 1,  # see `context.for_schedule`
+        "overlap_p2p_comm": parallel.virtual > 1,  # else two stages confuse the two directions
+        "batch_p2p_comm": parallel.virtual == 1,
     }
     if parallel.pipeline > 1:
         stages = [["decoder"] * count for count in stage_layers(model, parallel)]

@@ -24,7 +24,7 @@ from torch import Tensor
 from agrpo_megatron.diffusion.draw import Draw
 from agrpo_megatron.diffusion.packing import unscored_row
 from agrpo_megatron.diffusion.sampler import DrawAt, Forward
-from agrpo_megatron.megatron.context import hidden_tokens, scored_slices
+from agrpo_megatron.megatron.context import for_schedule, hidden_tokens, scored_slices
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.megatron.wire import broadcast_draw, gather_draw, receive_draw, send_draw
@@ -109,14 +109,16 @@ def forward_rows(
         return []
     filler = unscored_row(0, ranks.device)
     multiple = parallel.pipeline if parallel.virtual > 1 else 1
-    items = [*enumerate(batches), *[(-1, filler)] * (-len(batches) % multiple)]
+    fillers = [filler] * (-len(batches) % multiple)
+    padded, tokens = for_schedule([*batches, *fillers], ranks)
+    items = list(enumerate(padded))
 
     def forward_step(iterator: Iterator[tuple[int, PackedRows]], model: torch.nn.Module):
         """Run one micro-batch; the schedule hands the last stage's output to the function."""
         number, rows = next(iterator)
 
         def collect(logits: Tensor, non_loss_data: bool = True):  # noqa: FBT001, FBT002
-            return use(number, logits) if number >= 0 else None
+            return use(number, logits) if number < len(batches) else None
 
         return model(rows), collect
 
@@ -127,7 +129,7 @@ def forward_rows(
         data_iterator=[iter(items) for _ in network.chunks],
         model=list(network.chunks),
         num_microbatches=len(items),
-        seq_length=1,  # the schedule exchanges true lengths: `variable_seq_lengths`
+        seq_length=tokens,
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,
@@ -161,7 +163,7 @@ class Lockstep:
 
     def __init__(self, network: Network, *, groups: int):
         self.network, self.in_flight = network, groups
-        self.tokens, self.slots = 0, Slots(network.ranks.pipeline.size * len(network.chunks))
+        self.tokens, self.slots = 0, Slots(network.ranks.pipeline.size)
         self._waiting: list[_Item] = []
 
     def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
@@ -190,9 +192,17 @@ class Lockstep:
         for number, item in enumerate(items):
             count = len(item.rows.scored)
             item.drawn = broadcast_draw(drawn[number] if drawn else None, count, ranks)
-            self.slots.run()
-        self.slots.wait_for_all()
+        self._count(items)
         self._waiting = []
+
+    def _count(self, items: list[_Item]) -> None:
+        """Count slots in the schedule's order: as many groups as stages go through a chunk."""
+        stages = self.network.ranks.pipeline.size
+        for first in range(0, len(items), stages):
+            for _ in self.network.chunks:
+                for item in items[first : first + stages]:
+                    item.through = self.slots.run(item.through)
+        self.slots.wait_for_all()
 
 
 class Ring:

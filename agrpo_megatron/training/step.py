@@ -30,10 +30,11 @@ from torch import Tensor
 
 from agrpo_megatron.diffusion.packing import assign_rows
 from agrpo_megatron.layout import attention_cost
+from agrpo_megatron.megatron.context import for_schedule
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.settings import Settings
-from agrpo_megatron.types import SftBatch, TimestepBatch
+from agrpo_megatron.types import PackedRows, SftBatch, TimestepBatch
 
 Metrics = dict[str, Tensor]
 
@@ -89,23 +90,26 @@ def accumulate_gradients[Batch: (SftBatch, TimestepBatch)](
     reported = examples if ranks.data_context.rank == 0 else 0
     counts = iter([reported] + [0] * (len(batches) - 1))
 
-    def forward_step(iterator: Iterator[Batch], model: torch.nn.Module):
+    padded, tokens = for_schedule([batch.rows for batch in batches], ranks)
+    items = list(zip(padded, batches, strict=True))
+
+    def forward_step(iterator: Iterator[tuple[PackedRows, Batch]], model: torch.nn.Module):
         """Run one micro-batch and hand its loss function back to the schedule."""
-        batch = next(iterator)
+        rows, batch = next(iterator)
 
         def reduce_loss(logits: Tensor):
             total, metrics = loss(logits, batch)
             count = torch.tensor(next(counts), dtype=torch.int, device=total.device)
             return total, count, {**metrics, "loss": total.detach()}
 
-        return model(batch.rows), reduce_loss
+        return model(rows), reduce_loss
 
     collected = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in engine.ddp],
+        data_iterator=[iter(items) for _ in engine.ddp],
         model=list(engine.ddp),
         num_microbatches=len(batches),
-        seq_length=1,  # the schedule exchanges true lengths: `variable_seq_lengths`
+        seq_length=tokens,
         micro_batch_size=1,
         forward_only=False,
     )
