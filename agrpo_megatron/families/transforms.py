@@ -22,6 +22,7 @@ class Split:
 
     rank: int = 0
     size: int = 1
+    vocab_rows: int | None = None  # padded, all ranks together; None: what an even split needs
 
 
 def to_megatron(parts: list[Tensor], transform: str, model: ModelSettings, split: Split) -> Tensor:
@@ -31,7 +32,8 @@ def to_megatron(parts: list[Tensor], transform: str, model: ModelSettings, split
     if transform == "gate_up":
         return torch.cat([_chunk(part, 0, split) for part in parts])
     if transform == "vocab":
-        missing = -len(parts[0]) % split.size
+        rows = split.vocab_rows or len(parts[0]) + -len(parts[0]) % split.size
+        missing = rows - len(parts[0])
         padding = parts[0].new_zeros(missing, *parts[0].shape[1:])
         return _chunk(torch.cat([parts[0], padding]), 0, split)
     return _chunk(parts[0], {"copy": None, "column": 0, "row": 1}[transform], split)

@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.megatron.reshard import RolloutCopy
 from agrpo_megatron.settings import OptimizerSettings, Settings
 
 
@@ -25,6 +26,7 @@ class Engine:
     ddp: list[DistributedDataParallel]  # one per virtual stage
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    rollout_copy: RolloutCopy | None = None  # where rollouts have a layout of their own
 
     @property
     def ranks(self) -> Ranks:
@@ -34,7 +36,9 @@ class Engine:
     def rollout_network(self) -> Network:
         """Return the network that samples, with the latest weights; called by every rank."""
         self.finish_parameters()
-        return self.network
+        if self.rollout_copy is None:
+            return self.network
+        return self.rollout_copy.update(self.network, self.scheduler.num_steps)
 
     def finish_parameters(self) -> None:
         """Wait for updated weights that are still being gathered (`ddp.overlap_param_gather`)."""
@@ -74,7 +78,10 @@ def build_engine(
         config.param_sync_func = _one_or_all([part.start_param_sync for part in ddp])
     built = get_megatron_optimizer(_optimizer_config(optimizer, is_bf16=is_bf16), ddp)
     config.grad_scale_func = built.scale_loss
-    return Engine(network, ddp, built, _scheduler(built, optimizer, iterations))
+    copy = None
+    if ranks.rollout_layout is not None:
+        copy = RolloutCopy(build_network(settings, ranks.rollout_layout))
+    return Engine(network, ddp, built, _scheduler(built, optimizer, iterations), copy)
 
 
 def _one_or_all(functions: list[Any]) -> Any:

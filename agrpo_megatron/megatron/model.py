@@ -3,6 +3,7 @@
 Parameter names are GPTModel's, so other Megatron tools read the checkpoints.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from agrpo_megatron.layout import stage_layers
+from agrpo_megatron.layout import rollout_parallel, stage_layers
 from agrpo_megatron.megatron.context import padded_rows, part_of, scored_slices
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.megatron.spec import local_spec, packed_layout
@@ -165,7 +166,6 @@ def transformer_config(settings: Settings, parallel: ParallelSettings) -> Transf
 def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel, ...]:
     """Build this rank's virtual stages of the model, without weights; called by every rank."""
     model, parallel = settings.model, ranks.parallel
-    assert model.vocab_size is not None
     config = transformer_config(settings, parallel)
     layers, stages = stage_layers(model, parallel), parallel.pipeline * parallel.virtual
     chunks = []
@@ -177,7 +177,7 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
             config,
             local_spec(config, layers[stage]),
             ranks=ranks,
-            vocab_rows=padded_vocab(model.vocab_size, parallel.tensor),
+            vocab_rows=padded_vocab(settings),
             max_sequence_length=model.max_sequence_length,
             rope_theta=model.rope_theta,
             pre_process=stage == 0,
@@ -189,9 +189,11 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
     return tuple(chunks)
 
 
-def padded_vocab(vocab_size: int, tensor: int) -> int:
-    """Return the embedding's rows: padded only as far as the tensor-parallel split needs."""
-    return -(-vocab_size // tensor) * tensor
+def padded_vocab(settings: Settings) -> int:
+    """Return the embedding's rows: padded only as far as a tensor-parallel split needs."""
+    assert settings.model.vocab_size is not None
+    multiple = math.lcm(settings.parallel.tensor, rollout_parallel(settings).tensor)
+    return -(-settings.model.vocab_size // multiple) * multiple
 
 
 def _layout_values(model: ModelSettings, parallel: ParallelSettings) -> dict[str, Any]:

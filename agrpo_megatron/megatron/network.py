@@ -48,7 +48,7 @@ def build_network(settings: Settings, ranks: Ranks) -> Network:
     """Build this rank's part of the model, without weights; called by every rank."""
     model = settings.model
     assert model.vocab_size is not None and model.mask_token_id is not None
-    width = padded_vocab(model.vocab_size, ranks.tensor.size) // ranks.tensor.size
+    width = padded_vocab(settings) // ranks.tensor.size
     vocab = Vocabulary(
         size=model.vocab_size,
         start=ranks.tensor.rank * width,

@@ -85,7 +85,7 @@ def load_named(network: Network, settings: ModelSettings, read: Callable[[str], 
             parts.append(part)
         parameter = parameters.pop(line.megatron)
         with torch.no_grad():
-            split = Split(tensor.rank, tensor.size)
+            split = Split(tensor.rank, tensor.size, vocab_rows=len(parameter) * tensor.size)
             parameter.copy_(to_megatron(parts, line.transform, settings, split))
     if parameters:
         raise RuntimeError(f"no weights are named for {', '.join(parameters)}")
