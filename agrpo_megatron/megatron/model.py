@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -121,8 +122,22 @@ class MaskedDiffusionModel(LanguageModule):
         return logits.squeeze(1)
 
 
-def transformer_config(settings: Settings, parallel: ParallelSettings) -> TransformerConfig:
-    """Translate settings into Megatron's own; `model.megatron` wins.
+class _StageLayout(PipelineParallelLayerLayout):
+    """Megatron's table of layers by stage, which asks for our stage instead of a global one."""
+
+    def __init__(self, stages: list[list[str]], size: int, stage: int):
+        super().__init__(stages, size)  # type: ignore[arg-type]
+        self.stage = stage
+
+    def get_layer_offset(self, *args: Any, **kwargs: Any) -> int:
+        """Return how many layers come before a virtual stage of this rank."""
+        return super().get_layer_offset(*args, **{**kwargs, "pp_rank": self.stage})
+
+
+def transformer_config(
+    settings: Settings, parallel: ParallelSettings, *, stage: int
+) -> TransformerConfig:
+    """Translate settings into Megatron's own for a pipeline stage; `model.megatron` wins.
 
     Raises:
         ValueError: Megatron refuses a value or does not know a key of `model.megatron`.
@@ -155,7 +170,7 @@ def transformer_config(settings: Settings, parallel: ParallelSettings) -> Transf
         "gradient_accumulation_fusion": False,
         "perform_initialization": False,  # weights come by name, see `families`
         "use_cpu_initialization": not torch.cuda.is_available(),
-        **_layout_values(model, parallel),
+        **_layout_values(model, parallel, stage),
     }
     try:
         return TransformerConfig(**{**values, **model.megatron})
@@ -166,11 +181,9 @@ def transformer_config(settings: Settings, parallel: ParallelSettings) -> Transf
 def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel, ...]:
     """Build this rank's virtual stages of the model, without weights; called by every rank."""
     model, parallel = settings.model, ranks.parallel
-    config = transformer_config(settings, parallel)
+    config = transformer_config(settings, parallel, stage=ranks.pipeline.rank)
     layers, stages = stage_layers(model, parallel), parallel.pipeline * parallel.virtual
     chunks = []
-    # Megatron takes the layers' offset from its global stage; rollouts may have another.
-    parallel_state.set_pipeline_model_parallel_rank(ranks.pipeline.rank)
     for number in range(parallel.virtual):
         stage = number * parallel.pipeline + ranks.pipeline.rank
         chunk = MaskedDiffusionModel(
@@ -185,7 +198,6 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
             vp_stage=number,
         )
         chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
-    parallel_state.set_pipeline_model_parallel_rank(None)
     return tuple(chunks)
 
 
@@ -196,7 +208,7 @@ def padded_vocab(settings: Settings) -> int:
     return -(-settings.model.vocab_size // multiple) * multiple
 
 
-def _layout_values(model: ModelSettings, parallel: ParallelSettings) -> dict[str, Any]:
+def _layout_values(model: ModelSettings, parallel: ParallelSettings, stage: int) -> dict[str, Any]:
     values: dict[str, Any] = {
         "tensor_model_parallel_size": parallel.tensor,
         "sequence_parallel": parallel.sequence,
@@ -210,5 +222,5 @@ def _layout_values(model: ModelSettings, parallel: ParallelSettings) -> dict[str
         stages = [["decoder"] * count for count in stage_layers(model, parallel)]
         stages[0].insert(0, "embedding")
         stages[-1].append("loss")
-        values["pipeline_model_parallel_layout"] = stages
+        values["pipeline_model_parallel_layout"] = _StageLayout(stages, parallel.pipeline, stage)
     return values
