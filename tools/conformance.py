@@ -1,7 +1,7 @@
 """Check this code against golden numbers of the public reference code.
 
     python tools/conformance.py DIR
-    torchrun --nproc-per-node 2 tools/conformance.py DIR --parallel tp2
+    torchrun --nproc-per-node 4 tools/conformance.py DIR --parallel tp2-pp2
 
 DIR holds `hf/` (a checkpoint in Hugging Face format), `golden.json` (what was computed, with
 which settings) and `golden.safetensors` (inputs and results). Checked are the logits of a
@@ -11,7 +11,6 @@ the AGRPO update. One line per check; exit status 1 when one fails, 2 for wrong 
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,20 +20,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from agrpo_megatron.config import build
 from agrpo_megatron.diffusion import estimators
-from agrpo_megatron.diffusion.batches import timestep_batches
-from agrpo_megatron.diffusion.logprobs import Vocabulary
+from agrpo_megatron.diffusion.batches import row_lengths, timestep_batches
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
 from agrpo_megatron.families import settings_from_hf
-from agrpo_megatron.megatron.engine import Engine, build_engine, model_vocabulary, score_rows
-from agrpo_megatron.megatron.model import build_model
-from agrpo_megatron.megatron.ranks import Ranks, start_ranks, stop_ranks, world_size
+from agrpo_megatron.layout import layout_name, parse_layout
+from agrpo_megatron.megatron.context import local_part, scored_slices
+from agrpo_megatron.megatron.engine import Engine, build_engine
+from agrpo_megatron.megatron.network import Network, build_network
+from agrpo_megatron.megatron.pipeline import forward_rows, make_forward
+from agrpo_megatron.megatron.ranks import start_ranks, stop_ranks, world_size
 from agrpo_megatron.megatron.weights import export_hf, load_hf, load_named
 from agrpo_megatron.rules import validate
-from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings, Settings
+from agrpo_megatron.settings import AlgorithmSettings, ParallelSettings, SamplingSettings, Settings
 from agrpo_megatron.training.rl import make_loss, with_reference
-from agrpo_megatron.training.step import accumulate_gradients
+from agrpo_megatron.training.step import accumulate_gradients, my_micro_batches
 from agrpo_megatron.types import Rollout, Trajectory
 
 LOGITS, LOSS, GRADIENT = 1e-5, 1e-5, 1e-4
@@ -58,9 +60,12 @@ class Golden:
     cases: dict
     tensors: dict[str, Tensor]
     settings: Settings
-    ranks: Ranks
     engine: Engine
-    vocab: Vocabulary
+
+    @property
+    def network(self) -> Network:
+        """Return the model, at the layout that was asked for."""
+        return self.engine.network
 
 
 def main() -> int:
@@ -73,14 +78,15 @@ def main() -> int:
         return 2
     failed, total = 0, 0
     for check in [*check_logits(golden), *check_sampler(golden), *check_agrpo(golden)]:
+        check = replace(check, error=_most(check.error))
         passed = check.error <= check.limit
         total, failed = total + 1, failed + (not passed)
-        if golden.ranks.is_main:
+        if golden.network.ranks.is_main:
             word = "ok  " if passed else "FAIL"
             bounds = f"{check.error:9.2e} (limit {check.limit:.0e})"
             print(f"{word} {check.name:28s} {bounds}  {check.detail}")
-    if golden.ranks.is_main:
-        layout = f"tp{golden.ranks.tensor_size}"
+    if golden.network.ranks.is_main:
+        layout = layout_name(golden.settings.parallel, world_size())
         print(f"{arguments.directory}: {total - failed} of {total} checks passed at {layout}")
     stop_ranks()
     return 1 if failed or not total else 0
@@ -93,9 +99,15 @@ def check_logits(golden: Golden) -> Iterator[Check]:
     ids, expected = golden.tensors["logits.input_ids"], golden.tensors["logits.logits"]
     lengths = torch.full((len(ids),), ids.shape[1])
     rows = pack(ids, lengths, torch.ones_like(ids, dtype=torch.bool))
-    ours = score_rows(golden.engine.network, rows)
-    expected = expected.flatten(0, 1)[:, golden.vocab.start :][:, : ours.shape[1]]
-    error, scale = _most(ours - expected, golden), _most(expected, golden)
+    network = golden.network
+    mine = scored_slices(rows, network.ranks)[network.ranks.context.rank]
+
+    def compare(_: int, ours: Tensor) -> float:
+        shard = expected.flatten(0, 1)[mine, network.vocab.start :][:, : ours.shape[1]]
+        return float((ours[:, : shard.shape[1]] - shard).abs().amax())
+
+    error = _most(max(forward_rows(network, [rows], compare), default=0.0))
+    scale = float(expected.abs().max())
     detail = f"{tuple(ids.shape)} tokens, largest difference {error:.2e} of {scale:.1f}"
     yield Check("logits", error / max(1.0, scale), LOGITS, detail)
 
@@ -118,8 +130,8 @@ def check_sampler(golden: Golden) -> Iterator[Check]:
         model = golden.settings.model
         assert model.mask_token_id is not None
         context = SamplerContext(
-            score=lambda rows: score_rows(golden.engine.network, rows),
-            vocab=golden.vocab,
+            forward=make_forward(golden.network, golden.settings.rollout),
+            vocab=golden.network.vocab,
             mask_id=model.mask_token_id,
             eos_id=model.eos_token_id,
             seed=0,
@@ -133,21 +145,23 @@ def check_sampler(golden: Golden) -> Iterator[Check]:
 
 def check_agrpo(golden: Golden) -> Iterator[Check]:
     """Compare loss and gradients of the update on stored rollouts."""
-    network, model, ranks = golden.engine.network, golden.settings.model, golden.ranks
+    network, model = golden.network, golden.settings.model
+    assert model.mask_token_id is not None
     for number, case in enumerate(golden.cases.get("agrpo", [])):
         part = _below(golden.tensors, f"agrpo.{number}.")
         sampling, algorithm = _published(case)
         context = estimators.DrawContext(algorithm, eos_id=model.eos_token_id, seed=0)
         rollout = _stored_rollout(part, sampling)
         draws = estimators.draws_at(rollout.trajectory, part["u"].double(), context)
-        assert model.mask_token_id is not None
-        batches = timestep_batches(rollout, draws, mask_id=model.mask_token_id, token_budget=512)
+        plan = my_micro_batches(row_lengths(rollout, draws), golden.settings, network.ranks)
+        batches = timestep_batches(rollout, draws, plan, mask_id=model.mask_token_id)
+        batches = [local_part(batch, network.ranks) for batch in batches]
         if algorithm.kl_coefficient > 0:
-            reference = build_model(model, golden.settings.parallel).eval()
-            load_hf(reference, model, golden.directory / "hf", ranks)
-            batches = [with_reference(b, reference, golden.vocab, sampling) for b in batches]
-        load_named(network, model, _below(part, "policy.").__getitem__, ranks)
-        loss = make_loss(golden.vocab, sampling, algorithm)
+            reference = build_network(golden.settings, network.ranks)
+            load_hf(reference, model, golden.directory / "hf")
+            batches = with_reference(batches, reference, sampling)
+        load_named(network, model, _below(part, "policy.").__getitem__)
+        loss = make_loss(network.vocab, sampling, algorithm)
         metrics = accumulate_gradients(
             golden.engine, batches, loss=loss, examples=len(rollout.rewards)
         )
@@ -156,7 +170,7 @@ def check_agrpo(golden: Golden) -> Iterator[Check]:
         detail = f"{len(draws.rollout)} rows, {case['unmasking']}, {case['is_']} proposal"
         yield Check(f"agrpo {number} loss", error, LOSS, f"{detail}, loss {expected:.6f}")
         gradients = {name: p.main_grad for name, p in network.named_parameters()}  # type: ignore
-        ours, theirs = export_hf(gradients, model, ranks), _below(part, "grad.")
+        ours, theirs = export_hf(gradients, model, network.ranks), _below(part, "grad.")
         errors = {n: float((ours[n] - g).norm() / g.norm()) for n, g in theirs.items()}
         worst = max(errors, key=lambda name: errors[name])
         detail = f"{len(errors)} tensors, worst {worst}"
@@ -219,34 +233,31 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def _most(difference: Tensor, golden: Golden) -> float:
-    top = difference.abs().max()
-    torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, golden.ranks.tensor_group)
+def _most(error: float) -> float:
+    """Return the largest error of all ranks."""
+    top = torch.tensor(error, dtype=torch.float64)
+    torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX)
     return float(top)
 
 
 def _open(directory: Path, parallel: str) -> Golden:
-    match = re.fullmatch(r"tp(\d+)", parallel)
-    if match is None:
-        raise ValueError(f"--parallel {parallel}: write tp followed by a number, such as tp2")
+    layout = build(ParallelSettings, parse_layout(parallel, "--parallel"), "--parallel ")
     try:
         cases = json.loads((directory / "golden.json").read_text(encoding="utf-8"))
         tensors = load_file(directory / "golden.safetensors")
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory}: not a conformance directory: {error}") from None
     model = settings_from_hf(directory / "hf")
-    settings = Settings(model=model)
+    settings = Settings(model=model, parallel=layout)
     settings = replace(
         settings,
-        parallel=replace(settings.parallel, tensor=int(match[1])),
         sampling=replace(settings.sampling, forbid_mask_token=False),
+        train=replace(settings.train, token_budget=512),
     )
     validate(settings, world_size())
-    ranks = start_ranks(settings)
-    engine = build_engine(settings, settings.optimizer, iterations=1, ranks=ranks)
-    load_hf(engine.network, model, directory / "hf", ranks)
-    vocab = model_vocabulary(settings, ranks)
-    return Golden(directory, cases, tensors, settings, ranks, engine, vocab)
+    engine = build_engine(settings, settings.optimizer, iterations=1, ranks=start_ranks(settings))
+    load_hf(engine.network, model, directory / "hf")
+    return Golden(directory, cases, tensors, settings, engine)
 
 
 def _arguments() -> argparse.Namespace:
@@ -256,7 +267,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="conformance directory")
     parser.add_argument(
-        "--parallel", default="tp1", metavar="LAYOUT", help="layout, such as tp2 (default: tp1)"
+        "--parallel", default="tp1", metavar="LAYOUT", help="such as tp2-pp2 or cp2 (default: tp1)"
     )
     return parser.parse_args()
 
