@@ -8,12 +8,27 @@ qkv      for each query group its queries, its key, its value; split by groups
 gate_up  gate above up on every rank, each split along its rows
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from agrpo_megatron.settings import ModelSettings
+
+
+class Part(Protocol):
+    """A tensor, or what reads one from a file: only what is indexed is read."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Return the shape of the whole."""
+        ...
+
+    def __getitem__(self, index: Any, /) -> Tensor:
+        """Return a slice, or a tuple of slices."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -24,19 +39,26 @@ class Split:
     size: int = 1
     vocab_rows: int | None = None  # padded, all ranks together; None: what an even split needs
 
+    def of(self, length: int) -> slice:
+        """Return this rank's part of a dimension."""
+        each = length // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
 
-def to_megatron(parts: list[Tensor], transform: str, model: ModelSettings, split: Split) -> Tensor:
+
+def to_megatron(
+    parts: Sequence[Part], transform: str, model: ModelSettings, split: Split
+) -> Tensor:
     """Join whole Hugging Face tensors into this rank's shard of a Megatron parameter."""
+    part = parts[0]
     if transform == "qkv":
-        return _chunk(_interleave(parts, model), 0, split)
+        return _interleave(parts, model, split)
     if transform == "gate_up":
-        return torch.cat([_chunk(part, 0, split) for part in parts])
+        return torch.cat([each[split.of(each.shape[0])] for each in parts])
     if transform == "vocab":
-        rows = split.vocab_rows or len(parts[0]) + -len(parts[0]) % split.size
-        missing = rows - len(parts[0])
-        padding = parts[0].new_zeros(missing, *parts[0].shape[1:])
-        return _chunk(torch.cat([parts[0], padding]), 0, split)
-    return _chunk(parts[0], {"copy": None, "column": 0, "row": 1}[transform], split)
+        return _padded(part, split)
+    if transform == "row":
+        return part[:, split.of(part.shape[1])]
+    return part[split.of(part.shape[0]) if transform == "column" else slice(None)]
 
 
 def from_megatron(shards: list[Tensor], transform: str, model: ModelSettings) -> list[Tensor]:
@@ -53,15 +75,20 @@ def from_megatron(shards: list[Tensor], transform: str, model: ModelSettings) ->
     return [torch.cat(shards, dim={"column": 0, "row": 1}[transform])]
 
 
-def _chunk(tensor: Tensor, dim: int | None, split: Split) -> Tensor:
-    return tensor if dim is None else tensor.chunk(split.size, dim)[split.rank]
+def _padded(part: Part, split: Split) -> Tensor:
+    """Return this rank's rows; those beyond the vocabulary are zero."""
+    true = part.shape[0]
+    mine = split.of(split.vocab_rows or true + -true % split.size)
+    rows = part[min(mine.start, true) : min(mine.stop, true)]
+    missing = mine.stop - mine.start - len(rows)
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
-def _interleave(parts: list[Tensor], model: ModelSettings) -> Tensor:
+def _interleave(parts: Sequence[Part], model: ModelSettings, split: Split) -> Tensor:
     """Lay q, k, v out as Megatron does: for each query group its queries, its key, its value."""
-    groups = model.num_query_groups or model.num_attention_heads
-    grouped = [part.view(groups, -1, *part.shape[1:]) for part in parts]
-    return torch.cat(grouped, dim=1).flatten(0, 1)
+    groups = (model.num_query_groups or model.num_attention_heads) // split.size
+    mine = [part[split.of(part.shape[0])] for part in parts]
+    return torch.cat([m.view(groups, -1, *m.shape[1:]) for m in mine], dim=1).flatten(0, 1)
 
 
 def _separate(fused: Tensor, model: ModelSettings) -> list[Tensor]:

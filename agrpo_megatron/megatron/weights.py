@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from agrpo_megatron.families import FAMILIES
-from agrpo_megatron.families.names import Line, expand
-from agrpo_megatron.families.transforms import Split, from_megatron, to_megatron
+from agrpo_megatron.families.files import HfWeights
+from agrpo_megatron.families.tensors import hf_shapes, lines
+from agrpo_megatron.families.transforms import Part, Split, from_megatron, to_megatron
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.settings import ModelSettings
@@ -20,29 +19,15 @@ from agrpo_megatron.settings import ModelSettings
 def load_hf(network: Network, settings: ModelSettings, directory: str | Path) -> None:
     """Read the safetensors of a Hugging Face directory into the network; mutates its weights.
 
-    Each rank reads the tensors and keeps its shard. Pickled weights are never opened.
+    Each rank reads its own shards of the tensors. Pickled weights are never opened.
 
     Raises:
-        ValueError: a tensor is missing, damaged or has the wrong shape.
+        ValueError: a tensor is missing, unknown, damaged or has the wrong shape.
     """
-    files = sorted(Path(directory).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{directory}: no .safetensors file; pickled weights are not read")
-    where: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                where.update(dict.fromkeys(tensors.keys(), file))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
-
-    def _read(name: str) -> Tensor:
-        if name not in where:
-            raise ValueError(f"{directory}: tensor {name} is missing")
-        with safe_open(where[name], framework="pt") as tensors:
-            return tensors.get_tensor(name)
-
-    load_named(network, settings, _read)
+    weights = HfWeights(directory)
+    shapes = {name: shape for name, (shape, _) in hf_shapes(settings).items()}
+    weights.check(shapes, settings.family)
+    load_named(network, settings, weights.part)
 
 
 def initialise(network: Network, settings: ModelSettings, seed: int) -> None:
@@ -67,25 +52,17 @@ def initialise(network: Network, settings: ModelSettings, seed: int) -> None:
     load_named(network, settings, _draw)
 
 
-def load_named(network: Network, settings: ModelSettings, read: Callable[[str], Tensor]) -> None:
+def load_named(network: Network, settings: ModelSettings, read: Callable[[str], Part]) -> None:
     """Fill the parameters this rank holds from whole Hugging Face tensors; mutates them."""
     parameters = dict(network.named_parameters())
-    shapes, tensor = hf_shapes(settings), network.ranks.tensor
-    for line in _lines(settings):
+    tensor = network.ranks.tensor
+    for line in lines(settings):
         if line.megatron not in parameters:
             continue  # another pipeline stage holds it
-        parts = []
-        for name in line.parts:
-            part = read(name)
-            if tuple(part.shape) != shapes[name][0]:
-                raise ValueError(
-                    f"tensor {name} has shape {tuple(part.shape)}; the settings need "
-                    f"{shapes[name][0]}"
-                )
-            parts.append(part)
         parameter = parameters.pop(line.megatron)
+        split = Split(tensor.rank, tensor.size, vocab_rows=len(parameter) * tensor.size)
         with torch.no_grad():
-            split = Split(tensor.rank, tensor.size, vocab_rows=len(parameter) * tensor.size)
+            parts = [read(name) for name in line.parts]
             parameter.copy_(to_megatron(parts, line.transform, settings, split))
     if parameters:
         raise RuntimeError(f"no weights are named for {', '.join(parameters)}")
@@ -101,7 +78,7 @@ def export_hf(
             numbered as in the whole model.
     """
     mine: dict[str, Tensor] = {}
-    for line in _lines(settings):
+    for line in lines(settings):
         if line.megatron not in tensors:
             continue
         shard = tensors[line.megatron].contiguous()
@@ -128,35 +105,3 @@ def _from_all_stages(
         dist.broadcast(tensor, owners[name], group=ranks.pipeline.group)
         result[name] = tensor
     return result
-
-
-def hf_shapes(settings: ModelSettings) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return the shape and transform of every Hugging Face tensor, by name."""
-    hidden, head = settings.hidden_size, settings.hidden_size // settings.num_attention_heads
-    groups = settings.num_query_groups or settings.num_attention_heads
-    assert settings.vocab_size is not None
-    heights = {"q": hidden, "k": groups * head, "v": groups * head}
-    matrices = {
-        "vocab": (settings.vocab_size, hidden),
-        "gate_up": (settings.ffn_hidden_size, hidden),
-        "row": (hidden, hidden),
-    }
-    result: dict[str, tuple[tuple[int, ...], str]] = {}
-    for line in _lines(settings):
-        for number, name in enumerate(line.parts):
-            if line.transform == "qkv":
-                rows = heights["qkv"[number]]
-                shape = (rows, hidden) if name.endswith("weight") else (rows,)
-            elif line.transform == "copy":
-                per_head = "q_layernorm" in line.megatron or "k_layernorm" in line.megatron
-                shape = (head if per_head else hidden,)
-            elif line.megatron.endswith("linear_fc2.weight"):
-                shape = (hidden, settings.ffn_hidden_size)
-            else:
-                shape = matrices[line.transform]
-            result[name] = (shape, line.transform)
-    return result
-
-
-def _lines(settings: ModelSettings) -> list[Line]:
-    return expand(FAMILIES[settings.family].lines(settings), settings.num_layers)

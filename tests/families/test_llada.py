@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from agrpo_megatron.families import FAMILIES, settings_from_hf
 from agrpo_megatron.families.names import expand
-from agrpo_megatron.megatron.weights import hf_shapes
+from agrpo_megatron.families.tensors import hf_shapes
 from agrpo_megatron.settings import ModelSettings
 
 HF = Path(__file__).parent.parent / "fixtures" / "llada_tiny" / "hf"

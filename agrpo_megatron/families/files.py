@@ -1,0 +1,213 @@
+"""The weights of a Hugging Face directory: read where they are indexed, written as a stream.
+
+Source: the safetensors format (an 8-byte length, a JSON header, the bytes of the tensors).
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAPPED = 1 << 26  # bytes read through one mapping of a file: mapped pages count as memory
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class HfWeights:
+    """The tensors of a Hugging Face directory; a tensor is read where a part of it is indexed.
+
+    Raises:
+        ValueError: no safetensors, a shard that is missing, damaged or cut short.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.tensors: dict[str, Stored] = {}
+        for file in _files(self.directory):
+            for name, entry in read_header(file).items():
+                if name in self.tensors:
+                    raise ValueError(f"{file}: tensor {name} is also in {self.tensors[name].file}")
+                self.tensors[name] = Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        self._open: Any = None
+        self._path, self._read = Path(), 0
+
+    def part(self, name: str) -> "_FilePart":
+        """Return a tensor of the directory, to be indexed.
+
+        Raises:
+            ValueError: there is no such tensor.
+        """
+        if name not in self.tensors:
+            raise ValueError(f"{self.directory}: tensor {name} is missing")
+        return _FilePart(self, name)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], family: str) -> None:
+        """Refuse a directory whose tensors are not those of a model.
+
+        Raises:
+            ValueError: names the first tensor that is missing, has another shape, or is unknown.
+        """
+        for name, shape in shapes.items():
+            if name not in self.tensors:
+                fix = f"the {family} family needs it; is config.json that of these weights?"
+                raise ValueError(f"{self.directory}: tensor {name} is missing; {fix}")
+            found = self.tensors[name]
+            if found.shape != shape:
+                raise ValueError(
+                    f"{found.file}: tensor {name} has shape {list(found.shape)}, and config.json "
+                    f"asks for {list(shape)}"
+                )
+        if extra := sorted(set(self.tensors) - set(shapes)):
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            raise ValueError(
+                f"{self.tensors[extra[0]].file}: tensor {extra[0]}{more} would be lost: the "
+                f"{family} family has no such tensor"
+            )
+
+    def read(self, name: str, index: Any) -> Tensor:
+        """Read a part of a tensor; a copy, so that the file's pages can be given back."""
+        stored = self.tensors[name]
+        if stored.file != self._path or self._read > MAPPED:
+            self._open = None
+            self._open = safe_open(stored.file, framework="pt")
+            self._path, self._read = stored.file, 0
+        part = self._open.get_slice(name)[index].clone()
+        self._read += part.nbytes
+        return part
+
+
+@dataclass(frozen=True)
+class _FilePart:
+    """A tensor in a file, as `families.transforms.Part`."""
+
+    weights: HfWeights
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weights.tensors[self.name].shape
+
+    def __getitem__(self, index: Any, /) -> Tensor:
+        return self.weights.read(self.name, index)
+
+
+def read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the tensors of a safetensors file: dtype, shape and data_offsets of each.
+
+    Raises:
+        ValueError: the file is damaged or shorter than its header says; names the first tensor
+            that is cut off.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            size = os.fstat(stream.fileno()).st_size
+            header = json.loads(stream.read(length)) if length < size else None
+        entries = {n: e for n, e in (header or {}).items() if n != "__metadata__"}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            if 8 + length + entry["data_offsets"][1] > size:
+                raise ValueError(f"{file} is cut short: tensor {name} is not all there")
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{file}: tensor {name} is of dtype {entry['dtype']}; not known")
+        with safe_open(file, framework="pt"):  # the library's own, stricter checks
+            return entries
+    except (OSError, struct.error, json.JSONDecodeError, SafetensorError, LookupError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def read_index(directory: Path) -> dict[str, str] | None:
+    """Return which file holds each tensor, by the directory's index; None without one.
+
+    Raises:
+        ValueError: the index cannot be read.
+    """
+    path = directory / INDEX
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path}: not an index of safetensors ({error})") from None
+
+
+def _files(directory: Path) -> list[Path]:
+    """Return the weight files: those of the index, or all there are."""
+    index = read_index(directory)
+    if index is not None:
+        for name, file in index.items():
+            if not (directory / file).is_file():
+                raise ValueError(f"{directory}: shard {file} is missing (tensor {name} is in it)")
+        return sorted({directory / file for file in index.values()})
+    files = sorted(directory.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLED)
+    if pickled:
+        raise ValueError(
+            f"{directory}: {pickled[0]} is a pickle, which can run code and is never opened; "
+            "save the weights as .safetensors"
+        )
+    raise ValueError(f"{directory}: no .safetensors file; give a Hugging Face directory")
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    read: Callable[[str], Iterable[Tensor]],
+) -> None:
+    """Write a safetensors file tensor by tensor; it appears under its name when it is whole.
+
+    Laid out as the safetensors library does it: the widest dtypes first, then by name.
+
+    Args:
+        read: yields a tensor's blocks of rows, which together are the tensor.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        end = offset + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            for block in read(name):
+                assert block.dtype == tensors[name][0], name
+                stream.write(block.contiguous().view(-1).view(torch.uint8).numpy())
+        assert stream.tell() == 8 + len(text) + offset, path
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.rename(path)
