@@ -1,7 +1,7 @@
 """Which checkpoints a run has and how far it had come; reads small files, needs no torch."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
@@ -15,6 +15,7 @@ class Progress:
     phase: str  # "sft" or "rl"
     iteration: int  # finished iterations of the phase
     offsets: dict[str, int]  # bytes of each log file that belong to them
+    scores: dict[str, float] = field(default_factory=dict)  # of the latest evaluation
 
     @property
     def name(self) -> str:

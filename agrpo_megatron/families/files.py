@@ -40,6 +40,11 @@ class Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Return the tensor's bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
 
 class HfWeights:
     """The tensors of a Hugging Face directory; a tensor is read where a part of it is indexed.
@@ -180,7 +185,7 @@ def _files(directory: Path) -> list[Path]:
 
 def write_safetensors(
     path: Path,
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Mapping[str, Stored],
     read: Callable[[str], Iterable[Tensor]],
 ) -> None:
     """Write a safetensors file tensor by tensor; it appears under its name when it is whole.
@@ -190,14 +195,17 @@ def write_safetensors(
     Args:
         read: yields a tensor's blocks of rows, which together are the tensor.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
-        dtype, shape = tensors[name]
-        end = offset + dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
+        tensor, place = tensors[name], [offset, offset + tensors[name].nbytes]
+        header[name] = {
+            "dtype": CODES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": place,
+        }
+        offset = place[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     partial = path.with_name(f".{path.name}.partial")
@@ -205,7 +213,7 @@ def write_safetensors(
         stream.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             for block in read(name):
-                assert block.dtype == tensors[name][0], name
+                assert block.dtype == tensors[name].dtype, name
                 stream.write(block.contiguous().view(-1).view(torch.uint8).numpy())
         assert stream.tell() == 8 + len(text) + offset, path
         stream.flush()

@@ -66,6 +66,38 @@ def _settings(config: Mapping[str, Any]) -> ModelSettings:
     return build(ModelSettings, values, "config.json as model.")
 
 
+def _config(model: ModelSettings) -> dict[str, Any]:
+    """Return config.json of a model that came without one.
+
+    Raises:
+        ValueError: the modelling code has no such model.
+    """
+    if model.qk_norm:
+        raise ValueError("model.qk_norm=true: LLaDA's modelling code has no norm of q and k")
+    return {
+        **_REQUIRED,
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "n_layers": model.num_layers,
+        "d_model": model.hidden_size,
+        "mlp_hidden_size": model.ffn_hidden_size,
+        "n_heads": model.num_attention_heads,
+        "n_kv_heads": model.num_query_groups or model.num_attention_heads,
+        "vocab_size": model.vocab_size,
+        "embedding_size": model.vocab_size,
+        "mask_token_id": model.mask_token_id,
+        "eos_token_id": model.eos_token_id,
+        "pad_token_id": model.eos_token_id,
+        "max_sequence_length": model.max_sequence_length,
+        "rope_theta": model.rope_theta,
+        "rms_norm_eps": model.norm_epsilon,
+        "include_qkv_bias": model.qkv_bias,
+        "init_device": "cpu",
+        "flash_attention": False,
+        "use_cache": False,
+    }
+
+
 def _lines(model: ModelSettings) -> list[Line]:
     block = "model.transformer.blocks.{i}."
     layer = "decoder.layers.{i}."
@@ -100,4 +132,4 @@ def _lines(model: ModelSettings) -> list[Line]:
     return lines
 
 
-FAMILY = Family("llada", _settings, _lines)
+FAMILY = Family("llada", _settings, _config, _lines)

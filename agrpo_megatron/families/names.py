@@ -22,6 +22,7 @@ class Family:
 
     name: str
     settings: Callable[[Mapping[str, Any]], ModelSettings]  # from config.json
+    config: Callable[[ModelSettings], dict[str, Any]]  # to config.json
     lines: Callable[[ModelSettings], list[Line]]
 
 

@@ -1,0 +1,61 @@
+"""The model card of an exported checkpoint: what was trained, how, and how it scored."""
+
+from pathlib import Path
+from typing import Any
+
+from agrpo_megatron import __version__
+from agrpo_megatron.checkpoint.progress import PROGRESS_FILE, read_progress
+from agrpo_megatron.config import read_yaml
+
+RUN_FILE = "run.yaml"
+CARD = "README.md"
+SHOWN = ("task.name", "algorithm", "sampling", "optimizer", "train.iterations", "run.seed")
+
+
+def write_card(checkpoint: Path, folder: Path) -> None:
+    """Write the card of a checkpoint of a run; one that was only converted has none to write."""
+    if not (checkpoint / PROGRESS_FILE).exists() or not (checkpoint / RUN_FILE).exists():
+        return
+    run, progress = read_yaml(checkpoint / RUN_FILE), read_progress(checkpoint)
+    base = run["model"].get("load")
+    path = folder / CARD
+    if path.exists():
+        path.rename(folder / "README-base.md")
+    path.write_text(_card(run, progress, base), encoding="utf-8")
+
+
+def _card(run: dict[str, Any], progress: Any, base: str | None) -> str:
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [masked-diffusion, reinforcement-learning]",
+    ]
+    if base and not Path(base).is_absolute():
+        lines.append(f"base_model: {base}")
+    start = f"`{Path(base).name}`" if base else "random weights"
+    lines += [
+        "---",
+        "",
+        f"# {Path(run['run']['dir']).name}",
+        "",
+        f"Trained with agrpo_megatron {__version__}, from {start}: phase `{progress.phase}`, "
+        f"{progress.iteration} iterations.",
+        "",
+    ]
+    if progress.scores:
+        lines += ["| held-out | |", "|---|---|"]
+        lines += [f"| {name} | {value:.4g} |" for name, value in progress.scores.items()]
+        lines.append("")
+    lines += ["| setting | value |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in _flat(run) if key.startswith(SHOWN)]
+    return "\n".join(lines) + "\n"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((prefix + key, value))
+    return pairs

@@ -1,0 +1,209 @@
+"""Hugging Face to Megatron and back, as a stream: memory does not grow with the model.
+
+The output appears under its name when it is whole. An interrupted conversion leaves
+`.NAME.partial` beside it, and the same conversion started again goes on from there.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agrpo_megatron.checkpoint.card import write_card
+from agrpo_megatron.checkpoint.integrity import seal, verify
+from agrpo_megatron.checkpoint.model_files import HF, carry, set_dtype, write_model_files
+from agrpo_megatron.checkpoint.torch_dist import BLOCK, Piece, checkpoint_key, write_checkpoint
+from agrpo_megatron.checkpoint.weights import (
+    DTYPES,
+    MegatronWeights,
+    is_megatron,
+    open_weights,
+)
+from agrpo_megatron.families.files import (
+    INDEX,
+    SINGLE,
+    HfWeights,
+    Stored,
+    read_index,
+    write_safetensors,
+)
+from agrpo_megatron.families.names import Line
+from agrpo_megatron.families.tensors import hf_shapes, lines, megatron_shape
+from agrpo_megatron.families.transforms import Split, to_megatron
+from agrpo_megatron.settings import ModelSettings
+
+SHARD = 5_000_000_000  # bytes of a Hugging Face shard where no index says otherwise
+JOB = "conversion.json"
+
+Progress = Callable[[int, int], Any]  # called with the bytes done, and the bytes in all
+
+
+def to_megatron_checkpoint(
+    source: Path, target: Path, *, progress: Progress, dtype: str | None = None
+) -> None:
+    """Convert a Hugging Face directory to a Megatron checkpoint; one process.
+
+    Args:
+        dtype: `fp32`, `bf16` or `fp16`; None keeps each tensor's own.
+
+    Raises:
+        ValueError: the source is not whole or not of a known family, or the target exists.
+    """
+    model, weights = open_weights(source)
+    assert isinstance(weights, HfWeights)
+    pieces = _pieces(model, weights, dtype)
+    with _unfinished(target, source, dtype) as partial:
+        write_checkpoint(partial, pieces, _Count(sum(p.nbytes for p in pieces), progress).add)
+        write_model_files(partial, model, source)
+
+
+def to_hf_directory(
+    source: Path, target: Path, *, progress: Progress, dtype: str | None = None
+) -> None:
+    """Convert a Megatron checkpoint, of any layout, to a Hugging Face directory; one process.
+
+    Names, shapes, dtypes and shards are those that the original modelling code loads.
+
+    Raises:
+        ValueError: the source is damaged or lacks a tensor, or the target exists.
+    """
+    verify(source)
+    weights = MegatronWeights(source, dtype)
+    tensors, files = weights.tensors, _shards(weights.tensors, source / HF)
+    count = _Count(sum(tensor.nbytes for tensor in tensors.values()), progress)
+    with _unfinished(target, source, dtype) as partial:
+        for file in sorted(set(files.values())):
+            held = {name: tensor for name, tensor in tensors.items() if files[name] == file}
+            if (partial / file).exists():
+                count.add(sum(tensor.nbytes for tensor in held.values()))
+                continue
+            write_safetensors(
+                partial / file, held, lambda name: count.passing(weights.blocks(name))
+            )
+        carry(source / HF, partial)
+        _write_index(partial, files, tensors)
+        kinds = Counter(tensor.dtype for tensor in tensors.values())
+        set_dtype(partial, str(kinds.most_common(1)[0][0]).removeprefix("torch."))
+        write_card(source, partial)
+
+
+def _pieces(model: ModelSettings, weights: HfWeights, dtype: str | None) -> list[Piece]:
+    """Return what a checkpoint of these weights consists of."""
+    shapes, pieces = hf_shapes(model), []
+    for line in lines(model):
+        kinds = {weights.tensors[name].dtype for name in line.parts}
+        if len(kinds) > 1 and dtype is None:
+            names = ", ".join(line.parts)
+            raise ValueError(f"{weights.directory}: {names} differ in dtype; choose one for all")
+        kind = DTYPES[dtype] if dtype else kinds.pop()
+        shape = megatron_shape(line, shapes)
+        for rows, make in _blocks(line, shape, model, weights, kind):
+            key, layer = checkpoint_key(line.megatron)
+            offset, own = (
+                (rows.start, *(0 for _ in shape[1:])),
+                (rows.stop - rows.start, *shape[1:]),
+            )
+            if layer is None:
+                pieces.append(Piece(key, kind, shape, offset, own, make))
+                continue
+            whole = (model.num_layers, *shape)
+            pieces.append(Piece(key, kind, whole, (layer, *offset), (1, *own), make))
+    return pieces
+
+
+def _blocks(
+    line: Line,
+    shape: tuple[int, ...],
+    model: ModelSettings,
+    weights: HfWeights,
+    kind: torch.dtype,
+) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
+    """Yield a parameter's blocks of rows and what makes them; one where parts are joined."""
+    parts = [weights.part(name) for name in line.parts]
+    if len(parts) > 1:
+        yield (
+            slice(0, shape[0]),
+            lambda: to_megatron(parts, line.transform, model, Split()).to(kind),
+        )
+        return
+    step = max(1, BLOCK // (torch.Size(shape[1:]).numel() * kind.itemsize))
+    for start in range(0, shape[0], step):
+        rows = slice(start, min(start + step, shape[0]))
+        yield rows, lambda rows=rows: parts[0][rows].to(kind)
+
+
+def _shards(tensors: Mapping[str, Stored], carried: Path) -> dict[str, str]:
+    """Return the file of each tensor: as in the index that came with them, or filled in order."""
+    index = read_index(carried)
+    if index is not None and set(index) == set(tensors):
+        return index
+    number, filled, numbers = 0, 0, {}
+    for name, tensor in tensors.items():
+        if filled and filled + tensor.nbytes > SHARD:
+            number, filled = number + 1, 0
+        filled += tensor.nbytes
+        numbers[name] = number
+    if number == 0:
+        return dict.fromkeys(tensors, SINGLE)
+    last = number + 1
+    return {name: f"model-{n + 1:05d}-of-{last:05d}.safetensors" for name, n in numbers.items()}
+
+
+def _write_index(folder: Path, files: Mapping[str, str], tensors: Mapping[str, Stored]) -> None:
+    """Write the index of several shards, unless the one that was carried along is right."""
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    path = folder / INDEX
+    carried = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    is_right = carried.get("weight_map") == files
+    if set(files.values()) == {SINGLE} and not path.exists():
+        return
+    if is_right and carried.get("metadata", {}).get("total_size", size) == size:
+        return
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+class _Count:
+    """Counts bytes, and says how many there are."""
+
+    def __init__(self, total: int, progress: Progress):
+        self._done, self._total, self._progress = 0, total, progress
+
+    def add(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._progress(self._done, self._total)
+
+    def passing(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield blocks, counted when the next is asked for."""
+        for block in blocks:
+            yield block
+            self.add(block.nbytes)
+
+
+@contextmanager
+def _unfinished(target: Path, source: Path, dtype: str | None) -> Iterator[Path]:
+    """Yield the folder to write to, which becomes the target at the end.
+
+    It keeps what the same conversion left there; that of another conversion is removed.
+    """
+    if target.exists():
+        raise ValueError(f"{target} exists; choose another name, or remove it")
+    partial = target.with_name(f".{target.name}.partial")
+    state = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(source.iterdir())]
+    job = json.dumps({"source": str(source.resolve()), "dtype": dtype, "files": state})
+    record = partial / JOB
+    if not record.exists() or record.read_text(encoding="utf-8") != job:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        record.write_text(job, encoding="utf-8")
+    yield partial
+    record.unlink()
+    if is_megatron(partial):
+        seal(partial)
+    partial.rename(target)

@@ -1,0 +1,74 @@
+"""What a checkpoint holds beside its tensors: the model's settings, tokenizer, generation files.
+
+model.yaml  settings of the model
+hf/         every file of the Hugging Face directory but its weights: config.json, tokenizer,
+            chat template, modelling code, index; of a model that came from none: config.json
+            and the tokenizer
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from agrpo_megatron.config import load, to_yaml
+from agrpo_megatron.families import FAMILIES
+from agrpo_megatron.families.files import PICKLED
+from agrpo_megatron.settings import ModelSettings
+
+MODEL_FILE, HF = "model.yaml", "hf"
+WEIGHTS = (".safetensors", ".h5", ".msgpack", ".gguf", *PICKLED)
+DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json; the newer name first
+
+
+def write_model_files(folder: Path, model: ModelSettings, source: Path | None) -> None:
+    """Write `model.yaml` and `hf/`; one rank.
+
+    Args:
+        source: a Hugging Face directory, a sentencepiece file, or None for neither.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MODEL_FILE).write_text(to_yaml(model), encoding="utf-8")
+    target = folder / HF
+    target.mkdir(exist_ok=True)
+    if source is not None and source.is_dir():
+        carry(source, target)
+    elif source is not None:
+        shutil.copyfile(source, target / "tokenizer.model")
+    if not (target / "config.json").exists():
+        write_config(target, FAMILIES[model.family].config(model))
+
+
+def read_model(folder: Path) -> ModelSettings:
+    """Read the settings of a checkpoint's model.
+
+    Raises:
+        ValueError: the checkpoint has none, as one that another tool wrote.
+    """
+    if not (folder / MODEL_FILE).exists():
+        raise ValueError(
+            f"{folder}: no {MODEL_FILE}; write it with the settings under `model` "
+            "(`agrpo config --section model.` explains them)"
+        )
+    return load(ModelSettings, folder / MODEL_FILE)
+
+
+def carry(source: Path, target: Path) -> None:
+    """Copy what stands in a directory beside weights."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix not in WEIGHTS and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json as transformers does."""
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def set_dtype(folder: Path, dtype: str) -> None:
+    """Make config.json name the dtype of the weights beside it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    keys = [key for key in DTYPE_KEYS if key in config] or [DTYPE_KEYS[0]]
+    if any(config.get(key) != dtype for key in keys):
+        write_config(folder, {**config, **dict.fromkeys(keys, dtype)})

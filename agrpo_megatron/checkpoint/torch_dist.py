@@ -1,0 +1,286 @@
+"""Megatron's `torch_dist` checkpoints as a stream: one tensor, or a block of its rows, at a time.
+
+The format is torch.distributed.checkpoint's: files of tensors, and a `.metadata` that says which
+block of which tensor lies where. A tensor of all layers is one tensor [layers, ...], under the
+name that GPTModel gives it.
+"""
+
+import io
+import itertools
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import metadata as records
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+
+METADATA = ".metadata"
+BLOCK = 1 << 26  # bytes held at a time of a tensor that can be cut into blocks of rows
+FILE = 1 << 31  # bytes of tensors in a file
+COMMON = "common_state/shard_0_1"  # where Megatron keeps what is not a tensor
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+# Megatron names the two norms of a layer after the projection that Transformer Engine fuses them
+# with, whichever specification built the layer.
+FUSED = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of rows of a checkpoint tensor, and what makes it."""
+
+    key: str
+    dtype: torch.dtype
+    whole: tuple[int, ...]  # shape of the tensor
+    offset: tuple[int, ...]  # where the block begins
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the block's bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def checkpoint_key(parameter: str) -> tuple[str, int | None]:
+    """Return the checkpoint's name of a parameter of the whole model, and its layer."""
+    found = LAYER.match(parameter)
+    if found is None:
+        return parameter, None
+    rest = found[2]
+    for own, fused in FUSED.items():
+        rest = fused + rest.removeprefix(own) if rest.startswith(own) else rest
+    return f"decoder.layers.{rest}", int(found[1])
+
+
+def write_checkpoint(folder: Path, pieces: Sequence[Piece], done: Callable[[int], Any]) -> None:
+    """Write pieces as a checkpoint that Megatron loads at any layout; one process.
+
+    Goes on where an earlier call with the same pieces was interrupted: files that it had finished
+    stay.
+
+    Args:
+        done: called with the number of bytes after each piece.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plans = [SavePlan([_item(piece) for piece in part]) for part in _files(pieces)]
+    plans[0].items.append(WriteItem(MetadataIndex(COMMON), WriteItemType.BYTE_IO))
+    plans, metadata = create_default_global_save_plan(plans)
+    writer = FileSystemWriter(folder, thread_count=1)
+    plans = writer.prepare_global_plan(plans)
+    planner = _Making({(piece.key, piece.offset): piece for piece in pieces}, done)
+    results = []
+    for number, plan in enumerate(plans):
+        record = folder / f"written-{number}.json"
+        if record.exists():
+            results.append(_decode(json.loads(record.read_text(encoding="utf-8"))))
+            done(sum(planner.piece(item).nbytes for item in plan.items if item.tensor_data))
+            continue
+        results.append(writer.write_data(plan, planner).value())
+        partial = record.with_suffix(".partial")
+        partial.write_text(json.dumps(_encode(results[-1])), encoding="utf-8")
+        partial.rename(record)
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    writer.finish(metadata, results)
+    for record in folder.glob("written-*"):
+        record.unlink()
+
+
+class TorchDist:
+    """A checkpoint opened for reading single tensors; one process.
+
+    Raises:
+        ValueError: not a checkpoint, or its metadata holds what could run code.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.metadata = folder, read_metadata(folder)
+        self._reader = FileSystemReader(folder)
+        self._reader.set_up_storage_reader(self.metadata, True)
+
+    def tensors(self) -> list[str]:
+        """Return the names of all tensors."""
+        entries = self.metadata.state_dict_metadata.items()
+        return [key for key, entry in entries if isinstance(entry, TensorStorageMetadata)]
+
+    def tensor(self, key: str) -> TensorStorageMetadata:
+        """Return the shape, dtype and saved blocks of a tensor.
+
+        Raises:
+            ValueError: the checkpoint has no such tensor.
+        """
+        found = self.metadata.state_dict_metadata.get(key)
+        if not isinstance(found, TensorStorageMetadata):
+            raise ValueError(f"{self.folder}: tensor {key} is missing from the checkpoint")
+        return found
+
+    def read(self, key: str, layer: int | None, rows: slice | None = None) -> Tensor:
+        """Return rows of a tensor, or of one layer of it; all rows by default."""
+        stored = self.tensor(key)
+        lead = [] if layer is None else [slice(layer, layer + 1)]
+        own = slice(0, stored.size[len(lead)]) if rows is None else rows
+        bounds = [*lead, own, *(slice(0, n) for n in stored.size[len(lead) + 1 :])]
+        wanted = ChunkStorageMetadata(
+            torch.Size(b.start for b in bounds), torch.Size(b.stop - b.start for b in bounds)
+        )
+        result = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
+        items = create_read_items_for_chunk_list(key, stored, [wanted])
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(result)).wait()
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{self.folder}: tensor {key} cannot be read ({reason})") from None
+        return result if layer is None else result.squeeze(0)
+
+    def row_blocks(self, key: str, layer: int | None) -> Iterator[slice]:
+        """Yield the rows of a tensor as they were saved: reading others would read these whole."""
+        stored, dim = self.tensor(key), 0 if layer is None else 1
+        starts = {chunk.offsets[dim] for chunk in stored.chunks}
+        yield from itertools.starmap(slice, itertools.pairwise([*sorted(starts), stored.size[dim]]))
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Return a checkpoint's metadata, whose pickle may name only what metadata consists of.
+
+    Raises:
+        ValueError: it is missing, damaged, or names anything else.
+    """
+    try:
+        with (folder / METADATA).open("rb") as stream:
+            return _OnlyMetadata(stream).load()
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+        raise ValueError(f"{folder}: not a whole Megatron checkpoint ({error})") from None
+
+
+class _OnlyMetadata(pickle.Unpickler):
+    """Unpickles the records of torch.distributed.checkpoint and plain values, nothing else."""
+
+    names = (
+        ("torch", "Size"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class by name.
+
+        Raises:
+            UnpicklingError: it is none that metadata needs.
+        """
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        record = getattr(records, name, None) if module == records.__name__ else None
+        is_record = isinstance(record, type) and record.__module__ == module
+        if is_dtype or is_record or (module, name) in self.names:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}, which is no metadata")
+
+
+class _Making(DefaultSavePlanner):
+    """Makes each piece when the writer asks for it."""
+
+    def __init__(self, pieces: dict[tuple, Piece], done: Callable[[int], Any]):
+        super().__init__()
+        self._pieces, self._done = pieces, done
+
+    def piece(self, item: WriteItem) -> Piece:
+        """Return what a write item stands for."""
+        assert item.index.offset is not None
+        return self._pieces[item.index.fqn, tuple(item.index.offset)]
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        """Return the bytes or the tensor to write."""
+        if write_item.type == WriteItemType.BYTE_IO:
+            stream = io.BytesIO()
+            torch.save([{}], stream)
+            return stream
+        piece = self.piece(write_item)
+        tensor = piece.make()
+        assert tensor.dtype == piece.dtype, piece.key
+        self._done(piece.nbytes)
+        return tensor.reshape(piece.shape)
+
+
+class _Into(DefaultLoadPlanner):
+    """Puts what is read into one tensor."""
+
+    def __init__(self, result: Tensor):
+        super().__init__()
+        self._result = result
+
+    def resolve_tensor(self, read_item: Any) -> Tensor:
+        """Return the part of the tensor that an item fills."""
+        part = self._result
+        bounds = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        for dim, (start, length) in enumerate(bounds):
+            part = part.narrow(dim, start, length)
+        return part
+
+    def commit_tensor(self, read_item: Any, tensor: Tensor) -> None:
+        """Do nothing: the part is a view."""
+
+
+def _files(pieces: Sequence[Piece]) -> Iterable[list[Piece]]:
+    """Cut pieces, in order, into files of about equal bytes."""
+    ends = itertools.accumulate(piece.nbytes for piece in pieces)
+    numbered = zip((end // FILE for end in ends), pieces, strict=True)
+    for _, part in itertools.groupby(numbered, key=lambda pair: pair[0]):
+        yield [piece for _, piece in part]
+
+
+def _item(piece: Piece) -> WriteItem:
+    offset, shape = torch.Size(piece.offset), torch.Size(piece.shape)
+    data = TensorWriteData(
+        chunk=ChunkStorageMetadata(offset, shape),
+        properties=TensorProperties(dtype=piece.dtype),
+        size=torch.Size(piece.whole),
+    )
+    return WriteItem(MetadataIndex(piece.key, offset), WriteItemType.SHARD, tensor_data=data)
+
+
+def _encode(results: Iterable[WriteResult]) -> list[list]:
+    return [
+        [r.index.fqn, r.index.offset, r.index.index, r.size_in_bytes]
+        + [r.storage_data.relative_path, r.storage_data.offset, r.storage_data.length]
+        for r in results
+    ]
+
+
+def _decode(lines: Iterable[list]) -> list[WriteResult]:
+    return [
+        WriteResult(MetadataIndex(fqn, offset, index), size, _StorageInfo(*place))
+        for fqn, offset, index, size, *place in lines
+    ]

@@ -1,0 +1,111 @@
+"""The tensors of a Megatron checkpoint under their Hugging Face names."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from agrpo_megatron.checkpoint.integrity import verify
+from agrpo_megatron.checkpoint.model_files import read_model
+from agrpo_megatron.checkpoint.torch_dist import METADATA, TorchDist, checkpoint_key
+from agrpo_megatron.families import settings_from_hf
+from agrpo_megatron.families.files import HfWeights, Stored
+from agrpo_megatron.families.names import Line
+from agrpo_megatron.families.tensors import hf_shapes, lines, megatron_shape
+from agrpo_megatron.families.transforms import from_megatron
+from agrpo_megatron.settings import ModelSettings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MegatronWeights:
+    """The tensors of a Megatron checkpoint, saved at any layout, under their Hugging Face names.
+
+    Args:
+        dtype: `fp32`, `bf16` or `fp16`; None keeps each tensor's own.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor, or has one of another shape or unknown.
+    """
+
+    def __init__(self, folder: Path, dtype: str | None = None):
+        self.folder, self.model = folder, read_model(folder)
+        self._checkpoint = TorchDist(folder)
+        self._lines = {
+            name: (line, n) for line in lines(self.model) for n, name in enumerate(line.parts)
+        }
+        shapes = hf_shapes(self.model)
+        self.tensors: dict[str, Stored] = {}
+        for name, (line, _) in self._lines.items():
+            stored = self._check(line, megatron_shape(line, shapes))
+            chosen = DTYPES[dtype] if dtype else stored
+            self.tensors[name] = Stored(folder, chosen, shapes[name][0])
+        self._refuse_unknown()
+        # One layer's projections, as their parts are asked for one by one.
+        self._fused = lru_cache(maxsize=2)(self._read_fused)
+
+    def part(self, name: str) -> Tensor:
+        """Return a whole tensor."""
+        return torch.cat(list(self.blocks(name)))
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor in blocks of rows; the padding of the vocabulary is left out."""
+        (line, number), stored = self._lines[name], self.tensors[name]
+        if len(line.parts) > 1:
+            yield self._fused(line)[number].to(stored.dtype)
+            return
+        key, layer = checkpoint_key(line.megatron)
+        rows = stored.shape[0]
+        for block in self._checkpoint.row_blocks(key, layer):
+            if block.start < rows:
+                part = slice(block.start, min(block.stop, rows))
+                yield self._checkpoint.read(key, layer, part).to(stored.dtype)
+
+    def _read_fused(self, line: Line) -> list[Tensor]:
+        whole = self._checkpoint.read(*checkpoint_key(line.megatron))
+        return from_megatron([whole], line.transform, self.model)
+
+    def _check(self, line: Line, shape: tuple[int, ...]) -> torch.dtype:
+        key, layer = checkpoint_key(line.megatron)
+        stored = self._checkpoint.tensor(key)
+        whole = shape if layer is None else (self.model.num_layers, *shape)
+        found = tuple(stored.size)
+        padded = line.transform == "vocab" and found[0] >= whole[0] and found[1:] == whole[1:]
+        if found != whole and not padded:
+            raise ValueError(
+                f"{self.folder}: tensor {key} has shape {list(found)}, and model.yaml asks for "
+                f"{list(whole)}"
+            )
+        return stored.properties.dtype
+
+    def _refuse_unknown(self) -> None:
+        known = {checkpoint_key(line.megatron)[0] for line, _ in self._lines.values()}
+        for key in self._checkpoint.tensors():
+            if key not in known and not key.startswith("optimizer."):
+                raise ValueError(
+                    f"{self.folder}: tensor {key} would be lost: the {self.model.family} family "
+                    "has no such tensor"
+                )
+
+
+def is_megatron(path: Path) -> bool:
+    """Say whether a directory is a Megatron checkpoint."""
+    return (path / METADATA).is_file()
+
+
+def open_weights(path: Path) -> tuple[ModelSettings, HfWeights | MegatronWeights]:
+    """Open a Hugging Face directory or a Megatron checkpoint.
+
+    Raises:
+        ValueError: it is neither, damaged, or not of a known family.
+    """
+    if is_megatron(path):
+        verify(path)
+        weights = MegatronWeights(path)
+        return weights.model, weights
+    model, weights = settings_from_hf(path), HfWeights(path)
+    shapes = {name: shape for name, (shape, _) in hf_shapes(model).items()}
+    weights.check(shapes, model.family)
+    return model, weights
