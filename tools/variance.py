@@ -38,7 +38,7 @@ from agrpo_megatron.diffusion import timesteps
 from agrpo_megatron.diffusion.batches import timestep_batches
 from agrpo_megatron.diffusion.estimators import advantages
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
-from agrpo_megatron.diffusion.sampler import SamplerContext, sample
+from agrpo_megatron.diffusion.sampler import AtOnce, SamplerContext, sample
 from agrpo_megatron.diffusion.variance import estimator_variance
 from agrpo_megatron.settings import STEP_SAMPLERS, UNMASKING, AlgorithmSettings, SamplingSettings
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
@@ -139,7 +139,8 @@ def sampled_case(unmasking: str, seed: int) -> Case:
         completion_length=32, block_length=8, denoising_steps=16, unmasking=unmasking
     )
     mask_id, eos_id = model.config["mask_token_id"], model.config["eos_token_id"]
-    context = SamplerContext(model.score, model.vocab, mask_id, eos_id, seed, token_budget=4096)
+    forward = AtOnce(model.score)
+    context = SamplerContext(forward, model.vocab, mask_id, eos_id, seed, token_budget=4096)
     prompts = [torch.arange(8) + 10 * g for g in range(2) for _ in range(group_size)]
     trajectory = sample(prompts, torch.arange(len(prompts)), context=context, sampling=sampling)
     rewards = (trajectory.tokens % 2 == 0).double().mean(1)
@@ -207,9 +208,8 @@ def make_case(
     result = torch.zeros(rows, most, size, dtype=torch.float64)
     for r, t in (torch.arange(most) < live[:, None]).nonzero().tolist():
         one = StepDraws(torch.tensor([r]), torch.tensor([t]), torch.ones(1).double())
-        (batch,) = timestep_batches(
-            rollout, one, mask_id=model.config["mask_token_id"], token_budget=1
-        )
+        whole, mask_id = [torch.tensor([0])], model.config["mask_token_id"]
+        (batch,) = timestep_batches(rollout, one, whole, mask_id=mask_id)
         temperature = trajectory.sampling.temperature
         logits = policy_logits(model.score(batch.rows), model.vocab, temperature=temperature)
         logprobs, _ = token_logprobs(

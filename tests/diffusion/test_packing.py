@@ -1,8 +1,10 @@
-"""Packed rows: nothing lost, nothing padded, never above the token budget."""
+"""Packed rows: nothing lost, nothing padded; micro-batches within the budget, equal by rank."""
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from agrpo_megatron.diffusion.packing import make_canvas, pack, split_by_budget
+from agrpo_megatron.diffusion.packing import assign_rows, make_canvas, pack
 
 torch.set_num_threads(1)
 
@@ -19,19 +21,54 @@ def test_pack_lays_rows_end_to_end():
     assert rows.scored.tolist() == [4, 5, 9]
 
 
-def test_split_takes_every_row_once_longest_first_within_the_budget():
-    lengths = torch.randint(1, 40, (200,), generator=torch.Generator().manual_seed(0))
-    for budget in (1, 39, 40, 100, 10_000):
-        chunks = split_by_budget(lengths, budget)
-        order = torch.cat(chunks)
-        assert sorted(order.tolist()) == list(range(200))
-        assert (lengths[order].diff() <= 0).all()
-        assert all(int(lengths[chunk].sum()) <= budget or len(chunk) == 1 for chunk in chunks)
-        for one, two in zip(chunks, chunks[1:], strict=False):
-            assert int(lengths[one].sum() + lengths[two[0]]) > budget
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), max_size=60),
+    budget=st.integers(1, 200),
+    ranks=st.integers(1, 4),
+    multiple=st.sampled_from([1, 2, 4]),
+    attention=st.sampled_from([0.0, 0.01, 1.0]),
+)
+def test_every_row_has_one_place_within_the_budget(lengths, budget, ranks, multiple, attention):
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    options = {"budget": budget, "ranks": ranks, "attention": attention, "multiple": multiple}
+    shares = assign_rows(sizes, **options)
+    assert len(shares) == ranks
+    (count,) = {len(share) for share in shares}
+    assert count >= 1 and count % multiple == 0
+    chunks = [chunk for share in shares for chunk in share]
+    assert sorted(torch.cat(chunks).tolist()) == list(range(len(lengths)))
+    assert all(int(sizes[chunk].sum()) <= budget or len(chunk) == 1 for chunk in chunks)
+    again = assign_rows(sizes, **options)
+    assert [[c.tolist() for c in share] for share in again] == [
+        [c.tolist() for c in share] for share in shares
+    ]
 
 
-def test_no_rows_make_no_batches():
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=60),
+    ranks=st.integers(2, 4),
+    attention=st.sampled_from([0.0, 0.01, 1.0]),
+)
+def test_micro_batches_cost_the_same_but_for_a_row(lengths, ranks, attention):
+    """Where no budget interferes, as a greedy spread must: no two differ by more than one row."""
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    costs = sizes + attention * sizes**2
+    shares = assign_rows(sizes, budget=10**9, ranks=ranks, attention=attention)
+    totals = [float(costs[torch.cat(share)].sum()) for share in shares]
+    assert max(totals) - min(totals) <= float(costs.max()) * (1 + 1e-9)
+
+
+def test_the_square_of_the_length_counts():
+    """A row of 100 tokens costs as much as 200 of one token where attention is a hundredth."""
+    sizes = torch.tensor([100] + [1] * 200)
+    shares = assign_rows(sizes, budget=10**9, ranks=2, attention=0.01)
+    assert min(len(torch.cat(share)) for share in shares) <= 3
+
+
+def test_no_rows_make_one_empty_micro_batch_for_each_rank():
     canvas, lengths = make_canvas([], torch.zeros(0, 4, dtype=torch.int64))
     assert canvas.shape == (0, 4) and lengths.dtype == torch.int64
-    assert split_by_budget(lengths, 10) == []
+    shares = assign_rows(lengths, budget=10, ranks=2, attention=0.0)
+    assert [[chunk.tolist() for chunk in share] for share in shares] == [[[]], [[]]]

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agrpo_megatron.diffusion.batches import timestep_batches
 from agrpo_megatron.diffusion.estimators import DrawContext, draws_at
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import policy_loss
-from agrpo_megatron.diffusion.sampler import SamplerContext, sample
+from agrpo_megatron.diffusion.sampler import AtOnce, SamplerContext, sample
 from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.types import Rollout
+from tests.diffusion.batching import batches_of
 from tools.variance import below, stored_model, stored_trajectory
 
 torch.set_num_threads(1)
@@ -49,7 +49,9 @@ def test_sampler_reproduces_llada_token_for_token(number):
         confidence="untempered",
         early_end=False,
     )
-    context = SamplerContext(model.score, model.vocab, MASK, EOS, seed=0, token_budget=10**6)
+    context = SamplerContext(
+        AtOnce(model.score), model.vocab, MASK, EOS, seed=0, token_budget=10**6
+    )
     got = sample(list(prompts), torch.arange(len(prompts)), context=context, sampling=sampling)
     expected = GOLDEN[f"sampler.{number}.output_ids"][:, prompts.shape[1] :]
     assert torch.equal(got.tokens, expected)
@@ -86,7 +88,7 @@ def test_estimator_and_loss_reproduce_agrpo(number, token_budget):
     trajectory = stored_trajectory(stored, options)
     gains = stored["advantages"].double()
     draws = draws_at(trajectory, stored["u"].double(), DrawContext(algorithm, EOS, 0))
-    batches = timestep_batches(
+    batches = batches_of(
         Rollout(trajectory, gains, gains > 0, gains),
         draws,
         mask_id=MASK,

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agrpo_megatron.diffusion.batches import rebuild_state, timestep_batches
+from agrpo_megatron.diffusion.batches import rebuild_state
 from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
-from agrpo_megatron.diffusion.sampler import sample, transfer_schedule
+from agrpo_megatron.diffusion.sampler import AtOnce, sample, transfer_schedule
 from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.types import Rollout
+from tests.diffusion.batching import batches_of
 from tests.diffusion.hashed import (
     EOS,
     MASK,
@@ -151,7 +152,7 @@ def test_first_ratio_is_one(name):
     ones = torch.ones(ROWS)
     draws = ESTIMATORS["full_trajectory"](trajectory, DrawContext(AlgorithmSettings(), EOS, 0))
     rollout = Rollout(trajectory, ones, ones > 0, ones)
-    batches = timestep_batches(rollout, draws, mask_id=MASK, token_budget=100)
+    batches = batches_of(rollout, draws, mask_id=MASK, token_budget=100)
     vocab = model.context().vocab
     trainer = HashedModel()
     for batch in batches:
@@ -184,7 +185,7 @@ def test_threshold_fixes_all_sure_tokens_and_at_least_one(unmasking):
         place = rows.scored % 6 - 1  # a prompt of one token, then the completion of five
         return torch.stack([sure[place], 1 - sure[place], torch.zeros(len(place))], 1).log()
 
-    context = replace(HashedModel().context(), score=score, mask_id=2, eos_id=None)
+    context = replace(HashedModel().context(), forward=AtOnce(score), mask_id=2, eos_id=None)
     context = replace(context, vocab=replace(context.vocab, size=3, forbidden=(2,)))
     sampling = SamplingSettings(
         completion_length=5,
@@ -214,10 +215,12 @@ def test_no_prompts_give_an_empty_trajectory():
     assert trajectory.tokens.shape == (0, 8) and len(trajectory.num_steps) == 0
 
 
-def test_no_draws_give_no_batches():
+def test_no_draws_give_one_batch_without_weight():
     _, _, trajectory = run("random, one token a step")
     none = torch.zeros(0, dtype=torch.int64)
     draws = ESTIMATORS["full_trajectory"](trajectory, DrawContext(AlgorithmSettings(), EOS, 0))
     draws = replace(draws, rollout=none, step=none, weight=draws.weight[:0])
     rollout = Rollout(trajectory, torch.ones(ROWS), torch.ones(ROWS) > 0, torch.ones(ROWS))
-    assert timestep_batches(rollout, draws, mask_id=MASK, token_budget=100) == []
+    (batch,) = batches_of(rollout, draws, mask_id=MASK, token_budget=100)
+    assert batch.rows.tokens.tolist() == [MASK]
+    assert len(batch.rows.scored) == len(batch.targets) == len(batch.weights) == 0

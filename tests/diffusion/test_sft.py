@@ -18,11 +18,12 @@ RESPONSES = {1: [1], 2: [2, 0], 3: [0, 2, 1]}
 
 
 def sft_batches(count, response, toy, **options):
-    options = {"mask_epsilon": 1e-3, "seed": 0, "token_budget": 10**9, **options}
+    options = {"mask_epsilon": 1e-3, "seed": 0, "size": count, **options}
     return batches.sft_batches(
         [torch.tensor([0])] * count,
         response.expand(count, -1),
         torch.arange(count),
+        torch.arange(count).split(options.pop("size")),
         mask_id=toy.mask_id,
         **options,
     )
@@ -112,7 +113,7 @@ def test_masking_rates_are_uniform_and_weights_average_one():
 def test_masks_depend_on_the_example_and_not_on_the_micro_batches():
     toy = Toy(length=3)
     (whole,) = sft_batches(30, torch.tensor([0, 1, 2]), toy)
-    parts = sft_batches(30, torch.tensor([0, 1, 2]), toy, token_budget=12)
+    parts = sft_batches(30, torch.tensor([0, 1, 2]), toy, size=3)
     assert len(parts) == 10 and all(int(p.rows.cu_seqlens[-1]) == 12 for p in parts)
     for name in ("targets", "weights"):
         joined = torch.cat([getattr(part, name) for part in parts])

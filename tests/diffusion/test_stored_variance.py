@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agrpo_megatron.diffusion.batches import timestep_batches
 from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.settings import AlgorithmSettings
 from agrpo_megatron.types import Rollout
+from tests.diffusion.batching import batches_of
 from tools.variance import (
     PROPOSALS,
     below,
@@ -78,7 +78,7 @@ def test_contributions_add_up_to_the_full_trajectory_gradient(cases):
     draws = ESTIMATORS["full_trajectory"](trajectory, DrawContext(AlgorithmSettings(), 158, 0))
     rollout = Rollout(trajectory, gains, gains > 0, gains)
     total = torch.zeros((), dtype=torch.float64)
-    for batch in timestep_batches(rollout, draws, mask_id=159, token_budget=10**6):
+    for batch in batches_of(rollout, draws, mask_id=159, token_budget=10**6):
         logits = policy_logits(model.score(batch.rows), model.vocab, temperature=0.6)
         logprobs, _ = token_logprobs(
             logits, batch.targets, vocab=model.vocab, support_ids=batch.support_ids

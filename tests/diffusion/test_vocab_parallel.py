@@ -10,7 +10,7 @@ import torch.distributed as dist
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.draw import draw_tokens
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
-from agrpo_megatron.diffusion.sampler import sample
+from agrpo_megatron.diffusion.sampler import AtOnce, sample
 from agrpo_megatron.settings import SamplingSettings
 from tests.diffusion.hashed import PADDED, SAMPLINGS, HashedModel, prompts_of
 from tests.ranks import run_ranks
@@ -164,7 +164,8 @@ def _trajectories():
     context = model.context()
     vocab = replace(context.vocab, start=rank * width, group=dist.group.WORLD)
     columns = slice(rank * width, (rank + 1) * width)
-    context = replace(context, vocab=vocab, score=lambda rows: model.logits(rows)[:, columns])
+    forward = AtOnce(lambda rows: model.logits(rows)[:, columns])
+    context = replace(context, vocab=vocab, forward=forward)
     return [
         sample(prompts_of(6), torch.arange(6), context=context, sampling=sampling)
         for sampling in SAMPLED

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from agrpo_megatron.diffusion.batches import timestep_batches
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import policy_loss
-from agrpo_megatron.diffusion.sampler import SamplerContext
+from agrpo_megatron.diffusion.sampler import AtOnce, SamplerContext
 from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
+from tests.diffusion.batching import batches_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Toy:
         """Return the score function of the table: packed rows -> logits of scored positions."""
 
         def score(rows: PackedRows) -> Tensor:
+            if not len(rows.scored):
+                return table.new_zeros(0, table.shape[-1]) + table.sum() * 0
             first = rows.cu_seqlens[1:].long() - self.length
             completions = rows.tokens[first[:, None] + torch.arange(self.length)]
             row = torch.bucketize(rows.scored, rows.cu_seqlens[1:].long(), right=True)
@@ -66,7 +68,7 @@ class Toy:
 
     def context(self, table: Tensor, *, seed: int = 0, token_budget: int = 10**9):
         return SamplerContext(
-            self.score(table), self.vocab, self.mask_id, self.eos_id, seed, token_budget
+            AtOnce(self.score(table)), self.vocab, self.mask_id, self.eos_id, seed, token_budget
         )
 
 
@@ -248,7 +250,7 @@ def estimator_gradient(
     table = table.detach().requires_grad_()
     rollout = Rollout(trajectory, advantages, advantages > 0, advantages)
     score, total = toy.score(table), table.sum() * 0
-    for batch in timestep_batches(rollout, draws, mask_id=toy.mask_id, token_budget=4096):
+    for batch in batches_of(rollout, draws, mask_id=toy.mask_id, token_budget=4096):
         temperature = trajectory.sampling.temperature
         logits = policy_logits(score(batch.rows), toy.vocab, temperature=temperature)
         logprobs, _ = token_logprobs(

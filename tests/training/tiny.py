@@ -114,7 +114,6 @@ def open_session(*overrides: str, world_size: int = 1, phase: str = "rl") -> tup
         ranks,
         resolved.task,
         resolved.tokenizer,
-        
         Recorder(),  # type: ignore[arg-type]
         silent_view(),
     )
