@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from agrpo_megatron.checkpoint.progress import Progress, latest_checkpoint
 from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights, save_checkpoint
 from agrpo_megatron.megatron.engine import Engine
-from agrpo_megatron.megatron.model import build_model
+from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.training.session import Session
 from agrpo_megatron.training.sft import run_sft
@@ -95,7 +95,7 @@ def test_a_loaded_run_continues_bit_for_bit(tmp_path, world_size, overrides):
 def _weights_alone(source, overrides):
     """Load the weights without an optimizer, as evaluation does."""
     session, engine = _open([*overrides, "run.seed=5"])
-    network = build_model(session.settings.model, session.settings.parallel)
+    network = build_network(session.settings, session.ranks)
     load_weights(Path(source), network)
     return _weights(session, network)
 
@@ -205,7 +205,7 @@ def _read_with_megatron_alone(root):
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
     )
-    load_weights(path, theirs)
+    load_weights(path, Network((theirs,), engine.ranks, engine.network.vocab))  # type: ignore
     weights = dict(theirs.named_parameters())
     equal = {name: torch.equal(p, weights[name]) for name, p in engine.network.named_parameters()}
     return sorted(n for n in listed if n.endswith("weight") and "optimizer" not in n), equal

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agrpo_megatron.megatron.model import build_model, transformer_config
+from agrpo_megatron.megatron.model import transformer_config
+from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.ranks import start_ranks
 from agrpo_megatron.megatron.weights import export_hf, initialise
 from agrpo_megatron.settings import ModelSettings, ParallelSettings, RunSettings, Settings
@@ -46,15 +47,16 @@ def _random_rows():
 
 
 def _built(model):
-    ranks = start_ranks(Settings(run=RunSettings(threads=1), model=model))
-    network = build_model(model, ParallelSettings()).eval()
-    initialise(network, model, 0, ranks)
+    settings = Settings(run=RunSettings(threads=1), model=model)
+    network = build_network(settings, start_ranks(settings))
+    network.set_training("eval")
+    initialise(network, model, 0)
     with torch.no_grad():  # biases and norms that do something
         for name, parameter in network.named_parameters():
             if parameter.dim() == 1:
                 generator = torch.Generator().manual_seed(len(name))
                 parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
-    return network, ranks
+    return network, network.chunks[0]
 
 
 def _forward_errors(model):
@@ -62,13 +64,14 @@ def _forward_errors(model):
 
     The latter is computed in float64; its error is relative to the largest logit.
     """
-    network, ranks = _built(model)
-    tensors = export_hf({n: p.detach() for n, p in network.named_parameters()}, model, ranks)
+    network, chunk = _built(model)
+    named = {n: p.detach() for n, p in network.named_parameters()}
+    tensors = export_hf(named, model, network.ranks)
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
     rows = _random_rows()
     with torch.no_grad():
-        packed = network(pack(rows)).split(LENGTHS)
-        alone = [network(pack([row])) for row in rows]
+        packed = chunk(pack(rows)).split(LENGTHS)
+        alone = [chunk(pack([row])) for row in rows]
         literal = [literal_logits(tensors, model, row) for row in rows]
     scale = max(float(logits.abs().max()) for logits in literal)
     assert scale > 1
@@ -80,26 +83,26 @@ def _forward_errors(model):
 
 def _who_sees_whom():
     """Change the fourth row's last token; return every row's change, and its first token's."""
-    network, _ = _built(MODEL)
+    _, chunk = _built(MODEL)
     rows = _random_rows()
     changed = [row.clone() for row in rows]
     changed[3][-1] = (changed[3][-1] + 1) % 50
     with torch.no_grad():
-        before, after = network(pack(rows)), network(pack(changed))
+        before, after = chunk(pack(rows)), chunk(pack(changed))
     change = (before - after).abs().split(LENGTHS)
     return [float(row.max()) for row in change], float(change[3][0].max())
 
 
 def _scored_rows():
     """Return the logits of some tokens, the same from all, and the head's input shapes."""
-    network, _ = _built(MODEL)
+    _, chunk = _built(MODEL)
     rows = pack(_random_rows())
     seen = []
-    network.output_layer.register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
+    chunk.output_layer.register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
     some = torch.tensor([0, 5, 6, 20, 28])
     with torch.no_grad():
-        few, full = network(replace(rows, scored=some)), network(rows)
-        none = network(replace(rows, scored=some[:0]))
+        few, full = chunk(replace(rows, scored=some)), chunk(rows)
+        none = chunk(replace(rows, scored=some[:0]))
     return few, full[some], none, seen
 
 
@@ -108,9 +111,9 @@ def _names(model):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    network, _ = _built(model)
+    network, chunk = _built(model)
     theirs = GPTModel(
-        config=transformer_config(model, ParallelSettings()),
+        config=network.config,
         transformer_layer_spec=get_gpt_layer_local_spec(
             qk_layernorm=model.qk_norm, normalization="RMSNorm"
         ),
@@ -119,12 +122,13 @@ def _names(model):
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
     )
-    return [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (network, theirs)]
+    return [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (chunk, theirs)]
 
 
 def _refusal(value):
     try:
-        transformer_config(replace(MODEL, megatron=value), ParallelSettings())
+        settings = Settings(model=replace(MODEL, megatron=value))
+        transformer_config(settings, ParallelSettings(), stage=0)
     except ValueError as error:
         return str(error)
     return None

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agrpo_megatron.families import settings_from_hf
-from agrpo_megatron.megatron.model import build_model
+from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.ranks import start_ranks
 from agrpo_megatron.megatron.weights import export_hf, initialise, load_hf
 from agrpo_megatron.settings import ModelSettings, ParallelSettings, RunSettings, Settings
@@ -34,36 +34,37 @@ GROUPED = ModelSettings(
 
 def _network(model, tensor):
     parallel = ParallelSettings(tensor=tensor)
-    ranks = start_ranks(Settings(run=RunSettings(threads=1), model=model, parallel=parallel))
-    return build_model(model, parallel), ranks
+    settings = Settings(run=RunSettings(threads=1), model=model, parallel=parallel)
+    return build_network(settings, start_ranks(settings))
 
 
-def _exported(network, model, ranks):
-    return export_hf({n: p.detach() for n, p in network.named_parameters()}, model, ranks)
+def _exported(network, model):
+    named = {n: p.detach() for n, p in network.named_parameters()}
+    return export_hf(named, model, network.ranks)
 
 
 def _load_and_export(directory, tensor):
     model = settings_from_hf(directory)
-    network, ranks = _network(model, tensor)
-    load_hf(network, model, directory, ranks)
-    return _exported(network, model, ranks)
+    network = _network(model, tensor)
+    load_hf(network, model, directory)
+    return _exported(network, model)
 
 
 def _draw_and_export(tensor):
-    network, ranks = _network(GROUPED, tensor)
-    initialise(network, GROUPED, 7, ranks)
-    padding = network.embedding.word_embeddings.weight[-1].detach()
-    return _exported(network, GROUPED, ranks), padding
+    network = _network(GROUPED, tensor)
+    initialise(network, GROUPED, 7)
+    padding = network.chunks[0].embedding.word_embeddings.weight[-1].detach()
+    return _exported(network, GROUPED), padding
 
 
 def _refusals(directories):
     """Load each directory and return what was said."""
     model = settings_from_hf(HF)
-    network, ranks = _network(model, 1)
+    network = _network(model, 1)
     said = []
     for directory in directories:
         with pytest.raises(ValueError, match=".") as error:
-            load_hf(network, model, directory, ranks)
+            load_hf(network, model, directory)
         said.append(str(error.value))
     return said
 
@@ -79,12 +80,15 @@ def _damaged(folder):
     """Make directories that cannot be loaded, by what is wrong with them."""
     tensors = load_file(HF / "model.safetensors")
     made = {"whole": _copy(folder / "whole")}
-    for name in ("missing", "misshapen"):
+    for name in ("missing", "misshapen", "extra"):
         made[name] = _copy(folder / name)
         part = dict(tensors)
-        part[LAST] = part[LAST][:-1].contiguous()
         if name == "missing":
             del part[LAST]
+        elif name == "extra":
+            part["model.transformer.lost.weight"] = torch.zeros(2)
+        else:
+            part[LAST] = part[LAST][:-1].contiguous()
         save_file(part, made[name] / "model.safetensors")
     for name in ("truncated", "not safetensors"):
         made[name] = _copy(folder / name)
@@ -135,22 +139,31 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     made = _damaged(tmp_path)
     wrong = {name: path for name, path in made.items() if name != "whole"}
     said = dict(zip(wrong, run_ranks(1, _refusals, list(wrong.values()))[0], strict=True))
-    assert said["missing"] == f"{made['missing']}: tensor {LAST} is missing"
-    assert said["misshapen"] == (f"tensor {LAST} has shape (159, 32); the settings need (160, 32)")
-    for name in ("truncated", "not safetensors"):
-        file = made[name] / "model.safetensors"
-        assert said[name].startswith(f"{file}: not a whole safetensors file: ")
+    files = {name: made[name] / "model.safetensors" for name in made}
+    assert said["missing"].startswith(f"{made['missing']}: tensor {LAST} is missing; ")
+    assert said["misshapen"] == (
+        f"{files['misshapen']}: tensor {LAST} has shape [159, 32], and config.json asks for "
+        "[160, 32]"
+    )
+    assert said["extra"].startswith(
+        f"{files['extra']}: tensor model.transformer.lost.weight would be lost: "
+    )
+    assert said["truncated"].startswith(f"{files['truncated']} is cut short: tensor model.")
+    assert said["not safetensors"].startswith(
+        f"{files['not safetensors']}: not a whole safetensors file ("
+    )
     assert said["pickled"] == (
-        f"{made['pickled']}: no .safetensors file; pickled weights are not read"
+        f"{made['pickled']}: pytorch_model.bin is a pickle, which can run code and is never "
+        "opened; save the weights as .safetensors"
     )
 
 
 def test_settings_that_do_not_fit_a_checkpoint_are_refused_by_tensor():
     model = replace(settings_from_hf(HF), ffn_hidden_size=64)
-    with pytest.raises(AssertionError, match=r"ff_proj\.weight has shape \(96, 32\)"):
+    with pytest.raises(AssertionError, match=r"ff_proj\.weight has shape \[96, 32\]"):
         run_ranks(1, _load_with, model)
 
 
 def _load_with(model):
-    network, ranks = _network(model, 1)
-    load_hf(network, model, HF, ranks)
+    network = _network(model, 1)
+    load_hf(network, model, HF)
