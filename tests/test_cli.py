@@ -118,7 +118,8 @@ WRONG = {
     "more ranks than were started": (
         {"parallel": {"tensor": 2}},
         "parallel.tensor=2 does not divide the 1 ranks that were started; start 2 ranks "
-        "(torchrun --nproc-per-node 2) or use 1",
+        "(torchrun --nproc-per-node 2) or use parallel=tp1-pp1-cp1-dp1, "
+        "the nearest layout that fits",
     ),
     "a prompt that leaves no room": (
         {"model": {"max_sequence_length": 24}},

@@ -47,31 +47,39 @@ def _errors(printed):
     return {m[2].strip(): (m[1].strip(), float(m[3])) for m in found}, last
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_the_golden_numbers_hold(tmp_path, size):
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "cp2", "dp2"])
+def test_the_golden_numbers_hold(tmp_path, layout):
     """Logits within 1e-5, the samplers token for token, losses 1e-5, gradients 1e-4 relative."""
-    results = run_ranks(size, _check, tmp_path, [GOLDEN, "--parallel", f"tp{size}"])
+    size = int(layout[-1])
+    results = run_ranks(size, _check, tmp_path, [GOLDEN, "--parallel", layout])
     assert [status for status, _ in results] == [0] * size
     assert all(printed == "" for _, printed in results[1:]), "one rank speaks"
     checks, last = _errors(results[0][1])
     assert list(checks) == NAMES
-    assert last == f"{GOLDEN}: 10 of 10 checks passed at tp{size}"
+    assert last == f"{GOLDEN}: 10 of 10 checks passed at {_whole_name(layout)}"
     for name, (word, error) in checks.items():
         limit = 0 if "sampler" in name else 1e-4 if "gradients" in name else 1e-5
         assert word == "ok" and error <= limit
+
+
+def _whole_name(layout):
+    """Return the layout with every axis named."""
+    return "-".join(
+        layout if layout[:2] == axis else f"{axis}1" for axis in ("tp", "pp", "cp", "dp")
+    )
 
 
 @pytest.mark.slow
 def test_the_golden_numbers_hold_under_a_launcher():
     """As a user starts it: two processes of torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*launcher, "--standalone", str(TOOL), str(GOLDEN), "--parallel", "tp2"]
+    command = [*launcher, "--standalone", str(TOOL), str(GOLDEN), "--parallel", "pp2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"{GOLDEN}: 10 of 10 checks passed at tp2"
+    assert done.stdout.splitlines()[-1] == f"{GOLDEN}: 10 of 10 checks passed at tp1-pp2-cp1-dp1"
 
 
 @pytest.mark.parametrize(
@@ -98,13 +106,13 @@ def test_a_wrong_number_fails_its_line_and_the_whole(tmp_path, tensor, change, f
     checks, last = _errors(printed)
     assert status == 1
     assert [name for name, (word, _) in checks.items() if word == "FAIL"] == fails
-    assert last.endswith(f": {10 - len(fails)} of 10 checks passed at tp1")
+    assert last.endswith(f": {10 - len(fails)} of 10 checks passed at tp1-pp1-cp1-dp1")
 
 
 def test_wrong_arguments_are_one_line_and_status_2(tmp_path):
     for arguments, said in (
         ([tmp_path], "not a conformance directory"),
-        ([GOLDEN, "--parallel", "pp2"], "--parallel pp2: write tp followed by a number"),
+        ([GOLDEN, "--parallel", "two"], "--parallel"),
         ([GOLDEN, "--parallel", "tp2"], "parallel.tensor=2 does not divide the 1 ranks"),
     ):
         ((status, printed),) = run_ranks(1, _check, tmp_path, arguments)

@@ -35,6 +35,10 @@ class Forward(Protocol):
         """Start on a group; the function that is returned waits for the draws at its scores."""
         ...
 
+    def close(self) -> None:
+        """Wait until nothing is under way; called when all draws are known."""
+        ...
+
 
 @dataclass
 class AtOnce:
@@ -47,6 +51,9 @@ class AtOnce:
         """Draw from what the function returns."""
         draw = draw_at(self.score(rows), slice(None))
         return lambda: draw
+
+    def close(self) -> None:
+        """Do nothing: nothing is under way."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ def sample(
             live.sort(key=lambda row: -lengths[row])  # equal lengths are attended to together
             rows = torch.tensor(live, device=rollout_ids.device)
             under_way.append(_launch(state, rows, context=context, sampling=sampling))
+    context.forward.close()
     support = state.support_ids
     return Trajectory(
         prompts=prompts,

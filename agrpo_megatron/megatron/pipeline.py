@@ -78,10 +78,6 @@ class RolloutForward(Forward, Protocol):
     tokens: int  # packed tokens that went through
     slots: Slots
 
-    def close(self) -> None:
-        """Wait until nothing is under way; called when sampling has ended."""
-        ...
-
 
 def make_forward(network: Network, rollout: RolloutSettings) -> RolloutForward:
     """Return what the sampler runs its rows through; built anew for each call of `sample`."""

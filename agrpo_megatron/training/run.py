@@ -129,6 +129,7 @@ def _saver(session: Session, engine: Engine, phase: str, last: int) -> Callable[
     settings = session.settings.checkpoint
 
     def save(iteration: int) -> None:
+        """Save after this iteration, where one is due."""
         if iteration != last and not (settings.interval and iteration % settings.interval == 0):
             return
         engine.finish_parameters()

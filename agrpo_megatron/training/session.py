@@ -103,7 +103,6 @@ def sample_prompts(
     trajectory = sample(
         prompts, rollout_ids, context=context, sampling=sampling, weights_version=weights_version
     )
-    forward.close()
     return trajectory, forward
 
 

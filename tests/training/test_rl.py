@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
-from agrpo_megatron.megatron.model import build_model
+from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.training import rl
 from agrpo_megatron.training.rl import collect_rollout, update_policy
@@ -42,13 +42,13 @@ def _perturb(network):
     """Move the policy away from the one that sampled, so that ratios are not 1."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in network.parameters():
+        for _, parameter in network.named_parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def _reference(session):
-    reference = build_model(session.settings.model, session.settings.parallel).eval()
-    load_start_weights(reference, session.settings, session.ranks)
+    reference = build_network(session.settings, session.ranks)
+    load_start_weights(reference, session.settings)
     return reference
 
 
@@ -147,9 +147,10 @@ def _always_end_of_text(network, eos):
         for name, parameter in network.named_parameters():
             if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
                 parameter.zero_()
-        network.embedding.word_embeddings.weight.fill_(1.0)
-        network.output_layer.weight.mul_(0.1)
-        network.output_layer.weight[eos] = 1.0
+        (chunk,) = network.chunks
+        chunk.embedding.word_embeddings.weight.fill_(1.0)
+        chunk.output_layer.weight.mul_(0.1)
+        chunk.output_layer.weight[eos] = 1.0
 
 
 def _train_on_empty_completions(rule):
@@ -158,10 +159,10 @@ def _train_on_empty_completions(rule):
     )
     _always_end_of_text(engine.network, session.eos_id)
     engine.optimizer.reload_model_params()
-    before = [p.detach().clone() for p in engine.network.parameters()]
+    before = [p.detach().clone() for _, p in engine.network.named_parameters()]
     rollout, _ = collect_rollout(session, engine, 0)
-    metrics, _ = update_policy(session, engine, rollout, None, 0)
-    after = list(engine.network.parameters())
+    metrics, _ = update_policy(session, engine, rollout, None)
+    after = [p for _, p in engine.network.named_parameters()]
     return {
         "tokens": set(rollout.trajectory.tokens.unique().tolist()) - {session.eos_id},
         "steps": set(rollout.trajectory.num_steps.tolist()),
@@ -232,16 +233,17 @@ def _update_with_a_broken(part, overrides):
     """Break a weight, or only a gradient, on the last rank; say what was said and what moved."""
     session, engine = open_session(*overrides, world_size=dist.get_world_size())
     rollout, _ = collect_rollout(session, engine, 0)
-    weight = engine.network.output_layer.weight
+    weight = engine.network.chunks[0].output_layer.weight
     if session.ranks.rank == session.ranks.world_size - 1 and part == "weight":
         with torch.no_grad():
             weight[3, 0] = float("nan")
     elif session.ranks.rank == session.ranks.world_size - 1:
         weight.register_hook(lambda grad: grad * float("inf"))
-    before = [p.detach().clone() for p in engine.network.parameters()]
+    before = [p.detach().clone() for _, p in engine.network.named_parameters()]
     with pytest.raises(RuntimeError) as error:
-        update_policy(session, engine, rollout, None, 0)
-    pairs = zip(before, engine.network.parameters(), strict=True)
+        update_policy(session, engine, rollout, None)
+    after = [p for _, p in engine.network.named_parameters()]
+    pairs = zip(before, after, strict=True)
     return str(error.value), all(torch.equal(p.nan_to_num(), q.nan_to_num()) for p, q in pairs)
 
 

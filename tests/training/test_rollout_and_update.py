@@ -57,7 +57,7 @@ CASES = {
 }
 
 
-def _watch(network, seen):
+def _watch(chunk, seen):
     """Note every row that goes in, with the places scored in it, and what the head is given."""
 
     def before(_module, args):
@@ -76,8 +76,8 @@ def _watch(network, seen):
         seen["head"].append(args[0].shape[:-1].numel())
 
     return [
-        network.register_forward_pre_hook(before),
-        network.output_layer.register_forward_hook(at_head),
+        chunk.register_forward_pre_hook(before),
+        chunk.output_layer.register_forward_hook(at_head),
     ]
 
 
@@ -103,13 +103,13 @@ def _iterate(overrides):
     """Run one iteration and return what the network saw, and what the trajectory rebuilds."""
     session, engine = open_session(*overrides)
     rollout_seen, update_seen = _fresh(), _fresh()
-    hooks = _watch(engine.network, rollout_seen)
+    hooks = _watch(engine.network.chunks[0], rollout_seen)
     rollout, metrics = collect_rollout(session, engine, 0)
     for hook in hooks:
         hook.remove()
     rebuilt = _rebuilt(session, rollout)
-    _watch(engine.network, update_seen)
-    update, _ = update_policy(session, engine, rollout, None, 0)
+    _watch(engine.network.chunks[0], update_seen)
+    update, _ = update_policy(session, engine, rollout, None)
     trajectory = rollout.trajectory
     used = (rollout.advantages != 0).tolist()
     return {
@@ -176,7 +176,7 @@ def test_the_cases_are_what_they_say(results):
 def _supervised():
     session, engine = open_session("sft.iterations=1", phase="sft")
     seen = _fresh()
-    _watch(engine.network, seen)
+    _watch(engine.network.chunks[0], seen)
     run_sft(session, engine, start=0, after=lambda _: None)
     return seen, session.mask_id, session.log.records[0]["scored_tokens"]
 

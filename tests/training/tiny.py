@@ -9,7 +9,7 @@ from torch import Tensor
 
 from agrpo_megatron.config import load
 from agrpo_megatron.megatron.engine import Engine, build_engine
-from agrpo_megatron.megatron.model import MaskedDiffusionModel
+from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.ranks import start_ranks
 from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.reports.terminal import LiveView
@@ -128,7 +128,7 @@ def gradient(
     session: Session,
     engine: Engine,
     rollout: Rollout,
-    reference: MaskedDiffusionModel | None = None,
+    reference: Network | None = None,
     *,
     is_applied: bool = False,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
