@@ -72,6 +72,7 @@ def train(arguments: argparse.Namespace) -> int:
             print(f"{settings.run.dir} is finished; add --restart to run it again\n")
             conclude(Path(settings.run.dir))
         return 0
+    from agrpo_megatron.megatron.failure import ending_together
     from agrpo_megatron.reports.terminal import LiveView
     from agrpo_megatron.training.run import train as run
 
@@ -86,7 +87,7 @@ def train(arguments: argparse.Namespace) -> int:
         is_main=_is_main(),
         start=finished,
     )
-    with view:
+    with ending_together(view):
         run(resolved, view, phases=phases)
     if _is_main():
         conclude(Path(settings.run.dir))
@@ -96,10 +97,12 @@ def train(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     """Evaluate a checkpoint on the held-out problems."""
     resolved, checkpoint = _open_target(arguments)
+    from agrpo_megatron.megatron.failure import ending_together
     from agrpo_megatron.training.evaluation import evaluate as run
     from agrpo_megatron.training.inference import opened
 
-    with opened(resolved, _silent_view(), checkpoint) as (session, network):
+    silent = _silent_view()
+    with ending_together(), opened(resolved, silent, checkpoint) as (session, network):
         result = run(session, network, iteration=0, stage="evaluate")
     if _is_main():
         name = checkpoint.name if checkpoint else resolved.settings.model.load
@@ -117,13 +120,15 @@ def sample(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     resolved, checkpoint = _open_target(arguments)
+    from agrpo_megatron.megatron.failure import ending_together
     from agrpo_megatron.reports.trace import trace
     from agrpo_megatron.training.inference import complete, opened
 
     console, tokenizer, task = Console(), resolved.tokenizer, resolved.task
     problems = [] if arguments.prompt else task.problems("eval")[: arguments.number]
     prompts = [task.prompt(problem) for problem in problems] or [arguments.prompt]
-    with opened(resolved, _silent_view(), checkpoint) as (session, network):
+    silent = _silent_view()
+    with ending_together(), opened(resolved, silent, checkpoint) as (session, network):
         trajectory = complete(session, network, prompts)
     if not _is_main():
         return 0

@@ -1,0 +1,282 @@
+"""One rank that fails ends them all, soon, and its error stands first on the screen.
+
+The other ranks wait in a collective that may never return: every rank therefore has a thread that
+watches the launcher's store for the failure of another, and that ends its process without asking
+the main thread. In the order of events, each on the store under a key of its own:
+
+    FAILED   the first rank to fail claims this, atomically; later ones have nothing to add
+    CLEAR    the main rank has left its live view: the screen is free
+    TOLD     the failed rank has printed its traceback
+    CLOSED   the main rank has said that it ends; now the failed rank exits, before all others,
+             since a launcher names the first to exit as the culprit and ends the others
+"""
+
+import datetime
+import itertools
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from agrpo_megatron.megatron.ranks import world_size
+
+FAILED, CLEAR, TOLD, CLOSED, REFUSED = "failed", "clear", "told", "closed", "refused"
+COUNT = "count"
+POLL = 0.5  # seconds between two looks of the watching thread
+STEP = 0.05  # the same once ranks wait for each other's word
+CONNECT = 300.0  # seconds for all ranks to start: on a cluster, imports can take minutes
+ANSWER = 10.0  # seconds that the store may take to answer
+WORD = 2.0  # seconds for each word between ranks, and for the cause of a lost connection to be told
+CLOSE = 10.0  # seconds for wandb to write, or to upload, what it holds
+AGREE = 5.0  # seconds for all ranks to refuse the same wrong input
+STATUS = {"failed": 1, "was interrupted": 130}
+# What gloo, NCCL and the store say when it was another rank that failed.
+LOST = re.compile(
+    r"closed by peer|reset by peer|connection (?:was )?(?:likely )?(?:closed|refused|reset)"
+    r"|broken pipe|pair closure|socket closed|timed out waiting|nccl (?:error|operation)",
+    re.IGNORECASE,
+)
+_uses = itertools.count()  # one process may run several commands: each has its own keys
+
+
+@dataclass(frozen=True)
+class Board:
+    """Where ranks tell each other of failures."""
+
+    store: dist.Store
+    rank: int
+    world_size: int
+
+    def has(self, key: str) -> bool:
+        """Say whether some rank has set a key."""
+        return self.store.check([key])
+
+    def failure(self) -> str | None:
+        """Return which rank failed and how, or None."""
+        return self.store.get(FAILED).decode() if self.has(FAILED) else None
+
+    def await_key(self, key: str, seconds: float) -> None:
+        """Wait until some rank has set a key, but not longer."""
+        deadline = time.monotonic() + seconds
+        while not self.has(key) and time.monotonic() < deadline:
+            time.sleep(STEP)
+
+
+@contextmanager
+def ending_together(screen: AbstractContextManager | None = None) -> Iterator[None]:
+    """Run a command's work on this rank so that a rank that fails ends all; called by every rank.
+
+    A failed rank's process ends here, and so do the others, without exit handlers. A single rank
+    raises as usual, and so do all for a ValueError that every rank raises: wrong input.
+
+    Args:
+        screen: entered here, and left before anything is printed about a failure.
+    """
+    with ExitStack() as stack:
+        board = _open_board()
+        if screen is not None:
+            stack.enter_context(screen)
+        if board is None:
+            yield
+            return
+        try:
+            with _watched(board, stack.close):
+                yield
+        except BaseException as error:
+            stack.close()
+            _end_all(board, error)
+            raise
+
+
+def _open_board() -> Board | None:
+    """Meet the other ranks at the launcher's store; None for a single rank or without a store."""
+    if world_size() == 1:
+        return None
+    rank = int(os.environ["RANK"])
+    try:
+        store = _connect(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank)
+    except (KeyError, RuntimeError) as error:
+        reason = f"no store at MASTER_ADDR:MASTER_PORT ({_first_line(error)})"
+        _say(f"rank {rank}: a failure of another rank will not end this one: {reason}")
+        return None
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    attempt = "/".join(os.environ.get(name, "") for name in names)
+    prefix = f"agrpo_megatron/{attempt}/{next(_uses)}"
+    return Board(dist.PrefixStore(prefix, store), rank, world_size())
+
+
+@cache
+def _connect(host: str, port: int, rank: int) -> dist.Store:
+    """Connect to the store that torchrun hosts, or else rank 0, in which case it starts here.
+
+    The process group started later finds it there. It lives as long as the process.
+    """
+    is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        host,
+        port,
+        is_master=rank == 0 and not is_hosted,
+        timeout=datetime.timedelta(seconds=CONNECT),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    store.set_timeout(datetime.timedelta(seconds=ANSWER))
+    return store
+
+
+@contextmanager
+def _watched(board: Board, leave_screen: Callable[[], object]) -> Iterator[None]:
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(board, over, leave_screen), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()  # where it is ending the process already, this never returns
+
+
+def _watch(board: Board, over: threading.Event, leave_screen: Callable[[], object]) -> None:
+    """End this process soon after another rank has failed, or has taken the store with it."""
+    failure = None
+    while failure is None:
+        if over.wait(POLL):
+            return
+        try:
+            failure = board.failure()
+        except dist.DistError:
+            break
+    if failure is None and over.wait(ANSWER):
+        return  # the host of the store had finished, and so has this rank
+    try:
+        leave_screen()
+    finally:
+        if failure is not None:
+            _follow(board, failure)
+        _say(f"rank {board.rank}: ending, because the launcher's store has vanished")
+        _leave(1)
+
+
+def _end_all(board: Board, error: BaseException) -> None:
+    """End all ranks because of this one's error; returns only for wrong input."""
+    if isinstance(error, ValueError) and _every_rank_refuses(board):
+        return
+    if threading.current_thread() is threading.main_thread():
+        # A launcher that sees a rank killed ends the others: they stay long enough to say why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    is_lost = _is_lost_peer(error)
+    how = "was interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    failure = mine = f"rank {board.rank} {how}"
+    with suppress(dist.DistError):
+        if is_lost:
+            board.await_key(FAILED, WORD)
+        failure = board.store.compare_set(FAILED, "", mine).decode()
+    if failure != mine:
+        _follow(board, failure)
+    _lead(board, error, failure, is_lost=is_lost)
+
+
+def _lead(board: Board, error: BaseException, failure: str, *, is_lost: bool) -> NoReturn:
+    """Be the first rank that failed: tell the error, let the main rank close, end."""
+    with suppress(dist.DistError):
+        if board.rank != 0:
+            board.await_key(CLEAR, WORD)
+    if not isinstance(error, KeyboardInterrupt):
+        _tell(board.rank, error, is_lost=is_lost)
+    with suppress(dist.DistError):
+        board.store.set(TOLD, "")
+        if board.rank == 0:
+            time.sleep(2 * POLL)  # the store may live here: the others look once more
+        elif board.has(CLEAR):
+            board.await_key(CLOSED, CLOSE + WORD)
+    _leave(_status(failure))
+
+
+def _follow(board: Board, failure: str) -> NoReturn:
+    """End because another rank failed: after it has told why, and on the main rank with a line."""
+    with suppress(dist.DistError):
+        if board.rank == 0:
+            board.store.set(CLEAR, "")
+        board.await_key(TOLD, 2 * WORD)
+    if board.rank == 0:
+        _say(f"rank 0: ending, because {failure}")
+        _close_wandb(_status(failure))
+    with suppress(dist.DistError):
+        if board.rank == 0:
+            board.store.set(CLOSED, "")
+        time.sleep(2 * POLL)
+    _leave(_status(failure))
+
+
+def _every_rank_refuses(board: Board) -> bool:
+    """Say whether all ranks raised a ValueError, as they do for wrong input."""
+    with suppress(dist.DistError):
+        if board.store.add(COUNT, 1) == board.world_size:
+            board.store.set(REFUSED, "")
+        board.await_key(REFUSED, AGREE)
+        return board.has(REFUSED)
+    return False
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """Say whether an error only follows from another rank's end, by what led to it."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, dist.DistError):
+            return True
+        if isinstance(link, RuntimeError) and LOST.search(str(link)):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def _tell(rank: int, error: BaseException, *, is_lost: bool) -> None:
+    """Print the error with its traceback, whole and at once."""
+    lines = [f"rank {rank} failed: {type(error).__name__}: {_first_line(error)}\n"]
+    if is_lost:
+        lines.append("it lost a peer that said nothing: killed, out of memory, or a broken link?\n")
+    sys.stdout.flush()
+    sys.stderr.write("".join([*lines, *traceback.format_exception(error)]))
+    sys.stderr.flush()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _status(failure: str) -> int:
+    return STATUS[failure.split(maxsplit=2)[2]]
+
+
+def _close_wandb(status: int) -> None:
+    """Let wandb, where it runs, keep what it was given; the run's own files are on disk already."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None:
+        ending = threading.Thread(target=wandb.teardown, args=(status,), daemon=True)
+        ending.start()
+        ending.join(CLOSE)
+
+
+def _leave(status: int) -> NoReturn:
+    """End this process without its exit handlers: they would wait for ranks that are gone."""
+    try:
+        _close_wandb(status)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
