@@ -3,6 +3,7 @@
 The arithmetic only; which layouts are legal is said by `rules`. Imports neither torch nor Megatron.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,6 +61,13 @@ def rollout_parallel(settings: Settings) -> ParallelSettings:
     if text is None:
         return settings.parallel
     return build(ParallelSettings, parse_layout(text, key), f"{key}.")
+
+
+def padded_vocab(settings: Settings) -> int:
+    """Return the embedding's rows: padded only as far as a tensor-parallel split needs."""
+    assert settings.model.vocab_size is not None
+    multiple = math.lcm(settings.parallel.tensor, rollout_parallel(settings).tensor)
+    return -(-settings.model.vocab_size // multiple) * multiple
 
 
 def stage_layers(model: ModelSettings, parallel: ParallelSettings) -> tuple[int, ...]:

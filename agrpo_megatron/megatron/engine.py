@@ -67,7 +67,7 @@ def build_engine(
         **settings.ddp,
     }
     ddp_config = _megatron_record(DistributedDataParallelConfig, ddp_values, "ddp")
-    ddp = [
+    ddp: list[Any] = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(network.chunks)
     ]

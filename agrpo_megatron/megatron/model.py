@@ -3,7 +3,6 @@
 Parameter names are GPTModel's, so other Megatron tools read the checkpoints.
 """
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from agrpo_megatron.layout import rollout_parallel, stage_layers
+from agrpo_megatron.layout import padded_vocab, stage_layers
 from agrpo_megatron.megatron.context import padded_rows, part_of, scored_slices
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.megatron.spec import local_spec, packed_layout
@@ -199,13 +198,6 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
         )
         chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
     return tuple(chunks)
-
-
-def padded_vocab(settings: Settings) -> int:
-    """Return the embedding's rows: padded only as far as a tensor-parallel split needs."""
-    assert settings.model.vocab_size is not None
-    multiple = math.lcm(settings.parallel.tensor, rollout_parallel(settings).tensor)
-    return -(-settings.model.vocab_size // multiple) * multiple
 
 
 def _layout_values(model: ModelSettings, parallel: ParallelSettings, stage: int) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from agrpo_megatron.diffusion.logprobs import Vocabulary
-from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_chunks, padded_vocab
+from agrpo_megatron.layout import padded_vocab
+from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_chunks
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.settings import Settings
 

@@ -130,7 +130,7 @@ def _same_ranks(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     for members in sorted({tuple(members) for members in everyone}):
         made = dist.new_group(list(members))
         mine = made if dist.get_rank() in members else mine
-    assert mine is not None
+    assert isinstance(mine, dist.ProcessGroup)
     return mine
 
 

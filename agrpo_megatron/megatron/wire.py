@@ -66,7 +66,8 @@ def _empty(count: int, width: int, ranks: Ranks) -> Tensor:
 
 
 def _encode(draw: Draw) -> Tensor:
-    fixed = torch.stack([draw.tokens, draw.logprobs, draw.entropies, draw.confidences], 1).double()
+    fixed = (draw.tokens, draw.logprobs, draw.entropies, draw.confidences)
+    fixed = torch.stack([tensor.double() for tensor in fixed], 1)
     return fixed if draw.support_ids is None else torch.cat([fixed, draw.support_ids], 1)
 
 

@@ -22,6 +22,7 @@ the layout. With the distributed optimizer the sum is a reduce-scatter: the same
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -135,7 +136,8 @@ def my_micro_batches(lengths: Tensor, settings: Settings, ranks: Ranks) -> list[
 
 def _gradient_is_finite(engine: Engine) -> bool:
     """Say whether every rank's gradient is finite: a sum of finite numbers tells, cheaply."""
-    buffers = [b for ddp in engine.ddp for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
+    ddps: list[Any] = engine.ddp
+    buffers = [b for ddp in ddps for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
     grads = [buffer.grad_data for buffer in buffers]
     total = sum(grad.sum(dtype=torch.float32) for grad in grads)
     finite = torch.as_tensor(total, device=engine.ranks.device).isfinite().int()

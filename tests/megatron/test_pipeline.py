@@ -1,0 +1,127 @@
+"""Rollouts under a pipeline: the same tokens by either schedule; the ring keeps stages busy."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from agrpo_megatron.diffusion.draw import Draw
+from agrpo_megatron.megatron.pipeline import Slots
+from agrpo_megatron.megatron.wire import broadcast_draw, receive_draw, send_draw
+from agrpo_megatron.training.rl import collect_rollout
+from tests.ranks import run_ranks
+from tests.training.tiny import open_session
+
+FOUR_LAYERS = "model.num_layers=4"
+LONG = ["sampling.completion_length=32", "sampling.denoising_steps=16", "sampling.block_length=16"]
+SAMPLINGS = {
+    "long": LONG,
+    "ragged": [  # rows end at different steps, and leave their group
+        "sampling.block_length=1",
+        "sampling.denoising_steps=8",
+        "model.eos_token_id=39",
+    ],
+    "truncated": ["sampling.top_p=0.7", "sampling.unmasking=low_confidence"],
+}
+# Groups in flight: fewer than stages, no multiple of them, one for each row.
+CASES = [("ragged", 1), ("ragged", 3), ("ragged", 16), ("truncated", 3), ("long", 16)]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("groups", [1, 4, 16])
+@pytest.mark.parametrize("steps", [1, 10])
+def test_slots_count_the_bubble_of_a_pipeline(stages, groups, steps):
+    """Lockstep fills and drains at each step: (p - 1) / (m + p - 1); the ring once for all."""
+    lockstep, ring = Slots(stages), Slots(stages)
+    through = [0] * groups
+    for _ in range(steps):
+        for group in range(groups):
+            lockstep.run()
+            through[group] = ring.run(through[group])
+        lockstep.wait_for_all()
+    assert lockstep.bubble == pytest.approx((stages - 1) / (groups + stages - 1))
+    if groups >= stages:
+        assert ring.bubble == pytest.approx((stages - 1) / (groups * steps + stages - 1))
+
+
+def _rollouts(overrides):
+    """Return completions and the bubble of each sampling and number of groups."""
+    results = {}
+    for name, groups in CASES:
+        session, engine = open_session(
+            FOUR_LAYERS,
+            *SAMPLINGS[name],
+            *overrides,
+            f"rollout.groups={groups}",
+            "algorithm.prompts_per_iteration=4",
+            world_size=dist.get_world_size(),
+        )
+        rollout, metrics = collect_rollout(session, engine, 0)
+        trajectory = rollout.trajectory
+        kept = trajectory.tokens, trajectory.unmask_step, trajectory.support_ids
+        results[name, groups] = kept, metrics.get("rollout/bubble")
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run_ranks(1, _rollouts, [])[0]
+
+
+def _same(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2-vpp2", "pp4"])
+def test_ring_and_lockstep_sample_the_tokens_of_one_rank(alone, layout):
+    size = int(layout[2])
+    by_schedule = {}
+    for schedule in ("ring", "lockstep"):
+        overrides = [f"parallel={layout}", f"rollout.schedule={schedule}"]
+        ranks = run_ranks(size, _rollouts, overrides)
+        for result in ranks:
+            assert all(_same(result[case][0], alone[case][0]) for case in alone)
+        by_schedule[schedule] = {case: bubble for case, (_, bubble) in ranks[0].items()}
+    ring, lockstep = (by_schedule[name]["long", 16] for name in ("ring", "lockstep"))
+    assert ring < lockstep
+    if layout == "pp4":  # 16 groups of 16 steps each, at most
+        assert ring < 0.03 and lockstep > 0.15
+
+
+def test_the_cases_are_what_they_say(alone):
+    (_, steps, _), bubble = alone["ragged", 1]
+    assert len(set(steps.max(1).values.tolist())) > 1 and bubble is None
+    assert alone["truncated", 3][0][2] is not None
+
+
+def _exchange():
+    """Send draws back and share them; return what arrived, by kind."""
+    from agrpo_megatron.megatron.ranks import start_ranks
+    from tests.training.tiny import tiny
+
+    ranks = start_ranks(tiny("parallel=pp2", FOUR_LAYERS))
+    huge = torch.tensor([2**31 + 5, 0, 126463])
+    some = torch.tensor([-1e-7, -3.25, -90.0])
+    support = torch.tensor([[2**31 + 5, 7, -1], [0, -1, -1], [126463, 1, 2]])
+    arrived = []
+    for ids in (None, support):
+        draw = Draw(huge, some, some.exp(), some * 3, ids)
+        if ranks.is_last_stage:
+            for work, _ in send_draw(draw, 0, ranks):
+                work.wait()
+            broadcast_draw(draw, 3, ranks)
+        else:
+            arrived += [receive_draw(1, 3, ranks), broadcast_draw(None, 3, ranks)]
+    empty = Draw(huge[:0], some[:0], some[:0], some[:0], None)
+    arrived.append(broadcast_draw(empty if ranks.is_last_stage else None, 0, ranks))
+    return arrived, (huge, some, support)
+
+
+def test_draws_travel_without_loss():
+    (arrived, (huge, some, support)), _ = run_ranks(2, _exchange)
+    *full, empty = arrived
+    for number, draw in enumerate(full):
+        assert torch.equal(draw.tokens, huge) and torch.equal(draw.logprobs, some)
+        assert torch.equal(draw.entropies, some.exp()) and torch.equal(draw.confidences, some * 3)
+        assert (draw.support_ids is None) == (number < 2)
+        assert draw.support_ids is None or torch.equal(draw.support_ids, support)
+    assert len(empty.tokens) == 0 and empty.support_ids is None

@@ -1,0 +1,175 @@
+"""The memory arithmetic against what really built models, buffers and optimizers hold."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer
+
+from agrpo_megatron.config import load
+from agrpo_megatron.megatron.network import build_network
+from agrpo_megatron.megatron.ranks import start_ranks
+from agrpo_megatron.scaling.memory import rank_memory, stage_parameters, worst_rank
+from agrpo_megatron.settings import Settings
+from agrpo_megatron.training.rl import collect_rollout, update_policy
+from tests.ranks import run_ranks
+from tests.training.tiny import open_session
+
+ROOT = Path(__file__).parent.parent.parent
+LLADA = ROOT / "examples" / "llada_8b" / "model.yaml"
+LAYOUTS = ["tp8", "tp4-sp-pp2", "pp4-dp2", "pp4-vpp2-dp2", "tp2-cp2-dp2", "tp2-pp2-dp2"]
+PADDING = 256  # numbers that Megatron may add to a buffer at its end and between parameters
+
+
+def _llada_on_meta():
+    """Build LLaDA-8B's own rank of each layout without memory; return bytes held and foretold."""
+    found = []
+    for layout in LAYOUTS:
+        settings = load(Settings, LLADA, [f"parallel={layout}", "run.threads=1"])
+        ranks = start_ranks(settings)
+        with torch.device("meta"):
+            network = build_network(settings, ranks)
+        held = sum(p.numel() * p.element_size() for _, p in network.named_parameters())
+        assert all(p.is_meta for _, p in network.named_parameters())
+        foretold = rank_memory(settings, dist.get_world_size(), stage=ranks.pipeline.rank)
+        found.append((layout, held, foretold.weights))
+    return found
+
+
+def test_weights_of_llada_8b_are_those_of_the_built_model():
+    for result in run_ranks(8, _llada_on_meta):
+        assert [held for _, held, _ in result] == [told for _, _, told in result], result
+
+
+def test_llada_8b_has_the_published_number_of_parameters():
+    """Source: total_size of the checkpoint's index, 16,031,162,368 bytes in bf16."""
+    settings = load(Settings, LLADA)
+    assert 2 * stage_parameters(settings, settings.parallel, stage=0) == 16_031_162_368
+
+
+def _state_bytes(optimizer):
+    """Return the bytes of Adam's moments on this rank."""
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    states = [s for part in parts for s in part.optimizer.state.values()]
+    names = ("exp_avg", "exp_avg_sq")
+    return sum(s[n].numel() * s[n].element_size() for s in states for n in names)
+
+
+def _tiny(overrides):
+    """Train one iteration; return bytes held, by part, beside the arithmetic."""
+    options = ["model.num_layers=4", "model.hidden_size=64", "model.ffn_hidden_size=128"]
+    session, engine = open_session(*options, *overrides, world_size=dist.get_world_size())
+    rollout, _ = collect_rollout(session, engine, 0)
+    update_policy(session, engine, rollout, None)
+    named = list(engine.network.named_parameters())
+    main = [p for g in engine.optimizer.param_groups for p in g["params"]]
+    held = {
+        "weights": sum(p.numel() * p.element_size() for _, p in named),
+        "gradients": sum(b.grad_data.nbytes for ddp in engine.ddp for b in ddp.buffers),
+        "main_weights": sum(p.numel() * 4 for p in main),
+        "moments": _state_bytes(engine.optimizer),
+        "tensors": len(named),
+    }
+    stage = engine.ranks.pipeline.rank
+    return held, rank_memory(session.settings, dist.get_world_size(), stage=stage)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("distributed", ["false", "true"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_gradients_and_optimizer_states_are_those_of_a_trained_engine(
+    layout, distributed, precision
+):
+    overrides = [f"parallel={layout}", f"optimizer.distributed={distributed}"]
+    overrides.append(f"precision={precision}")
+    results = run_ranks(2, _tiny, overrides)
+    for held, told in results:
+        slack = held["tensors"] * PADDING * 4
+        assert held["weights"] == told.weights
+        assert 0 <= held["gradients"] - told.gradients <= slack
+        if precision == "bf16" and layout != "dp2":
+            assert abs(held["main_weights"] - told.main_weights) <= slack
+        if layout != "dp2":
+            assert held["moments"] == told.moments
+    if layout == "dp2":  # the optimizer may cut the buffer anywhere: together it is right
+        total = sum(held["moments"] for held, _ in results)
+        assert total == sum(told.moments for _, told in results)
+
+
+def _saved_bytes(overrides):
+    """Return the bytes that autograd keeps of one micro-batch, beside the estimate."""
+    options = ["model.num_layers=4", "model.hidden_size=64", "model.ffn_hidden_size=192"]
+    options += ["model.num_query_groups=4", "train.token_budget=170"]
+    session, engine = open_session(*options, *overrides)
+    rollout, _ = collect_rollout(session, engine, 0)
+    kept, chunk = {}, engine.network.chunks[0]
+    weights = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    held = []
+    chunk.register_forward_pre_hook(lambda *_: kept.clear())
+    chunk.register_forward_hook(lambda *_: held.append(sum(kept.values())))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        update_policy(session, engine, rollout, None)
+    return max(held), rank_memory(session.settings, 1, stage=0).activations
+
+
+def test_activations_are_estimated_within_a_half():
+    ((held, told),) = run_ranks(1, _saved_bytes, [])
+    assert held / 1.5 < told < 1.5 * held
+    full = "model.megatron={recompute_granularity: full, recompute_method: uniform, "
+    ((less, told_less),) = run_ranks(1, _saved_bytes, [full + "recompute_num_layers: 1}"])
+    assert less < held / 3 and told_less < told / 1.5
+
+
+def test_the_worst_rank_is_the_worst_of_all_stages():
+    settings = load(Settings, LLADA, ["parallel=pp4"])
+    totals = [rank_memory(settings, 8, stage=stage).total for stage in range(4)]
+    assert worst_rank(settings, 8).total == max(totals) > min(totals)
+
+
+def test_a_rollout_layout_of_its_own_holds_a_second_set_of_weights():
+    settings = load(Settings, LLADA, ["parallel=pp4", "rollout.parallel=tp4"])
+    memory = rank_memory(settings, 8, stage=1)
+    whole = replace(settings, rollout=replace(settings.rollout, parallel=None))
+    assert memory.rollout_copy == pytest.approx(16_031_162_368 / 4, rel=1e-3)
+    assert rank_memory(whole, 8, stage=1).rollout_copy == 0
+
+
+def _tool(*arguments):
+    command = [sys.executable, str(ROOT / "tools" / "layouts.py"), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}
+    )
+
+
+def test_the_tool_prints_a_row_for_each_layout():
+    done = _tool(str(LLADA), "--ranks", "8", "--memory", "80")
+    rows = [line.split() for line in done.stdout.splitlines() if line.lstrip().startswith("tp")]
+    assert done.returncode == 0 and len(rows) == 20
+    settings = load(Settings, LLADA, ["parallel=tp4-sp-pp2"])
+    (row,) = [row for row in rows if row[0] == "tp4-sp-pp2-cp1-dp1"]
+    assert row[7] == f"{worst_rank(settings, 8).total / 2**30:.1f}" and row[8] == "fits"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml"),
+        ([str(LLADA), "--parallel", "tp3"], "the nearest layout that fits"),
+        ([str(ROOT / "examples" / "tiny.yaml")], "model.vocab_size"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, said):
+    done = _tool(*arguments)
+    assert done.returncode == 2 and done.stderr.startswith("layouts: error: ")
+    assert done.stderr.count("\n") == 1 and said in done.stderr

@@ -1,0 +1,103 @@
+"""Show what each rank would hold under every layout of a model: memory, by arithmetic.
+
+    python tools/layouts.py examples/llada_8b/model.yaml --ranks 8
+    python tools/layouts.py FILE --ranks 64 --memory 80 --parallel tp4-sp-pp2 precision=bf16
+
+FILE is a settings file or a Hugging Face directory. Weights, gradients and optimizer states are
+exact, activations an estimate; leave a tenth of the memory for the rest. A row shows the pipeline
+stage that needs most. Exit status 2 for wrong input.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from agrpo_megatron.config import build, load
+from agrpo_megatron.families import settings_from_hf
+from agrpo_megatron.layout import layout_name, model_ranks, parse_layout
+from agrpo_megatron.rules import validate_layout
+from agrpo_megatron.scaling.memory import Memory, worst_rank
+from agrpo_megatron.settings import ParallelSettings, Settings
+
+SPARE = 0.9  # of the memory: what arithmetic does not see needs the rest
+PARTS = [part.name for part in fields(Memory)]
+
+
+def main() -> int:
+    """Print one row per layout; returns the exit status."""
+    arguments = _arguments()
+    try:
+        settings = _settings(arguments)
+        layouts = list(_layouts(settings, arguments.ranks, arguments.parallel))
+    except ValueError as error:
+        print(f"layouts: error: {error}", file=sys.stderr)
+        return 2
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("layout")
+    for name in (*PARTS, "total"):
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column(f"{arguments.memory:g} GiB")
+    found = [(worst_rank(s, arguments.ranks), s.parallel) for s in layouts]
+    for memory, parallel in sorted(found, key=lambda pair: (model_ranks(pair[1]), pair[0].total)):
+        sizes = [f"{getattr(memory, name) / 2**30:.1f}" for name in (*PARTS, "total")]
+        fits = memory.total < SPARE * arguments.memory * 2**30
+        table.add_row(
+            layout_name(parallel, arguments.ranks), *sizes, "fits" if fits else "[dim]too much[/]"
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
+def _layouts(settings: Settings, ranks: int, only: str | None) -> Iterator[Settings]:
+    """Yield the settings at each layout that fits model and ranks, or at the one asked for."""
+    if only is not None:
+        tree = parse_layout(only, "--parallel")
+        parallel = build(ParallelSettings, tree, "--parallel ")
+        validate_layout(settings.model, parallel, world_size=ranks, key="--parallel")
+        yield replace(settings, parallel=parallel)
+        return
+    sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
+    for tensor, pipeline, context in itertools.product(sizes, repeat=3):
+        parallel = ParallelSettings(
+            tensor=tensor, sequence=tensor > 1, pipeline=pipeline, context=context
+        )
+        try:
+            validate_layout(settings.model, parallel, world_size=ranks, key="parallel")
+        except ValueError:
+            continue
+        yield replace(settings, parallel=parallel)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    path = Path(arguments.file)
+    if path.is_dir():
+        settings = load(Settings, None, arguments.overrides)
+        settings = replace(settings, model=settings_from_hf(path))
+    else:
+        settings = load(Settings, path, arguments.overrides)
+    if settings.model.vocab_size is None:
+        raise ValueError("model.vocab_size=null: the table needs it; write model.vocab_size=N")
+    return settings
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", metavar="FILE", help="settings file or Hugging Face directory")
+    parser.add_argument("--ranks", type=int, default=8, help="GPUs, all nodes together (8)")
+    parser.add_argument("--memory", type=float, default=80.0, help="GiB of each GPU (80)")
+    parser.add_argument("--parallel", metavar="LAYOUT", help="this layout only, such as tp4-pp2")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
