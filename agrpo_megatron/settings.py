@@ -31,7 +31,9 @@ class ModelSettings:
 
     family: str = setting("llada", "weight-name family", choices=("llada",))
     load: str | None = setting(
-        None, "Hugging Face or run directory to start from, architecture included; null: random"
+        None,
+        "Hugging Face directory, Megatron checkpoint or run directory to start from, architecture "
+        "included; null: random",
     )
     num_layers: int = setting(4, "transformer layers", low=1)
     hidden_size: int = setting(128, "width of the residual stream", low=1)
@@ -239,6 +241,13 @@ class CheckpointSettings:
 
     interval: int = setting(50, "iterations between checkpoints; 0: last only", low=0)
     keep: int = setting(2, "newest checkpoints kept", low=1)
+    best: str | None = setting(
+        "accuracy", "also save and keep the highest of this metric of the evaluations; null: none"
+    )
+    background: bool = setting(False, "write in a process of its own while training goes on")
+    rollouts: bool = setting(
+        True, "keep rollouts until a checkpoint has them, so that a restart samples none again"
+    )
 
 
 @dataclass(frozen=True)

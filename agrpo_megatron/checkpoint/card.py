@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron import __version__
-from agrpo_megatron.checkpoint.progress import PROGRESS_FILE, read_progress
+from agrpo_megatron.checkpoint.progress import PROGRESS_FILE, RUN_FILE, read_progress
 from agrpo_megatron.config import read_yaml
 
-RUN_FILE = "run.yaml"
 CARD = "README.md"
 SHOWN = ("task.name", "algorithm", "sampling", "optimizer", "train.iterations", "run.seed")
 

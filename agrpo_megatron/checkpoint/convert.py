@@ -17,7 +17,13 @@ from torch import Tensor
 
 from agrpo_megatron.checkpoint.card import write_card
 from agrpo_megatron.checkpoint.integrity import seal, verify
-from agrpo_megatron.checkpoint.model_files import HF, carry, set_dtype, write_model_files
+from agrpo_megatron.checkpoint.model_files import (
+    carry,
+    set_dtype,
+    write_config,
+    write_model_files,
+)
+from agrpo_megatron.checkpoint.progress import HF
 from agrpo_megatron.checkpoint.torch_dist import BLOCK, Piece, checkpoint_key, write_checkpoint
 from agrpo_megatron.checkpoint.weights import (
     DTYPES,
@@ -25,6 +31,7 @@ from agrpo_megatron.checkpoint.weights import (
     is_megatron,
     open_weights,
 )
+from agrpo_megatron.families import FAMILIES
 from agrpo_megatron.families.files import (
     INDEX,
     SINGLE,
@@ -60,7 +67,7 @@ def to_megatron_checkpoint(
     pieces = _pieces(model, weights, dtype)
     with _unfinished(target, source, dtype) as partial:
         write_checkpoint(partial, pieces, _Count(sum(p.nbytes for p in pieces), progress).add)
-        write_model_files(partial, model, source)
+        write_model_files(partial, model, [source])
 
 
 def to_hf_directory(
@@ -75,6 +82,8 @@ def to_hf_directory(
     """
     verify(source)
     weights = MegatronWeights(source, dtype)
+    model, has_config = weights.model, (source / HF / "config.json").exists()
+    config = {} if has_config else FAMILIES[model.family].config(model)
     tensors, files = weights.tensors, _shards(weights.tensors, source / HF)
     count = _Count(sum(tensor.nbytes for tensor in tensors.values()), progress)
     with _unfinished(target, source, dtype) as partial:
@@ -87,6 +96,8 @@ def to_hf_directory(
                 partial / file, held, lambda name: count.passing(weights.blocks(name))
             )
         carry(source / HF, partial)
+        if config:
+            write_config(partial, config)
         _write_index(partial, files, tensors)
         kinds = Counter(tensor.dtype for tensor in tensors.values())
         set_dtype(partial, str(kinds.most_common(1)[0][0]).removeprefix("torch."))

@@ -1,42 +1,42 @@
 """What a checkpoint holds beside its tensors: the model's settings, tokenizer, generation files.
 
 model.yaml  settings of the model
-hf/         every file of the Hugging Face directory but its weights: config.json, tokenizer,
-            chat template, modelling code, index; of a model that came from none: config.json
-            and the tokenizer
+run.yaml    settings of the run, where one trained it
+hf/         every file of the Hugging Face directory but its weights: config.json, tokenizer, chat
+            template, modelling code, index; of a model that came from none: the tokenizer
 """
 
 import json
 import shutil
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from agrpo_megatron.checkpoint.progress import HF, MODEL_FILE
 from agrpo_megatron.config import load, to_yaml
-from agrpo_megatron.families import FAMILIES
 from agrpo_megatron.families.files import PICKLED
 from agrpo_megatron.settings import ModelSettings
 
-MODEL_FILE, HF = "model.yaml", "hf"
 WEIGHTS = (".safetensors", ".h5", ".msgpack", ".gguf", *PICKLED)
+TOKENIZER = "tokenizer.model"
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json; the newer name first
 
 
-def write_model_files(folder: Path, model: ModelSettings, source: Path | None) -> None:
+def write_model_files(folder: Path, model: ModelSettings, sources: Iterable[Path]) -> None:
     """Write `model.yaml` and `hf/`; one rank.
 
     Args:
-        source: a Hugging Face directory, a sentencepiece file, or None for neither.
+        sources: Hugging Face directories and sentencepiece files; later ones win.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MODEL_FILE).write_text(to_yaml(model), encoding="utf-8")
     target = folder / HF
-    target.mkdir(exist_ok=True)
-    if source is not None and source.is_dir():
-        carry(source, target)
-    elif source is not None:
-        shutil.copyfile(source, target / "tokenizer.model")
-    if not (target / "config.json").exists():
-        write_config(target, FAMILIES[model.family].config(model))
+    target.mkdir(parents=True, exist_ok=True)
+    (folder / MODEL_FILE).write_text(to_yaml(replace(model, load=None)), encoding="utf-8")
+    for source in sources:
+        if source.is_dir():
+            carry(source, target)
+        else:
+            shutil.copyfile(source, target / TOKENIZER)
 
 
 def read_model(folder: Path) -> ModelSettings:

@@ -1,11 +1,17 @@
 """Which checkpoints a run has and how far it had come; reads small files, needs no torch."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 PROGRESS_FILE = "progress.json"
+LATEST, BEST = "latest", "best"  # files that name a checkpoint
+PARTIAL, DAMAGED = ".partial-", "damaged-"
+# Beside the tensors: the settings of the model, those of the run, what Hugging Face needs.
+MODEL_FILE, RUN_FILE, HF = "model.yaml", "run.yaml", "hf"
+PHASES = ("sft", "rl")
 
 
 @dataclass(frozen=True)
@@ -16,6 +22,9 @@ class Progress:
     iteration: int  # finished iterations of the phase
     offsets: dict[str, int]  # bytes of each log file that belong to them
     scores: dict[str, float] = field(default_factory=dict)  # of the latest evaluation
+    best: float | None = None  # highest `checkpoint.best` so far
+    is_best: bool = False
+    wandb: str | None = None  # id of the wandb run
 
     @property
     def name(self) -> str:
@@ -24,16 +33,45 @@ class Progress:
 
 
 def latest_checkpoint(root: Path) -> tuple[Path, Progress] | None:
-    """Return the newest whole checkpoint below `root`, if there is one.
+    """Return the newest checkpoint that looks whole, if there is one; no file is verified."""
+    for path in checkpoints(root):
+        if (path / PROGRESS_FILE).exists():
+            return path, read_progress(path)
+    return None
 
-    Raises:
-        RuntimeError: `latest` points at something that is not there.
-    """
-    pointer = root / "latest"
-    if not pointer.exists():
-        return None
-    path = root / pointer.read_text(encoding="utf-8").strip()
-    return path, read_progress(path)
+
+def checkpoints(root: Path) -> list[Path]:
+    """Return the checkpoints up to the one that `latest` names, newest first."""
+    names, latest = _names(root), pointed(root, LATEST)
+    if latest in names:
+        names = names[names.index(latest) :]
+    return [root / name for name in names]
+
+
+def point(root: Path, pointer: str, name: str) -> None:
+    """Make `latest` or `best` name a checkpoint, at once or not at all."""
+    partial = root / f".{pointer}"
+    partial.write_text(name, encoding="utf-8")
+    os.replace(partial, root / pointer)
+
+
+def pointed(root: Path, pointer: str) -> str | None:
+    """Return the name that a pointer holds; None where there is none."""
+    path = root / pointer
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def set_aside(root: Path, path: Path, successor: Path | None) -> Path:
+    """Rename a damaged checkpoint, and make `latest` name another; returns the new name."""
+    number, target = 0, root / f"{DAMAGED}{path.name}"
+    while target.exists():
+        number, target = number + 1, root / f"{DAMAGED}{path.name}.{number + 1}"
+    path.rename(target)
+    if successor is None:
+        (root / LATEST).unlink(missing_ok=True)
+    else:
+        point(root, LATEST, successor.name)
+    return target
 
 
 def read_progress(path: Path) -> Progress:
@@ -49,19 +87,25 @@ def read_progress(path: Path) -> Progress:
 
 
 def checkpoint_path(run_dir: Path, name: str | None = None) -> Path:
-    """Return a checkpoint of a run: the latest, or the one of this name.
+    """Return a checkpoint of a run: the latest, `best`, or the one of this name.
 
     Raises:
         ValueError: there is none; names those there are.
     """
     root = run_dir / CHECKPOINTS
-    names = sorted(p.name for p in root.glob("*-*") if not p.name.startswith("."))
-    if name is None:
-        found = latest_checkpoint(root)
+    names = sorted(_names(root))
+    if name in (None, LATEST, BEST):
+        found = pointed(root, name or LATEST)
         if found is None:
-            raise ValueError(f"{run_dir} holds no checkpoint; train it first")
-        return found[0]
+            what = "best checkpoint" if name == BEST else "checkpoint"
+            raise ValueError(f"{run_dir} holds no {what}; train it first")
+        return root / found
     if name not in names:
         known = ", ".join(names) or "none yet"
         raise ValueError(f"{run_dir} holds no checkpoint {name}; it has {known}")
     return root / name
+
+
+def _names(root: Path) -> list[str]:
+    """Return the names of all checkpoints, newest first."""
+    return [path.name for phase in PHASES for path in sorted(root.glob(f"{phase}-*"))][::-1]

@@ -18,8 +18,13 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint import metadata as records
+from torch.distributed.checkpoint import (
+    FileSystemReader,
+    FileSystemWriter,
+    filesystem,
+    metadata,
+    planner,
+)
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -96,23 +101,23 @@ def write_checkpoint(folder: Path, pieces: Sequence[Piece], done: Callable[[int]
     folder.mkdir(parents=True, exist_ok=True)
     plans = [SavePlan([_item(piece) for piece in part]) for part in _files(pieces)]
     plans[0].items.append(WriteItem(MetadataIndex(COMMON), WriteItemType.BYTE_IO))
-    plans, metadata = create_default_global_save_plan(plans)
+    plans, described = create_default_global_save_plan(plans)
     writer = FileSystemWriter(folder, thread_count=1)
     plans = writer.prepare_global_plan(plans)
-    planner = _Making({(piece.key, piece.offset): piece for piece in pieces}, done)
+    making = _Making({(piece.key, piece.offset): piece for piece in pieces}, done)
     results = []
     for number, plan in enumerate(plans):
         record = folder / f"written-{number}.json"
         if record.exists():
             results.append(_decode(json.loads(record.read_text(encoding="utf-8"))))
-            done(sum(planner.piece(item).nbytes for item in plan.items if item.tensor_data))
+            done(sum(making.piece(item).nbytes for item in plan.items if item.tensor_data))
             continue
-        results.append(writer.write_data(plan, planner).value())
+        results.append(writer.write_data(plan, making).value())
         partial = record.with_suffix(".partial")
         partial.write_text(json.dumps(_encode(results[-1])), encoding="utf-8")
         partial.rename(record)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    writer.finish(metadata, results)
+    writer.finish(described, results)
     for record in folder.glob("written-*"):
         record.unlink()
 
@@ -186,9 +191,9 @@ def read_metadata(folder: Path) -> Metadata:
 class _OnlyMetadata(pickle.Unpickler):
     """Unpickles the records of torch.distributed.checkpoint and plain values, nothing else."""
 
+    modules = {module.__name__: module for module in (filesystem, metadata, planner)}
     names = (
         ("torch", "Size"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.serialization", "_get_layout"),
         ("collections", "OrderedDict"),
         ("pathlib", "PosixPath"),
@@ -202,7 +207,7 @@ class _OnlyMetadata(pickle.Unpickler):
             UnpicklingError: it is none that metadata needs.
         """
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        record = getattr(records, name, None) if module == records.__name__ else None
+        record = getattr(self.modules.get(module), name, None)
         is_record = isinstance(record, type) and record.__module__ == module
         if is_dtype or is_record or (module, name) in self.names:
             return super().find_class(module, name)

@@ -148,6 +148,11 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
 
 
+def is_huggingface(path: Path) -> bool:
+    """Say whether a directory is one of Hugging Face's, with weights or without."""
+    return (path / "config.json").is_file()
+
+
 def read_index(directory: Path) -> dict[str, str] | None:
     """Return which file holds each tensor, by the directory's index; None without one.
 

@@ -1,6 +1,5 @@
 """The run directory before a run: is it new, does it continue, or is it done?"""
 
-from dataclasses import replace
 from pathlib import Path
 
 from agrpo_megatron.checkpoint.progress import CHECKPOINTS, Progress, latest_checkpoint
@@ -10,6 +9,7 @@ from agrpo_megatron.training.resolve import RUN_SETTINGS
 
 # What may change between the attempts of one run: it alters no number, or only adds iterations.
 MAY_CHANGE = ("run.dir", "run.threads", "run.timeout", "logging", "checkpoint", "parallel")
+MAY_CHANGE += ("rollout", "ddp", "optimizer.distributed", "sft.optimizer.distributed")
 
 
 def progress(settings: Settings) -> Progress | None:
@@ -37,8 +37,8 @@ def progress(settings: Settings) -> Progress | None:
 
 def is_finished(settings: Settings, done: Progress | None) -> bool:
     """Say whether nothing is left to do."""
-    last = Progress("rl", settings.train.iterations, {})
-    return done is not None and replace(done, offsets={}) == last
+    last = settings.train.iterations
+    return done is not None and (done.phase, done.iteration) == ("rl", last)
 
 
 def move_away(directory: Path) -> Path | None:

@@ -19,7 +19,9 @@ class RunLog:
     that an iteration never stands there twice.
     """
 
-    def __init__(self, directory: Path, *, settings: Settings, is_main: bool):
+    def __init__(
+        self, directory: Path, *, settings: Settings, is_main: bool, wandb_id: str | None = None
+    ):
         self.directory = directory
         self._files: dict[str, Any] = {}
         self._wandb: Any = None
@@ -29,7 +31,7 @@ class RunLog:
         for name in (METRICS, SAMPLES):
             self._files[name] = (directory / name).open("a", encoding="utf-8")
         (directory / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
-        self._wandb = _start_wandb(directory, settings)
+        self._wandb = _start_wandb(directory, settings, wandb_id)
 
     def metrics(self, record: dict[str, Any]) -> None:
         """Write one line of metrics and hand it to wandb, under its phase's name."""
@@ -43,6 +45,11 @@ class RunLog:
         """Write completion samples, one line each."""
         for record in records:
             self._append(SAMPLES, {**common, **record})
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Return the wandb run's id; None where wandb is off, and on other ranks."""
+        return self._wandb.id if self._wandb is not None else None
 
     def offsets(self) -> dict[str, int]:
         """Return the length of each file, in bytes."""
@@ -67,8 +74,8 @@ class RunLog:
             self._files[name].flush()
 
 
-def _start_wandb(directory: Path, settings: Settings) -> Any:
-    """Start wandb, under an id that a resumed run finds again."""
+def _start_wandb(directory: Path, settings: Settings, known: str | None) -> Any:
+    """Start wandb, under the id of an earlier attempt where there was one."""
     logging = settings.logging
     if logging.wandb == "disabled":
         return None
@@ -76,7 +83,7 @@ def _start_wandb(directory: Path, settings: Settings) -> Any:
 
     id_file = directory / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+        id_file.write_text(known or secrets.token_hex(4), encoding="utf-8")
     return wandb.init(
         mode=logging.wandb,  # type: ignore[arg-type]
         project=logging.project,

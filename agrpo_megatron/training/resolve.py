@@ -6,6 +6,7 @@ Runs before any process group and before torch is needed, so wrong input is refu
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from agrpo_megatron.checkpoint.progress import HF, MODEL_FILE
 from agrpo_megatron.config import load
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.rules import validate
@@ -59,16 +60,27 @@ def _with_loaded_model(settings: Settings) -> Settings:
     source = settings.model.load
     if source is None:
         return settings
-    run_file = Path(source) / RUN_SETTINGS
+    run_file, model_file = Path(source) / RUN_SETTINGS, Path(source) / MODEL_FILE
     if run_file.exists():
         saved = load(Settings, run_file)
         model, tokenizer_path = saved.model, saved.tokenizer.path
+    elif model_file.exists():
+        model, tokenizer_path = load(ModelSettings, model_file), _carried_tokenizer(model_file)
     else:
         model, tokenizer_path = settings_from_hf(source), source
     model = replace(model, load=source, megatron={**model.megatron, **settings.model.megatron})
     if settings.tokenizer.path is None:
         settings = replace(settings, tokenizer=replace(settings.tokenizer, path=tokenizer_path))
     return replace(settings, model=model)
+
+
+def _carried_tokenizer(model_file: Path) -> str | None:
+    """Return the tokenizer that a checkpoint carries along, if it does."""
+    folder = model_file.parent / HF
+    if any(folder.glob("tokenizer*.json")):
+        return str(folder)
+    file = folder / "tokenizer.model"
+    return str(file) if file.exists() else None
 
 
 def _check_tokens(model: ModelSettings, tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
+from agrpo_megatron.training.bank import RolloutBank
 from agrpo_megatron.training.session import (
     Session,
     answer,
@@ -31,6 +32,7 @@ def run_rl(
     session: Session,
     engine: Engine,
     reference: Network | None,
+    bank: RolloutBank,
     *,
     start: int,
     after: Callable[[int], None],
@@ -39,11 +41,12 @@ def run_rl(
 
     Args:
         reference: the frozen reference policy, where `kl_coefficient` asks for one.
+        bank: rollouts of an earlier attempt, and where new ones are kept.
         after: called after each iteration with the number finished: evaluates and saves.
     """
     for iteration in range(start, session.settings.train.iterations):
         started = time.perf_counter()
-        rollout, rollout_metrics = collect_rollout(session, engine, iteration)
+        rollout, rollout_metrics = collect_rollout(session, engine, iteration, bank)
         update_started = time.perf_counter()
         metrics, tokens = update_policy(session, engine, rollout, reference)
         now = time.perf_counter()
@@ -69,23 +72,30 @@ def run_rl(
 
 
 def collect_rollout(
-    session: Session, engine: Engine, iteration: int
+    session: Session, engine: Engine, iteration: int, bank: RolloutBank | None = None
 ) -> tuple[Rollout, dict[str, float]]:
-    """Sample and grade a group of completions of each problem; the same on every rank."""
+    """Sample and grade a group of completions of each problem; the same on every rank.
+
+    What the bank has of an earlier attempt is not sampled again.
+    """
     settings, algorithm = session.settings, session.settings.algorithm
     problems = session.task.problems("train")
     count, group = algorithm.prompts_per_iteration, algorithm.group_size
     picked = pick_problems(len(problems), batch=count, iteration=iteration, seed=settings.run.seed)
     chosen = [problems[place] for place in picked for _ in range(group)]
     places = torch.arange(count * group, device=session.ranks.device)
-    answers = answer(
-        session,
-        engine.rollout_network(),
-        chosen,
-        places + iteration * count * group,
-        sampling=settings.sampling,
-        weights_version=iteration,
-    )
+    answers = bank.find(iteration, settings.sampling) if bank is not None else None
+    if answers is None:
+        answers = answer(
+            session,
+            engine.rollout_network(),
+            chosen,
+            places + iteration * count * group,
+            sampling=settings.sampling,
+            weights_version=iteration,
+        )
+        if bank is not None:
+            bank.keep(iteration, answers)
     scores = torch.tensor([r.score for r in answers.rewards], device=session.ranks.device)
     advantages = estimators.advantages(
         scores,

@@ -1,21 +1,23 @@
 """A whole run: supervised phase, reinforcement learning, evaluations, checkpoints, resume."""
 
-from collections.abc import Callable
 from pathlib import Path
 
+from agrpo_megatron.checkpoint.integrity import verify
 from agrpo_megatron.checkpoint.progress import (
     CHECKPOINTS,
+    MODEL_FILE,
     Progress,
     checkpoint_path,
-    latest_checkpoint,
 )
-from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights, save_checkpoint
+from agrpo_megatron.checkpoint.resume import find_checkpoint
+from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights
 from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.ranks import start_ranks, stop_ranks
 from agrpo_megatron.megatron.weights import initialise, load_hf
 from agrpo_megatron.settings import OptimizerSettings, Settings
 from agrpo_megatron.training.evaluation import evaluate
+from agrpo_megatron.training.keeper import MODEL_FILES, Keeper, describe_model
 from agrpo_megatron.training.log import RunLog
 from agrpo_megatron.training.resolve import RUN_SETTINGS, Resolved
 from agrpo_megatron.training.rl import run_rl
@@ -30,16 +32,19 @@ def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "
     """
     settings = resolved.settings
     ranks = start_ranks(settings)
-    log = RunLog(Path(settings.run.dir), settings=settings, is_main=ranks.is_main)
+    found = find_checkpoint(_root(settings), ranks, view.warn)
+    done = found[1] if found else Progress("sft", 0, {})
+    directory = Path(settings.run.dir)
+    log = RunLog(directory, settings=settings, is_main=ranks.is_main, wandb_id=done.wandb)
     session = Session(settings, ranks, resolved.task, resolved.tokenizer, log, view)
     try:
-        found = latest_checkpoint(_root(settings))
-        log.cut_back(found[1].offsets if found else {})
-        done = found[1] if found else Progress("sft", 0, {})
+        log.cut_back(done.offsets)
         if found:
             view.note(f"resuming after {done.phase} iteration {done.iteration}")
+        if ranks.is_main:
+            describe_model(directory / MODEL_FILES, settings)
         if done.phase == "sft" and "sft" in phases and settings.sft.iterations > 0:
-            _sft_phase(session, found[0] if found else None, done.iteration)
+            _sft_phase(session, found[0] if found else None, done)
         if "rl" in phases:
             _rl_phase(session, found[0] if found and done.phase == "rl" else None, done)
     finally:
@@ -58,6 +63,9 @@ def load_start_weights(network: Network, settings: Settings) -> None:
         initialise(network, settings.model, settings.run.seed)
     elif (Path(source) / RUN_SETTINGS).exists():
         load_weights(checkpoint_path(Path(source)), network)
+    elif (Path(source) / MODEL_FILE).exists():
+        verify(Path(source))
+        load_weights(Path(source), network)
     else:
         load_hf(network, settings.model, source)
 
@@ -66,12 +74,14 @@ def _root(settings: Settings) -> Path:
     return Path(settings.run.dir) / CHECKPOINTS
 
 
-def _sft_phase(session: Session, checkpoint: Path | None, done: int) -> None:
+def _sft_phase(session: Session, checkpoint: Path | None, done: Progress) -> None:
     settings = session.settings
     iterations = settings.sft.iterations
     engine = _engine(session, settings.sft.optimizer, iterations)
     _fill(session, engine, checkpoint, None)
-    run_sft(session, engine, start=done, after=_saver(session, engine, "sft", iterations))
+    keeper = Keeper(session, engine, "sft", iterations, done)
+    run_sft(session, engine, start=done.iteration, after=keeper.after)
+    keeper.finish()
 
 
 def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None:
@@ -89,17 +99,21 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
             load_start_weights(reference, settings)
     if checkpoint is None:
         evaluate(session, engine.rollout_network(), iteration=0, stage="before")
-    save = _saver(session, engine, "rl", settings.train.iterations)
+        done = Progress("rl", 0, {})
     every, last = settings.evaluation.interval, settings.train.iterations
+    keeper = Keeper(session, engine, "rl", last, done)
 
     def after(iteration: int) -> None:
+        """Evaluate and save, where they are due."""
+        scores = None
         if iteration == last or (every and iteration % every == 0):
             stage = "after" if iteration == last else "interval"
-            evaluate(session, engine.rollout_network(), iteration=iteration, stage=stage)
-        save(iteration)
+            network = engine.rollout_network()
+            scores = evaluate(session, network, iteration=iteration, stage=stage)
+        keeper.after(iteration, scores)
 
-    first = done.iteration if checkpoint is not None else 0
-    run_rl(session, engine, reference, start=first, after=after)
+    run_rl(session, engine, reference, keeper.rollouts, start=done.iteration, after=after)
+    keeper.finish()
 
 
 def _sft_end(settings: Settings) -> Path | None:
@@ -122,19 +136,3 @@ def _fill(session: Session, engine: Engine, checkpoint: Path | None, start: Path
     else:
         load_start_weights(engine.network, session.settings)
     engine.optimizer.reload_model_params()
-
-
-def _saver(session: Session, engine: Engine, phase: str, last: int) -> Callable[[int], None]:
-    """Return a function that saves when an iteration is due."""
-    settings = session.settings.checkpoint
-
-    def save(iteration: int) -> None:
-        """Save after this iteration, where one is due."""
-        if iteration != last and not (settings.interval and iteration % settings.interval == 0):
-            return
-        engine.finish_parameters()
-        progress = Progress(phase, iteration, session.log.offsets())
-        root = _root(session.settings)
-        save_checkpoint(root, engine, progress, keep=settings.keep)
-
-    return save

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader
 
 from agrpo_megatron.checkpoint.progress import Progress, latest_checkpoint
-from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights, save_checkpoint
+from agrpo_megatron.checkpoint.saving import Saver
+from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.weights import export_hf
@@ -44,8 +44,11 @@ def _outcome(session, engine):
 
 
 def _save(root, engine, iteration, keep=9):
-    progress = Progress("sft", iteration, {})
-    return save_checkpoint(Path(root), engine, progress, keep=keep)
+    return _saver(root, engine, keep).save(Progress("sft", iteration, {}))
+
+
+def _saver(root, engine, keep):
+    return Saver(Path(root), engine, keep=keep, is_async=False, files=None)
 
 
 def _train_and_save_halfway(root, overrides):
@@ -123,7 +126,7 @@ def test_a_checkpoint_goes_to_another_layout_and_back_bit_for_bit(tmp_path, over
 
 def _kill_saves(root):
     """Fail in each stage of a save; return (stage, latest, entries) after each, then a good one."""
-    from agrpo_megatron.checkpoint import sharded
+    from agrpo_megatron.checkpoint import saving
 
     root = Path(root)
     session, engine = _open(["sft.iterations=1"])
@@ -133,19 +136,21 @@ def _kill_saves(root):
     def look(stage):
         found = latest_checkpoint(root)
         assert found is not None
-        seen.append((stage, found[1].iteration, sorted(p.name for p in root.iterdir())))
+        names = [p.name.rpartition("-")[0] if p.name[0] == "." else p.name for p in root.iterdir()]
+        pointed = (root / "latest").read_text()
+        seen.append((stage, pointed, found[1].iteration, sorted(names)))
 
     def die(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    def write_half(_state, directory):
-        Path(directory, "half.distcp").write_bytes(b"half")
+    def write_half(_own, folder, *_args):
+        Path(folder, "half.distcp").write_bytes(b"half")
         die()
 
     stages = [
-        ("writing", sharded.dist_checkpointing, "save", write_half),
+        ("writing", saving, "_write", write_half),
         ("naming", Path, "rename", die),
-        ("pointing", sharded.os, "replace", die),
+        ("pointing", saving, "point", die),
     ]
     for stage, owner, name, stand_in in stages:
         own = getattr(owner, name)
@@ -163,10 +168,10 @@ def _kill_saves(root):
 def test_a_killed_save_leaves_the_previous_checkpoint_in_place(tmp_path):
     seen = run_ranks(1, _kill_saves, tmp_path)[0]
     assert seen == [
-        ("writing", 1, [".partial-sft-000002", "latest", "sft-000001"]),
-        ("naming", 1, [".partial-sft-000002", "latest", "sft-000001"]),
-        ("pointing", 1, [".latest", "latest", "sft-000001", "sft-000002"]),
-        ("whole", 2, ["latest", "sft-000001", "sft-000002"]),
+        ("writing", "sft-000001", 1, [".partial-sft-000002", "latest", "sft-000001"]),
+        ("naming", "sft-000001", 1, [".partial-sft-000002", "latest", "sft-000001"]),
+        ("pointing", "sft-000001", 1, ["latest", "sft-000001", "sft-000002"]),
+        ("whole", "sft-000002", 2, ["latest", "sft-000001", "sft-000002"]),
     ]
 
 
@@ -175,7 +180,7 @@ def _save_many(root):
     _, engine = _open([])
     for phase, iterations in (("sft", (5, 10)), ("rl", (9, 10, 11))):
         for iteration in iterations:
-            save_checkpoint(root, engine, Progress(phase, iteration, {}), keep=2)
+            _saver(root, engine, 2).save(Progress(phase, iteration, {}))
     return sorted(path.name for path in root.iterdir())
 
 
@@ -185,17 +190,18 @@ def test_the_newest_checkpoints_of_a_phase_stay_and_the_supervised_ones_too(tmp_
 
 
 def _read_with_megatron_alone(root):
-    """Save, then list the tensors and load them into Megatron's own GPTModel.
-
-    `dist_checkpointing.load_tensors_metadata` would list them, but that of megatron-core 0.19
-    fails on the strides that newer torch notes; torch's own reader lists the same file.
-    """
+    """Save, then list and load the tensors, also into Megatron's own GPTModel."""
+    from megatron.core import dist_checkpointing
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     session, engine = _open([])
     path = _save(root, engine, 1)
-    listed = FileSystemReader(path).read_metadata().state_dict_metadata
+    listed = dist_checkpointing.load_tensors_metadata(str(path))
+    plain = dist_checkpointing.load_plain_tensors(str(path))
+    assert listed.keys() <= plain.keys()
+    embedding = engine.network.chunks[0].embedding.word_embeddings.weight
+    assert torch.equal(plain["embedding.word_embeddings.weight"], embedding)
     model = session.settings.model
     theirs = GPTModel(
         config=engine.network.config,

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from agrpo_megatron.checkpoint import sharded
+from agrpo_megatron.checkpoint import saving
 from agrpo_megatron.config import load, to_yaml
 from agrpo_megatron.settings import Settings
 from agrpo_megatron.training.log import RunLog
@@ -32,10 +32,16 @@ RUN = [
     "checkpoint.interval=2",
 ]
 LINES = 11
-KILLS = {  # after so many lines, or in so-many-th save
-    "after the supervised phase, before RL's first checkpoint": (6, None),
-    "in an iteration after a checkpoint": (9, None),
-    "while the first RL checkpoint is written": (None, 3),
+BACKGROUND = ["checkpoint.background=true"]
+KILLS = {  # settings, and after how many lines, or in which save at which moment
+    "after the supervised phase, before RL's first checkpoint": ([], 6, None),
+    "in an iteration after a checkpoint": ([], 9, None),
+    "before the first RL checkpoint is written": ([], None, (4, "_write")),
+    "before its checksums are": ([], None, (4, "seal")),
+    "before it is pointed at": ([], None, (4, "point")),
+    "before old ones are removed": ([], None, (4, "pointed")),
+    "in an iteration, while the background writes": (BACKGROUND, 9, None),
+    "before a background save is sealed": (BACKGROUND, None, (3, "seal")),
 }
 DISTRIBUTED = ["optimizer.distributed=true", "sft.optimizer.distributed=true"]
 
@@ -57,24 +63,24 @@ def _kill_after_line(number):
     RunLog.metrics = metrics
 
 
-def _kill_in_save(number):
-    """Kill the process inside its so-many-th save, once the shards are written."""
-    own, saved = sharded.dist_checkpointing.save, []
+def _kill_in_save(number, moment):
+    """Kill the process in its so-many-th save, before a function of `saving` is called."""
+    own, calls = getattr(saving, moment), []
 
-    def save(*args):
-        own(*args)
-        saved.append(args)
-        if len(saved) == number and dist.get_rank() == 0:
+    def stand_in(*args, **kwargs):
+        calls.append(moment)
+        if len(calls) == number and dist.get_rank() == 0:
             _die()
+        return own(*args, **kwargs)
 
-    sharded.dist_checkpointing.save = save
+    setattr(saving, moment, stand_in)
 
 
 def _train(run_dir, overrides, line=None, save=None):
     if line is not None:
         _kill_after_line(line)
     if save is not None:
-        _kill_in_save(save)
+        _kill_in_save(*save)
     resolved = resolved_run(run_dir, *RUN, *overrides, world_size=dist.get_world_size())
     train(resolved, silent_view())
 
@@ -96,19 +102,20 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("name", KILLS)
 def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path, name):
-    run_dir = tmp_path / "run"
+    run_dir, (overrides, *kill) = tmp_path / "run", KILLS[name]
     with pytest.raises(AssertionError, match="killed by signal 9"):
-        run_ranks(1, _train, run_dir, [], *KILLS[name])
+        run_ranks(1, _train, run_dir, overrides, *kill)
     left = (run_dir / "metrics.jsonl").read_text()
     assert 0 < len(left.splitlines()) <= LINES
-    run_ranks(1, _train, run_dir, [])
+    run_dir = run_dir.rename(tmp_path / "renamed")
+    run_ranks(1, _train, run_dir, overrides)
     _assert_same(run_dir, whole)
 
 
 def test_ranks_that_share_an_optimizer_resume_to_the_same_bits(tmp_path):
     run_ranks(2, _train, tmp_path / "whole", DISTRIBUTED)
     with pytest.raises(AssertionError, match="killed by signal 9"):
-        run_ranks(2, _train, tmp_path / "run", DISTRIBUTED, None, 4)
+        run_ranks(2, _train, tmp_path / "run", DISTRIBUTED, None, (4, "seal"))
     run_ranks(2, _train, tmp_path / "run", DISTRIBUTED)
     _assert_same(tmp_path / "run", tmp_path / "whole")
 

@@ -105,7 +105,12 @@ def test_samples_can_be_drawn_step_by_step(run):
 
 def test_checkpoints_are_the_end_of_each_phase_and_the_logs_they_belong_to(run):
     root = run / "checkpoints"
-    assert sorted(p.name for p in root.iterdir()) == ["latest", "rl-000002", "sft-000002"]
+    best = (root / "best").read_text()
+    kept = {"best", "latest", "rl-000002", "sft-000002", best}
+    assert {p.name for p in root.iterdir()} == kept
+    evaluations = [m for m in read(run / "metrics.jsonl") if m["phase"] == "eval"][1:]
+    top = max(evaluations, key=lambda record: record["accuracy"])
+    assert best == f"rl-{top['iteration']:06d}"
     assert (root / "latest").read_text() == "rl-000002"
     progress = read_progress(root / "rl-000002")
     sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")}

@@ -1,0 +1,49 @@
+"""Find the checkpoint to go on from: the newest whose files are those that were written."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from agrpo_megatron.checkpoint.integrity import Damaged, verify
+from agrpo_megatron.checkpoint.progress import Progress, checkpoints, read_progress, set_aside
+from agrpo_megatron.megatron.ranks import Ranks
+
+
+def find_checkpoint(
+    root: Path, ranks: Ranks, warn: Callable[[str], None]
+) -> tuple[Path, Progress] | None:
+    """Return the newest checkpoint that is whole, or None for a new run; called by every rank.
+
+    A damaged one is renamed, not deleted, and what is wrong with it is told by `warn`.
+
+    Raises:
+        RuntimeError: there are checkpoints, and all of them are damaged.
+    """
+    paths = checkpoints(root)
+    problem = None
+    for number, path in enumerate(paths, start=1):
+        successor = paths[number] if number < len(paths) else None
+        problem = _problem(path, ranks)
+        if problem is None:
+            return path, read_progress(path)
+        if successor is not None and ranks.is_main:
+            moved = set_aside(root, path, successor)
+            warn(f"{problem}; going on from {successor.name}, the damaged one is now {moved.name}")
+        dist.barrier()
+    if problem is not None:
+        raise RuntimeError(f"{problem}; no other checkpoint is left, --restart begins anew")
+    return None
+
+
+def _problem(path: Path, ranks: Ranks) -> str | None:
+    """Verify a checkpoint, each rank a share of its files; the same answer on every rank."""
+    mine = None
+    try:
+        verify(path, share=ranks.rank, shares=ranks.world_size)
+        read_progress(path)
+    except (Damaged, RuntimeError) as error:
+        mine = str(error)
+    said: list[str | None] = [None] * ranks.world_size
+    dist.all_gather_object(said, mine)
+    return next((problem for problem in said if problem is not None), None)

@@ -1,0 +1,185 @@
+"""Save checkpoints of a run: whole or not there at all, beside the training where asked to.
+
+A checkpoint is written under another name. When all ranks have written, its checksums are noted,
+it gets its name, and `latest` is moved; a kill at any moment leaves the previous one in place.
+"""
+
+import json
+import os
+import pickle
+import queue
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+from agrpo_megatron.checkpoint.integrity import digests, seal
+from agrpo_megatron.checkpoint.progress import (
+    BEST,
+    LATEST,
+    PARTIAL,
+    PROGRESS_FILE,
+    Progress,
+    point,
+    pointed,
+)
+from agrpo_megatron.checkpoint.sharded import run_state
+from agrpo_megatron.megatron.engine import Engine
+
+SUMS = ".sums-"
+
+
+class Saver:
+    """Saves a run's checkpoints, one at a time; every call is made by every rank.
+
+    Args:
+        root: the run's `checkpoints` directory.
+        keep: newest checkpoints of a phase that stay; the best and the end of SFT always stay.
+        is_async: write in a process of its own while training goes on.
+        files: a folder whose content is copied into each checkpoint, such as the tokenizer.
+    """
+
+    def __init__(
+        self, root: Path, engine: Engine, *, keep: int, is_async: bool, files: Path | None
+    ):
+        self._root, self._engine, self._keep = root, engine, keep
+        self._is_async, self._files = is_async, files
+        self._queue = AsyncCallsQueue()
+        if engine.ranks.is_main:
+            for left in root.glob(f"{PARTIAL}*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, progress: Progress) -> Path:
+        """Save, or start to; an earlier save is finished first. Returns where it will be."""
+        self.finish()
+        self._engine.finish_parameters()
+        folder = self._new_folder(progress)
+        with _results_through_files():
+            request = dist_checkpointing.save(
+                run_state(self._engine),
+                str(folder),
+                async_sharded_save=True,
+                async_strategy="mcore",
+            )
+        assert request is not None
+        if request.async_fn is not None:  # else this rank has nothing of its own to write
+            write = partial(_write, request.async_fn, folder, dist.get_rank())
+            request = request._replace(async_fn=write)
+        request.add_finalize_fn(partial(self._publish, folder, progress))
+        if not self._is_async:
+            request.execute_sync()
+            return self._root / progress.name
+        with warnings.catch_warnings():  # the child only writes files
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._queue.schedule_async_request(request)
+        return self._root / progress.name
+
+    def poll(self) -> None:
+        """Publish a checkpoint that was written meanwhile; does not wait for one."""
+        self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait until nothing is being written."""
+        self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def _new_folder(self, progress: Progress) -> Path:
+        """Make a folder that no process of an earlier attempt still writes to."""
+        name = [f"{PARTIAL}{progress.name}-{time.time_ns():x}"]
+        dist.broadcast_object_list(name, src=0)
+        folder = self._root / name[0]
+        if self._engine.ranks.is_main:
+            folder.mkdir(parents=True)
+            if self._files is not None:
+                shutil.copytree(self._files, folder, copy_function=_link, dirs_exist_ok=True)
+        dist.barrier()
+        return folder
+
+    def _publish(self, folder: Path, progress: Progress) -> None:
+        if self._engine.ranks.is_main:
+            sums: dict[str, str] = {}
+            for file in folder.glob(f"{SUMS}*"):
+                sums |= json.loads(file.read_text(encoding="utf-8"))
+                file.unlink()
+            text = json.dumps(asdict(progress), indent=1)
+            (folder / PROGRESS_FILE).write_text(text, encoding="utf-8")
+            seal(folder, sums)
+            final = self._root / progress.name
+            if final.exists():
+                final.rename(folder.with_name(f"{folder.name}-replaced"))
+            folder.rename(final)
+            point(self._root, LATEST, progress.name)
+            if progress.is_best:
+                point(self._root, BEST, progress.name)
+            self._remove_old(progress)
+        dist.barrier()
+
+    def _remove_old(self, newest: Progress) -> None:
+        older = sorted(self._root.glob(f"{newest.phase}-*"))[: -self._keep]
+        kept = pointed(self._root, BEST)
+        replaced = self._root.glob(f"{PARTIAL}*-replaced")
+        for path in (*(path for path in older if path.name != kept), *replaced):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(own: Callable[..., Any], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
+    """Write this rank's files, as Megatron does it, and note their checksums."""
+    own(*args, **kwargs)
+    files = (path.name for path in folder.glob(f"__{rank}_*"))
+    text = json.dumps(digests(folder, files))
+    (folder / f"{SUMS}{rank}").write_text(text, encoding="utf-8")
+
+
+class _FileQueue:
+    """Brings one result back from the writing process; a pipe would fill up and block it.
+
+    Megatron's own queue is held by a manager process, whose start imports everything again: over
+    ten seconds for a tiny model.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
+
+    def put(self, item: Any) -> None:
+        """Write the result; called in the process that wrote."""
+        pickle.dump(item, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """Read the result.
+
+        Raises:
+            queue.Empty: the writing process died.
+        """
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except EOFError:
+            raise queue.Empty from None
+
+
+@contextmanager
+def _results_through_files() -> Iterator[None]:
+    filesystem_async._results_queue = _FileQueue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = None
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name: it is the run's own, and no bytes are copied."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

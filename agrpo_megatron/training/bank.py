@@ -1,0 +1,109 @@
+"""Rollouts on disk until a checkpoint has learned from them: a restart samples none again.
+
+One file for each iteration: what was sampled and how it was graded. Under the same settings an
+iteration samples the same again, so a file is right for whichever attempt comes across it.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from agrpo_megatron.diffusion.trajectories import moved
+from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.settings import SamplingSettings
+from agrpo_megatron.training.session import Answers
+from agrpo_megatron.types import Reward, Trajectory
+
+TENSORS = ("tokens", "unmask_step", "logprobs", "entropies", "num_steps", "rollout_ids")
+
+
+class RolloutBank:
+    """The rollouts of a run since its last checkpoint; every call is made by every rank.
+
+    Args:
+        folder: None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None, ranks: Ranks):
+        self._folder, self._ranks = folder, ranks
+        if folder is not None and ranks.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def find(self, iteration: int, sampling: SamplingSettings) -> Answers | None:
+        """Return what an iteration sampled in an earlier attempt, if that is on disk."""
+        path = self._path(iteration)
+        found = None if path is None or not path.exists() else _read(path, sampling)
+        # Every rank must go the same way, whatever its view of the disk.
+        count = torch.tensor(int(found is not None), device=self._ranks.device)
+        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN)
+        if found is None or not int(count):
+            return None
+        return Answers(
+            moved(found.trajectory, self._ranks.device),
+            found.rewards,
+            found.tokens,
+            found.bubble,
+            found.seconds,
+        )
+
+    def keep(self, iteration: int, answers: Answers) -> None:
+        """Write what an iteration sampled; it appears when it is whole."""
+        path = self._path(iteration)
+        if path is None or not self._ranks.is_main:
+            return
+        partial = path.with_suffix(".partial")
+        _write(partial, answers)
+        partial.rename(path)
+
+    def forget(self, iteration: int) -> None:
+        """Remove the rollouts of iterations that a checkpoint has finished."""
+        if self._folder is None or not self._ranks.is_main:
+            return
+        for path in self._folder.glob("*.safetensors"):
+            if int(path.stem) < iteration:
+                path.unlink()
+
+    def _path(self, iteration: int) -> Path | None:
+        return None if self._folder is None else self._folder / f"{iteration:06d}.safetensors"
+
+
+def _write(path: Path, answers: Answers) -> None:
+    trajectory = moved(answers.trajectory, "cpu")
+    tensors = {name: getattr(trajectory, name).contiguous() for name in TENSORS}
+    if trajectory.support_ids is not None:
+        tensors["support_ids"] = trajectory.support_ids.contiguous()
+    lengths = [len(prompt) for prompt in trajectory.prompts]
+    tensors["prompts"] = torch.cat(trajectory.prompts)
+    tensors["prompt_lengths"] = torch.tensor(lengths)
+    notes = {
+        "rewards": [asdict(reward) for reward in answers.rewards],
+        "tokens": answers.tokens,
+        "bubble": answers.bubble,
+        "seconds": answers.seconds,
+        "weights_version": trajectory.weights_version,
+    }
+    save_file(tensors, path, metadata={"notes": json.dumps(notes)})
+
+
+def _read(path: Path, sampling: SamplingSettings) -> Answers | None:
+    """Read a file; None where it is damaged, since sampling again is always possible."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            notes = json.loads(file.metadata()["notes"])
+        lengths = tensors["prompt_lengths"].tolist()
+        trajectory = Trajectory(
+            prompts=tuple(tensors["prompts"].split(lengths)),
+            support_ids=tensors.get("support_ids"),
+            sampling=sampling,
+            weights_version=notes["weights_version"],
+            **{name: tensors[name] for name in TENSORS},
+        )
+        rewards = [Reward(**reward) for reward in notes["rewards"]]
+        return Answers(trajectory, rewards, notes["tokens"], notes["bubble"], notes["seconds"])
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+        return None

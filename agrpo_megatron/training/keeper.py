@@ -1,0 +1,100 @@
+"""What a run keeps: its checkpoints, the best of them, and the rollouts since the last one."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from agrpo_megatron.checkpoint.model_files import write_model_files
+from agrpo_megatron.checkpoint.progress import CHECKPOINTS, HF, MODEL_FILE, RUN_FILE, Progress
+from agrpo_megatron.checkpoint.saving import Saver
+from agrpo_megatron.config import to_yaml
+from agrpo_megatron.families.files import is_huggingface
+from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.settings import Settings
+from agrpo_megatron.tokenizer import CHARACTERS
+from agrpo_megatron.training.bank import RolloutBank
+from agrpo_megatron.training.session import Session
+
+MODEL_FILES = "model"  # below the run directory: what each checkpoint holds beside its tensors
+
+
+class Keeper:
+    """Saves one phase of a run; every call is made by every rank.
+
+    Args:
+        last: the phase's last iteration, which is always saved.
+        done: where the phase begins.
+    """
+
+    def __init__(self, session: Session, engine: Engine, phase: str, last: int, done: Progress):
+        settings, directory = session.settings, Path(session.settings.run.dir)
+        self._session, self._phase, self._last, self._done = session, phase, last, done
+        self._settings = settings.checkpoint
+        self._saver = Saver(
+            directory / CHECKPOINTS,
+            engine,
+            keep=settings.checkpoint.keep,
+            is_async=settings.checkpoint.background,
+            files=directory / MODEL_FILES,
+        )
+        is_kept = settings.checkpoint.rollouts and phase == "rl"
+        self.rollouts = RolloutBank(directory / "rollouts" if is_kept else None, session.ranks)
+
+    def after(self, iteration: int, scores: dict | None = None) -> None:
+        """Save after an iteration where one is due, or is the best so far.
+
+        Args:
+            scores: the metrics of an evaluation of this iteration.
+        """
+        self._saver.poll()
+        is_best = scores is not None and self._note(scores)
+        every = self._settings.interval
+        if iteration != self._last and not is_best and not (every and iteration % every == 0):
+            return
+        log = self._session.log
+        self._done = replace(
+            self._done,
+            phase=self._phase,
+            iteration=iteration,
+            offsets=log.offsets(),
+            is_best=is_best,
+            wandb=log.wandb_id,
+        )
+        self._saver.save(self._done)
+        self.rollouts.forget(iteration)
+
+    def finish(self) -> None:
+        """Wait until all is saved."""
+        self._saver.finish()
+
+    def _note(self, scores: dict) -> bool:
+        """Remember an evaluation; says whether it is the best."""
+        name, best = self._settings.best, self._done.best
+        kept = {key: value for key, value in scores.items() if isinstance(value, float)}
+        self._done = replace(self._done, scores=kept)
+        if name is None:
+            return False
+        if name not in scores:
+            known = ", ".join(kept)
+            raise ValueError(f"checkpoint.best={name}: no metric of evaluations; use {known}")
+        is_best = best is None or scores[name] > best
+        if is_best:
+            self._done = replace(self._done, best=scores[name])
+        return is_best
+
+
+def describe_model(folder: Path, settings: Settings) -> None:
+    """Write what checkpoints hold beside their tensors; one rank.
+
+    The tokenizer, and the files of the Hugging Face model that the run starts from.
+    """
+    sources = []
+    load = settings.model.load
+    if load is not None:
+        start = Path(load)
+        nested = (start / HF, start / MODEL_FILES / HF)
+        sources += [path for path in (start, *nested) if is_huggingface(path)]
+    tokenizer = settings.tokenizer.path
+    sources.append(CHARACTERS if tokenizer is None else Path(tokenizer))
+    write_model_files(folder, settings.model, dict.fromkeys(sources))
+    assert (folder / MODEL_FILE).exists()
+    (folder / RUN_FILE).write_text(to_yaml(settings), encoding="utf-8")
