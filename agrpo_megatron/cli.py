@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agrpo_megatron import __version__
+from agrpo_megatron.cli_convert import add_convert
 from agrpo_megatron.config import describe, load, to_yaml
 from agrpo_megatron.settings import Settings
 
@@ -260,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(command)
     command = _command(commands, "report", "figures and an HTML page of runs", report)
     command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    add_convert(commands)
     _command(commands, "doctor", "what is installed, and what that allows", doctor)
     command = _command(commands, "config", "explain all settings, or check a file", config)
     command.add_argument("file", nargs="?", metavar="FILE", help="check this and print it resolved")
@@ -283,4 +285,6 @@ def _add_target(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "target", metavar="RUN", help="run directory, or settings file with model.load"
     )
-    command.add_argument("--checkpoint", metavar="NAME", help="such as sft-000300; default: latest")
+    command.add_argument(
+        "--checkpoint", metavar="NAME", help="such as sft-000300, or best; default: latest"
+    )

@@ -1,6 +1,6 @@
 """Read settings: one YAML file, `section.key=value` overrides, and errors that name the fix.
 
-The machinery only; the settings themselves are the dataclasses of `settings.py`. Imports neither
+The machinery only; the settings themselves are the dataclasses of `settings`. Imports neither
 torch nor Megatron, so that a wrong file is refused in well under a second.
 """
 

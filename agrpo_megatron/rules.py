@@ -69,6 +69,24 @@ def validate_sampling(sampling: SamplingSettings, section_name: str) -> None:
             f"sampling.completion_length={length}; use {' or '.join(map(str, sorted(near)))}"
         )
     blocks, steps = length // block, sampling.denoising_steps
+    if sampling.schedule == "dream" and blocks > 1:
+        raise ValueError(
+            f"sampling.schedule=dream decodes the completion as one block, and {section_name}."
+            f"block_length={block}; use {length}"
+        )
+    if sampling.unmasking == "bernoulli" and sampling.schedule != "dream":
+        raise ValueError(
+            f"{section_name}.unmasking=bernoulli takes its chances from Dream's time; set "
+            "sampling.schedule=dream, or use random"
+        )
+    if sampling.threshold is not None and sampling.unmasking in ("margin", "bernoulli"):
+        raise ValueError(
+            f"sampling.threshold={sampling.threshold} is a probability of tokens, and "
+            f"{section_name}.unmasking={sampling.unmasking} does not rank by it; use "
+            "low_confidence, or null"
+        )
+    if sampling.schedule == "dream":
+        return
     if steps % blocks or steps > length:
         down = max(blocks, min(length, steps - steps % blocks))
         raise ValueError(

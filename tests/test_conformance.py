@@ -62,6 +62,23 @@ def test_the_golden_numbers_hold(tmp_path, layout):
         assert word == "ok" and error <= limit
 
 
+DREAM = GOLDEN.parent / "dream_tiny"
+DREAM_NAMES = [
+    *(f"{rows}{way}" for rows in ("logits", "leftpad", "hole") for way in ("", " shifted")),
+    *(f"sampler {number}" for number in range(8)),
+]
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "cp2"])
+def test_the_golden_numbers_of_dream_hold(tmp_path, layout):
+    """Raw and shifted logits, packed in place of padded; all of its sampler's ways to unmask."""
+    results = run_ranks(int(layout[-1]), _check, tmp_path, [DREAM, "--parallel", layout])
+    assert {status for status, _ in results} == {0}
+    checks, last = _errors(results[0][1])
+    assert list(checks) == DREAM_NAMES
+    assert last == f"{DREAM}: 14 of 14 checks passed at {_whole_name(layout)}"
+
+
 def _whole_name(layout):
     """Return the layout with every axis named."""
     return "-".join(

@@ -39,6 +39,9 @@ from agrpo_megatron.training.rl import make_loss, with_reference
 from agrpo_megatron.training.step import accumulate_gradients, my_micro_batches
 from agrpo_megatron.types import Rollout, Trajectory
 
+sys.path.insert(0, str(Path(__file__).parent))
+from golden import below, logit_cases, sampler_cases  # noqa: E402 - beside this file
+
 LOGITS, LOSS, GRADIENT = 1e-5, 1e-5, 1e-4
 
 
@@ -93,54 +96,45 @@ def main() -> int:
 
 
 def check_logits(golden: Golden) -> Iterator[Check]:
-    """Compare a forward pass over rows of equal length; errors are relative to the largest."""
-    if "logits.logits" not in golden.tensors:
-        return
-    ids, expected = golden.tensors["logits.input_ids"], golden.tensors["logits.logits"]
-    lengths = torch.full((len(ids),), ids.shape[1])
-    rows = pack(ids, lengths, torch.ones_like(ids, dtype=torch.bool))
+    """Compare the logits of full forward passes, relative to the largest logit.
+
+    In float32 alone another order of the same sums moves them by about one part in a million.
+    """
     network = golden.network
-    mine = scored_slices(rows, network.ranks)[network.ranks.context.rank]
+    for case in logit_cases(golden.tensors):
+        rows = pack(case.canvas, case.lengths, case.scored, shift=case.shift)
+        mine = scored_slices(rows, network.ranks)[network.ranks.context.rank]
+        expected = case.expected[mine, network.vocab.start :]
 
-    def compare(_: int, ours: Tensor) -> float:
-        shard = expected.flatten(0, 1)[mine, network.vocab.start :][:, : ours.shape[1]]
-        return float((ours[:, : shard.shape[1]] - shard).abs().amax())
+        def compare(_: int, ours: Tensor, expected: Tensor = expected) -> float:
+            shard = expected[:, : ours.shape[1]]
+            return float((ours[:, : shard.shape[1]] - shard).abs().amax())
 
-    error = _most(max(forward_rows(network, [rows], compare), default=0.0))
-    scale = float(expected.abs().max())
-    detail = f"{tuple(ids.shape)} tokens, largest difference {error:.2e} of {scale:.1f}"
-    yield Check("logits", error / max(1.0, scale), LOGITS, detail)
+        error = _most(max(forward_rows(network, [rows], compare), default=0.0))
+        scale = float(case.expected.abs().max())
+        detail = f"{len(rows.scored)} tokens, largest difference {error:.2e} of {scale:.1f}"
+        yield Check(case.name, error / max(1.0, scale), LOGITS, detail)
 
 
 def check_sampler(golden: Golden) -> Iterator[Check]:
-    """Compare completions of LLaDA's sampler, token for token."""
-    for number, case in enumerate(golden.cases.get("sampler", [])):
-        prompts = golden.tensors["sampler.prompt_ids"]
-        expected = golden.tensors[f"sampler.{number}.output_ids"][:, prompts.shape[1] :]
-        sampling = SamplingSettings(
-            completion_length=case["gen_length"],
-            block_length=case["block_length"],
-            denoising_steps=case["steps"],
-            unmasking=case["remasking"],
-            temperature=case["temperature"],
-            confidence="untempered",
-            early_end=False,
-            forbid_mask_token=False,
-        )
-        model = golden.settings.model
-        assert model.mask_token_id is not None
+    """Compare sampled token ids, one for one."""
+    model = golden.settings.model
+    assert model.mask_token_id is not None
+    for case in sampler_cases(golden.cases, golden.tensors):
         context = SamplerContext(
             forward=make_forward(golden.network, golden.settings.rollout),
             vocab=golden.network.vocab,
             mask_id=model.mask_token_id,
             eos_id=model.eos_token_id,
             seed=0,
-            token_budget=1 << 20,
+            token_budget=4096,
+            shift=model.shift,
+            uniforms=case.uniforms,
         )
-        made = sample(list(prompts), torch.arange(len(prompts)), context=context, sampling=sampling)
-        wrong = int((made.tokens != expected).sum())
-        detail = f"{expected.numel()} tokens, {case['steps']} steps, block {case['block_length']}"
-        yield Check(f"sampler {number}", float(wrong), 0.0, detail)
+        ids = torch.arange(len(case.prompts))
+        ours = sample(case.prompts, ids, context=context, sampling=case.sampling).tokens
+        wrong = int((ours != case.expected).sum())
+        yield Check(case.name, wrong, 0, f"{ours.numel()} tokens, {case.detail}")
 
 
 def check_agrpo(golden: Golden) -> Iterator[Check]:
@@ -148,19 +142,21 @@ def check_agrpo(golden: Golden) -> Iterator[Check]:
     network, model = golden.network, golden.settings.model
     assert model.mask_token_id is not None
     for number, case in enumerate(golden.cases.get("agrpo", [])):
-        part = _below(golden.tensors, f"agrpo.{number}.")
+        part = below(golden.tensors, f"agrpo.{number}.")
         sampling, algorithm = _published(case)
         context = estimators.DrawContext(algorithm, eos_id=model.eos_token_id, seed=0)
         rollout = _stored_rollout(part, sampling)
         draws = estimators.draws_at(rollout.trajectory, part["u"].double(), context)
         plan = my_micro_batches(row_lengths(rollout, draws), golden.settings, network.ranks)
-        batches = timestep_batches(rollout, draws, plan, mask_id=model.mask_token_id)
+        batches = timestep_batches(
+            rollout, draws, plan, mask_id=model.mask_token_id, shift=model.shift
+        )
         batches = [local_part(batch, network.ranks) for batch in batches]
         if algorithm.kl_coefficient > 0:
             reference = build_network(golden.settings, network.ranks)
             load_hf(reference, model, golden.directory / "hf")
             batches = with_reference(batches, reference, sampling)
-        load_named(network, model, _below(part, "policy.").__getitem__)
+        load_named(network, model, below(part, "policy.").__getitem__)
         loss = make_loss(network.vocab, sampling, algorithm)
         metrics = accumulate_gradients(
             golden.engine, batches, loss=loss, examples=len(rollout.rewards)
@@ -170,7 +166,7 @@ def check_agrpo(golden: Golden) -> Iterator[Check]:
         detail = f"{len(draws.rollout)} rows, {case['unmasking']}, {case['is_']} proposal"
         yield Check(f"agrpo {number} loss", error, LOSS, f"{detail}, loss {expected:.6f}")
         gradients = {name: p.main_grad for name, p in network.named_parameters()}  # type: ignore
-        ours, theirs = export_hf(gradients, model, network.ranks), _below(part, "grad.")
+        ours, theirs = export_hf(gradients, model, network.ranks), below(part, "grad.")
         errors = {n: float((ours[n] - g).norm() / g.norm()) for n, g in theirs.items()}
         worst = max(errors, key=lambda name: errors[name])
         detail = f"{len(errors)} tensors, worst {worst}"
@@ -227,10 +223,6 @@ def _support_ids(masks: Tensor) -> Tensor:
     width = int(masks.sum(-1).max())
     ids = torch.arange(masks.shape[-1]).expand(masks.shape).masked_fill(~masks, -1)
     return ids.sort(-1, descending=True).values[..., :width].to(torch.int32)
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _most(error: float) -> float:

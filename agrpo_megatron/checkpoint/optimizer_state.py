@@ -44,6 +44,7 @@ def ask_for_what_is_stored(wanted: dict[str, Any], stored: set[str]) -> None:
     """Rename float32 weights to the name that the checkpoint keeps them under; mutates it."""
 
     def renamed(leaf: Any) -> Any:
+        """Return the leaf, under a name that the checkpoint has."""
         prefix = next((p for p in MAIN if isinstance(leaf, ShardedBase) and p in leaf.key), None)
         if prefix is not None and leaf.key not in stored:
             name = leaf.key.removeprefix(prefix)

@@ -31,17 +31,25 @@ def row_lengths(rollout: Rollout, draws: StepDraws) -> Tensor:
 
 
 def timestep_batches(
-    rollout: Rollout, draws: StepDraws, micro_batches: Sequence[Tensor], *, mask_id: int
+    rollout: Rollout,
+    draws: StepDraws,
+    micro_batches: Sequence[Tensor],
+    *,
+    mask_id: int,
+    shift: bool = False,
 ) -> list[TimestepBatch]:
     """Pack drawn rows: one batch for each of `micro_batches`, which hold indices of draws.
 
     An empty one becomes a batch without weight, so that every rank has as many as the others.
     """
-    return [_timestep_batch(rollout, draws, chunk, mask_id=mask_id) for chunk in micro_batches]
+    return [
+        _timestep_batch(rollout, draws, chunk, mask_id=mask_id, shift=shift)
+        for chunk in micro_batches
+    ]
 
 
 def _timestep_batch(
-    rollout: Rollout, draws: StepDraws, chunk: Tensor, *, mask_id: int
+    rollout: Rollout, draws: StepDraws, chunk: Tensor, *, mask_id: int, shift: bool
 ) -> TimestepBatch:
     trajectory = rollout.trajectory
     chunk = chunk.to(draws.rollout.device)
@@ -52,7 +60,7 @@ def _timestep_batch(
     row, position = target.nonzero(as_tuple=True)
     scored, support = source[row], trajectory.support_ids
     return TimestepBatch(
-        rows=_packed(prompts, states, target, mask_id=mask_id),
+        rows=_packed(prompts, states, target, mask_id=mask_id, shift=shift),
         targets=trajectory.tokens[scored, position],
         old_logprobs=trajectory.logprobs[scored, position],
         reference_logprobs=None,
@@ -63,7 +71,7 @@ def _timestep_batch(
 
 
 def _packed(
-    prompts: Sequence[Tensor], completions: Tensor, scored: Tensor, *, mask_id: int
+    prompts: Sequence[Tensor], completions: Tensor, scored: Tensor, *, mask_id: int, shift: bool
 ) -> PackedRows:
     """Pack prompts with completions [n, C], of which `scored` [n, C] reach the head."""
     if not len(completions):
@@ -71,7 +79,7 @@ def _packed(
     canvas, prompt_lengths = make_canvas(prompts, completions)
     columns = completion_columns(prompt_lengths, completions.shape[1])
     marks = torch.zeros_like(canvas, dtype=torch.bool).scatter_(1, columns, scored)
-    return pack(canvas, prompt_lengths + completions.shape[1], marks)
+    return pack(canvas, prompt_lengths + completions.shape[1], marks, shift=shift)
 
 
 def sft_batches(
@@ -83,6 +91,7 @@ def sft_batches(
     mask_id: int,
     mask_epsilon: float,
     seed: int,
+    shift: bool = False,
 ) -> list[SftBatch]:
     """Mask responses [B, C] at a rate t ~ U(mask_epsilon, 1) each, and pack them.
 
@@ -106,7 +115,7 @@ def sft_batches(
         states = responses[chunk].masked_fill(mine, mask_id)
         batches.append(
             SftBatch(
-                rows=_packed(part, states, mine, mask_id=mask_id),
+                rows=_packed(part, states, mine, mask_id=mask_id, shift=shift),
                 targets=responses[chunk][mine],
                 weights=weight[chunk][mine].float(),
             )

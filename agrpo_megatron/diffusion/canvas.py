@@ -25,6 +25,7 @@ class Canvas:
     step: Tensor  # [R] denoising steps done
     block: Tensor  # [R] block being decoded
     step_in_block: Tensor  # [R]
+    plan: Tensor | None = None  # [R, C] step that fixes each position, where known beforehand
 
 
 def start(

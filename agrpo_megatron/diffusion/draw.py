@@ -24,7 +24,7 @@ class Draw:
     tokens: Tensor  # [S] int64
     logprobs: Tensor  # [S] nats, under the tempered and truncated policy
     entropies: Tensor  # [S] nats, of that policy
-    confidences: Tensor  # [S] nats: the log-prob that ranks positions
+    confidences: Tensor  # [S] what ranks positions: a log-prob in nats; of `margin`, a probability
     support_ids: Tensor | None  # [S, K] int64 kept candidates, padded with -1
 
 
@@ -39,7 +39,11 @@ def draw_tokens(
     policy = policy_logits(logits, vocab, temperature=sampling.temperature)
     truncated = sampling.top_k is not None or sampling.top_p < 1
     support_ids = None
-    if sampling.temperature == 0:
+    if sampling.temperature == 0 and truncated and sampling.truncation == "top_p_first":
+        support_ids, support = _support(policy, vocab, sampling)
+        tokens = support_ids[:, 0]
+        logprobs, entropies = support[:, 0].to(policy.dtype), entropy(support).to(policy.dtype)
+    elif sampling.temperature == 0:
         tokens = _argmax(policy, vocab)
         logprobs, entropies = token_logprobs(policy, tokens, vocab=vocab)
     elif truncated:
@@ -56,7 +60,18 @@ def draw_tokens(
     confidences = logprobs
     if sampling.confidence == "untempered" and (truncated or sampling.temperature not in (0, 1)):
         confidences, _ = token_logprobs(policy_logits(logits, vocab), tokens, vocab=vocab)
+    if sampling.unmasking == "margin":
+        confidences = _margins(policy, support if support_ids is not None else None, vocab)
     return Draw(tokens, logprobs, entropies, confidences, support_ids)
+
+
+def _margins(policy: Tensor, support: Tensor | None, vocab: Vocabulary) -> Tensor:
+    """Return by how much the likeliest token is likelier than the next [S], as a probability."""
+    if support is None:
+        top, _ = _top_candidates(policy, 2, vocab)
+        support = top - _log_total(policy, vocab)[:, None]
+    chances = torch.nn.functional.pad(support.exp(), (0, 1))
+    return (chances[:, 0] - chances[:, 1]).to(policy.dtype)
 
 
 def _argmax(values: Tensor, vocab: Vocabulary) -> Tensor:
@@ -75,14 +90,16 @@ def _support(
 ) -> tuple[Tensor, Tensor]:
     """Return candidate ids [S, K] (-1 where cut) and their renormalised log-probs (-inf there).
 
-    top-k comes first and top-p applies to what it keeps. Without top-k, the candidates are
-    widened until they hold top-p's mass, so no more of the vocabulary is gathered than needed.
+    By default top-k comes first and top-p applies to what it keeps. Without top-k, the candidates
+    are widened until they hold top-p's mass: no more of the vocabulary is gathered than needed.
     Log-probs are float64: rounded to float32 afterwards, a row's do not depend on K, which is
     the widest support of the batch.
     """
     if sampling.top_k is not None:
         values, ids = _top_candidates(policy, sampling.top_k, vocab)
         logprobs = values.log_softmax(-1)
+        if sampling.truncation == "top_p_first":
+            logprobs = values - _log_total(policy, vocab)[:, None]
     else:
         count = 64
         while True:

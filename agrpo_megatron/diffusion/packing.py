@@ -28,15 +28,19 @@ def completion_columns(prompt_lengths: Tensor, width: int) -> Tensor:
     return prompt_lengths[:, None] + torch.arange(width, device=prompt_lengths.device)
 
 
-def pack(canvas: Tensor, lengths: Tensor, scored: Tensor) -> PackedRows:
-    """Pack canvas rows [R, L] of these lengths [R]; `scored` [R, L] marks what the head sees.
+def pack(canvas: Tensor, lengths: Tensor, scored: Tensor, *, shift: bool = False) -> PackedRows:
+    """Pack canvas rows [R, L] of these lengths [R]; `scored` [R, L] marks what the head predicts.
 
-    Scored indices come out row by row, in column order.
+    Scored indices come out row by row, in column order. With `shift` a token is predicted from the
+    state before it, a row's first one from its own.
     """
     valid = torch.arange(canvas.shape[1], device=canvas.device) < lengths[:, None]
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=canvas.device)
     cu_seqlens[1:] = lengths.cumsum(0)
-    return PackedRows(canvas[valid], cu_seqlens, scored[valid].nonzero().squeeze(1))
+    places = scored[valid].nonzero().squeeze(1)
+    if shift:
+        places = places - (~torch.isin(places, cu_seqlens[:-1])).long()
+    return PackedRows(canvas[valid], cu_seqlens, places)
 
 
 def unscored_row(mask_id: int, device: torch.device) -> PackedRows:

@@ -19,6 +19,7 @@ from agrpo_megatron.diffusion.canvas import Canvas, advance, block_positions, co
 from agrpo_megatron.diffusion.draw import Draw, draw_tokens
 from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.diffusion.packing import pack
+from agrpo_megatron.diffusion.schedule import bernoulli_plan, step_counts
 from agrpo_megatron.settings import SamplingSettings
 from agrpo_megatron.types import PackedRows, Trajectory
 
@@ -66,6 +67,8 @@ class SamplerContext:
     eos_id: int | None  # None: text never ends early
     seed: int
     token_budget: int  # packed tokens per forward
+    shift: bool = False  # a token is predicted from the state before it
+    uniforms: Tensor | None = None  # [steps, R, C] in place of own noise, for `bernoulli`
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def sample(
     """
     prompts = tuple(prompts)
     state = start(prompts, rollout_ids, mask_id=context.mask_id, sampling=sampling)
+    if sampling.unmasking == "bernoulli":
+        state.plan = bernoulli_plan(_step_uniforms(state, context, sampling))
     lengths = (state.prompt_lengths + sampling.completion_length).tolist()
     waiting = deque(sorted(range(len(lengths)), key=lambda row: -lengths[row]))
     most = context.forward.in_flight
@@ -146,20 +151,9 @@ def _fill(
     return rows
 
 
-def transfer_schedule(block_length: int, steps_per_block: int) -> list[int]:
-    """Return how many tokens each step of a block fixes; the first steps take the remainder.
-
-    Source: LLaDA, generate.py, get_num_transfer_tokens.
-    """
-    base, more = divmod(block_length, steps_per_block)
-    return [base + (step < more) for step in range(steps_per_block)]
-
-
 def _scheduled(state: Canvas, rows: Tensor, sampling: SamplingSettings) -> Tensor:
     """Return how many tokens the schedule fixes in this step, [n, 1]."""
-    blocks = sampling.completion_length // sampling.block_length
-    schedule = transfer_schedule(sampling.block_length, sampling.denoising_steps // blocks)
-    table = torch.tensor(schedule, device=rows.device)
+    table = torch.tensor(step_counts(sampling), device=rows.device)
     return table[state.step_in_block[rows]][:, None]
 
 
@@ -171,11 +165,24 @@ def _wanted_positions(
     Random unmasking knows beforehand what it will fix, so it scores nothing else.
     """
     positions = block_positions(state, rows, sampling)
+    if state.plan is not None:
+        return state.plan[rows] == state.step[rows, None]
     masked = state.unmask_step[rows].gather(1, positions) < 0
     if sampling.unmasking != "random" or sampling.threshold is not None:
         return masked
     chance = _position_noise(state, rows, positions, context)
     return _best(chance.masked_fill(~masked, -1.0), _scheduled(state, rows, sampling)) & masked
+
+
+def _step_uniforms(state: Canvas, context: SamplerContext, sampling: SamplingSettings) -> Tensor:
+    """Return a number for every step, row and position [steps, R, C]."""
+    if context.uniforms is not None:
+        return context.uniforms
+    device = state.rollout_ids.device
+    steps = torch.arange(sampling.denoising_steps, device=device)[:, None, None]
+    positions = torch.arange(sampling.completion_length, device=device)
+    rollouts = state.rollout_ids[None, :, None]
+    return noise.uniform(noise.noise_key(context.seed, noise.POSITIONS, rollouts, steps, positions))
 
 
 def _position_noise(
@@ -203,7 +210,8 @@ def _launch(
     def draw_at(logits: Tensor, part: slice) -> Draw:
         return draw_tokens(logits, keys[part], vocab=context.vocab, sampling=sampling)
 
-    draws = context.forward(pack(state.canvas[rows], lengths, scored), draw_at)
+    packed = pack(state.canvas[rows], lengths, scored, shift=context.shift)
+    draws = context.forward(packed, draw_at)
     return _Group(rows, wanted, owners, draws)
 
 
@@ -230,7 +238,7 @@ def _select(
     sampling: SamplingSettings,
 ) -> Tensor:
     """Return which wanted positions [n, block length] this step fixes."""
-    if sampling.unmasking == "random" and sampling.threshold is None:
+    if state.plan is not None or (sampling.unmasking == "random" and sampling.threshold is None):
         return wanted
     rank = torch.full(wanted.shape, float("-inf"), dtype=torch.float64, device=rows.device)
     if sampling.unmasking == "random":

@@ -6,11 +6,12 @@ A family is one file with `FAMILY`, a `Family` record. `FAMILIES` holds them by 
 import json
 from pathlib import Path
 
+from agrpo_megatron.families.dream import FAMILY as DREAM
 from agrpo_megatron.families.llada import FAMILY as LLADA
 from agrpo_megatron.families.names import Family
 from agrpo_megatron.settings import ModelSettings
 
-FAMILIES: dict[str, Family] = {LLADA.name: LLADA}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM)}
 
 
 def settings_from_hf(directory: str | Path) -> ModelSettings:
@@ -26,6 +27,7 @@ def settings_from_hf(directory: str | Path) -> ModelSettings:
     except (OSError, ValueError, AttributeError) as error:
         fix = "give a Hugging Face directory"
         raise ValueError(f"{path}: cannot be read ({error}); {fix}") from None
-    if kind not in FAMILIES:
+    family = FAMILIES.get(str(kind).lower())  # Dream writes itself with a capital
+    if family is None:
         raise ValueError(f"{path}: model_type={kind!r}; known families are {', '.join(FAMILIES)}")
-    return FAMILIES[kind].settings(config)
+    return family.settings(config)

@@ -134,7 +134,9 @@ def update_policy(
         draws = useful_draws(draws, rollout, algorithm)
         lengths = row_lengths(rollout, draws)
         micro_batches = my_micro_batches(lengths, settings, ranks)
-        batches = timestep_batches(rollout, draws, micro_batches, mask_id=session.mask_id)
+        batches = timestep_batches(
+            rollout, draws, micro_batches, mask_id=session.mask_id, shift=settings.model.shift
+        )
         batches = [local_part(batch, ranks) for batch in batches]
         if reference is not None:
             batches = with_reference(batches, reference, settings.sampling)

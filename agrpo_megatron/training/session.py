@@ -99,6 +99,7 @@ def sample_prompts(
         eos_id=session.eos_id,
         seed=session.settings.run.seed,
         token_budget=session.settings.train.token_budget,
+        shift=session.settings.model.shift,
     )
     trajectory = sample(
         prompts, rollout_ids, context=context, sampling=sampling, weights_version=weights_version

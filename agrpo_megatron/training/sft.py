@@ -60,6 +60,7 @@ def _batches(session: Session, ranks: Ranks, iteration: int) -> tuple[list[SftBa
         mask_id=session.mask_id,
         mask_epsilon=settings.sft.mask_epsilon,
         seed=settings.run.seed,
+        shift=settings.model.shift,
     )
     return [local_part(batch, ranks) for batch in batches], int(lengths.sum())
 

@@ -1,0 +1,93 @@
+"""Compare two checkpoints, of either format: tensor by tensor, and by the logits they give."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agrpo_megatron.checkpoint.weights import MegatronWeights, open_weights
+from agrpo_megatron.diffusion.packing import pack
+from agrpo_megatron.families.files import HfWeights
+from agrpo_megatron.megatron.network import build_network
+from agrpo_megatron.megatron.pipeline import forward_rows
+from agrpo_megatron.megatron.ranks import Ranks, start_ranks, stop_ranks
+from agrpo_megatron.megatron.weights import load_named
+from agrpo_megatron.settings import ModelSettings, Settings
+
+Weights = HfWeights | MegatronWeights
+ROWS, LENGTH = 4, 64  # of random tokens that logits are compared on
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one tensor, or the logits, of two checkpoints are apart."""
+
+    name: str
+    dtypes: tuple[str, str]
+    largest: float  # absolute
+    relative: float  # to the largest number of the first
+
+
+def compare_tensors(
+    first: Path, second: Path, progress: Callable[[int, int], Any]
+) -> Iterator[Difference]:
+    """Yield the difference of every tensor, by its Hugging Face name; one process.
+
+    Raises:
+        ValueError: a checkpoint is damaged, or they are not of the same shape.
+    """
+    (model, ours), (other, theirs) = open_weights(first), open_weights(second)
+    _refuse_unequal(model, other, first, second)
+    total, done = sum(tensor.nbytes for tensor in ours.tensors.values()), 0
+    for name, tensor in ours.tensors.items():
+        a, b = ours.part(name)[:], theirs.part(name)[:]
+        yield _difference(name, a, b)
+        done += tensor.nbytes
+        progress(done, total)
+
+
+def compare_logits(first: Path, second: Path) -> Difference:
+    """Return the difference of the logits on random, partly masked rows, in float32; one process."""
+    (model, ours), (other, theirs) = open_weights(first), open_weights(second)
+    _refuse_unequal(model, other, first, second)
+    settings = Settings(model=model)
+    ranks = start_ranks(settings)
+    try:
+        a, b = (_logits(settings, ranks, weights) for weights in (ours, theirs))
+    finally:
+        stop_ranks()
+    return _difference("logits", a, b)
+
+
+def _logits(settings: Settings, ranks: Ranks, weights: Weights) -> Tensor:
+    model, generator = settings.model, torch.Generator().manual_seed(0)
+    assert model.vocab_size is not None and model.mask_token_id is not None
+    length = min(LENGTH, model.max_sequence_length)
+    ids = torch.randint(0, model.vocab_size, (ROWS, length), generator=generator)
+    masked = torch.rand(ROWS, length, generator=generator) < torch.linspace(0.1, 0.9, ROWS)[:, None]
+    rows = pack(ids.masked_fill(masked, model.mask_token_id), torch.full((ROWS,), length), masked)
+    network = build_network(settings, ranks)
+    load_named(network, model, weights.part)
+    (logits,) = forward_rows(network, [rows], lambda _, logits: logits)
+    return logits.float().cpu()
+
+
+def _difference(name: str, ours: Tensor, theirs: Tensor) -> Difference:
+    dtypes = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in (ours, theirs))
+    gap = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
+    scale = ours.double().abs().max().item() if ours.numel() else 1.0
+    gap = math.inf if math.isnan(gap) else gap
+    return Difference(name, dtypes, gap, gap / scale if scale else gap)
+
+
+def _refuse_unequal(model: ModelSettings, other: ModelSettings, first: Path, second: Path) -> None:
+    for key, value in vars(replace(model, load=None)).items():
+        if getattr(replace(other, load=None), key) != value and key not in ("init_std", "megatron"):
+            raise ValueError(
+                f"{first} has model.{key}={value} and {second} has {getattr(other, key)}; these are "
+                "not two copies of one model"
+            )

@@ -1,0 +1,118 @@
+"""The cases of a directory of golden numbers, in this project's terms; read by conformance.py."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agrpo_megatron.settings import SamplingSettings
+
+DREAM_UNMASKING = {
+    "origin": "bernoulli",
+    "maskgit_plus": "low_confidence",
+    "entropy": "entropy",
+    "topk_margin": "margin",
+}
+
+
+@dataclass(frozen=True)
+class LogitCase:
+    """Rows, and the logits of some of their tokens in order."""
+
+    name: str
+    canvas: Tensor  # [R, L] rows without pads, from the left
+    lengths: Tensor  # [R]
+    scored: Tensor  # [R, L]
+    expected: Tensor  # [S, V]
+    shift: bool
+
+
+@dataclass(frozen=True)
+class SamplerCase:
+    """Prompts and the completions that the public sampler wrote."""
+
+    name: str
+    prompts: list[Tensor]
+    expected: Tensor  # [R, C]
+    sampling: SamplingSettings
+    detail: str
+    uniforms: Tensor | None = None  # [steps, R, C]
+
+
+def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with a prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def logit_cases(tensors: dict[str, Tensor]) -> Iterator[LogitCase]:
+    """Yield full rows, then rows with pads, which are left out; raw and shifted logits."""
+    for group in ("logits", "leftpad", "hole"):
+        part = below(tensors, f"{group}.")
+        if not part:
+            continue
+        ids = part["input_ids"]
+        is_real = part.get("attention_mask", torch.ones_like(ids)).bool()
+        lengths = is_real.sum(1)
+        valid = torch.arange(ids.shape[1]) < lengths[:, None]
+        canvas = torch.zeros_like(ids).masked_scatter(valid, ids[is_real])
+        yield LogitCase(group, canvas, lengths, valid, part["logits"][is_real], shift=False)
+        if "shifted_logits" in part:
+            # A token after a pad is predicted from the pad there, and not here.
+            follows = torch.cat([torch.ones_like(is_real[:, :1]), is_real[:, :-1]], 1)
+            kept = torch.zeros_like(valid).masked_scatter(valid, follows[is_real])
+            expected = part["shifted_logits"][is_real & follows]
+            yield LogitCase(f"{group} shifted", canvas, lengths, kept, expected, shift=True)
+
+
+def sampler_cases(cases: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[SamplerCase]:
+    """Yield the decodes of LLaDA's or of Dream's sampler."""
+    for number, case in enumerate(cases.get("sampler", [])):
+        part = {**below(tensors, "sampler."), **below(tensors, f"sampler.{number}.")}
+        make = _dream if "alg" in case else _llada
+        yield make(f"sampler {number}", case, part)
+
+
+def _llada(name: str, case: dict[str, Any], part: dict[str, Tensor]) -> SamplerCase:
+    prompts = part["prompt_ids"]
+    sampling = SamplingSettings(
+        completion_length=case["gen_length"],
+        block_length=case["block_length"],
+        denoising_steps=case["steps"],
+        unmasking=case["remasking"],
+        temperature=case["temperature"],
+        confidence="untempered",
+        early_end=False,
+        forbid_mask_token=False,
+    )
+    detail = f"{case['steps']} steps, block {case['block_length']}"
+    expected = part["output_ids"][:, prompts.shape[1] :]
+    return SamplerCase(name, list(prompts), expected, sampling, detail)
+
+
+def _dream(name: str, case: dict[str, Any], part: dict[str, Tensor]) -> SamplerCase:
+    ids, length = part["prompt_ids"], case["max_new_tokens"]
+    is_real = part.get("attention_mask", torch.ones_like(ids)).bool()
+    sampling = SamplingSettings(
+        completion_length=length,
+        block_length=length,
+        denoising_steps=case["steps"],
+        schedule="dream",
+        unmasking=DREAM_UNMASKING[case["alg"]],
+        temperature=case["temperature"],
+        top_k=case["top_k"],
+        top_p=case["top_p"] or 1.0,
+        truncation="top_p_first",
+        early_end=False,
+        forbid_mask_token=False,
+    )
+    uniforms = part.get("uniforms")
+    return SamplerCase(
+        name,
+        [row[real] for row, real in zip(ids, is_real, strict=True)],
+        part["output_ids"][:, ids.shape[1] :],
+        sampling,
+        f"{case['alg']}, {case['steps']} steps",
+        None if uniforms is None else uniforms[:, :, ids.shape[1] :],
+    )
