@@ -82,12 +82,12 @@ def verify(arguments: argparse.Namespace) -> int:
 
     from agrpo_megatron.checkpoint.verify import compare_logits, compare_tensors
 
-    paths = [_checkpoint(path, None) for path in (arguments.first, arguments.second)]
+    first, second = (_checkpoint(path, None) for path in (arguments.first, arguments.second))
     with _bar("comparing") as progress:
-        found = list(compare_tensors(*paths, progress))
+        found = list(compare_tensors(first, second, progress))
     worst = sorted(found, key=lambda difference: -difference.relative)[:SHOWN]
     if not arguments.no_logits:
-        worst.append(compare_logits(*paths))
+        worst.append(compare_logits(first, second))
     table = Table("tensor", "dtypes", "largest difference", "relative", box=None)
     for difference in worst:
         numbers = f"{difference.largest:.3g}", f"{difference.relative:.3g}"
@@ -127,5 +127,5 @@ def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
 
     columns = (TextColumn(text), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(text, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(text, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint import (
     FileSystemReader,
@@ -48,7 +47,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-METADATA = ".metadata"
+METADATA, CONFIG = ".metadata", "metadata.json"
+# Written here, as importing Megatron for it takes seconds and half a gigabyte.
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 BLOCK = 1 << 26  # bytes held at a time of a tensor that can be cut into blocks of rows
 FILE = 1 << 31  # bytes of tensors in a file
 COMMON = "common_state/shard_0_1"  # where Megatron keeps what is not a tensor
@@ -116,7 +117,7 @@ def write_checkpoint(folder: Path, pieces: Sequence[Piece], done: Callable[[int]
         partial = record.with_suffix(".partial")
         partial.write_text(json.dumps(_encode(results[-1])), encoding="utf-8")
         partial.rename(record)
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    (folder / CONFIG).write_text(json.dumps(FORMAT), encoding="utf-8")
     writer.finish(described, results)
     for record in folder.glob("written-*"):
         record.unlink()
