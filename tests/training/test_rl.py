@@ -28,6 +28,14 @@ LITERAL = {
         "algorithm.normaliser_constant=7",
         "algorithm.scale_by_std=true",
     ],
+    "shifted, Dream's time, Bernoulli": [
+        "model.shift=true",
+        "model.qkv_bias=true",
+        "sampling.schedule=dream",
+        "sampling.unmasking=bernoulli",
+        "sampling.block_length=8",
+        "sampling.denoising_steps=6",
+    ],
     "with KL, entropy proposal": [
         "sampling.unmasking=low_confidence",
         "algorithm.kl_coefficient=0.5",
@@ -80,7 +88,8 @@ def _literal_logprobs(session, tensors, rollout, number, step):
     state = [t if w < step else session.mask_id for t, w in zip(tokens, when, strict=True)]
     prompt = trajectory.prompts[number]
     row = torch.cat([prompt, torch.tensor(state)])
-    logits = literal_logits(tensors, settings.model, row)[len(prompt) :]
+    first = len(prompt) - settings.model.shift  # the state that predicts the first token
+    logits = literal_logits(tensors, settings.model, row)[first : first + len(tokens)]
     logits = logits / settings.sampling.temperature
     result = []
     for place in (place for place, w in enumerate(when) if w == step):
