@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.nvrx import has_nvrx_async_support
 
 from agrpo_megatron.checkpoint.integrity import digests, seal
 from agrpo_megatron.checkpoint.progress import (
@@ -38,6 +38,11 @@ from agrpo_megatron.checkpoint.sharded import run_state
 from agrpo_megatron.megatron.engine import Engine
 
 SUMS = ".sums-"
+# Who writes beside the training: the modules of its queue and of its writer.
+STRATEGIES = {
+    "nvrx": ("nvidia_resiliency_ext.checkpointing.async_ckpt", "core"),
+    "mcore": ("megatron.core.dist_checkpointing.strategies", "async_utils"),
+}
 
 
 class Saver:
@@ -55,7 +60,11 @@ class Saver:
     ):
         self._root, self._engine, self._keep = root, engine, keep
         self._is_async, self._files = is_async, files
-        self._queue = AsyncCallsQueue()
+        # Without nvidia-resiliency-ext, Megatron's own; both fork a process for each save.
+        self._strategy = "nvrx" if is_async and has_nvrx_async_support() else "mcore"
+        package, queue_module = STRATEGIES[self._strategy]
+        self._queue = import_module(f"{package}.{queue_module}").AsyncCallsQueue(persistent=False)
+        self._writer = import_module(f"{package}.filesystem_async")
         if engine.ranks.is_main:
             for left in root.glob(f"{PARTIAL}*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -65,12 +74,12 @@ class Saver:
         self.finish()
         self._engine.finish_parameters()
         folder = self._new_folder(progress)
-        with _results_through_files():
+        with _results_through_files(self._writer):
             request = dist_checkpointing.save(
                 run_state(self._engine),
                 str(folder),
                 async_sharded_save=True,
-                async_strategy="mcore",
+                async_strategy=self._strategy,
             )
         assert request is not None
         if request.async_fn is not None:  # else this rank has nothing of its own to write
@@ -169,12 +178,12 @@ class _FileQueue:
 
 
 @contextmanager
-def _results_through_files() -> Iterator[None]:
-    filesystem_async._results_queue = _FileQueue()
+def _results_through_files(writer: Any) -> Iterator[None]:
+    writer._results_queue = _FileQueue()
     try:
         yield
     finally:
-        filesystem_async._results_queue = None
+        writer._results_queue = None
 
 
 def _link(source: str, target: str) -> None:
