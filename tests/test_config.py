@@ -139,7 +139,7 @@ def test_the_reference_says_which_text_sets_a_key():
         ("modle.num_layers=2", "modle is not a setting; did you mean model?"),
         (
             "checkpoint.zzz=1",
-            "checkpoint.zzz is not a setting; section checkpoint has interval, keep",
+            "checkpoint.zzz is not a setting; section checkpoint has interval, keep, best, background, rollouts",
         ),
     ],
 )
