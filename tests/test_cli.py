@@ -104,8 +104,8 @@ WRONG = {
     ),
     "wrong choice": (
         {"sampling": {"unmasking": "rand"}},
-        "sampling.unmasking=rand must be one of random, low_confidence, entropy; "
-        "did you mean random?",
+        "sampling.unmasking=rand must be one of random, low_confidence, entropy, margin, "
+        "bernoulli; did you mean random?",
     ),
     "out of range": (
         {"algorithm": {"group_size": 1}},

@@ -139,7 +139,8 @@ def test_the_reference_says_which_text_sets_a_key():
         ("modle.num_layers=2", "modle is not a setting; did you mean model?"),
         (
             "checkpoint.zzz=1",
-            "checkpoint.zzz is not a setting; section checkpoint has interval, keep, best, background, rollouts",
+            "checkpoint.zzz is not a setting; section checkpoint has interval, keep, best, "
+            "background, rollouts",
         ),
     ],
 )
@@ -159,8 +160,8 @@ def test_an_unknown_key_names_the_nearest(override, message):
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate=nan must be at least 0"),
         (
             "sampling.unmasking=entropie",
-            "sampling.unmasking=entropie must be one of random, low_confidence, entropy; "
-            "did you mean entropy?",
+            "sampling.unmasking=entropie must be one of random, low_confidence, entropy, margin, "
+            "bernoulli; did you mean entropy?",
         ),
         ("model=4", "model=4 is a section; write model: and indent its keys"),
         ("run.seed", "override 'run.seed': write section.key=value, e.g. run.seed=1"),
