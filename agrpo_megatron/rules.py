@@ -45,6 +45,12 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     load = settings.model.load
     if load is not None and not Path(load).is_dir():
         raise ValueError(f"model.load={load} is not a directory; give a Hugging Face or run folder")
+    best = settings.checkpoint.best
+    if best is not None and best != "accuracy" and not best.startswith("reward/"):
+        raise ValueError(
+            f"checkpoint.best={best} is no metric of evaluations; use accuracy, reward/mean, the "
+            "name of a part of the reward such as reward/format, or null"
+        )
     if settings.sampling.temperature == 0:
         raise ValueError(
             "sampling.temperature=0 draws equal completions in a group, so no advantage; "

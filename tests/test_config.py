@@ -214,6 +214,11 @@ def test_a_wrong_value_is_named_with_its_key_and_what_it_must_be(override, messa
             "model.num_query_groups=3 does not divide model.num_attention_heads=4; use 2",
         ),
         (
+            ["checkpoint.best=f1"],
+            "checkpoint.best=f1 is no metric of evaluations; use accuracy, reward/mean, the name "
+            "of a part of the reward such as reward/format, or null",
+        ),
+        (
             ["sampling.temperature=0"],
             "sampling.temperature=0 draws equal completions in a group, so no advantage; use a "
             "positive temperature such as 1.0 (evaluation.temperature may be 0)",
