@@ -6,7 +6,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from agrpo_megatron.checkpoint.integrity import Damaged, verify
-from agrpo_megatron.checkpoint.progress import Progress, checkpoints, read_progress, set_aside
+from agrpo_megatron.checkpoint.progress import (
+    PROGRESS_FILE,
+    Progress,
+    checkpoints,
+    read_progress,
+    set_aside,
+)
 from agrpo_megatron.megatron.ranks import Ranks
 
 
@@ -24,7 +30,8 @@ def find_checkpoint(
     problem = None
     for number, path in enumerate(paths, start=1):
         successor = paths[number] if number < len(paths) else None
-        problem = _problem(path, ranks)
+        has_progress = (path / PROGRESS_FILE).exists()
+        problem = _problem(path, ranks) if has_progress else f"{path} is not whole"
         if problem is None:
             return path, read_progress(path)
         if successor is not None and ranks.is_main:
@@ -36,13 +43,23 @@ def find_checkpoint(
     return None
 
 
+def verify_together(path: Path, ranks: Ranks) -> None:
+    """Verify a checkpoint, each rank a share of its files; called by every rank.
+
+    Raises:
+        Damaged: some rank found a damaged file; raised by all of them.
+    """
+    problem = _problem(path, ranks)
+    if problem is not None:
+        raise Damaged(problem)
+
+
 def _problem(path: Path, ranks: Ranks) -> str | None:
-    """Verify a checkpoint, each rank a share of its files; the same answer on every rank."""
+    """Say what is wrong with a checkpoint; the same answer on every rank."""
     mine = None
     try:
         verify(path, share=ranks.rank, shares=ranks.world_size)
-        read_progress(path)
-    except (Damaged, RuntimeError) as error:
+    except Damaged as error:
         mine = str(error)
     said: list[str | None] = [None] * ranks.world_size
     dist.all_gather_object(said, mine)

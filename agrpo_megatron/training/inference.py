@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from agrpo_megatron.checkpoint.resume import verify_together
 from agrpo_megatron.checkpoint.sharded import load_weights
 from agrpo_megatron.layout import rollout_parallel
 from agrpo_megatron.megatron.network import Network, build_network
@@ -48,6 +49,7 @@ def opened(
         network = build_network(settings, ranks)
         network.set_training("eval")
         if checkpoint is not None:
+            verify_together(checkpoint, ranks)
             load_weights(checkpoint, network)
         else:
             load_start_weights(network, settings)

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from agrpo_megatron.checkpoint.integrity import verify
 from agrpo_megatron.checkpoint.progress import (
     CHECKPOINTS,
     MODEL_FILE,
     Progress,
     checkpoint_path,
 )
-from agrpo_megatron.checkpoint.resume import find_checkpoint
+from agrpo_megatron.checkpoint.resume import find_checkpoint, verify_together
 from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights
 from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.network import Network, build_network
@@ -64,7 +63,7 @@ def load_start_weights(network: Network, settings: Settings) -> None:
     elif (Path(source) / RUN_SETTINGS).exists():
         load_weights(checkpoint_path(Path(source)), network)
     elif (Path(source) / MODEL_FILE).exists():
-        verify(Path(source))
+        verify_together(Path(source), network.ranks)
         load_weights(Path(source), network)
     else:
         load_hf(network, settings.model, source)
