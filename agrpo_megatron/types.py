@@ -10,12 +10,30 @@ tokens, T packed tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agrpo_megatron.settings import SamplingSettings
 
 if TYPE_CHECKING:  # tasks read this file, and need no torch
     from torch import Tensor
+
+
+class Message(NamedTuple):
+    """One message of a chat."""
+
+    role: str  # system, user or assistant
+    content: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A prompt that the tokenizer's chat template lays out."""
+
+    messages: tuple[Message, ...]
+    prefill: str = ""  # what the assistant's turn begins with; the completion follows it
+
+
+type Prompt = str | Chat
 
 
 @dataclass(frozen=True)
@@ -24,7 +42,8 @@ class Problem:
 
     key: str  # unique within the task; two problems with one key are the same problem
     fields: dict[str, Any]  # what `prompt` and `reward` read
-    solution: str  # completion text of one right answer, for supervised fine-tuning
+    solution: str  # a right completion, for supervised fine-tuning; empty where none is known
+    task: str = ""  # label of its task within a mixture
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,7 @@ class Reward:
     score: float  # what the policy gradient maximises
     correct: bool  # what accuracy counts
     parts: dict[str, float] = field(default_factory=dict)  # named shares of the score
+    failure: str | None = None  # why the grader gave no score of its own, such as "timeout"
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,46 @@ STEP_SAMPLERS = ("systematic", "stratified", "batch", "independent")
 
 
 @dataclass(frozen=True)
+class GraderSettings:
+    """Worker processes that grade, beside the sampler; a task that bounds itself needs none."""
+
+    workers: int = setting(2, "processes of each rank that grades", low=1)
+    seconds: float = setting(10.0, "wall time of one reward", unit="seconds", low=0.1)
+    memory: int = setting(2048, "memory that one reward may add", unit="MiB", low=64)
+    failed_score: float = setting(0.0, "score where a reward raises, hangs or runs out of memory")
+
+
+@dataclass(frozen=True)
 class TaskSettings:
     """The problems, their prompts and their reward."""
 
-    name: str = setting("sudoku", "task", choices=("sudoku", "countdown"))
-    train_problems: int = setting(20000, "training problems", low=1)
-    eval_problems: int = setting(256, "held-out problems, disjoint from training", low=1)
-    seed: int = setting(0, "seed of the generated problems, apart from run.seed", low=0)
+    name: str = setting("sudoku", "built-in task, FILE.py of your own, or mixture")
+    train_problems: int | None = setting(
+        None, "training problems, at most; null: all of a file, 20000 generated ones", low=1
+    )
+    eval_problems: int | None = setting(
+        None, "held-out problems, at most; null: all of a file, 256 generated ones", low=1
+    )
+    seed: int = setting(0, "seed of generated problems and of drawn subsets, not run.seed", low=0)
     options: dict[str, Any] = setting({}, "passed to the task by name; see `agrpo config --tasks`")
+    mixture: dict[str, Any] = setting(
+        {}, "tasks of a mixture by label: each has name, weight, options, problems as here"
+    )
+    leaks: str = setting(
+        "drop", "training problems that are also held out", choices=("drop", "refuse", "keep")
+    )
+    prompt_tokens: int | None = setting(
+        None, "longest prompt; null: what the row leaves beside the completion", low=1
+    )
+    long_prompts: str = setting(
+        "refuse", "problems whose prompt is longer", choices=("refuse", "drop")
+    )
+    pass_rates: str | None = setting(
+        None, "completions.jsonl of an evaluation of training problems: a curriculum's filter"
+    )
+    pass_rate_low: float = setting(0.0, "lowest pass rate that is trained on", low=0, high=1)
+    pass_rate_high: float = setting(1.0, "highest pass rate that is trained on", low=0, high=1)
+    grader: GraderSettings = section(GraderSettings, "worker processes that grade")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """4x4 Sudoku: fill the empty cells so that every row, column and box holds 1 to 4.
 
-With few clues a puzzle has several solutions, and the checker accepts every one of them.
+With few clues a puzzle has several solutions, and the plain checker accepts every one of them.
 """
 
 import functools
@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from agrpo_megatron.config import setting
-from agrpo_megatron.settings import TaskSettings
-from agrpo_megatron.tasks.generated import Split, split_problems
+from agrpo_megatron.tasks.benchmarks import PROTOCOLS, cell_averages
+from agrpo_megatron.tasks.extract import CELLS
+from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions
 from agrpo_megatron.types import Problem, Reward
 
-CELLS = 16
 EMPTY = "0"
 _ROWS = [range(4 * i, 4 * i + 4) for i in range(4)]
 _COLUMNS = [range(i, CELLS, 4) for i in range(4)]
@@ -24,44 +24,45 @@ UNITS = tuple(tuple(unit) for unit in (*_ROWS, *_COLUMNS, *_BOXES))
 
 
 @dataclass(frozen=True)
-class SudokuOptions:
+class SudokuOptions(PublicOptions):
     """Options of the 4x4 Sudoku task."""
 
+    protocol: str = setting(
+        "plain", "short prompts for small models, or as published", choices=("plain", *PROTOCOLS)
+    )
     clues: int = setting(6, "cells that are given", low=1, high=CELLS - 1)
+    unique: bool = setting(True, "make puzzles with one solution alone")
     partial_credit: float = setting(
         0.0,
-        "score of a wrong grid per share kept of its constraints: 12 rows, columns and boxes, "
-        "and every clue",
+        "plain: score of a wrong grid per share kept of its constraints: 12 rows, columns and "
+        "boxes, and every clue",
         low=0,
         high=1,
     )
 
 
-class Sudoku:
+class Sudoku(GeneratedTask):
     """Complete a 4x4 grid written as 16 digits, 0 for empty."""
 
     name = "sudoku"
     options_type = SudokuOptions
+    options: SudokuOptions
+    wider = "bring task.options.clues nearer to 8"
 
-    def __init__(self, settings: TaskSettings, options: SudokuOptions):
-        self.options = options
-        rng = random.Random(f"sudoku {settings.seed}")
-        wanted = settings.train_problems + settings.eval_problems
-        self._splits = split_problems(
-            _draw_problems(rng, wanted, clues=options.clues),
-            settings,
-            wider="bring task.options.clues nearer to 8",
-        )
+    def make(self, rng: random.Random, count: int) -> list[Problem]:
+        """Draw up to `count` different puzzles, with the complete grid as solution."""
+        options = self.options
+        return _draw_problems(rng, count, clues=options.clues, unique=options.unique)
 
-    def problems(self, split: Split) -> Sequence[Problem]:
-        """Return the problems of a split; no puzzle is in both."""
-        return self._splits[split]
+    def summary(self, problems: Sequence[Problem], verdicts: Sequence[Reward]) -> dict[str, float]:
+        """Return the two published averages of right cells, where a protocol counts them."""
+        return {} if self.options.protocol == "plain" else cell_averages(verdicts)
 
-    def prompt(self, problem: Problem) -> str:
+    def plain_prompt(self, problem: Problem) -> str:
         """Return the puzzle, row by row, and a colon."""
         return f"{problem.fields['puzzle']}:"
 
-    def reward(self, problem: Problem, completion: str) -> Reward:
+    def plain_reward(self, problem: Problem, completion: str) -> Reward:
         """Grade a completed grid against the puzzle, not against `problem.solution`."""
         grid = completion.strip()
         if not re.fullmatch("[1-4]{16}", grid):
@@ -89,29 +90,53 @@ def _holds(grid: str, units: Iterable[Sequence[int]]) -> bool:
     return all(len({grid[i] for i in unit}) == 4 for unit in units)
 
 
-def _draw_problems(rng: random.Random, wanted: int, *, clues: int) -> list[Problem]:
+@functools.cache
+def _holders() -> tuple[tuple[int, ...], ...]:
+    """Return, for each cell and digit, which complete grids have it there: a bit for each grid."""
+    grids = complete_grids()
+    return tuple(
+        tuple(sum(1 << i for i, grid in enumerate(grids) if grid[cell] == digit) for digit in "1234")
+        for cell in range(CELLS)
+    )
+
+
+def count_solutions(puzzle: str) -> int:
+    """Return how many complete grids agree with a puzzle."""
+    holders = _holders()
+    left = (1 << len(complete_grids())) - 1
+    for cell, digit in enumerate(puzzle):
+        if digit != EMPTY:
+            left &= holders[cell][int(digit) - 1]
+    return left.bit_count()
+
+
+def _draw_problems(
+    rng: random.Random, wanted: int, *, clues: int, unique: bool
+) -> list[Problem]:
     """Draw `wanted` different puzzles, or all where fewer exist.
 
     A puzzle's solution is the grid it was cut from: uniform over the puzzle's completions.
     """
     grids = complete_grids()
     chosen: dict[str, Problem] = {}
-    for _ in range(4 * wanted):
-        problem = _cut_puzzle(rng.choice(grids), rng.sample(range(CELLS), clues))
-        chosen.setdefault(problem.key, problem)
-        if len(chosen) == wanted:
+
+    def add(grid: str, kept: Sequence[int]) -> bool:
+        """Take up a puzzle where it is one; says whether there are enough."""
+        problem = _cut_puzzle(grid, kept)
+        if not unique or count_solutions(problem.key) == 1:
+            chosen.setdefault(problem.key, problem)
+        return len(chosen) == wanted
+
+    for _ in range(8 * wanted):
+        if add(rng.choice(grids), rng.sample(range(CELLS), clues)):
             return list(chosen.values())
     # Random draws repeat too often: the space is about as small as what is asked for. List it.
     pairs = list(itertools.product(grids, itertools.combinations(range(CELLS), clues)))
     rng.shuffle(pairs)
-    for grid, kept in pairs:
-        problem = _cut_puzzle(grid, kept)
-        chosen.setdefault(problem.key, problem)
-        if len(chosen) == wanted:
-            break
+    any(add(grid, kept) for grid, kept in pairs)
     return list(chosen.values())
 
 
 def _cut_puzzle(grid: str, kept: Sequence[int]) -> Problem:
     puzzle = "".join(digit if i in kept else EMPTY for i, digit in enumerate(grid))
-    return Problem(puzzle, {"puzzle": puzzle}, grid)
+    return Problem(puzzle, {"puzzle": puzzle, "solution": grid}, grid)

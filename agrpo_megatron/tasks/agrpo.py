@@ -1,0 +1,128 @@
+"""The rewards and verdicts of AGRPO's published code, by their published names.
+
+Every function takes a completion and the problem's fields. They return what the published ones
+return, except where those execute, hang, raise or mark a right answer wrong; docs/tasks.md lists
+each exception. Source: github.com/probablyabot/agrpo, rewards.py and eval.py.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from agrpo_megatron.tasks.arithmetic import evaluate
+from agrpo_megatron.tasks.equivalence import equal
+from agrpo_megatron.tasks.extract import CELLS, boxed, cells_right, same_numbers, tagged
+
+type Fields = dict[str, Any]
+
+# A number with its sign, thousands commas and decimals.
+_NUMBER = re.compile(r"(?:(?<![\w.)\]}])-\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+_OPERATORS = ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"), ("\u00d7", "*"), ("\u00f7", "/"))
+
+
+def parse_answer(text: str) -> str:
+    r"""Return the first answer block, or all; in it the content of the first `\boxed`."""
+    inner = tagged(text, "answer")
+    inner = text if inner is None else inner
+    return boxed(inner) or inner
+
+
+def thinking_format_reward(text: str, _fields: Fields) -> float:
+    """0.5 for a block of thoughts."""
+    return 0.5 * (tagged(text, "think") is not None)
+
+
+def answer_format_reward(text: str, _fields: Fields) -> float:
+    """0.5 for an answer block."""
+    return 0.5 * (tagged(text, "answer") is not None)
+
+
+def correctness_reward(text: str, fields: Fields) -> float:
+    """3 for an answer that math-verify finds equal to the gold one."""
+    return 3.0 * equal(fields["answer"], parse_answer(text))
+
+
+def countdown_format_reward(text: str, fields: Fields) -> float:
+    """Thirds for the right side, the characters and the numbers; half off for a second `=`."""
+    answer = tagged(text, "answer")
+    if answer is None or "=" not in answer:
+        return 0.0
+    sides = answer.split("=")
+    left, right = sides[0].strip(), sides[-1].strip()
+    thirds = [
+        re.fullmatch(r"\d{1,100}", right) is not None and int(right) == fields["target"],
+        re.fullmatch(r"[\d\s+\-*/()]+", left) is not None,
+        same_numbers(left, fields["numbers"]),
+    ]
+    return sum(1 / 3 for third in thirds if third) - 0.5 * (len(sides) > 2)
+
+
+def countdown_correctness_reward(text: str, fields: Fields) -> float:
+    """3 for an equation in the answer block whose left side solves the problem."""
+    answer = tagged(text, "answer")
+    return 3.0 * (answer is not None and _solves(answer, fields))
+
+
+def sudoku_format_reward(text: str, fields: Fields) -> float:
+    """Quarters for 16 characters and for four of each digit, half for the clues kept."""
+    grid = tagged(text, "answer")
+    if grid is None or len(grid) != CELLS:
+        return 0.0
+    puzzle = fields["puzzle"]
+    kept = all(clue in ("0", cell) for clue, cell in zip(puzzle, grid, strict=True))
+    return 0.25 + 0.25 * (sorted(grid) == sorted("1234" * 4)) + 0.5 * kept
+
+
+def sudoku_correctness_reward(text: str, fields: Fields) -> float:
+    """3 times the share of empty cells that are right."""
+    return 3.0 * sudoku_share(text, fields)
+
+
+def sudoku_share(text: str, fields: Fields) -> float:
+    """Return the share of empty cells that are right; 0 for a puzzle without empty cells."""
+    right, empty = sudoku_cells(text, fields)
+    return right / empty if empty else 0.0
+
+
+def sudoku_cells(text: str, fields: Fields) -> tuple[int, int]:
+    """Return the empty cells that are right, and all empty cells; short text is filled in front."""
+    grid = parse_answer(text).zfill(CELLS)[:CELLS]
+    return cells_right(grid, fields["puzzle"], fields["solution"])
+
+
+def gsm8k_verdict(text: str, fields: Fields) -> bool:
+    """Compare the first number of the answer with the gold one."""
+    answer = parse_answer(text)
+    if number := _NUMBER.search(answer):
+        answer = number[0]
+    return equal(fields["answer"], answer)
+
+
+def math_verdict(text: str, fields: Fields) -> bool:
+    """Compare the answer with the gold one."""
+    return equal(fields["answer"], parse_answer(text))
+
+
+def countdown_verdict(text: str, fields: Fields) -> bool:
+    """Judge the last equation of the answer."""
+    lines = [line.lstrip("=") for line in parse_answer(text).split("\n")]
+    equations = [line for line in lines if "=" in line]
+    return bool(equations) and _solves(equations[-1], fields)
+
+
+def _solves(equation: str, fields: Fields) -> bool:
+    """Say whether what stands before the first `=` uses the numbers and reaches the target."""
+    left, equals, _ = equation.partition("=")
+    if not equals or not same_numbers(left, fields["numbers"]):
+        return False
+    for sign, operator in _OPERATORS:
+        left = left.replace(sign, operator)
+    return evaluate(left) == fields["target"]
+
+
+REWARDS: dict[str, tuple[Callable[[str, Fields], float], ...]] = {
+    "gsm8k": (thinking_format_reward, answer_format_reward, correctness_reward),
+    "math": (thinking_format_reward, answer_format_reward, correctness_reward),
+    "countdown": (countdown_format_reward, countdown_correctness_reward),
+    "sudoku": (sudoku_format_reward, sudoku_correctness_reward),
+}

@@ -1,0 +1,201 @@
+"""GSM8K, MATH, Countdown and Sudoku as AGRPO and d1 put them to a model and grade its answers.
+
+A protocol is the whole of how a benchmark is run: messages, prefill, training rewards and the
+parser of evaluation. docs/tasks.md tells where each fact comes from.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agrpo_megatron.tasks import agrpo, d1
+from agrpo_megatron.tasks.data import Row, first_column
+from agrpo_megatron.tasks.extract import CELLS
+from agrpo_megatron.tasks.latex import last_boxed
+from agrpo_megatron.types import Chat, Message, Problem, Reward
+
+PROTOCOLS = ("agrpo", "d1")
+PROMPTS = Path(__file__).parent / "prompts"
+CALCULATION = re.compile(r"<<[^>]*>>")  # GSM8K's calculator annotations
+
+type Fields = dict[str, Any]
+
+
+def build_prompt(task: str, protocol: str, stage: str, problem: Fields) -> Chat:
+    """Return the chat that a protocol begins with.
+
+    Args:
+        stage: train or eval.
+        problem: what `read_problem` returned.
+    """
+    texts = {**problem, "numbers": str(problem.get("numbers"))}
+    if protocol == "agrpo":
+        system = _text("agrpo_math" if task in ("gsm8k", "math") else f"agrpo_{task}")
+        return Chat((Message("system", system), Message("user", _fill(AGRPO_USER[task], texts))))
+    name = "d1_sudoku" if task == "sudoku" else f"d1_{task}_{stage}"
+    prefill = "<reasoning>" if stage == "eval" else ""
+    return Chat((Message("user", _fill(_text(name), texts)),), prefill)
+
+
+AGRPO_USER = {
+    "gsm8k": "{question}",
+    "math": "{question}",
+    "countdown": "Target: {target}\nNumbers: {numbers}",
+    "sudoku": "Puzzle: {puzzle}",
+}
+
+
+@functools.cache
+def _text(name: str) -> str:
+    return (PROMPTS / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def _fill(text: str, values: Mapping[str, Any]) -> str:
+    """Put values in place of their names in braces, once each; other braces are LaTeX."""
+    return re.sub(r"\{([a-z]+)\}", lambda m: str(values.get(m[1], m[0])), text)
+
+
+def read_problem(task: str, row: Row) -> Fields:
+    """Return the fields of a row of the data sets that the protocols use.
+
+    Raises:
+        KeyError: a column is missing.
+        ValueError: a column holds something else than it should.
+    """
+    return READERS[task](row)
+
+
+def _read_gsm8k(row: Row) -> Fields:
+    fields = {"question": first_column(row, "question")}
+    text = row.get("answer")
+    if text is None:
+        return fields
+    rationale, mark, gold = str(text).partition("####")
+    if not mark:
+        raise ValueError("answer has no gold answer after ####")
+    rationale = CALCULATION.sub("", rationale).strip()
+    return {**fields, "answer": gold.strip(), "rationale": rationale}
+
+
+def _read_math(row: Row) -> Fields:
+    fields = {"question": first_column(row, "problem", "question")}
+    solution, answer = row.get("solution"), row.get("answer")
+    if answer is None and solution is not None:
+        answer = last_boxed(solution)
+    level = re.search(r"\d+", str(row.get("level", "")))
+    return {
+        **fields,
+        "answer": answer,
+        "rationale": solution or "",
+        "level": int(level[0]) if level else None,
+    }
+
+
+def _read_countdown(row: Row) -> Fields:
+    numbers = first_column(row, "nums", "numbers", "input")
+    if isinstance(numbers, str):
+        numbers = re.findall(r"\d+", numbers)
+    return {
+        "numbers": [int(n) for n in numbers],
+        "target": int(first_column(row, "target", "output")),
+    }
+
+
+def _read_sudoku(row: Row) -> Fields:
+    puzzle, solution = str(first_column(row, "puzzle")), str(first_column(row, "solution"))
+    puzzle = puzzle.zfill(CELLS)  # read as a number, it lost the zeros in front
+    if not re.fullmatch("[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
+        raise ValueError(f"puzzle {puzzle} and solution {solution} must be 16 digits up to 4")
+    return {"puzzle": puzzle, "solution": solution}
+
+
+READERS: dict[str, Callable[[Row], Fields]] = {
+    "gsm8k": _read_gsm8k,
+    "math": _read_math,
+    "countdown": _read_countdown,
+    "sudoku": _read_sudoku,
+}
+
+
+def grade(task: str, protocol: str, fields: Fields, completion: str) -> Reward:
+    """Return the training reward: the sum of the protocol's functions, which are its parts."""
+    functions = (agrpo if protocol == "agrpo" else d1).REWARDS[task]
+    parts = {function.__name__: function(completion, fields) for function in functions}
+    score = sum(parts.values())
+    return Reward(score, parts[CORRECT[protocol, task]] >= BEST[protocol, task], parts)
+
+
+CORRECT = {
+    ("agrpo", "gsm8k"): "correctness_reward",
+    ("agrpo", "math"): "correctness_reward",
+    ("agrpo", "countdown"): "countdown_correctness_reward",
+    ("agrpo", "sudoku"): "sudoku_correctness_reward",
+    ("d1", "gsm8k"): "correctness_reward_func",
+    ("d1", "math"): "correctness_reward_func_math",
+    ("d1", "countdown"): "countdown_reward_func",
+    ("d1", "sudoku"): "sudoku_reward_func",
+}
+BEST = {key: 3.0 if key[0] == "agrpo" else 2.0 for key in CORRECT}
+BEST |= {("d1", "countdown"): 1.0, ("d1", "sudoku"): 1.0}
+
+
+def judge(task: str, protocol: str, fields: Fields, raw: str) -> Reward:
+    """Return the verdict of the protocol's evaluation; a Sudoku scores its share of cells."""
+    if task == "sudoku":
+        right, empty = _cells(protocol, fields, raw)
+        share = right / empty if empty else 0.0
+        return Reward(share, empty > 0 and right == empty, {"cells": right, "empty": empty})
+    if protocol == "agrpo":
+        correct = AGRPO_VERDICTS[task](raw, fields)
+    else:
+        correct = d1.PARSERS[task](raw, fields)["is_correct"]
+    return Reward(float(correct), correct)
+
+
+def _cells(protocol: str, fields: Fields, raw: str) -> tuple[int, int]:
+    if protocol == "agrpo":
+        return agrpo.sudoku_cells(raw, fields)
+    parsed = d1.parse_sudoku(raw, fields)
+    return parsed["correct_cells"], parsed["empty_cells"]
+
+
+AGRPO_VERDICTS: dict[str, Callable[[str, Fields], bool]] = {
+    "gsm8k": agrpo.gsm8k_verdict,
+    "math": agrpo.math_verdict,
+    "countdown": agrpo.countdown_verdict,
+}
+
+
+def cell_averages(verdicts: Sequence[Reward]) -> dict[str, float]:
+    """Return the two published averages of Sudoku: over puzzles, and over all empty cells."""
+    empty = sum(verdict.parts["empty"] for verdict in verdicts)
+    right = sum(verdict.parts["cells"] for verdict in verdicts)
+    return {
+        "cells/macro": sum(verdict.score for verdict in verdicts) / max(1, len(verdicts)),
+        "cells/micro": right / empty if empty else 0.0,
+    }
+
+
+def solution_text(task: str, protocol: str, fields: Fields, answer: str) -> str:
+    """Return a completion to learn from: the rationale, if any, and the answer."""
+    tag = "think" if protocol == "agrpo" else "reasoning"
+    if task in ("gsm8k", "math") and (task == "math" or protocol == "agrpo"):
+        answer = f"\\boxed{{{answer}}}"
+    if task == "countdown" and protocol == "agrpo":
+        answer = f"{answer} = {fields['target']}"
+    rationale = fields.get("rationale") or ""
+    return f"<{tag}>\n{rationale}\n</{tag}>\n<answer>\n{answer}\n</answer>\n"
+
+
+def problem_key(task: str, fields: Fields) -> str:
+    """Return what makes two problems one; blanks do not count."""
+    if task == "countdown":
+        return f"{' '.join(map(str, sorted(fields['numbers'])))} = {fields['target']}"
+    return " ".join(str(fields["puzzle" if task == "sudoku" else "question"]).split())
+
+
+def leak_key(task: str, problem: Problem) -> str:
+    """Return what a training problem must not share with a held-out one: Countdown's numbers."""
+    return problem.key.partition(" = ")[0] if task == "countdown" else problem.key

@@ -1,0 +1,128 @@
+"""Problem files: rows of a local file or of a Hugging Face dataset, and what splits share."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from agrpo_megatron.types import Problem
+
+type Row = dict[str, Any]
+
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+FORM = "a .jsonl, .json, .csv or .parquet file (also .gz), or a Hugging Face dataset"
+MISSING = "is not installed; `pip install agrpo-megatron[data]`, or give a .jsonl or .csv file"
+
+
+def read_rows(source: str, *, key: str, split: str) -> list[Row]:
+    """Return the rows of a file, or of `NAME[:CONFIG][@SPLIT]` on the Hugging Face hub.
+
+    Args:
+        key: the setting that names the source, for errors.
+        split: of a dataset that names none itself.
+
+    Raises:
+        ValueError: missing, unreadable or empty.
+    """
+    path = Path(source)
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind in FILES:
+        if not path.exists():
+            raise ValueError(f"{key}={source} does not exist; give {FORM}")
+        rows = _read_file(path, kind, key=key)
+    else:
+        rows = _read_dataset(source, key=key, split=split)
+    if not rows:
+        raise ValueError(f"{key}={source} holds no rows; give {FORM} with some")
+    return rows
+
+
+def to_problems(
+    rows: Iterable[Row], make: Callable[[Row], Problem | None], *, key: str, source: str
+) -> list[Problem]:
+    """Turn rows into problems; rows that give None are left out, a second of one key too.
+
+    Raises:
+        ValueError: a row lacks a column or holds something else than it should; named.
+    """
+    problems: dict[str, Problem] = {}
+    for number, row in enumerate(rows, start=1):
+        try:
+            problem = make(row)
+        except KeyError as error:
+            known = ", ".join(map(str, row)) or "none"
+            raise ValueError(
+                f"{key}={source}, row {number}: no column {error.args[0]}; it has {known}"
+            ) from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{key}={source}, row {number}: {error}") from None
+        if problem is not None:
+            problems.setdefault(problem.key, problem)
+    return list(problems.values())
+
+
+def without_leaks(
+    train: Sequence[Problem], held_out: Sequence[Problem], *, same: Callable[[Problem], str]
+) -> tuple[list[Problem], int]:
+    """Drop training problems that are also held out; returns what is left and the number dropped.
+
+    Args:
+        same: what two problems share that count as one.
+    """
+    taken = {same(problem) for problem in held_out}
+    kept = [problem for problem in train if same(problem) not in taken]
+    return kept, len(train) - len(kept)
+
+
+def first_column(row: Row, *names: str) -> Any:
+    """Return the first of some columns that a row has, whatever the letter case."""
+    folded = {str(name).casefold(): value for name, value in row.items()}
+    for name in names:
+        if folded.get(name) is not None:
+            return folded[name]
+    raise KeyError(" or ".join(names))
+
+
+def _read_file(path: Path, kind: str, *, key: str) -> list[Row]:
+    try:
+        if kind == ".parquet":
+            return _read_parquet(path)
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            if kind == ".csv":
+                return [dict(row) for row in csv.DictReader(file)]
+            if kind == ".json":
+                rows = json.load(file)
+            else:
+                rows = [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError, csv.Error, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{key}={path} is not readable as {kind} ({reason}); give {FORM}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{key}={path} must hold one object for each problem; give {FORM}")
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"pyarrow {MISSING}") from None
+    return parquet.read_table(path).to_pylist()
+
+
+def _read_dataset(source: str, *, key: str, split: str) -> list[Row]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"{key}={source}: the package datasets {MISSING}") from None
+    name, _, chosen = source.partition("@")
+    name, _, config = name.partition(":")
+    try:
+        dataset = load_dataset(name, config or None, split=chosen or split)
+        return [dict(row) for row in dataset]  # type: ignore[union-attr]
+    except Exception as error:  # many kinds: no network, no such dataset, configuration or split
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{key}={source} cannot be loaded ({reason}); give {FORM}") from None

@@ -1,0 +1,66 @@
+"""Answers cut out of completions, in time linear in the text."""
+
+import functools
+import re
+
+CELLS = 16  # of a 4x4 grid
+
+
+def tagged(text: str, tag: str) -> str | None:
+    """Return what the first `<tag>` and the next `</tag>` enclose, in any letter case, stripped."""
+    opening, closing = _tags(tag)
+    start = opening.search(text)
+    end = closing.search(text, start.end()) if start else None
+    return text[start.end() : end.start()].strip() if start and end else None
+
+
+def last_tagged(text: str) -> str | None:
+    """Return the content of the last whole `<answer>` block, stripped; blocks do not overlap."""
+    found, place = None, 0
+    while (start := text.find("<answer>", place)) >= 0:
+        end = text.find("</answer>", start)
+        if end < 0:
+            break
+        found, place = text[start + len("<answer>") : end], end
+    return None if found is None else found.strip()
+
+
+def boxed(text: str) -> str | None:
+    r"""Return what the first `\boxed{` holds up to the brace that closes it."""
+    start = text.find("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    end = closing_brace(text, start, depth=1)
+    return None if end is None else text[start:end]
+
+
+def closing_brace(text: str, start: int, *, depth: int) -> int | None:
+    """Return where the braces from `start` on, `depth` of them open, are balanced first."""
+    for match in _BRACE.finditer(text, start):
+        depth += 1 if match[0] == "{" else -1
+        if depth == 0 and match[0] == "}":
+            return match.start()
+    return None
+
+
+def same_numbers(text: str, numbers: list[int]) -> bool:
+    """Say whether the runs of digits in `text` are exactly `numbers`, in any order."""
+    found = re.findall(r"\d+", text)
+    if len(found) != len(numbers) or any(len(run) > 100 for run in found):
+        return False
+    return sorted(map(int, found)) == sorted(numbers)
+
+
+def cells_right(grid: str, puzzle: str, solution: str) -> tuple[int, int]:
+    """Return how many empty cells of a puzzle are right in a grid of 16, and how many there are."""
+    empty = [i for i in range(CELLS) if puzzle[i] == "0"]
+    return sum(grid[i] == solution[i] for i in empty), len(empty)
+
+
+_BRACE = re.compile(r"[{}]")
+
+
+@functools.cache
+def _tags(tag: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    return re.compile(f"<{tag}>", re.IGNORECASE), re.compile(f"</{tag}>", re.IGNORECASE)

@@ -1,0 +1,79 @@
+"""reasoning-gym's generated tasks, through one adapter; an optional extra."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from agrpo_megatron.config import setting
+from agrpo_megatron.tasks.base import Splits, Task, split_problems, wanted
+from agrpo_megatron.tasks.extract import boxed, last_tagged
+from agrpo_megatron.types import Chat, Message, Problem, Prompt, Reward
+
+SYSTEM = (
+    "Think through the problem step by step, enclosing your reasoning in <think> tags. Then give "
+    "the final answer alone in <answer> tags."
+)
+
+
+@dataclass(frozen=True)
+class GymOptions:
+    """Options of a reasoning-gym task."""
+
+    dataset: str = setting("basic_arithmetic", "name of the generator, such as leg_counting")
+    config: dict[str, Any] = setting({}, "passed to the generator by name")
+    threshold: float = setting(1.0, "lowest score that counts as correct", low=0, high=1)
+
+
+class ReasoningGym(Task):
+    """Problems that reasoning-gym makes and scores; the score of an answer is the reward."""
+
+    name = "reasoning_gym"
+    options_type = GymOptions
+    options: GymOptions
+
+    def load(self) -> Splits:
+        """Make the problems; held-out ones first, repeated questions left out."""
+        needed = wanted(self.settings, "eval") + wanted(self.settings, "train")
+        made: dict[str, Problem] = {}
+        for entry in self._generator(2 * needed):
+            question = entry["question"]
+            answer = "" if entry["answer"] is None else str(entry["answer"])
+            fields = {"question": question, "entry": entry}
+            made.setdefault(question, Problem(question, fields, f"<answer>{answer}</answer>"))
+            if len(made) == needed:
+                break
+        return split_problems(
+            list(made.values()), self.settings, wider="widen task.options.config"
+        )
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """Return the question, with how to answer it."""
+        return Chat((Message("system", SYSTEM), Message("user", problem.fields["question"])))
+
+    def reward(self, problem: Problem, completion: str) -> Reward:
+        """Score the last answer block by the generator's own rule."""
+        answer = last_tagged(completion)
+        if answer is None:
+            answer = boxed(completion)
+        score = 0.0
+        if answer is not None:
+            score = float(self._generator(1).score_answer(answer, problem.fields["entry"]))
+        correct = score >= self.options.threshold
+        return Reward(score, correct, {"answer": float(answer is not None)})
+
+    def _generator(self, size: int) -> Any:
+        try:
+            import reasoning_gym
+        except ImportError:
+            raise ValueError(
+                "task.name=reasoning_gym: the package reasoning-gym is not installed; "
+                "`pip install agrpo-megatron[gym]`"
+            ) from None
+        config = {**self.options.config, "seed": self.settings.seed, "size": size}
+        try:
+            return reasoning_gym.create_dataset(self.options.dataset, **config)
+        except Exception as error:  # many kinds, by generator
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"task.options.dataset={self.options.dataset} cannot be made with "
+                f"task.options.config={self.options.config} ({reason})"
+            ) from None

@@ -1,0 +1,52 @@
+"""GSM8K and MATH: problems from files or Hugging Face, answers compared by meaning."""
+
+from dataclasses import dataclass
+
+from agrpo_megatron.config import setting
+from agrpo_megatron.tasks import benchmarks
+from agrpo_megatron.tasks.base import Split
+from agrpo_megatron.tasks.public import PublicOptions, PublicTask
+from agrpo_megatron.types import Problem
+
+
+class Gsm8k(PublicTask):
+    """Grade-school word problems with a number as answer."""
+
+    name = "gsm8k"
+    options_type = PublicOptions
+    datasets = {
+        "train": dict.fromkeys(benchmarks.PROTOCOLS, "openai/gsm8k:main"),
+        "eval": {"agrpo": "madrylab/gsm8k-platinum:main", "d1": "openai/gsm8k:main"},
+    }
+
+
+@dataclass(frozen=True)
+class MathOptions(PublicOptions):
+    """Options of MATH."""
+
+    levels: list[int] | None = setting(
+        None, "levels of the training problems; null: what the protocol takes"
+    )
+
+
+class Math(PublicTask):
+    """Competition problems with a LaTeX answer."""
+
+    name = "math"
+    options_type = MathOptions
+    options: MathOptions
+    datasets = {
+        "train": {"agrpo": "qwedsacf/competition_math", "d1": "ankner/math-500"},
+        "eval": dict.fromkeys(benchmarks.PROTOCOLS, "HuggingFaceH4/MATH-500"),
+    }
+
+    def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
+        """Return training problems of the levels asked for, and all that have an answer."""
+        levels = self.options.levels or ([1, 2, 3, 4] if self.options.protocol == "agrpo" else None)
+        kept = [problem for problem in problems if problem.fields["answer"] is not None]
+        if split == "train" and levels is not None:
+            # A file that tells no levels is taken whole.
+            kept = [problem for problem in kept if problem.fields["level"] in (None, *levels)]
+        if len(kept) < len(problems):
+            self.notes.append(f"math {split}: {len(problems) - len(kept)} of another level left out")
+        return kept

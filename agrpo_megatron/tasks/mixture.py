@@ -1,0 +1,74 @@
+"""Several tasks as one: each with a weight, its own prompts and its own reward."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from agrpo_megatron.tasks.base import Split, Splits, Task
+from agrpo_megatron.types import Problem, Prompt, Reward
+
+
+class Mixture(Task):
+    """Tasks by label; a problem knows the label of its task.
+
+    Args:
+        parts: task and weight by label; training draws from a task in proportion to its weight.
+    """
+
+    name = "mixture"
+
+    def __init__(self, parts: dict[str, tuple[Task, float]]):
+        super().__init__(next(iter(parts.values()))[0].settings, None)
+        self.parts = parts
+        self.is_bounded = all(task.is_bounded for task, _ in parts.values())
+
+    def load(self) -> Splits:
+        """Return the problems of all tasks, one task after the other."""
+        splits: tuple[Split, ...] = ("train", "eval")
+        loaded: Splits = {split: self._labelled(split) for split in splits}
+        for label, (task, _) in self.parts.items():
+            self.notes += [f"{label}: {note}" for note in task.notes]
+        return loaded
+
+    @property
+    def shares(self) -> Sequence[tuple[int, float]]:
+        """Return how many training problems each task has, and its weight."""
+        problems = self.problems("train")
+        counts = {label: 0 for label in self.parts}
+        for problem in problems:
+            counts[problem.task] += 1
+        return [(counts[label], weight) for label, (_, weight) in self.parts.items()]
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """Return the training prompt of the problem's task."""
+        return self._task(problem).prompt(problem)
+
+    def eval_prompt(self, problem: Problem) -> Prompt:
+        """Return the evaluation prompt of the problem's task."""
+        return self._task(problem).eval_prompt(problem)
+
+    def reward(self, problem: Problem, completion: str) -> Reward:
+        """Grade by the problem's task."""
+        return self._task(problem).reward(problem, completion)
+
+    def verdict(self, problem: Problem, completion: str, raw: str) -> Reward:
+        """Judge by the problem's task."""
+        return self._task(problem).verdict(problem, completion, raw)
+
+    def summary(self, problems: Sequence[Problem], verdicts: Sequence[Reward]) -> dict[str, float]:
+        """Return every task's own metrics, below its label."""
+        found = {}
+        for label, (task, _) in self.parts.items():
+            mine = [(p, v) for p, v in zip(problems, verdicts, strict=True) if p.task == label]
+            metrics = task.summary([p for p, _ in mine], [v for _, v in mine])
+            found |= {f"{label}/{name}": value for name, value in metrics.items()}
+        return found
+
+    def _task(self, problem: Problem) -> Task:
+        return self.parts[problem.task][0]
+
+    def _labelled(self, split: Split) -> list[Problem]:
+        return [
+            replace(problem, key=f"{label}: {problem.key}", task=label)
+            for label, (task, _) in self.parts.items()
+            for problem in task.problems(split)
+        ]

@@ -1,0 +1,193 @@
+"""What the four public benchmarks share: protocols, data files, and generated problems."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from agrpo_megatron.config import setting
+from agrpo_megatron.tasks import benchmarks
+from agrpo_megatron.tasks.base import Split, Splits, Task, split_problems, wanted
+from agrpo_megatron.tasks.data import read_rows, to_problems, without_leaks
+from agrpo_megatron.types import Problem, Prompt, Reward
+
+
+@dataclass(frozen=True)
+class PublicOptions:
+    """Options that all public benchmarks have."""
+
+    protocol: str = setting(
+        "agrpo", "messages, rewards and parsers, as published", choices=benchmarks.PROTOCOLS
+    )
+    train: str | None = setting(
+        None, "training problems: a file, or NAME[:CONFIG][@SPLIT] on Hugging Face; null: default"
+    )
+    eval: str | None = setting(None, "held-out problems, likewise")
+
+
+class PublicTask(Task):
+    """A benchmark as AGRPO and d1 run it, with problems from files or datasets."""
+
+    options: PublicOptions
+    datasets: ClassVar[dict[Split, dict[str, str]]] = {}  # by split and protocol
+    wider: ClassVar[str] = ""  # which options make more problems, where they are generated
+
+    def load(self) -> Splits:
+        """Return the problems of both splits, without leaks."""
+        splits: dict[Split, list[Problem] | None]
+        splits = {"eval": self._read("eval"), "train": self._read("train")}
+        filled = self.fill(splits)
+        return {**filled, "train": self._without_leaks(filled["train"], filled["eval"])}
+
+    def fill(self, splits: Mapping[Split, list[Problem] | None]) -> Splits:
+        """Return both splits, those that no file holds made up."""
+        assert splits["train"] is not None and splits["eval"] is not None
+        return {"train": splits["train"], "eval": splits["eval"]}
+
+    def make_problem(self, row: dict[str, Any]) -> Problem:
+        """Read one row of a data set."""
+        fields = benchmarks.read_problem(self.name, row)
+        return Problem(benchmarks.problem_key(self.name, fields), fields, self.solution(fields))
+
+    def solution(self, fields: dict[str, Any]) -> str:
+        """Return a right completion; empty where none is known."""
+        answer = fields.get("answer")
+        if answer is None:
+            return ""
+        return benchmarks.solution_text(self.name, self.options.protocol, fields, answer)
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """Return the protocol's training prompt."""
+        return benchmarks.build_prompt(self.name, self.options.protocol, "train", problem.fields)
+
+    def eval_prompt(self, problem: Problem) -> Prompt:
+        """Return the protocol's evaluation prompt, prefill included."""
+        return benchmarks.build_prompt(self.name, self.options.protocol, "eval", problem.fields)
+
+    def reward(self, problem: Problem, completion: str) -> Reward:
+        """Return the sum of the protocol's reward functions, which are its parts."""
+        return benchmarks.grade(self.name, self.options.protocol, problem.fields, completion)
+
+    def verdict(self, problem: Problem, completion: str, raw: str) -> Reward:
+        """Return what the protocol's evaluation says; `raw` as published, special tokens in."""
+        return benchmarks.judge(self.name, self.options.protocol, problem.fields, raw)
+
+    def _read(self, split: Split) -> list[Problem] | None:
+        """Return the problems of a split's file or dataset; None where it is to be generated."""
+        chosen = self.options.train if split == "train" else self.options.eval
+        source = chosen or self.datasets.get(split, {}).get(self.options.protocol)
+        if source is None:
+            return None
+        key = f"task.options.{split}"
+        rows = read_rows(source, key=key, split="train" if split == "train" else "test")
+        problems = to_problems(rows, self.make_problem, key=key, source=source)
+        repeated = len(rows) - len(problems)
+        if repeated:
+            self.notes.append(f"{key}={source}: {repeated} repeated problems left out")
+        problems = self.select(split, problems)
+        asked = getattr(self.settings, f"{split}_problems")
+        if asked is not None and asked < len(problems):
+            chance = random.Random(f"{self.name} {split} {self.settings.seed}")
+            kept = sorted(chance.sample(range(len(problems)), asked))
+            problems = [problems[place] for place in kept]
+        return problems
+
+    def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
+        """Return the problems of a file that a protocol uses; all of them, unless overridden."""
+        return problems
+
+    def _without_leaks(
+        self, train: Sequence[Problem], held_out: Sequence[Problem]
+    ) -> list[Problem]:
+        """Take held-out problems out of the training ones, and say how many there were."""
+
+        def same(problem: Problem) -> str:
+            return benchmarks.leak_key(self.name, problem)
+
+        kept, leaked = without_leaks(train, held_out, same=same)
+        if not leaked:
+            return kept
+        said = f"{leaked} of {len(train)} training problems are also held out"
+        if self.settings.leaks == "refuse":
+            raise ValueError(f"task {self.name}: {said}; use task.leaks=drop, or another file")
+        word = "left out" if self.settings.leaks == "drop" else "KEPT (task.leaks=keep)"
+        self.notes.append(f"{self.name}: {said}; {word}")
+        return kept if self.settings.leaks == "drop" else list(train)
+
+
+class GeneratedTask(PublicTask):
+    """A benchmark whose problems can be made, and that has a plain protocol beside the published.
+
+    Plain prompts are short and plain rewards at most 1, for models of a small vocabulary.
+    """
+
+    is_bounded = True
+
+    def make(self, rng: random.Random, count: int) -> list[Problem]:
+        """Make up to `count` different problems in random order, solutions as plain text."""
+        raise NotImplementedError
+
+    def plain_prompt(self, problem: Problem) -> str:
+        """Return the prompt of the plain protocol."""
+        raise NotImplementedError
+
+    def plain_reward(self, problem: Problem, completion: str) -> Reward:
+        """Return the reward of the plain protocol."""
+        raise NotImplementedError
+
+    def fill(self, splits: Mapping[Split, list[Problem] | None]) -> Splits:
+        """Make the splits that no file holds; problems of a file are not made again."""
+        train, held_out = splits["train"], splits["eval"]
+        if train is None and held_out is None:
+            count = wanted(self.settings, "eval") + wanted(self.settings, "train")
+            return split_problems(self._generate(count), self.settings, wider=self.wider)
+        if held_out is None:
+            held_out = self._generate(wanted(self.settings, "eval"), apart_from=train or [])
+        if train is None:
+            train = self._generate(wanted(self.settings, "train"), apart_from=held_out)
+        return {"train": train, "eval": held_out}
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """Return the protocol's training prompt."""
+        return self.plain_prompt(problem) if self.is_plain else super().prompt(problem)
+
+    def eval_prompt(self, problem: Problem) -> Prompt:
+        """Return the protocol's evaluation prompt."""
+        return self.plain_prompt(problem) if self.is_plain else super().eval_prompt(problem)
+
+    def reward(self, problem: Problem, completion: str) -> Reward:
+        """Return the protocol's training reward."""
+        if self.is_plain:
+            return self.plain_reward(problem, completion)
+        return super().reward(problem, completion)
+
+    def verdict(self, problem: Problem, completion: str, raw: str) -> Reward:
+        """Return the protocol's verdict."""
+        if self.is_plain:
+            return self.plain_reward(problem, completion)
+        return super().verdict(problem, completion, raw)
+
+    @property
+    def is_plain(self) -> bool:
+        """Say whether the protocol is the plain one."""
+        return self.options.protocol == "plain"
+
+    def solution(self, fields: dict[str, Any]) -> str:
+        """Return a right completion of a problem that was read; empty where none is known."""
+        answer = fields.get("solution", "")
+        return self._written(fields, answer) if answer else ""
+
+    def _generate(self, count: int, *, apart_from: Sequence[Problem] = ()) -> list[Problem]:
+        taken = {benchmarks.leak_key(self.name, problem) for problem in apart_from}
+        rng = random.Random(f"{self.name} {self.settings.seed}")
+        made = [
+            replace(problem, solution=self._written(problem.fields, problem.solution))
+            for problem in self.make(rng, 2 * count if taken else count)
+            if benchmarks.leak_key(self.name, problem) not in taken
+        ]
+        return made[:count]
+
+    def _written(self, fields: dict[str, Any], answer: str) -> str:
+        if self.is_plain:
+            return answer
+        return benchmarks.solution_text(self.name, self.options.protocol, fields, answer)

@@ -1,0 +1,233 @@
+"""Calls in child processes: bounded in time and memory, whatever the input does to them.
+
+    Sandbox --socket--> server (a fresh interpreter: imports once) --fork--> a child for each call
+
+A child that takes too long is killed, in C code too; the server and the next calls know nothing
+of it. Children die with the server, the server ends with its parent.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import os
+import pickle
+import resource
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+DIES_WITH_PARENT = 1  # Linux: PR_SET_PDEATHSIG
+GRACE = 60.0  # seconds that a server may take to start, beyond what its calls may take
+
+_is_inside = False
+
+
+class Outcome(NamedTuple):
+    """What became of a call: its value, or why there is none."""
+
+    value: Any
+    failure: str | None = None  # such as "timeout" or "ValueError: ..."
+
+
+class Sandbox:
+    """Makes calls of `handler = factory(*arguments)` in children; starts at the first call.
+
+    Args:
+        factory: `module:function`; called once, in the server.
+        seconds: wall time of one call.
+        memory: MiB of address space that a call may add to what the server has.
+        workers: children at one time.
+    """
+
+    def __init__(
+        self,
+        factory: str,
+        *arguments: Any,
+        seconds: float,
+        memory: int = 2048,
+        workers: int = 1,
+    ):
+        self._setup = (factory, arguments, seconds, memory, workers)
+        self._server: subprocess.Popen | None = None
+        self._connection: Connection | None = None
+        self._waiting: list[float] = []  # seconds that each batch in flight may take
+
+    def start(self, calls: Sequence[tuple]) -> None:
+        """Hand in a batch of calls; returns at once. `collect` returns the batches in order."""
+        connection = self._open()
+        _, _, seconds, _, workers = self._setup
+        connection.send(list(calls))
+        self._waiting.append(seconds * (len(calls) / workers + 1))
+
+    def collect(self) -> list[Outcome]:
+        """Wait for the oldest batch handed in; one outcome for each call."""
+        assert self._connection is not None and self._waiting
+        limit = self._waiting.pop(0) + GRACE
+        try:
+            if not self._connection.poll(limit):
+                raise EOFError("no answer")
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self.close()
+            raise RuntimeError(f"the server of {self._setup[0]} ended: {error}") from None
+        if isinstance(answer, Exception):
+            self.close()
+            raise answer
+        return answer
+
+    def run(self, calls: Sequence[tuple]) -> list[Outcome]:
+        """Make calls and wait for them."""
+        self.start(calls)
+        return self.collect()
+
+    def close(self) -> None:
+        """End the server and what it still runs."""
+        if self._server is not None and self._connection is not None:
+            self._connection.close()
+            self._server.kill()
+            self._server.wait()
+        self._server, self._connection, self._waiting = None, None, []
+
+    def _open(self) -> Connection:
+        if self._connection is not None:
+            return self._connection
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "agrpo_megatron.tasks.sandbox", str(theirs.fileno())]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._server = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+        )
+        theirs.close()
+        self._connection = Connection(ours.detach())
+        self._connection.send(self._setup)
+        return self._connection
+
+
+def is_inside() -> bool:
+    """Say whether this process is a sandbox's child: its time and memory are bounded already."""
+    return _is_inside
+
+
+def serve(connection: Connection) -> None:
+    """Answer batches until the parent is gone; runs in the server."""
+    _die_with_parent()
+    factory, arguments, seconds, memory, workers = connection.recv()
+    try:
+        module, name = factory.split(":")
+        handler = getattr(importlib.import_module(module), name)(*arguments)
+    except Exception as error:
+        connection.send(RuntimeError(f"{factory}: {type(error).__name__}: {error}"))
+        return
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            calls = connection.recv()
+            connection.send(_run_batch(handler, calls, seconds, memory, workers))
+
+
+class _Child(NamedTuple):
+    place: int
+    process: int
+    pipe: int
+    deadline: float
+    parts: list[bytes]
+
+
+def _run_batch(
+    handler: Callable, calls: list[tuple], seconds: float, memory: int, workers: int
+) -> list[Outcome]:
+    outcomes: list[Outcome] = [Outcome(None, "lost")] * len(calls)
+    todo, running = list(enumerate(calls)), selectors.DefaultSelector()
+    while todo or running.get_map():
+        while todo and len(running.get_map()) < workers:
+            place, call = todo.pop(0)
+            child = _fork(place, handler, call, seconds, memory)
+            running.register(child.pipe, selectors.EVENT_READ, child)
+        children: list[_Child] = [key.data for key in running.get_map().values()]
+        soonest = min(child.deadline for child in children)
+        ready = {key.fd for key, _ in running.select(max(0.0, soonest - time.monotonic()))}
+        for child in children:
+            outcome = _advance(child, has_news=child.pipe in ready)
+            if outcome is not None:
+                running.unregister(child.pipe)
+                os.close(child.pipe)
+                outcomes[child.place] = outcome
+    return outcomes
+
+
+def _advance(child: _Child, *, has_news: bool) -> Outcome | None:
+    """Read what a child wrote; its outcome once it has ended or its time is over."""
+    if has_news:
+        part = os.read(child.pipe, 1 << 20)
+        if part:
+            child.parts.append(part)
+            return None
+        _, status = os.waitpid(child.process, 0)
+        with contextlib.suppress(Exception):
+            return pickle.loads(b"".join(child.parts))
+        return Outcome(None, f"ended with status {os.waitstatus_to_exitcode(status)}")
+    if time.monotonic() < child.deadline:
+        return None
+    os.kill(child.process, signal.SIGKILL)
+    os.waitpid(child.process, 0)
+    return Outcome(None, "timeout")
+
+
+def _fork(place: int, handler: Callable, call: tuple, seconds: float, memory: int) -> _Child:
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.close(reading)
+        _work(writing, handler, call, memory)
+    os.close(writing)
+    return _Child(place, process, reading, time.monotonic() + seconds, [])
+
+
+def _work(pipe: int, handler: Callable, call: tuple, memory: int) -> None:
+    """Make one call and write its outcome; runs in the child, and never returns."""
+    global _is_inside
+    _is_inside = True
+    _die_with_parent()
+    with _exit_afterwards():
+        limit = _address_space() + (memory << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        try:
+            outcome = Outcome(handler(*call))
+        except MemoryError:
+            outcome = Outcome(None, "memory")
+        except Exception as error:
+            outcome = Outcome(None, f"{type(error).__name__}: {error}"[:500])
+        view = memoryview(pickle.dumps(outcome))
+        while view:
+            view = view[os.write(pipe, view) :]
+
+
+@contextlib.contextmanager
+def _exit_afterwards() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os._exit(0)  # not through the clean-up of the interpreter that was forked
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def _die_with_parent() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    # Imported anew: functions and flags must be those of the module that handlers import.
+    from agrpo_megatron.tasks import sandbox
+
+    sandbox.serve(Connection(int(sys.argv[1])))
