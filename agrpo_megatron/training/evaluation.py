@@ -26,9 +26,8 @@ def evaluate(session: Session, network: Network, *, iteration: int, stage: str) 
     started = time.perf_counter()
     problems = session.task.problems("eval")
     ids = EVALUATION_IDS + torch.arange(len(problems), device=network.ranks.device)
-    answers = answer(
-        session, network, problems, ids, sampling=evaluation_sampling(session.settings)
-    )
+    sampling = evaluation_sampling(session.settings)
+    answers = answer(session, network, problems, ids, sampling=sampling, split="eval")
     metrics = reward_metrics(answers.rewards)
     record = {
         "phase": "eval",

@@ -13,6 +13,7 @@ from agrpo_megatron.layout import rollout_parallel
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.ranks import start_ranks, stop_ranks
 from agrpo_megatron.settings import evaluation_sampling
+from agrpo_megatron.tasks.grading import Grader
 from agrpo_megatron.training.log import RunLog
 from agrpo_megatron.training.resolve import Resolved
 from agrpo_megatron.training.run import load_start_weights
@@ -23,7 +24,7 @@ from agrpo_megatron.training.session import (
     encode_prompts,
     sample_prompts,
 )
-from agrpo_megatron.types import Trajectory
+from agrpo_megatron.types import Prompt, Trajectory
 
 
 @contextmanager
@@ -53,12 +54,16 @@ def opened(
             load_weights(checkpoint, network)
         else:
             load_start_weights(network, settings)
-        yield Session(settings, ranks, resolved.task, resolved.tokenizer, log, view), network
+        grader = Grader(resolved.task, settings.task)
+        yield (
+            Session(settings, ranks, resolved.task, resolved.tokenizer, log, view, grader),
+            network,
+        )
     finally:
         stop_ranks()
 
 
-def complete(session: Session, network: Network, prompts: list[str]) -> Trajectory:
+def complete(session: Session, network: Network, prompts: list[Prompt]) -> Trajectory:
     """Complete prompts with the sampler of `evaluation`; every rank does all of them."""
     ids = EVALUATION_IDS + torch.arange(len(prompts), device=session.ranks.device)
     sampling = evaluation_sampling(session.settings)

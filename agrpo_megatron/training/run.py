@@ -15,6 +15,7 @@ from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.ranks import start_ranks, stop_ranks
 from agrpo_megatron.megatron.weights import initialise, load_hf
 from agrpo_megatron.settings import OptimizerSettings, Settings
+from agrpo_megatron.tasks.grading import Grader
 from agrpo_megatron.training.evaluation import evaluate
 from agrpo_megatron.training.keeper import MODEL_FILES, Keeper, describe_model
 from agrpo_megatron.training.log import RunLog
@@ -35,7 +36,8 @@ def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "
     done = found[1] if found else Progress("sft", 0, {})
     directory = Path(settings.run.dir)
     log = RunLog(directory, settings=settings, is_main=ranks.is_main, wandb_id=done.wandb)
-    session = Session(settings, ranks, resolved.task, resolved.tokenizer, log, view)
+    grader = Grader(resolved.task, settings.task)
+    session = Session(settings, ranks, resolved.task, resolved.tokenizer, log, view, grader)
     try:
         log.cut_back(done.offsets)
         if found:
@@ -47,6 +49,7 @@ def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "
         if "rl" in phases:
             _rl_phase(session, found[0] if found and done.phase == "rl" else None, done)
     finally:
+        grader.close()
         log.close()
         stop_ranks()
 

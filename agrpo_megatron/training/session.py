@@ -17,9 +17,11 @@ from agrpo_megatron.megatron.pipeline import RolloutForward, make_forward
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.settings import SamplingSettings, Settings
 from agrpo_megatron.tasks import Task
+from agrpo_megatron.tasks.base import Split
+from agrpo_megatron.tasks.grading import Call, Grader
 from agrpo_megatron.tokenizer import Tokenizer
 from agrpo_megatron.training.log import RunLog
-from agrpo_megatron.types import Problem, Reward, Trajectory
+from agrpo_megatron.types import Problem, Prompt, Reward, Trajectory
 
 EVALUATION_IDS = 1 << 40  # noise indices of evaluation, far from those of training
 
@@ -53,6 +55,7 @@ class Session:
     tokenizer: Tokenizer
     log: RunLog
     view: View
+    grader: Grader
 
     @property
     def mask_id(self) -> int:
@@ -67,15 +70,16 @@ class Session:
         return self.settings.model.eos_token_id
 
 
-def encode_prompts(session: Session, prompts: Sequence[str]) -> list[Tensor]:
+def encode_prompts(session: Session, prompts: Sequence[Prompt]) -> list[Tensor]:
     """Return the ids of each prompt, int64."""
-    device, encode = session.ranks.device, session.tokenizer.encode
-    return [torch.tensor(encode(text), dtype=torch.int64, device=device) for text in prompts]
+    device, encode = session.ranks.device, session.tokenizer.encode_prompt
+    return [torch.tensor(encode(prompt), dtype=torch.int64, device=device) for prompt in prompts]
 
 
-def task_prompts(session: Session, problems: Sequence[Problem]) -> list[str]:
-    """Return the prompt of each problem."""
-    return [session.task.prompt(problem) for problem in problems]
+def task_prompts(session: Session, problems: Sequence[Problem], *, split: Split) -> list[Prompt]:
+    """Return the prompt that each problem has in training, or in evaluation."""
+    prompt = session.task.eval_prompt if split == "eval" else session.task.prompt
+    return [prompt(problem) for problem in problems]
 
 
 def sample_prompts(
@@ -126,13 +130,20 @@ def answer(
     *,
     sampling: SamplingSettings,
     weights_version: int = 0,
+    split: Split = "train",
 ) -> Answers:
     """Complete and grade problems; called by every rank, data-parallel ranks share the work.
 
     Each completion is graded once, on the first rank of the replica that wrote it.
+
+    Args:
+        split: train gives prompts and rewards of training, eval those of evaluation.
     """
     started = time.perf_counter()
-    ranks, prompts = network.ranks, encode_prompts(session, task_prompts(session, problems))
+    ranks, prompts = (
+        network.ranks,
+        encode_prompts(session, task_prompts(session, problems, split=split)),
+    )
     by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     mine = by_length[ranks.data.rank :: ranks.data.size]
     trajectory, forward = sample_prompts(
@@ -146,7 +157,8 @@ def answer(
     sampled = time.perf_counter()
     part = None
     if ranks.speaks_for_replica:
-        rewards = grade(session, [problems[place] for place in mine], trajectory)
+        chosen = [problems[place] for place in mine]
+        rewards = session.grader.grade(to_grade(session, chosen, trajectory, split=split))
         part = (mine, moved(trajectory, "cpu"), rewards, forward.tokens, forward.slots.bubble)
     places, trajectories, rewards, tokens, bubbles = zip(*_from_replicas(part), strict=True)
     order = torch.tensor([place for part in places for place in part]).argsort()
@@ -167,10 +179,15 @@ def _from_replicas(part: tuple | None) -> list[tuple]:
     return [part for part in parts if part is not None]
 
 
-def grade(session: Session, problems: Sequence[Problem], trajectory: Trajectory) -> list[Reward]:
-    """Grade each completion, cut at its end-of-text."""
-    texts = [session.tokenizer.decode(ids) for ids in trajectory.tokens.tolist()]
-    return [session.task.reward(p, text) for p, text in zip(problems, texts, strict=True)]
+def to_grade(
+    session: Session, problems: Sequence[Problem], trajectory: Trajectory, *, split: Split
+) -> list[Call]:
+    """Return what the grader takes: each completion as text, in evaluation also as it is."""
+    decode, decode_raw = session.tokenizer.decode, session.tokenizer.decode_raw
+    return [
+        Call(problem, decode(ids), decode_raw(ids) if split == "eval" else None)
+        for problem, ids in zip(problems, trajectory.tokens.tolist(), strict=True)
+    ]
 
 
 def sample_records(session: Session, problems: Sequence[Problem], answers: Answers) -> list[dict]:
@@ -180,7 +197,7 @@ def sample_records(session: Session, problems: Sequence[Problem], answers: Answe
         ids = trajectory.tokens[row].tolist()
         records.append(
             {
-                "prompt": session.task.prompt(problems[row]),
+                "prompt": shown_prompt(session.task.prompt(problems[row])),
                 "completion": session.tokenizer.decode(ids),
                 "pieces": session.tokenizer.pieces(ids),
                 "unmask_step": trajectory.unmask_step[row].tolist(),
@@ -191,6 +208,11 @@ def sample_records(session: Session, problems: Sequence[Problem], answers: Answe
             }
         )
     return records
+
+
+def shown_prompt(prompt: Prompt) -> str:
+    """Return a prompt as people read it: the last message of a chat, and the prefill."""
+    return prompt if isinstance(prompt, str) else prompt.messages[-1].content + prompt.prefill
 
 
 def pick_problems(count: int, *, batch: int, iteration: int, seed: int) -> list[int]:

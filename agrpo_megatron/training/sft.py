@@ -49,7 +49,7 @@ def _batches(session: Session, ranks: Ranks, iteration: int) -> tuple[list[SftBa
     size = settings.sft.batch_size
     picked = pick_problems(len(problems), batch=size, iteration=iteration, seed=settings.run.seed)
     chosen = [problems[place] for place in picked]
-    prompts = encode_prompts(session, task_prompts(session, chosen))
+    prompts = encode_prompts(session, task_prompts(session, chosen, split="train"))
     responses = _padded(session, [problem.solution for problem in chosen])
     lengths = torch.tensor([len(prompt) + responses.shape[1] for prompt in prompts])
     batches = sft_batches(

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -15,11 +15,13 @@ from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.reports.terminal import LiveView
 from agrpo_megatron.settings import Settings
 from agrpo_megatron.tasks import Task
+from agrpo_megatron.tasks.base import Splits
+from agrpo_megatron.tasks.grading import Grader
 from agrpo_megatron.training.resolve import Resolved, resolve
 from agrpo_megatron.training.rl import update_policy
 from agrpo_megatron.training.run import load_start_weights
 from agrpo_megatron.training.session import Session
-from agrpo_megatron.types import Problem, Reward, Rollout
+from agrpo_megatron.types import Problem, Prompt, Reward, Rollout
 
 # Initial weights are large, so that attention matters and no distribution is near uniform. The
 # vocabulary is odd and wider than the tokenizer's: a tensor-parallel split has to pad it.
@@ -56,21 +58,20 @@ def tiny(*overrides: str) -> Settings:
     return load(Settings, None, [*TINY, *overrides])
 
 
-@dataclass(frozen=True)
-class HashedReward:
+class HashedReward(Task):
     """A task whose reward is a hash of the text: half of the groups differ under any weights."""
 
-    task: Task
-    constant: float | None = None  # every reward, instead
+    name = "hashed"
+    is_bounded = True
 
-    @property
-    def name(self) -> str:
-        return self.task.name
+    def __init__(self, task: Task, constant: float | None = None):
+        super().__init__(task.settings, task.options)
+        self.task, self.constant = task, constant  # every reward is the constant, where one is set
 
-    def problems(self, split) -> Sequence[Problem]:
-        return self.task.problems(split)
+    def load(self) -> Splits:
+        return {"train": self.task.problems("train"), "eval": self.task.problems("eval")}
 
-    def prompt(self, problem: Problem) -> str:
+    def prompt(self, problem: Problem) -> Prompt:
         return self.task.prompt(problem)
 
     def reward(self, problem: Problem, completion: str) -> Reward:
@@ -116,6 +117,7 @@ def open_session(*overrides: str, world_size: int = 1, phase: str = "rl") -> tup
         resolved.tokenizer,
         Recorder(),  # type: ignore[arg-type]
         silent_view(),
+        Grader(resolved.task, settings.task),
     )
     optimizer = settings.optimizer if phase == "rl" else settings.sft.optimizer
     engine = build_engine(settings, optimizer, iterations=10, ranks=ranks)
