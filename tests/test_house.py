@@ -16,7 +16,7 @@ PACKAGE = "agrpo_megatron"
 
 LAYERS = {
     0: ("__init__", "config", "settings", "layout", "rules", "types"),
-    1: ("diffusion", "tasks", "families", "tokenizer", "scaling", "doctor"),
+    1: ("diffusion", "tasks", "families", "chat", "tokenizer", "scaling", "doctor"),
     2: ("megatron", "checkpoint"),
     3: ("training",),
     4: ("cli", "cli_convert", "reports", "__main__"),

@@ -54,6 +54,9 @@ class TokenizerSettings:
         None,
         "sentencepiece .model file or Hugging Face directory; null: the built-in characters",
     )
+    chat_template: str | None = setting(
+        None, "llada, dream, plain or a .jinja file; null: the tokenizer's own, else by its tokens"
+    )
 
 
 @dataclass(frozen=True)

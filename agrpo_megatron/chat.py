@@ -1,0 +1,136 @@
+"""Chats as text: how LLaDA and Dream lay out messages, plain text, and Jinja templates.
+
+Every template ends where the assistant's turn begins; the prefill follows it.
+"""
+
+from collections.abc import Callable, Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from agrpo_megatron.types import Chat, Message
+
+type Template = Callable[[Chat], str]
+
+# The tokens that the published templates write; a tokenizer that has them all can use them.
+CONTROL_TOKENS = {
+    "llada": ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "dream": ("<|im_start|>", "<|im_end|>"),
+}
+DREAM_SYSTEM = Message("system", "You are a helpful assistant.")
+
+
+def llada(chat: Chat) -> str:
+    """Write a chat as LLaDA-8B-Instruct reads it.
+
+    Source: the chat template of GSAI-ML/LLaDA-8B-Instruct, tokenizer_config.json.
+    """
+    turns = [
+        f"<|start_header_id|>{role}<|end_header_id|>\n\n{content.strip()}<|eot_id|>"
+        for role, content in chat.messages
+    ]
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    return "<|startoftext|>" + "".join(turns) + header + chat.prefill
+
+
+def dream(chat: Chat) -> str:
+    """Write a chat as Dream-v0-Instruct-7B reads it: ChatML, with a system message of its own.
+
+    Source: the chat template of Dream-org/Dream-v0-Instruct-7B, tokenizer_config.json.
+    """
+    begins_with_system = chat.messages and chat.messages[0].role == "system"
+    messages = chat.messages if begins_with_system else (DREAM_SYSTEM, *chat.messages)
+    turns = [f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in messages]
+    return "".join(turns) + "<|im_start|>assistant\n" + chat.prefill
+
+
+def plain(chat: Chat) -> str:
+    """Write a chat without roles, for models that know no chat: one blank line after each text."""
+    return "".join(f"{message.content.strip()}\n\n" for message in chat.messages) + chat.prefill
+
+
+BUILT_IN: dict[str, Template] = {"llada": llada, "dream": dream, "plain": plain}
+
+
+def from_jinja(text: str, special_tokens: Mapping[str, Any], *, source: str) -> Template:
+    """Return the template that a Jinja text describes; it is rendered in a sandbox.
+
+    Args:
+        special_tokens: names that the text may use, such as bos_token.
+        source: whose text it is, for errors.
+    """
+
+    def render(chat: Chat) -> str:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        messages = [message._asdict() for message in chat.messages]
+        try:
+            (rendered,), _ = render_jinja_template(
+                conversations=[messages],
+                chat_template=text,
+                add_generation_prompt=True,
+                **special_tokens,
+            )
+        except (TemplateError, TypeError) as error:
+            roles = ", ".join(message.role for message in chat.messages)
+            raise ValueError(
+                f"the chat template of {source} cannot write a chat of {roles} ({error}); use "
+                f"tokenizer.chat_template={'|'.join(BUILT_IN)}, or a .jinja file that can"
+            ) from None
+        return rendered + chat.prefill
+
+    return render
+
+
+def choose_template(
+    chosen: str | None,
+    own: Template | None,
+    *,
+    vocabulary: Container[str],
+    special_tokens: Mapping[str, Any],
+) -> Template:
+    """Return the template that `tokenizer.chat_template` names.
+
+    Args:
+        chosen: the setting.
+        own: what the tokenizer brings along, if it does.
+
+    Raises:
+        ValueError: no such template, or one that writes tokens which the tokenizer lacks.
+    """
+    if chosen is None:
+        return own or _by_tokens(vocabulary)
+    if chosen in BUILT_IN:
+        missing = [t for t in CONTROL_TOKENS.get(chosen, ()) if t not in vocabulary]
+        if missing:
+            raise ValueError(
+                f"tokenizer.chat_template={chosen} writes {', '.join(missing)}, which this "
+                "tokenizer lacks; use plain, or null for the tokenizer's own"
+            )
+        return BUILT_IN[chosen]
+    path = Path(chosen)
+    if path.suffix != ".jinja" or not path.is_file():
+        raise ValueError(
+            f"tokenizer.chat_template={chosen} must be one of {', '.join(BUILT_IN)}, an existing "
+            ".jinja file, or null for the tokenizer's own"
+        )
+    return from_jinja(path.read_text(encoding="utf-8"), special_tokens, source=chosen)
+
+
+def _by_tokens(vocabulary: Container[str]) -> Template:
+    """Return the published template whose tokens a tokenizer has; plain where it has neither's."""
+    known = [
+        name
+        for name, tokens in CONTROL_TOKENS.items()
+        if all(token in vocabulary for token in tokens)
+    ]
+    if len(known) < 2:
+        return BUILT_IN[known[0]] if known else plain
+
+    def refuse(chat: Chat) -> str:
+        raise ValueError(
+            f"the tokenizer has no chat template, and the tokens of {' and '.join(known)}; set "
+            f"tokenizer.chat_template to one of {', '.join(known)}"
+        )
+
+    return refuse
