@@ -154,7 +154,7 @@ def _load_huggingface(path: Path, chat_template: str | None) -> Tokenizer:
         unknown_id=None if model.unk_token_id == eos_id else model.unk_token_id,
         special=frozenset({*model.all_special_ids, *added, *control, mask_id, eos_id}),
         render=choose_template(chat_template, own, vocabulary=vocabulary, special_tokens=names),
-        to_ids=lambda texts: model(texts, add_special_tokens=False)["input_ids"],
+        to_ids=lambda texts: model(texts, add_special_tokens=False)["input_ids"] if texts else [],
         to_text=lambda ids: model.decode(ids, clean_up_tokenization_spaces=False),
         to_piece=lambda i: model.decode([i], clean_up_tokenization_spaces=False),
     )
@@ -162,13 +162,14 @@ def _load_huggingface(path: Path, chat_template: str | None) -> Tokenizer:
 
 def _open_huggingface(path: Path) -> Any:
     """Load a tokenizer without running code from its directory."""
-    from transformers import AutoTokenizer, Qwen2Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
     config = path / "tokenizer_config.json"
     declared = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    # AutoTokenizer would look into the model's config.json, and warn of a model it does not know.
     # Dream's class is Qwen2's under a name of its own, and comes as code.
-    is_dream = declared.get("tokenizer_class") == "DreamTokenizer"
-    kind = Qwen2Tokenizer if is_dream else AutoTokenizer
+    kinds = {"PreTrainedTokenizerFast": PreTrainedTokenizerFast, "DreamTokenizer": Qwen2Tokenizer}
+    kind = kinds.get(declared.get("tokenizer_class"), AutoTokenizer)
     return kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
 
 
