@@ -1,4 +1,4 @@
-"""Read settings: one YAML file, `section.key=value` overrides, and errors that name the fix.
+"""Read settings: a YAML file, `section.key=value` overrides, and errors that name the fix.
 
 The machinery only; the settings themselves are the dataclasses of `settings`. Imports neither
 torch nor Megatron, so that a wrong file is refused in well under a second.
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from agrpo_megatron.yaml_files import merge, read_chain
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
@@ -45,38 +47,15 @@ def section(cls: type, help: str) -> Any:
 
 
 def load[T](cls: type[T], path: str | Path | None, overrides: Iterable[str] = ()) -> T:
-    """Build `cls` from a YAML file and overrides; every value is checked on its own.
+    """Build `cls` from a YAML file, its bases, and overrides; every value is checked on its own.
 
     Raises:
         ValueError: unreadable file, unknown key (names the nearest), wrong type, value or range.
     """
-    tree = read_yaml(path) if path is not None else {}
+    tree = _read_merged(cls, path) if path is not None else {}
     for override in overrides:
         _apply_override(cls, tree, override)
     return build(cls, tree)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read one YAML mapping.
-
-    Raises:
-        ValueError: the file is missing, is not YAML, or does not hold a mapping.
-    """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
-        raise ValueError(f"settings file {path}: {reason}; give the path of a YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise ValueError(f"settings file {path}{where}: not valid YAML: {problem}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ValueError(f"settings file {path}: the top level must be sections, not {tree!r}")
-    return tree
 
 
 def build[T](cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
@@ -164,6 +143,19 @@ def describe(cls: type, prefix: str = "") -> Iterator[Described]:
                 meta["help"] + as_text,
                 meta["choices"],
             )
+
+
+def _read_merged(cls: type, path: str | Path) -> dict[str, Any]:
+    """Return a file's content over that of its bases."""
+    tree: dict[str, Any] = {}
+    chain = read_chain(path)
+    for file, part in chain:
+        try:
+            build(cls, part)
+        except ValueError as error:  # with one file there is no doubt which it is
+            raise ValueError(f"settings file {file}: {error}" if chain[1:] else error) from None
+        tree = merge(tree, part, file=file)
+    return tree
 
 
 def _shorts(cls: type) -> dict[str, dataclasses.Field[Any]]:

@@ -299,3 +299,58 @@ def test_what_reads_settings_loads_no_heavy_library(module):
     code = f"import sys, agrpo_megatron.{module}; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def _write(folder, **files):
+    """Write settings files of these names and contents; return the folder."""
+    for name, content in files.items():
+        (folder / f"{name}.yaml").write_text(content)
+    return folder
+
+
+def test_a_file_says_what_differs_from_its_base(tmp_path):
+    (tmp_path / "shared").mkdir()
+    _write(
+        tmp_path / "shared",
+        lowest="model: {num_layers: 3, megatron: {a: 1, b: {c: 2}}}\nparallel: tp2-sp\nsft:\n",
+        base="base: lowest.yaml\nmodel: {hidden_size: 64, megatron: {b: {d: 3}}}\nprecision: bf16",
+    )
+    text = "base: shared/base.yaml\nmodel: {num_layers: 5}\nparallel: dp4\nsampling:\n"
+    settings = load(Settings, _write(tmp_path, run=text) / "run.yaml", ["model.hidden_size=32"])
+    assert settings.model.num_layers == 5
+    assert settings.model.hidden_size == 32
+    assert settings.model.megatron == {"a": 1, "b": {"c": 2, "d": 3}}
+    assert settings.precision == "bf16"
+    assert settings.parallel == ParallelSettings(data=4)  # a text says all of its section
+    assert settings.sampling == SamplingSettings()
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (
+            {"run": "base: gone.yaml"},
+            "run.yaml: base=gone.yaml is not a file; name one rel",
+        ),
+        ({"run": "base: [a]"}, "run.yaml: base=['a'] is not a file"),
+        ({"run": "base: run.yaml"}, "run.yaml: base=run.yaml leads back to"),
+        ({"run": "base: a.yaml", "a": "base: run.yaml"}, "a.yaml: base=run.yaml leads back to"),
+        ({"run": "base: a.yaml", "a": "]"}, "a.yaml line 1: not valid YAML"),
+        (
+            {"run": "base: a.yaml", "a": "sft: {iteration: 2}"},
+            "a.yaml: sft.iteration is not a",
+        ),
+        (
+            {"run": "base: a.yaml\nsft: {iterations: x}", "a": ""},
+            "run.yaml: sft.iterations='x'",
+        ),
+        (
+            {"run": "base: a.yaml\nparallel: {virtual: 2}", "a": "parallel: pp2"},
+            "run.yaml: parallel is a section here and the text 'pp2' in the base; write both",
+        ),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_named(tmp_path, files, message):
+    said = _message([], path=_write(tmp_path, **files) / "run.yaml")
+    assert said.startswith(f"settings file {tmp_path}")
+    assert message in said

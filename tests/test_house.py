@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "agrpo_megatron"
 
 LAYERS = {
-    0: ("__init__", "config", "settings", "layout", "rules", "types"),
+    0: ("__init__", "yaml_files", "config", "settings", "layout", "rules", "types"),
     1: ("diffusion", "tasks", "families", "chat", "tokenizer", "scaling", "doctor"),
     2: ("megatron", "checkpoint"),
     3: ("training",),
@@ -27,6 +27,7 @@ MEGATRON_CORE_IN = ("megatron/", "checkpoint/", "training/step.py")
 # (where, what must not be imported there, why)
 FORBIDDEN = [
     ("config.py", "torch", "a wrong file is refused before torch loads"),
+    ("yaml_files.py", "torch", "a wrong file is refused before torch loads"),
     ("settings/", "torch", "a wrong file is refused before torch loads"),
     ("layout.py", "torch", "a wrong file is refused before torch loads"),
     ("rules.py", "torch", "a wrong file is refused before torch loads"),

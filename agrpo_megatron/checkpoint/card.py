@@ -5,7 +5,7 @@ from typing import Any
 
 from agrpo_megatron import __version__
 from agrpo_megatron.checkpoint.progress import PROGRESS_FILE, RUN_FILE, read_progress
-from agrpo_megatron.config import read_yaml
+from agrpo_megatron.yaml_files import read_yaml
 
 CARD = "README.md"
 SHOWN = ("task.name", "algorithm", "sampling", "optimizer", "train.iterations", "run.seed")

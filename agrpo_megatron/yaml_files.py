@@ -1,0 +1,81 @@
+"""YAML files of settings; one may name another as its `base` and hold the differences alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+BASE = "base"
+
+type Tree = dict[str, Any]
+
+
+def read_yaml(path: str | Path) -> Tree:
+    """Read one YAML mapping.
+
+    Raises:
+        ValueError: the file is missing, is not YAML, or does not hold a mapping.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
+        raise ValueError(f"settings file {path}: {reason}; give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ValueError(f"settings file {path}{where}: not valid YAML: {problem}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"settings file {path}: the top level must be sections, not {tree!r}")
+    return tree
+
+
+def read_chain(path: str | Path) -> list[tuple[Path, Tree]]:
+    """Read a file and those it is based on: the lowest base first, the file itself last.
+
+    Raises:
+        ValueError: as `read_yaml`; a base that does not exist or leads back to its own file.
+    """
+    chain: list[tuple[Path, Tree]] = []
+    file = Path(path)
+    while True:
+        tree = read_yaml(file)
+        base = tree.pop(BASE, None)
+        chain.insert(0, (file, tree))
+        if base is None:
+            return chain
+        said = f"settings file {file}: base={base}"
+        if not isinstance(base, str) or not (file.parent / base).is_file():
+            raise ValueError(f"{said} is not a file; name one relative to {file.parent}")
+        file = file.parent / base
+        if any(file.resolve() == known.resolve() for known, _ in chain):
+            raise ValueError(f"{said} leads back to {file}; a base must not be based on its user")
+
+
+def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], *, file: Path) -> Tree:
+    """Return `lower` with what `upper` says; mappings are merged, all else is replaced.
+
+    Args:
+        file: where `upper` stands, for errors.
+
+    Raises:
+        ValueError: keys for a section that stands as text below, such as parallel: tp2.
+    """
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = lower.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = merge(below, value, file=file)
+        elif isinstance(below, Mapping) and value is None:  # an empty section says nothing
+            value = below
+        elif isinstance(below, str) and isinstance(value, Mapping):
+            raise ValueError(
+                f"settings file {file}: {key} is a section here and the text {below!r} in the "
+                "base; write both in one form"
+            )
+        merged[key] = value
+    return merged
