@@ -123,8 +123,9 @@ WRONG = {
     ),
     "a prompt that leaves no room": (
         {"model": {"max_sequence_length": 24}},
-        "model.max_sequence_length=24 is less than the longest prompt (17 tokens) and "
-        "sampling.completion_length=16 together; use at least 33",
+        "model.max_sequence_length=24 leaves 8 tokens for prompts beside "
+        "sampling.completion_length=16: 32 of 32 training problems have prompts over that, the "
+        "longest of 17 tokens; use at least 33, or leave them out by task.long_prompts=drop",
     ),
     "a solution that does not fit": (
         {"sampling": {"completion_length": 8, "block_length": 8}},

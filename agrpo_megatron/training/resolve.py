@@ -3,6 +3,7 @@
 Runs before any process group and before torch is needed, so wrong input is refused at once.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,12 +11,14 @@ from agrpo_megatron.checkpoint.progress import HF, MODEL_FILE
 from agrpo_megatron.config import load
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.rules import validate
-from agrpo_megatron.settings import ModelSettings, Settings
+from agrpo_megatron.settings import ModelSettings, Settings, TokenizerSettings
 from agrpo_megatron.tasks import Task, build_task
+from agrpo_megatron.tasks.base import Split
 from agrpo_megatron.tokenizer import Tokenizer, load_tokenizer
-from agrpo_megatron.types import Problem
+from agrpo_megatron.types import Problem, Prompt
 
 RUN_SETTINGS = "config.yaml"
+SPLIT_NAMES: dict[Split, str] = {"train": "training", "eval": "held-out"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ def resolve(settings: Settings, *, world_size: int) -> Resolved:
     validate(settings, world_size)
     _check_tokens(model, tokenizer)
     task = build_task(settings.task)
-    _check_lengths(settings, task, tokenizer)
+    check_prompts(settings, task, tokenizer)
+    if settings.sft.iterations > 0:
+        _check_solutions(settings, task, tokenizer)
     return Resolved(settings, task, tokenizer)
 
 
@@ -63,15 +68,18 @@ def _with_loaded_model(settings: Settings) -> Settings:
     run_file, model_file = Path(source) / RUN_SETTINGS, Path(source) / MODEL_FILE
     if run_file.exists():
         saved = load(Settings, run_file)
-        model, tokenizer_path = saved.model, saved.tokenizer.path
+        model, carried = saved.model, saved.tokenizer
     elif model_file.exists():
-        model, tokenizer_path = load(ModelSettings, model_file), _carried_tokenizer(model_file)
+        model = load(ModelSettings, model_file)
+        carried = TokenizerSettings(_carried_tokenizer(model_file))
     else:
-        model, tokenizer_path = settings_from_hf(source), source
+        model, carried = settings_from_hf(source), TokenizerSettings(source)
     model = replace(model, load=source, megatron={**model.megatron, **settings.model.megatron})
-    if settings.tokenizer.path is None:
-        settings = replace(settings, tokenizer=replace(settings.tokenizer, path=tokenizer_path))
-    return replace(settings, model=model)
+    tokenizer = settings.tokenizer
+    if tokenizer.path is None:
+        chat_template = tokenizer.chat_template or carried.chat_template
+        tokenizer = replace(tokenizer, path=carried.path, chat_template=chat_template)
+    return replace(settings, model=model, tokenizer=tokenizer)
 
 
 def _carried_tokenizer(model_file: Path) -> str | None:
@@ -99,25 +107,90 @@ def _check_tokens(model: ModelSettings, tokenizer: Tokenizer) -> None:
             )
 
 
-def _check_lengths(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
-    """Refuse prompts that leave no room and solutions that do not fit."""
-    room, length = settings.model.max_sequence_length, settings.sampling.completion_length
+def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
+    """Refuse or drop problems whose prompts are over the limit; mutates the task and its notes.
 
-    def prompt_tokens(problem: Problem) -> int:
-        return len(tokenizer.encode(task.prompt(problem)))
+    A prompt is never cut. What the tokenizer cannot read is counted in the notes.
 
-    problems = [*task.problems("train"), *task.problems("eval")]
-    longest = max(prompt_tokens(problem) for problem in problems)
-    if longest + length > room:
+    Raises:
+        ValueError: long prompts where `task.long_prompts` refuses them, or nothing is left.
+    """
+    limit, room = settings.task.prompt_tokens, prompt_room(settings)
+    if limit is not None and limit > room:
         raise ValueError(
-            f"model.max_sequence_length={room} is less than the longest prompt ({longest} tokens) "
-            f"and sampling.completion_length={length} together; use at least {longest + length}"
+            f"task.prompt_tokens={limit} and sampling.completion_length="
+            f"{settings.sampling.completion_length} are together over "
+            f"model.max_sequence_length={settings.model.max_sequence_length}; use at most {room}"
         )
-    if settings.sft.iterations == 0:
-        return
-    solution = max(len(tokenizer.encode(problem.solution)) for problem in problems)
-    if solution > length:
+    dropped: set[tuple[Split, str]] = set()
+    writers: dict[Split, Callable[[Problem], Prompt]]
+    writers = {"train": task.prompt, "eval": task.eval_prompt}
+    for split, write in writers.items():
+        problems, what = task.problems(split), SPLIT_NAMES[split]
+        prompts = tokenizer.encode_prompts([write(problem) for problem in problems])
+        lengths = [len(prompt) for prompt in prompts]
+        long = [p for p, length in zip(problems, lengths, strict=True) if length > (limit or room)]
+        if long:
+            said = f"{len(long)} of {len(problems)} {what} problems have prompts over"
+            if settings.task.long_prompts == "refuse":
+                raise ValueError(_too_long(settings, said, longest=max(lengths)))
+            dropped |= {(split, problem.key) for problem in long}
+            task.notes.append(f"{said} {limit or room} tokens; left out (task.long_prompts=drop)")
+        unknown = sum(tokenizer.unknown_id in prompt for prompt in prompts)
+        if unknown:
+            task.notes.append(
+                f"{unknown} of {len(problems)} {what} prompts hold text that the tokenizer lacks"
+            )
+    if dropped:
+        task.keep(lambda split, problem: (split, problem.key) not in dropped)
+        _require_problems(task, longest=limit or room)
+
+
+def prompt_room(settings: Settings) -> int:
+    """Return how many tokens a row leaves for its prompt."""
+    return settings.model.max_sequence_length - settings.sampling.completion_length
+
+
+def _too_long(settings: Settings, said: str, *, longest: int) -> str:
+    limit, room = settings.task.prompt_tokens, prompt_room(settings)
+    model, length = settings.model, settings.sampling.completion_length
+    if limit is not None:
+        wider = f", with model.max_sequence_length={longest + length}" if longest > room else ""
+        return (
+            f"task.prompt_tokens={limit}: {said} it, the longest of {longest} tokens; use at least "
+            f"{longest}{wider}, or leave them out by task.long_prompts=drop"
+        )
+    return (
+        f"model.max_sequence_length={model.max_sequence_length} leaves {room} tokens for prompts "
+        f"beside sampling.completion_length={length}: {said} that, the longest of {longest} "
+        f"tokens; use at least {longest + length}, or leave them out by task.long_prompts=drop"
+    )
+
+
+def _require_problems(task: Task, *, longest: int) -> None:
+    """Refuse a task that lost all problems of a split, or a mixture that lost a whole part."""
+    counts = [len(task.problems("eval")), *(count for count, _ in task.shares)]
+    if 0 in counts:
+        raise ValueError(
+            f"task.long_prompts=drop leaves a task without problems of at most {longest} prompt "
+            "tokens; raise task.prompt_tokens or model.max_sequence_length"
+        )
+
+
+def _check_solutions(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
+    """Refuse supervision on solutions that are missing or do not fit."""
+    shown: Sequence[Problem] = task.problems("train")[: settings.sft.problems]
+    missing = sum(not problem.solution for problem in shown)
+    if missing:
+        raise ValueError(
+            f"sft.iterations={settings.sft.iterations} needs solutions to learn from, and "
+            f"{missing} of {len(shown)} training problems of task {settings.task.name} have none; "
+            "use sft.iterations=0, or data with solutions"
+        )
+    length = settings.sampling.completion_length
+    longest = max(map(len, tokenizer.encode_prompts([problem.solution for problem in shown])))
+    if longest > length:
         raise ValueError(
             f"sampling.completion_length={length} is shorter than the longest solution of task "
-            f"{settings.task.name} ({solution} tokens); use at least {solution}"
+            f"{settings.task.name} ({longest} tokens); use at least {longest}"
         )
