@@ -5,18 +5,25 @@ Heavy imports happen inside the sub-commands, after the settings were checked, s
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from agrpo_megatron import __version__
+from agrpo_megatron.cli_common import (
+    add_overrides,
+    add_target,
+    is_main,
+    open_target,
+    silent_view,
+    world_size,
+)
 from agrpo_megatron.cli_convert import add_convert
+from agrpo_megatron.cli_evaluate import add_evaluate, add_report
 from agrpo_megatron.config import describe, load, to_yaml
 from agrpo_megatron.settings import Settings
 
-OVERRIDES = "section.key=value ..., for instance run.seed=1 train.iterations=200"
 EPILOG = """\
 a first run:
   agrpo train examples/tiny.yaml            train from nothing on the CPU, in minutes
@@ -45,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         if os.environ.get("AGRPO_TRACEBACK"):
             raise
-        if _is_main():
+        if is_main():
             print(f"agrpo: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -60,16 +67,16 @@ def train(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.training import directory
     from agrpo_megatron.training.resolve import resolve
 
-    resolved = resolve(settings, world_size=_world_size())
+    resolved = resolve(settings, world_size=world_size())
     settings = resolved.settings
-    if arguments.restart and _is_main():
+    if arguments.restart and is_main():
         moved = directory.move_away(Path(settings.run.dir))
         if moved is not None:
             print(f"the earlier run is now {moved}")
     # After a restart there is nothing to look at, though another rank may still be moving it.
     done = None if arguments.restart else directory.progress(settings)
     if directory.is_finished(settings, done):
-        if _is_main():
+        if is_main():
             print(f"{settings.run.dir} is finished; add --restart to run it again\n")
             conclude(Path(settings.run.dir))
         return 0
@@ -85,33 +92,13 @@ def train(arguments: argparse.Namespace) -> int:
         sft_iterations=settings.sft.iterations if "sft" in phases else 0,
         rl_iterations=settings.train.iterations if "rl" in phases else 0,
         live=settings.logging.live,
-        is_main=_is_main(),
+        is_main=is_main(),
         start=finished,
     )
     with ending_together(view):
         run(resolved, view, phases=phases)
-    if _is_main():
+    if is_main():
         conclude(Path(settings.run.dir))
-    return 0
-
-
-def evaluate(arguments: argparse.Namespace) -> int:
-    """Evaluate a checkpoint on the held-out problems."""
-    resolved, checkpoint = _open_target(arguments)
-    from agrpo_megatron.megatron.failure import ending_together
-    from agrpo_megatron.training.evaluation import evaluate as run
-    from agrpo_megatron.training.inference import opened
-
-    silent = _silent_view()
-    with ending_together(), opened(resolved, silent, checkpoint) as (session, network):
-        result = run(session, network, iteration=0, stage="evaluate")
-    if _is_main():
-        name = checkpoint.name if checkpoint else resolved.settings.model.load
-        kept = {k: v for k, v in result.items() if k not in ("phase", "iteration", "stage")}
-        result = {"checkpoint": name, "task": resolved.settings.task.name, **kept}
-        print(json.dumps(result, indent=2))
-        if arguments.output:
-            Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 
@@ -120,26 +107,30 @@ def sample(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    resolved, checkpoint = _open_target(arguments)
+    target = open_target(arguments)
     from agrpo_megatron.megatron.failure import ending_together
     from agrpo_megatron.reports.trace import trace
     from agrpo_megatron.training.inference import complete, opened
+    from agrpo_megatron.training.resolve import resolve
+    from agrpo_megatron.training.session import shown_prompt, to_grade
 
+    resolved = resolve(target.settings, world_size=world_size())
     console, tokenizer, task = Console(), resolved.tokenizer, resolved.task
     problems = [] if arguments.prompt else task.problems("eval")[: arguments.number]
-    prompts = [task.prompt(problem) for problem in problems] or [arguments.prompt]
-    silent = _silent_view()
-    with ending_together(), opened(resolved, silent, checkpoint) as (session, network):
+    prompts = [task.eval_prompt(problem) for problem in problems] or [arguments.prompt]
+    opening = opened(resolved, silent_view(), target.checkpoint)
+    with ending_together(), opening as (session, network):
         trajectory = complete(session, network, prompts)
-    if not _is_main():
+        rewards = session.grader.grade(to_grade(session, problems, trajectory, split="eval"))
+    if not is_main():
         return 0
     for row, prompt in enumerate(prompts):
         ids = trajectory.tokens[row].tolist()
         text = tokenizer.decode(ids)
-        console.print(Text.assemble(("prompt      ", "dim"), prompt))
+        console.print(Text.assemble(("prompt      ", "dim"), shown_prompt(prompt)))
         console.print(Text.assemble(("completion  ", "dim"), text))
         if problems:
-            reward = task.reward(problems[row], text)
+            reward = rewards[row]
             word = ("correct", "green") if reward.correct else ("wrong", "red")
             console.print(Text.assemble(("reward      ", "dim"), f"{reward.score:g} ", word))
         if arguments.trace:
@@ -147,21 +138,6 @@ def sample(arguments: argparse.Namespace) -> int:
             count = int(trajectory.num_steps[row])
             trace(tokenizer.pieces(ids), steps, console, num_steps=count)
         console.print()
-    return 0
-
-
-def report(arguments: argparse.Namespace) -> int:
-    """Write the figures and the HTML page of each run; several runs are compared."""
-    from agrpo_megatron.reports.figures import write_figures
-    from agrpo_megatron.reports.html import write_report
-
-    for run_dir in arguments.run_dirs:
-        for path in [*write_figures(run_dir), write_report(run_dir)]:
-            print(path)
-    if len(arguments.run_dirs) > 1:
-        from agrpo_megatron.reports.summary import compare
-
-        compare(arguments.run_dirs)
     return 0
 
 
@@ -194,39 +170,8 @@ def config(arguments: argparse.Namespace) -> int:
     settings = load(Settings, arguments.file, arguments.overrides)
     from agrpo_megatron.training.resolve import resolve
 
-    print(to_yaml(resolve(settings, world_size=_world_size()).settings), end="")
+    print(to_yaml(resolve(settings, world_size=world_size()).settings), end="")
     return 0
-
-
-def _open_target(arguments: argparse.Namespace):
-    """Resolve the settings of a run directory or file, and find the checkpoint to use."""
-    from agrpo_megatron.checkpoint.progress import checkpoint_path
-    from agrpo_megatron.training.resolve import RUN_SETTINGS, resolve
-
-    target = Path(arguments.target)
-    is_run = target.is_dir()
-    file = target / RUN_SETTINGS if is_run else target
-    if is_run and not file.exists():
-        raise ValueError(f"{target} is not a run directory: it has no {RUN_SETTINGS}")
-    settings = load(Settings, file, arguments.overrides)
-    checkpoint = checkpoint_path(target, arguments.checkpoint) if is_run else None
-    if not is_run and settings.model.load is None:
-        raise ValueError(f"{target} names no weights; set model.load, or give a run directory")
-    return resolve(settings, world_size=_world_size()), checkpoint
-
-
-def _silent_view():
-    from agrpo_megatron.reports.terminal import LiveView
-
-    return LiveView(sft_iterations=0, rl_iterations=0, live=False, is_main=False)
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -248,26 +193,22 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--restart", action="store_true", help="move an earlier run away instead of resuming it"
         )
-        _add_overrides(command)
-    command = _command(commands, "evaluate", "accuracy on the held-out problems", evaluate)
-    _add_target(command)
-    command.add_argument("--output", metavar="JSON", help="also write the result here")
-    _add_overrides(command)
+        add_overrides(command)
+    add_evaluate(commands)
     command = _command(commands, "sample", "print completions", sample)
-    _add_target(command)
+    add_target(command)
     command.add_argument("-n", "--number", type=int, default=3, help="held-out problems (3)")
     command.add_argument("--prompt", help="complete this text instead")
     command.add_argument("--trace", action="store_true", help="show the unmasking order in colour")
-    _add_overrides(command)
-    command = _command(commands, "report", "figures and an HTML page of runs", report)
-    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    add_overrides(command)
+    add_report(commands)
     add_convert(commands)
     _command(commands, "doctor", "what is installed, and what that allows", doctor)
     command = _command(commands, "config", "explain all settings, or check a file", config)
     command.add_argument("file", nargs="?", metavar="FILE", help="check this and print it resolved")
     command.add_argument("--section", default="", help="only settings that begin so")
     command.add_argument("--tasks", action="store_true", help="explain the options of each task")
-    _add_overrides(command)
+    add_overrides(command)
     return parser
 
 
@@ -275,16 +216,3 @@ def _command(commands, name: str, text: str, run: Callable) -> argparse.Argument
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     command.set_defaults(run=run)
     return command
-
-
-def _add_overrides(command: argparse.ArgumentParser) -> None:
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
-
-
-def _add_target(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "target", metavar="RUN", help="run directory, or settings file with model.load"
-    )
-    command.add_argument(
-        "--checkpoint", metavar="NAME", help="such as sft-000300, or best; default: latest"
-    )

@@ -117,8 +117,13 @@ def _spread(count: int, held: Sequence[int], *, layer: int, least: int) -> list[
     return layers
 
 
-def _layer_parameters(model: ModelSettings) -> int:
-    """Return a layer's weights: query, key, value and output matrices, SwiGLU and two norms."""
+def layer_matrices(model: ModelSettings) -> int:
+    """Return the weights of a layer's matrices: query, key, value and output, and SwiGLU's."""
     width, heads = model.hidden_size, model.num_attention_heads
     keys = width // heads * (model.num_query_groups or heads)
-    return width * (2 * width + 2 * keys + 3 * model.ffn_hidden_size + 2)
+    return width * (2 * width + 2 * keys + 3 * model.ffn_hidden_size)
+
+
+def _layer_parameters(model: ModelSettings) -> int:
+    """Return a layer's weights: its matrices and two norms."""
+    return layer_matrices(model) + 2 * model.hidden_size

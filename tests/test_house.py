@@ -15,11 +15,21 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "agrpo_megatron"
 
 LAYERS = {
-    0: ("__init__", "yaml_files", "config", "settings", "layout", "rules", "types"),
+    0: (
+        "__init__",
+        "yaml_files",
+        "config",
+        "settings",
+        "layout",
+        "rules",
+        "types",
+        "grid",
+        "statistics",
+    ),
     1: ("diffusion", "tasks", "families", "chat", "tokenizer", "scaling", "doctor"),
     2: ("megatron", "checkpoint"),
     3: ("training",),
-    4: ("cli", "cli_convert", "reports", "__main__"),
+    4: ("cli", "cli_common", "cli_convert", "cli_evaluate", "reports", "__main__"),
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 MEGATRON_CORE_IN = ("megatron/", "checkpoint/", "training/step.py")
@@ -278,8 +288,10 @@ def test_constraints_are_names_and_versions_of_all_that_is_required():
     assert_none("constraints.txt holds name==version lines", wrong)
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    required = project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    required = [*project["dependencies"], *extras["dev"], *extras["data"], *extras["gym"]]
     names = {re.split(r"[^a-z0-9-]", requirement)[0] for requirement in required}
+    names.remove(project["name"])  # dev takes the extras that it tests
     assert {"torch", "pytest"} <= names
     assert_none("constraints.txt pins what pyproject.toml requires", sorted(names - pinned))
     assert "apex" not in pinned, "the registry's apex is another project"

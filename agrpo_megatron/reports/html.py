@@ -13,8 +13,9 @@ from agrpo_megatron.reports.css import CSS
 from agrpo_megatron.reports.figures import draw_figures
 from agrpo_megatron.reports.read import Row, Run, after, before, read_run, series, time_totals
 from agrpo_megatron.reports.style import DARK
-from agrpo_megatron.reports.text import compact, duration, number, percent, points, wilson, written
+from agrpo_megatron.reports.text import compact, duration, number, percent, points, written
 from agrpo_megatron.settings import Settings
+from agrpo_megatron.statistics import wilson
 
 CAPTIONS = {
     "learning": (

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from agrpo_megatron.reports.read import Row, Run, after, before, series
 from agrpo_megatron.reports.style import Theme, curve, dress, end_labels, new_figure, note
-from agrpo_megatron.reports.text import number, percent, points, wilson
+from agrpo_megatron.reports.text import number, percent, points
+from agrpo_megatron.statistics import wilson
 
 
 def has_learning(run: Run) -> bool:

@@ -50,15 +50,6 @@ def compact(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Return the 95% Wilson interval of a share of `count` problems."""
-    z = 1.959964
-    scale = 1 + z * z / count
-    middle = (share + z * z / (2 * count)) / scale
-    spread = z / scale * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return max(0.0, middle - spread), min(1.0, middle + spread)
-
-
 def number(row: dict[str, Any], key: str) -> float | None:
     """Return a metric where it is there and finite, else None."""
     value = row.get(key)

@@ -167,6 +167,11 @@ class AlgorithmSettings:
         None, "steps that `constant` divides by; null: sampling.denoising_steps", low=1e-9
     )
     updates_per_iteration: int = setting(1, "optimizer steps on each batch of rollouts", low=1)
+    resample_rounds: int = setting(
+        0,
+        "times that groups of equal rewards are replaced by those of other problems (published: 0)",
+        low=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,13 @@ class TrainSettings:
     token_budget: int = setting(16384, "packed tokens per micro-batch and rollout forward", low=1)
     ratio_alarm: float = setting(
         1e-3, "warn when a first update's policy ratio is further from 1 than this", low=0
+    )
+    stop_metric: str | None = setting(
+        None, "end early by this metric of the evaluations; null: after train.iterations"
+    )
+    stop_target: float | None = setting(None, "end once train.stop_metric is this high")
+    stop_patience: int | None = setting(
+        None, "end after so many evaluations without a higher train.stop_metric", low=1
     )
 
 
@@ -191,6 +203,28 @@ class EvaluationSettings:
     block_length: int | None = setting(None, "as in sampling", low=1)
     top_k: int | None = setting(None, "as in sampling", low=1)
     top_p: float = setting(1.0, "as in sampling", low=0, high=1)
+    # What follows is for `agrpo evaluate` alone.
+    completion_lengths: list[int] | None = setting(
+        None, "`agrpo evaluate` at each of these; null: that of sampling", unit="tokens"
+    )
+    steps: list[int] | None = setting(
+        None, "`agrpo evaluate` with each of these denoising steps; null: denoising_steps"
+    )
+    tokens_per_step: list[int] | None = setting(
+        None, "instead of steps: length / this, for each of these (d1: 2)", unit="tokens"
+    )
+    tasks: dict[str, Any] = setting(
+        {}, "`agrpo evaluate` on these, by label, as in task.mixture; empty: the task itself"
+    )
+    split: str = setting(
+        "eval", "`agrpo evaluate`: train gives a curriculum's pass rates", choices=("eval", "train")
+    )
+    samples: int = setting(
+        1, "`agrpo evaluate`: completions of each problem; several give pass@k", low=1
+    )
+    batch_size: int | None = setting(
+        None, "problems between two writes of `agrpo evaluate`; null: some rollout forwards", low=1
+    )
 
 
 @dataclass(frozen=True)

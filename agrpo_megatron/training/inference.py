@@ -55,10 +55,13 @@ def opened(
         else:
             load_start_weights(network, settings)
         grader = Grader(resolved.task, settings.task)
-        yield (
-            Session(settings, ranks, resolved.task, resolved.tokenizer, log, view, grader),
-            network,
-        )
+        try:
+            yield (
+                Session(settings, ranks, resolved.task, resolved.tokenizer, log, view, grader),
+                network,
+            )
+        finally:
+            grader.close()
     finally:
         stop_ranks()
 

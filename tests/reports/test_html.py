@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from agrpo_megatron.reports.html import write_report
-from agrpo_megatron.reports.text import wilson
+from agrpo_megatron.statistics import wilson
 from tests.reports.synthetic import END, HOSTILE, write_lines, write_run
 
 

@@ -1,0 +1,188 @@
+"""Evaluations: read from their directories, shown while they run, and as tables."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from agrpo_megatron.grid import Progress
+from agrpo_megatron.reports.text import compact, duration, percent, visible
+
+EVALUATION, RESULTS = "evaluation.json", "results.json"
+FOLDER = "evaluations"
+EVERY = 20.0  # seconds between two lines where there is no terminal
+TEXT_COLUMNS = ("model", "task")
+LAST_COLUMNS = ("steps run", "tokens", "FLOPs", "failures")
+WIDEST = 1000  # characters that a table may need
+
+Results = dict[str, Any]  # as results.json holds them
+
+
+def find_evaluations(path: Path, label: str | None = None) -> list[Results]:
+    """Return the results of an evaluation directory, or of all evaluations of a run.
+
+    Args:
+        label: what to call the model instead of what the evaluation says.
+
+    Raises:
+        ValueError: an evaluation has no results yet.
+    """
+    if (path / EVALUATION).exists():
+        folders = [path]
+    else:
+        folders = sorted(file.parent for file in (path / FOLDER).glob(f"*/{EVALUATION}"))
+    found = [_read(folder) for folder in folders]
+    if label is not None:
+        for folder, results in zip(folders, found, strict=True):
+            results["label"] = label if len(found) == 1 else f"{label} {folder.name}"
+    return found
+
+
+def _read(folder: Path) -> Results:
+    path = folder / RESULTS
+    if not path.exists():
+        raise ValueError(f"{folder} has no {RESULTS} yet; let `agrpo evaluate` finish a cell first")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} is not JSON; evaluate again with --restart") from None
+
+
+def print_results(evaluations: Sequence[Results]) -> None:
+    """Print the cells of evaluations as a table; what all rows share stands above it."""
+    rows = _rows(evaluations)
+    shared = [n for n in TEXT_COLUMNS if len({row[n] for row in rows}) == 1]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in rows[0]:
+        if name not in shared:
+            table.add_column(Text(name), justify="left" if name in TEXT_COLUMNS else "right")
+    for row in rows:
+        table.add_row(*(Text(cell) for name, cell in row.items() if name not in shared))
+    console = Console(width=max(Console().width, _width(table)))  # a terminal wraps long lines
+    console.print(Text("  ".join(rows[0][name] for name in shared), style="bold"))
+    console.print(table)
+
+
+def _width(table: Table) -> int:
+    """Return the characters that a table needs so that no cell is cut."""
+    console = Console(width=WIDEST)
+    return Measurement.get(console, console.options, table).maximum
+
+
+def markdown_table(evaluations: Sequence[Results]) -> str:
+    """Return the cells of evaluations as a table in Markdown."""
+    rows = _rows(evaluations)
+    names = list(rows[0])
+    rules = ["---" if name in TEXT_COLUMNS else "---:" for name in names]
+    table = [names, rules, *(list(row.values()) for row in rows)]
+    return "".join("| " + " | ".join(map(_cell, cells)) + " |\n" for cells in table)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _rows(evaluations: Sequence[Results]) -> list[dict[str, str]]:
+    """Return one row of texts for every cell, all with the same columns.
+
+    Raises:
+        ValueError: there is no cell.
+    """
+    pairs = [(results, cell) for results in evaluations for cell in results["cells"]]
+    if not pairs:
+        raise ValueError("no evaluation has finished a cell; let `agrpo evaluate` go on")
+    rows = [_row(results, cell) for results, cell in pairs]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = [name for name in names if name not in LAST_COLUMNS] + list(LAST_COLUMNS)
+    if all(row["failures"] == "0" for row in rows):
+        names.remove("failures")
+    return [{name: row.get(name, "") for name in names} for row in rows]
+
+
+def _row(results: Results, cell: Mapping[str, Any]) -> dict[str, str]:
+    low, high = cell["accuracy_interval"]
+    row = {
+        "model": visible(results["label"]),
+        "task": visible(cell["task"]),
+        "length": str(cell["completion_length"]),
+        "steps": str(cell["denoising_steps"]),
+        "problems": str(cell["problems"]),
+        "accuracy": percent(cell["accuracy"]),
+        "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}",
+    }
+    for k, found in cell.get("pass_at", {}).items():
+        row |= {f"pass@{k}": percent(found["value"])} if k != "1" else {}
+    row |= {"score": compact(round(cell["score"], 4))}
+    row |= {visible(name): compact(round(value, 4)) for name, value in cell["summary"].items()}
+    return row | {
+        "steps run": compact(round(cell["steps_run"], 1)),
+        "tokens": compact(round(cell["completion_tokens"], 1)),
+        "FLOPs": f"{cell['flops']:.2e}",
+        "failures": str(cell["failures"]),
+    }
+
+
+class EvaluationView:
+    """Shows an evaluation while it runs: a bar on a terminal, else a line now and then.
+
+    What it says goes to the standard error, so that results can be piped.
+    """
+
+    def __init__(self, *, live: bool, is_main: bool):
+        self._is_main = is_main
+        self._console = Console(stderr=True)
+        self._is_live = live and is_main and self._console.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+        self._bars = Bars(*columns, console=self._console)
+        self._bar = self._bars.add_task("evaluating", total=1.0, left="")
+        self._began = self._said = time.monotonic()
+
+    def __enter__(self) -> "EvaluationView":
+        if self._is_live:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_live:
+            self._bars.stop()
+
+    def note(self, text: str) -> None:
+        """Say something."""
+        if self._is_main:
+            self._console.print(Text(visible(text), style="dim"), soft_wrap=True)
+
+    def show(self, progress: Progress) -> None:
+        """Show how far the evaluation has come."""
+        now = time.monotonic()
+        left = self._remaining(progress, now)
+        if self._is_live:
+            self._bars.update(
+                self._bar, description=_described(progress), completed=progress.work_done, left=left
+            )
+            return
+        if progress.problems_done == progress.problems or now - self._said > EVERY:
+            self._said = now
+            print(f"{_described(progress)}  {left}", file=sys.stderr, flush=True)
+
+    def _remaining(self, progress: Progress, now: float) -> str:
+        done = progress.work_done - progress.work_before
+        return f"{duration((now - self._began) / done * (1 - progress.work_done))} left"
+
+
+def _described(progress: Progress) -> str:
+    cell = progress.cell
+    return (
+        f"{visible(progress.task)}  {cell.completion_length} tokens, {cell.denoising_steps} steps  "
+        f"cell {progress.cell_number}/{progress.cells}  "
+        f"problems {progress.problems_done}/{progress.problems}  "
+        f"accuracy {percent(progress.accuracy)}"
+    )

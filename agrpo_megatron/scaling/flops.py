@@ -1,0 +1,57 @@
+"""FLOPs of completions, counted from what ran: matrices, attention and head; 2 per multiply-add.
+
+Norms, rotations, activations and the drawing of tokens are left out, as are rows that pad the
+vocabulary: the count is the same under every layout.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from agrpo_megatron.layout import layer_matrices
+from agrpo_megatron.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from agrpo_megatron.types import Trajectory
+
+
+def completion_flops(trajectory: Trajectory, model: ModelSettings) -> list[int]:
+    """Return the FLOPs [R] that each completion took, all its denoising steps together.
+
+    Every denoising step runs the whole row, prompt and completion; the head runs at the positions
+    that the step scored.
+    """
+    assert model.vocab_size is not None
+    width, steps = trajectory.tokens.shape[1], trajectory.num_steps.tolist()
+    scored = scored_positions(trajectory).tolist()
+    head = 2 * model.hidden_size * model.vocab_size
+    return [
+        count * row_flops(len(prompt) + width, model) + positions * head
+        for prompt, count, positions in zip(trajectory.prompts, steps, scored, strict=True)
+    ]
+
+
+def row_flops(length: int, model: ModelSettings) -> int:
+    """Return the FLOPs of one row through all layers, without the head."""
+    attention = 4 * length**2 * model.hidden_size  # scores, and the values they weigh
+    return model.num_layers * (2 * length * layer_matrices(model) + attention)
+
+
+def scored_positions(trajectory: Trajectory) -> Tensor:
+    """Return how many positions [R] the head saw, all denoising steps together.
+
+    A position is scored in every step of its block up to the one that fixes it; where the sampler
+    knows beforehand which positions a step fixes, in that step alone.
+    """
+    sampling, fixed_at = trajectory.sampling, trajectory.unmask_step
+    ran = fixed_at < trajectory.num_steps[:, None]
+    is_foreseen = sampling.unmasking == "random" and sampling.threshold is None
+    if is_foreseen or sampling.unmasking == "bernoulli":
+        return ran.sum(1)
+    blocks = fixed_at.unflatten(1, (-1, sampling.block_length))  # [R, blocks, block length]
+    begins = (blocks.amax(2) + 1).roll(1, dims=1)
+    begins[:, 0] = 0
+    times = blocks - begins[:, :, None] + 1
+    return (times.flatten(1) * ran).sum(1)

@@ -1,0 +1,67 @@
+"""Shares and means of an evaluation with their 95% intervals."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Z = 1.959964  # of the normal distribution, 95% two-sided
+RESAMPLES, SEED = 2000, 0  # of the bootstrap: the same numbers give the same interval
+
+Interval = tuple[float, float]
+
+
+def wilson(share: float, count: float) -> Interval:
+    """Return the 95% Wilson interval of a share of `count` trials.
+
+    Source: Wilson, Probable inference, 1927.
+    """
+    scale = 1 + Z * Z / count
+    middle = (share + Z * Z / (2 * count)) / scale
+    spread = Z / scale * math.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2)
+    low, high = max(0.0, middle - spread), min(1.0, middle + spread)
+    return (0.0 if share == 0 else low), (1.0 if share == 1 else high)
+
+
+def share_interval(per_problem: Sequence[float], samples: int) -> Interval:
+    """Return the 95% interval of the mean of shares, each of `samples` trials of one problem.
+
+    Trials of one problem resemble one another, so together they tell less than as many
+    independent ones. Wilson's interval is taken at the number of independent trials that would
+    spread as the problems do: between the number of problems and that of all trials. With one
+    trial of each problem it is Wilson's own.
+    """
+    count, share = len(per_problem), float(np.mean(per_problem))
+    variance = float(np.var(per_problem, ddof=1)) / count if count > 1 else 0.0
+    worth = share * (1 - share) / variance if variance > 0 else count
+    return wilson(share, min(max(worth, count), count * samples))
+
+
+def mean_interval(per_problem: Sequence[float]) -> Interval:
+    """Return the 95% interval of a mean over problems, by the normal approximation."""
+    middle, count = float(np.mean(per_problem)), len(per_problem)
+    spread = Z * float(np.std(per_problem, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+    return middle - spread, middle + spread
+
+
+def bootstrap_interval(per_problem: Sequence[float]) -> Interval:
+    """Return the 95% percentile interval of the mean over problems, drawn with replacement."""
+    values, chance = np.asarray(per_problem, dtype=float), np.random.default_rng(SEED)
+    draws = (chance.integers(len(values), size=len(values)) for _ in range(RESAMPLES))
+    low, high = np.percentile([values[places].mean() for places in draws], (2.5, 97.5))
+    return float(low), float(high)
+
+
+def pass_at(k: int, *, samples: int, correct: int) -> float:
+    """Return the chance that k of the samples, drawn without replacement, hold a correct one.
+
+    Its mean over samplings is the chance that k completions hold a correct one. Source: Chen et
+    al., Evaluating large language models trained on code, 2021.
+    """
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def powers_of_two(most: int) -> list[int]:
+    """Return 1, 2, 4, ... up to `most`, which comes last whether it is one or not."""
+    counts = [2**i for i in range(most.bit_length()) if 2**i < most]
+    return [*counts, most]

@@ -1,0 +1,221 @@
+"""What `agrpo evaluate` will do, laid out and checked before a rank starts."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from agrpo_megatron.checkpoint.integrity import MANIFEST
+from agrpo_megatron.checkpoint.progress import checkpoint_path
+from agrpo_megatron.grid import Cell, cell_sampling, evaluation_grid
+from agrpo_megatron.layout import model_ranks, rollout_parallel
+from agrpo_megatron.settings import Settings
+from agrpo_megatron.tasks import Task
+from agrpo_megatron.tasks.mixture import Mixture
+from agrpo_megatron.training.resolve import RUN_SETTINGS, Resolved, resolve
+from agrpo_megatron.types import Problem, Prompt
+
+EDGE = 1 << 20  # bytes that are read at both ends of a weight file without checksums
+BATCH_FORWARDS = 4  # rollout forwards that a batch fills at its first step, where none is set
+# Settings of the model that say where it comes from, not what it is.
+NOT_IDENTITY = ("load", "megatron", "init_std")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Problems that are answered together."""
+
+    label: str
+    cell: Cell
+    places: range  # among the task's problems
+    is_last: bool  # of its task and cell
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that an evaluation answers, in the order in which it does."""
+
+    resolved: Resolved
+    checkpoint: Path | None  # None: the weights that `model.load` names
+    cells: list[Cell]
+    tasks: Mapping[str, Task]  # by label
+    problems: Mapping[str, Sequence[Problem]]  # by label
+    batch_size: int  # problems
+    evaluation: dict[str, Any]  # what evaluation.json holds
+
+    @property
+    def samples(self) -> int:
+        """Return the completions of each problem."""
+        return self.resolved.settings.evaluation.samples
+
+    def batches(self) -> list[Batch]:
+        """Return all batches: task by task, cell by cell."""
+        size = self.batch_size
+        return [
+            Batch(
+                label, cell, range(first, min(first + size, len(found))), first + size >= len(found)
+            )
+            for label, found in self.problems.items()
+            for cell in self.cells
+            for first in range(0, len(found), size)
+        ]
+
+
+def plan_evaluation(
+    settings: Settings,
+    *,
+    checkpoint: Path | None,
+    label: str,
+    world_size: int,
+    is_sweep: bool = False,
+    batch_size: int | None = None,
+) -> Plan:
+    """Lay out an evaluation.
+
+    Args:
+        checkpoint: of a run; None takes what `model.load` names.
+        label: what figures call the model.
+        batch_size: of an earlier attempt, where the settings name none.
+
+    Raises:
+        ValueError: anything the user wrote is wrong.
+    """
+    cells = evaluation_grid(settings, is_sweep=is_sweep)
+    prepared = _prepared(settings, cells)
+    try:
+        resolved = resolve(prepared, world_size=world_size)
+    except ValueError as error:
+        if not settings.evaluation.tasks:
+            raise
+        raise ValueError(str(error).replace("task.mixture", "evaluation.tasks")) from error
+    tasks, problems = _tasks(resolved)
+    size = settings.evaluation.batch_size or batch_size or _batch_size(resolved, world_size)
+    weights = checkpoint or _weights(settings)
+    evaluation = {
+        "label": label,
+        "weights": str(weights),
+        "evaluates": {
+            "checkpoint": fingerprint(weights),
+            **_identity(resolved, cells),
+            "batch_size": size,
+            "tasks": {
+                name: _task_identity(resolved, tasks[name], problems[name]) for name in tasks
+            },
+        },
+    }
+    return Plan(resolved, checkpoint, cells, tasks, problems, size, evaluation)
+
+
+def fingerprint(weights: Path) -> str:
+    """Return a digest of a checkpoint: of its checksums, or of all names, sizes and file ends."""
+    manifest = weights / MANIFEST
+    if manifest.exists():
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()
+    known = hashlib.sha256()
+    for path in sorted(weights.glob("*")):
+        if path.suffix in (".safetensors", ".bin", ".distcp") or path.name == "config.json":
+            size = path.stat().st_size
+            known.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as stream:
+                known.update(stream.read(EDGE))
+                stream.seek(max(0, size - EDGE))
+                known.update(stream.read(EDGE))
+    return known.hexdigest()
+
+
+def _prepared(settings: Settings, cells: Sequence[Cell]) -> Settings:
+    """Return settings whose sampler is that of the longest cell, for all other checks."""
+    longest = max(cells)
+    sampling = cell_sampling(settings, longest)
+    settings = replace(
+        settings,
+        sampling=replace(
+            settings.sampling,
+            completion_length=sampling.completion_length,
+            block_length=sampling.block_length,
+            denoising_steps=sampling.denoising_steps,
+        ),
+        evaluation=replace(settings.evaluation, denoising_steps=None, block_length=None),
+        sft=replace(settings.sft, iterations=0),  # solutions need not fit
+    )
+    if not settings.evaluation.tasks:
+        return settings
+    task = replace(settings.task, name=Mixture.name, mixture=settings.evaluation.tasks, options={})
+    return replace(settings, task=task)
+
+
+def _tasks(resolved: Resolved) -> tuple[dict[str, Task], dict[str, list[Problem]]]:
+    """Return tasks and problems by label: those of a mixture, or the one task there is."""
+    settings, task = resolved.settings, resolved.task
+    problems = task.problems("train" if settings.evaluation.split == "train" else "eval")
+    if isinstance(task, Mixture):
+        tasks = {label: part for label, (part, _) in task.parts.items()}
+    else:
+        tasks = {Path(settings.task.name).stem: task}
+    single = next(iter(tasks))
+    sorted_out: dict[str, list[Problem]] = {label: [] for label in tasks}
+    for problem in problems:
+        sorted_out[problem.task or single].append(problem)
+    for label, found in sorted_out.items():
+        if not found:
+            raise ValueError(
+                f"task {label} has no problems in evaluation.split={settings.evaluation.split}; "
+                "ask for more, or leave the task out"
+            )
+    return tasks, sorted_out
+
+
+def _batch_size(resolved: Resolved, world_size: int) -> int:
+    """Return problems per batch: some forwards full, so that few rows run alone at its end."""
+    settings = resolved.settings
+    replicas = max(1, world_size // model_ranks(rollout_parallel(settings)))
+    row = 2 * settings.sampling.completion_length
+    completions = BATCH_FORWARDS * replicas * max(1, settings.train.token_budget // row)
+    return max(1, completions // settings.evaluation.samples)
+
+
+def _weights(settings: Settings) -> Path:
+    assert settings.model.load is not None
+    source = Path(settings.model.load)
+    return checkpoint_path(source) if (source / RUN_SETTINGS).exists() else source
+
+
+def _identity(resolved: Resolved, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Return the settings that decide about a completion, and which are asked for."""
+    settings = resolved.settings
+    model = {k: v for k, v in asdict(settings.model).items() if k not in NOT_IDENTITY}
+    sampling = asdict(cell_sampling(settings, cells[0]))
+    for name in ("completion_length", "denoising_steps"):
+        del sampling[name]
+    return {
+        "precision": settings.precision,
+        "seed": settings.run.seed,
+        "split": settings.evaluation.split,
+        "samples": settings.evaluation.samples,
+        "steps": {
+            str(length): [c.denoising_steps for c in cells if c.completion_length == length]
+            for length in dict.fromkeys(cell.completion_length for cell in cells)
+        },
+        "sampling": sampling,
+        "model": model,
+    }
+
+
+def _task_identity(resolved: Resolved, task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
+    prompts = problem_prompts(task, problems, split=resolved.settings.evaluation.split)
+    first = resolved.tokenizer.encode_prompt(prompts[0])
+    asked = json.dumps([[problem.key for problem in problems], prompts, first])
+    return {
+        "name": task.settings.name,
+        "options": task.settings.options,
+        "problems": len(problems),
+        "asked": hashlib.sha256(asked.encode()).hexdigest(),
+    }
+
+
+def problem_prompts(task: Task, problems: Sequence[Problem], *, split: str) -> list[Prompt]:
+    """Return the prompt that each problem has in a split."""
+    prompt = task.prompt if split == "train" else task.eval_prompt
+    return [prompt(problem) for problem in problems]

@@ -1,0 +1,119 @@
+"""The directory of an evaluation: what is evaluated, every completion, and the results.
+
+Written by the main rank. Completions are appended batch by batch, so that an evaluation that was
+killed goes on after its last whole batch.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EVALUATION, COMPLETIONS, RESULTS = "evaluation.json", "completions.jsonl", "results.json"
+OTHER = "use another --output or --name, or --restart to begin it anew"
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ResultStore:
+    """An evaluation's directory; the methods that write are called by the main rank alone."""
+
+    directory: Path
+
+    def stored(self) -> dict[str, Any] | None:
+        """Return what an earlier attempt evaluates; None for a new directory.
+
+        Raises:
+            ValueError: the directory holds something else than an evaluation.
+        """
+        path = self.directory / EVALUATION
+        if not path.exists():
+            if self.directory.exists() and any(self.directory.iterdir()):
+                raise ValueError(
+                    f"{self.directory} is not empty and holds no evaluation; use another --output"
+                )
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{path} is not JSON; {OTHER}") from None
+
+    def check(self, evaluation: dict[str, Any]) -> None:
+        """Compare what an earlier attempt evaluates with what is to be evaluated.
+
+        Raises:
+            ValueError: it is something else; names the first difference.
+        """
+        there = self.stored()
+        if there is None:
+            return
+        old = _flat(there.get("evaluates", {}))
+        new = _flat(json.loads(json.dumps(evaluation["evaluates"])))
+        for key in [*new, *old]:
+            if old.get(key) != new.get(key):
+                raise ValueError(
+                    f"{self.directory} holds an evaluation with {key}={old.get(key)}, not "
+                    f"{new.get(key)}; {OTHER}"
+                )
+
+    def begin(self, evaluation: dict[str, Any]) -> None:
+        """Write what is evaluated, unless it stands there from an earlier attempt."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not (self.directory / EVALUATION).exists():
+            _replace(self.directory / EVALUATION, evaluation)
+
+    def results(self) -> dict[str, Any] | None:
+        """Return the results so far, if any were written."""
+        path = self.directory / RESULTS
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def lines(self) -> list[Line]:
+        """Return the completions that were written; a last line that is torn is left out."""
+        path = self.directory / COMPLETIONS
+        if not path.exists():
+            return []
+        *whole, _ = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in whole]
+
+    def keep(self, count: int) -> None:
+        """Cut the completions back to the first lines, `count` of them."""
+        path = self.directory / COMPLETIONS
+        if not path.exists():
+            return
+        with path.open("rb+") as stream:
+            for _ in range(count):
+                stream.readline()
+            stream.truncate(stream.tell())
+
+    def append(self, lines: Sequence[Line]) -> None:
+        """Write completions, on disk when this returns."""
+        with (self.directory / COMPLETIONS).open("a", encoding="utf-8") as stream:
+            stream.write("".join(json.dumps(line) + "\n" for line in lines))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def write(self, results: dict[str, Any]) -> None:
+        """Write the results so far, at once or not at all."""
+        _replace(self.directory / RESULTS, results)
+
+
+def _replace(path: Path, tree: dict[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(tree, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries by dotted name."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.rstrip("."): tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.")
+    return flat

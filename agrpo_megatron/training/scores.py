@@ -1,0 +1,50 @@
+"""Metrics of graded completions: accuracy, score, pass@k, and what the task adds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from agrpo_megatron.statistics import (
+    bootstrap_interval,
+    mean_interval,
+    pass_at,
+    powers_of_two,
+    share_interval,
+)
+from agrpo_megatron.tasks import Task
+from agrpo_megatron.types import Problem, Reward
+
+
+def scores(
+    task: Task, problems: Sequence[Problem], verdicts: Sequence[Sequence[Reward]]
+) -> dict[str, Any]:
+    """Return the metrics of an evaluation, ready for JSON; intervals are 95 %.
+
+    Args:
+        verdicts: of every problem, one for each of its completions, equally many.
+    """
+    samples = len(verdicts[0])
+    flat = [verdict for several in verdicts for verdict in several]
+    hits = [sum(verdict.correct for verdict in several) for several in verdicts]
+    rates = [count / samples for count in hits]
+    means = [sum(verdict.score for verdict in several) / samples for several in verdicts]
+    names = sorted({name for verdict in flat for name in verdict.parts})
+    repeated = [problem for problem in problems for _ in range(samples)]
+    found: dict[str, Any] = {
+        "problems": len(problems),
+        "samples": samples,
+        "accuracy": sum(hits) / len(flat),
+        "accuracy_interval": share_interval(rates, samples),
+        "score": sum(means) / len(means),
+        "score_interval": mean_interval(means),
+        "parts": {name: sum(v.parts.get(name, 0.0) for v in flat) / len(flat) for name in names},
+        "summary": dict(task.summary(repeated, flat)),
+        "failures": sum(verdict.failure is not None for verdict in flat),
+    }
+    if samples > 1:
+        found["pass_at"] = {str(k): _pass_at(k, samples, hits) for k in powers_of_two(samples)}
+    return found
+
+
+def _pass_at(k: int, samples: int, hits: Sequence[int]) -> dict[str, Any]:
+    chances = [pass_at(k, samples=samples, correct=count) for count in hits]
+    return {"value": sum(chances) / len(chances), "interval": bootstrap_interval(chances)}
