@@ -45,11 +45,13 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     load = settings.model.load
     if load is not None and not Path(load).is_dir():
         raise ValueError(f"model.load={load} is not a directory; give a Hugging Face or run folder")
-    best = settings.checkpoint.best
-    if best is not None and best != "accuracy" and not best.startswith("reward/"):
+    _validate_metric("checkpoint.best", settings.checkpoint.best, settings)
+    _validate_stop(settings)
+    rates = settings.task
+    if rates.pass_rate_low > rates.pass_rate_high:
         raise ValueError(
-            f"checkpoint.best={best} is no metric of evaluations; use accuracy, reward/mean, the "
-            "name of a part of the reward such as reward/format, or null"
+            f"task.pass_rate_low={rates.pass_rate_low:g} is above task.pass_rate_high="
+            f"{rates.pass_rate_high:g}, which leaves no problem; lower it"
         )
     if settings.sampling.temperature == 0:
         raise ValueError(
@@ -61,6 +63,42 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         raise ValueError(
             f"sampling.completion_length={longest} leaves no room for a prompt in "
             f"model.max_sequence_length={settings.model.max_sequence_length}; shorten or raise it"
+        )
+
+
+def _validate_metric(key: str, name: str | None, settings: Settings) -> None:
+    """Check that a metric may be one of evaluations; which parts a reward has shows only then."""
+    task = settings.task
+    labels = [f"accuracy/{label}" for label in task.mixture] if task.name == "mixture" else []
+    known = ["accuracy", *labels]
+    if name is None or name in known or name.startswith(("reward/", "summary/")):
+        return
+    raise ValueError(
+        f"{key}={name} is no metric of evaluations; use {', '.join(known)}, reward/mean, the "
+        "name of a part of the reward such as reward/format, or null"
+    )
+
+
+def _validate_stop(settings: Settings) -> None:
+    train = settings.train
+    _validate_metric("train.stop_metric", train.stop_metric, settings)
+    for key in ("stop_target", "stop_patience"):
+        if train.stop_metric is None and getattr(train, key) is not None:
+            raise ValueError(
+                f"train.{key}={getattr(train, key):g} needs train.stop_metric; use for example "
+                "train.stop_metric=accuracy"
+            )
+    if train.stop_metric is None:
+        return
+    if train.stop_target is None and train.stop_patience is None:
+        raise ValueError(
+            f"train.stop_metric={train.stop_metric} needs train.stop_target or "
+            "train.stop_patience; use for example train.stop_patience=5"
+        )
+    if settings.evaluation.interval == 0:
+        raise ValueError(
+            f"train.stop_metric={train.stop_metric} needs evaluations on the way, and "
+            "evaluation.interval=0 makes none; use for example evaluation.interval=25"
         )
 
 

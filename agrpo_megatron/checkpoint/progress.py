@@ -25,6 +25,9 @@ class Progress:
     best: float | None = None  # highest `checkpoint.best` so far
     is_best: bool = False
     wandb: str | None = None  # id of the wandb run
+    stop_best: float | None = None  # highest `train.stop_metric` so far
+    stop_waited: int = 0  # evaluations since then
+    stopped: str | None = None  # why the run ended early
 
     @property
     def name(self) -> str:

@@ -69,6 +69,7 @@ class SamplerContext:
     token_budget: int  # packed tokens per forward
     shift: bool = False  # a token is predicted from the state before it
     uniforms: Tensor | None = None  # [steps, R, C] in place of own noise, for `bernoulli`
+    most_rows: int | None = None  # in one forward, however many the budget would allow
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def sample(
     context: SamplerContext,
     sampling: SamplingSettings,
     weights_version: int = 0,
+    ended: Callable[[list[int], Tensor], None] | None = None,
 ) -> Trajectory:
     """Sample one completion per prompt; called by every rank of a replica.
 
@@ -96,6 +98,8 @@ def sample(
     Args:
         prompts: R tensors of token ids, int64.
         rollout_ids: [R] int64, unique within a run.
+        ended: called once for every row, as soon as it is complete: with some rows and their
+            tokens [n, C].
     """
     prompts = tuple(prompts)
     state = start(prompts, rollout_ids, mask_id=context.mask_id, sampling=sampling)
@@ -108,7 +112,10 @@ def sample(
     while waiting or under_way:
         live: list[int] = []
         if len(under_way) == most or not waiting:
-            live = _finish(state, under_way.popleft(), context=context, sampling=sampling)
+            group = under_way.popleft()
+            live = _finish(state, group, context=context, sampling=sampling)
+            if ended is not None and (over := sorted(set(group.rows.tolist()) - set(live))):
+                ended(over, state.canvas[over].gather(1, state.columns[over]))
         live += _fill(live, waiting, lengths, free=most - len(under_way), context=context)
         if live:
             live.sort(key=lambda row: -lengths[row])  # equal lengths are attended to together
@@ -139,12 +146,15 @@ def _fill(
     context: SamplerContext,
 ) -> list[int]:
     """Take rows that wait: a fair share for each of the `free` groups, within the budget."""
+    most = len(lengths) if context.most_rows is None else context.most_rows
     share = sum(lengths[row] for row in waiting) / free
     used, taken = sum(lengths[row] for row in live), 0
     rows: list[int] = []
     while waiting and (taken < share or not rows):
         length = lengths[waiting[0]]
         if (live or rows) and used + taken + length > context.token_budget:
+            break
+        if len(live) + len(rows) >= most:
             break
         taken += length
         rows.append(waiting.popleft())

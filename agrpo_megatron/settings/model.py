@@ -89,3 +89,9 @@ class RolloutSettings:
     groups: int | None = setting(
         None, "groups of rows in flight; null: twice the pipeline stages, 1 without", low=1
     )
+    rows: int | None = setting(
+        None,
+        "rows of a replica in one forward, at most; null: what train.token_budget holds. Fewer "
+        "let rewards in worker processes begin earlier",
+        low=1,
+    )

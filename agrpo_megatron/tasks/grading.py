@@ -1,6 +1,7 @@
 """Grading beside the sampler: in worker processes, where a task does not bound itself."""
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,7 +9,7 @@ from typing import NamedTuple
 
 from agrpo_megatron.settings import TaskSettings
 from agrpo_megatron.tasks.base import Task
-from agrpo_megatron.tasks.sandbox import Sandbox
+from agrpo_megatron.tasks.sandbox import Sandbox, ServerEnded
 from agrpo_megatron.types import Problem, Reward
 
 
@@ -20,18 +21,26 @@ class Call(NamedTuple):
     raw: str | None = None  # all of it, special tokens written out
 
 
-class Grader:
-    """Grades batches of completions in order; `start` returns at once.
+class _Batch(NamedTuple):
+    calls: list[Call]
+    rewards: Future[list[Reward]]
 
-    A grader that raises, hangs, or runs out of memory costs its completion a defined score: the
-    reward says so in `failure`. Workers start with the first batch, and end with this process.
+
+class Grader:
+    """Grades completions; called by one thread.
+
+    A reward that raises, hangs, runs out of memory, ends its process or is no finite number costs
+    its completion `task.grader.failed_score`; `Reward.failure` says why. Workers start with the
+    first batch, and end with this process, however it ends.
     """
 
     def __init__(self, task: Task, settings: TaskSettings):
+        self.busy = 0.0  # seconds in which the workers had something to do
         self._task, self._settings = task, settings
-        self._batches: deque[Future[list[Reward]]] = deque()
+        self._waiting: deque[_Batch] = deque()
         self._sandbox: Sandbox | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self._is_closed = False
         if not task.is_bounded:
             chosen = settings.grader
             self._sandbox = Sandbox(
@@ -41,7 +50,6 @@ class Grader:
                 memory=chosen.memory,
                 workers=chosen.workers,
             )
-            # Talks to the workers, so that neither side waits for the other to read.
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grader")
 
     @property
@@ -49,34 +57,61 @@ class Grader:
         """Say whether grading goes on beside this process."""
         return self._sandbox is not None
 
-    def start(self, calls: Sequence[Call]) -> None:
-        """Hand in a batch."""
-        if self._thread is not None:
-            self._batches.append(self._thread.submit(self._in_workers, list(calls)))
-            return
-        done: Future[list[Reward]] = Future()
-        done.set_result([self._here(call) for call in calls])
-        self._batches.append(done)
+    def start(self, calls: Sequence[Call]) -> Future[list[Reward]]:
+        """Hand in a batch; with workers this returns at once.
 
-    def collect(self) -> list[Reward]:
-        """Wait for the oldest batch; one reward for each call.
-
-        Raises:
-            RuntimeError: the workers could not be started, or ended twice.
+        `result` of what is returned waits for one reward for each call, and raises a RuntimeError
+        where the workers cannot be started.
         """
-        return self._batches.popleft().result()
+        batch = _Batch(list(calls), Future())
+        if self._thread is None:
+            batch.rewards.set_result([self._here(call) for call in calls])
+        else:
+            self._waiting.append(batch)
+            self._thread.submit(self._grade_waiting)
+        return batch.rewards
 
     def grade(self, calls: Sequence[Call]) -> list[Reward]:
-        """Hand in a batch and wait for it; nothing else may be under way."""
-        assert not self._batches
-        self.start(calls)
-        return self.collect()
+        """Hand in a batch and wait for it."""
+        return self.start(calls).result()
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers; what they still have to grade is lost."""
+        self._is_closed = True
         if self._sandbox is not None and self._thread is not None:
             self._sandbox.close()
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _grade_waiting(self) -> None:
+        """Grade all that waits as one batch: no worker idles until a batch before it is through."""
+        batches = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if not batches:
+            return
+        started = time.perf_counter()
+        try:
+            rewards = iter(self._in_workers([call for batch in batches for call in batch.calls]))
+        except Exception as error:
+            for batch in batches:
+                batch.rewards.set_exception(error)
+            return
+        self.busy += time.perf_counter() - started
+        for batch in batches:
+            batch.rewards.set_result([next(rewards) for _ in batch.calls])
+
+    def _in_workers(self, calls: list[Call]) -> list[Reward]:
+        assert self._sandbox is not None
+        for _ in range(2):  # it may have been by chance that the server was killed
+            try:
+                outcomes = self._sandbox.run(calls)
+            except ServerEnded:
+                if self._is_closed:
+                    raise
+                continue
+            return [
+                outcome.value if outcome.failure is None else self._failed(outcome.failure)
+                for outcome in outcomes
+            ]
+        return [self._failed("the workers were killed")] * len(calls)
 
     def _here(self, call: Call) -> Reward:
         try:
@@ -84,35 +119,27 @@ class Grader:
         except Exception as error:  # whatever a reward raises is this completion's loss alone
             return self._failed(f"{type(error).__name__}: {error}")
 
-    def _in_workers(self, calls: list[Call]) -> list[Reward]:
-        assert self._sandbox is not None
-        try:
-            outcomes = self._sandbox.run(calls)
-        except RuntimeError:  # the server was killed, by the system's want of memory for instance
-            outcomes = self._sandbox.run(calls)
-        return [
-            outcome.value if outcome.failure is None else self._failed(outcome.failure)
-            for outcome in outcomes
-        ]
-
     def _failed(self, reason: str) -> Reward:
         return Reward(self._settings.grader.failed_score, False, failure=reason)
 
 
 def grade_call(task: Task, call: Call) -> Reward:
-    """Grade one completion.
+    """Grade one completion; what a task of one's own returned becomes plain numbers.
 
     Raises:
-        ValueError: the score is not finite.
+        TypeError: it returned something else than a `Reward`.
+        ValueError: its score, or a part of it, is no finite number.
     """
     problem, completion, raw = call
     if raw is None:
         reward = task.reward(problem, completion)
     else:
         reward = task.verdict(problem, completion, raw)
-    if not math.isfinite(reward.score):
-        raise ValueError(f"the score is {reward.score}")
-    return reward
+    if not isinstance(reward, Reward):
+        raise TypeError(f"the reward is of type {type(reward).__name__}, not Reward")
+    score = _finite("score", reward.score)
+    parts = {str(name): _finite(str(name), part) for name, part in reward.parts.items()}
+    return Reward(score, bool(reward.correct), parts, reward.failure)
 
 
 def load_grader(settings: TaskSettings) -> Callable[..., Reward]:
@@ -120,4 +147,12 @@ def load_grader(settings: TaskSettings) -> Callable[..., Reward]:
     from agrpo_megatron.tasks import build_task
 
     task = build_task(settings)
+    task.prepare()
     return lambda *call: grade_call(task, Call(*call))
+
+
+def _finite(name: str, value: float) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"the {name} is {number}")
+    return number

@@ -35,6 +35,10 @@ class Outcome(NamedTuple):
     failure: str | None = None  # such as "timeout" or "ValueError: ..."
 
 
+class ServerEnded(RuntimeError):
+    """The server was killed, by a call or by the system's want of memory."""
+
+
 class Sandbox:
     """Makes calls of `handler = factory(*arguments)` in children; starts at the first call.
 
@@ -56,49 +60,46 @@ class Sandbox:
         self._setup = (factory, arguments, seconds, memory, workers)
         self._server: subprocess.Popen | None = None
         self._connection: Connection | None = None
-        self._waiting: list[float] = []  # seconds that each batch in flight may take
 
-    def start(self, calls: Sequence[tuple]) -> None:
-        """Hand in a batch of calls; returns at once. `collect` returns the batches in order."""
-        connection = self._open()
+    def run(self, calls: Sequence[tuple]) -> list[Outcome]:
+        """Make calls and wait for them; one outcome for each.
+
+        Raises:
+            RuntimeError: the factory raised.
+            ServerEnded: another call makes a new server.
+        """
         _, _, seconds, _, workers = self._setup
-        connection.send(list(calls))
-        self._waiting.append(seconds * (len(calls) / workers + 1))
-
-    def collect(self) -> list[Outcome]:
-        """Wait for the oldest batch handed in; one outcome for each call."""
-        assert self._connection is not None and self._waiting
-        limit = self._waiting.pop(0) + GRACE
+        limit = seconds * (len(calls) / workers + 1) + GRACE
         try:
-            if not self._connection.poll(limit):
+            connection = self._open()
+            connection.send(list(calls))
+            if not connection.poll(limit):
                 raise EOFError("no answer")
-            answer = self._connection.recv()
+            answer = connection.recv()
         except (EOFError, OSError) as error:
             self.close()
-            raise RuntimeError(f"the server of {self._setup[0]} ended: {error}") from None
+            raise ServerEnded(f"the server of {self._setup[0]} ended: {error}") from None
         if isinstance(answer, Exception):
             self.close()
             raise answer
         return answer
 
-    def run(self, calls: Sequence[tuple]) -> list[Outcome]:
-        """Make calls and wait for them."""
-        self.start(calls)
-        return self.collect()
-
     def close(self) -> None:
-        """End the server and what it still runs."""
-        if self._server is not None and self._connection is not None:
-            self._connection.close()
-            self._server.kill()
-            self._server.wait()
-        self._server, self._connection, self._waiting = None, None, []
+        """End the server and what it still runs; a `run` under way in a thread raises."""
+        server, connection = self._server, self._connection
+        self._server = self._connection = None
+        if server is not None:
+            server.kill()
+            server.wait()
+        if connection is not None:
+            connection.close()
 
     def _open(self) -> Connection:
         if self._connection is not None:
             return self._connection
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "agrpo_megatron.tasks.sandbox", str(theirs.fileno())]
+        program = "from agrpo_megatron.tasks import sandbox; sandbox.main()"
+        command = [sys.executable, "-c", program, str(theirs.fileno())]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._server = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
@@ -112,6 +113,12 @@ class Sandbox:
 def is_inside() -> bool:
     """Say whether this process is a sandbox's child: its time and memory are bounded already."""
     return _is_inside
+
+
+def main() -> None:
+    """Serve the parent, whose socket is named on the command line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    serve(Connection(int(sys.argv[1])))
 
 
 def serve(connection: Connection) -> None:
@@ -224,10 +231,3 @@ def _die_with_parent() -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
 
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    # Imported anew: functions and flags must be those of the module that handlers import.
-    from agrpo_megatron.tasks import sandbox
-
-    sandbox.serve(Connection(int(sys.argv[1])))

@@ -1,7 +1,7 @@
 """Rollouts on disk until a checkpoint has learned from them: a restart samples none again.
 
-One file for each iteration: what was sampled and how it was graded. Under the same settings an
-iteration samples the same again, so a file is right for whichever attempt comes across it.
+One file for each round of an iteration: what was sampled and how it was graded. Under the same
+settings the same is sampled again, so a file is right for whichever attempt comes across it.
 """
 
 import json
@@ -14,11 +14,21 @@ from safetensors.torch import save_file
 
 from agrpo_megatron.diffusion.trajectories import moved
 from agrpo_megatron.megatron.ranks import Ranks
-from agrpo_megatron.settings import SamplingSettings
+from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.training.session import Answers
 from agrpo_megatron.types import Reward, Trajectory
 
 TENSORS = ("tokens", "unmask_step", "logprobs", "entropies", "num_steps", "rollout_ids")
+
+
+def sampling_number(iteration: int, resampling: int, algorithm: AlgorithmSettings) -> int:
+    """Count the rounds of sampling through a run, also those that may not be needed.
+
+    Args:
+        iteration: those finished before.
+        resampling: 0 is the first round of the iteration.
+    """
+    return iteration * (1 + algorithm.resample_rounds) + resampling
 
 
 class RolloutBank:
@@ -33,9 +43,9 @@ class RolloutBank:
         if folder is not None and ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def find(self, iteration: int, sampling: SamplingSettings) -> Answers | None:
-        """Return what an iteration sampled in an earlier attempt, if that is on disk."""
-        path = self._path(iteration)
+    def find(self, number: int, sampling: SamplingSettings) -> Answers | None:
+        """Return what a round sampled in an earlier attempt, if that is on disk."""
+        path = self._path(number)
         found = None if path is None or not path.exists() else _read(path, sampling)
         # Every rank must go the same way, whatever its view of the disk.
         count = torch.tensor(int(found is not None), device=self._ranks.device)
@@ -50,25 +60,25 @@ class RolloutBank:
             found.seconds,
         )
 
-    def keep(self, iteration: int, answers: Answers) -> None:
-        """Write what an iteration sampled; it appears when it is whole."""
-        path = self._path(iteration)
+    def keep(self, number: int, answers: Answers) -> None:
+        """Write what a round sampled; it appears when it is whole."""
+        path = self._path(number)
         if path is None or not self._ranks.is_main:
             return
         partial = path.with_suffix(".partial")
         _write(partial, answers)
         partial.rename(path)
 
-    def forget(self, iteration: int) -> None:
-        """Remove the rollouts of iterations that a checkpoint has finished."""
+    def forget(self, number: int) -> None:
+        """Remove the rollouts of rounds before this one; a checkpoint has learned from them."""
         if self._folder is None or not self._ranks.is_main:
             return
         for path in self._folder.glob("*.safetensors"):
-            if int(path.stem) < iteration:
+            if int(path.stem) < number:
                 path.unlink()
 
-    def _path(self, iteration: int) -> Path | None:
-        return None if self._folder is None else self._folder / f"{iteration:06d}.safetensors"
+    def _path(self, number: int) -> Path | None:
+        return None if self._folder is None else self._folder / f"{number:06d}.safetensors"
 
 
 def _write(path: Path, answers: Answers) -> None:

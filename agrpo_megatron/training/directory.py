@@ -37,8 +37,9 @@ def progress(settings: Settings) -> Progress | None:
 
 def is_finished(settings: Settings, done: Progress | None) -> bool:
     """Say whether nothing is left to do."""
-    last = settings.train.iterations
-    return done is not None and (done.phase, done.iteration) == ("rl", last)
+    if done is None or done.phase != "rl":
+        return False
+    return done.iteration == settings.train.iterations or done.stopped is not None
 
 
 def move_away(directory: Path) -> Path | None:

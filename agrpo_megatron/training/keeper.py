@@ -11,8 +11,9 @@ from agrpo_megatron.families.files import is_huggingface
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.settings import Settings
 from agrpo_megatron.tokenizer import CHARACTERS
-from agrpo_megatron.training.bank import RolloutBank
+from agrpo_megatron.training.bank import RolloutBank, sampling_number
 from agrpo_megatron.training.session import Session
+from agrpo_megatron.training.stopping import judged, metric
 
 MODEL_FILES = "model"  # below the run directory: what each checkpoint holds beside its tensors
 
@@ -28,7 +29,7 @@ class Keeper:
     def __init__(self, session: Session, engine: Engine, phase: str, last: int, done: Progress):
         settings, directory = session.settings, Path(session.settings.run.dir)
         self._session, self._phase, self._last, self._done = session, phase, last, done
-        self._settings = settings.checkpoint
+        self._settings, self._is_best = settings.checkpoint, False
         self._saver = Saver(
             directory / CHECKPOINTS,
             engine,
@@ -39,16 +40,24 @@ class Keeper:
         is_kept = settings.checkpoint.rollouts and phase == "rl"
         self.rollouts = RolloutBank(directory / "rollouts" if is_kept else None, session.ranks)
 
-    def after(self, iteration: int, scores: dict | None = None) -> None:
-        """Save after an iteration where one is due, or is the best so far.
+    def judge(self, scores: dict) -> str | None:
+        """Remember the metrics of an evaluation; returns why the run should end early."""
+        name, best = self._settings.best, self._done.best
+        kept = {key: value for key, value in scores.items() if isinstance(value, float)}
+        self._done = replace(self._done, scores=kept)
+        if name is not None:
+            value = metric(scores, name, key="checkpoint.best")
+            self._is_best = best is None or value > best
+            self._done = replace(self._done, best=value if self._is_best else best)
+        self._done = judged(self._done, scores, self._session.settings.train)
+        return self._done.stopped
 
-        Args:
-            scores: the metrics of an evaluation of this iteration.
-        """
+    def after(self, iteration: int) -> None:
+        """Save after an iteration where one is due, is the best so far, or the run's end."""
         self._saver.poll()
-        is_best = scores is not None and self._note(scores)
-        every = self._settings.interval
-        if iteration != self._last and not is_best and not (every and iteration % every == 0):
+        every, is_best, self._is_best = self._settings.interval, self._is_best, False
+        is_end = iteration == self._last or self._done.stopped is not None
+        if not is_end and not is_best and not (every and iteration % every == 0):
             return
         log = self._session.log
         self._done = replace(
@@ -60,26 +69,12 @@ class Keeper:
             wandb=log.wandb_id,
         )
         self._saver.save(self._done)
-        self.rollouts.forget(iteration)
+        algorithm = self._session.settings.algorithm
+        self.rollouts.forget(sampling_number(iteration, 0, algorithm))
 
     def finish(self) -> None:
         """Wait until all is saved."""
         self._saver.finish()
-
-    def _note(self, scores: dict) -> bool:
-        """Remember an evaluation; says whether it is the best."""
-        name, best = self._settings.best, self._done.best
-        kept = {key: value for key, value in scores.items() if isinstance(value, float)}
-        self._done = replace(self._done, scores=kept)
-        if name is None:
-            return False
-        if name not in scores:
-            known = ", ".join(kept)
-            raise ValueError(f"checkpoint.best={name}: no metric of evaluations; use {known}")
-        is_best = best is None or scores[name] > best
-        if is_best:
-            self._done = replace(self._done, best=scores[name])
-        return is_best
 
 
 def describe_model(folder: Path, settings: Settings) -> None:

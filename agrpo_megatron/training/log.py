@@ -3,13 +3,14 @@
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config import to_tree, to_yaml
 from agrpo_megatron.settings import Settings
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS, SAMPLES, NOTES = "metrics.jsonl", "samples.jsonl", "notes.txt"
 
 
 class RunLog:
@@ -45,6 +46,12 @@ class RunLog:
         """Write completion samples, one line each."""
         for record in records:
             self._append(SAMPLES, {**common, **record})
+
+    def notes(self, lines: Sequence[str]) -> None:
+        """Write what is to be known of the run's problems; each attempt writes it anew."""
+        if self._files and lines:
+            text = "".join(f"{line}\n" for line in lines)
+            (self.directory / NOTES).write_text(text, encoding="utf-8")
 
     @property
     def wandb_id(self) -> str | None:

@@ -17,13 +17,8 @@ from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.training.bank import RolloutBank
-from agrpo_megatron.training.session import (
-    Session,
-    answer,
-    pick_problems,
-    reward_metrics,
-    sample_records,
-)
+from agrpo_megatron.training.groups import sample_groups
+from agrpo_megatron.training.session import Session, sample_records
 from agrpo_megatron.training.step import my_micro_batches, optimizer_step
 from agrpo_megatron.types import Rollout, StepDraws, TimestepBatch
 
@@ -35,14 +30,15 @@ def run_rl(
     bank: RolloutBank,
     *,
     start: int,
-    after: Callable[[int], None],
+    after: Callable[[int], bool],
 ) -> None:
     """Iterate from `start` (finished so far) to `train.iterations`; called by every rank.
 
     Args:
         reference: the frozen reference policy, where `kl_coefficient` asks for one.
         bank: rollouts of an earlier attempt, and where new ones are kept.
-        after: called after each iteration with the number finished: evaluates and saves.
+        after: called after each iteration with the number finished: evaluates, saves, and says
+            whether to go on.
     """
     for iteration in range(start, session.settings.train.iterations):
         started = time.perf_counter()
@@ -68,7 +64,8 @@ def run_rl(
                 f"iteration {iteration + 1}: a first update's policy ratio is {error:.2e} from 1 "
                 f"(train.ratio_alarm={limit}); rollout and training disagree"
             )
-        after(iteration + 1)
+        if not after(iteration + 1):
+            break
 
 
 def collect_rollout(
@@ -78,37 +75,21 @@ def collect_rollout(
 
     What the bank has of an earlier attempt is not sampled again.
     """
-    settings, algorithm = session.settings, session.settings.algorithm
-    problems = session.task.problems("train")
-    count, group = algorithm.prompts_per_iteration, algorithm.group_size
-    picked = pick_problems(len(problems), batch=count, iteration=iteration, seed=settings.run.seed)
-    chosen = [problems[place] for place in picked for _ in range(group)]
-    places = torch.arange(count * group, device=session.ranks.device)
-    answers = bank.find(iteration, settings.sampling) if bank is not None else None
-    if answers is None:
-        answers = answer(
-            session,
-            engine.rollout_network(),
-            chosen,
-            places + iteration * count * group,
-            sampling=settings.sampling,
-            weights_version=iteration,
-        )
-        if bank is not None:
-            bank.keep(iteration, answers)
+    algorithm, groups = session.settings.algorithm, sample_groups(session, engine, iteration, bank)
+    answers = groups.answers
     scores = torch.tensor([r.score for r in answers.rewards], device=session.ranks.device)
     advantages = estimators.advantages(
         scores,
-        group_size=group,
+        group_size=algorithm.group_size,
         baseline=algorithm.baseline,
         scale_by_std=algorithm.scale_by_std,
     )
     correct = torch.tensor([r.correct for r in answers.rewards], device=session.ranks.device)
     rollout = Rollout(answers.trajectory, rewards=scores, correct=correct, advantages=advantages)
-    records = sample_records(session, chosen, answers)
+    records = sample_records(session, groups.problems, answers)
     session.log.samples(records, phase="rl", iteration=iteration + 1)
     return rollout, {
-        **reward_metrics(answers.rewards),
+        **groups.metrics,
         **_rollout_metrics(session, rollout),
         **(
             {"rollout/bubble": answers.bubble}

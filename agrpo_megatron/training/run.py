@@ -42,11 +42,12 @@ def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "
         log.cut_back(done.offsets)
         if found:
             view.note(f"resuming after {done.phase} iteration {done.iteration}")
+        _tell_notes(session)
         if ranks.is_main:
             describe_model(directory / MODEL_FILES, settings)
         if done.phase == "sft" and "sft" in phases and settings.sft.iterations > 0:
             _sft_phase(session, found[0] if found else None, done)
-        if "rl" in phases:
+        if "rl" in phases and done.stopped is None:
             _rl_phase(session, found[0] if found and done.phase == "rl" else None, done)
     finally:
         grader.close()
@@ -70,6 +71,14 @@ def load_start_weights(network: Network, settings: Settings) -> None:
         load_weights(Path(source), network)
     else:
         load_hf(network, settings.model, source)
+
+
+def _tell_notes(session: Session) -> None:
+    """Show what is to be known of the problems, and keep it with the run."""
+    session.task.problems("train")  # notes are made as problems are loaded
+    for note in session.task.notes:
+        session.view.note(note)
+    session.log.notes(session.task.notes)
 
 
 def _root(settings: Settings) -> Path:
@@ -105,17 +114,29 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
     every, last = settings.evaluation.interval, settings.train.iterations
     keeper = Keeper(session, engine, "rl", last, done)
 
-    def after(iteration: int) -> None:
-        """Evaluate and save, where they are due."""
-        scores = None
+    def after(iteration: int) -> bool:
+        """Evaluate and save, where they are due; says whether to go on."""
+        reason = None
         if iteration == last or (every and iteration % every == 0):
             stage = "after" if iteration == last else "interval"
             network = engine.rollout_network()
             scores = evaluate(session, network, iteration=iteration, stage=stage)
-        keeper.after(iteration, scores)
+            reason = keeper.judge(scores)
+            if reason is not None and stage == "interval":
+                _tell_end(session, scores, reason)
+        keeper.after(iteration)
+        return reason is None
 
     run_rl(session, engine, reference, keeper.rollouts, start=done.iteration, after=after)
     keeper.finish()
+
+
+def _tell_end(session: Session, scores: dict, reason: str) -> None:
+    """Say that a run ends early: the evaluation that decided it is also the one at the end."""
+    last = {**scores, "stage": "after"}
+    session.log.metrics(last)
+    session.view.evaluation(last)
+    session.view.note(f"ending early, after iteration {scores['iteration']}: {reason}")
 
 
 def _sft_end(settings: Settings) -> Path | None:

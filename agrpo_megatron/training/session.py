@@ -1,7 +1,8 @@
 """What the loops share: settings, ranks, task, tokenizer and log; and how a network samples."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
 from agrpo_megatron.diffusion.trajectories import join, moved
 from agrpo_megatron.megatron.network import Network
@@ -90,10 +90,14 @@ def sample_prompts(
     *,
     sampling: SamplingSettings,
     weights_version: int = 0,
+    ended: Callable[[list[int], Tensor], None] | None = None,
 ) -> tuple[Trajectory, RolloutForward]:
     """Sample one completion per prompt, and return what counted the work beside them.
 
     Called by every rank of a replica with the same prompts.
+
+    Args:
+        ended: as `diffusion.sampler.sample` takes it; ranks may differ in it.
     """
     forward = make_forward(network, session.settings.rollout)
     context = SamplerContext(
@@ -104,9 +108,15 @@ def sample_prompts(
         seed=session.settings.run.seed,
         token_budget=session.settings.train.token_budget,
         shift=session.settings.model.shift,
+        most_rows=session.settings.rollout.rows,
     )
     trajectory = sample(
-        prompts, rollout_ids, context=context, sampling=sampling, weights_version=weights_version
+        prompts,
+        rollout_ids,
+        context=context,
+        sampling=sampling,
+        weights_version=weights_version,
+        ended=ended,
     )
     return trajectory, forward
 
@@ -119,7 +129,7 @@ class Answers:
     rewards: list[Reward]
     tokens: int  # that went through the network
     bubble: float  # share of the pipeline's stage-slots in which a stage had nothing to do
-    seconds: dict[str, float]  # of this rank: sampling, and grading until all have graded
+    seconds: dict[str, float]  # of this rank: see `answer`
 
 
 def answer(
@@ -134,18 +144,30 @@ def answer(
 ) -> Answers:
     """Complete and grade problems; called by every rank, data-parallel ranks share the work.
 
-    Each completion is graded once, on the first rank of the replica that wrote it.
+    Each completion is graded once, on the first rank of the replica that wrote it. A grader with
+    workers begins with a completion as soon as it is written, while others still are.
 
     Args:
         split: train gives prompts and rewards of training, eval those of evaluation.
+
+    Returns:
+        In `seconds`: time/rollout of sampling; time/reward from there until all have graded;
+        time/reward_hidden, in which workers graded while this rank sampled.
     """
-    started = time.perf_counter()
-    ranks, prompts = (
-        network.ranks,
-        encode_prompts(session, task_prompts(session, problems, split=split)),
-    )
+    started, grader = time.perf_counter(), session.grader
+    ranks, busy = network.ranks, grader.busy
+    prompts = encode_prompts(session, task_prompts(session, problems, split=split))
     by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     mine = by_length[ranks.data.rank :: ranks.data.size]
+    handed_in: list[tuple[list[int], Future[list[Reward]]]] = []
+
+    def hand_in(rows: list[int], tokens: Tensor) -> None:
+        """Let the grader begin on completions [n, C] of this replica."""
+        chosen = [problems[mine[row]] for row in rows]
+        calls = to_grade(session, chosen, tokens, split=split)
+        handed_in.append((rows, grader.start(calls)))
+
+    is_beside = ranks.speaks_for_replica and grader.has_workers
     trajectory, forward = sample_prompts(
         session,
         network,
@@ -153,22 +175,29 @@ def answer(
         rollout_ids[mine],
         sampling=sampling,
         weights_version=weights_version,
+        ended=hand_in if is_beside else None,
     )
     sampled = time.perf_counter()
     part = None
     if ranks.speaks_for_replica:
-        chosen = [problems[place] for place in mine]
-        rewards = session.grader.grade(to_grade(session, chosen, trajectory, split=split))
+        if not is_beside:
+            hand_in(list(range(len(mine))), trajectory.tokens)
+        by_row = {row: r for rows, f in handed_in for row, r in zip(rows, f.result(), strict=True)}
+        rewards = [by_row[row] for row in range(len(mine))]
         part = (mine, moved(trajectory, "cpu"), rewards, forward.tokens, forward.slots.bubble)
+    waited = time.perf_counter() - sampled
     places, trajectories, rewards, tokens, bubbles = zip(*_from_replicas(part), strict=True)
     order = torch.tensor([place for part in places for place in part]).argsort()
     graded = [reward for part in rewards for reward in part]
+    seconds = {"time/rollout": sampled - started, "time/reward": time.perf_counter() - sampled}
+    if is_beside:
+        seconds["time/reward_hidden"] = max(0.0, grader.busy - busy - waited)
     return Answers(
         moved(join(trajectories, order), ranks.device),
         [graded[i] for i in order.tolist()],
         sum(tokens),
         sum(bubbles) / len(bubbles),
-        {"time/rollout": sampled - started, "time/reward": time.perf_counter() - sampled},
+        seconds,
     )
 
 
@@ -180,13 +209,13 @@ def _from_replicas(part: tuple | None) -> list[tuple]:
 
 
 def to_grade(
-    session: Session, problems: Sequence[Problem], trajectory: Trajectory, *, split: Split
+    session: Session, problems: Sequence[Problem], tokens: Tensor, *, split: Split
 ) -> list[Call]:
-    """Return what the grader takes: each completion as text, in evaluation also as it is."""
+    """Return what the grader takes: completions [n, C] as text, in evaluation also as they are."""
     decode, decode_raw = session.tokenizer.decode, session.tokenizer.decode_raw
     return [
         Call(problem, decode(ids), decode_raw(ids) if split == "eval" else None)
-        for problem, ids in zip(problems, trajectory.tokens.tolist(), strict=True)
+        for problem, ids in zip(problems, tokens.tolist(), strict=True)
     ]
 
 
@@ -213,41 +242,3 @@ def sample_records(session: Session, problems: Sequence[Problem], answers: Answe
 def shown_prompt(prompt: Prompt) -> str:
     """Return a prompt as people read it: the last message of a chat, and the prefill."""
     return prompt if isinstance(prompt, str) else prompt.messages[-1].content + prompt.prefill
-
-
-def pick_problems(count: int, *, batch: int, iteration: int, seed: int) -> list[int]:
-    """Return the problem indices of an iteration (from 0): epochs, each in its own order."""
-    picked = []
-    for place in range(iteration * batch, (iteration + 1) * batch):
-        epoch, offset = divmod(place, count)
-        picked.append(_epoch_order(count, epoch, seed)[offset])
-    return picked
-
-
-_orders: dict[tuple[int, int, int], list[int]] = {}
-
-
-def _epoch_order(count: int, epoch: int, seed: int) -> list[int]:
-    """Return one epoch's order; the last one asked for is kept."""
-    key = (count, epoch, seed)
-    if key not in _orders:
-        _orders.clear()
-        chance = noise.noise_key(seed, noise.PROBLEMS, torch.tensor(epoch), torch.arange(count))
-        _orders[key] = noise.uniform(chance).argsort().tolist()
-    return _orders[key]
-
-
-def reward_metrics(rewards: Sequence[Reward]) -> dict[str, float]:
-    """Return mean and spread of the score, the accuracy, and the mean of each named part."""
-    scores = torch.tensor([reward.score for reward in rewards], dtype=torch.float64)
-    names = sorted({name for reward in rewards for name in reward.parts})
-    parts = {
-        f"reward/{name}": sum(r.parts.get(name, 0.0) for r in rewards) / len(rewards)
-        for name in names
-    }
-    return {
-        "reward/mean": float(scores.mean()),
-        "reward/std": float(scores.std(correction=0)),
-        "accuracy": sum(reward.correct for reward in rewards) / len(rewards),
-        **parts,
-    }

@@ -12,9 +12,10 @@ from agrpo_megatron.diffusion.losses import sft_loss
 from agrpo_megatron.megatron.context import local_part
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.ranks import Ranks
-from agrpo_megatron.training.session import Session, encode_prompts, pick_problems, task_prompts
+from agrpo_megatron.training.picking import pick_problems, solved_problems
+from agrpo_megatron.training.session import Session, encode_prompts, task_prompts
 from agrpo_megatron.training.step import my_micro_batches, optimizer_step
-from agrpo_megatron.types import SftBatch
+from agrpo_megatron.types import Problem, SftBatch
 
 
 def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[int], None]) -> None:
@@ -25,9 +26,14 @@ def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[in
     """
     settings = session.settings.sft
     loss = _loss(engine.network.vocab)
+    problems, shares = solved_problems(session.task, settings.problems)
+    size = settings.batch_size
     for iteration in range(start, settings.iterations):
         started = time.perf_counter()
-        batches, tokens = _batches(session, engine.ranks, iteration)
+        places = range(iteration * size, (iteration + 1) * size)
+        picked = pick_problems(shares, places, seed=session.settings.run.seed)
+        chosen = [problems[place] for place in picked]
+        batches, tokens = _batches(session, engine.ranks, chosen, iteration)
         metrics = optimizer_step(engine, batches, loss=loss, examples=settings.batch_size)
         seconds = time.perf_counter() - started
         record = {
@@ -42,15 +48,13 @@ def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[in
         after(iteration + 1)
 
 
-def _batches(session: Session, ranks: Ranks, iteration: int) -> tuple[list[SftBatch], int]:
+def _batches(
+    session: Session, ranks: Ranks, problems: list[Problem], iteration: int
+) -> tuple[list[SftBatch], int]:
     """Return this rank's micro-batches, and the tokens of all ranks."""
-    settings = session.settings
-    problems = session.task.problems("train")[: settings.sft.problems]
-    size = settings.sft.batch_size
-    picked = pick_problems(len(problems), batch=size, iteration=iteration, seed=settings.run.seed)
-    chosen = [problems[place] for place in picked]
-    prompts = encode_prompts(session, task_prompts(session, chosen, split="train"))
-    responses = _padded(session, [problem.solution for problem in chosen])
+    settings, size = session.settings, len(problems)
+    prompts = encode_prompts(session, task_prompts(session, problems, split="train"))
+    responses = _padded(session, [problem.solution for problem in problems])
     lengths = torch.tensor([len(prompt) + responses.shape[1] for prompt in prompts])
     batches = sft_batches(
         prompts,

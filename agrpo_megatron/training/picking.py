@@ -1,0 +1,86 @@
+"""Which problem comes next: every task its share, every epoch its own order.
+
+An iteration has a range of places; which problem stands at a place follows from the place and the
+seed alone, so a resumed run and any layout pick the same.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from agrpo_megatron.diffusion import noise
+from agrpo_megatron.tasks import Task
+from agrpo_megatron.types import Problem
+
+type Shares = Sequence[tuple[int, float]]  # problems and weight of each task, one after the other
+
+
+def pick_problems(shares: Shares, places: range, *, seed: int) -> list[int]:
+    """Return the index of the problem at each place; places count from 0 through a phase.
+
+    Tasks alternate by smooth weighted round robin, and each walks through its own problems: every
+    one once in an epoch, each epoch in an order of its own.
+    """
+    counts = tuple(count for count, _ in shares)
+    weights = tuple(weight if count else 0.0 for count, weight in shares)
+    picked = []
+    for place in places:
+        task, turn = _turn(weights, place)
+        epoch, offset = divmod(turn, counts[task])
+        start = sum(counts[:task])
+        picked.append(start + _epoch_order(start, counts[task], epoch, seed)[offset])
+    return picked
+
+
+def solved_problems(task: Task, most: int | None) -> tuple[list[Problem], Shares]:
+    """Return the training problems that have a solution to learn from, and their shares.
+
+    Args:
+        most: how many of each task are taken, the first ones; None takes all.
+
+    Raises:
+        ValueError: no problem has a solution.
+    """
+    problems, start = task.problems("train"), 0
+    solved: list[Problem] = []
+    shares = []
+    for count, weight in task.shares:
+        mine = [p for p in problems[start : start + count][:most] if p.solution]
+        solved += mine
+        shares.append((len(mine), weight))
+        start += count
+    if not solved:
+        raise ValueError(
+            f"sft.iterations trains on solutions, and no training problem of task "
+            f"{task.settings.name} has one; use sft.iterations=0"
+        )
+    return solved, shares
+
+
+_turns: dict[tuple[float, ...], tuple[list[tuple[int, int]], list[int]]] = {}
+_orders: dict[tuple[int, int, int], tuple[int, list[int]]] = {}
+
+
+def _turn(weights: tuple[float, ...], place: int) -> tuple[int, int]:
+    """Return whose turn a place is, and how many turns that task had before."""
+    if len(weights) == 1:
+        return 0, place
+    turns, had = _turns.setdefault(weights, ([], [0] * len(weights)))
+    total = sum(weights)
+    while len(turns) <= place:
+        ahead = len(turns) + 1
+        owed = [weight * ahead - total * h for weight, h in zip(weights, had, strict=True)]
+        task = max((k for k, weight in enumerate(weights) if weight), key=owed.__getitem__)
+        turns.append((task, had[task]))
+        had[task] += 1
+    return turns[place]
+
+
+def _epoch_order(start: int, count: int, epoch: int, seed: int) -> list[int]:
+    """Return one epoch's order of the problems from `start` on; each task's last one is kept."""
+    key = (start, count, seed)
+    if key not in _orders or _orders[key][0] != epoch:
+        numbers = torch.arange(start, start + count)
+        chance = noise.noise_key(seed, noise.PROBLEMS, torch.tensor(epoch), numbers)
+        _orders[key] = epoch, noise.uniform(chance).argsort().tolist()
+    return _orders[key][1]
