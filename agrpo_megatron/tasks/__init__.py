@@ -10,7 +10,7 @@ from typing import Any
 
 from agrpo_megatron.config import Described, build, describe
 from agrpo_megatron.settings import TaskSettings
-from agrpo_megatron.tasks.base import NoOptions, Task
+from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.countdown import Countdown
 from agrpo_megatron.tasks.gym import ReasoningGym
 from agrpo_megatron.tasks.maths import Gsm8k, Math

@@ -9,15 +9,19 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from agrpo_megatron.tasks.arithmetic import evaluate
-from agrpo_megatron.tasks.equivalence import equal
-from agrpo_megatron.tasks.extract import CELLS, boxed, cells_right, same_numbers, tagged
+from agrpo_megatron.tasks.arithmetic import evaluate, same_numbers
+from agrpo_megatron.tasks.equivalence import equal, equal_in_text
+from agrpo_megatron.tasks.expressions import holds_solution, reaches
+from agrpo_megatron.tasks.extract import CELLS, boxed, cells_right, tagged
 
 type Fields = dict[str, Any]
 
+CLEAN = 200  # characters; what stands longer before an equals sign is no plain expression
 # A number with its sign, thousands commas and decimals.
-_NUMBER = re.compile(r"(?:(?<![\w.)\]}])-\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-_OPERATORS = ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"), ("\u00d7", "*"), ("\u00f7", "/"))
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)\]}\u2212-])[\u2212-]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+)
+_GOES_ON = re.compile(r"\s*(?:[-+*/^\u2212]|\\times|\\cdot|\\div|and|or|to|\}\s*\{)\s*\(?\d")
 
 
 def parse_answer(text: str) -> str:
@@ -50,7 +54,7 @@ def countdown_format_reward(text: str, fields: Fields) -> float:
     sides = answer.split("=")
     left, right = sides[0].strip(), sides[-1].strip()
     thirds = [
-        re.fullmatch(r"\d{1,100}", right) is not None and int(right) == fields["target"],
+        same_numbers(right, [fields["target"]]) and right.isdecimal(),
         re.fullmatch(r"[\d\s+\-*/()]+", left) is not None,
         same_numbers(left, fields["numbers"]),
     ]
@@ -91,11 +95,9 @@ def sudoku_cells(text: str, fields: Fields) -> tuple[int, int]:
 
 
 def gsm8k_verdict(text: str, fields: Fields) -> bool:
-    """Compare the first number of the answer with the gold one."""
+    """Compare the answer with the gold one, or its first number where words surround it."""
     answer = parse_answer(text)
-    if number := _NUMBER.search(answer):
-        answer = number[0]
-    return equal(fields["answer"], answer)
+    return _begins_with(answer, fields["answer"]) or equal(fields["answer"], answer)
 
 
 def math_verdict(text: str, fields: Fields) -> bool:
@@ -110,14 +112,28 @@ def countdown_verdict(text: str, fields: Fields) -> bool:
     return bool(equations) and _solves(equations[-1], fields)
 
 
-def _solves(equation: str, fields: Fields) -> bool:
-    """Say whether what stands before the first `=` uses the numbers and reaches the target."""
-    left, equals, _ = equation.partition("=")
-    if not equals or not same_numbers(left, fields["numbers"]):
+def _begins_with(answer: str, gold: str) -> bool:
+    """Say whether the first digits are the gold answer, and no part of another number."""
+    digits, number = re.search(r"\d+", answer), _NUMBER.search(answer)
+    if digits is None or number is None or _GOES_ON.match(answer, number.end()):
         return False
-    for sign, operator in _OPERATORS:
-        left = left.replace(sign, operator)
-    return evaluate(left) == fields["target"]
+    same = number[0] == digits[0]
+    return equal(gold, digits[0]) and (same or equal(gold, number[0]))
+
+
+def _solves(equation: str, fields: Fields) -> bool:
+    """Say whether what stands before the first `=` uses the numbers and reaches the target.
+
+    A plain expression is judged by its value. Where something else surrounds it, math-verify has
+    to read the target there too, as it alone does in the published code.
+    """
+    left, equals, _ = equation.partition("=")
+    numbers, target = fields["numbers"], fields["target"]
+    if not equals or not same_numbers(left, numbers):
+        return False
+    if len(left) <= CLEAN and evaluate(left) is not None:
+        return reaches(left, target)
+    return holds_solution(left, numbers, target=target) and equal_in_text(str(target), left)
 
 
 REWARDS: dict[str, tuple[Callable[[str, Fields], float], ...]] = {

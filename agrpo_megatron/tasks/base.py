@@ -25,12 +25,15 @@ class Task:
     name: ClassVar[str]
     options_type: ClassVar[type] = NoOptions
     # Whether `reward` and `verdict` answer any text in bounded time and memory by themselves.
-    is_bounded: ClassVar[bool] = False
+    is_bounded: bool = False
 
     def __init__(self, settings: TaskSettings, options: Any):
         self.settings, self.options = settings, options
         self.notes: list[str] = []  # what the user should know about the problems
         self._splits: Splits | None = None
+
+    def prepare(self) -> None:
+        """Import what grading needs; called once, in the process that graders are forked from."""
 
     def load(self) -> Splits:
         """Return the problems of both splits: the same ones every time, no key in both."""

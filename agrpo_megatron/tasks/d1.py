@@ -2,7 +2,7 @@
 
 They return what the published ones return, oddities included, since these are the numbers that
 the field compares; except that nothing a model wrote is executed (no powers, no floor division),
-and that no text takes more than linear time. docs/tasks.md lists the oddities.
+and that every text takes bounded time. docs/tasks.md lists the oddities.
 Source: github.com/dllm-reasoning/d1, diffu-grpo/reward_func.py and eval/parse_and_get_acc.py.
 """
 
@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from agrpo_megatron.tasks.arithmetic import evaluate
-from agrpo_megatron.tasks.extract import CELLS, cells_right, last_tagged, same_numbers
+from agrpo_megatron.tasks.arithmetic import Number, evaluate, has_other_operators, same_numbers
+from agrpo_megatron.tasks.extract import CELLS, cells_right, last_tagged
 from agrpo_megatron.tasks.latex import is_equivalent, last_boxed
 
 type Fields = dict[str, Any]
@@ -84,7 +84,7 @@ def countdown_reward_func(text: str, fields: Fields) -> float:
     if answer is None:
         return 0.0
     value = evaluate(answer) if same_numbers(answer, fields["numbers"]) else None
-    return 1.0 if value is not None and abs(value - fields["target"]) < CLOSE else 0.1
+    return 1.0 if _reaches(answer, value, target=fields["target"]) else 0.1
 
 
 def sudoku_reward_func(text: str, fields: Fields) -> float:
@@ -103,7 +103,8 @@ def parse_gsm8k(text: str, fields: Fields) -> dict[str, Any]:
     answer = _first_answer(text) if found is None else None
     if answer:
         found = _number(answer, place=-1)
-    return {"extracted_answer": found, "is_correct": found == _gold_number(fields["answer"])}
+    correct = found is not None and found == _gold_number(fields["answer"])
+    return {"extracted_answer": found, "is_correct": correct}
 
 
 def parse_math(text: str, fields: Fields) -> dict[str, Any]:
@@ -127,8 +128,8 @@ def parse_countdown(text: str, fields: Fields) -> dict[str, Any]:
     result = None
     if same_numbers(found, fields["numbers"]):
         value = evaluate(found)
-        result = math.inf if value is None else float(value)
-    correct = result is not None and abs(result - fields["target"]) < CLOSE
+        result = math.inf if value is None else value
+    correct = _reaches(found, result, target=fields["target"])
     return {"extracted_answer": found, "evaluation_result": result, "is_correct": correct}
 
 
@@ -213,8 +214,17 @@ def _number(text: str, *, place: int) -> float | None:
         return float(numbers[place]) if numbers else None
 
 
-def _gold_number(answer: str) -> float:
-    return float(answer.replace(",", ""))
+def _gold_number(answer: str) -> float | None:
+    try:
+        return float(answer.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def _reaches(expression: str, value: Number | None, *, target: int) -> bool:
+    if value is None or has_other_operators(expression):
+        return False
+    return abs(value - target) < CLOSE
 
 
 def _left_side(text: str) -> str:

@@ -99,7 +99,9 @@ def _read_file(path: Path, kind: str, *, key: str) -> list[Row]:
                 rows = [json.loads(line) for line in file if line.strip()]
     except (OSError, ValueError, csv.Error, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{key}={path} is not readable as {kind} ({reason}); give {FORM}") from None
+        raise ValueError(
+            f"{key}={path} is not readable as {kind} ({reason}); give {FORM}"
+        ) from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{key}={path} must hold one object for each problem; give {FORM}")
     return rows

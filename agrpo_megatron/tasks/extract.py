@@ -44,14 +44,6 @@ def closing_brace(text: str, start: int, *, depth: int) -> int | None:
     return None
 
 
-def same_numbers(text: str, numbers: list[int]) -> bool:
-    """Say whether the runs of digits in `text` are exactly `numbers`, in any order."""
-    found = re.findall(r"\d+", text)
-    if len(found) != len(numbers) or any(len(run) > 100 for run in found):
-        return False
-    return sorted(map(int, found)) == sorted(numbers)
-
-
 def cells_right(grid: str, puzzle: str, solution: str) -> tuple[int, int]:
     """Return how many empty cells of a puzzle are right in a grid of 16, and how many there are."""
     empty = [i for i in range(CELLS) if puzzle[i] == "0"]

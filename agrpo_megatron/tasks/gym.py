@@ -41,9 +41,7 @@ class ReasoningGym(Task):
             made.setdefault(question, Problem(question, fields, f"<answer>{answer}</answer>"))
             if len(made) == needed:
                 break
-        return split_problems(
-            list(made.values()), self.settings, wider="widen task.options.config"
-        )
+        return split_problems(list(made.values()), self.settings, wider="widen task.options.config")
 
     def prompt(self, problem: Problem) -> Prompt:
         """Return the question, with how to answer it."""

@@ -48,5 +48,7 @@ class Math(PublicTask):
             # A file that tells no levels is taken whole.
             kept = [problem for problem in kept if problem.fields["level"] in (None, *levels)]
         if len(kept) < len(problems):
-            self.notes.append(f"math {split}: {len(problems) - len(kept)} of another level left out")
+            self.notes.append(
+                f"math {split}: {len(problems) - len(kept)} of another level left out"
+            )
         return kept

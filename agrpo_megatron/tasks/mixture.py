@@ -1,6 +1,6 @@
 """Several tasks as one: each with a weight, its own prompts and its own reward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from agrpo_megatron.tasks.base import Split, Splits, Task
@@ -21,6 +21,11 @@ class Mixture(Task):
         self.parts = parts
         self.is_bounded = all(task.is_bounded for task, _ in parts.values())
 
+    def prepare(self) -> None:
+        """Import what the tasks need to grade."""
+        for task, _ in self.parts.values():
+            task.prepare()
+
     def load(self) -> Splits:
         """Return the problems of all tasks, one task after the other."""
         splits: tuple[Split, ...] = ("train", "eval")
@@ -33,7 +38,7 @@ class Mixture(Task):
     def shares(self) -> Sequence[tuple[int, float]]:
         """Return how many training problems each task has, and its weight."""
         problems = self.problems("train")
-        counts = {label: 0 for label in self.parts}
+        counts = dict.fromkeys(self.parts, 0)
         for problem in problems:
             counts[problem.task] += 1
         return [(counts[label], weight) for label, (_, weight) in self.parts.items()]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from agrpo_megatron.config import setting
-from agrpo_megatron.tasks import benchmarks
+from agrpo_megatron.tasks import benchmarks, equivalence
 from agrpo_megatron.tasks.base import Split, Splits, Task, split_problems, wanted
 from agrpo_megatron.tasks.data import read_rows, to_problems, without_leaks
 from agrpo_megatron.types import Problem, Prompt, Reward
@@ -31,6 +31,11 @@ class PublicTask(Task):
     options: PublicOptions
     datasets: ClassVar[dict[Split, dict[str, str]]] = {}  # by split and protocol
     wider: ClassVar[str] = ""  # which options make more problems, where they are generated
+
+    def prepare(self) -> None:
+        """Import math-verify, where the protocol compares with it."""
+        if self.options.protocol == "agrpo" and self.name != "sudoku":
+            equivalence.prepare()
 
     def load(self) -> Splits:
         """Return the problems of both splits, without leaks."""

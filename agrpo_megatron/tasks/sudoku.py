@@ -95,7 +95,9 @@ def _holders() -> tuple[tuple[int, ...], ...]:
     """Return, for each cell and digit, which complete grids have it there: a bit for each grid."""
     grids = complete_grids()
     return tuple(
-        tuple(sum(1 << i for i, grid in enumerate(grids) if grid[cell] == digit) for digit in "1234")
+        tuple(
+            sum(1 << i for i, grid in enumerate(grids) if grid[cell] == digit) for digit in "1234"
+        )
         for cell in range(CELLS)
     )
 
@@ -110,9 +112,7 @@ def count_solutions(puzzle: str) -> int:
     return left.bit_count()
 
 
-def _draw_problems(
-    rng: random.Random, wanted: int, *, clues: int, unique: bool
-) -> list[Problem]:
+def _draw_problems(rng: random.Random, wanted: int, *, clues: int, unique: bool) -> list[Problem]:
     """Draw `wanted` different puzzles, or all where fewer exist.
 
     A puzzle's solution is the grid it was cut from: uniform over the puzzle's completions.
