@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from agrpo_megatron.config import setting
 from agrpo_megatron.tasks.arithmetic import evaluate_whole
+from agrpo_megatron.tasks.base import Split
 from agrpo_megatron.tasks.benchmarks import PROTOCOLS
 from agrpo_megatron.tasks.countdown_problems import SIGNS, make_problems
 from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions
@@ -63,6 +64,20 @@ class Countdown(GeneratedTask):
     def make(self, rng: random.Random, count: int) -> list[Problem]:
         """Make up to `count` different problems, with an expression as solution."""
         return make_problems(rng, count, options=self.options)
+
+    def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
+        """Return the problems of as many numbers as asked for; the published data mixes counts."""
+        wanted = self.options.numbers
+        kept = [problem for problem in problems if len(problem.fields["numbers"]) == wanted]
+        other = len(problems) - len(kept)
+        if not kept:
+            raise ValueError(
+                f"task.options.numbers={wanted}: no problem of task.options.{split} has so many; "
+                "use another number, or another file"
+            )
+        if other:
+            self.notes.append(f"countdown {split}: {other} not of {wanted} numbers left out")
+        return kept
 
     def plain_prompt(self, problem: Problem) -> Prompt:
         """Return the numbers and the target, such as `3 5 7 = 22:`."""

@@ -136,3 +136,19 @@ def test_division_has_to_come_out_whole():
     problem = Problem("", {"numbers": [3, 6, 4], "target": 8}, "")
     assert task.reward(problem, "6*4/3").correct
     assert not task.reward(problem, "4/3*6").correct
+
+
+def test_rows_of_another_count_of_numbers_are_left_out_and_counted(tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    rows = ['{"nums": [1, 2, 3], "target": 6}', '{"nums": [1, 2, 3, 4], "target": 10}']
+    path.write_text("\n".join(rows))
+
+    def build(numbers):
+        options = {"train": str(path), "numbers": numbers}
+        return build_task(TaskSettings("countdown", eval_problems=1, options=options))
+
+    task = build(3)
+    assert [problem.fields["numbers"] for problem in task.problems("train")] == [[1, 2, 3]]
+    assert task.notes == ["countdown train: 1 not of 3 numbers left out"]
+    with pytest.raises(ValueError, match=r"numbers=2: no problem of task.options.train has so"):
+        build(2).problems("train")
