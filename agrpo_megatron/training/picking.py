@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import torch
 
 from agrpo_megatron.diffusion import noise
-from agrpo_megatron.tasks import Task
-from agrpo_megatron.types import Problem
 
 type Shares = Sequence[tuple[int, float]]  # problems and weight of each task, one after the other
 
@@ -30,31 +28,6 @@ def pick_problems(shares: Shares, places: range, *, seed: int) -> list[int]:
         start = sum(counts[:task])
         picked.append(start + _epoch_order(start, counts[task], epoch, seed)[offset])
     return picked
-
-
-def solved_problems(task: Task, most: int | None) -> tuple[list[Problem], Shares]:
-    """Return the training problems that have a solution to learn from, and their shares.
-
-    Args:
-        most: how many of each task are taken, the first ones; None takes all.
-
-    Raises:
-        ValueError: no problem has a solution.
-    """
-    problems, start = task.problems("train"), 0
-    solved: list[Problem] = []
-    shares = []
-    for count, weight in task.shares:
-        mine = [p for p in problems[start : start + count][:most] if p.solution]
-        solved += mine
-        shares.append((len(mine), weight))
-        start += count
-    if not solved:
-        raise ValueError(
-            f"sft.iterations trains on solutions, and no training problem of task "
-            f"{task.settings.name} has one; use sft.iterations=0"
-        )
-    return solved, shares
 
 
 _turns: dict[tuple[float, ...], tuple[list[tuple[int, int]], list[int]]] = {}

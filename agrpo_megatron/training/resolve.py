@@ -3,7 +3,7 @@
 Runs before any process group and before torch is needed, so wrong input is refused at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from agrpo_megatron.rules import validate
 from agrpo_megatron.settings import ModelSettings, Settings, TokenizerSettings
 from agrpo_megatron.tasks import Task, build_task
 from agrpo_megatron.tasks.base import Split
+from agrpo_megatron.tasks.curriculum import filter_by_pass_rate, solved_problems
 from agrpo_megatron.tokenizer import Tokenizer, load_tokenizer
 from agrpo_megatron.types import Problem, Prompt
 
@@ -51,6 +52,7 @@ def resolve(settings: Settings, *, world_size: int) -> Resolved:
     _check_tokens(model, tokenizer)
     task = build_task(settings.task)
     check_prompts(settings, task, tokenizer)
+    filter_by_pass_rate(task, settings.task)
     if settings.sft.iterations > 0:
         _check_solutions(settings, task, tokenizer)
     return Resolved(settings, task, tokenizer)
@@ -179,14 +181,7 @@ def _require_problems(task: Task, *, longest: int) -> None:
 
 def _check_solutions(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
     """Refuse supervision on solutions that are missing or do not fit."""
-    shown: Sequence[Problem] = task.problems("train")[: settings.sft.problems]
-    missing = sum(not problem.solution for problem in shown)
-    if missing:
-        raise ValueError(
-            f"sft.iterations={settings.sft.iterations} needs solutions to learn from, and "
-            f"{missing} of {len(shown)} training problems of task {settings.task.name} have none; "
-            "use sft.iterations=0, or data with solutions"
-        )
+    shown, _ = solved_problems(task, settings.sft)
     length = settings.sampling.completion_length
     longest = max(map(len, tokenizer.encode_prompts([problem.solution for problem in shown])))
     if longest > length:

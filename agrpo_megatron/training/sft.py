@@ -12,7 +12,8 @@ from agrpo_megatron.diffusion.losses import sft_loss
 from agrpo_megatron.megatron.context import local_part
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.ranks import Ranks
-from agrpo_megatron.training.picking import pick_problems, solved_problems
+from agrpo_megatron.tasks.curriculum import solved_problems
+from agrpo_megatron.training.picking import pick_problems
 from agrpo_megatron.training.session import Session, encode_prompts, task_prompts
 from agrpo_megatron.training.step import my_micro_batches, optimizer_step
 from agrpo_megatron.types import Problem, SftBatch
@@ -26,7 +27,7 @@ def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[in
     """
     settings = session.settings.sft
     loss = _loss(engine.network.vocab)
-    problems, shares = solved_problems(session.task, settings.problems)
+    problems, shares = solved_problems(session.task, settings)
     size = settings.batch_size
     for iteration in range(start, settings.iterations):
         started = time.perf_counter()

@@ -1,0 +1,108 @@
+"""Which training problems are learned from: those of a wanted pass rate, those with a solution."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from agrpo_megatron.settings import SftSettings, TaskSettings
+from agrpo_megatron.tasks.base import Task
+from agrpo_megatron.tasks.mixture import Mixture
+from agrpo_megatron.types import Problem
+
+FORM = (
+    "give the completions.jsonl of `agrpo evaluate RUN evaluation.split=train evaluation.samples=8`"
+)
+type Rates = dict[tuple[str, str], float]  # by the task's label or name, and the problem's key
+
+
+def filter_by_pass_rate(task: Task, settings: TaskSettings) -> None:
+    """Keep the training problems whose pass rate is wanted; mutates the task and its notes.
+
+    A problem that the file does not rate is kept: nothing is known against it.
+
+    Raises:
+        ValueError: a file that cannot be read, rates no training problem, or leaves none.
+    """
+    if settings.pass_rates is None:
+        return
+    rates = _read_rates(settings.pass_rates)
+    problems = task.problems("train")
+    known = {problem.key: _rate(task, problem, rates) for problem in problems}
+    rated = [rate for rate in known.values() if rate is not None]
+    if not rated:
+        raise ValueError(
+            f"task.pass_rates={settings.pass_rates} rates no training problem of task "
+            f"{settings.name}; {FORM}"
+        )
+    low, high = settings.pass_rate_low, settings.pass_rate_high
+    below, above = sum(rate < low for rate in rated), sum(rate > high for rate in rated)
+    span = f"task.pass_rate_low={low:g} to task.pass_rate_high={high:g}"
+    if below + above == len(problems):
+        raise ValueError(
+            f"{span} leaves no training problem: of {len(problems)}, {below} have a lower pass "
+            f"rate and {above} a higher one; widen it"
+        )
+    unrated = len(problems) - len(rated)
+    rest = f"; {unrated} without a pass rate are kept" if unrated else ""
+    task.notes.append(
+        f"{span}: {below + above} of {len(problems)} training problems left out, {below} passed "
+        f"less often and {above} more often{rest}"
+    )
+
+    def is_wanted(problem: Problem) -> bool:
+        rate = known[problem.key]
+        return rate is None or low <= rate <= high
+
+    task.keep(lambda split, problem: split == "eval" or is_wanted(problem))
+
+
+def solved_problems(
+    task: Task, settings: SftSettings
+) -> tuple[list[Problem], Sequence[tuple[int, float]]]:
+    """Return the problems whose solutions `sft` shows, and their shares: the first of each task.
+
+    Raises:
+        ValueError: no problem has a solution.
+    """
+    problems, start = task.problems("train"), 0
+    solved: list[Problem] = []
+    shares = []
+    for count, weight in task.shares:
+        mine = [p for p in problems[start : start + count][: settings.problems] if p.solution]
+        solved += mine
+        shares.append((len(mine), weight))
+        start += count
+    if not solved:
+        raise ValueError(
+            f"sft.iterations={settings.iterations} needs solutions to learn from, and "
+            f"{len(problems)} of {len(problems)} training problems of task {task.settings.name} "
+            "have none; use sft.iterations=0, or data with solutions"
+        )
+    return solved, shares
+
+
+def _read_rates(path: str) -> Rates:
+    """Return the share of right completions of each problem of a file.
+
+    Raises:
+        ValueError: it is missing or not as an evaluation writes it.
+    """
+    marks: dict[tuple[str, str], list[bool]] = {}
+    try:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            found = json.loads(line)
+            marks.setdefault((found["task"], found["key"]), []).append(bool(found["correct"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"task.pass_rates={path} cannot be read ({reason}); {FORM}") from None
+    return {key: sum(right) / len(right) for key, right in marks.items()}
+
+
+def _rate(task: Task, problem: Problem, rates: Rates) -> float | None:
+    """Return a problem's pass rate, measured in the mixture or with its task alone."""
+    names, keys = [task.settings.name, task.name, problem.task], [problem.key]
+    if isinstance(task, Mixture):
+        names.append(task.parts[problem.task][0].settings.name)
+        keys.append(problem.key.removeprefix(f"{problem.task}: "))
+    found = (rates.get((name, key)) for name in names for key in keys)
+    return next((rate for rate in found if rate is not None), None)
