@@ -33,9 +33,9 @@ def scores(
         "problems": len(problems),
         "samples": samples,
         "accuracy": sum(hits) / len(flat),
-        "accuracy_interval": share_interval(rates, samples),
+        "accuracy_interval": list(share_interval(rates, samples)),
         "score": sum(means) / len(means),
-        "score_interval": mean_interval(means),
+        "score_interval": list(mean_interval(means)),
         "parts": {name: sum(v.parts.get(name, 0.0) for v in flat) / len(flat) for name in names},
         "summary": dict(task.summary(repeated, flat)),
         "failures": sum(verdict.failure is not None for verdict in flat),
@@ -47,4 +47,4 @@ def scores(
 
 def _pass_at(k: int, samples: int, hits: Sequence[int]) -> dict[str, Any]:
     chances = [pass_at(k, samples=samples, correct=count) for count in hits]
-    return {"value": sum(chances) / len(chances), "interval": bootstrap_interval(chances)}
+    return {"value": sum(chances) / len(chances), "interval": list(bootstrap_interval(chances))}

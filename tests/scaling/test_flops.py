@@ -1,0 +1,89 @@
+"""FLOPs of completions equal what torch counts in the operators that ran."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from agrpo_megatron.scaling.flops import completion_flops, row_flops
+from agrpo_megatron.settings import ModelSettings
+from agrpo_megatron.training.session import sample_prompts
+from tests.ranks import run_ranks
+from tests.training.tiny import open_session
+
+PROMPTS = 24
+DREAM = {"schedule": "dream", "block_length": 8}
+SAMPLERS = {
+    "random": {"unmasking": "random"},
+    "low confidence": {"unmasking": "low_confidence"},
+    "entropy": {"unmasking": "entropy", "denoising_steps": 2},
+    "threshold": {"unmasking": "low_confidence", "threshold": 0.03, "denoising_steps": 8},
+    "random with threshold": {"unmasking": "random", "threshold": 0.03, "denoising_steps": 8},
+    "Dream": {"unmasking": "entropy", **DREAM},
+    "Dream's own order": {"unmasking": "bernoulli", "denoising_steps": 6, **DREAM},
+    "rows that end early": {"unmasking": "random", "block_length": 1, "denoising_steps": 8},
+    "rows that end early, all scored": {
+        "unmasking": "margin",
+        "block_length": 1,
+        "denoising_steps": 8,
+    },
+}
+
+
+def _count():
+    """Return by sampler: our count of each completion, torch's of all, and the steps that ran."""
+    found = {}
+    likeliest = 0
+    session, engine = open_session("train.token_budget=200")
+    prompts = [torch.arange(3, 7 + row % 5) for row in range(PROMPTS)]
+    for name, changes in SAMPLERS.items():
+        sampling = replace(session.settings.sampling, **changes)
+        model = replace(session.settings.model, shift="schedule" in changes)
+        if changes.get("block_length") == 1:  # the likeliest token ends the text
+            model = replace(model, eos_token_id=likeliest)
+        inner = replace(session, settings=replace(session.settings, model=model))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            trajectory, _ = sample_prompts(
+                inner, engine.network, prompts, torch.arange(PROMPTS), sampling=sampling
+            )
+        likeliest = int(trajectory.tokens.flatten().mode().values)
+        counted = counter.get_flop_counts()["Global"]
+        by_operator = {str(operator): flops for operator, flops in counted.items()}
+        ours = completion_flops(trajectory, model)
+        found[name] = ours, by_operator, trajectory.num_steps.tolist()
+    return found
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return run_ranks(1, _count)[0]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_flop_of_a_sampler_is_counted(counts, name):
+    """Matrices and head are products of matrices, attention is batched ones."""
+    ours, by_operator, _ = counts[name]
+    assert set(by_operator) == {"aten.mm", "aten.bmm"} and min(by_operator.values()) > 0
+    assert sum(ours) == sum(by_operator.values())
+
+
+def test_the_samplers_do_different_work(counts):
+    """Rows that end early, and blocks that a threshold ends early, or the test above is hollow."""
+    steps = {name: ran for name, (_, _, ran) in counts.items()}
+    assert set(steps["random"]) == {4}
+    for name in ("threshold", "random with threshold", "Dream's own order", "rows that end early"):
+        assert len(set(steps[name])) > 1
+    assert len({sum(ours) for ours, _, _ in counts.values()}) >= len(SAMPLERS) - 1
+
+
+def test_a_row_of_llada_8b():
+    """4096 wide, 32 layers, 12288 in SwiGLU: 6.98 billion weights in matrices, head aside."""
+    model = ModelSettings(
+        num_layers=32, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32
+    )
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
+    assert weights == 6_979_321_856
+    assert row_flops(1, model) == 2 * weights + 32 * 4 * 4096
+    assert row_flops(512, model) == 512 * 2 * weights + 512**2 * 32 * 4 * 4096
