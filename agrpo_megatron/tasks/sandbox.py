@@ -187,9 +187,12 @@ def _advance(child: _Child, *, has_news: bool) -> Outcome | None:
 
 def _fork(place: int, handler: Callable, call: tuple, seconds: float, memory: int) -> _Child:
     reading, writing = os.pipe()
-    process = os.fork()
+    server, process = os.getpid(), os.fork()
     if process == 0:
         os.close(reading)
+        _die_with_parent()
+        if os.getppid() != server:  # it died before it could take this child along
+            os._exit(0)
         _work(writing, handler, call, memory)
     os.close(writing)
     return _Child(place, process, reading, time.monotonic() + seconds, [])
@@ -199,7 +202,6 @@ def _work(pipe: int, handler: Callable, call: tuple, memory: int) -> None:
     """Make one call and write its outcome; runs in the child, and never returns."""
     global _is_inside
     _is_inside = True
-    _die_with_parent()
     with _exit_afterwards():
         limit = _address_space() + (memory << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

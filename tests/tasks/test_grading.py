@@ -1,0 +1,182 @@
+"""Whatever a reward does costs its own completion a defined score, and nothing else."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agrpo_megatron.config import build
+from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.tasks import build_task
+from agrpo_megatron.tasks.grading import Call, Grader
+from tests.tasks.hostile import FAILING
+
+FILE = Path(__file__).parent / "hostile.py"
+SAID = {  # how the failure of each begins
+    "raise": "KeyError: 'no such thing'",
+    "hang": "timeout",
+    "allocate": "memory",
+    "kill": "ended with status -9",
+    "exit": "ended with status 0",
+    "nan": "ValueError: the score is nan",
+    "text": "TypeError: the reward is of type str, not Reward",
+}
+
+
+def _settings(**options):
+    grader = {"seconds": 2.0, "memory": 256, "failed_score": -1.0}
+    tree = {"name": str(FILE), "options": options, "grader": grader}
+    return build(TaskSettings, tree, "task.")
+
+
+@pytest.fixture
+def opened():
+    """Yield a function that opens a grader, and close them all."""
+    graders = []
+
+    def open_grader(**options):
+        settings = _settings(**options)
+        task = build_task(settings)
+        graders.append(Grader(task, settings))
+        return graders[-1], {p.fields["deed"]: p for p in task.problems("train")}
+
+    yield open_grader
+    for grader in graders:
+        grader.close()
+
+
+def test_each_failure_is_told_and_scored_and_the_others_are_graded(opened, tmp_path):
+    grader, problems = opened(folder=str(tmp_path))
+    assert grader.has_workers and sorted(SAID) == sorted(FAILING)
+    calls = [
+        call
+        for deed in FAILING
+        for call in (Call(problems["answer"], deed), Call(problems[deed], deed))
+    ]
+    rewards = grader.grade(calls)
+    assert len(rewards) == 2 * len(FAILING)
+    for deed, good, bad in zip(FAILING, rewards[::2], rewards[1::2], strict=True):
+        assert (good.score, good.failure) == (len(deed) / 10, None)
+        assert good.parts == {"long": len(deed)}
+        assert (bad.score, bad.correct) == (-1.0, False)
+        assert bad.failure is not None and bad.failure.startswith(SAID[deed])
+
+
+def test_a_reward_that_kills_the_server_costs_its_batch_alone(opened):
+    grader, problems = opened(deeds=["answer", "kill the server"])
+    good, bad = (Call(problems[deed], "text") for deed in ("answer", "kill the server"))
+    assert [r.failure for r in grader.grade([good])] == [None]
+    assert [r.failure for r in grader.grade([bad, bad])] == ["the workers were killed"] * 2
+    assert [r.failure for r in grader.grade([good])] == [None]
+
+
+def test_batches_are_graded_while_others_are_handed_in(opened):
+    grader, problems = opened(deeds=["slow"], seconds=0.2)
+    grader.grade([Call(problems["slow"], "the server has started")])
+    started = time.monotonic()
+    batches = [grader.start([Call(problems["slow"], "x" * size)]) for size in range(6)]
+    assert time.monotonic() - started < 0.2, "handing in waits for nothing"
+    scores = [batch.result()[0].score for batch in batches]
+    assert scores == [size / 10 for size in range(6)]
+
+
+def test_verdicts_get_the_raw_text(opened):
+    """A task without a verdict of its own gives its reward."""
+    grader, problems = opened(deeds=["answer"])
+    assert grader.grade([Call(problems["answer"], "text", "text<|endoftext|>")])[0].score == 0.4
+
+
+def test_a_bounded_task_that_raises_after_all_costs_that_completion():
+    settings = _settings()
+    task = build_task(settings)
+    task.is_bounded = True
+    grader = Grader(task, settings)
+    problems = {p.fields["deed"]: p for p in task.problems("train")}
+    assert not grader.has_workers
+    rewards = grader.grade([Call(problems[deed], "four") for deed in ("raise", "answer", "nan")])
+    assert [reward.score for reward in rewards] == [-1.0, 0.4, -1.0]
+    assert rewards[0].failure == "KeyError: 'no such thing'"
+
+
+def test_a_grader_is_closed_while_a_reward_hangs(opened, tmp_path):
+    grader, problems = opened(deeds=["hang"], folder=str(tmp_path))
+    batch = grader.start([Call(problems["hang"], "")])
+    hung = _wait_for_hung(tmp_path)
+    started = time.monotonic()
+    grader.close()
+    assert time.monotonic() - started < 1.5
+    with pytest.raises(RuntimeError, match="ended"):
+        batch.result(timeout=5)
+    _assert_gone(hung)
+
+
+def test_a_task_that_workers_cannot_build_says_why(tmp_path):
+    """Its file is there when the run begins, and gone when the workers start."""
+    file = tmp_path / "mine.py"
+    file.write_text(FILE.read_text())
+    settings = build(TaskSettings, {"name": str(file)}, "task.")
+    task = build_task(settings)
+    grader = Grader(task, settings)
+    file.unlink()
+    with pytest.raises(RuntimeError, match=r"mine\.py does not exist"):
+        grader.grade([Call(task.problems("train")[0], "")])
+    grader.close()
+
+
+GRADES = """
+import sys
+from agrpo_megatron.config import build
+from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.tasks import build_task
+from agrpo_megatron.tasks.grading import Call, Grader
+
+tree = {"name": sys.argv[1], "options": {"deeds": ["hang"], "folder": sys.argv[2]}}
+settings = build(TaskSettings, {**tree, "grader": {"seconds": 600}}, "task.")
+task = build_task(settings)
+Grader(task, settings).grade([Call(task.problems("train")[0], "")] * 2)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", GRADES, str(FILE), str(tmp_path)])
+    try:
+        hung = _wait_for_hung(tmp_path)
+        servers = {_parent(child) for child in hung}
+        assert len(servers) == 1 and _parent(*servers) == process.pid
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    _assert_gone([*hung, *servers])
+
+
+def _wait_for_hung(folder):
+    """Return the process ids of rewards that hang, once there are some."""
+    deadline = time.monotonic() + 60
+    while not (found := list(folder.glob("hung-*"))):
+        assert time.monotonic() < deadline, "no reward was called"
+        time.sleep(0.02)
+    return [int(path.name.partition("-")[2]) for path in found]
+
+
+def _parent(process):
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _assert_gone(processes):
+    deadline = time.monotonic() + 10
+    while any(_is_running(process) for process in processes):
+        assert time.monotonic() < deadline, "a worker outlived its run"
+        time.sleep(0.02)
+
+
+def _is_running(process):
+    """Say whether a process is there and no zombie, which waits for its parent alone."""
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
