@@ -31,7 +31,7 @@ def evaluate(text: str) -> Number | None:
     text = re.sub(r"[ \t]{2,}", " ", text.strip())
     if text.count("-") + text.count("+") > MOST_SIGNS:
         return None
-    tree = _parse(re.sub(r"[-+](?: ?[-+])+", _one_sign, text))
+    tree = _parse(re.sub(r"([-+])((?: ?[-+])+)", _two_signs, text))
     try:
         return None if tree is None else _value(tree)
     except (ValueError, TypeError, ArithmeticError, RecursionError):
@@ -69,8 +69,9 @@ def same_numbers(text: str, numbers: Sequence[int]) -> bool:
     return sorted(map(int, found)) == sorted(numbers)
 
 
-def _one_sign(run: re.Match[str]) -> str:
-    return "-" if run[0].count("-") % 2 else "+"
+def _two_signs(run: re.Match[str]) -> str:
+    """Shorten a run of signs: the first may stand between two values, the others are before one."""
+    return run[1] + ("-" if run[2].count("-") % 2 else "+")
 
 
 def _parse(text: str) -> ast.expr | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.tasks import agrpo, d1
-from agrpo_megatron.tasks.data import Row, first_column
+from agrpo_megatron.tasks.data import Row, first_column, text_column, to_whole, whole_column
 from agrpo_megatron.tasks.extract import CELLS
 from agrpo_megatron.tasks.latex import last_boxed
 from agrpo_megatron.types import Chat, Message, Problem, Reward
@@ -32,11 +32,11 @@ def build_prompt(task: str, protocol: str, stage: str, problem: Fields) -> Chat:
     """
     texts = {**problem, "numbers": str(problem.get("numbers"))}
     if protocol == "agrpo":
-        system = _text("agrpo_math" if task in ("gsm8k", "math") else f"agrpo_{task}")
+        system = prompt_text("agrpo_math" if task in ("gsm8k", "math") else f"agrpo_{task}")
         return Chat((Message("system", system), Message("user", _fill(AGRPO_USER[task], texts))))
     name = "d1_sudoku" if task == "sudoku" else f"d1_{task}_{stage}"
     prefill = "<reasoning>" if stage == "eval" else ""
-    return Chat((Message("user", _fill(_text(name), texts)),), prefill)
+    return Chat((Message("user", _fill(prompt_text(name), texts)),), prefill)
 
 
 AGRPO_USER = {
@@ -48,7 +48,8 @@ AGRPO_USER = {
 
 
 @functools.cache
-def _text(name: str) -> str:
+def prompt_text(name: str) -> str:
+    """Return a file of `prompts/`."""
     return (PROMPTS / f"{name}.txt").read_text(encoding="utf-8")
 
 
@@ -68,46 +69,54 @@ def read_problem(task: str, row: Row) -> Fields:
 
 
 def _read_gsm8k(row: Row) -> Fields:
-    fields = {"question": first_column(row, "question")}
-    text = row.get("answer")
-    if text is None:
+    fields = {"question": text_column(row, "question")}
+    if row.get("answer") is None:
         return fields
-    rationale, mark, gold = str(text).partition("####")
-    if not mark:
-        raise ValueError("answer has no gold answer after ####")
+    rationale, mark, gold = text_column(row, "answer").partition("####")
+    if not mark or not gold.strip():
+        raise ValueError("column answer has no gold answer after ####")
     rationale = CALCULATION.sub("", rationale).strip()
     return {**fields, "answer": gold.strip(), "rationale": rationale}
 
 
 def _read_math(row: Row) -> Fields:
-    fields = {"question": first_column(row, "problem", "question")}
-    solution, answer = row.get("solution"), row.get("answer")
-    if answer is None and solution is not None:
+    """Read the gold answer from its own column, or from the last box of the solution."""
+    solution, answer = row.get("solution") or "", row.get("answer")
+    if answer is None and "\\boxed" in solution:
         answer = last_boxed(solution)
-    level = re.search(r"\d+", str(row.get("level", "")))
+    level = re.search(r"\d+", str(row.get("level")))
     return {
-        **fields,
-        "answer": answer,
-        "rationale": solution or "",
-        "level": int(level[0]) if level else None,
+        "question": text_column(row, "problem", "question"),
+        "answer": None if answer is None else str(answer),
+        "rationale": solution,
+        "level": None if row.get("level") is None else int(level[0]) if level else 0,
     }
 
 
 def _read_countdown(row: Row) -> Fields:
-    numbers = first_column(row, "nums", "numbers", "input")
+    columns = ("nums", "numbers", "input")
+    numbers = first_column(row, *columns)
     if isinstance(numbers, str):
-        numbers = re.findall(r"\d+", numbers)
+        numbers = numbers.replace("[", " ").replace("]", " ").replace(",", " ").split()
+    if not isinstance(numbers, Sequence) or not numbers:
+        raise ValueError(f"column {' or '.join(columns)} holds {numbers!r:.80}, which is no list")
     return {
-        "numbers": [int(n) for n in numbers],
-        "target": int(first_column(row, "target", "output")),
+        "numbers": [to_whole(number, *columns) for number in numbers],
+        "target": whole_column(row, "target", "output"),
     }
 
 
 def _read_sudoku(row: Row) -> Fields:
     puzzle, solution = str(first_column(row, "puzzle")), str(first_column(row, "solution"))
     puzzle = puzzle.zfill(CELLS)  # read as a number, it lost the zeros in front
-    if not re.fullmatch("[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
-        raise ValueError(f"puzzle {puzzle} and solution {solution} must be 16 digits up to 4")
+    for column, grid, form in (
+        ("puzzle", puzzle, "[0-4]{16}"),
+        ("solution", solution, "[1-4]{16}"),
+    ):
+        if not re.fullmatch(form, grid):
+            raise ValueError(f"column {column} holds {grid!r:.80}, which does not match {form}")
+    if any(clue not in ("0", digit) for clue, digit in zip(puzzle, solution, strict=True)):
+        raise ValueError(f"column solution holds {solution}, which changes a clue of {puzzle}")
     return {"puzzle": puzzle, "solution": solution}
 
 

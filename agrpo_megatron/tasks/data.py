@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from agrpo_megatron.types import Problem
 
 type Row = dict[str, Any]
@@ -56,7 +58,7 @@ def to_problems(
             raise ValueError(
                 f"{key}={source}, row {number}: no column {error.args[0]}; it has {known}"
             ) from None
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"{key}={source}, row {number}: {error}") from None
         if problem is not None:
             problems.setdefault(problem.key, problem)
@@ -76,6 +78,12 @@ def without_leaks(
     return kept, len(train) - len(kept)
 
 
+def d1_rows(rows: Sequence[Row], count: int = 256) -> list[Row]:
+    """Draw the rows that d1 evaluates Countdown and Sudoku on, in its order."""
+    drawn = numpy.random.RandomState(42).choice(len(rows), min(count, len(rows)), replace=False)
+    return [rows[place] for place in drawn]
+
+
 def first_column(row: Row, *names: str) -> Any:
     """Return the first of some columns that a row has, whatever the letter case."""
     folded = {str(name).casefold(): value for name, value in row.items()}
@@ -83,6 +91,32 @@ def first_column(row: Row, *names: str) -> Any:
         if folded.get(name) is not None:
             return folded[name]
     raise KeyError(" or ".join(names))
+
+
+def text_column(row: Row, *names: str) -> str:
+    """Return the text in the first of some columns that a row has."""
+    value = first_column(row, *names)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"column {' or '.join(names)} holds {value!r:.80}, which is no text")
+    return value
+
+
+def whole_column(row: Row, *names: str) -> int:
+    """Return the whole number in the first of some columns that a row has."""
+    return to_whole(first_column(row, *names), *names)
+
+
+def to_whole(value: Any, *names: str) -> int:
+    """Return a column's value as a whole number."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or isinstance(value, bool | float) and value != number:
+        raise ValueError(
+            f"column {' or '.join(names)} holds {value!r:.80}, which is no whole number"
+        )
+    return number
 
 
 def _read_file(path: Path, kind: str, *, key: str) -> list[Row]:
@@ -96,8 +130,9 @@ def _read_file(path: Path, kind: str, *, key: str) -> list[Row]:
             if kind == ".json":
                 rows = json.load(file)
             else:
-                rows = [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError, csv.Error, EOFError) as error:
+                rows = [_read_line(line, place) for place, line in enumerate(file, start=1)]
+                rows = [row for row in rows if row is not None]
+    except (OSError, ValueError, csv.Error, EOFError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{key}={path} is not readable as {kind} ({reason}); give {FORM}"
@@ -107,11 +142,18 @@ def _read_file(path: Path, kind: str, *, key: str) -> list[Row]:
     return rows
 
 
+def _read_line(line: str, place: int) -> Any:
+    try:
+        return json.loads(line) if line.strip() else None
+    except ValueError as error:
+        raise ValueError(f"line {place}: {error}") from None
+
+
 def _read_parquet(path: Path) -> list[Row]:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"pyarrow {MISSING}") from None
+        raise ValueError(f"the package pyarrow {MISSING}") from None
     return parquet.read_table(path).to_pylist()
 
 

@@ -1,10 +1,12 @@
 """GSM8K and MATH: problems from files or Hugging Face, answers compared by meaning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from agrpo_megatron.config import setting
 from agrpo_megatron.tasks import benchmarks
 from agrpo_megatron.tasks.base import Split
+from agrpo_megatron.tasks.extract import boxed
 from agrpo_megatron.tasks.public import PublicOptions, PublicTask
 from agrpo_megatron.types import Problem
 
@@ -40,6 +42,16 @@ class Math(PublicTask):
         "eval": dict.fromkeys(benchmarks.PROTOCOLS, "HuggingFaceH4/MATH-500"),
     }
 
+    kind = "give task.options.levels that it has, or another file"
+
+    def make_problem(self, row: dict[str, Any]) -> Problem:
+        """Read one row; without a column of its own, AGRPO's gold answer is the first box."""
+        problem = super().make_problem(row)
+        if self.options.protocol == "agrpo" and row.get("answer") is None:
+            fields = {**problem.fields, "answer": boxed(problem.fields["rationale"]) or None}
+            return replace(problem, fields=fields, solution=self.solution(fields))
+        return problem
+
     def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
         """Return training problems of the levels asked for, and all that have an answer."""
         levels = self.options.levels or ([1, 2, 3, 4] if self.options.protocol == "agrpo" else None)
@@ -47,8 +59,4 @@ class Math(PublicTask):
         if split == "train" and levels is not None:
             # A file that tells no levels is taken whole.
             kept = [problem for problem in kept if problem.fields["level"] in (None, *levels)]
-        if len(kept) < len(problems):
-            self.notes.append(
-                f"math {split}: {len(problems) - len(kept)} of another level left out"
-            )
         return kept

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 from agrpo_megatron.config import setting
 from agrpo_megatron.tasks import benchmarks, equivalence
 from agrpo_megatron.tasks.base import Split, Splits, Task, split_problems, wanted
-from agrpo_megatron.tasks.data import read_rows, to_problems, without_leaks
+from agrpo_megatron.tasks.data import d1_rows, read_rows, to_problems, without_leaks
 from agrpo_megatron.types import Problem, Prompt, Reward
+
+NONE = "none"  # a source without problems
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,16 @@ class PublicOptions:
         "agrpo", "messages, rewards and parsers, as published", choices=benchmarks.PROTOCOLS
     )
     train: str | None = setting(
-        None, "training problems: a file, or NAME[:CONFIG][@SPLIT] on Hugging Face; null: default"
+        None,
+        "training problems: a file, NAME[:CONFIG][@SPLIT] on Hugging Face, or none, to evaluate "
+        "alone; null: the protocol's, or generated ones",
     )
     eval: str | None = setting(None, "held-out problems, likewise")
+    eval_rows: str = setting(
+        "all",
+        "rows of `eval`; d1: the 256 that d1 draws for Countdown and Sudoku",
+        choices=("all", "d1"),
+    )
 
 
 class PublicTask(Task):
@@ -31,6 +40,7 @@ class PublicTask(Task):
     options: PublicOptions
     datasets: ClassVar[dict[Split, dict[str, str]]] = {}  # by split and protocol
     wider: ClassVar[str] = ""  # which options make more problems, where they are generated
+    kind: ClassVar[str] = "give another file"  # which options select other problems of a file
 
     def prepare(self) -> None:
         """Import math-verify, where the protocol compares with it."""
@@ -39,10 +49,13 @@ class PublicTask(Task):
 
     def load(self) -> Splits:
         """Return the problems of both splits, without leaks."""
-        splits: dict[Split, list[Problem] | None]
-        splits = {"eval": self._read("eval"), "train": self._read("train")}
-        filled = self.fill(splits)
-        return {**filled, "train": self._without_leaks(filled["train"], filled["eval"])}
+        read: dict[Split, list[Problem] | None]
+        read = {"eval": self._read("eval"), "train": self._read("train")}
+        filled = self.fill(read)
+        train, held_out = filled["train"], filled["eval"]
+        if read["train"] and read["eval"]:  # what is made is made apart from what was read
+            train = self._without_leaks(train, held_out)
+        return {"eval": self._drawn("eval", held_out), "train": self._drawn("train", train)}
 
     def fill(self, splits: Mapping[Split, list[Problem] | None]) -> Splits:
         """Return both splits, those that no file holds made up."""
@@ -83,13 +96,28 @@ class PublicTask(Task):
         source = chosen or self.datasets.get(split, {}).get(self.options.protocol)
         if source is None:
             return None
+        if source == NONE and split == "train":
+            return []
         key = f"task.options.{split}"
         rows = read_rows(source, key=key, split="train" if split == "train" else "test")
+        if split == "eval" and self.options.eval_rows == "d1":
+            rows = d1_rows(rows)
         problems = to_problems(rows, self.make_problem, key=key, source=source)
         repeated = len(rows) - len(problems)
         if repeated:
             self.notes.append(f"{key}={source}: {repeated} repeated problems left out")
-        problems = self.select(split, problems)
+        selected = self.select(split, problems)
+        if not selected:
+            raise ValueError(
+                f"{key}={source}: the options select none of its problems; {self.kind}"
+            )
+        if len(selected) < len(problems):
+            other = len(problems) - len(selected)
+            self.notes.append(f"{key}={source}: {other} problems of another kind left out")
+        return selected
+
+    def _drawn(self, split: Split, problems: Sequence[Problem]) -> Sequence[Problem]:
+        """Draw as many problems as the settings ask for, and keep their order."""
         asked = getattr(self.settings, f"{split}_problems")
         if asked is not None and asked < len(problems):
             chance = random.Random(f"{self.name} {split} {self.settings.seed}")
@@ -115,6 +143,11 @@ class PublicTask(Task):
         said = f"{leaked} of {len(train)} training problems are also held out"
         if self.settings.leaks == "refuse":
             raise ValueError(f"task {self.name}: {said}; use task.leaks=drop, or another file")
+        if self.settings.leaks == "drop" and not kept:
+            raise ValueError(
+                f"task {self.name}: all training problems are also held out; use "
+                "another file for task.options.train, or none to evaluate alone"
+            )
         word = "left out" if self.settings.leaks == "drop" else "KEPT (task.leaks=keep)"
         self.notes.append(f"{self.name}: {said}; {word}")
         return kept if self.settings.leaks == "drop" else list(train)
@@ -147,9 +180,9 @@ class GeneratedTask(PublicTask):
             count = wanted(self.settings, "eval") + wanted(self.settings, "train")
             return split_problems(self._generate(count), self.settings, wider=self.wider)
         if held_out is None:
-            held_out = self._generate(wanted(self.settings, "eval"), apart_from=train or [])
+            held_out = self._generate_apart("eval", train or [])
         if train is None:
-            train = self._generate(wanted(self.settings, "train"), apart_from=held_out)
+            train = self._generate_apart("train", held_out)
         return {"train": train, "eval": held_out}
 
     def prompt(self, problem: Problem) -> Prompt:
@@ -182,14 +215,27 @@ class GeneratedTask(PublicTask):
         answer = fields.get("solution", "")
         return self._written(fields, answer) if answer else ""
 
-    def _generate(self, count: int, *, apart_from: Sequence[Problem] = ()) -> list[Problem]:
-        taken = {benchmarks.leak_key(self.name, problem) for problem in apart_from}
-        rng = random.Random(f"{self.name} {self.settings.seed}")
-        made = [
+    def _generate(self, count: int) -> list[Problem]:
+        made = self.make(random.Random(f"{self.name} {self.settings.seed}"), count)
+        return [
             replace(problem, solution=self._written(problem.fields, problem.solution))
-            for problem in self.make(rng, 2 * count if taken else count)
+            for problem in made
+        ]
+
+    def _generate_apart(self, split: Split, others: Sequence[Problem]) -> list[Problem]:
+        """Make a split whose problems leak nothing from, or into, those of the other's file."""
+        count = wanted(self.settings, split)
+        taken = {benchmarks.leak_key(self.name, problem) for problem in others}
+        made = [
+            problem
+            for problem in self._generate(2 * count)
             if benchmarks.leak_key(self.name, problem) not in taken
         ]
+        if len(made) < count:
+            raise ValueError(
+                f"task.{split}_problems={count}: {self.name} makes {len(made)} problems apart from "
+                f"the other split's with these options; use at most {len(made)}, or {self.wider}"
+            )
         return made[:count]
 
     def _written(self, fields: dict[str, Any], answer: str) -> str:

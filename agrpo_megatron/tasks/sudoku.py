@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from agrpo_megatron.config import setting
-from agrpo_megatron.tasks.benchmarks import PROTOCOLS, cell_averages
+from agrpo_megatron.tasks.base import Splits
+from agrpo_megatron.tasks.benchmarks import PROTOCOLS, cell_averages, prompt_text
 from agrpo_megatron.tasks.extract import CELLS
 from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions
 from agrpo_megatron.types import Problem, Reward
@@ -48,6 +49,24 @@ class Sudoku(GeneratedTask):
     options_type = SudokuOptions
     options: SudokuOptions
     wider = "bring task.options.clues nearer to 8"
+
+    def load(self) -> Splits:
+        """Return the problems of both splits; says which of them the prompt itself solves."""
+        splits = super().load()
+        shown = self.worked_puzzles()
+        told = sum(problem.key in shown for problem in splits["eval"])
+        if told:
+            self.notes.append(
+                f"sudoku: {told} held-out puzzles stand solved in the prompt of protocol agrpo: "
+                "do not report its accuracy on this file"
+            )
+        return splits
+
+    def worked_puzzles(self) -> set[str]:
+        """Return the puzzles that the protocol's prompt solves as examples."""
+        if self.options.protocol != "agrpo":
+            return set()
+        return set(re.findall(r"Puzzle: ([0-4]{16})", prompt_text("agrpo_sudoku")))
 
     def make(self, rng: random.Random, count: int) -> list[Problem]:
         """Draw up to `count` different puzzles, with the complete grid as solution."""
