@@ -90,7 +90,7 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         "targets", nargs="+", metavar="[LABEL=]DIR", help="run or evaluation directory"
     )
     command.add_argument(
-        "--output", type=Path, metavar="PNG", help="where the frontier goes; default: frontier.png"
+        "--output", type=Path, metavar="PNG", help="where the frontier goes; default: beside them"
     )
 
 
@@ -101,12 +101,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.training.plan import plan_evaluation
     from agrpo_megatron.training.results import ResultStore
 
-    store = ResultStore(arguments.output or _output(target, arguments.name))
+    name = f"{target.name}-{arguments.name}" if arguments.name else target.name
+    folder = (target.run or Path()) / "evaluations"
+    store = ResultStore(arguments.output or folder / name)
     stored = None if arguments.restart else store.stored()
     plan = plan_evaluation(
         target.settings,
         checkpoint=target.checkpoint,
-        label=arguments.label or _label(target),
+        label=arguments.label or _label(target, name),
         world_size=world_size(),
         is_sweep=arguments.sweep,
         batch_size=stored and stored.get("evaluates", {}).get("batch_size"),
@@ -135,11 +137,12 @@ def report(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.reports.figures import write_figures
     from agrpo_megatron.reports.html import write_report
 
-    runs, evaluations = [], []
+    runs, evaluations, folders = [], [], []
     for text in arguments.targets:
         path, label = _labelled(text)
         found = find_evaluations(path, label)
-        evaluations += found
+        evaluations += [results for _, results in found]
+        folders += [folder.parent for folder, _ in found]
         if not found or (path / "metrics.jsonl").exists():
             runs.append(path)
     for run_dir in runs:
@@ -150,7 +153,7 @@ def report(arguments: argparse.Namespace) -> int:
 
         compare(runs)
     if evaluations:
-        _frontier(evaluations, arguments.output or Path("frontier.png"))
+        _frontier(evaluations, arguments.output or folders[0] / "frontier.png")
     return 0
 
 
@@ -196,14 +199,8 @@ def _frontier(evaluations: list[dict], path: Path) -> None:
     print_results(evaluations)
 
 
-def _output(target: Target, name: str | None) -> Path:
-    """Return where an evaluation goes by default: within its run, else below the current folder."""
-    folder = (target.run or Path()) / "evaluations"
-    return folder / (f"{target.name}-{name}" if name else target.name)
-
-
-def _label(target: Target) -> str:
-    return f"{target.run.resolve().name} {target.name}" if target.run else target.name
+def _label(target: Target, name: str) -> str:
+    return f"{target.run.resolve().name} {name}" if target.run else name
 
 
 def _labelled(text: str) -> tuple[Path, str | None]:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.ranks import run_ranks
-from tests.test_cli import agrpo, call, call_all, probe, write_settings
+from tests.test_cli import agrpo, call_all, probe, write_settings
 
 
 @pytest.fixture(scope="module")
@@ -76,23 +76,6 @@ def test_sample_shows_completions_and_the_order_they_were_written_in(run, tmp_pa
     refused = probe("sample", run_dir, "--checkpoint", "rl-9")
     assert refused.returncode == 2
     assert "holds no checkpoint rl-9; it has rl-0000" in refused.stderr
-
-
-def test_evaluate_repeats_the_accuracy_that_training_reported(run, tmp_path):
-    run_dir, _, _ = run
-    output = tmp_path / "result.json"
-    status, printed = agrpo(tmp_path, "evaluate", run_dir, "--output", output)
-    assert status == 0
-    result = json.loads(output.read_text())
-    assert json.loads(printed) == result
-    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    assert result["checkpoint"] == "rl-000003"
-    keys = ("accuracy", "reward/mean", "reward/valid", "problems")
-    assert [result[key] for key in keys] == [last[key] for key in keys]
-    both = run_ranks(2, call, ["evaluate", run_dir, "parallel.tensor=2"], tmp_path)
-    assert [status for status, _ in both] == [0, 0]
-    assert [json.loads(both[0][1])[key] for key in keys] == [last[key] for key in keys]
-    assert both[1][1] == "", "one rank speaks"
 
 
 def test_report_can_be_written_again(run, tmp_path):

@@ -27,8 +27,8 @@ WIDEST = 1000  # characters that a table may need
 Results = dict[str, Any]  # as results.json holds them
 
 
-def find_evaluations(path: Path, label: str | None = None) -> list[Results]:
-    """Return the results of an evaluation directory, or of all evaluations of a run.
+def find_evaluations(path: Path, label: str | None = None) -> list[tuple[Path, Results]]:
+    """Return directory and results of an evaluation, or of all evaluations of a run.
 
     Args:
         label: what to call the model instead of what the evaluation says.
@@ -40,9 +40,9 @@ def find_evaluations(path: Path, label: str | None = None) -> list[Results]:
         folders = [path]
     else:
         folders = sorted(file.parent for file in (path / FOLDER).glob(f"*/{EVALUATION}"))
-    found = [_read(folder) for folder in folders]
+    found = [(folder, _read(folder)) for folder in folders]
     if label is not None:
-        for folder, results in zip(folders, found, strict=True):
+        for folder, results in found:
             results["label"] = label if len(found) == 1 else f"{label} {folder.name}"
     return found
 

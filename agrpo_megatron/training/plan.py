@@ -89,7 +89,10 @@ def plan_evaluation(
     except ValueError as error:
         if not settings.evaluation.tasks:
             raise
-        raise ValueError(str(error).replace("task.mixture", "evaluation.tasks")) from error
+        said = str(error).replace("task.mixture", "evaluation.tasks")
+        raise ValueError(
+            f"evaluation.tasks: {said}" if said.startswith("task.") else said
+        ) from error
     tasks, problems = _tasks(resolved)
     size = settings.evaluation.batch_size or batch_size or _batch_size(resolved, world_size)
     weights = checkpoint or _weights(settings)
