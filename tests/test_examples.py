@@ -1,0 +1,109 @@
+"""The examples that anyone can run: a task of one's own, and a mixture of tasks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agrpo_megatron.config import load
+from agrpo_megatron.rules import validate
+from agrpo_megatron.settings import Settings, TaskSettings
+from agrpo_megatron.tasks import build_task
+from agrpo_megatron.training.resolve import resolve
+from agrpo_megatron.types import Problem
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+# One supervised and one reinforcement-learning iteration, each of a second.
+SHORT = [
+    "run.threads=1",
+    "task.train_problems=32",
+    "task.eval_problems=8",
+    "sft.iterations=1",
+    "sft.batch_size=8",
+    "train.iterations=1",
+    "algorithm.prompts_per_iteration=2",
+    "algorithm.group_size=2",
+    "evaluation.interval=0",
+    "logging.wandb=disabled",
+    "logging.live=false",
+]
+
+
+def train(file, run_dir, *overrides):
+    """Run `agrpo train` from the root of the project; return the records of its metrics."""
+    command = [sys.executable, "-m", "agrpo_megatron", "train", str(EXAMPLES / file)]
+    command += [*SHORT, f"run.dir={run_dir}", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_resolve_without_a_note(path, monkeypatch):
+    """No problem is left out, and the tokenizer has every character that is written."""
+    monkeypatch.chdir(ROOT)
+    settings = load(Settings, path)
+    validate(settings)
+    found = resolve(settings, world_size=1)
+    assert found.task.notes == []
+    assert found.task.problems("train")
+    assert found.task.problems("eval")
+
+
+@pytest.mark.parametrize("name", ["my_task.py", "my_task.py:SortDigits"])
+def test_the_task_of_a_file_grades_right_and_wrong(name):
+    settings = TaskSettings(str(EXAMPLES / name), train_problems=50, eval_problems=10)
+    task = build_task(settings)
+    problems = [*task.problems("train"), *task.problems("eval")]
+    assert len({problem.key for problem in problems}) == 60
+    for problem in problems:
+        assert task.prompt(problem) == problem.fields["number"] + "="
+        assert task.reward(problem, f" {problem.solution}\n").correct
+        assert task.reward(problem, problem.solution).score == 1.0
+    problem = Problem("50213", {"number": "50213"}, "01235")
+    scores = {
+        answer: task.reward(problem, answer).score
+        for answer in ("01235", "01253", "01234", "50213", "53210", "0123", "", "x" * 10**5)
+    }
+    assert scores == {
+        "01235": 1.0,
+        "01253": 0.25 + 0.25 * 3 / 4,  # one pair of four is out of order
+        "01234": 0.25,  # in order, but not the digits given
+        "50213": 0.25 + 0.25 * 2 / 4,
+        "53210": 0.25,
+        "0123": 0.25,
+        "": 0.0,
+        "x" * 10**5: 0.25,
+    }
+    assert [answer for answer in scores if task.reward(problem, answer).correct] == ["01235"]
+
+
+def test_options_of_the_task_are_checked():
+    def build(**options):
+        return build_task(TaskSettings(str(EXAMPLES / "my_task.py"), options=options))
+
+    assert len(build(digits=7).prompt(build(digits=7).make_problem(12))) == 8  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="task.options.digit is not an option .* mean digits?"):
+        build(digit=7)
+    with pytest.raises(ValueError, match="task.options.digits=1 must be at least 2"):
+        build(digits=1)
+    with pytest.raises(ValueError, match="yields 100 with these options; .*raise task.options.di"):
+        build(digits=2).problems("train")
+
+
+def test_the_task_trains(tmp_path):
+    records = train("my_task.yaml", tmp_path / "run")
+    rewards = [record for record in records if "reward/in_order" in record]
+    assert rewards
+    assert all(0 <= record["reward/same_digits"] <= 1 for record in rewards)
+
+
+def test_the_mixture_trains_and_tells_its_tasks_apart(tmp_path):
+    short = "task.mixture.countdown.train_problems=32"
+    records = train("mixture.yaml", tmp_path / "run", short, "algorithm.prompts_per_iteration=3")
+    names = {name for record in records for name in record}
+    for label in ("countdown", "sudoku"):
+        assert any(label in name for name in names), names
