@@ -60,6 +60,7 @@ def from_jinja(text: str, special_tokens: Mapping[str, Any], *, source: str) -> 
     """
 
     def render(chat: Chat) -> str:
+        """Write a chat by the Jinja text."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
