@@ -13,6 +13,7 @@ from agrpo_megatron.settings import Settings, TaskSettings
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.training.resolve import resolve
 from agrpo_megatron.types import Problem
+from tests.chat_tokenizers import FIRST_ADDED, LLADA_TOKENS, write_llada
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -107,3 +108,25 @@ def test_the_mixture_trains_and_tells_its_tasks_apart(tmp_path):
     names = {name for record in records for name in record}
     for label in ("countdown", "sudoku"):
         assert any(label in name for name in names), names
+
+
+def test_characters_train_on_a_published_protocol(tmp_path):
+    """Their prompts are chats with text that the characters lack: counted, and no crash."""
+    wider = ("model.max_sequence_length=2000", "train.token_budget=4000", "sft.iterations=0")
+    options = "task.options={protocol: agrpo, numbers: 3, high: 9}"
+    records = train("tiny.yaml", tmp_path / "run", options, *wider)
+    assert any("reward/mean" in record for record in records)
+
+
+def test_a_chat_template_reaches_the_model(tmp_path):
+    """GSM8K from files, laid out by the template of a directory such as LLaDA's."""
+    row = json.dumps({"question": "What is 6 x 7?", "answer": "6 x 7 = 42.\n#### 42"})
+    (tmp_path / "train.jsonl").write_text(row)
+    (tmp_path / "eval.jsonl").write_text(row.replace("6", "7"))
+    files = f"{{train: {tmp_path / 'train.jsonl'}, eval: {tmp_path / 'eval.jsonl'}}}"
+    overrides = ("task.name=gsm8k", f"task.options={files}", "model.max_sequence_length=600")
+    tokenizer = f"tokenizer.path={write_llada(tmp_path / 'tokenizer')}"
+    train("tiny.yaml", tmp_path / "run", *overrides, tokenizer, "sft.iterations=0")
+    saved = load(Settings, tmp_path / "run" / "config.yaml")
+    assert saved.model.vocab_size == FIRST_ADDED + len(LLADA_TOKENS)
+    assert saved.model.mask_token_id == FIRST_ADDED + LLADA_TOKENS.index("<|mdm_mask|>")
