@@ -104,14 +104,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
     name = f"{target.name}-{arguments.name}" if arguments.name else target.name
     folder = (target.run or Path()) / "evaluations"
     store = ResultStore(arguments.output or folder / name)
-    stored = None if arguments.restart else store.stored()
     plan = plan_evaluation(
         target.settings,
         checkpoint=target.checkpoint,
         label=arguments.label or _label(target, name),
         world_size=world_size(),
         is_sweep=arguments.sweep,
-        batch_size=stored and stored.get("evaluates", {}).get("batch_size"),
+        stored=None if arguments.restart else store.stored(),
     )
     if arguments.restart and is_main():
         moved = move_away(store.directory)

@@ -16,6 +16,7 @@ from agrpo_megatron.reports.style import Theme, dress, end_labels, new_figure, r
 
 DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))  # by length, longest first
 ROOM = 0.055  # of the axis, that a tick's number needs
+TICK_DIGITS = ((1.2, (1, 1.5, 2, 3, 5, 7)), (2.5, (1, 2, 5)))  # by decades that are spanned
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
 
 
@@ -163,11 +164,12 @@ def _step_ticks(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def _flop_ticks(axes: Axes, lines: Sequence[Line]) -> None:
-    """Write round numbers of FLOPs: decades, with 2 and 5 between where there are few."""
+    """Write round numbers of FLOPs: decades, with others between where there are few."""
     values = np.concatenate([line.flops for line in lines])
     low, high = float(values.min()), float(values.max())
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    digits = (1, 2, 5) if math.log10(high / low) < 2.5 else (1,)
+    span = math.log10(high / low)
+    digits = next((few for most, few in TICK_DIGITS if span < most), (1,))
     low, high = low / 1.1, high * 1.1
     ticks = [d * 10.0**e for e in decades for d in digits if low <= d * 10.0**e <= high]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -177,4 +179,4 @@ def _flop_ticks(axes: Axes, lines: Sequence[Line]) -> None:
 
 def _flops(value: float) -> str:
     unit, letter = next((u for u in UNITS if value >= 0.999 * u[0]), UNITS[-1])
-    return f"{value / unit:.0f}{letter}"
+    return f"{value / unit:.3g}{letter}"

@@ -15,7 +15,7 @@ from agrpo_megatron.settings import Settings
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.mixture import Mixture
 from agrpo_megatron.training.resolve import RUN_SETTINGS, Resolved, resolve
-from agrpo_megatron.types import Problem, Prompt
+from agrpo_megatron.types import Problem
 
 EDGE = 1 << 20  # bytes that are read at both ends of a weight file without checksums
 BATCH_FORWARDS = 4  # rollout forwards that a batch fills at its first step, where none is set
@@ -70,14 +70,14 @@ def plan_evaluation(
     label: str,
     world_size: int,
     is_sweep: bool = False,
-    batch_size: int | None = None,
+    stored: dict[str, Any] | None = None,
 ) -> Plan:
     """Lay out an evaluation.
 
     Args:
         checkpoint: of a run; None takes what `model.load` names.
         label: what figures call the model.
-        batch_size: of an earlier attempt, where the settings name none.
+        stored: what evaluation.json of an earlier attempt holds; batches stay what they were.
 
     Raises:
         ValueError: anything the user wrote is wrong.
@@ -94,7 +94,8 @@ def plan_evaluation(
             f"evaluation.tasks: {said}" if said.startswith("task.") else said
         ) from error
     tasks, problems = _tasks(resolved)
-    size = settings.evaluation.batch_size or batch_size or _batch_size(resolved, world_size)
+    size = settings.evaluation.batch_size or (stored or {}).get("evaluates", {}).get("batch_size")
+    size = size or _batch_size(resolved, world_size)
     weights = checkpoint or _weights(settings)
     evaluation = {
         "label": label,
@@ -207,18 +208,12 @@ def _identity(resolved: Resolved, cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _task_identity(resolved: Resolved, task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
-    prompts = problem_prompts(task, problems, split=resolved.settings.evaluation.split)
-    first = resolved.tokenizer.encode_prompt(prompts[0])
-    asked = json.dumps([[problem.key for problem in problems], prompts, first])
+    write = task.prompt if resolved.settings.evaluation.split == "train" else task.eval_prompt
+    prompts = resolved.tokenizer.encode_prompts([write(problem) for problem in problems])
+    asked = json.dumps([[problem.key for problem in problems], prompts])
     return {
         "name": task.settings.name,
         "options": task.settings.options,
         "problems": len(problems),
         "asked": hashlib.sha256(asked.encode()).hexdigest(),
     }
-
-
-def problem_prompts(task: Task, problems: Sequence[Problem], *, split: str) -> list[Prompt]:
-    """Return the prompt that each problem has in a split."""
-    prompt = task.prompt if split == "train" else task.eval_prompt
-    return [prompt(problem) for problem in problems]

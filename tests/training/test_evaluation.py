@@ -68,13 +68,12 @@ def _evaluate(run_dir, output, overrides, kill=None):
         _kill_in(*kill)
     settings = load(Settings, run_dir / RUN_SETTINGS, overrides)
     store = ResultStore(output)
-    stored = store.stored()
     plan = plan_evaluation(
         settings,
         checkpoint=checkpoint_path(run_dir),
         label="tiny",
         world_size=dist.get_world_size(),
-        batch_size=stored and stored["evaluates"]["batch_size"],
+        stored=store.stored(),
     )
     store.check(plan.evaluation)
     shown = []
