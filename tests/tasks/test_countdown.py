@@ -149,6 +149,6 @@ def test_rows_of_another_count_of_numbers_are_left_out_and_counted(tmp_path):
 
     task = build(3)
     assert [problem.fields["numbers"] for problem in task.problems("train")] == [[1, 2, 3]]
-    assert task.notes == ["countdown train: 1 not of 3 numbers left out"]
-    with pytest.raises(ValueError, match=r"numbers=2: no problem of task.options.train has so"):
+    assert task.notes == [f"task.options.train={path}: 1 problems of another kind left out"]
+    with pytest.raises(ValueError, match=r"select none of its problems; set task.options.numbers"):
         build(2).problems("train")

@@ -32,7 +32,10 @@ def completions(puzzle):
 
 def test_every_completion_and_no_other_grid_is_right():
     assert len(GRIDS) == 288
-    task = build_task(TaskSettings(name="sudoku", train_problems=1, eval_problems=100))
+    options = {"unique": False}
+    task = build_task(
+        TaskSettings(name="sudoku", train_problems=1, eval_problems=100, options=options)
+    )
     several = 0
     for problem in task.problems("eval"):
         puzzle = problem.fields["puzzle"]
@@ -42,6 +45,18 @@ def test_every_completion_and_no_other_grid_is_right():
         several += len(right) > 1
         assert [grid for grid in GRIDS if task.reward(problem, grid).correct] == right
     assert several > 50
+
+
+@pytest.mark.parametrize("clues", [5, 8, 12])
+def test_unique_puzzles_have_one_completion(clues):
+    options = {"clues": clues}
+    task = build_task(
+        TaskSettings(name="sudoku", train_problems=200, eval_problems=100, options=options)
+    )
+    for problem in (*task.problems("train"), *task.problems("eval")):
+        puzzle = problem.fields["puzzle"]
+        assert completions(puzzle) == [problem.fields["solution"]]
+        assert sum(digit != "0" for digit in puzzle) == clues
 
 
 def test_every_single_character_change_is_wrong_unless_it_is_a_completion():
@@ -55,7 +70,7 @@ def test_every_single_character_change_is_wrong_unless_it_is_a_completion():
 
 def test_solution_is_uniform_over_completions():
     # The solution's place among n completions has mean (n - 1) / 2 and variance (n^2 - 1) / 12.
-    options = {"clues": 4}
+    options = {"clues": 4, "unique": False}
     task = build_task(
         TaskSettings(name="sudoku", train_problems=1000, eval_problems=1, options=options)
     )

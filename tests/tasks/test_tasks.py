@@ -91,7 +91,8 @@ def test_hostile_text_is_wrong_at_once(name, text):
         (
             "sudoku",
             {"operators": "+"},
-            "task.options.operators is not an option of sudoku; it has clues, partial_credit",
+            "task.options.operators is not an option of sudoku; it has protocol, train, eval, "
+            "eval_rows, clues, unique, partial_credit",
         ),
         ("sudoku", {"clues": 16}, "task.options.clues=16 must be at most 15"),
         (
@@ -115,6 +116,17 @@ def test_hostile_text_is_wrong_at_once(name, text):
             "task.options.partial_credit=1.0 must be below the 1 of a right answer; "
             "use for example 0.1",
         ),
+    ],
+)
+def test_wrong_options_are_refused(name, options, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared below
+        build_task(TaskSettings(name=name, options=options))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
         (
             "countdown",
             {},
@@ -131,16 +143,22 @@ def test_hostile_text_is_wrong_at_once(name, text):
         ),
     ],
 )
-def test_wrong_options_are_refused(name, options, message):
+def test_more_problems_than_there_are_is_refused_when_they_are_asked_for(name, options, message):
+    task = build_task(TaskSettings(name=name, options=options))
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared below
-        build_task(TaskSettings(name=name, options=options))
+        task.problems("train")
     assert str(caught.value) == message
 
 
 def test_every_option_is_described():
     described = describe_tasks()
     assert [option.key for option in described["sudoku"]] == [
+        "task.options.protocol",
+        "task.options.train",
+        "task.options.eval",
+        "task.options.eval_rows",
         "task.options.clues",
+        "task.options.unique",
         "task.options.partial_credit",
     ]
     assert all(option.help for options in described.values() for option in options)
