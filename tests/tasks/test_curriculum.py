@@ -7,7 +7,9 @@ import pytest
 from agrpo_megatron.config import build
 from agrpo_megatron.settings import SftSettings, TaskSettings
 from agrpo_megatron.tasks import build_task
+from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.curriculum import filter_by_pass_rate, solved_problems
+from agrpo_megatron.types import Problem
 
 COUNTDOWN = {"name": "countdown", "train_problems": 8, "eval_problems": 4}
 MIXTURE = {
@@ -97,16 +99,28 @@ def test_rates_that_leave_nothing_are_refused(tmp_path):
         filter_by_pass_rate(task, chosen)
 
 
-def _without_solutions(tmp_path, count):
-    """Return a task of a file whose first problems have no solution."""
-    rows = [{"input": "1,2,3", "output": "6"}, {"input": "2,3,4", "output": "9"}]
-    rows = [
-        {**row, "solution": "1+2+3" if number >= count else ""} for number, row in enumerate(rows)
-    ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tree = {"name": "countdown", "options": {"train": str(path)}, "eval_problems": 2}
-    return build_task(_settings(tree))
+class _Some(Task):
+    """Every third problem has a solution, where any has."""
+
+    name = "some"
+
+    def load(self):
+        known = self.settings.seed == 0
+        train = [Problem(f"{i}", {}, "1" if known and i % 3 == 0 else "") for i in range(7)]
+        return {"train": train, "eval": []}
+
+
+def test_supervision_leaves_out_problems_without_a_solution():
+    task = _Some(_settings({"name": "some"}), None)
+    solved, shares = solved_problems(task, SftSettings())
+    assert [problem.key for problem in solved] == ["0", "3", "6"] and shares == [(3, 1.0)]
+    assert [p.key for p in solved_problems(task, SftSettings(problems=4))[0]] == ["0", "3"]
+
+
+def test_supervision_without_any_solution_is_refused():
+    task = _Some(_settings({"name": "some", "seed": 1}), None)
+    with pytest.raises(ValueError, match="^sft.iterations=5 needs solutions .* 7 of 7 training"):
+        solved_problems(task, SftSettings(iterations=5))
 
 
 def test_supervision_takes_the_first_problems_of_each_task():

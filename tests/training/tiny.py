@@ -63,6 +63,7 @@ class HashedReward(Task):
 
     name = "hashed"
     is_bounded = True
+    levels = 5  # scores there are
 
     def __init__(self, task: Task, constant: float | None = None):
         super().__init__(task.settings, task.options)
@@ -77,7 +78,8 @@ class HashedReward(Task):
     def reward(self, problem: Problem, completion: str) -> Reward:
         if self.constant is not None:
             return Reward(self.constant, False)
-        score = zlib.crc32(f"{problem.key} {completion}".encode()) % 5 / 4
+        hashed = zlib.crc32(f"{problem.key} {completion}".encode())
+        score = hashed % self.levels / (self.levels - 1)
         return Reward(score, score == 1.0, {"hash": score})
 
 
