@@ -169,7 +169,7 @@ def _open_huggingface(path: Path) -> Any:
     # AutoTokenizer would look into the model's config.json, and warn of a model it does not know.
     # Dream's class is Qwen2's under a name of its own, and comes as code.
     kinds = {"PreTrainedTokenizerFast": PreTrainedTokenizerFast, "DreamTokenizer": Qwen2Tokenizer}
-    kind = kinds.get(declared.get("tokenizer_class"), AutoTokenizer)
+    kind = kinds.get(declared.get("tokenizer_class", ""), AutoTokenizer)
     return kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
 
 
