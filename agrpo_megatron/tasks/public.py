@@ -90,10 +90,14 @@ class PublicTask(Task):
         """Return what the protocol's evaluation says; `raw` as published, special tokens in."""
         return benchmarks.judge(self.name, self.options.protocol, problem.fields, raw)
 
+    def source(self, split: Split) -> str | None:
+        """Return the file or dataset of a split; None where its problems are made."""
+        chosen = self.options.train if split == "train" else self.options.eval
+        return chosen or self.datasets.get(split, {}).get(self.options.protocol)
+
     def _read(self, split: Split) -> list[Problem] | None:
         """Return the problems of a split's file or dataset; None where it is to be generated."""
-        chosen = self.options.train if split == "train" else self.options.eval
-        source = chosen or self.datasets.get(split, {}).get(self.options.protocol)
+        source = self.source(split)
         if source is None:
             return None
         if source == NONE and split == "train":

@@ -11,9 +11,10 @@ from agrpo_megatron.checkpoint.integrity import MANIFEST
 from agrpo_megatron.checkpoint.progress import checkpoint_path
 from agrpo_megatron.grid import Cell, cell_sampling, evaluation_grid
 from agrpo_megatron.layout import model_ranks, rollout_parallel
-from agrpo_megatron.settings import Settings
-from agrpo_megatron.tasks import Task
+from agrpo_megatron.settings import Settings, TaskSettings
+from agrpo_megatron.tasks import Task, build_task
 from agrpo_megatron.tasks.mixture import Mixture
+from agrpo_megatron.tasks.public import NONE, PublicTask
 from agrpo_megatron.training.resolve import RUN_SETTINGS, Resolved, resolve
 from agrpo_megatron.types import Problem
 
@@ -83,9 +84,8 @@ def plan_evaluation(
         ValueError: anything the user wrote is wrong.
     """
     cells = evaluation_grid(settings, is_sweep=is_sweep)
-    prepared = _prepared(settings, cells)
     try:
-        resolved = resolve(prepared, world_size=world_size)
+        resolved = resolve(_prepared(settings, cells), world_size=world_size)
     except ValueError as error:
         if not settings.evaluation.tasks:
             raise
@@ -144,10 +144,27 @@ def _prepared(settings: Settings, cells: Sequence[Cell]) -> Settings:
         evaluation=replace(settings.evaluation, denoising_steps=None, block_length=None),
         sft=replace(settings.sft, iterations=0),  # solutions need not fit
     )
-    if not settings.evaluation.tasks:
-        return settings
-    task = replace(settings.task, name=Mixture.name, mixture=settings.evaluation.tasks, options={})
+    task = replace(settings.task, pass_rates=None)
+    if settings.evaluation.tasks:
+        task = replace(task, name=Mixture.name, mixture=settings.evaluation.tasks, options={})
+    if settings.evaluation.split == "eval":
+        task = _held_out_alone(task)
     return replace(settings, task=task)
+
+
+def _held_out_alone(settings: TaskSettings) -> TaskSettings:
+    """Leave out training problems where the held-out ones are read: they need not be there."""
+    task = build_task(settings)
+    if isinstance(task, Mixture):
+        alone = {label: _held_out_alone(part.settings) for label, (part, _) in task.parts.items()}
+        trees = {
+            label: {**tree, "options": alone[label].options}
+            for label, tree in settings.mixture.items()
+        }
+        return replace(settings, mixture=trees)
+    if isinstance(task, PublicTask) and task.source("eval") is not None:
+        return replace(settings, options={**settings.options, "train": NONE})
+    return settings
 
 
 def _tasks(resolved: Resolved) -> tuple[dict[str, Task], dict[str, list[Problem]]]:
@@ -213,7 +230,7 @@ def _task_identity(resolved: Resolved, task: Task, problems: Sequence[Problem]) 
     asked = json.dumps([[problem.key for problem in problems], prompts])
     return {
         "name": task.settings.name,
-        "options": task.settings.options,
+        "options": {k: v for k, v in task.settings.options.items() if (k, v) != ("train", NONE)},
         "problems": len(problems),
         "asked": hashlib.sha256(asked.encode()).hexdigest(),
     }
