@@ -238,3 +238,40 @@ def test_an_architecture_is_judged_once_it_was_read(tmp_path):
     validate(replace(settings, model=read), world_size=64)
     with pytest.raises(ValueError, match=r"parallel\.tensor=8 does not divide"):
         validate(replace(settings, model=replace(read, num_query_groups=4)), world_size=64)
+
+
+TWO_TASKS = ["task.name=mixture", "task.mixture={a: {name: countdown}, b: {name: sudoku}}"]
+
+
+@pytest.mark.parametrize("key", ["checkpoint.best", "train.stop_metric"])
+def test_a_metric_that_no_evaluation_has_is_refused(key):
+    rest = [] if key == "checkpoint.best" else ["train.stop_patience=3"]
+    for name in ("accuracy", "reward/mean", "reward/format", "summary/macro"):
+        validate(load(Settings, None, [f"{key}={name}", *rest]))
+    validate(load(Settings, None, [f"{key}=accuracy/b", *rest, *TWO_TASKS]))
+    for name, more in (("accuracy/b", []), ("accuracy/c", TWO_TASKS), ("loss", [])):
+        with pytest.raises(ValueError, match=f"^{key}={name} is no metric .*; use accuracy, ") as e:
+            validate(load(Settings, None, [f"{key}={name}", *rest, *more]))
+        assert ("accuracy/a, accuracy/b" in str(e.value)) == bool(more)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.stop_target=0.9"], "train.stop_target=0.9 needs train.stop_metric; use"),
+        (["train.stop_patience=4"], "train.stop_patience=4 needs train.stop_metric; use"),
+        (["train.stop_metric=accuracy"], "train.stop_metric=accuracy needs train.stop_target or"),
+        (
+            ["train.stop_metric=accuracy", "train.stop_target=1", "evaluation.interval=0"],
+            "evaluation.interval=0 makes none; use for example evaluation.interval=25",
+        ),
+        (
+            ["task.pass_rate_low=0.7", "task.pass_rate_high=0.2"],
+            "task.pass_rate_low=0.7 is above task.pass_rate_high=0.2, which leaves no problem",
+        ),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(overrides, said):
+    with pytest.raises(ValueError, match="^t") as error:
+        validate(load(Settings, None, overrides))
+    assert said in str(error.value)

@@ -1,7 +1,7 @@
 """A run directory is continued by its own settings only, and never overwritten."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,11 @@ def test_the_same_settings_continue_where_the_run_was(settings):
     assert not is_finished(settings, Progress("sft", settings.train.iterations, {}))
 
 
+def test_a_run_that_ended_early_is_finished(settings):
+    assert is_finished(settings, replace(HALF, stopped="accuracy is 1: train.stop_target=1"))
+    assert not is_finished(settings, replace(HALF, phase="sft", stopped="never"))
+
+
 def test_a_new_directory_has_no_progress(tmp_path):
     settings = build(Settings, {"run": {"dir": str(tmp_path / "new")}})
     assert progress(settings) is None
@@ -74,6 +79,7 @@ def test_a_changed_setting_is_refused_by_its_key(settings, key, value, said):
         ("checkpoint.interval", 5),
         ("logging.samples", 1),
         ("parallel.tensor", 2),
+        ("rollout.rows", 4),
     ],
 )
 def test_what_changes_no_number_may_change(settings, key, value):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from agrpo_megatron.checkpoint.progress import Progress, read_progress
 from agrpo_megatron.checkpoint.saving import Saver
 from agrpo_megatron.checkpoint.sharded import load_checkpoint
-from agrpo_megatron.training import rl
+from agrpo_megatron.training import groups
 from agrpo_megatron.training.bank import RolloutBank
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.run import train
@@ -30,13 +30,13 @@ def _train(run_dir, overrides, line=None):
     """Train; return how often completions were sampled for training, and what was warned of."""
     if line is not None:
         _kill_after_line(line)
-    own, sampled, warned = rl.answer, [], []
+    own, sampled, warned = groups.answer, [], []
 
     def answer(*args, **kwargs):
         sampled.append(kwargs["weights_version"])
         return own(*args, **kwargs)
 
-    rl.answer = answer
+    groups.answer = answer
     view = silent_view()
     view.warn = warned.append
     train(resolved_run(run_dir, *RUN, *overrides, world_size=dist.get_world_size()), view)
