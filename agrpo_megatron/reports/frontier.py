@@ -15,6 +15,8 @@ from agrpo_megatron.reports.evaluations import Results
 from agrpo_megatron.reports.style import Theme, dress, end_labels, new_figure, render
 
 DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))  # by length, longest first
+MARKERS = ("o", "s", "D")  # one more each time the colours begin anew
+CROWD = 4  # lines whose bands may lie over each other
 ROOM = 0.055  # of the axis, that a tick's number needs
 TICK_DIGITS = ((1.2, (1, 1.5, 2, 3, 5, 7)), (2.5, (1, 2, 5)))  # by decades that are spanned
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
@@ -107,7 +109,7 @@ def _figure(lines: dict[str, list[Line]], theme: Theme) -> Figure:
         looks = _looks(drawn, theme)
         labels = [
             (float(line.accuracy[-1]), _name(line, drawn), colour)
-            for line, (colour, _) in zip(drawn, looks, strict=True)
+            for line, (colour, *_) in zip(drawn, looks, strict=True)
         ]
         end_labels(right, labels)
     return figure
@@ -118,27 +120,30 @@ def _panel(axes: Axes, title: str, lines: Sequence[Line], along: str, theme: The
     axes.set_xscale("log")
     axes.margins(x=0.04)
     axes.grid(True, axis="x")
-    for line, (colour, dashes) in zip(lines, _looks(lines, theme), strict=True):
+    shade = 0.12 if len(lines) <= CROWD else 0.05
+    for line, (colour, dashes, marker) in zip(lines, _looks(lines, theme), strict=True):
         x = getattr(line, along)
-        axes.fill_between(x, line.low, line.high, color=colour, alpha=0.12, linewidth=0, zorder=1)
+        axes.fill_between(x, line.low, line.high, color=colour, alpha=shade, linewidth=0, zorder=1)
+        if len(x) == 1:  # a band needs two points
+            axes.plot(x.repeat(2), [line.low[0], line.high[0]], color=colour, alpha=0.35, lw=1.6)
         axes.plot(x, line.accuracy, color=colour, linestyle=dashes, linewidth=2.2, zorder=3)
-        axes.plot(x, line.accuracy, "o", color=colour, mec=theme.face, mew=1.4, ms=7, zorder=4)
+        axes.plot(x, line.accuracy, marker, color=colour, mec=theme.face, mew=1.4, ms=7, zorder=4)
 
 
-def _looks(lines: Sequence[Line], theme: Theme) -> list[tuple[str, Any]]:
-    """Return colour and dashes of each line: models by colour, and lengths too where one model."""
+def _looks(lines: Sequence[Line], theme: Theme) -> list[tuple[str, Any, str]]:
+    """Return colour, dashes and marker of each line.
+
+    Models by colour and lengths by dashes; the lengths of a lone model by colour.
+    """
     labels = list(dict.fromkeys(line.label for line in lines))
     lengths = sorted({line.length for line in lines}, reverse=True)
-    cycle = theme.cycle()
-    if len(labels) == 1:
-        return [(cycle[lengths.index(line.length) % len(cycle)], "-") for line in lines]
-    return [
-        (
-            cycle[labels.index(line.label) % len(cycle)],
-            DASHES[lengths.index(line.length) % len(DASHES)],
-        )
-        for line in lines
-    ]
+    cycle, looks = theme.cycle(), []
+    for line in lines:
+        model, length = labels.index(line.label), lengths.index(line.length)
+        place, dashes = (length, 0) if len(labels) == 1 else (model, length)
+        marker = MARKERS[place // len(cycle) % len(MARKERS)]
+        looks.append((cycle[place % len(cycle)], DASHES[dashes % len(DASHES)], marker))
+    return looks
 
 
 def _name(line: Line, lines: Sequence[Line]) -> str:
