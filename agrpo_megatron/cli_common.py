@@ -9,6 +9,7 @@ from agrpo_megatron.config import load
 from agrpo_megatron.settings import Settings
 
 OVERRIDES = "section.key=value ..., for instance run.seed=1 train.iterations=200"
+EVALUATIONS = "evaluations"  # folder of a run
 TARGET = (
     "run directory, Megatron checkpoint, Hugging Face directory, or settings file with model.load"
 )
@@ -21,7 +22,8 @@ class Target:
     settings: Settings
     checkpoint: Path | None  # of a run; None: what model.load names
     name: str  # of the checkpoint
-    run: Path | None  # the run that it belongs to
+    run: str  # name of the run that it belongs to; empty where it belongs to none
+    folder: Path  # where evaluations of it go
 
 
 def add_overrides(command: argparse.ArgumentParser) -> None:
@@ -58,7 +60,7 @@ def open_target(arguments: argparse.Namespace) -> Target:
     if (target / RUN_SETTINGS).exists():
         settings = _load(arguments, target / RUN_SETTINGS)
         path = find(target, name)
-        return Target(settings, path, path.name, target)
+        return Target(settings, path, path.name, target.resolve().name, target / EVALUATIONS)
     if name is not None:
         raise ValueError(f"--checkpoint {name}: {target} is not a run directory; leave it out")
     is_megatron = (target / MODEL_FILE).exists()
@@ -71,8 +73,11 @@ def open_target(arguments: argparse.Namespace) -> Target:
     own = target / RUN_FILE
     settings = _load(arguments, own if is_megatron and own.exists() else None)
     settings = replace(settings, model=replace(settings.model, load=str(target)))
-    run = target.resolve().parent.parent if target.resolve().parent.name == CHECKPOINTS else None
-    return Target(settings, None, target.resolve().name, run)
+    whole = target.resolve()
+    if whole.parent.name != CHECKPOINTS:
+        return Target(settings, None, whole.name, "", Path(EVALUATIONS))
+    run = whole.parent.parent
+    return Target(settings, None, whole.name, run.name, run / EVALUATIONS)
 
 
 def is_main() -> bool:
@@ -102,4 +107,5 @@ def _from_file(arguments: argparse.Namespace, file: Path) -> Target:
     settings = load(Settings, file, arguments.overrides)
     if settings.model.load is None:
         raise ValueError(f"{file} names no weights; set model.load, or give a run directory")
-    return Target(settings, None, Path(settings.model.load).name, None)
+    folder = Path(settings.run.dir) / EVALUATIONS
+    return Target(settings, None, Path(settings.model.load).name, "", folder)

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from agrpo_megatron.cli_common import (
-    Target,
     add_overrides,
     add_target,
     is_main,
@@ -102,12 +101,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.training.results import ResultStore
 
     name = f"{target.name}-{arguments.name}" if arguments.name else target.name
-    folder = (target.run or Path()) / "evaluations"
-    store = ResultStore(arguments.output or folder / name)
+    store = ResultStore(arguments.output or target.folder / name)
     plan = plan_evaluation(
         target.settings,
         checkpoint=target.checkpoint,
-        label=arguments.label or _label(target, name),
+        label=arguments.label or f"{target.run} {name}".strip(),
         world_size=world_size(),
         is_sweep=arguments.sweep,
         stored=None if arguments.restart else store.stored(),
@@ -196,10 +194,6 @@ def _frontier(evaluations: list[dict], path: Path) -> None:
     table.write_text(markdown_table(evaluations), encoding="utf-8")
     print(table)
     print_results(evaluations)
-
-
-def _label(target: Target, name: str) -> str:
-    return f"{target.run.resolve().name} {name}" if target.run else name
 
 
 def _labelled(text: str) -> tuple[Path, str | None]:
