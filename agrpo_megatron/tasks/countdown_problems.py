@@ -42,6 +42,23 @@ def make_problems(rng: random.Random, wanted: int, *, options: Rules) -> list[Pr
     return draw(rng, wanted, options=options)
 
 
+class _AllRules(NamedTuple):
+    """The rules of the published problems."""
+
+    numbers: int
+    low: int = 0
+    high: int = 0
+    operators: str = SIGNS
+    parentheses: bool = True
+
+
+def solve(numbers: Sequence[int], target: int) -> str:
+    """Return an expression over exactly `numbers` that reaches `target`; empty without one."""
+    rules = _AllRules(len(numbers))
+    found = _expressions(tuple(sorted(numbers)), {}, options=rules)
+    return next((text for text, value, _ in found if value == target), "")
+
+
 def _space(options: Rules) -> int:
     """Return about how many expressions listing them all would make."""
     n = options.numbers
