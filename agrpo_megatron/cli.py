@@ -121,7 +121,8 @@ def sample(arguments: argparse.Namespace) -> int:
     opening = opened(resolved, silent_view(), target.checkpoint)
     with ending_together(), opening as (session, network):
         trajectory = complete(session, network, prompts)
-        rewards = session.grader.grade(to_grade(session, problems, trajectory.tokens, split="eval"))
+        calls = to_grade(session, problems, trajectory.tokens[: len(problems)], split="eval")
+        rewards = session.grader.grade(calls)
     if not is_main():
         return 0
     for row, prompt in enumerate(prompts):

@@ -174,7 +174,7 @@ def _tasks(resolved: Resolved) -> tuple[dict[str, Task], dict[str, list[Problem]
     if isinstance(task, Mixture):
         tasks = {label: part for label, (part, _) in task.parts.items()}
     else:
-        tasks = {Path(settings.task.name).stem: task}
+        tasks = {task.name: task}
     single = next(iter(tasks))
     sorted_out: dict[str, list[Problem]] = {label: [] for label in tasks}
     for problem in problems:
