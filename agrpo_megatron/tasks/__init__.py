@@ -14,7 +14,7 @@ from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.countdown import Countdown
 from agrpo_megatron.tasks.gym import ReasoningGym
 from agrpo_megatron.tasks.maths import Gsm8k, Math
-from agrpo_megatron.tasks.mixture import Mixture
+from agrpo_megatron.tasks.mixture import Mixture, errors_of
 from agrpo_megatron.tasks.sudoku import Sudoku
 
 __all__ = ["TASKS", "Task", "build_task", "describe_tasks"]
@@ -77,7 +77,8 @@ def _build_mixture(settings: TaskSettings) -> Mixture:
         part = build(TaskSettings, {**shared, **own}, f"{key}.")
         if part.name == Mixture.name:
             raise ValueError(f"{key}.name=mixture: a mixture holds no mixtures; list their tasks")
-        parts[label] = (build_task(part), float(weight))
+        with errors_of(label):
+            parts[label] = (build_task(part), float(weight))
     return Mixture(parts)
 
 

@@ -1,5 +1,6 @@
 """reasoning-gym's generated tasks, through one adapter; an optional extra."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,10 @@ class ReasoningGym(Task):
     options_type = GymOptions
     options: GymOptions
 
+    def prepare(self) -> None:
+        """Import reasoning-gym, and make the generator that scores."""
+        _ = self._scorer
+
     def load(self) -> Splits:
         """Make the problems; held-out ones first, repeated questions left out."""
         needed = wanted(self.settings, "eval") + wanted(self.settings, "train")
@@ -54,9 +59,13 @@ class ReasoningGym(Task):
             answer = boxed(completion)
         score = 0.0
         if answer is not None:
-            score = float(self._generator(1).score_answer(answer, problem.fields["entry"]))
+            score = float(self._scorer.score_answer(answer, problem.fields["entry"]))
         correct = score >= self.options.threshold
         return Reward(score, correct, {"answer": float(answer is not None)})
+
+    @functools.cached_property
+    def _scorer(self) -> Any:
+        return self._generator(1)
 
     def _generator(self, size: int) -> Any:
         try:

@@ -1,10 +1,24 @@
 """Several tasks as one: each with a weight, its own prompts and its own reward."""
 
-from collections.abc import Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from agrpo_megatron.tasks.base import Split, Splits, Task
 from agrpo_megatron.types import Problem, Prompt, Reward
+
+# Settings of a part, as its errors name them.
+_KEYS = re.compile(r"\btask\.(?=(?:name|options|train_problems|eval_problems|seed|leaks)\b)")
+
+
+@contextlib.contextmanager
+def errors_of(label: str) -> Iterator[None]:
+    """Have errors name the settings of a part as they are written within the mixture."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(_KEYS.sub(f"task.mixture.{label}.", str(error))) from error
 
 
 class Mixture(Task):
@@ -72,8 +86,9 @@ class Mixture(Task):
         return self.parts[problem.task][0]
 
     def _labelled(self, split: Split) -> list[Problem]:
-        return [
-            replace(problem, key=f"{label}: {problem.key}", task=label)
-            for label, (task, _) in self.parts.items()
-            for problem in task.problems(split)
-        ]
+        found = []
+        for label, (task, _) in self.parts.items():
+            with errors_of(label):
+                problems = task.problems(split)
+            found += [replace(p, key=f"{label}: {p.key}", task=label) for p in problems]
+        return found
