@@ -218,3 +218,29 @@ def test_completions_that_were_changed_by_hand_are_refused(run, whole, tmp_path)
     path.write_text("".join([*rest, first]))
     with pytest.raises(AssertionError, match="completions.jsonl was changed from line 1 on"):
         run_ranks(1, _evaluate, run, tmp_path / "hand", GRID)
+
+
+def _train_mixture(run_dir):
+    tasks = "task.mixture={sums: {name: countdown}, small: {name: sudoku, options: {clues: 12}}}"
+    options = ["task.name=mixture", tasks, "task.options={}", "evaluation.unmasking=random"]
+    settings = tiny(*RUN, *options, f"run.dir={run_dir}", "train.iterations=1")
+    train(resolve(settings, world_size=1), silent_view())
+
+
+def test_a_mixture_is_evaluated_as_it_was_in_training(tmp_path):
+    """The order of unmasking is random, so the noise of every problem has to be the same."""
+    run_ranks(1, _train_mixture, tmp_path / "run")
+    _, results = run_ranks(1, _evaluate, tmp_path / "run", tmp_path / "again", [])[0]
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["stage"] == "after"
+    assert [cell["task"] for cell in results["cells"]] == ["sums", "small"]
+    for cell in results["cells"]:
+        assert cell["accuracy"] == last[f"accuracy/{cell['task']}"]
+        assert cell["score"] == pytest.approx(last[f"reward/{cell['task']}/mean"])
+    samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    shown = [sample for line in samples if (sample := json.loads(line))["phase"] == "eval"]
+    written = {line["prompt"]: line["completion"] for line in _lines(tmp_path / "again")}
+    latest = [sample for sample in shown if sample["stage"] == "after"]
+    assert latest
+    for sample in latest:
+        assert written[sample["prompt"]] == sample["completion"]
