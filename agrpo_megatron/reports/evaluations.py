@@ -141,7 +141,8 @@ class EvaluationView:
         self._is_main = is_main
         self._console = Console(stderr=True)
         self._is_live = live and is_main and self._console.is_terminal
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+        bar, left = BarColumn(bar_width=12), TextColumn("{task.fields[left]}")
+        columns = (TextColumn("{task.description}"), bar, left)
         self._bars = Bars(*columns, console=self._console)
         self._bar = self._bars.add_task("evaluating", total=1.0, left="")
         self._began = self._said = time.monotonic()
@@ -165,24 +166,24 @@ class EvaluationView:
         now = time.monotonic()
         left = self._remaining(progress, now)
         if self._is_live:
-            self._bars.update(
-                self._bar, description=_described(progress), completed=progress.work_done, left=left
-            )
+            text = "\n".join(_described(progress))
+            self._bars.update(self._bar, description=text, completed=progress.work_done, left=left)
             return
         if progress.problems_done == progress.problems or now - self._said > EVERY:
             self._said = now
-            print(f"{_described(progress)}  {left}", file=sys.stderr, flush=True)
+            print("  ".join((*_described(progress), left)), file=sys.stderr, flush=True)
 
     def _remaining(self, progress: Progress, now: float) -> str:
         done = progress.work_done - progress.work_before
         return f"{duration((now - self._began) / done * (1 - progress.work_done))} left"
 
 
-def _described(progress: Progress) -> str:
+def _described(progress: Progress) -> tuple[str, str]:
+    """Return what is being answered, and how far that has come."""
     cell = progress.cell
     return (
-        f"{visible(progress.task)}  {cell.completion_length} tokens, {cell.denoising_steps} steps  "
+        f"{visible(progress.task)}  {cell.completion_length} tokens, {cell.denoising_steps} steps",
         f"cell {progress.cell_number}/{progress.cells}  "
         f"problems {progress.problems_done}/{progress.problems}  "
-        f"accuracy {percent(progress.accuracy)}"
+        f"accuracy {percent(progress.accuracy)}",
     )
