@@ -57,7 +57,7 @@ def evaluate(session: Session, network: Network, *, iteration: int, stage: str) 
         "time/evaluation": time.perf_counter() - started,
     }
     session.log.metrics(record)
-    samples = sample_records(session, problems, answers)
+    samples = sample_records(session, problems, answers, split="eval")
     session.log.samples(samples, phase="eval", iteration=iteration, stage=stage)
     session.view.evaluation(record)
     return record

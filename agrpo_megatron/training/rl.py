@@ -86,7 +86,7 @@ def collect_rollout(
     )
     correct = torch.tensor([r.correct for r in answers.rewards], device=session.ranks.device)
     rollout = Rollout(answers.trajectory, rewards=scores, correct=correct, advantages=advantages)
-    records = sample_records(session, groups.problems, answers)
+    records = sample_records(session, groups.problems, answers, split="train")
     session.log.samples(records, phase="rl", iteration=iteration + 1)
     return rollout, {
         **groups.metrics,

@@ -186,14 +186,20 @@ def answer(
         rewards = [by_row[row] for row in range(len(mine))]
         part = (mine, moved(trajectory, "cpu"), rewards, forward.tokens, forward.slots.bubble)
     waited = time.perf_counter() - sampled
-    places, trajectories, rewards, tokens, bubbles = zip(*_from_replicas(part), strict=True)
-    order = torch.tensor([place for part in places for place in part]).argsort()
-    graded = [reward for part in rewards for reward in part]
+    parts = _from_replicas(part)
     seconds = {"time/rollout": sampled - started, "time/reward": time.perf_counter() - sampled}
     if is_beside:
         seconds["time/reward_hidden"] = max(0.0, grader.busy - busy - waited)
+    return _joined(parts, ranks.device, seconds)
+
+
+def _joined(parts: list[tuple], device: torch.device, seconds: dict[str, float]) -> Answers:
+    """Put what the replicas did into the order of the problems."""
+    places, trajectories, rewards, tokens, bubbles = zip(*parts, strict=True)
+    order = torch.tensor([place for part in places for place in part]).argsort()
+    graded = [reward for part in rewards for reward in part]
     return Answers(
-        moved(join(trajectories, order), ranks.device),
+        moved(join(trajectories, order), device),
         [graded[i] for i in order.tolist()],
         sum(tokens),
         sum(bubbles) / len(bubbles),
@@ -219,14 +225,17 @@ def to_grade(
     ]
 
 
-def sample_records(session: Session, problems: Sequence[Problem], answers: Answers) -> list[dict]:
+def sample_records(
+    session: Session, problems: Sequence[Problem], answers: Answers, *, split: Split
+) -> list[dict]:
     """Describe the first completions for samples.jsonl, `logging.samples` of them."""
     records, trajectory = [], answers.trajectory
-    for row in range(min(session.settings.logging.samples, len(problems))):
+    prompts = task_prompts(session, problems[: session.settings.logging.samples], split=split)
+    for row, prompt in enumerate(prompts):
         ids = trajectory.tokens[row].tolist()
         records.append(
             {
-                "prompt": shown_prompt(session.task.prompt(problems[row])),
+                "prompt": shown_prompt(prompt),
                 "completion": session.tokenizer.decode(ids),
                 "pieces": session.tokenizer.pieces(ids),
                 "unmask_step": trajectory.unmask_step[row].tolist(),
