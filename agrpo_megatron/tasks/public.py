@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from agrpo_megatron.config import setting
+from agrpo_megatron.settings import TaskSettings
 from agrpo_megatron.tasks import benchmarks, equivalence
 from agrpo_megatron.tasks.base import Split, Splits, Task, split_problems, wanted
 from agrpo_megatron.tasks.data import d1_rows, read_rows, to_problems, without_leaks
@@ -41,6 +42,11 @@ class PublicTask(Task):
     datasets: ClassVar[dict[Split, dict[str, str]]] = {}  # by split and protocol
     wider: ClassVar[str] = ""  # which options make more problems, where they are generated
     kind: ClassVar[str] = "give another file"  # which options select other problems of a file
+
+    def __init__(self, settings: TaskSettings, options: Any):
+        super().__init__(settings, options)
+        if options.protocol == "d1":
+            self.is_bounded = True  # strings and small numbers alone
 
     def prepare(self) -> None:
         """Import math-verify, where the protocol compares with it."""
