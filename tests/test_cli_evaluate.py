@@ -128,7 +128,7 @@ WRONG = {
     "an empty grid": (["evaluation.steps=[]"], "evaluation.steps=[] is empty"),
     "an unknown task": (
         ["evaluation.tasks={gsm9k: {}}"],
-        "evaluation.tasks: task.name=gsm9k must be one of gsm8k",
+        "evaluation.tasks.gsm9k.name=gsm9k must be one of gsm8k",
     ),
     "a task that is no section": (
         ["evaluation.tasks={countdown: 1}"],
