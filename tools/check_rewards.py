@@ -230,7 +230,7 @@ def _report(path: Path, tally: Tally, *, verbose: bool) -> None:
     print(
         f"{path.name}: {tally.equal} values equal, {len(tally.wrong)} wrong, "
         f"{len(tally.chosen)} where the reference is at fault{skipped}; "
-        f"slowest {tally.slowest:.2f} s"
+        f"slowest {tally.slowest:.2f} s of wall time"
     )
     for task, (right, count) in tally.scores.items():
         print(f"  {task}: {right}/{count} = {100 * right / count if count else math.nan} %")
