@@ -127,7 +127,7 @@ def _solves(equation: str, fields: Fields) -> bool:
     A plain expression is judged by its value. Where something else surrounds it, math-verify has
     to read the target there too, as it alone does in the published code.
     """
-    left, equals, _ = equation.partition("=")
+    left, equals, _ = re.sub(r"[ \t]+", " ", equation).partition("=")
     numbers, target = fields["numbers"], fields["target"]
     if not equals or not same_numbers(left, numbers):
         return False
