@@ -21,7 +21,10 @@ CLEAN = 200  # characters; what stands longer before an equals sign is no plain 
 _NUMBER = re.compile(
     r"(?:(?<![\w.)\]}\u2212-])[\u2212-]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 )
-_GOES_ON = re.compile(r"\s*(?:[-+*/^\u2212]|\\times|\\cdot|\\div|and|or|to|\}\s*\{)\s*\(?\d")
+# Two numbers and what joins them: neither is the answer. Division by zero joins nothing.
+_PAIR = re.compile(
+    r"[$\d,.\s]+(?:[-+*/^\u2212]|\\times|\\cdot|\\div|and|or|to)\s*\$?(?!0\b)\d[\d,.\s]*"
+)
 
 
 def parse_answer(text: str) -> str:
@@ -115,7 +118,7 @@ def countdown_verdict(text: str, fields: Fields) -> bool:
 def _begins_with(answer: str, gold: str) -> bool:
     """Say whether the first digits are the gold answer, and no part of another number."""
     digits, number = re.search(r"\d+", answer), _NUMBER.search(answer)
-    if digits is None or number is None or _GOES_ON.match(answer, number.end()):
+    if digits is None or number is None or _PAIR.fullmatch(answer):
         return False
     same = number[0] == digits[0]
     return equal(gold, digits[0]) and (same or equal(gold, number[0]))
