@@ -12,7 +12,7 @@ from agrpo_megatron.grid import Progress, cell_sampling
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.scaling.flops import completion_flops
 from agrpo_megatron.settings import evaluation_sampling
-from agrpo_megatron.training.metrics import reward_metrics
+from agrpo_megatron.training.metrics import failure_warning, reward_metrics
 from agrpo_megatron.training.plan import Batch, Plan
 from agrpo_megatron.training.results import Line, ResultStore
 from agrpo_megatron.training.scores import scores
@@ -60,6 +60,9 @@ def evaluate(session: Session, network: Network, *, iteration: int, stage: str) 
     samples = sample_records(session, problems, answers, split="eval")
     session.log.samples(samples, phase="eval", iteration=iteration, stage=stage)
     session.view.evaluation(record)
+    warning = failure_warning(answers.rewards, session.settings.task.grader.failed_score)
+    if warning is not None:
+        session.view.warn(f"evaluation after iteration {iteration}: {warning}")
     return record
 
 

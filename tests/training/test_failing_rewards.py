@@ -1,5 +1,4 @@
-"""Training on a task file whose rewards hang, raise, allocate and die: it goes on and counts them.
-"""
+"""Training on a task file whose rewards hang, raise, allocate and die: it goes on and counts them."""
 
 import pytest
 
@@ -54,5 +53,8 @@ def test_a_run_goes_on_whatever_its_rewards_do(tmp_path, size):
     for number, text in enumerate(warned, start=1):
         head = f"iteration {number}: {failing} of {whole} rewards failed ({GROUP} "
         assert text.startswith(head) and text.endswith("); scored -1")
+    evaluations = [text for text in results[0] if text.startswith("evaluation after iteration ")]
+    assert len(evaluations) == 2
+    assert all(f"{len(FAILING)} of {COUNT} rewards failed (" in text for text in evaluations)
     samples = (tmp_path / "run" / "samples.jsonl").read_text()
     assert len(samples.splitlines()) == 4 * 4
