@@ -1,4 +1,4 @@
-"""Training on a task file whose rewards hang, raise, allocate and die: it goes on and counts them."""
+"""Training on a task file whose rewards hang, raise, allocate and die: it goes on, and counts."""
 
 import pytest
 
