@@ -77,17 +77,18 @@ def _intervals(axes: Axes, evaluations: Sequence[Row], theme: Theme) -> int:
 
 
 def _rewards(axes: Axes, run: Run, theme: Theme) -> None:
-    """Draw the mean reward and its parts."""
+    """Draw the mean reward and its parts; of a mixture, the mean of each task."""
     dress(axes, "Training reward")
     keys = sorted({key for row in run.rl for key in row if key.startswith("reward/")})
-    parts = [key for key in keys if key not in ("reward/mean", "reward/std")]
+    of_tasks = [key for key in keys if key.endswith("/mean") and key != "reward/mean"]
+    parts = of_tasks or [key for key in keys if key not in ("reward/mean", "reward/std")]
     colours = (theme.green, theme.purple, theme.grey, theme.red)
     shown = [("reward/mean", theme.blue), *zip(parts, colours, strict=False)]
     labels = []
     for key, colour in shown:
         x, y = series(run.rl, key)
         if len(x):
-            labels.append((curve(axes, x, y, colour), key.removeprefix("reward/"), colour))
+            labels.append((curve(axes, x, y, colour), key.split("/")[1], colour))
     axes.set_xlabel("RL iteration")
     end_labels(axes, labels)
 

@@ -25,7 +25,7 @@ def reward_metrics(rewards: Sequence[Reward], problems: Sequence[Problem]) -> di
     return {
         "reward/mean": float(scores.mean()),
         "reward/std": float(scores.std(correction=0)),
-        "reward/failures": sum(reward.failure is not None for reward in rewards),
+        "failed_rewards": sum(reward.failure is not None for reward in rewards),
         "accuracy": sum(reward.correct for reward in rewards) / len(rewards),
         **parts,
         **_by_task(rewards, problems),
