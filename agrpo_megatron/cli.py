@@ -171,7 +171,8 @@ def config(arguments: argparse.Namespace) -> int:
     settings = load(Settings, arguments.file, arguments.overrides)
     from agrpo_megatron.training.resolve import resolve
 
-    print(to_yaml(resolve(settings, world_size=world_size()).settings), end="")
+    ranks = arguments.ranks or world_size()
+    print(to_yaml(resolve(settings, world_size=ranks).settings), end="")
     return 0
 
 
@@ -207,6 +208,9 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "doctor", "what is installed, and what that allows", doctor)
     command = _command(commands, "config", "explain all settings, or check a file", config)
     command.add_argument("file", nargs="?", metavar="FILE", help="check this and print it resolved")
+    command.add_argument(
+        "--ranks", type=int, metavar="N", help="check the layout for so many ranks; default: 1"
+    )
     command.add_argument("--section", default="", help="only settings that begin so")
     command.add_argument("--tasks", action="store_true", help="explain the options of each task")
     add_overrides(command)
