@@ -9,13 +9,13 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from agrpo_megatron.yaml_files import merge, read_chain
+from agrpo_megatron.yaml_files import RepeatedKeyError, merge, parse_yaml, read_chain
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
@@ -113,6 +113,22 @@ def to_yaml(settings: Any) -> str:
     return yaml.safe_dump(to_tree(settings), sort_keys=False, width=100)
 
 
+def flatten(
+    tree: Mapping[str, Any], *, whole: Container[str] = (), prefix: str = ""
+) -> dict[str, Any]:
+    """Return the leaves of nested mappings by dotted name; an empty mapping has none.
+
+    Args:
+        whole: dotted names of mappings that are leaves themselves.
+    """
+    flat = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        is_leaf = not isinstance(value, Mapping) or key in whole
+        flat |= {key: value} if is_leaf else flatten(value, whole=whole, prefix=f"{key}.")
+    return flat
+
+
 @dataclasses.dataclass(frozen=True)
 class Described:
     """One line of the settings reference."""
@@ -188,7 +204,9 @@ def _apply_override(cls: type, tree: dict[str, Any], override: str) -> None:
     if not equals or not all(part.strip() for part in key.split(".")):
         raise ValueError(f"override {override!r}: write section.key=value, e.g. run.seed=1")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = parse_yaml(text) if text else None
+    except RepeatedKeyError as error:
+        raise ValueError(f"override {override!r}: {error.problem}") from None
     except yaml.YAMLError:
         raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
     *sections, name = key.strip().split(".")

@@ -5,20 +5,47 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 BASE = "base"
 
 type Tree = dict[str, Any]
 
 
+class RepeatedKeyError(ComposerError):
+    """A mapping has a key twice, of which YAML would keep the last without a word."""
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        known = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in known:
+                said = f"{key.value} is written twice; write it once"
+                raise RepeatedKeyError(None, None, said, key.start_mark)
+            known.add((key.tag, str(key.value)))
+        return node
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text says.
+
+    Raises:
+        RepeatedKeyError: a mapping has a key twice.
+        yaml.YAMLError: it is not YAML.
+    """
+    return yaml.load(text, _Loader)
+
+
 def read_yaml(path: str | Path) -> Tree:
     """Read one YAML mapping.
 
     Raises:
-        ValueError: the file is missing, is not YAML, or does not hold a mapping.
+        ValueError: the file is missing, is not YAML, has a key twice, or holds no mapping.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
         raise ValueError(f"settings file {path}: {reason}; give the path of a YAML file") from None

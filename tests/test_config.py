@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from agrpo_megatron.config import build, describe, load, to_tree, to_yaml
+from agrpo_megatron.config import build, describe, flatten, load, to_tree, to_yaml
 from agrpo_megatron.rules import validate
 from agrpo_megatron.settings import (
     ParallelSettings,
@@ -187,6 +187,11 @@ def test_an_unknown_key_names_the_nearest(override, message):
         ("parallel=tp2-tp4", "parallel=tp2-tp4: tp is written twice; write it once"),
         ("model=llada", "model='llada' is a section; write model: and indent its keys"),
         ("run.dir=[", "override 'run.dir=[': the value is not valid YAML; quote it"),
+        (
+            "task.mixture={a: {name: gsm8k}, a: {name: sudoku}}",
+            "override 'task.mixture={a: {name: gsm8k}, a: {name: sudoku}}': a is written twice; "
+            "write it once",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_what_it_must_be(override, message):
@@ -262,6 +267,11 @@ def test_the_fix_that_a_rule_names_is_accepted():
     [
         ("run: [", "not valid YAML"),
         ("- run", "the top level must be sections"),
+        (
+            "run:\n  seed: 1\n  dir: x\n  seed: 2\n",
+            " line 4: not valid YAML: seed is written twice",
+        ),
+        ("sft: {}\nrun: {}\nsft: {}\n", " line 3: not valid YAML: sft is written twice"),
         (b"\xff\xfe", "not a UTF-8 text file"),
         (None, "No such file or directory; give the path of a YAML file"),
     ],
@@ -273,6 +283,24 @@ def test_an_unreadable_file_is_named(tmp_path, text, message):
     told = _message([], path=path)
     assert str(path) in told
     assert message in told
+
+
+def test_an_anchor_may_be_merged_and_overridden(tmp_path):
+    """YAML's own way to say a thing once: it writes no key twice."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        "optimizer: &one\n  learning_rate: 0.5\n  decay: cosine\n"
+        "sft:\n  optimizer: {<<: *one, learning_rate: 0.25}\n"
+    )
+    settings = load(Settings, path)
+    assert (settings.optimizer.learning_rate, settings.sft.optimizer.learning_rate) == (0.5, 0.25)
+    assert settings.sft.optimizer.decay == "cosine"
+
+
+def test_nested_settings_are_told_by_dotted_names():
+    tree = {"a": {"b": 1, "c": {"d": None}, "e": {}}, "f": [2]}
+    assert flatten(tree) == {"a.b": 1, "a.c.d": None, "f": [2]}
+    assert flatten(tree, whole={"a.c"}) == {"a.b": 1, "a.c": {"d": None}, "f": [2]}
 
 
 def test_evaluation_takes_the_sampler_of_the_run_where_it_sets_nothing():

@@ -5,6 +5,7 @@ from typing import Any
 
 from agrpo_megatron import __version__
 from agrpo_megatron.checkpoint.progress import PROGRESS_FILE, RUN_FILE, read_progress
+from agrpo_megatron.config import flatten
 from agrpo_megatron.yaml_files import read_yaml
 
 CARD = "README.md"
@@ -46,15 +47,6 @@ def _card(run: dict[str, Any], progress: Any, base: str | None) -> str:
         lines += [f"| {name} | {value:.4g} |" for name, value in progress.scores.items()]
         lines.append("")
     lines += ["| setting | value |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in _flat(run) if key.startswith(SHOWN)]
+    shown = {key: value for key, value in flatten(run).items() if key.startswith(SHOWN)}
+    lines += [f"| {key} | {value} |" for key, value in shown.items()]
     return "\n".join(lines) + "\n"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            pairs += _flat(value, f"{prefix}{key}.")
-        else:
-            pairs.append((prefix + key, value))
-    return pairs

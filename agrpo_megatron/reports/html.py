@@ -1,13 +1,13 @@
 """The report of a run: one HTML file that needs nothing else, in light and dark."""
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from agrpo_megatron.config import Described, describe
+from agrpo_megatron.config import Described, describe, flatten
 from agrpo_megatron.reports.completions import completions, safe
 from agrpo_megatron.reports.css import CSS
 from agrpo_megatron.reports.figures import draw_figures
@@ -210,7 +210,7 @@ def _table(
 
 def _settings(run: Run) -> str:
     known = {line.key: line for line in describe(Settings)}
-    values = dict(_flat(run.settings, known))
+    values = flatten(run.settings, whole=known)
     if not values:
         return ""
     lines = [_setting(key, value, known.get(key)) for key, value in values.items()]
@@ -230,15 +230,3 @@ def _setting(key: str, value: Any, line: Described | None) -> str:
     return (
         f'<tr{" class=set" if changed else ""}>{cells}<td class="quiet">{safe(meaning)}</td></tr>'
     )
-
-
-def _flat(
-    tree: Mapping[str, Any], known: Mapping[str, Described], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value); settings that are mappings themselves stay whole."""
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and key not in known:
-            yield from _flat(value, known, f"{key}.")
-        else:
-            yield key, value
