@@ -21,7 +21,8 @@ def filter_by_pass_rate(task: Task, settings: TaskSettings) -> None:
     A problem that the file does not rate is kept: nothing is known against it.
 
     Raises:
-        ValueError: a file that cannot be read, rates no training problem, or leaves none.
+        ValueError: a file that cannot be read, rates no training problem, or leaves none of a
+            task, also of one within a mixture.
     """
     if settings.pass_rates is None:
         return
@@ -37,11 +38,17 @@ def filter_by_pass_rate(task: Task, settings: TaskSettings) -> None:
     low, high = settings.pass_rate_low, settings.pass_rate_high
     below, above = sum(rate < low for rate in rated), sum(rate > high for rate in rated)
     span = f"task.pass_rate_low={low:g} to task.pass_rate_high={high:g}"
-    if below + above == len(problems):
-        raise ValueError(
-            f"{span} leaves no training problem: of {len(problems)}, {below} have a lower pass "
-            f"rate and {above} a higher one; widen it"
-        )
+    for label in dict.fromkeys(problem.task for problem in problems):
+        mine = [known[problem.key] for problem in problems if problem.task == label]
+        lower = sum(rate is not None and rate < low for rate in mine)
+        higher = sum(rate is not None and rate > high for rate in mine)
+        if lower + higher == len(mine):
+            part = f" of task.mixture.{label}" if label else ""
+            raise ValueError(
+                f"{span} leaves no training problem{part}: of {len(mine)}, {lower} have a lower "
+                f"pass rate and {higher} a higher one; widen it"
+                + (f", or take {label} out of the mixture" if label else "")
+            )
     unrated = len(problems) - len(rated)
     rest = f"; {unrated} without a pass rate are kept" if unrated else ""
     task.notes.append(
@@ -66,17 +73,27 @@ def solved_problems(
     """
     problems, start = task.problems("train"), 0
     solved: list[Problem] = []
-    shares = []
+    shares, looked_at = [], 0
     for count, weight in task.shares:
-        mine = [p for p in problems[start : start + count][: settings.problems] if p.solution]
+        first = problems[start : start + count][: settings.problems]
+        mine = [problem for problem in first if problem.solution]
         solved += mine
+        looked_at += len(first)
         shares.append((len(mine), weight))
         start += count
     if not solved:
+        name = task.name if isinstance(task, Mixture) else task.settings.name
+        what = f"the {len(problems)} training problems of task {name} have none"
+        wider = ""
+        if looked_at < len(problems):
+            what = (
+                f"the first {looked_at} of {len(problems)} training problems of task {name} have "
+                f"none (sft.problems={settings.problems})"
+            )
+            wider = "raise sft.problems, "
         raise ValueError(
-            f"sft.iterations={settings.iterations} needs solutions to learn from, and "
-            f"{len(problems)} of {len(problems)} training problems of task {task.settings.name} "
-            "have none; use sft.iterations=0, or data with solutions"
+            f"sft.iterations={settings.iterations} needs solutions to learn from, and {what}; "
+            f"{wider}use sft.iterations=0, or data with solutions"
         )
     return solved, shares
 
