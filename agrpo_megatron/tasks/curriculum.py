@@ -36,18 +36,16 @@ def filter_by_pass_rate(task: Task, settings: TaskSettings) -> None:
             f"{settings.name}; {FORM}"
         )
     low, high = settings.pass_rate_low, settings.pass_rate_high
-    below, above = sum(rate < low for rate in rated), sum(rate > high for rate in rated)
+    below, above = _outside(rated, settings)
     span = f"task.pass_rate_low={low:g} to task.pass_rate_high={high:g}"
     for label in dict.fromkeys(problem.task for problem in problems):
         mine = [known[problem.key] for problem in problems if problem.task == label]
-        lower = sum(rate is not None and rate < low for rate in mine)
-        higher = sum(rate is not None and rate > high for rate in mine)
+        lower, higher = _outside(mine, settings)
         if lower + higher == len(mine):
             part = f" of task.mixture.{label}" if label else ""
             raise ValueError(
                 f"{span} leaves no training problem{part}: of {len(mine)}, {lower} have a lower "
                 f"pass rate and {higher} a higher one; widen it"
-                + (f", or take {label} out of the mixture" if label else "")
             )
     unrated = len(problems) - len(rated)
     rest = f"; {unrated} without a pass rate are kept" if unrated else ""
@@ -83,19 +81,20 @@ def solved_problems(
         start += count
     if not solved:
         name = task.name if isinstance(task, Mixture) else task.settings.name
-        what = f"the {len(problems)} training problems of task {name} have none"
-        wider = ""
-        if looked_at < len(problems):
-            what = (
-                f"the first {looked_at} of {len(problems)} training problems of task {name} have "
-                f"none (sft.problems={settings.problems})"
-            )
-            wider = "raise sft.problems, "
+        shown = f" that sft.problems={settings.problems} shows" if settings.problems else ""
         raise ValueError(
-            f"sft.iterations={settings.iterations} needs solutions to learn from, and {what}; "
-            f"{wider}use sft.iterations=0, or data with solutions"
+            f"sft.iterations={settings.iterations} needs solutions to learn from, and none of the "
+            f"{looked_at} training problems of task {name}{shown} has one; use sft.iterations=0, "
+            "or data with solutions"
         )
     return solved, shares
+
+
+def _outside(rates: Sequence[float | None], settings: TaskSettings) -> tuple[int, int]:
+    """Return how many pass rates are below and above those that are wanted."""
+    low, high = settings.pass_rate_low, settings.pass_rate_high
+    known = [rate for rate in rates if rate is not None]
+    return sum(rate < low for rate in known), sum(rate > high for rate in known)
 
 
 def _read_rates(path: str) -> Rates:

@@ -1,6 +1,7 @@
 """Training problems by pass rate, and those with a solution, out of one task or of a mixture."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -99,6 +100,16 @@ def test_rates_that_leave_nothing_are_refused(tmp_path):
         filter_by_pass_rate(task, chosen)
 
 
+def test_rates_that_leave_nothing_of_a_part_are_refused(tmp_path):
+    """The mixture would go on without it, and say nothing."""
+    task = build_task(_settings(MIXTURE))
+    rates = {(p.task, p.key): "+-" if p.task == "few" else "--" for p in task.problems("train")}
+    chosen = _settings(MIXTURE, _write(tmp_path / "rates.jsonl", rates), pass_rate_low=0.3)
+    said = r"leaves no training problem of task\.mixture\.sudoku: of 5, 5 have a lower"
+    with pytest.raises(ValueError, match=said):
+        filter_by_pass_rate(task, chosen)
+
+
 class _Some(Task):
     """Every third problem has a solution, where any has."""
 
@@ -119,8 +130,20 @@ def test_supervision_leaves_out_problems_without_a_solution():
 
 def test_supervision_without_any_solution_is_refused():
     task = _Some(_settings({"name": "some", "seed": 1}), None)
-    with pytest.raises(ValueError, match="^sft.iterations=5 needs solutions .* 7 of 7 training"):
+    said = "^sft.iterations=5 needs solutions .* none of the 7 training problems of task some has"
+    with pytest.raises(ValueError, match=said):
         solved_problems(task, SftSettings(iterations=5))
+
+
+@pytest.mark.parametrize(("shown", "count"), [(None, 10), (3, 6)])
+def test_the_refusal_says_what_was_looked_at_and_of_which_task(shown, count):
+    task = build_task(_settings(MIXTURE))
+    train = [replace(problem, solution="") for problem in task.problems("train")]
+    task._splits = {"train": train, "eval": []}
+    said = " that sft.problems=3 shows" if shown else ""
+    said = f"none of the {count} training problems of task mixture{said} has one; use sft"
+    with pytest.raises(ValueError, match=said):
+        solved_problems(task, SftSettings(iterations=5, problems=shown))
 
 
 def test_supervision_takes_the_first_problems_of_each_task():
