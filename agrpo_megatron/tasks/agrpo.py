@@ -12,7 +12,7 @@ from typing import Any
 from agrpo_megatron.tasks.arithmetic import evaluate, same_numbers
 from agrpo_megatron.tasks.equivalence import equal, equal_in_text
 from agrpo_megatron.tasks.expressions import holds_solution, reaches
-from agrpo_megatron.tasks.extract import CELLS, boxed, cells_right, tagged
+from agrpo_megatron.tasks.extract import CELLS, boxed, cells_right, share, tagged
 
 type Fields = dict[str, Any]
 
@@ -87,8 +87,7 @@ def sudoku_correctness_reward(text: str, fields: Fields) -> float:
 
 def sudoku_share(text: str, fields: Fields) -> float:
     """Return the share of empty cells that are right; 0 for a puzzle without empty cells."""
-    right, empty = sudoku_cells(text, fields)
-    return right / empty if empty else 0.0
+    return share(*sudoku_cells(text, fields))
 
 
 def sudoku_cells(text: str, fields: Fields) -> tuple[int, int]:

@@ -10,9 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.tasks import agrpo, d1
-from agrpo_megatron.tasks.data import Row, first_column, text_column, to_whole, whole_column
-from agrpo_megatron.tasks.extract import CELLS
+from agrpo_megatron.tasks import agrpo, countdown_problems, d1
+from agrpo_megatron.tasks.data import (
+    Row,
+    first_column,
+    optional_column,
+    text_column,
+    to_whole,
+    whole_column,
+)
+from agrpo_megatron.tasks.extract import CELLS, share
 from agrpo_megatron.tasks.latex import last_boxed
 from agrpo_megatron.types import Chat, Message, Problem, Reward
 
@@ -69,27 +76,30 @@ def read_problem(task: str, row: Row) -> Fields:
 
 
 def _read_gsm8k(row: Row) -> Fields:
-    fields = {"question": text_column(row, "question")}
-    if row.get("answer") is None:
-        return fields
+    question = text_column(row, "question")
     rationale, mark, gold = text_column(row, "answer").partition("####")
     if not mark or not gold.strip():
         raise ValueError("column answer has no gold answer after ####")
     rationale = CALCULATION.sub("", rationale).strip()
-    return {**fields, "answer": gold.strip(), "rationale": rationale}
+    return {"question": question, "answer": gold.strip(), "rationale": rationale}
 
 
 def _read_math(row: Row) -> Fields:
     """Read the gold answer from its own column, or from the last box of the solution."""
-    solution, answer = row.get("solution") or "", row.get("answer")
+    question, answer = text_column(row, "problem", "question"), optional_column(row, "answer")
+    has_solution = optional_column(row, "solution") not in (None, "")
+    if answer is None and not has_solution:
+        raise KeyError("answer or solution")
+    solution = text_column(row, "solution") if has_solution else ""
     if answer is None and "\\boxed" in solution:
         answer = last_boxed(solution)
-    level = re.search(r"\d+", str(row.get("level")))
+    told = optional_column(row, "level")
+    level = re.search(r"\d+", str(told))
     return {
-        "question": text_column(row, "problem", "question"),
+        "question": question,
         "answer": None if answer is None else str(answer),
         "rationale": solution,
-        "level": None if row.get("level") is None else int(level[0]) if level else 0,
+        "level": None if told is None else int(level[0]) if level else 0,
     }
 
 
@@ -154,8 +164,8 @@ def judge(task: str, protocol: str, fields: Fields, raw: str) -> Reward:
     """Return the verdict of the protocol's evaluation; a Sudoku scores its share of cells."""
     if task == "sudoku":
         right, empty = _cells(protocol, fields, raw)
-        share = right / empty if empty else 0.0
-        return Reward(share, empty > 0 and right == empty, {"cells": right, "empty": empty})
+        parts = {"cells": right, "empty": empty}
+        return Reward(share(right, empty), empty > 0 and right == empty, parts)
     if protocol == "agrpo":
         correct = AGRPO_VERDICTS[task](raw, fields)
     else:
@@ -177,13 +187,17 @@ AGRPO_VERDICTS: dict[str, Callable[[str, Fields], bool]] = {
 }
 
 
-def cell_averages(verdicts: Sequence[Reward]) -> dict[str, float]:
-    """Return the two published averages of Sudoku: over puzzles, and over all empty cells."""
-    empty = sum(verdict.parts["empty"] for verdict in verdicts)
-    right = sum(verdict.parts["cells"] for verdict in verdicts)
+def cell_averages(problems: Sequence[Problem], verdicts: Sequence[Reward]) -> dict[str, float]:
+    """Return the two published averages of Sudoku: over puzzles, and over all empty cells.
+
+    A verdict that failed has no cell right.
+    """
+    empty = [problem.fields["puzzle"].count("0") for problem in problems]
+    right = [round(verdict.parts.get("cells", 0)) for verdict in verdicts]
+    shares = list(map(share, right, empty))
     return {
-        "cells/macro": sum(verdict.score for verdict in verdicts) / max(1, len(verdicts)),
-        "cells/micro": right / empty if empty else 0.0,
+        "cells/macro": sum(shares) / max(1, len(shares)),
+        "cells/micro": share(sum(right), sum(empty)),
     }
 
 
@@ -201,7 +215,7 @@ def solution_text(task: str, protocol: str, fields: Fields, answer: str) -> str:
 def problem_key(task: str, fields: Fields) -> str:
     """Return what makes two problems one; blanks do not count."""
     if task == "countdown":
-        return f"{' '.join(map(str, sorted(fields['numbers'])))} = {fields['target']}"
+        return countdown_problems.problem_key(fields["numbers"], fields["target"])
     return " ".join(str(fields["puzzle" if task == "sudoku" else "question"]).split())
 
 

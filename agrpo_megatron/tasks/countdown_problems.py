@@ -52,6 +52,11 @@ class _AllRules(NamedTuple):
     parentheses: bool = True
 
 
+def problem_key(numbers: Sequence[int], target: int) -> str:
+    """Return what makes two problems one: the numbers in any order, and the target."""
+    return f"{' '.join(map(str, sorted(numbers)))} = {target}"
+
+
 def solve(numbers: Sequence[int], target: int) -> str:
     """Return an expression over exactly `numbers` that reaches `target`; empty without one."""
     rules = _AllRules(len(numbers))
@@ -104,10 +109,9 @@ def _draw_problems(rng: random.Random, wanted: int, *, options: Rules) -> list[P
 def _make_problem(
     rng: random.Random, numbers: Sequence[int], *, target: int, solution: str
 ) -> Problem:
-    key = f"{' '.join(map(str, sorted(numbers)))} = {target}"
     # Shown in random order: sorted numbers would make the sign of a difference a matter of place.
     shown = rng.sample(numbers, len(numbers))
-    return Problem(key, {"numbers": shown, "target": target}, solution)
+    return Problem(problem_key(numbers, target), {"numbers": shown, "target": target}, solution)
 
 
 def _expressions(

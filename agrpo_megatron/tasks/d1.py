@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from agrpo_megatron.tasks.arithmetic import Number, evaluate, has_other_operators, same_numbers
-from agrpo_megatron.tasks.extract import CELLS, cells_right, last_tagged
+from agrpo_megatron.tasks.extract import CELLS, cells_right, last_tagged, share
 from agrpo_megatron.tasks.latex import is_equivalent, last_boxed
 
 type Fields = dict[str, Any]
@@ -93,8 +93,7 @@ def sudoku_reward_func(text: str, fields: Fields) -> float:
     grid = "".join(c for c in answer if c.isdigit())
     if not grid:
         return 0.0
-    right, empty = cells_right(_sixteen(grid), fields["puzzle"], fields["solution"])
-    return right / empty if empty else 0.0
+    return share(*cells_right(_sixteen(grid), fields["puzzle"], fields["solution"]))
 
 
 def parse_gsm8k(text: str, fields: Fields) -> dict[str, Any]:
@@ -140,9 +139,8 @@ def parse_sudoku(text: str, fields: Fields) -> dict[str, Any]:
     if found:
         found = _sixteen(found)
     right, empty = cells_right(found or " " * CELLS, fields["puzzle"], fields["solution"])
-    share = right / empty if empty else 0.0
     cells = {"empty_cells": empty, "correct_cells": right}
-    return {"extracted_answer": found, **cells, "accuracy": share}
+    return {"extracted_answer": found, **cells, "accuracy": share(right, empty)}
 
 
 def counted(verdict: dict[str, Any]) -> tuple[int, int]:

@@ -93,6 +93,14 @@ def first_column(row: Row, *names: str) -> Any:
     raise KeyError(" or ".join(names))
 
 
+def optional_column(row: Row, *names: str) -> Any:
+    """Return what `first_column` does, or None where a row has none of the columns."""
+    try:
+        return first_column(row, *names)
+    except KeyError:
+        return None
+
+
 def text_column(row: Row, *names: str) -> str:
     """Return the text in the first of some columns that a row has."""
     value = first_column(row, *names)

@@ -50,6 +50,11 @@ def cells_right(grid: str, puzzle: str, solution: str) -> tuple[int, int]:
     return sum(grid[i] == solution[i] for i in empty), len(empty)
 
 
+def share(right: int, empty: int) -> float:
+    """Return the share of empty cells that are right; 0 for a puzzle without empty cells."""
+    return right / empty if empty else 0.0
+
+
 _BRACE = re.compile(r"[{}]")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from agrpo_megatron.config import setting
 from agrpo_megatron.tasks import benchmarks
 from agrpo_megatron.tasks.base import Split
+from agrpo_megatron.tasks.data import optional_column
 from agrpo_megatron.tasks.extract import boxed
 from agrpo_megatron.tasks.public import PublicOptions, PublicTask
 from agrpo_megatron.types import Problem
@@ -47,7 +48,7 @@ class Math(PublicTask):
     def make_problem(self, row: dict[str, Any]) -> Problem:
         """Read one row; without a column of its own, AGRPO's gold answer is the first box."""
         problem = super().make_problem(row)
-        if self.options.protocol == "agrpo" and row.get("answer") is None:
+        if self.options.protocol == "agrpo" and optional_column(row, "answer") is None:
             fields = {**problem.fields, "answer": boxed(problem.fields["rationale"]) or None}
             return replace(problem, fields=fields, solution=self.solution(fields))
         return problem

@@ -75,7 +75,7 @@ class Sudoku(GeneratedTask):
 
     def summary(self, problems: Sequence[Problem], verdicts: Sequence[Reward]) -> dict[str, float]:
         """Return the two published averages of right cells, where a protocol counts them."""
-        return {} if self.options.protocol == "plain" else cell_averages(verdicts)
+        return {} if self.options.protocol == "plain" else cell_averages(problems, verdicts)
 
     def plain_prompt(self, problem: Problem) -> str:
         """Return the puzzle, row by row, and a colon."""

@@ -125,7 +125,10 @@ def test_a_dataset_is_named_by_its_folder_and_split(tmp_path):
         ),
         ("gsm8k", "a.jsonl", '{"question": 5, "answer": "#### 2"}\n', "column question holds 5"),
         ("gsm8k", "a.csv", "answer\n#### 2\n", "row 1: no column question; it has answer"),
+        ("gsm8k", "a.csv", "question\n1+1?\n", "row 1: no column answer; it has question"),
         ("math", "a.jsonl", '{"problem": "?", "solution": "3"}\n', "the options select none of"),
+        ("math", "a.jsonl", '{"problem": "?", "solution": 5}\n', "row 1: column solution holds 5"),
+        ("math", "a.jsonl", '{"problem": "?"}\n', "row 1: no column answer or solution; it has"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_line(tmp_path, task, name, content, message):
@@ -137,6 +140,24 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, task, name, content, mess
     assert str(caught.value).startswith(f"task.options.eval={path}")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, columns, row",
+    [
+        ("gsm8k", ("Question", "Answer"), ("1+1?", "1+1=2 #### 2")),
+        ("math", ("Problem", "Solution", "Level"), ("1+1?", r"So \boxed{2}", "Level 4")),
+    ],
+)
+def test_columns_are_found_in_any_letter_case(tmp_path, name, columns, row):
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, row])
+    task = build(name, protocol="d1", train="none", eval=str(path))
+    (problem,) = task.problems("eval")
+    assert problem.fields["answer"] == "2"
+    assert problem.fields.get("level", 4) == 4
+    assert task.verdict(problem, "", r"\boxed{2}").correct
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -6,7 +6,7 @@ import pytest
 
 from agrpo_megatron.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
-from agrpo_megatron.types import Problem
+from agrpo_megatron.types import Problem, Reward
 
 
 def _list_grids():
@@ -101,3 +101,16 @@ def test_partial_credit_is_the_share_of_constraints_kept(grid, score, parts):
     problem = Problem("", {"puzzle": "1000000000004000"}, "")
     reward = task.reward(problem, grid)
     assert (reward.score, reward.parts) == (score, parts)
+
+
+def test_a_verdict_that_failed_has_no_cell_right():
+    """Its cells count all the same, whatever `task.grader.failed_score` is."""
+    task = build_task(TaskSettings(name="sudoku", options={"protocol": "d1"}))
+    solution = "1234341221434321"
+    problems = [
+        Problem(puzzle, {"puzzle": puzzle, "solution": solution}, "")
+        for puzzle in ("1234341221434320", "1234341221430000")
+    ]
+    right = task.verdict(problems[0], "", f"<answer>{solution}</answer>")
+    failed = Reward(-1.0, False, failure="timeout")
+    assert task.summary(problems, [right, failed]) == {"cells/macro": 0.5, "cells/micro": 0.2}
