@@ -15,14 +15,14 @@ from agrpo_megatron import cli
 from agrpo_megatron.training import session
 
 RANK = int(os.environ["RANK"])
-CALLS = 3  # gradings: evaluation before, first iteration, second iteration
+CALLS = 3  # samplings: evaluation before, first iteration, second iteration
 
 
-def broken_reward() -> None:
-    """Fail as a grader with a bug does; rank 0 is stuck where no exception reaches it."""
+def broken_code() -> None:
+    """Fail as code with a bug does; rank 0 is stuck where no exception reaches it."""
     if RANK == 0:
         time.sleep(1000)
-    raise ZeroDivisionError("the grader divided by zero\nsecond line of the message")
+    raise ZeroDivisionError("somebody divided by zero\nsecond line of the message")
 
 
 def out_of_memory() -> None:
@@ -43,21 +43,21 @@ def interrupted() -> None:
         raise KeyboardInterrupt
 
 
-FAULTS = {fault.__name__: fault for fault in (broken_reward, out_of_memory, killed, interrupted)}
+FAULTS = {fault.__name__: fault for fault in (broken_code, out_of_memory, killed, interrupted)}
 
 
 def main(name: str, arguments: list[str]) -> int:
-    """Run the command, with the fault in place of one grading."""
-    grade, calls = session.grade, []
+    """Run the command, with the fault after one sampling."""
+    to_grade, calls = session.to_grade, []
 
-    def faulty(*args):
+    def faulty(*args, **options):
         calls.append(time.time())
         if len(calls) == CALLS:
             print(f"fault at {time.time()}", flush=True)
             FAULTS[name]()
-        return grade(*args)
+        return to_grade(*args, **options)
 
-    session.grade = faulty
+    session.to_grade = faulty
     return cli.main(arguments)
 
 

@@ -17,7 +17,7 @@ FAULTS = Path(__file__).parent / "faults.py"
 BOUND = 30.0  # seconds from the fault until every process is gone
 # fault: the first line on the screen that is an error's
 FIRST = {
-    "broken_reward": "rank 1 failed: ZeroDivisionError: the grader divided by zero",
+    "broken_code": "rank 1 failed: ZeroDivisionError: somebody divided by zero",
     "out_of_memory": "rank 1 failed: OutOfMemoryError: CUDA out of memory.",
     "killed": "rank 0 failed: ",  # all it can tell: it lost a peer
     "interrupted": "rank 0: ending, because rank 1 was interrupted",
