@@ -48,13 +48,19 @@ def main(argv: list[str] | None = None) -> int:
     if rest:
         arguments.overrides += rest
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
     except ValueError as error:
         if os.environ.get("AGRPO_TRACEBACK"):
             raise
         if is_main():
             print(f"agrpo: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        return 141  # as a shell says of a process that SIGPIPE ended
     except KeyboardInterrupt:
         return 130
 
@@ -77,7 +83,8 @@ def train(arguments: argparse.Namespace) -> int:
     done = None if arguments.restart else directory.progress(settings)
     if directory.is_finished(settings, done):
         if is_main():
-            print(f"{settings.run.dir} is finished; add --restart to run it again\n")
+            why = f" ({done.stopped})" if done is not None and done.stopped else ""
+            print(f"{settings.run.dir} is finished{why}; add --restart to run it again\n")
             conclude(Path(settings.run.dir))
         return 0
     from agrpo_megatron.megatron.failure import ending_together
@@ -114,7 +121,8 @@ def sample(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.training.resolve import resolve
     from agrpo_megatron.training.session import shown_prompt, to_grade
 
-    resolved = resolve(target.settings, world_size=world_size())
+    settings, ranks = target.settings, world_size()
+    resolved = resolve(settings, world_size=ranks, needs=() if arguments.prompt else ("eval",))
     console, tokenizer, task = Console(), resolved.tokenizer, resolved.task
     problems = [] if arguments.prompt else task.problems("eval")[: arguments.number]
     prompts = [task.eval_prompt(problem) for problem in problems] or [arguments.prompt]
@@ -174,6 +182,16 @@ def config(arguments: argparse.Namespace) -> int:
     ranks = arguments.ranks or world_size()
     print(to_yaml(resolve(settings, world_size=ranks).settings), end="")
     return 0
+
+
+def _is_unread() -> bool:
+    """Say whether nobody reads the standard output; what is left of it then goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed again at exit
+        return True
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -40,6 +40,17 @@ def test_a_finished_run_is_not_run_again_and_a_changed_one_is_refused(run, tmp_p
     assert (run_dir / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_that_ended_early_says_why_it_is_finished(run, tmp_path):
+    run_dir, file, _ = run
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    root = copy / "checkpoints"
+    path = root / (root / "latest").read_text() / "progress.json"
+    why = "accuracy is 1: train.stop_target=1"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "stopped": why}))
+    status, printed = agrpo(tmp_path, "train", file, f"run.dir={copy}")
+    assert status == 0 and f"is finished ({why}); add --restart" in printed.replace("\n", " ")
+
+
 def test_what_megatron_refuses_is_one_line_too(tmp_path):
     """Its own records are built after the ranks have started: nothing earlier knows them."""
     file = write_settings(tmp_path / "wrong.yaml", run={"dir": str(tmp_path / "run")})

@@ -1,7 +1,8 @@
 """Rollouts on disk until a checkpoint has learned from them: a restart samples none again.
 
 One file for each round of an iteration: what was sampled and how it was graded. Under the same
-settings the same is sampled again, so a file is right for whichever attempt comes across it.
+settings the same is sampled again, so a file is right for whichever attempt of its run comes across
+it; one of other settings, or of more or fewer rollouts than are asked for, is not taken.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from agrpo_megatron.diffusion.trajectories import moved
 from agrpo_megatron.megatron.ranks import Ranks
@@ -36,17 +38,22 @@ class RolloutBank:
 
     Args:
         folder: None keeps nothing.
+        run: says which settings and problems the rollouts are of.
     """
 
-    def __init__(self, folder: Path | None, ranks: Ranks):
-        self._folder, self._ranks = folder, ranks
+    def __init__(self, folder: Path | None, ranks: Ranks, *, run: str):
+        self._folder, self._ranks, self._run = folder, ranks, run
         if folder is not None and ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def find(self, number: int, sampling: SamplingSettings) -> Answers | None:
-        """Return what a round sampled in an earlier attempt, if that is on disk."""
+    def find(
+        self, number: int, rollout_ids: Tensor, *, sampling: SamplingSettings
+    ) -> Answers | None:
+        """Return what a round sampled in an earlier attempt, if just that is on disk."""
         path = self._path(number)
-        found = None if path is None or not path.exists() else _read(path, sampling)
+        found = None if path is None or not path.exists() else _read(path, sampling, self._run)
+        if found and not torch.equal(found.trajectory.rollout_ids, rollout_ids.cpu()):
+            found = None
         # Every rank must go the same way, whatever its view of the disk.
         count = torch.tensor(int(found is not None), device=self._ranks.device)
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN)
@@ -66,7 +73,7 @@ class RolloutBank:
         if path is None or not self._ranks.is_main:
             return
         partial = path.with_suffix(".partial")
-        _write(partial, answers)
+        _write(partial, answers, self._run)
         partial.rename(path)
 
     def forget(self, number: int) -> None:
@@ -81,7 +88,7 @@ class RolloutBank:
         return None if self._folder is None else self._folder / f"{number:06d}.safetensors"
 
 
-def _write(path: Path, answers: Answers) -> None:
+def _write(path: Path, answers: Answers, run: str) -> None:
     trajectory = moved(answers.trajectory, "cpu")
     tensors = {name: getattr(trajectory, name).contiguous() for name in TENSORS}
     if trajectory.support_ids is not None:
@@ -90,6 +97,7 @@ def _write(path: Path, answers: Answers) -> None:
     tensors["prompts"] = torch.cat(trajectory.prompts)
     tensors["prompt_lengths"] = torch.tensor(lengths)
     notes = {
+        "run": run,
         "rewards": [asdict(reward) for reward in answers.rewards],
         "tokens": answers.tokens,
         "bubble": answers.bubble,
@@ -99,12 +107,14 @@ def _write(path: Path, answers: Answers) -> None:
     save_file(tensors, path, metadata={"notes": json.dumps(notes)})
 
 
-def _read(path: Path, sampling: SamplingSettings) -> Answers | None:
-    """Read a file; None where it is damaged, since sampling again is always possible."""
+def _read(path: Path, sampling: SamplingSettings, run: str) -> Answers | None:
+    """Read a file; None where it is damaged or of other settings: sampling again is possible."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             notes = json.loads(file.metadata()["notes"])
+        if notes["run"] != run:
+            return None
         lengths = tensors["prompt_lengths"].tolist()
         trajectory = Trajectory(
             prompts=tuple(tensors["prompts"].split(lengths)),

@@ -83,13 +83,14 @@ def _sample(
     places = range(first, first + groups)
     picked = pick_problems(session.task.shares, places, seed=settings.run.seed)
     chosen = [problems[place] for place in picked for _ in range(size)]
-    answers = bank.find(number, settings.sampling) if bank is not None else None
+    ids = torch.arange(len(chosen), device=device) + first * size
+    answers = bank.find(number, ids, sampling=settings.sampling) if bank is not None else None
     if answers is None:
         answers = answer(
             session,
             engine.rollout_network(),
             chosen,
-            torch.arange(len(chosen), device=device) + first * size,
+            ids,
             sampling=settings.sampling,
             weights_version=iteration,
         )

@@ -12,6 +12,7 @@ from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.settings import Settings
 from agrpo_megatron.tokenizer import CHARACTERS
 from agrpo_megatron.training.bank import RolloutBank, sampling_number
+from agrpo_megatron.training.directory import run_digest
 from agrpo_megatron.training.session import Session
 from agrpo_megatron.training.stopping import judged, metric
 
@@ -38,12 +39,20 @@ class Keeper:
             files=directory / MODEL_FILES,
         )
         is_kept = settings.checkpoint.rollouts and phase == "rl"
-        self.rollouts = RolloutBank(directory / "rollouts" if is_kept else None, session.ranks)
+        self.rollouts = RolloutBank(
+            directory / "rollouts" if is_kept else None,
+            session.ranks,
+            run=run_digest(settings, session.task),
+        )
 
     def judge(self, scores: dict) -> str | None:
         """Remember the metrics of an evaluation; returns why the run should end early."""
         name, best = self._settings.best, self._done.best
-        kept = {key: value for key, value in scores.items() if isinstance(value, float)}
+        kept = {
+            key: value
+            for key, value in scores.items()
+            if isinstance(value, float) or key.startswith("summary/")
+        }
         self._done = replace(self._done, scores=kept)
         if name is not None:
             value = metric(scores, name, key="checkpoint.best")

@@ -17,7 +17,8 @@ def pick_problems(shares: Shares, places: range, *, seed: int) -> list[int]:
     """Return the index of the problem at each place; places count from 0 through a phase.
 
     Tasks alternate by smooth weighted round robin, and each walks through its own problems: every
-    one once in an epoch, each epoch in an order of its own.
+    one once in an epoch, each epoch in an order of its own. A caller that leaves places out, as
+    `resample_rounds` does with rounds that are not needed, leaves out the problems there.
     """
     counts = tuple(count for count, _ in shares)
     weights = tuple(weight if count else 0.0 for count, weight in shares)

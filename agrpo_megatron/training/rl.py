@@ -175,7 +175,8 @@ def with_reference(
 
 def _rollout_metrics(session: Session, rollout: Rollout) -> dict[str, float]:
     trajectory = rollout.trajectory
-    text = (trajectory.tokens == session.eos_id).long().cumsum(1) == 0
+    stops = torch.tensor(sorted(session.tokenizer.stop_ids), device=trajectory.tokens.device)
+    text = torch.isin(trajectory.tokens, stops).long().cumsum(1) == 0
     sampled = trajectory.unmask_step < trajectory.num_steps[:, None]
     rule = session.settings.algorithm.live_steps
     live = timesteps.live_steps(trajectory, eos_id=session.eos_id, rule=rule)

@@ -16,6 +16,7 @@ from agrpo_megatron.megatron.ranks import start_ranks, stop_ranks
 from agrpo_megatron.megatron.weights import initialise, load_hf
 from agrpo_megatron.settings import OptimizerSettings, Settings
 from agrpo_megatron.tasks.grading import Grader
+from agrpo_megatron.training.directory import check_data
 from agrpo_megatron.training.evaluation import evaluate
 from agrpo_megatron.training.keeper import MODEL_FILES, Keeper, describe_model
 from agrpo_megatron.training.log import RunLog
@@ -23,18 +24,23 @@ from agrpo_megatron.training.resolve import RUN_SETTINGS, Resolved
 from agrpo_megatron.training.rl import run_rl
 from agrpo_megatron.training.session import Session, View
 from agrpo_megatron.training.sft import run_sft
+from agrpo_megatron.training.stopping import check_metrics
 
 
 def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "rl")) -> None:
     """Run or resume the phases of a run; called by every rank. Starts and stops the ranks.
 
     A run directory with a checkpoint is continued from it, bit for bit on the same layout.
+
+    Raises:
+        ValueError: the directory's run had other problems or another task file.
     """
     settings = resolved.settings
     ranks = start_ranks(settings)
     found = find_checkpoint(_root(settings), ranks, view.warn)
     done = found[1] if found else Progress("sft", 0, {})
     directory = Path(settings.run.dir)
+    check_data(directory, resolved.task, is_new=found is None, is_main=ranks.is_main)
     log = RunLog(directory, settings=settings, is_main=ranks.is_main, wandb_id=done.wandb)
     grader = Grader(resolved.task, settings.task)
     session = Session(settings, ranks, resolved.task, resolved.tokenizer, log, view, grader)
@@ -108,9 +114,12 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
             load_weights(start, reference)
         else:
             load_start_weights(reference, settings)
+    scores = done.scores  # none where no evaluation came before this checkpoint
     if checkpoint is None:
-        evaluate(session, engine.rollout_network(), iteration=0, stage="before")
+        scores = evaluate(session, engine.rollout_network(), iteration=0, stage="before")
         done = Progress("rl", 0, {})
+    if scores:
+        check_metrics(scores, settings)
     every, last = settings.evaluation.interval, settings.train.iterations
     keeper = Keeper(session, engine, "rl", last, done)
 

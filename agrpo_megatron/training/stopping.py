@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from agrpo_megatron.checkpoint.progress import Progress
-from agrpo_megatron.settings import TrainSettings
+from agrpo_megatron.settings import Settings, TrainSettings
 
 
 def judged(done: Progress, scores: Mapping[str, Any], settings: TrainSettings) -> Progress:
@@ -30,6 +30,21 @@ def judged(done: Progress, scores: Mapping[str, Any], settings: TrainSettings) -
         return done
     why = f"{name} was never above {done.stop_best:.4g} again: train.stop_patience={patience}"
     return replace(done, stopped=why)
+
+
+def check_metrics(scores: Mapping[str, Any], settings: Settings) -> None:
+    """Check, before anything is trained, that evaluations have the metrics they are judged by.
+
+    Raises:
+        ValueError: an evaluation lacks `checkpoint.best` or `train.stop_metric`.
+    """
+    names = {
+        "checkpoint.best": settings.checkpoint.best,
+        "train.stop_metric": settings.train.stop_metric,
+    }
+    for key, name in names.items():
+        if name is not None:
+            metric(scores, name, key=key)
 
 
 def metric(scores: Mapping[str, Any], name: str, *, key: str) -> float:

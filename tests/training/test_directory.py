@@ -9,7 +9,14 @@ import pytest
 from agrpo_megatron.checkpoint.progress import Progress
 from agrpo_megatron.config import build, to_tree, to_yaml
 from agrpo_megatron.settings import Settings
-from agrpo_megatron.training.directory import is_finished, move_away, progress
+from agrpo_megatron.tasks import build_task
+from agrpo_megatron.training.directory import (
+    check_data,
+    is_finished,
+    move_away,
+    progress,
+    run_digest,
+)
 
 HALF = Progress("rl", 50, {"metrics.jsonl": 7})
 
@@ -62,6 +69,8 @@ def test_a_new_directory_has_no_progress(tmp_path):
         ("sampling.top_k", 5, "sampling.top_k=None, not 5"),
         ("model.megatron", {"attention_dropout": 0.1}, "model.megatron.attention_dropout=None"),
         ("task.options", {"numbers": 4}, "task.options.numbers=None, not 4"),
+        ("task.grader.seconds", 3.0, "task.grader.seconds=10.0, not 3.0"),
+        ("train.stop_metric", "accuracy", "train.stop_metric=None, not accuracy"),
     ],
 )
 def test_a_changed_setting_is_refused_by_its_key(settings, key, value, said):
@@ -80,10 +89,71 @@ def test_a_changed_setting_is_refused_by_its_key(settings, key, value, said):
         ("logging.samples", 1),
         ("parallel.tensor", 2),
         ("rollout.rows", 4),
+        ("task.grader.workers", 7),
     ],
 )
 def test_what_changes_no_number_may_change(settings, key, value):
     assert progress(_changed(settings, key, value)) == HALF
+
+
+def test_when_to_end_may_change_until_it_was_judged_by(settings):
+    """A run whose metric is refused after the supervised phase goes on with another."""
+    changed = _changed(settings, "train.stop_metric", "accuracy")
+    sft = replace(HALF, phase="sft")
+    root = Path(settings.run.dir, "checkpoints")
+    (root / sft.name).mkdir()
+    (root / sft.name / "progress.json").write_text(json.dumps(asdict(sft)))
+    (root / "latest").write_text(sft.name)
+    assert progress(changed) == sft
+
+
+OWN = """
+from agrpo_megatron.tasks.base import Task
+from agrpo_megatron.types import Problem
+
+
+class Own(Task):
+    name = "own"
+
+    def load(self):
+        train = [Problem(str(i), {}, "1") for i in range(3)]
+        return {"train": train, "eval": [Problem("e", {}, "")]}
+"""
+
+
+def _own(file, text):
+    file.write_text(text)
+    return build_task(build(Settings, {"task": {"name": str(file)}}).task)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("range(3)", "range(4)", "whose training problems were others; restore them, choose"),
+        ('"1")', '"2")', "whose training problems were others"),
+        ('"e"', '"f"', "whose held-out problems were others"),
+        ('"own"', '"own"  # reworded', "own.py were others"),
+    ],
+)
+def test_other_problems_or_another_task_file_are_refused(tmp_path, old, new, said):
+    file, run = tmp_path / "own.py", tmp_path / "run"
+    task = _own(file, OWN)
+    check_data(run, task, is_new=True, is_main=True)
+    for is_main in (True, False):
+        check_data(run, task, is_new=False, is_main=is_main)
+    changed = _own(file, OWN.replace(old, new))
+    with pytest.raises(ValueError, match=said):
+        check_data(run, changed, is_new=False, is_main=False)
+    check_data(run, changed, is_new=True, is_main=True)
+    check_data(run, changed, is_new=False, is_main=False)
+
+
+def test_what_is_sampled_depends_on_settings_and_problems_alone(settings, tmp_path):
+    task = _own(tmp_path / "own.py", OWN)
+    mine = run_digest(settings, task)
+    assert mine == run_digest(_changed(settings, "parallel.tensor", 2), task)
+    assert mine != run_digest(_changed(settings, "sampling.temperature", 0.5), task)
+    assert mine != run_digest(settings, _own(tmp_path / "own.py", OWN.replace("(3)", "(4)")))
 
 
 def test_an_option_that_was_taken_away_is_refused_too(settings):

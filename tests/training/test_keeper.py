@@ -111,7 +111,7 @@ def test_the_best_checkpoint_is_kept_with_its_score(whole):
 
 def _keep_and_find(folder):
     session, engine = open_session("sampling.top_k=9", world_size=dist.get_world_size())
-    bank = RolloutBank(folder, session.ranks)
+    bank = RolloutBank(folder, session.ranks, run="this")
     first, metrics = collect_rollout(session, engine, 0, bank)
     dist.barrier()
     second, again = collect_rollout(session, engine, 0, bank)
@@ -125,6 +125,34 @@ def _keep_and_find(folder):
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_bank_gives_back_what_it_was_given(tmp_path, size):
     assert run_ranks(size, _keep_and_find, tmp_path) == [True] * size
+
+
+def _find_others(folder):
+    """Say what is found by the ids that were kept, by fewer or others, and for another run."""
+    session, engine = open_session(world_size=dist.get_world_size())
+    sampling, bank = session.settings.sampling, RolloutBank(folder, session.ranks, run="this")
+    ids = collect_rollout(session, engine, 0, bank)[0].trajectory.rollout_ids
+    dist.barrier()
+    # A rank that alone is asked for others: all must go the same way.
+    mine = ids[:-4] if session.ranks.is_main else ids
+    found = [bank.find(0, asked, sampling=sampling) for asked in (ids, ids[:-4], ids + 4, mine)]
+    other = RolloutBank(folder, session.ranks, run="other")
+    found.append(other.find(0, ids, sampling=sampling))
+    return [answers is not None for answers in found]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_bank_gives_nothing_but_what_is_asked_for(tmp_path, size):
+    assert run_ranks(size, _find_others, tmp_path) == [[True, False, False, False, False]] * size
+
+
+def test_rollouts_of_other_settings_are_not_trained_on(tmp_path):
+    """Killed before the first checkpoint, a run may begin anew with what settings it likes."""
+    run, seldom = tmp_path / "run", ["checkpoint.interval=0", "checkpoint.best=null"]
+    _killed(run, seldom, 3)
+    assert list((run / "rollouts").iterdir())
+    ((sampled, _),) = run_ranks(1, _train, run, [*seldom, "sampling.temperature=0.5"])
+    assert sampled == [0, 1, 2, 3]
 
 
 def test_a_damaged_rollout_is_sampled_again(tmp_path):

@@ -162,6 +162,24 @@ def _always_end_of_text(network, eos):
         chunk.output_layer.weight[eos] = 1.0
 
 
+def _completion_tokens():
+    """Return the tokens of a rollout, what ends a text, and the mean length that is logged."""
+    session, engine = open_session()
+    tokens = collect_rollout(session, engine, 0)[0].trajectory.tokens
+    common = int(tokens[tokens != session.eos_id].mode().values)
+    stops = frozenset({session.eos_id, common})
+    session = replace(session, tokenizer=replace(session.tokenizer, stop_ids=stops))
+    rollout, metrics = collect_rollout(session, engine, 0)
+    return rollout.trajectory.tokens.tolist(), stops, metrics["completion_tokens/mean"]
+
+
+def test_a_completion_is_as_long_as_its_text():
+    """Any of the tokenizer's stop tokens ends it, as in evaluations."""
+    ((rows, stops, mean),) = run_ranks(1, _completion_tokens)
+    lengths = [next((i for i, t in enumerate(row) if t in stops), len(row)) for row in rows]
+    assert 0 < mean == sum(lengths) / len(rows) < len(rows[0])
+
+
 def _train_on_empty_completions(rule):
     session, engine = open_session(
         f"algorithm.live_steps={rule}", "algorithm.baseline=none", "optimizer.weight_decay=0"

@@ -117,6 +117,31 @@ def test_a_killed_run_ends_where_it_would_have(whole, tmp_path):
     assert _last(tmp_path / "run").stopped == _last(directory).stopped
 
 
+TYPOS = {
+    "train.stop_metric": ["train.stop_metric=reward/typo"],
+    "checkpoint.best": ["checkpoint.best=reward/typo", "evaluation.interval=0"],
+}
+
+
+@pytest.mark.parametrize("key", TYPOS)
+def test_a_metric_that_evaluations_lack_is_refused_before_anything_is_trained(tmp_path, key):
+    no_stop = ["train.stop_metric=null", "train.stop_patience=null"]
+    overrides = [*(no_stop if key == "checkpoint.best" else []), *TYPOS[key]]
+    with pytest.raises(AssertionError, match=f"{key}=reward/typo: no metric of evaluations; use"):
+        run_ranks(1, _train, tmp_path / "run", overrides)
+    (record,) = read(tmp_path / "run" / "metrics.jsonl")
+    assert record["stage"] == "before"
+
+
+def test_a_metric_that_evaluations_lack_is_refused_at_a_resume_too(tmp_path):
+    with pytest.raises(AssertionError, match="killed by signal 9"):
+        run_ranks(1, _train, tmp_path / "run", [], 6)  # before, 1, its evaluation, 2, its, 3
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(AssertionError, match="checkpoint.best=reward/typo: no metric"):
+        run_ranks(1, _train, tmp_path / "run", ["checkpoint.best=reward/typo"])
+    assert [r["iteration"] for r in read(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 1, 2, 2]
+
+
 def test_all_ranks_end_together(tmp_path):
     now = ["train.stop_patience=null", "train.stop_target=0"]
     for _, evaluated in run_ranks(2, _train, tmp_path / "run", now):
