@@ -18,6 +18,7 @@ class RepeatedKeyError(ComposerError):
 
 class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping as it is written, before YAML merges others into it."""
         node = super().compose_mapping_node(anchor)
         known = set()
         for key, _ in node.value:
