@@ -61,7 +61,6 @@ def from_jinja(text: str, special_tokens: Mapping[str, Any], *, source: str) -> 
 
     def render(chat: Chat) -> str:
         """Write a chat by the Jinja text."""
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [message._asdict() for message in chat.messages]
@@ -72,10 +71,11 @@ def from_jinja(text: str, special_tokens: Mapping[str, Any], *, source: str) -> 
                 add_generation_prompt=True,
                 **special_tokens,
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template computes what it likes: 1 / 0 too
             roles = ", ".join(message.role for message in chat.messages)
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"the chat template of {source} cannot write a chat of {roles} ({error}); use "
+                f"the chat template of {source} cannot write a chat of {roles} ({reason}); use "
                 f"tokenizer.chat_template={'|'.join(BUILT_IN)}, or a .jinja file that can"
             ) from None
         return rendered + chat.prefill
@@ -115,7 +115,13 @@ def choose_template(
             f"tokenizer.chat_template={chosen} must be one of {', '.join(BUILT_IN)}, an existing "
             ".jinja file, or null for the tokenizer's own"
         )
-    return from_jinja(path.read_text(encoding="utf-8"), special_tokens, source=chosen)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"tokenizer.chat_template={chosen} is not UTF-8 at byte {error.start}; save it as UTF-8"
+        ) from None
+    return from_jinja(text, special_tokens, source=chosen)
 
 
 def _by_tokens(vocabulary: Container[str]) -> Template:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agrpo_megatron.config import load
+from agrpo_megatron.grid import EVALUATIONS
 from agrpo_megatron.settings import Settings
 
 OVERRIDES = "section.key=value ..., for instance run.seed=1 train.iterations=200"
-EVALUATIONS = "evaluations"  # folder of a run
 TARGET = (
     "run directory, Megatron checkpoint, Hugging Face directory, or settings file with model.load"
 )

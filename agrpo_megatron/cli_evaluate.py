@@ -102,13 +102,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     name = f"{target.name}-{arguments.name}" if arguments.name else target.name
     store = ResultStore(arguments.output or target.folder / name)
+    is_begun = store.is_begun()  # --restart moves no directory of something else
     plan = plan_evaluation(
         target.settings,
         checkpoint=target.checkpoint,
         label=arguments.label or f"{target.run} {name}".strip(),
         world_size=world_size(),
         is_sweep=arguments.sweep,
-        stored=None if arguments.restart else store.stored(),
+        stored=store.stored() if is_begun and not arguments.restart else None,
     )
     if arguments.restart and is_main():
         moved = move_away(store.directory)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from agrpo_megatron.rules import validate_sampling
 from agrpo_megatron.settings import SamplingSettings, Settings, evaluation_sampling
 
+# Where evaluations are kept: a folder of a run, and files in the directory of each.
+EVALUATIONS, EVALUATION, RESULTS = "evaluations", "evaluation.json", "results.json"
 SWEEP_POINTS = 5  # step counts of a sweep, at least, where the block length has as many
 
 
@@ -39,8 +41,13 @@ def evaluation_grid(settings: Settings, *, is_sweep: bool = False) -> list[Cell]
         )
     cells = set()
     for length in chosen.completion_lengths or [base.completion_length]:
+        if length < 1:
+            raise ValueError(
+                f"evaluation.completion_lengths={length} is below 1; use for example "
+                f"{base.completion_length}"
+            )
         block = _block_length(base, length)
-        if length < 1 or length % block:
+        if length % block:
             raise ValueError(
                 f"evaluation.completion_lengths={length} is not a multiple of the block length "
                 f"{block}; use {_multiples(length, block)}, or set evaluation.block_length"

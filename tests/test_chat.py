@@ -185,6 +185,25 @@ def test_a_jinja_file_cannot_reach_out_of_its_sandbox(tmp_path):
         tokenizer.encode_prompt(QUESTION)
 
 
+@pytest.mark.parametrize(
+    "text, reason", [("{{ 1 / 0 }}", "division by zero"), ("{{ messages[0].a.b }}", "no attribute")]
+)
+def test_a_template_that_fails_is_one_line(tmp_path, text, reason):
+    path = tmp_path / "broken.jinja"
+    path.write_text(text)
+    tokenizer = load_tokenizer(TokenizerSettings(chat_template=str(path)))
+    with pytest.raises(ValueError, match=f"cannot write a chat of user .*{reason}.*use token") as e:
+        tokenizer.encode_prompt(QUESTION)
+    assert "\n" not in str(e.value)
+
+
+def test_a_template_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "latin.jinja"
+    path.write_bytes("gr\xfcn".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.jinja is not UTF-8 at byte 2; save it as UTF-8$"):
+        load_tokenizer(TokenizerSettings(chat_template=str(path)))
+
+
 def test_a_template_that_refuses_a_role_is_an_error_with_a_fix(tmp_path):
     path = tmp_path / "strict.jinja"
     path.write_text("{{ raise_exception('no system role') }}")

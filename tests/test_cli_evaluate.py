@@ -155,6 +155,15 @@ def test_wrong_input_is_one_line_before_torch_is_loaded(tmp_path, name):
     assert not (tmp_path / "out").exists(), "nothing is left behind"
 
 
+def test_restart_moves_nothing_but_an_evaluation(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    done = probe("evaluate", HF, "--output", tmp_path / "mine", *ON_HF, "--restart")
+    assert done.returncode == 2
+    assert f"{tmp_path / 'mine'} is not empty and holds no evaluation; use" in done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+
+
 def test_a_target_that_is_not_there_is_named(tmp_path):
     done = probe("evaluate", tmp_path / "none")
     assert done.returncode == 2

@@ -64,3 +64,11 @@ def test_greedy_samples_are_refused_where_nothing_is_drawn():
         grid("evaluation.samples=2")
     assert grid("evaluation.samples=2", "evaluation.temperature=0.5") == [(256, 128)]
     assert grid("evaluation.samples=2", "evaluation.unmasking=random") == [(256, 128)]
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "dream"])
+def test_a_length_below_1_is_refused(schedule):
+    options = [f"sampling.schedule={schedule}", "sampling.block_length=256"]
+    said = "evaluation.completion_lengths=0 is below 1; use for example 256"
+    with pytest.raises(ValueError, match=said):
+        grid(*options, "evaluation.completion_lengths=[0]")

@@ -225,7 +225,10 @@ def _every_rank_refuses(board: Board) -> bool:
         if board.store.add(COUNT, 1) == board.world_size:
             board.store.set(REFUSED, "")
         board.await_key(REFUSED, AGREE)
-        return board.has(REFUSED)
+        is_agreed = board.has(REFUSED)
+        if is_agreed and board.rank == 0:
+            time.sleep(2 * POLL)  # the store may live here: the others look once more
+        return is_agreed
     return False
 
 

@@ -14,11 +14,9 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from agrpo_megatron.grid import Progress
+from agrpo_megatron.grid import EVALUATION, EVALUATIONS, RESULTS, Progress
 from agrpo_megatron.reports.text import compact, duration, percent, visible
 
-EVALUATION, RESULTS = "evaluation.json", "results.json"
-FOLDER = "evaluations"
 EVERY = 20.0  # seconds between two lines where there is no terminal
 TEXT_COLUMNS = ("model", "task")
 LAST_COLUMNS = ("steps run", "tokens", "FLOPs", "failures")
@@ -39,7 +37,7 @@ def find_evaluations(path: Path, label: str | None = None) -> list[tuple[Path, R
     if (path / EVALUATION).exists():
         folders = [path]
     else:
-        folders = sorted(file.parent for file in (path / FOLDER).glob(f"*/{EVALUATION}"))
+        folders = sorted(file.parent for file in (path / EVALUATIONS).glob(f"*/{EVALUATION}"))
     found = [(folder, _read(folder)) for folder in folders]
     if label is not None:
         for folder, results in found:

@@ -71,8 +71,37 @@ class Task:
             ValueError: a file that cannot be read, or more problems asked for than there are.
         """
         if self._splits is None:
-            self._splits = self.load()
+            self._splits = self._load_checked()
         return self._splits[split]
+
+    def leak_key(self, problem: Problem, other: "Task") -> str:
+        """Return what no training problem may share with one that `other` holds out.
+
+        Args:
+            other: a task of the same class; in a mixture, another part.
+        """
+        return problem.key
+
+    def _load_checked(self) -> Splits:
+        """Load, and hold a task of the user's own to what `load` promises."""
+        if type(self).__module__.startswith("agrpo_megatron."):
+            return self.load()
+        name = f"task.name={self.settings.name}"
+        try:
+            splits = self.load()
+            train, held_out = ({p.key for p in splits[split]} for split in ("train", "eval"))
+        except ValueError:
+            raise
+        except (Exception, SystemExit) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{name}: its load() raised {said}; mend it there") from error
+        shared = sorted(train & held_out)
+        if shared and self.settings.leaks != "keep":
+            raise ValueError(
+                f"{name}: its load() has {len(shared)} keys in both splits, such as {shared[0]!r}; "
+                "give each problem one split, or use task.leaks=keep"
+            )
+        return splits
 
     @property
     def shares(self) -> Sequence[tuple[int, float]]:
@@ -86,6 +115,12 @@ class Task:
             split: [problem for problem in self.problems(split) if rule(split, problem)]
             for split in splits
         }
+
+
+def task_prompts(task: Task, problems: Sequence[Problem], *, split: Split) -> list[Prompt]:
+    """Return the prompt that each problem has in training, or in evaluation."""
+    write = task.eval_prompt if split == "eval" else task.prompt
+    return [write(problem) for problem in problems]
 
 
 GENERATED: dict[Split, int] = {"train": 20000, "eval": 256}  # problems where none are asked for

@@ -12,8 +12,9 @@ from agrpo_megatron.grid import Progress, cell_sampling
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.scaling.flops import completion_flops
 from agrpo_megatron.settings import evaluation_sampling
+from agrpo_megatron.tasks.base import task_prompts
 from agrpo_megatron.training.metrics import failure_warning, reward_metrics
-from agrpo_megatron.training.plan import Batch, Plan
+from agrpo_megatron.training.plan import Batch, Plan, asked_split
 from agrpo_megatron.training.results import Line, ResultStore
 from agrpo_megatron.training.scores import scores
 from agrpo_megatron.training.session import (
@@ -23,7 +24,6 @@ from agrpo_megatron.training.session import (
     answer,
     sample_records,
     shown_prompt,
-    task_prompts,
 )
 from agrpo_megatron.types import Problem, Reward
 
@@ -90,16 +90,17 @@ def evaluate_grid(
 
     Args:
         show: called on the main rank after every batch.
+
+    Raises:
+        ValueError: on every rank, where the completions in the store are not what was written.
     """
     is_main, batches = session.ranks.is_main, plan.batches()
-    earlier = _earlier(plan, batches, store) if is_main else []
-    told = [len(earlier)]
-    dist.broadcast_object_list(told, src=0)
-    progress = _Meter(plan, batches, told[0])
+    earlier, done = _resumed(session, plan, batches, store)
+    progress = _Meter(plan, batches, done)
     results: dict[str, Any] = {"label": plan.evaluation["label"], "finished": False, "cells": []}
     of_cell: list[Line] = []
     for number, batch in enumerate(batches):
-        if number < told[0]:
+        if number < done:
             of_cell += earlier[number] if is_main else []
         else:
             lines = _complete(session, network, plan, batch)
@@ -116,11 +117,30 @@ def evaluate_grid(
     return results
 
 
+def _resumed(
+    session: Session, plan: Plan, batches: Sequence[Batch], store: ResultStore
+) -> tuple[list[list[Line]], int]:
+    """Return what `_earlier` does, on the main rank, and on every rank its number of batches."""
+    earlier: list[list[Line]] = []
+    told: list[int | ValueError] = [0]
+    if session.ranks.is_main:
+        try:
+            earlier = _earlier(plan, batches, store)
+            told = [len(earlier)]
+        except ValueError as error:  # the other ranks would wait for this one
+            told = [error]
+    dist.broadcast_object_list(told, src=0)
+    (done,) = told
+    if isinstance(done, ValueError):
+        raise done
+    return earlier, done
+
+
 def _earlier(plan: Plan, batches: Sequence[Batch], store: ResultStore) -> list[list[Line]]:
     """Return the whole batches that stand in the store, and cut it back to them.
 
     Raises:
-        RuntimeError: what stands there is not what the plan would have written.
+        ValueError: what stands there is not what the plan would have written.
     """
     store.begin(plan.evaluation)
     lines, found, start = store.lines(), [], 0
@@ -134,10 +154,7 @@ def _earlier(plan: Plan, batches: Sequence[Batch], store: ResultStore) -> list[l
         if len(part) < len(expected):
             break
         if [(line["task"], line["key"], line["sample"]) for line in part] != expected:
-            raise RuntimeError(
-                f"{store.directory}: completions.jsonl was changed from line {start + 1} on; "
-                "--restart begins anew"
-            )
+            raise store.changed(start + 1)
         found.append(part)
         start += len(expected)
     store.keep(start)
@@ -157,7 +174,7 @@ def _complete(session: Session, network: Network, plan: Plan, batch: Batch) -> l
         repeated,
         torch.tensor(ids, device=network.ranks.device),
         sampling=cell_sampling(session.settings, batch.cell),
-        split="train" if chosen.split == "train" else "eval",
+        split=asked_split(session.settings),
     )
     return _lines(session, batch, repeated, [sample for _, sample in asked], answers)
 
@@ -171,8 +188,7 @@ def _lines(
 ) -> list[Line]:
     """Return what completions.jsonl holds of each completion."""
     tokenizer, trajectory = session.tokenizer, answers.trajectory
-    split = "train" if session.settings.evaluation.split == "train" else "eval"
-    prompts = task_prompts(session, problems, split=split)
+    prompts = task_prompts(session.task, problems, split=asked_split(session.settings))
     flops = completion_flops(trajectory, session.settings.model)
     steps, rows = trajectory.num_steps.tolist(), trajectory.tokens.tolist()
     lines = []

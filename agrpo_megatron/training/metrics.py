@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from agrpo_megatron.training.scores import means
 from agrpo_megatron.types import Problem, Reward
 
 SHOWN = 3  # kinds of failure that a warning names
@@ -16,18 +17,14 @@ def reward_metrics(rewards: Sequence[Reward], problems: Sequence[Problem]) -> di
 
     The tasks of a mixture are told apart by their labels as well.
     """
+    found = means(rewards)
     scores = torch.tensor([reward.score for reward in rewards], dtype=torch.float64)
-    names = sorted({name for reward in rewards for name in reward.parts})
-    parts = {
-        f"reward/{name}": sum(r.parts.get(name, 0.0) for r in rewards) / len(rewards)
-        for name in names
-    }
     return {
-        "reward/mean": float(scores.mean()),
+        "reward/mean": found["score"],
         "reward/std": float(scores.std(correction=0)),
-        "failed_rewards": sum(reward.failure is not None for reward in rewards),
-        "accuracy": sum(reward.correct for reward in rewards) / len(rewards),
-        **parts,
+        "failed_rewards": found["failures"],
+        "accuracy": found["accuracy"],
+        **{f"reward/{name}": value for name, value in found["parts"].items()},
         **_by_task(rewards, problems),
     }
 
@@ -46,7 +43,7 @@ def failure_warning(rewards: Sequence[Reward], score: float) -> str | None:
 def _by_task(rewards: Sequence[Reward], problems: Sequence[Problem]) -> dict[str, float]:
     found = {}
     for label in sorted({problem.task for problem in problems} - {""}):
-        mine = [r for p, r in zip(problems, rewards, strict=True) if p.task == label]
-        found[f"accuracy/{label}"] = sum(r.correct for r in mine) / len(mine)
-        found[f"reward/{label}/mean"] = sum(r.score for r in mine) / len(mine)
+        mine = means([r for p, r in zip(problems, rewards, strict=True) if p.task == label])
+        found[f"accuracy/{label}"] = mine["accuracy"]
+        found[f"reward/{label}/mean"] = mine["score"]
     return found

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from agrpo_megatron.grid import Cell, cell_sampling, evaluation_grid
 from agrpo_megatron.layout import model_ranks, rollout_parallel
 from agrpo_megatron.settings import Settings, TaskSettings
 from agrpo_megatron.tasks import Task, build_task
+from agrpo_megatron.tasks.base import Split, task_prompts
 from agrpo_megatron.tasks.mixture import Mixture
 from agrpo_megatron.tasks.public import NONE, PublicTask
-from agrpo_megatron.training.resolve import RUN_SETTINGS, Resolved, resolve
+from agrpo_megatron.training.resolve import RUN_SETTINGS, Resolved, problems_by_task, resolve
 from agrpo_megatron.types import Problem
 
 EDGE = 1 << 20  # bytes that are read at both ends of a weight file without checksums
@@ -85,7 +87,7 @@ def plan_evaluation(
     """
     cells = evaluation_grid(settings, is_sweep=is_sweep)
     try:
-        resolved = resolve(_prepared(settings, cells), world_size=world_size)
+        resolved = resolve(_prepared(settings, cells), world_size=world_size, needs=())
     except ValueError as error:
         if not settings.evaluation.tasks:
             raise
@@ -110,6 +112,11 @@ def plan_evaluation(
         },
     }
     return Plan(resolved, checkpoint, cells, tasks, problems, size, evaluation)
+
+
+def asked_split(settings: Settings) -> Split:
+    """Return the split that `evaluation.split` names."""
+    return "train" if settings.evaluation.split == "train" else "eval"
 
 
 def fingerprint(weights: Path) -> str:
@@ -142,7 +149,9 @@ def _prepared(settings: Settings, cells: Sequence[Cell]) -> Settings:
             denoising_steps=sampling.denoising_steps,
         ),
         evaluation=replace(settings.evaluation, denoising_steps=None, block_length=None),
-        sft=replace(settings.sft, iterations=0),  # solutions need not fit
+        # These name metrics of the run's own tasks, and nothing is trained.
+        checkpoint=replace(settings.checkpoint, best=None),
+        train=replace(settings.train, stop_metric=None, stop_target=None, stop_patience=None),
     )
     task = replace(settings.task, pass_rates=None)
     if settings.evaluation.tasks:
@@ -170,15 +179,12 @@ def _held_out_alone(settings: TaskSettings) -> TaskSettings:
 def _tasks(resolved: Resolved) -> tuple[dict[str, Task], dict[str, list[Problem]]]:
     """Return tasks and problems by label: those of a mixture, or the one task there is."""
     settings, task = resolved.settings, resolved.task
-    problems = task.problems("train" if settings.evaluation.split == "train" else "eval")
     if isinstance(task, Mixture):
         tasks = {label: part for label, (part, _) in task.parts.items()}
     else:
         tasks = {task.name: task}
-    single = next(iter(tasks))
-    sorted_out: dict[str, list[Problem]] = {label: [] for label in tasks}
-    for problem in problems:
-        sorted_out[problem.task or single].append(problem)
+    problems = problems_by_task(task, asked_split(settings))
+    sorted_out = dict(zip(tasks, problems.values(), strict=True))
     for label, found in sorted_out.items():
         if not found:
             raise ValueError(
@@ -225,12 +231,34 @@ def _identity(resolved: Resolved, cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _task_identity(resolved: Resolved, task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
-    write = task.prompt if resolved.settings.evaluation.split == "train" else task.eval_prompt
-    prompts = resolved.tokenizer.encode_prompts([write(problem) for problem in problems])
+    """Return what is asked, and what decides about the verdicts: golds, and a file's code."""
+    written = task_prompts(task, problems, split=asked_split(resolved.settings))
+    prompts = resolved.tokenizer.encode_prompts(written)
     asked = json.dumps([[problem.key for problem in problems], prompts])
+    graded = _canonical([[p.key, p.fields, p.solution] for p in problems])
+    file, _, _ = task.settings.name.partition(":")
+    code = {"file": _digest(Path(file).read_bytes())} if file.endswith(".py") else {}
     return {
         "name": task.settings.name,
         "options": {k: v for k, v in task.settings.options.items() if (k, v) != ("train", NONE)},
         "problems": len(problems),
-        "asked": hashlib.sha256(asked.encode()).hexdigest(),
+        "asked": _digest(asked.encode()),
+        "graded": _digest(graded.encode(errors="backslashreplace")),
+        **code,
     }
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    """Return a value as text that is the same in every process: sorted, without addresses."""
+    if isinstance(value, Mapping):
+        pairs = sorted(f"{_canonical(key)}: {_canonical(each)}" for key, each in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(_canonical, value)))}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_canonical, value))}]"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -3,7 +3,7 @@
 Runs before any process group and before torch is needed, so wrong input is refused at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +13,15 @@ from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.rules import validate
 from agrpo_megatron.settings import ModelSettings, Settings, TokenizerSettings
 from agrpo_megatron.tasks import Task, build_task
-from agrpo_megatron.tasks.base import Split
+from agrpo_megatron.tasks.base import Split, task_prompts
 from agrpo_megatron.tasks.curriculum import filter_by_pass_rate, solved_problems
+from agrpo_megatron.tasks.mixture import Mixture
 from agrpo_megatron.tokenizer import Tokenizer, load_tokenizer
-from agrpo_megatron.types import Problem, Prompt
+from agrpo_megatron.types import Problem
 
 RUN_SETTINGS = "config.yaml"
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "eval": "held-out"}
+SPLITS: tuple[Split, ...] = ("train", "eval")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,11 @@ class Resolved:
     tokenizer: Tokenizer
 
 
-def resolve(settings: Settings, *, world_size: int) -> Resolved:
+def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPLITS) -> Resolved:
     """Fill what follows from `model.load` and the tokenizer, then check everything.
+
+    Args:
+        needs: splits that must have problems; training ones only where there are iterations.
 
     Raises:
         ValueError: any rule is broken; the message names key, value, rule and fix.
@@ -51,9 +56,10 @@ def resolve(settings: Settings, *, world_size: int) -> Resolved:
     validate(settings, world_size)
     _check_tokens(model, tokenizer)
     task = build_task(settings.task)
+    _require_problems(settings, task, needs)
     check_prompts(settings, task, tokenizer)
     filter_by_pass_rate(task, settings.task)
-    if settings.sft.iterations > 0:
+    if settings.sft.iterations > 0 and "train" in needs:
         _check_solutions(settings, task, tokenizer)
     return Resolved(settings, task, tokenizer)
 
@@ -125,11 +131,10 @@ def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
             f"model.max_sequence_length={settings.model.max_sequence_length}; use at most {room}"
         )
     dropped: set[tuple[Split, str]] = set()
-    writers: dict[Split, Callable[[Problem], Prompt]]
-    writers = {"train": task.prompt, "eval": task.eval_prompt}
-    for split, write in writers.items():
+    before = {split: _filled(task, split) for split in SPLITS}
+    for split in SPLITS:
         problems, what = task.problems(split), SPLIT_NAMES[split]
-        prompts = tokenizer.encode_prompts([write(problem) for problem in problems])
+        prompts = tokenizer.encode_prompts(task_prompts(task, problems, split=split))
         lengths = [len(prompt) for prompt in prompts]
         long = [p for p, length in zip(problems, lengths, strict=True) if length > (limit or room)]
         if long:
@@ -145,7 +150,21 @@ def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
             )
     if dropped:
         task.keep(lambda split, problem: (split, problem.key) not in dropped)
-        _require_problems(task, longest=limit or room)
+        if any(_filled(task, split) != before[split] for split in SPLITS):
+            raise ValueError(
+                f"task.long_prompts=drop leaves a task without problems of at most {limit or room} "
+                "prompt tokens; raise task.prompt_tokens or model.max_sequence_length"
+            )
+
+
+def problems_by_task(task: Task, split: Split) -> dict[str, list[Problem]]:
+    """Return the problems of a split by label: those of a mixture, or the one task there is."""
+    if not isinstance(task, Mixture):
+        return {task.settings.name: list(task.problems(split))}
+    found: dict[str, list[Problem]] = {label: [] for label in task.parts}
+    for problem in task.problems(split):
+        found[problem.task].append(problem)
+    return found
 
 
 def prompt_room(settings: Settings) -> int:
@@ -169,14 +188,25 @@ def _too_long(settings: Settings, said: str, *, longest: int) -> str:
     )
 
 
-def _require_problems(task: Task, *, longest: int) -> None:
-    """Refuse a task that lost all problems of a split, or a mixture that lost a whole part."""
-    counts = [len(task.problems("eval")), *(count for count, _ in task.shares)]
-    if 0 in counts:
-        raise ValueError(
-            f"task.long_prompts=drop leaves a task without problems of at most {longest} prompt "
-            "tokens; raise task.prompt_tokens or model.max_sequence_length"
-        )
+def _filled(task: Task, split: Split) -> list[str]:
+    """Return the labels of the tasks that have problems in a split."""
+    return [label for label, problems in problems_by_task(task, split).items() if problems]
+
+
+def _require_problems(settings: Settings, task: Task, needs: Sequence[Split]) -> None:
+    """Refuse a task, or a part of a mixture, without problems in a split that is needed."""
+    trains = settings.train.iterations > 0 or settings.sft.iterations > 0
+    fixes: dict[Split, str] = {
+        "train": "give it some (task.options.train=none is for `agrpo evaluate` alone), or use "
+        "train.iterations=0 and sft.iterations=0",
+        "eval": "give it some",
+    }
+    for split in needs:
+        empty = problems_by_task(task, split).keys() - set(_filled(task, split))
+        if empty and (split == "eval" or trains):
+            raise ValueError(
+                f"task {min(empty)} has no {SPLIT_NAMES[split]} problems; {fixes[split]}"
+            )
 
 
 def _check_solutions(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:

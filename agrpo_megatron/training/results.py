@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-EVALUATION, COMPLETIONS, RESULTS = "evaluation.json", "completions.jsonl", "results.json"
+from agrpo_megatron.grid import EVALUATION, RESULTS
+
+COMPLETIONS = "completions.jsonl"
+# What an evaluation that goes on needs of a completion.
+NEEDED = {"task", "key", "sample", "score", "correct", "parts", "failure"}
+NEEDED |= {"num_steps", "completion_tokens", "flops"}
+PARTIAL = f".{EVALUATION}"  # may stay behind where an evaluation was killed as it began
 OTHER = "use another --output or --name, or --restart to begin it anew"
 
 Line = dict[str, Any]
@@ -23,19 +29,31 @@ class ResultStore:
 
     directory: Path
 
+    def is_begun(self) -> bool:
+        """Say whether an evaluation stands in the directory.
+
+        Raises:
+            ValueError: the directory holds something else.
+        """
+        if (self.directory / EVALUATION).exists():
+            return True
+        if self.directory.exists() and (
+            not self.directory.is_dir() or any(p.name != PARTIAL for p in self.directory.iterdir())
+        ):
+            raise ValueError(
+                f"{self.directory} is not empty and holds no evaluation; use another --output"
+            )
+        return False
+
     def stored(self) -> dict[str, Any] | None:
         """Return what an earlier attempt evaluates; None for a new directory.
 
         Raises:
             ValueError: the directory holds something else than an evaluation.
         """
-        path = self.directory / EVALUATION
-        if not path.exists():
-            if self.directory.exists() and any(self.directory.iterdir()):
-                raise ValueError(
-                    f"{self.directory} is not empty and holds no evaluation; use another --output"
-                )
+        if not self.is_begun():
             return None
+        path = self.directory / EVALUATION
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
@@ -71,12 +89,32 @@ class ResultStore:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def lines(self) -> list[Line]:
-        """Return the completions that were written; a last line that is torn is left out."""
+        """Return the completions that were written; a last line that is torn is left out.
+
+        Raises:
+            ValueError: a whole line is not as it was written.
+        """
         path = self.directory / COMPLETIONS
         if not path.exists():
             return []
-        *whole, _ = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in whole]
+        *whole, _ = path.read_bytes().split(b"\n")
+        found = []
+        for number, text in enumerate(whole, start=1):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            if not isinstance(line, dict) or not line.keys() >= NEEDED:
+                raise self.changed(number)
+            found.append(line)
+        return found
+
+    def changed(self, number: int) -> ValueError:
+        """Return the error for completions that are not what was written, from a line on."""
+        return ValueError(
+            f"{self.directory / COMPLETIONS} was changed from line {number} on; --restart begins "
+            "anew"
+        )
 
     def keep(self, count: int) -> None:
         """Cut the completions back to the first lines, `count` of them."""

@@ -14,6 +14,18 @@ from agrpo_megatron.tasks import Task
 from agrpo_megatron.types import Problem, Reward
 
 
+def means(verdicts: Sequence[Reward]) -> dict[str, Any]:
+    """Return accuracy, mean score, mean of each named part, and how many gradings failed."""
+    count = len(verdicts)
+    names = sorted({name for verdict in verdicts for name in verdict.parts})
+    return {
+        "accuracy": sum(verdict.correct for verdict in verdicts) / count,
+        "score": sum(verdict.score for verdict in verdicts) / count,
+        "parts": {name: sum(v.parts.get(name, 0.0) for v in verdicts) / count for name in names},
+        "failures": sum(verdict.failure is not None for verdict in verdicts),
+    }
+
+
 def scores(
     task: Task, problems: Sequence[Problem], verdicts: Sequence[Sequence[Reward]]
 ) -> dict[str, Any]:
@@ -26,19 +38,19 @@ def scores(
     flat = [verdict for several in verdicts for verdict in several]
     hits = [sum(verdict.correct for verdict in several) for several in verdicts]
     rates = [count / samples for count in hits]
-    means = [sum(verdict.score for verdict in several) / samples for several in verdicts]
-    names = sorted({name for verdict in flat for name in verdict.parts})
+    of_problem = [sum(verdict.score for verdict in several) / samples for several in verdicts]
+    overall = means(flat)
     repeated = [problem for problem in problems for _ in range(samples)]
     found: dict[str, Any] = {
         "problems": len(problems),
         "samples": samples,
-        "accuracy": sum(hits) / len(flat),
+        "accuracy": overall["accuracy"],
         "accuracy_interval": list(share_interval(rates, samples)),
-        "score": sum(means) / len(means),
-        "score_interval": list(mean_interval(means)),
-        "parts": {name: sum(v.parts.get(name, 0.0) for v in flat) / len(flat) for name in names},
+        "score": overall["score"],
+        "score_interval": list(mean_interval(of_problem)),
+        "parts": overall["parts"],
         "summary": dict(task.summary(repeated, flat)),
-        "failures": sum(verdict.failure is not None for verdict in flat),
+        "failures": overall["failures"],
     }
     if samples > 1:
         found["pass_at"] = {str(k): _pass_at(k, samples, hits) for k in powers_of_two(samples)}

@@ -17,7 +17,7 @@ from agrpo_megatron.megatron.pipeline import RolloutForward, make_forward
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.settings import SamplingSettings, Settings
 from agrpo_megatron.tasks import Task
-from agrpo_megatron.tasks.base import Split
+from agrpo_megatron.tasks.base import Split, task_prompts
 from agrpo_megatron.tasks.grading import Call, Grader
 from agrpo_megatron.tokenizer import Tokenizer
 from agrpo_megatron.training.log import RunLog
@@ -74,12 +74,6 @@ def encode_prompts(session: Session, prompts: Sequence[Prompt]) -> list[Tensor]:
     """Return the ids of each prompt, int64."""
     device, encode = session.ranks.device, session.tokenizer.encode_prompt
     return [torch.tensor(encode(prompt), dtype=torch.int64, device=device) for prompt in prompts]
-
-
-def task_prompts(session: Session, problems: Sequence[Problem], *, split: Split) -> list[Prompt]:
-    """Return the prompt that each problem has in training, or in evaluation."""
-    prompt = session.task.eval_prompt if split == "eval" else session.task.prompt
-    return [prompt(problem) for problem in problems]
 
 
 def sample_prompts(
@@ -156,7 +150,7 @@ def answer(
     """
     started, grader = time.perf_counter(), session.grader
     ranks, busy = network.ranks, grader.busy
-    prompts = encode_prompts(session, task_prompts(session, problems, split=split))
+    prompts = encode_prompts(session, task_prompts(session.task, problems, split=split))
     by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     mine = by_length[ranks.data.rank :: ranks.data.size]
     handed_in: list[tuple[list[int], Future[list[Reward]]]] = []
@@ -230,7 +224,8 @@ def sample_records(
 ) -> list[dict]:
     """Describe the first completions for samples.jsonl, `logging.samples` of them."""
     records, trajectory = [], answers.trajectory
-    prompts = task_prompts(session, problems[: session.settings.logging.samples], split=split)
+    chosen = problems[: session.settings.logging.samples]
+    prompts = task_prompts(session.task, chosen, split=split)
     for row, prompt in enumerate(prompts):
         ids = trajectory.tokens[row].tolist()
         records.append(

@@ -12,9 +12,10 @@ from agrpo_megatron.diffusion.losses import sft_loss
 from agrpo_megatron.megatron.context import local_part
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.tasks.base import task_prompts
 from agrpo_megatron.tasks.curriculum import solved_problems
 from agrpo_megatron.training.picking import pick_problems
-from agrpo_megatron.training.session import Session, encode_prompts, task_prompts
+from agrpo_megatron.training.session import Session, encode_prompts
 from agrpo_megatron.training.step import my_micro_batches, optimizer_step
 from agrpo_megatron.types import Problem, SftBatch
 
@@ -54,7 +55,7 @@ def _batches(
 ) -> tuple[list[SftBatch], int]:
     """Return this rank's micro-batches, and the tokens of all ranks."""
     settings, size = session.settings, len(problems)
-    prompts = encode_prompts(session, task_prompts(session, problems, split="train"))
+    prompts = encode_prompts(session, task_prompts(session.task, problems, split="train"))
     responses = _padded(session, [problem.solution for problem in problems])
     lengths = torch.tensor([len(prompt) + responses.shape[1] for prompt in prompts])
     batches = sft_batches(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -9,14 +10,16 @@ import torch.distributed as dist
 
 from agrpo_megatron.checkpoint.progress import checkpoint_path
 from agrpo_megatron.config import load
+from agrpo_megatron.grid import RESULTS
 from agrpo_megatron.settings import Settings
 from agrpo_megatron.training.evaluation import evaluate_grid
 from agrpo_megatron.training.inference import opened
 from agrpo_megatron.training.plan import plan_evaluation
 from agrpo_megatron.training.resolve import RUN_SETTINGS, resolve
-from agrpo_megatron.training.results import COMPLETIONS, RESULTS, ResultStore
+from agrpo_megatron.training.results import COMPLETIONS, ResultStore
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
+from tests.test_cli import call
 from tests.training.tiny import silent_view, tiny
 
 # Sudoku with partial credit, and just enough supervision to write digits: scores differ even
@@ -218,6 +221,71 @@ def test_completions_that_were_changed_by_hand_are_refused(run, whole, tmp_path)
     path.write_text("".join([*rest, first]))
     with pytest.raises(AssertionError, match="completions.jsonl was changed from line 1 on"):
         run_ranks(1, _evaluate, run, tmp_path / "hand", GRID)
+
+
+DAMAGES = {"half of it": lambda line: line[:40], "a key": lambda line: '{"key": "5"}'}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_line_is_one_error_on_every_rank(run, whole, tmp_path, name):
+    output = tmp_path / "damaged"
+    shutil.copytree(whole, output)
+    lines = (output / COMPLETIONS).read_text().splitlines()
+    lines[3] = DAMAGES[name](lines[3])
+    (output / COMPLETIONS).write_text("\n".join(lines[:9]) + "\n")
+    (output / RESULTS).unlink()
+    command = ["evaluate", run, "--output", output, *GRID]
+    said = f"{output / COMPLETIONS} was changed from line 4 on; --restart begins anew"
+    (status, printed), (other, nothing) = run_ranks(2, call, command, tmp_path)
+    assert (status, other, nothing) == (2, 2, "")
+    assert printed.endswith(f"agrpo: error: {said}\n") and "Traceback" not in printed
+
+
+OWN = """
+from agrpo_megatron.tasks.base import Task
+from agrpo_megatron.types import Problem, Reward
+
+
+class Own(Task):
+    name = "own"
+
+    def load(self):
+        fields = {"gold": {GOLD}, "one of": {"a", "b", "c"}, "made by": object()}
+        return {"train": [], "eval": [Problem("1", fields, "2")]}
+
+    def prompt(self, problem):
+        return "1="
+
+    def reward(self, problem, completion):
+        return Reward(0.0, False)
+"""
+
+
+def _evaluates(file):
+    settings = tiny(f"task.name={file}", "task.options={}", f"model.load={file.parent / 'run'}")
+    plan = plan_evaluation(settings, checkpoint=file.parent, label="", world_size=1)
+    return plan.evaluation["evaluates"]["tasks"]["own"]
+
+
+def test_golds_and_the_code_that_grades_are_part_of_what_is_evaluated(run, tmp_path):
+    file = tmp_path / "own.py"
+    (tmp_path / "run").symlink_to(run)
+    file.write_text(OWN.replace("{GOLD}", "2"))
+    (first,), (again,) = (run_ranks(1, _evaluates, file) for _ in range(2))
+    assert first == again, "another process says the same"
+    file.write_text(OWN.replace("{GOLD}", "3"))
+    (other,) = run_ranks(1, _evaluates, file)
+    assert {key for key in first if first[key] != other[key]} == {"graded", "file"}
+    file.write_text(OWN.replace("{GOLD}", "2").replace("0.0", "0.5"))
+    (other,) = run_ranks(1, _evaluates, file)
+    assert {key for key in first if first[key] != other[key]} == {"file"}
+
+
+def test_metrics_of_the_training_tasks_are_not_asked_of_others(run):
+    chosen = ["checkpoint.best=accuracy/a", "train.stop_metric=accuracy/a", "train.stop_target=1"]
+    settings = load(Settings, run / RUN_SETTINGS, [*GRID, *chosen, "evaluation.tasks={sudoku: {}}"])
+    plan = plan_evaluation(settings, checkpoint=checkpoint_path(run), label="", world_size=1)
+    assert list(plan.tasks) == ["sudoku"]
 
 
 def _train_mixture(run_dir):

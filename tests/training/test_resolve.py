@@ -162,7 +162,9 @@ def test_supervision_needs_solutions_that_are_there_and_fit(tmp_path):
         "model.max_sequence_length=120",
     )
     assert resolved(overrides).settings.sft.iterations == 0
-    with pytest.raises(ValueError, match="^sft.iterations=3 needs .* 2 of 2 training problems of"):
+    with pytest.raises(
+        ValueError, match="^sft.iterations=3 needs .* none of the 2 training problems of"
+    ):
         resolved(overrides, "sft.iterations=3")
     generated = ("sampling.completion_length=2", "sampling.block_length=2")
     generated += ("sampling.denoising_steps=2",)
@@ -182,3 +184,56 @@ def test_a_run_directory_brings_its_tokenizer_and_template(tmp_path, gsm8k):
     assert first_prompt(found).startswith("You will be given a math problem.")
     chosen = resolve(tiny(*kept, *more, "tokenizer.chat_template=llada"), world_size=1)
     assert first_prompt(chosen).startswith("<|startoftext|>")
+
+
+OWN = """
+from agrpo_megatron.tasks.base import Task
+from agrpo_megatron.types import Problem, Reward
+
+
+class Own(Task):
+    def load(self):
+        made = {s: [Problem(s, {}, "1")] for s in ("train", "eval")}
+        return {**made, "%s": []}
+
+    def prompt(self, problem):
+        return "1="
+
+    def reward(self, problem, completion):
+        return Reward(0.0, False)
+"""
+
+
+@pytest.mark.parametrize("empty, word", [("train", "training"), ("eval", "held-out")])
+def test_training_needs_problems_in_both_splits_of_every_part(tmp_path, empty, word):
+    path = tmp_path / "own.py"
+    path.write_text(OWN % empty)
+    own = (f"task.name={path}", "task.options={}")
+    with pytest.raises(ValueError, match=f"^task {path} has no {word} problems; give it some"):
+        resolved(own)
+    parts = f"task.mixture={{countdown: {{}}, mine: {{name: {path}}}}}"
+    mixture = ("task.name=mixture", "task.options={}", parts)
+    with pytest.raises(ValueError, match=f"^task mine has no {word} problems; give it some"):
+        resolved(mixture)
+    assert resolve(tiny(*own), world_size=1, needs=()).task.problems(empty) == []
+
+
+def test_training_on_none_is_refused_and_evaluating_alone_is_not(gsm8k):
+    eval_file = gsm8k[1].rpartition("eval: ")[2]
+    alone = [*gsm8k, f"task.options={{train: none, eval: {eval_file}"]
+    with pytest.raises(ValueError, match="gsm8k has no training problems; .*train=none is for"):
+        resolved(alone)
+    for phase in ("train.iterations=0", "sft.iterations=0"):
+        with pytest.raises(ValueError, match="has no training problems"):
+            resolved(alone, "train.iterations=1", "sft.iterations=1", phase)
+    assert len(resolved(alone, "train.iterations=0").task.problems("eval")) == 2
+
+
+def test_dropping_prompts_refuses_only_what_became_empty(gsm8k):
+    limit = min(prompt_lengths(resolved(gsm8k), "train")) + 10
+    eval_file = gsm8k[1].rpartition("eval: ")[2]
+    alone = [*gsm8k, f"task.options={{train: none, eval: {eval_file}", "train.iterations=0"]
+    drop = ("task.long_prompts=drop", f"task.prompt_tokens={limit}")
+    assert len(resolved(alone, *drop).task.problems("eval")) == 1
+    with pytest.raises(ValueError, match="leaves a task without problems of at most 5 prompt tok"):
+        resolved(alone, *drop, "task.prompt_tokens=5")
