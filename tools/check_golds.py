@@ -6,7 +6,7 @@ DIR holds files named after their benchmark: gsm8k*, math*, countdown*, sudoku*.
 loaded, put into the prompts of both protocols, and answered with its own gold answer and with
 another problem's, in the layout that the protocol asks for; reward and verdict judge both.
 Golds that a protocol refuses are listed with the cause. Exit status 1 where one is refused
-without a known cause, or a wrong answer is accepted.
+without a known cause, or a wrong answer is accepted; 2 where DIR is no folder.
 """
 
 import argparse
@@ -43,8 +43,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="DIR")
+    folder = parser.parse_args().folder
+    if not folder.is_dir():
+        print(f"{folder} is no folder; give one that holds problem files", file=sys.stderr)
+        return 2
     failed = found = False
-    for path in sorted(parser.parse_args().folder.iterdir()):
+    for path in sorted(folder.iterdir()):
         task = next((name for name in BENCHMARKS if path.name.startswith(name)), None)
         if task is None:
             continue

@@ -2,9 +2,12 @@
 
 import dataclasses
 import difflib
+import hashlib
 import importlib.util
 import inspect
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from agrpo_megatron.tasks.sudoku import Sudoku
 __all__ = ["TASKS", "Task", "build_task", "describe_tasks"]
 
 PREFIX = "task.options."
+PART = ("name", "weight", "options", "train_problems", "eval_problems", "seed", "leaks")
 TASKS: dict[str, type[Task]] = {
     cls.name: cls for cls in (Gsm8k, Math, Countdown, Sudoku, ReasoningGym)
 }
@@ -29,10 +33,15 @@ def build_task(settings: TaskSettings) -> Task:
     """Build the task that `settings` names; its problems are loaded when they are first asked for.
 
     Raises:
-        ValueError: unknown task, or unknown or illegal option.
+        ValueError: unknown task, unknown or illegal option, or a setting that another task has.
     """
     if settings.name == Mixture.name:
         return _build_mixture(settings)
+    if settings.mixture:
+        raise ValueError(
+            f"task.mixture is for task.name=mixture, not for task.name={settings.name}; use "
+            "task.name=mixture, or task.mixture={}"
+        )
     cls = _load_class(settings.name) if ".py" in settings.name else TASKS.get(settings.name)
     if cls is None:
         raise ValueError(
@@ -42,10 +51,9 @@ def build_task(settings: TaskSettings) -> Task:
     known = [field.name for field in dataclasses.fields(cls.options_type)]
     for key in settings.options:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            have = f"it has {', '.join(known)}" if known else "it has none"
-            fix = f"did you mean {nearest[0]}?" if nearest else have
-            raise ValueError(f"{PREFIX}{key} is not an option of {settings.name}; {fix}")
+            raise ValueError(
+                f"{PREFIX}{key} is not an option of {settings.name}; {_nearest(key, known)}"
+            )
     return cls(settings, build(cls.options_type, settings.options, PREFIX))
 
 
@@ -54,36 +62,57 @@ def describe_tasks() -> dict[str, list[Described]]:
     return {name: list(describe(cls.options_type, PREFIX)) for name, cls in TASKS.items()}
 
 
+def _nearest(key: object, known: Sequence[str]) -> str:
+    """Return the known name that was meant, or all of them."""
+    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.65)
+    have = f"it has {', '.join(known)}" if known else "it has none"
+    return f"did you mean {nearest[0]}?" if nearest else have
+
+
 def _build_mixture(settings: TaskSettings) -> Mixture:
-    """Build the tasks of `task.mixture`; what a part leaves out it takes from `settings`."""
+    """Build the tasks of `task.mixture`."""
     if not settings.mixture:
         raise ValueError(
             "task.name=mixture needs task.mixture; write for example "
             "task.mixture={countdown: {weight: 2}, sudoku: {weight: 1}}"
         )
-    parts = {}
-    for label, tree in settings.mixture.items():
-        key = f"task.mixture.{label}"
-        if not isinstance(tree, dict):
-            raise ValueError(f"{key}={tree!r} must be a section; use for example {{weight: 1}}")
-        own = {name: value for name, value in tree.items() if name != "weight"}
-        weight = tree.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
-            raise ValueError(f"{key}.weight={weight!r} must be a number above 0; use for example 1")
-        shared: Any = {
-            **dataclasses.asdict(dataclasses.replace(settings, mixture={}, options={})),
-            "name": label,
-        }
-        part = build(TaskSettings, {**shared, **own}, f"{key}.")
-        if part.name == Mixture.name:
-            raise ValueError(f"{key}.name=mixture: a mixture holds no mixtures; list their tasks")
-        with errors_of(label):
-            parts[label] = (build_task(part), float(weight))
-    return Mixture(parts)
+    if settings.options:
+        raise ValueError(
+            f"task.options={settings.options} is not for task.name=mixture; give each part its "
+            f"own, as task.mixture.{next(iter(settings.mixture))}.options"
+        )
+    trees = settings.mixture.items()
+    return Mixture({label: _build_part(settings, label, tree=tree) for label, tree in trees})
+
+
+def _build_part(settings: TaskSettings, label: Any, *, tree: Any) -> tuple[Task, float]:
+    """Return a task of a mixture and its weight; what it leaves out it takes from `settings`."""
+    key = f"task.mixture.{label}"
+    if not isinstance(label, str):
+        raise ValueError(f"{key}: the label {label!r} is no text; write it in quotes")
+    if not isinstance(tree, dict):
+        raise ValueError(f"{key}={tree!r} must be a section; use for example {{weight: 1}}")
+    for name in tree:
+        if name not in PART:
+            raise ValueError(f"{key}.{name} is not a setting of a part; {_nearest(name, PART)}")
+    own = {name: value for name, value in tree.items() if name != "weight"}
+    weight = tree.get("weight", 1.0)
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not math.isfinite(weight) or weight <= 0:
+        raise ValueError(f"{key}.weight={weight!r} must be a number above 0; use for example 1")
+    shared: Any = {
+        **dataclasses.asdict(dataclasses.replace(settings, mixture={}, options={})),
+        "name": label,
+    }
+    part = build(TaskSettings, {**shared, **own}, f"{key}.")
+    if part.name == Mixture.name:
+        raise ValueError(f"{key}.name=mixture: a mixture holds no mixtures; list their tasks")
+    with errors_of(label):
+        return build_task(part), float(weight)
 
 
 def _load_class(name: str) -> type[Task]:
-    """Return the task class of a file, `FILE.py` or `FILE.py:CLASS`.
+    """Return the task class of a file, `FILE.py` or `FILE.py:CLASS`; the file names it by default.
 
     Raises:
         ValueError: no such file, it raises when it is imported, or it holds no such class.
@@ -92,14 +121,18 @@ def _load_class(name: str) -> type[Task]:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"task.name={name}: {path} does not exist; give the path of a Python file")
-    module_name = f"agrpo_task_{path.stem}"
+    # Files of one stem stay apart; workers find the module again by its path.
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    module_name = f"agrpo_task_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit() too
         raise ValueError(
             f"task.name={name}: importing {path} raised {type(error).__name__}: {error}"
         ) from error
@@ -109,7 +142,10 @@ def _load_class(name: str) -> type[Task]:
         if issubclass(cls, Task) and cls.__module__ == module_name
     }
     if wanted in classes or (not wanted and len(classes) == 1):
-        return classes[wanted] if wanted else next(iter(classes.values()))
+        cls = classes[wanted] if wanted else next(iter(classes.values()))
+        if not hasattr(cls, "name"):
+            cls.name = path.stem
+        return cls
     found = ", ".join(classes) or "no class"
     raise ValueError(
         f"task.name={name}: {path} holds {found} derived from agrpo_megatron.tasks.base.Task; "

@@ -29,7 +29,7 @@ def read_rows(source: str, *, key: str, split: str) -> list[Row]:
         ValueError: missing, unreadable or empty.
     """
     path = Path(source)
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    kind = _kind(path)
     if kind in FILES:
         if not path.exists():
             raise ValueError(f"{key}={source} does not exist; give {FORM}")
@@ -39,6 +39,11 @@ def read_rows(source: str, *, key: str, split: str) -> list[Row]:
     if not rows:
         raise ValueError(f"{key}={source} holds no rows; give {FORM} with some")
     return rows
+
+
+def is_local(source: str) -> bool:
+    """Say whether `read_rows` looks for a source on this machine alone."""
+    return _kind(Path(source)) in FILES or Path(source).exists()
 
 
 def to_problems(
@@ -66,16 +71,39 @@ def to_problems(
 
 
 def without_leaks(
-    train: Sequence[Problem], held_out: Sequence[Problem], *, same: Callable[[Problem], str]
-) -> tuple[list[Problem], int]:
-    """Drop training problems that are also held out; returns what is left and the number dropped.
+    train: Sequence[Problem],
+    held_out: Sequence[Problem],
+    *,
+    same: Callable[[Problem], str],
+    name: str,
+    leaks: str,
+    holder: str = "",
+) -> tuple[list[Problem], list[str]]:
+    """Take held-out problems out of the training ones; returns what is left, and what to note.
 
     Args:
         same: what two problems share that count as one.
+        name: of the task.
+        leaks: as task.leaks.
+        holder: who holds them out, such as ` by other`.
+
+    Raises:
+        ValueError: there are some where `leaks` is refuse, or nothing would be left.
     """
     taken = {same(problem) for problem in held_out}
     kept = [problem for problem in train if same(problem) not in taken]
-    return kept, len(train) - len(kept)
+    if len(kept) == len(train):
+        return kept, []
+    said = f"{len(train) - len(kept)} of {len(train)} training problems are also held out{holder}"
+    if leaks == "refuse":
+        raise ValueError(f"task {name}: {said}; use task.leaks=drop, or another file")
+    if leaks == "drop" and not kept:
+        raise ValueError(
+            f"task {name}: all training problems are also held out{holder}; use "
+            "another file for task.options.train, or none to evaluate alone"
+        )
+    word = "left out" if leaks == "drop" else "KEPT (task.leaks=keep)"
+    return (kept if leaks == "drop" else list(train)), [f"{name}: {said}; {word}"]
 
 
 def d1_rows(rows: Sequence[Row], count: int = 256) -> list[Row]:
@@ -125,6 +153,10 @@ def to_whole(value: Any, *names: str) -> int:
             f"column {' or '.join(names)} holds {value!r:.80}, which is no whole number"
         )
     return number
+
+
+def _kind(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
 def _read_file(path: Path, kind: str, *, key: str) -> list[Row]:

@@ -30,8 +30,9 @@ class Grader:
     """Grades completions; called by one thread.
 
     A reward that raises, hangs, runs out of memory, ends its process or is no finite number costs
-    its completion `task.grader.failed_score`; `Reward.failure` says why. Workers start with the
-    first batch, and end with this process, however it ends.
+    its completion `task.grader.failed_score`; `Reward.failure` says why. One that kills the
+    workers' server twice costs so much for every completion that was graded along with it.
+    Workers start with the first batch, and end with this process, however it ends.
     """
 
     def __init__(self, task: Task, settings: TaskSettings):

@@ -23,6 +23,13 @@ class GymOptions:
     config: dict[str, Any] = setting({}, "passed to the generator by name")
     threshold: float = setting(1.0, "lowest score that counts as correct", low=0, high=1)
 
+    def __post_init__(self) -> None:
+        for name, key in (("seed", "task.seed"), ("size", "task.train_problems")):
+            if name in self.config:
+                raise ValueError(
+                    f"task.options.config.{name}={self.config[name]!r} has no effect; use {key}"
+                )
+
 
 class ReasoningGym(Task):
     """Problems that reasoning-gym makes and scores; the score of an answer is the reward."""

@@ -1,11 +1,13 @@
 """Several tasks as one: each with a weight, its own prompts and its own reward."""
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from agrpo_megatron.tasks.base import Split, Splits, Task
+from agrpo_megatron.tasks.data import without_leaks
 from agrpo_megatron.types import Problem, Prompt, Reward
 
 # Settings of a part, as its errors name them.
@@ -18,7 +20,7 @@ def errors_of(label: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(_KEYS.sub(f"task.mixture.{label}.", str(error))) from error
+        raise ValueError(_KEYS.sub(lambda _: f"task.mixture.{label}.", str(error))) from error
 
 
 class Mixture(Task):
@@ -41,12 +43,15 @@ class Mixture(Task):
             task.prepare()
 
     def load(self) -> Splits:
-        """Return the problems of all tasks, one task after the other."""
-        splits: tuple[Split, ...] = ("train", "eval")
-        loaded: Splits = {split: self._labelled(split) for split in splits}
+        """Return the problems of all tasks, one after the other, without leaks between them."""
+        train, held_out = self._load_parts("train"), self._load_parts("eval")
         for label, (task, _) in self.parts.items():
             self.notes += [f"{label}: {note}" for note in task.notes]
-        return loaded
+        for label, other in itertools.permutations(self.parts, 2):
+            train[label] = self._without_leaks(
+                label, other, train=train[label], held_out=held_out[other]
+            )
+        return {"train": _labelled(train), "eval": _labelled(held_out)}
 
     @property
     def shares(self) -> Sequence[tuple[int, float]]:
@@ -85,10 +90,41 @@ class Mixture(Task):
     def _task(self, problem: Problem) -> Task:
         return self.parts[problem.task][0]
 
-    def _labelled(self, split: Split) -> list[Problem]:
-        found = []
+    def _load_parts(self, split: Split) -> dict[str, Sequence[Problem]]:
+        found = {}
         for label, (task, _) in self.parts.items():
             with errors_of(label):
-                problems = task.problems(split)
-            found += [replace(p, key=f"{label}: {p.key}", task=label) for p in problems]
+                found[label] = task.problems(split)
         return found
+
+    def _without_leaks(
+        self, label: str, other: str, *, train: Sequence[Problem], held_out: Sequence[Problem]
+    ) -> Sequence[Problem]:
+        """Take what a part of the same class holds out from a part's training problems."""
+        task, holder = self.parts[label][0], self.parts[other][0]
+        if _class_name(task) != _class_name(holder):
+            return train
+        with errors_of(label):
+            kept, notes = without_leaks(
+                train,
+                held_out,
+                same=lambda problem: task.leak_key(problem, holder),
+                name=label,
+                leaks=task.settings.leaks,
+                holder=f" by {other}",
+            )
+        self.notes += notes
+        return kept
+
+
+def _class_name(task: Task) -> tuple[str, str]:
+    """Name a class; one that was loaded twice from its file has one name."""
+    return type(task).__module__, type(task).__qualname__
+
+
+def _labelled(problems: dict[str, Sequence[Problem]]) -> list[Problem]:
+    return [
+        replace(problem, key=f"{label}: {problem.key}", task=label)
+        for label, mine in problems.items()
+        for problem in mine
+    ]

@@ -9,7 +9,7 @@ from agrpo_megatron.config import setting
 from agrpo_megatron.settings import TaskSettings
 from agrpo_megatron.tasks import benchmarks, equivalence
 from agrpo_megatron.tasks.base import Split, Splits, Task, split_problems, wanted
-from agrpo_megatron.tasks.data import d1_rows, read_rows, to_problems, without_leaks
+from agrpo_megatron.tasks.data import d1_rows, is_local, read_rows, to_problems, without_leaks
 from agrpo_megatron.types import Problem, Prompt, Reward
 
 NONE = "none"  # a source without problems
@@ -55,12 +55,21 @@ class PublicTask(Task):
 
     def load(self) -> Splits:
         """Return the problems of both splits, without leaks."""
+        splits: tuple[Split, ...] = ("eval", "train")
+        # Files first: a wrong one is refused before the hub is waited for.
         read: dict[Split, list[Problem] | None]
-        read = {"eval": self._read("eval"), "train": self._read("train")}
+        read = {split: self._read(split) for split in sorted(splits, key=self._is_remote)}
         filled = self.fill(read)
         train, held_out = filled["train"], filled["eval"]
         if read["train"] and read["eval"]:  # what is made is made apart from what was read
-            train = self._without_leaks(train, held_out)
+            train, notes = without_leaks(
+                train,
+                held_out,
+                same=lambda problem: self.leak_key(problem, self),
+                name=self.name,
+                leaks=self.settings.leaks,
+            )
+            self.notes += notes
         return {"eval": self._drawn("eval", held_out), "train": self._drawn("train", train)}
 
     def fill(self, splits: Mapping[Split, list[Problem] | None]) -> Splits:
@@ -101,6 +110,17 @@ class PublicTask(Task):
         chosen = self.options.train if split == "train" else self.options.eval
         return chosen or self.datasets.get(split, {}).get(self.options.protocol)
 
+    def leak_key(self, problem: Problem, other: Task) -> str:
+        """Return what must not be shared: the key, or Countdown's numbers where there is a file."""
+        assert isinstance(other, PublicTask)
+        if self.source("train") is None and other.source("eval") is None:
+            return problem.key
+        return benchmarks.leak_key(self.name, problem)
+
+    def _is_remote(self, split: Split) -> bool:
+        source = self.source(split)
+        return source not in (None, NONE) and not is_local(source)
+
     def _read(self, split: Split) -> list[Problem] | None:
         """Return the problems of a split's file or dataset; None where it is to be generated."""
         source = self.source(split)
@@ -138,29 +158,6 @@ class PublicTask(Task):
     def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
         """Return the problems of a file that a protocol uses; all of them, unless overridden."""
         return problems
-
-    def _without_leaks(
-        self, train: Sequence[Problem], held_out: Sequence[Problem]
-    ) -> list[Problem]:
-        """Take held-out problems out of the training ones, and say how many there were."""
-
-        def same(problem: Problem) -> str:
-            return benchmarks.leak_key(self.name, problem)
-
-        kept, leaked = without_leaks(train, held_out, same=same)
-        if not leaked:
-            return kept
-        said = f"{leaked} of {len(train)} training problems are also held out"
-        if self.settings.leaks == "refuse":
-            raise ValueError(f"task {self.name}: {said}; use task.leaks=drop, or another file")
-        if self.settings.leaks == "drop" and not kept:
-            raise ValueError(
-                f"task {self.name}: all training problems are also held out; use "
-                "another file for task.options.train, or none to evaluate alone"
-            )
-        word = "left out" if self.settings.leaks == "drop" else "KEPT (task.leaks=keep)"
-        self.notes.append(f"{self.name}: {said}; {word}")
-        return kept if self.settings.leaks == "drop" else list(train)
 
 
 class GeneratedTask(PublicTask):
@@ -235,11 +232,11 @@ class GeneratedTask(PublicTask):
     def _generate_apart(self, split: Split, others: Sequence[Problem]) -> list[Problem]:
         """Make a split whose problems leak nothing from, or into, those of the other's file."""
         count = wanted(self.settings, split)
-        taken = {benchmarks.leak_key(self.name, problem) for problem in others}
+        taken = {self.leak_key(problem, self) for problem in others}
         made = [
             problem
             for problem in self._generate(2 * count)
-            if benchmarks.leak_key(self.name, problem) not in taken
+            if self.leak_key(problem, self) not in taken
         ]
         if len(made) < count:
             raise ValueError(

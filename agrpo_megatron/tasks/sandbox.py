@@ -2,8 +2,9 @@
 
     Sandbox --socket--> server (a fresh interpreter: imports once) --fork--> a child for each call
 
-A child that takes too long is killed, in C code too; the server and the next calls know nothing
-of it. Children die with the server, the server ends with its parent.
+A child that takes too long is killed, in C code too, and with it what it started; the server and
+the next calls know nothing of it. Children die with the server, the server ends with its parent.
+What any of them prints goes to stderr: the parent's stdout may hold its own results.
 """
 
 import contextlib
@@ -24,6 +25,8 @@ from typing import Any, NamedTuple
 
 DIES_WITH_PARENT = 1  # Linux: PR_SET_PDEATHSIG
 GRACE = 60.0  # seconds that a server may take to start, beyond what its calls may take
+
+STDERR = 2  # its file descriptor, whatever sys.stderr is
 
 _is_inside = False
 
@@ -102,7 +105,11 @@ class Sandbox:
         command = [sys.executable, "-c", program, str(theirs.fileno())]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._server = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+            command,
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=STDERR,
         )
         theirs.close()
         self._connection = Connection(ours.detach())
@@ -180,7 +187,9 @@ def _advance(child: _Child, *, has_news: bool) -> Outcome | None:
         return Outcome(None, f"ended with status {os.waitstatus_to_exitcode(status)}")
     if time.monotonic() < child.deadline:
         return None
-    os.kill(child.process, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.process, signal.SIGKILL)
+    os.kill(child.process, signal.SIGKILL)  # it may not have come to lead a group
     os.waitpid(child.process, 0)
     return Outcome(None, "timeout")
 
@@ -190,6 +199,7 @@ def _fork(place: int, handler: Callable, call: tuple, seconds: float, memory: in
     server, process = os.getpid(), os.fork()
     if process == 0:
         os.close(reading)
+        os.setsid()  # it and what it starts are a group to kill
         _die_with_parent()
         if os.getppid() != server:  # it died before it could take this child along
             os._exit(0)

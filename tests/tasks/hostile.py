@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -50,7 +51,13 @@ class Hostile(Task):
     def _misbehave(self, deed: str):
         if deed == "raise":
             raise KeyError("no such thing")
-        if deed == "hang":
+        if deed == "print":
+            print("printed by a reward", flush=True)
+            return Reward(1.0, True)
+        if deed == "start and hang":
+            started = subprocess.Popen(["sleep", "600"])
+            (Path(self.options.folder) / f"hung-{started.pid}").touch()
+        if deed in ("hang", "start and hang"):
             (Path(self.options.folder) / f"hung-{os.getpid()}").touch()
             while True:
                 time.sleep(60)

@@ -13,7 +13,7 @@ import pytest
 from agrpo_megatron.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.tasks.benchmarks import PROTOCOLS
-from tools.check_golds import check_file
+from tools.check_golds import check_file, main
 
 DATA = Path(__file__).parents[1] / "fixtures" / "tasks" / "data"
 ROWS = [
@@ -171,6 +171,14 @@ def test_golds_are_right_and_others_wrong(path, protocol):
     assert (count.right, count.refused) == (40 - len(count.known), 40)
 
 
+def test_checking_golds_of_no_folder_says_so(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    monkeypatch.setattr("sys.argv", ["check_golds.py", str(gone)])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert said == f"{gone} is no folder; give one that holds problem files\n"
+
+
 def _comma(line):
     return "," in json.loads(line)["answer"].split("####")[1]
 
@@ -191,6 +199,19 @@ def test_leaks_are_dropped_refused_or_kept_and_always_told(tmp_path):
         build("countdown", leaks="refuse", **sources).problems("train")
     # What is held out but not drawn is no training problem either.
     assert len(build("countdown", eval_problems=1, **sources).problems("train")) == 1
+
+
+def test_files_are_read_before_the_hub_is_asked(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    path = tmp_path / "train.jsonl"
+    with pytest.raises(ValueError, match=r"^task.options.train=\S+ does not exist"):
+        build("gsm8k", train=str(path)).problems("train")
+    write_lines(path, [{"question": "1+1?", "answer": "#### 2"}])
+    with pytest.raises(ValueError, match=r"^task.options.eval=madrylab/\S+ .*the hub was asked"):
+        build("gsm8k", train=str(path)).problems("train")
 
 
 def test_blanks_make_no_new_problem(tmp_path):

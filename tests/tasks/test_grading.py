@@ -114,6 +114,23 @@ def test_a_grader_is_closed_while_a_reward_hangs(opened, tmp_path):
     _assert_gone(hung)
 
 
+def test_what_a_reward_started_ends_with_its_time(opened, tmp_path):
+    grader, problems = opened(deeds=["start and hang"], folder=str(tmp_path))
+    rewards = grader.grade([Call(problems["start and hang"], "")])
+    assert [reward.failure for reward in rewards] == ["timeout"]
+    hung = _wait_for_hung(tmp_path)
+    assert len(hung) == 2
+    _assert_gone(hung)
+
+
+def test_what_a_reward_prints_is_no_output_of_the_run(opened, capfd):
+    grader, problems = opened(deeds=["print"])
+    assert grader.grade([Call(problems["print"], "")])[0].correct
+    grader.close()
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "printed by a reward\n")
+
+
 def test_a_task_that_workers_cannot_build_says_why(tmp_path):
     """Its file is there when the run begins, and gone when the workers start."""
     file = tmp_path / "mine.py"
