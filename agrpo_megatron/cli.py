@@ -24,6 +24,7 @@ from agrpo_megatron.cli_evaluate import add_evaluate, add_report
 from agrpo_megatron.config import describe, load, to_yaml
 from agrpo_megatron.settings import Settings
 
+UNREAD = 141  # as a shell says of a process that SIGPIPE ended
 EPILOG = """\
 a first run:
   agrpo train examples/tiny.yaml            train from nothing on the CPU, in minutes
@@ -57,10 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         if is_main():
             print(f"agrpo: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        if not _is_unread():
+    except (BrokenPipeError, SystemExit) as error:
+        if not _is_unread(error):
             raise
-        return 141  # as a shell says of a process that SIGPIPE ended
+        return UNREAD
     except KeyboardInterrupt:
         return 130
 
@@ -184,10 +185,12 @@ def config(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _is_unread() -> bool:
+def _is_unread(error: BaseException) -> bool:
     """Say whether nobody reads the standard output; what is left of it then goes nowhere."""
+    if isinstance(error, SystemExit):  # what rich makes of it
+        return isinstance(error.__context__, BrokenPipeError)
     try:
-        sys.stdout.flush()
+        print(flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed again at exit
         return True

@@ -220,3 +220,13 @@ def test_doctor_names_what_is_there_and_what_is_not(tmp_path):
     assert status == 0
     for part in ("Python", "PyTorch", "Megatron-Core", "Transformer Engine", "wandb"):
         assert part in printed
+
+
+@pytest.mark.parametrize("arguments", [["config"], ["config", "examples/tiny.yaml"]])
+def test_a_reader_that_ends_early_is_no_error(arguments):
+    command = [sys.executable, "-m", "agrpo_megatron", *arguments]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
