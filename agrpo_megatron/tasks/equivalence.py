@@ -10,7 +10,7 @@ from typing import Any
 
 from agrpo_megatron.tasks import sandbox
 
-SECONDS = 1.2  # of processor time for a comparison; what takes longer counts as different
+SECONDS = 0.8  # of processor time for a comparison; what takes longer counts as different
 PATIENCE = 20 * SECONDS  # of wall time, where other processes keep it from running
 LONGEST = 20_000  # characters of an answer that is looked at
 _WHOLE_NUMBER = re.compile(r"(?:0|-?[1-9][0-9]{0,14})")
