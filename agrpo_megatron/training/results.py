@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agrpo_megatron.config import flatten
 from agrpo_megatron.grid import EVALUATION, RESULTS
 
 COMPLETIONS = "completions.jsonl"
@@ -68,8 +69,8 @@ class ResultStore:
         there = self.stored()
         if there is None:
             return
-        old = _flat(there.get("evaluates", {}))
-        new = _flat(json.loads(json.dumps(evaluation["evaluates"])))
+        old = flatten(there.get("evaluates", {}))
+        new = flatten(json.loads(json.dumps(evaluation["evaluates"])))
         for key in [*new, *old]:
             if old.get(key) != new.get(key):
                 raise ValueError(
@@ -145,13 +146,3 @@ def _replace(path: Path, tree: dict[str, Any]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dictionaries by dotted name."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix.rstrip("."): tree}
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.")
-    return flat
