@@ -164,7 +164,7 @@ def judge(task: str, protocol: str, fields: Fields, raw: str) -> Reward:
     """Return the verdict of the protocol's evaluation; a Sudoku scores its share of cells."""
     if task == "sudoku":
         right, empty = _cells(protocol, fields, raw)
-        parts = {"cells": right, "empty": empty}
+        parts: dict[str, float] = {"cells": right, "empty": empty}
         return Reward(share(right, empty), empty > 0 and right == empty, parts)
     if protocol == "agrpo":
         correct = AGRPO_VERDICTS[task](raw, fields)
