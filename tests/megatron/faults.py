@@ -34,6 +34,7 @@ def out_of_memory() -> None:
 def killed() -> None:
     """Die as under the kernel's out-of-memory killer: without a word."""
     if RANK == 1:
+        time.sleep(3)  # until rank 0 waits for this one: elsewhere it is ended before it notices
         os.kill(os.getpid(), signal.SIGKILL)
 
 
