@@ -42,7 +42,6 @@ class Math(PublicTask):
         "train": {"agrpo": "qwedsacf/competition_math", "d1": "ankner/math-500"},
         "eval": dict.fromkeys(benchmarks.PROTOCOLS, "HuggingFaceH4/MATH-500"),
     }
-
     kind = "give task.options.levels that it has, or another file"
 
     def make_problem(self, row: dict[str, Any]) -> Problem:

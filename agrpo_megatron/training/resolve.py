@@ -202,10 +202,10 @@ def _require_problems(settings: Settings, task: Task, needs: Sequence[Split]) ->
         "eval": "give it some",
     }
     for split in needs:
-        empty = problems_by_task(task, split).keys() - set(_filled(task, split))
+        empty = [label for label, found in problems_by_task(task, split).items() if not found]
         if empty and (split == "eval" or trains):
             raise ValueError(
-                f"task {min(empty)} has no {SPLIT_NAMES[split]} problems; {fixes[split]}"
+                f"task {empty[0]} has no {SPLIT_NAMES[split]} problems; {fixes[split]}"
             )
 
 
