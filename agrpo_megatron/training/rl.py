@@ -189,13 +189,17 @@ def _rollout_metrics(session: Session, rollout: Rollout) -> dict[str, float]:
 
 
 def _update_metrics(results: list[dict[str, float]]) -> dict[str, float]:
-    """Combine the updates of an iteration; the ratio's error is the first update's."""
-    scored = max(1.0, sum(r["scored_tokens"] for r in results))
+    """Combine the updates of an iteration; the ratio's error is the first update's.
+
+    Where no token was scored the ratio is 1: nothing differs from the rollout.
+    """
+    tokens = sum(r["scored_tokens"] for r in results)
+    scored = max(1.0, tokens)
     return {
         "loss": sum(r["loss"] for r in results) / len(results),
         "grad_norm": max(r["grad_norm"] for r in results),
         "learning_rate": results[-1]["learning_rate"],
-        "ratio/mean": sum(r["ratio_sum"] for r in results) / scored,
+        "ratio/mean": sum(r["ratio_sum"] for r in results) / tokens if tokens else 1.0,
         "ratio/max_error": results[0]["ratio_max_error"],
         "clip_fraction": sum(r["clipped_tokens"] for r in results) / scored,
         "kl": sum(r["kl_sum"] for r in results) / scored,

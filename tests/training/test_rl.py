@@ -213,6 +213,7 @@ def test_completions_that_are_all_end_of_text_train_without_error(rule, steps):
     assert result["metrics"]["rows"] == steps * result["used"]
     assert result["moved"] == (steps > 0) == (result["metrics"]["grad_norm"] > 0)
     assert result["metrics"]["ratio/max_error"] < 1e-5
+    assert result["metrics"]["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
 
 
 def _skip_or_not():
