@@ -15,12 +15,14 @@ one test, to the next. They are forked from a server that imported torch and Meg
 and did nothing else: a rank starts in milliseconds instead of ten seconds.
 """
 
+import contextlib
 import faulthandler
 import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 GRACE = 2.0  # seconds that the other ranks get to end by themselves once one has failed
+PORTS = (20000, 32000)  # for rendezvous; Linux hands out those above
 SHOWN = 4000  # characters of a failed rank's output that are shown
 RENDEZVOUS = {
     "MASTER_ADDR": "127.0.0.1",
@@ -101,9 +104,13 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Return a port below those that the system hands out: no other connection can take it."""
+    while True:
+        port = random.SystemRandom().randrange(*PORTS)  # a test may have seeded random
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _rank_main(
