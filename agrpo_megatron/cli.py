@@ -88,7 +88,7 @@ def train(arguments: argparse.Namespace) -> int:
             print(f"{settings.run.dir} is finished{why}; add --restart to run it again\n")
             conclude(Path(settings.run.dir))
         return 0
-    from agrpo_megatron.megatron.failure import ending_together
+    from agrpo_megatron.resilience.failure import ending_together
     from agrpo_megatron.reports.terminal import LiveView
     from agrpo_megatron.training.run import train as run
 
@@ -116,7 +116,7 @@ def sample(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     target = open_target(arguments)
-    from agrpo_megatron.megatron.failure import ending_together
+    from agrpo_megatron.resilience.failure import ending_together
     from agrpo_megatron.reports.trace import trace
     from agrpo_megatron.training.inference import complete, opened
     from agrpo_megatron.training.resolve import resolve

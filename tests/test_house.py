@@ -27,9 +27,18 @@ LAYERS = {
         "statistics",
     ),
     1: ("diffusion", "tasks", "families", "chat", "tokenizer", "scaling", "doctor"),
-    2: ("megatron", "checkpoint"),
+    2: ("megatron", "checkpoint", "resilience"),
     3: ("training",),
-    4: ("cli", "cli_common", "cli_convert", "cli_evaluate", "reports", "__main__"),
+    4: (
+        "cli",
+        "cli_common",
+        "cli_convert",
+        "cli_evaluate",
+        "cli_launch",
+        "launch",
+        "reports",
+        "__main__",
+    ),
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 MEGATRON_CORE_IN = ("megatron/", "checkpoint/", "training/step.py")

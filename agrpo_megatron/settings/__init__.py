@@ -14,6 +14,7 @@ from agrpo_megatron.settings.model import (
     RunSettings,
     TokenizerSettings,
 )
+from agrpo_megatron.settings.resilience import LaunchSettings, ResilienceSettings
 from agrpo_megatron.settings.training import (
     PROPOSALS,
     STEP_SAMPLERS,
@@ -35,11 +36,13 @@ __all__ = [
     "CheckpointSettings",
     "EvaluationSettings",
     "GraderSettings",
+    "LaunchSettings",
     "LoggingSettings",
     "ModelSettings",
     "OptimizerSettings",
     "PROPOSALS",
     "ParallelSettings",
+    "ResilienceSettings",
     "RolloutSettings",
     "RunSettings",
     "STEP_SAMPLERS",
@@ -76,6 +79,8 @@ class Settings:
     evaluation: EvaluationSettings = section(EvaluationSettings, "held-out evaluation")
     checkpoint: CheckpointSettings = section(CheckpointSettings, "checkpoints")
     logging: LoggingSettings = section(LoggingSettings, "reports")
+    resilience: ResilienceSettings = section(ResilienceSettings, "what keeps a run going")
+    launch: LaunchSettings = section(LaunchSettings, "the job that `agrpo launch` submits")
 
 
 def evaluation_sampling(settings: Settings) -> SamplingSettings:

@@ -15,7 +15,7 @@ from agrpo_megatron.training.resolve import RUN_SETTINGS, SPLIT_NAMES
 # What may change between the attempts of one run: it alters no number, or only adds iterations.
 MAY_CHANGE = ("run.dir", "run.threads", "run.timeout", "logging", "checkpoint", "parallel")
 MAY_CHANGE += ("rollout", "ddp", "optimizer.distributed", "sft.optimizer.distributed")
-MAY_CHANGE += ("task.grader.workers",)
+MAY_CHANGE += ("task.grader.workers", "resilience", "launch")
 # Nothing was judged by these before the reinforcement learning, which may refuse their metric.
 OF_RL = ("train.stop_metric", "train.stop_target", "train.stop_patience")
 DATA = "data.json"  # digests of the problems and of the task's file

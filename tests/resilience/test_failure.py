@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from agrpo_megatron.megatron.failure import LOST
+from agrpo_megatron.resilience.failure import LOST
 from tests.test_cli import write_settings
 
 ROOT = Path(__file__).parent.parent.parent
-FAULTS = Path(__file__).parent / "faults.py"
+FAULTS = Path(__file__).parent / "faulty.py"
 BOUND = 30.0  # seconds from the fault until every process is gone
 # fault: the first line on the screen that is an error's
 FIRST = {

@@ -1,4 +1,4 @@
-"""The `agrpo` command with a fault on one rank: `faults.py FAULT COMMAND ...`, started by torchrun.
+"""The `agrpo` command with a fault on one rank: `faulty.py FAULT COMMAND ...`, started by torchrun.
 
 The fault strikes in the second rollout of the reinforcement learning, when every rank has met the
 others in many collectives. Rank 1 has it; what rank 0 does meanwhile is wait in the next one.
