@@ -161,6 +161,23 @@ def describe(cls: type, prefix: str = "") -> Iterator[Described]:
             )
 
 
+def read_override(override: str) -> tuple[str, Any]:
+    """Return key and value of section.key=value; the value is YAML.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise ValueError(f"override {override!r}: write section.key=value, e.g. run.seed=1")
+    try:
+        return key.strip(), parse_yaml(text) if text else None
+    except RepeatedKeyError as error:
+        raise ValueError(f"override {override!r}: {error.problem}") from None
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
+
+
 def _read_merged(cls: type, path: str | Path) -> dict[str, Any]:
     """Return a file's content over that of its bases."""
     tree: dict[str, Any] = {}
@@ -200,16 +217,8 @@ def _as_mapping(hint: Any, value: Any, *, key: str) -> Any:
 
 
 def _apply_override(cls: type, tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(part.strip() for part in key.split(".")):
-        raise ValueError(f"override {override!r}: write section.key=value, e.g. run.seed=1")
-    try:
-        value = parse_yaml(text) if text else None
-    except RepeatedKeyError as error:
-        raise ValueError(f"override {override!r}: {error.problem}") from None
-    except yaml.YAMLError:
-        raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    *sections, name = key.strip().split(".")
+    key, value = read_override(override)
+    *sections, name = key.split(".")
     node, owner = tree, cls
     for depth, part in enumerate(sections, start=1):
         owner = typing.get_type_hints(owner).get(part) if dataclasses.is_dataclass(owner) else None
@@ -292,7 +301,7 @@ def _check_range(key: str, value: Any, meta: Mapping[str, Any]) -> None:
 
 def _type_name(hint: Any) -> str:
     names: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false"}
-    names |= {str: "text", list[int]: "a list of integers"}
+    names |= {str: "text", list[int]: "a list of integers", list[str]: "a list of texts"}
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     words = [names.get(o, "a mapping") for o in options if o is not type(None)]
     return " or ".join(words + (["null"] if type(None) in options else []))

@@ -1,5 +1,6 @@
 """YAML files of settings; one may name another as its `base` and hold the differences alone."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ class _Loader(yaml.SafeLoader):
                 raise RepeatedKeyError(None, None, said, key.start_mark)
             known.add((key.tag, str(key.value)))
         return node
+
+
+# As in YAML 1.2, a time such as 10:00:00 is a text, not a number to base 60.
+_BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9][0-9_]*(:[0-9_.]+)+$"))
+_Loader.yaml_implicit_resolvers = {
+    first: [_BASE_60, *others] if first in "+-0123456789" else others
+    for first, others in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_yaml(text: str) -> Any:

@@ -12,7 +12,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -23,11 +23,8 @@ from agrpo_megatron.config import build, load
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.layout import layout_name, model_ranks, parse_layout
 from agrpo_megatron.rules import validate_layout
-from agrpo_megatron.scaling.memory import Memory, worst_rank
+from agrpo_megatron.scaling.memory import PARTS, SPARE, worst_rank
 from agrpo_megatron.settings import ParallelSettings, Settings
-
-SPARE = 0.9  # of the memory: what arithmetic does not see needs the rest
-PARTS = [part.name for part in fields(Memory)]
 
 
 def main() -> int:

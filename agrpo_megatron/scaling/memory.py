@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from agrpo_megatron.layout import data_ranks, padded_vocab, rollout_parallel, stage_layers
 from agrpo_megatron.settings import ModelSettings, ParallelSettings, Settings
 
+SPARE = 0.9  # of a GPU's memory: what arithmetic does not see needs the rest
 FLOAT32, MOMENTS = 4, 8  # bytes of a number, and of Adam's two moments of a weight
 
 
@@ -26,7 +27,10 @@ class Memory:
     @property
     def total(self) -> int:
         """Return the sum of all parts."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        return sum(getattr(self, part) for part in PARTS)
+
+
+PARTS = tuple(part.name for part in fields(Memory))
 
 
 def worst_rank(settings: Settings, world_size: int) -> Memory:

@@ -60,12 +60,16 @@ class LaunchSettings:
     partition: str | None = setting(None, "SLURM partition")
     account: str | None = setting(None, "SLURM account")
     qos: str | None = setting(None, "SLURM quality of service")
-    time: str | None = setting(None, "time limit as SLURM writes it, such as 04:00:00")
+    time: str | int | None = setting(
+        None, "time limit as SLURM writes it: 04:00:00, 1-12 (days-hours), or minutes alone"
+    )
     grace: int = setting(
         300, "a job is told so long before its time is up", unit="seconds", low=0, high=65535
     )
     gpus_per_node: int = setting(8, "GPUs of each node; 0 runs on CPUs", low=0)
-    ranks_per_node: int | None = setting(None, "ranks of each node; null: one per GPU", low=1)
+    ranks_per_node: int | None = setting(
+        None, "ranks of each node; null: one per GPU, or one on CPUs", low=1
+    )
     gpu_memory: float = setting(80.0, "of each GPU, for the estimate", unit="GiB", low=1)
     cpus_per_task: int | None = setting(None, "CPUs of each node's task; null: all", low=1)
     exclude: str | None = setting(None, "nodes that are not used, as SLURM writes them")

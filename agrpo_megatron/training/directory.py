@@ -72,17 +72,21 @@ def is_finished(settings: Settings, done: Progress | None) -> bool:
     """Say whether nothing is left to do."""
     if done is None or done.phase != "rl":
         return False
-    return done.iteration == settings.train.iterations or done.stopped is not None
+    is_last = done.iteration == settings.train.iterations and done.is_evaluated
+    return is_last or done.stopped is not None
 
 
 def move_away(directory: Path) -> Path | None:
     """Rename a run directory to the first free `NAME.1`, `NAME.2`, ...; nothing is deleted."""
-    if not directory.exists():
-        return None
+    return directory.rename(free_name(directory)) if directory.exists() else None
+
+
+def free_name(directory: Path) -> Path:
+    """Return the first of `NAME.1`, `NAME.2`, ... that is free."""
     number = 1
     while (target := directory.with_name(f"{directory.name}.{number}")).exists():
         number += 1
-    return directory.rename(target)
+    return target
 
 
 def _fixed(settings: Settings, may_change: tuple[str, ...]) -> dict[str, Any]:

@@ -1,0 +1,169 @@
+"""A job as `sbatch` takes it: options, script, arguments, environment; and as a shell script."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agrpo_megatron.launch.cluster import parse_time
+from agrpo_megatron.settings import LaunchSettings
+
+LOGS = "launch"  # folder of a run directory
+# What stands in every command already, and the key that says it.
+OWN_OPTIONS = {
+    "--nodes": "--nodes N",
+    "--partition": "launch.partition",
+    "--account": "launch.account",
+    "--qos": "launch.qos",
+    "--time": "launch.time",
+    "--signal": "launch.grace",
+    "--gpus-per-node": "launch.gpus_per_node",
+    "--ntasks-per-node": "launch.ranks_per_node",
+    "--cpus-per-task": "launch.cpus_per_task",
+    "--exclude": "launch.exclude",
+    "--output": "run.dir",
+    "--array": "--sweep",
+}
+LITERAL = "# shellcheck disable=SC1003,SC2016 # every word is meant as it stands"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one call of `sbatch` submits."""
+
+    words: tuple[str, ...]  # options, then script and its arguments
+    environment: dict[str, str]  # handed on to the job by --export=ALL
+
+
+def scripts_root() -> Path:
+    """Return the directory that holds `slurm/`: the package where it is installed, or its parent.
+
+    Raises:
+        RuntimeError: the scripts are in neither.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for root in (package, package.parent):
+        if (root / "slurm" / "train.sbatch").is_file():
+            return root
+    raise RuntimeError(f"{package.parent} holds no slurm/train.sbatch; install the package anew")
+
+
+def ranks_per_node(launch: LaunchSettings) -> int:
+    """Return the ranks of each node: one per GPU unless set, one on CPUs."""
+    return launch.ranks_per_node or launch.gpus_per_node or 1
+
+
+def check_launch(launch: LaunchSettings, nodes: int) -> None:
+    """Check what needs no cluster to be told.
+
+    Raises:
+        ValueError: the first rule broken, with key, value, rule and fix.
+    """
+    if nodes < 1:
+        raise ValueError(f"--nodes {nodes} is below 1; give the number of nodes")
+    gpus, ranks = launch.gpus_per_node, ranks_per_node(launch)
+    if gpus and ranks > gpus:
+        raise ValueError(
+            f"launch.ranks_per_node={ranks} is over launch.gpus_per_node={gpus}, and each rank "
+            f"needs a GPU of its own; use at most {gpus}, or launch.gpus_per_node=0 for CPUs"
+        )
+    if launch.time is not None:
+        try:
+            limit = parse_time(launch.time)
+        except ValueError as error:
+            raise ValueError(f"launch.time={error}") from None
+        if limit is not None and launch.grace >= limit:
+            raise ValueError(
+                f"launch.grace={launch.grace} is not shorter than launch.time={launch.time}, "
+                f"{limit} seconds; lower it"
+            )
+    for option in launch.options or []:
+        name = option.partition("=")[0]
+        if not option.startswith("--") or name == "--":
+            raise ValueError(f"launch.options={option} is not an option; write --name=value")
+        if name in OWN_OPTIONS:
+            raise ValueError(f"launch.options={option} is set elsewhere; use {OWN_OPTIONS[name]}")
+
+
+def run_job(
+    launch: LaunchSettings,
+    directory: Path,
+    *,
+    nodes: int,
+    script: str,
+    arguments: Sequence[str],
+    array: str | None = None,
+) -> Job:
+    """Return the job of a run, or of an array of runs.
+
+    Args:
+        directory: absolute; of the run, or of the sweep.
+        script: name of a file in `slurm/`.
+        array: indices of its members as SLURM writes them; None for a single job.
+    """
+    root = scripts_root()
+    words = [
+        *([f"--array={array}"] if array is not None else []),
+        *_common(launch, directory, "", "%A_%a" if array is not None else "%j"),
+        f"--nodes={nodes}",
+        "--ntasks-per-node=1",
+        *([f"--gpus-per-node={launch.gpus_per_node}"] if launch.gpus_per_node else []),
+        f"--cpus-per-task={launch.cpus_per_task}" if launch.cpus_per_task else "--exclusive",
+        *([f"--signal=USR1@{launch.grace}"] if launch.grace else []),
+        "--requeue",
+        str(root / "slurm" / script),
+        *arguments,
+    ]
+    environment = {
+        "AGRPO_ROOT": str(root),
+        "AGRPO_PYTHON": sys.executable,
+        "AGRPO_RUN_DIR": str(directory),
+        "AGRPO_RANKS_PER_NODE": str(ranks_per_node(launch)),
+        "AGRPO_LAUNCHER": launch.launcher,
+        "AGRPO_RESTARTS": str(launch.restarts),
+        "AGRPO_GRACE": str(launch.grace),
+    }
+    return Job(tuple(words), environment)
+
+
+def wrapped_job(launch: LaunchSettings, directory: Path, *, name: str, words: Sequence[str]) -> Job:
+    """Return a job of one task that runs a command on any node."""
+    common = _common(launch, directory, f"-{name}", "%j")
+    return Job((*common, "--nodes=1", "--ntasks=1", f"--wrap={shlex.join(words)}"), {})
+
+
+def command(job: Job, *, extra: Sequence[str] = ()) -> str:
+    """Return the shell command that submits a job, an option a line.
+
+    Args:
+        extra: options that are shell text already.
+    """
+    lines = [f"{name}={shlex.quote(value)}" for name, value in job.environment.items()]
+    lines += ["sbatch", *(f"    {option}" for option in extra)]
+    return " \\\n".join([*lines, *(f"    {shlex.quote(word)}" for word in job.words)])
+
+
+def shell_script(notes: Sequence[str], commands: Sequence[str]) -> str:
+    """Return a script for bash: notes as comments, then commands."""
+    body = "\n".join(commands)
+    comments = [f"# {line}".rstrip() for note in notes for line in note.splitlines()]
+    literal = [LITERAL] if any(mark in body for mark in "$`\\") else []
+    return "\n".join(["#!/usr/bin/env bash", *literal, *comments, "set -euo pipefail", body, ""])
+
+
+def _common(launch: LaunchSettings, directory: Path, suffix: str, number: str) -> list[str]:
+    """Return the options of every job of a run; `number` is how SLURM writes the job's number."""
+    chosen = {"partition": launch.partition, "account": launch.account, "qos": launch.qos}
+    chosen |= {"time": launch.time, "exclude": launch.exclude}
+    folder = str(directory / LOGS).replace("%", "%%")  # SLURM reads % in a file's name
+    return [
+        "--parsable",
+        "--export=ALL",
+        f"--job-name=agrpo-{directory.name}{suffix}",
+        f"--chdir={Path.cwd()}",
+        f"--output={folder}/{number}.log",
+        "--open-mode=append",
+        *(f"--{name}={value}" for name, value in chosen.items() if value is not None),
+        *(launch.options or []),
+    ]

@@ -1,0 +1,139 @@
+"""What a job would run: settings checked as the job will check them, and what to know of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agrpo_megatron.config import load
+from agrpo_megatron.launch.cluster import parse_time, write_time
+from agrpo_megatron.launch.job import check_launch, ranks_per_node
+from agrpo_megatron.launch.sweep import SWEEP
+from agrpo_megatron.layout import layout_name
+from agrpo_megatron.scaling.memory import PARTS, SPARE, Memory, worst_rank
+from agrpo_megatron.settings import LaunchSettings, Settings
+from agrpo_megatron.training.directory import is_finished, progress
+from agrpo_megatron.training.resolve import resolve
+
+GIB, MIB = 2**30, 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is to be submitted."""
+
+    settings: Settings  # complete, and checked for the ranks of the job
+    nodes: int
+    state: str  # whether the run is new, goes on, or is finished
+    is_finished: bool
+    memory: Memory  # of the rank that needs most
+
+    @property
+    def directory(self) -> Path:
+        """Return the absolute run directory."""
+        return Path(self.settings.run.dir).absolute()
+
+    @property
+    def layout(self) -> str:
+        """Return the layout, and how it lies on the nodes."""
+        ranks = ranks_per_node(self.settings.launch)
+        name = layout_name(self.settings.parallel, self.nodes * ranks)
+        return f"{name} on {_count(self.nodes, 'node')} x {_count(ranks, 'rank')}"
+
+
+def plan_run(file: str | Path, overrides: Sequence[str], *, nodes: int, is_restart: bool) -> Plan:
+    """Load and check the settings of a run at the ranks of its job.
+
+    Args:
+        is_restart: an earlier run in the directory will have been moved away.
+
+    Raises:
+        ValueError: wrong settings, missing data, an impossible layout, too little memory, or a
+            directory that holds something else.
+    """
+    settings = load(Settings, file, overrides)
+    check_launch(settings.launch, nodes)
+    world_size = nodes * ranks_per_node(settings.launch)
+    settings = resolve(settings, world_size=world_size).settings
+    directory = Path(settings.run.dir)
+    if (directory / SWEEP).exists() and not is_restart:
+        raise ValueError(f"run.dir={directory} holds a sweep; choose another run.dir")
+    memory = worst_rank(settings, world_size)
+    _check_memory(settings, memory, world_size)
+    done = None if is_restart else progress(settings)
+    state, iterations = "new", settings.train.iterations
+    if done is not None:
+        of = iterations if done.phase == "rl" else settings.sft.iterations
+        state = f"goes on after {done.phase} iteration {done.iteration} of {of}"
+    return Plan(settings, nodes, state, is_finished(settings, done), memory)
+
+
+def refuse_finished(plan: Plan) -> None:
+    """Refuse to submit a job that has nothing to do.
+
+    Raises:
+        ValueError: the run is finished.
+    """
+    if plan.is_finished:
+        raise ValueError(
+            f"run.dir={plan.settings.run.dir} is finished; add --restart to move it away and run "
+            "it again"
+        )
+
+
+def notes(plan: Plan) -> list[str]:
+    """Return what to know of a run before it is submitted."""
+    found = [
+        f"run       {plan.directory} ({plan.state})",
+        f"layout    {plan.layout}",
+        f"memory    {_memory_text(plan.memory, plan.settings.launch)}",
+        f"time      {_time_text(plan.settings.launch)}",
+    ]
+    return found + [f"warning   {warning}" for warning in _warnings(plan)]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _check_memory(settings: Settings, memory: Memory, world_size: int) -> None:
+    launch = settings.launch
+    if launch.gpus_per_node and memory.total > launch.gpu_memory * GIB:
+        name = layout_name(settings.parallel, world_size)
+        raise ValueError(
+            f"launch.gpu_memory={launch.gpu_memory:g} is under the {memory.total / GIB:.1f} GiB of "
+            f"the fullest rank at parallel={name}; split the model over more ranks "
+            f"(python tools/layouts.py FILE --ranks {world_size} compares layouts)"
+        )
+
+
+def _memory_text(memory: Memory, launch: LaunchSettings) -> str:
+    unit, name = (GIB, "GiB") if memory.total >= GIB else (MIB, "MiB")
+    parts = [(part.replace("_", " "), getattr(memory, part) / unit) for part in PARTS]
+    said = ", ".join(f"{part} {size:.1f}" for part, size in parts if size)
+    total = f"{memory.total / unit:.1f} {name} in the fullest rank"
+    if launch.gpus_per_node:
+        share = memory.total / launch.gpu_memory / GIB
+        total += f", {100 * share:.0f} % of {launch.gpu_memory:g} GiB"
+    return f"{total}: {said}"
+
+
+def _time_text(launch: LaunchSettings) -> str:
+    limit = "the partition's limit"
+    if launch.time is not None:
+        seconds = parse_time(launch.time)
+        limit = "no limit" if seconds is None else f"limit {write_time(seconds)}"
+    told = f"told {launch.grace} s before, to save and be queued again" if launch.grace else ""
+    return f"{limit}, {told or 'not told before it ends'}"
+
+
+def _warnings(plan: Plan) -> list[str]:
+    launch, found = plan.settings.launch, []
+    if launch.gpus_per_node and plan.memory.total > SPARE * launch.gpu_memory * GIB:
+        found.append(
+            f"memory is over {100 * SPARE:.0f} % of launch.gpu_memory, and the rest is needed for "
+            "communication and fragments"
+        )
+    idle = launch.gpus_per_node - ranks_per_node(launch)
+    if launch.gpus_per_node and idle:
+        found.append(f"{_count(idle, 'GPU')} of each node would be idle: launch.ranks_per_node")
+    return found

@@ -1,0 +1,173 @@
+"""A sweep: one run for each combination of settings, in directories of their own below one.
+
+DIR/sweep.yaml    the settings file, overrides for all, and what each member sets itself
+DIR/00, DIR/01    the members' run directories
+
+python -m agrpo_megatron.launch.sweep DIR I         what `agrpo train` takes for member I: FILE
+                                                    and KEY=VALUE ..., each ended by a NUL; the
+                                                    last is run.dir=DIR/NN
+python -m agrpo_megatron.launch.sweep DIR --table   writes DIR/summary.md and summary.json, and
+                                                    prints the table
+"""
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agrpo_megatron.config import flatten, read_override
+from agrpo_megatron.yaml_files import read_yaml
+
+SWEEP = "sweep.yaml"
+UNSWEPT = {"run.dir": "each member has its own", "launch": "all members are one job"}
+
+Grid = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `DIR/sweep.yaml` holds."""
+
+    file: str
+    overrides: tuple[str, ...]  # of all members
+    members: dict[str, dict[str, Any]]  # by name: what each sets itself
+
+    def arguments(self, directory: Path, name: str) -> list[str]:
+        """Return what `agrpo train` takes for a member of the sweep in `directory`."""
+        own = [f"{key}={flow(value)}" for key, value in self.members[name].items()]
+        return [self.file, *self.overrides, *own, f"run.dir={flow(str(directory / name))}"]
+
+    def text(self) -> str:
+        """Return the content of the file."""
+        tree = {"file": self.file, "overrides": list(self.overrides), "members": self.members}
+        return yaml.safe_dump(tree, sort_keys=False, width=100)
+
+
+def read_grid(texts: Sequence[str]) -> Grid:
+    """Read what `--sweep` is given: key=[value, ...], or YAML files of such keys.
+
+    Raises:
+        ValueError: a key without a list of values, or one that cannot differ between members.
+    """
+    grid: Grid = {}
+    for text in texts:
+        if "=" in text and not Path(text).is_file():
+            key, values = read_override(text)
+            pairs = {key: values}
+        else:
+            pairs = flatten(read_yaml(text))
+        for key, values in pairs.items():
+            _check_values(key, values)
+            if key in grid:
+                raise ValueError(f"--sweep {key} is given twice; write all values in one list")
+            grid[key] = values
+    if not grid:
+        raise ValueError(f"--sweep {' '.join(texts)} names no setting; write key=[value, ...]")
+    return grid
+
+
+def make_sweep(file: str | Path, overrides: Sequence[str], grid: Grid) -> Sweep:
+    """Return a member for each combination; the last key changes fastest."""
+    combinations = list(itertools.product(*grid.values()))
+    width = max(2, len(str(len(combinations) - 1)))
+    members = {
+        f"{number:0{width}d}": dict(zip(grid, values, strict=True))
+        for number, values in enumerate(combinations)
+    }
+    return Sweep(str(Path(file).absolute()), tuple(overrides), members)
+
+
+def read_sweep(directory: Path) -> Sweep:
+    """Read the sweep of a directory.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    path = directory / SWEEP
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no {SWEEP}; give the directory of a sweep")
+    tree = read_yaml(path)
+    try:
+        return Sweep(tree["file"], tuple(tree["overrides"]), dict(tree["members"]))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is not what `agrpo launch --sweep` writes") from None
+
+
+def check_directory(directory: Path, sweep: Sweep) -> None:
+    """Compare a sweep with what its directory holds, if it holds anything.
+
+    Raises:
+        ValueError: it holds a run, or other members.
+    """
+    if (directory / SWEEP).is_file():
+        if read_sweep(directory).members != sweep.members:
+            raise ValueError(
+                f"run.dir={directory} holds another sweep; choose another run.dir, or move it "
+                "away with --restart"
+            )
+    elif (directory / "config.yaml").exists():
+        raise ValueError(f"run.dir={directory} holds a run, not a sweep; choose another run.dir")
+
+
+def flow(value: Any) -> str:
+    """Return a value as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _check_values(key: str, values: Any) -> None:
+    for name, reason in UNSWEPT.items():
+        if f"{key}.".startswith(f"{name}."):
+            raise ValueError(f"--sweep {key} cannot differ: {reason}; set it for all, before it")
+    if not isinstance(values, list) or not values:
+        shown = flow(values)
+        raise ValueError(
+            f"--sweep {key}={shown} is not a list of values; write {key}=[{shown}, ...], or put "
+            "it before --sweep to set it for all"
+        )
+    texts = [flow(value) for value in values]
+    twice = [text for text in texts if texts.count(text) > 1]
+    if twice:
+        raise ValueError(f"--sweep {key} has {twice[0]} twice; write it once")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a member's arguments, or write and print the table; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m agrpo_megatron.launch.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="directory of a sweep")
+    parser.add_argument("member", metavar="I", type=int, nargs="?", help="number of a member")
+    parser.add_argument("--table", action="store_true", help="write and print the table")
+    arguments = parser.parse_args(argv)
+    if arguments.table == (arguments.member is not None):
+        parser.error("give either I or --table")
+    directory = arguments.directory.absolute()
+    try:
+        if arguments.table:
+            from agrpo_megatron.launch.table import show_table
+
+            show_table(directory)
+            return 0
+        sweep = read_sweep(directory)
+        names = list(sweep.members)
+        if not 0 <= arguments.member < len(names):
+            raise ValueError(f"{directory} has members 0 to {len(names) - 1}")
+        words = sweep.arguments(directory, names[arguments.member])
+    except ValueError as error:
+        print(f"agrpo: error: {error}", file=sys.stderr)
+        return 2
+    sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in words))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The table of a sweep: a row for each member, best first, whatever became of it."""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from agrpo_megatron.checkpoint.progress import CHECKPOINTS, latest_checkpoint
+from agrpo_megatron.config import load
+from agrpo_megatron.launch.job import LOGS
+from agrpo_megatron.launch.sweep import flow, read_sweep
+from agrpo_megatron.reports.read import Row, after, before, read_run
+from agrpo_megatron.reports.tables import overview_table
+from agrpo_megatron.reports.text import number, percent
+from agrpo_megatron.settings import Settings
+from agrpo_megatron.training.directory import is_finished
+from agrpo_megatron.training.resolve import RUN_SETTINGS
+
+# What a log says of a failure: the best of these patterns that some line has, its last such line.
+CAUSES = (
+    re.compile(r"agrpo: error: |\brank \d+ failed: "),
+    re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b"),
+    re.compile(r"\berror: |\bkilled\b", re.IGNORECASE),
+)
+TAIL = 1 << 20  # bytes at the end of a log that are searched
+NUMERIC = ("accuracy before", "accuracy after", "gain")
+
+
+@dataclass(frozen=True)
+class Member:
+    """What became of a member of a sweep."""
+
+    name: str
+    directory: str
+    settings: dict[str, Any]
+    state: str  # finished, stopped (or still running), failed, not begun
+    iterations: str  # of the phase that it has come to
+    before: float | None = None  # held-out accuracies, and their 95 % intervals
+    before_interval: list[float] | None = None
+    after: float | None = None
+    after_interval: list[float] | None = None
+    error: str | None = None  # the last one that its log tells
+    log: str | None = None
+
+
+def show_table(directory: Path) -> None:
+    """Write the table of a sweep beside its members, and print it.
+
+    Raises:
+        ValueError: the directory holds no sweep.
+    """
+    members = summarise(directory)
+    rows = [_cells(member) for member in members]
+    tree = [asdict(member) for member in members]
+    _write(directory / "summary.json", json.dumps({"members": tree}, indent=2) + "\n")
+    _write(directory / "summary.md", _markdown(rows) + _failures(members))
+    console = Console(width=200, soft_wrap=True)
+    console.print(overview_table(rows))
+    for member in members:
+        if member.error is not None:
+            text = f"\n{member.name} {member.state}: {member.error}\n   log {member.log}"
+            console.print(text, markup=False, highlight=False)
+    console.print(f"\ntable {directory / 'summary.md'}", markup=False, highlight=False)
+
+
+def summarise(directory: Path) -> list[Member]:
+    """Return all members of a sweep, best first; one that cannot be read hurts no other.
+
+    Raises:
+        ValueError: the directory holds no sweep.
+    """
+    members = [
+        _member(name, directory / name, settings)
+        for name, settings in read_sweep(directory).members.items()
+    ]
+    return sorted(members, key=lambda m: (m.after is None, -(m.after or 0.0), m.name))
+
+
+def _member(name: str, directory: Path, settings: dict[str, Any]) -> Member:
+    problem = None
+    try:
+        finished, iterations = _progress(directory)
+    except (ValueError, RuntimeError, OSError) as error:
+        finished, iterations, problem = False, "", str(error)
+    log, said = _last_error(directory / LOGS)
+    error = None if finished else said or problem
+    if finished:
+        state = "finished"
+    elif error is not None:
+        state = "failed"
+    else:
+        state = "stopped" if iterations or log else "not begun"
+    return Member(
+        name,
+        str(directory),
+        settings,
+        state,
+        iterations,
+        *_accuracies(directory),
+        error=error,
+        log=str(log) if log is not None else None,
+    )
+
+
+def _progress(directory: Path) -> tuple[bool, str]:
+    """Say whether a run is finished, and after which iteration it was saved last."""
+    found = latest_checkpoint(directory / CHECKPOINTS)
+    if found is None:
+        return False, ""
+    settings = load(Settings, directory / RUN_SETTINGS)
+    done = found[1]
+    of = settings.train.iterations if done.phase == "rl" else settings.sft.iterations
+    return is_finished(settings, done), f"{done.phase} {done.iteration}/{of}"
+
+
+def _accuracies(directory: Path) -> tuple[Any, ...]:
+    """Return held-out accuracy and its interval, before and after, as far as a run has them."""
+    try:
+        run = read_run(directory)
+    except (ValueError, OSError):
+        return None, None, None, None
+    return *_accuracy(before(run)), *_accuracy(after(run))
+
+
+def _accuracy(row: Row | None) -> tuple[float | None, list[float] | None]:
+    if row is None:
+        return None, None
+    low, high = number(row, "accuracy_low"), number(row, "accuracy_high")
+    return number(row, "accuracy"), None if low is None or high is None else [low, high]
+
+
+def _last_error(folder: Path) -> tuple[Path | None, str | None]:
+    """Return the newest log below a folder that tells of an error, and the error's line.
+
+    Only the newest attempt counts: what an earlier one died of has been overcome.
+    """
+    # `latest` is a link to one of the others; a log that vanishes is none.
+    files = [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
+    if not files:
+        return None, None
+    newest = max(files, key=_age).parent
+    logs = sorted((p for p in files if p.parent == newest), key=_age, reverse=True)
+    for cause in CAUSES:
+        for log in logs:
+            lines = [line for line in _tail(log) if cause.search(line)]
+            if lines:
+                return log, lines[-1]
+    return logs[0], None
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _tail(path: Path) -> list[str]:
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - TAIL))
+        return [line.strip() for line in stream.read().decode(errors="replace").splitlines()]
+
+
+def _cells(member: Member) -> dict[str, str]:
+    gain = ""
+    if member.before is not None and member.after is not None:
+        gain = f"{100 * (member.after - member.before):+.1f}"
+    return {
+        "member": member.name,
+        **{key: flow(value) for key, value in member.settings.items()},
+        "state": member.state,
+        "iterations": member.iterations,
+        "accuracy before": _share(member.before, member.before_interval),
+        "accuracy after": _share(member.after, member.after_interval),
+        "gain": gain,
+    }
+
+
+def _share(value: float | None, interval: list[float] | None) -> str:
+    if value is None:
+        return ""
+    spread = f" ({percent(interval[0])} to {percent(interval[1])})" if interval else ""
+    return percent(value) + spread
+
+
+def _markdown(rows: list[dict[str, str]]) -> str:
+    names = list(rows[0])
+    rules = ["---:" if name in NUMERIC else "---" for name in names]
+    table = [names, rules, *(list(row.values()) for row in rows)]
+    lines = (" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in table)
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def _failures(members: list[Member]) -> str:
+    failed = [m for m in members if m.error is not None]
+    lines = [f"- {m.name} {m.state}: `{m.error}`, see `{m.log or m.directory}`" for m in failed]
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file at once or not at all."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
