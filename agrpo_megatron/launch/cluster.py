@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from agrpo_megatron.settings import LaunchSettings
 
 SINFO = ("sinfo", "--noheader", "--all", "--exact", "--format=%P|%D|%c|%G|%l|%L")
-PATIENCE = 60.0  # seconds that SLURM's commands may take
+PATIENCE = 30.0  # seconds that SLURM's commands may take
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _GPUS = re.compile(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)")
 

@@ -87,7 +87,7 @@ def launch_sweep(
         nodes=nodes,
         script="sweep.sbatch",
         arguments=[str(directory)],
-        array=_ranges(left),
+        array=ranges(left),
     )
     words = [sys.executable, "-m", "agrpo_megatron.launch.sweep", str(directory), "--table"]
     table = wrapped_job(settings, directory, name="table", words=words)
@@ -186,7 +186,7 @@ def _named(sweep: Sweep, name: str) -> str:
     return " ".join([name, *(f"{key}={flow(value)}" for key, value in values)])
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """Return ascending numbers as SLURM writes them: 0-2,5."""
     parts: list[list[int]] = []
     for number in numbers:
