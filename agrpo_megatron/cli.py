@@ -21,7 +21,9 @@ from agrpo_megatron.cli_common import (
 )
 from agrpo_megatron.cli_convert import add_convert
 from agrpo_megatron.cli_evaluate import add_evaluate, add_report
+from agrpo_megatron.cli_launch import add_launch
 from agrpo_megatron.config import describe, load, to_yaml
+from agrpo_megatron.resilience.outcome import REQUEUE, STUCK, exit_status, tell_outcome
 from agrpo_megatron.settings import Settings
 
 UNREAD = 141  # as a shell says of a process that SIGPIPE ended
@@ -33,6 +35,9 @@ a first run:
 
 several ranks:
   torchrun --nproc-per-node 2 -m agrpo_megatron train examples/tiny.yaml parallel.tensor=2
+
+a SLURM cluster:
+  agrpo launch FILE --nodes 4 --dry-run     the job, checked and shown; without --dry-run submitted
 
 `agrpo COMMAND --help` explains a command, `agrpo config` every setting.
 """
@@ -57,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if is_main():
             print(f"agrpo: error: {error}", file=sys.stderr)
-        return 2
+            tell_outcome("refused", str(error))
+        return exit_status(2)
     except (BrokenPipeError, SystemExit) as error:
         if not _is_unread(error):
             raise
@@ -87,9 +93,10 @@ def train(arguments: argparse.Namespace) -> int:
             why = f" ({done.stopped})" if done is not None and done.stopped else ""
             print(f"{settings.run.dir} is finished{why}; add --restart to run it again\n")
             conclude(Path(settings.run.dir))
-        return 0
-    from agrpo_megatron.resilience.failure import ending_together
+        return _end("finished", "", 0)
     from agrpo_megatron.reports.terminal import LiveView
+    from agrpo_megatron.resilience.attempts import Stuck
+    from agrpo_megatron.resilience.failure import ending_together
     from agrpo_megatron.training.run import train as run
 
     finished = (0, 0)
@@ -103,11 +110,28 @@ def train(arguments: argparse.Namespace) -> int:
         is_main=is_main(),
         start=finished,
     )
+    stopped, stuck = None, None
     with ending_together(view):
-        run(resolved, view, phases=phases)
+        try:
+            stopped = run(resolved, view, phases=phases)
+        except Stuck as error:
+            stuck = str(error)
+    if stuck is not None:
+        return _end("stuck", stuck, STUCK)
+    if stopped is not None:
+        return _end("requeue", f"{stopped}; saved, the same command goes on", REQUEUE)
     if is_main():
         conclude(Path(settings.run.dir))
-    return 0
+    return _end("finished", "", 0)
+
+
+def _end(outcome: str, reason: str, status: int) -> int:
+    """Say how training ended, to the user and to the job's script; returns the exit status."""
+    if is_main():
+        if reason:
+            print(f"agrpo: {outcome}: {reason}", file=sys.stderr)
+        tell_outcome(outcome, reason)
+    return exit_status(status)
 
 
 def sample(arguments: argparse.Namespace) -> int:
@@ -116,11 +140,11 @@ def sample(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     target = open_target(arguments)
-    from agrpo_megatron.resilience.failure import ending_together
     from agrpo_megatron.reports.trace import trace
+    from agrpo_megatron.resilience.failure import ending_together
+    from agrpo_megatron.training.answers import shown_prompt, to_grade
     from agrpo_megatron.training.inference import complete, opened
     from agrpo_megatron.training.resolve import resolve
-    from agrpo_megatron.training.session import shown_prompt, to_grade
 
     settings, ranks = target.settings, world_size()
     resolved = resolve(settings, world_size=ranks, needs=() if arguments.prompt else ("eval",))
@@ -226,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     add_overrides(command)
     add_report(commands)
     add_convert(commands)
+    add_launch(commands)
     _command(commands, "doctor", "what is installed, and what that allows", doctor)
     command = _command(commands, "config", "explain all settings, or check a file", config)
     command.add_argument("file", nargs="?", metavar="FILE", help="check this and print it resolved")

@@ -157,8 +157,8 @@ def report(arguments: argparse.Namespace) -> int:
 
 def _run(plan, store):
     """Start the ranks and answer what is left; returns the results on the main rank."""
-    from agrpo_megatron.resilience.failure import ending_together
     from agrpo_megatron.reports.evaluations import EvaluationView
+    from agrpo_megatron.resilience.failure import ending_together
     from agrpo_megatron.training.evaluation import evaluate_grid
     from agrpo_megatron.training.inference import opened
 

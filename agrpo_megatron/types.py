@@ -77,6 +77,17 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Graded completions of all ranks, in the order of the problems; the same on every rank."""
+
+    trajectory: Trajectory
+    rewards: list[Reward]
+    tokens: int  # that went through the network
+    bubble: float  # share of the pipeline's stage-slots in which a stage had nothing to do
+    seconds: dict[str, float]  # of this rank: see `training.answers.answer`
+
+
+@dataclass(frozen=True)
 class Rollout:
     """Trajectories with their rewards; rollouts of one problem are neighbours, group_size each."""
 
@@ -119,6 +130,7 @@ class TimestepBatch:
     support_ids: Tensor | None  # [S, K] int32
     advantages: Tensor  # [S] float32, of the rollout the token belongs to
     weights: Tensor  # [S] float32, of the row the token belongs to
+    sources: Tensor  # [S] int64, which of the R rollouts the token belongs to
 
 
 @dataclass(frozen=True)
@@ -128,3 +140,4 @@ class SftBatch:
     rows: PackedRows
     targets: Tensor  # [S] int64
     weights: Tensor  # [S] float32: 1 / (t * length), see `diffusion.losses`
+    sources: Tensor  # [S] int64, which example the token belongs to

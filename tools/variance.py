@@ -37,8 +37,9 @@ from torch.nn import functional
 from agrpo_megatron.diffusion import timesteps
 from agrpo_megatron.diffusion.batches import timestep_batches
 from agrpo_megatron.diffusion.estimators import advantages
+from agrpo_megatron.diffusion.forward import AtOnce
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
-from agrpo_megatron.diffusion.sampler import AtOnce, SamplerContext, sample
+from agrpo_megatron.diffusion.sampler import SamplerContext, sample
 from agrpo_megatron.diffusion.variance import estimator_variance
 from agrpo_megatron.settings import STEP_SAMPLERS, UNMASKING, AlgorithmSettings, SamplingSettings
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory

@@ -28,6 +28,7 @@ class Progress:
     stop_best: float | None = None  # highest `train.stop_metric` so far
     stop_waited: int = 0  # evaluations since then
     stopped: str | None = None  # why the run ended early
+    is_evaluated: bool = True  # no evaluation was due, or it was done
 
     @property
     def name(self) -> str:

@@ -67,6 +67,7 @@ def _timestep_batch(
         support_ids=support[scored, position] if support is not None else None,
         advantages=rollout.advantages[scored],
         weights=draws.weight[chunk][row].to(rollout.advantages.dtype),
+        sources=scored,
     )
 
 
@@ -118,6 +119,7 @@ def sft_batches(
                 rows=_packed(part, states, mine, mask_id=mask_id, shift=shift),
                 targets=responses[chunk][mine],
                 weights=weight[chunk][mine].float(),
+                sources=chunk.to(mine.device)[mine.nonzero()[:, 0]],
             )
         )
     return batches

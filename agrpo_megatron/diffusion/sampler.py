@@ -9,7 +9,7 @@ done is the `Trajectory`.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,44 +17,20 @@ from torch import Tensor
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.canvas import Canvas, advance, block_positions, commit, start
 from agrpo_megatron.diffusion.draw import Draw, draw_tokens
+from agrpo_megatron.diffusion.forward import Forward
 from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.diffusion.schedule import bernoulli_plan, step_counts
+from agrpo_megatron.diffusion.snapshot import (
+    NEVER,
+    Interrupted,
+    Interruption,
+    complete_rows,
+    put_back,
+    take,
+)
 from agrpo_megatron.settings import SamplingSettings
-from agrpo_megatron.types import PackedRows, Trajectory
-
-# Draw at the scored tokens of this slice, from their logits shard [S, V / tensor parallel].
-DrawAt = Callable[[Tensor, slice], Draw]
-
-
-class Forward(Protocol):
-    """What runs packed rows through the network; see `megatron.pipeline`."""
-
-    in_flight: int  # groups of rows that may be under way at once
-
-    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
-        """Start on a group; the function that is returned waits for the draws at its scores."""
-        ...
-
-    def close(self) -> None:
-        """Wait until nothing is under way; called when all draws are known."""
-        ...
-
-
-@dataclass
-class AtOnce:
-    """A `Forward` over a function from packed rows to logits [S, V / tensor parallel]."""
-
-    score: Callable[[PackedRows], Tensor]
-    in_flight: int = 1
-
-    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
-        """Draw from what the function returns."""
-        draw = draw_at(self.score(rows), slice(None))
-        return lambda: draw
-
-    def close(self) -> None:
-        """Do nothing: nothing is under way."""
+from agrpo_megatron.types import Trajectory
 
 
 @dataclass(frozen=True)
@@ -90,6 +66,7 @@ def sample(
     sampling: SamplingSettings,
     weights_version: int = 0,
     ended: Callable[[list[int], Tensor], None] | None = None,
+    interruption: Interruption = NEVER,
 ) -> Trajectory:
     """Sample one completion per prompt; called by every rank of a replica.
 
@@ -100,6 +77,10 @@ def sample(
         rollout_ids: [R] int64, unique within a run.
         ended: called once for every row, as soon as it is complete: with some rows and their
             tokens [n, C].
+        interruption: may end it early, and brings back what an earlier attempt sampled.
+
+    Raises:
+        Interrupted: it was ended early.
     """
     prompts = tuple(prompts)
     state = start(prompts, rollout_ids, mask_id=context.mask_id, sampling=sampling)
@@ -107,21 +88,35 @@ def sample(
         state.plan = bernoulli_plan(_step_uniforms(state, context, sampling))
     lengths = (state.prompt_lengths + sampling.completion_length).tolist()
     waiting = deque(sorted(range(len(lengths)), key=lambda row: -lengths[row]))
-    most = context.forward.in_flight
     under_way: deque[_Group] = deque()
+    launch = partial(_launch, state, context=context, sampling=sampling)
+    if (begun := interruption.begun()) is not None:
+        groups, waiting = put_back(state, begun)
+        under_way.extend(launch(rows) for rows in groups)
+        _tell(ended, state, complete_rows(begun))
+    most = context.forward.in_flight
     while waiting or under_way:
+        if interruption.is_asked():
+            interruption.keep(take(state, [group.rows for group in under_way], waiting))
+            for group in under_way:
+                group.draws()
+            context.forward.close()
+            raise Interrupted
         live: list[int] = []
+        over: list[int] = []
         if len(under_way) == most or not waiting:
             group = under_way.popleft()
             live = _finish(state, group, context=context, sampling=sampling)
-            if ended is not None and (over := sorted(set(group.rows.tolist()) - set(live))):
-                ended(over, state.canvas[over].gather(1, state.columns[over]))
+            over = sorted(set(group.rows.tolist()) - set(live))
+            _tell(ended, state, over)
         live += _fill(live, waiting, lengths, free=most - len(under_way), context=context)
         if live:
             live.sort(key=lambda row: -lengths[row])  # equal lengths are attended to together
-            rows = torch.tensor(live, device=rollout_ids.device)
-            under_way.append(_launch(state, rows, context=context, sampling=sampling))
+            under_way.append(launch(torch.tensor(live, device=rollout_ids.device)))
+        if over:
+            interruption.keep(take(state, [group.rows for group in under_way], waiting))
     context.forward.close()
+    interruption.close()
     support = state.support_ids
     return Trajectory(
         prompts=prompts,
@@ -135,6 +130,13 @@ def sample(
         sampling=sampling,
         weights_version=weights_version,
     )
+
+
+def _tell(
+    ended: Callable[[list[int], Tensor], None] | None, state: Canvas, rows: list[int]
+) -> None:
+    if ended is not None and rows:
+        ended(rows, state.canvas[rows].gather(1, state.columns[rows]))
 
 
 def _fill(

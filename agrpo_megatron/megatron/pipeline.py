@@ -22,8 +22,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from agrpo_megatron.diffusion.draw import Draw
+from agrpo_megatron.diffusion.forward import DrawAt, Forward
 from agrpo_megatron.diffusion.packing import unscored_row
-from agrpo_megatron.diffusion.sampler import DrawAt, Forward
 from agrpo_megatron.megatron.context import for_schedule, hidden_tokens, scored_slices
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.ranks import Ranks

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from agrpo_megatron.layout import rollout_parallel
+from agrpo_megatron.layout import model_ranks, rollout_parallel
 from agrpo_megatron.megatron.platform import prepare_platform
 from agrpo_megatron.settings import ParallelSettings, Settings
 
@@ -38,6 +38,9 @@ class Ranks:
     data: Axis
     data_context: Axis  # data and context together: the ranks that hold the same weights
     returning: dist.ProcessGroup  # the pipeline's ranks again, for what travels backwards
+    replica: (
+        dist.ProcessGroup | None
+    )  # all that hold one copy, over gloo; None: one rank
     rollout_layout: "Ranks | None" = None  # where rollouts have a layout of their own
 
     @property
@@ -111,6 +114,7 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
         data=_axis(groups.dp),
         data_context=_axis(groups.dp_cp),
         returning=_same_ranks(groups.pp),
+        replica=_replica(groups.dp.rank()) if model_ranks(parallel) > 1 else None,
     )
 
 
@@ -124,12 +128,23 @@ def _same_ranks(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     assert group is not None
     if group.size() == 1:
         return group
-    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, dist.get_process_group_ranks(group))
-    mine = None
-    for members in sorted({tuple(members) for members in everyone}):
-        made = dist.new_group(list(members))
-        mine = made if dist.get_rank() in members else mine
+    return _new_groups(tuple(dist.get_process_group_ranks(group)))
+
+
+def _replica(number: int) -> dist.ProcessGroup:
+    """Return the group of all ranks that say the same number; called by all ranks."""
+    numbers: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    members = tuple(rank for rank, other in enumerate(numbers) if other == number)
+    return _new_groups(members, backend="gloo")
+
+
+def _new_groups(members: tuple[int, ...], backend: str | None = None) -> dist.ProcessGroup:
+    """Make the groups that the ranks are members of, and return this rank's; called by all."""
+    everyone: list[tuple[int, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(everyone, members)
+    made = {group: dist.new_group(list(group), backend=backend) for group in sorted({*everyone})}
+    mine = made[members]
     assert isinstance(mine, dist.ProcessGroup)
     return mine
 

@@ -1,7 +1,6 @@
 """What a rank is doing: the named parts of a run, timed, and watched by whoever wants to know."""
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -34,7 +33,7 @@ class Sections:
 
     def __init__(self, monitors: Sequence[Monitor] = ()):
         self._monitors = tuple(monitors)
-        self._taken: Counter[str] = Counter()
+        self._taken = dict.fromkeys(NAMES, 0.0)
         self.phase, self.iteration = "setup", 0  # under way; the loops count from 1
         self.longest: dict[str, float] = {}  # seconds of each section, on this rank
 
@@ -59,8 +58,7 @@ class Sections:
 
     def take(self) -> dict[str, float]:
         """Return the seconds in each section since the last call."""
-        taken = {name: self._taken[name] for name in NAMES}
-        self._taken.clear()
+        taken, self._taken = self._taken, dict.fromkeys(NAMES, 0.0)
         return taken
 
     def learn(self, longest: dict[str, float]) -> None:

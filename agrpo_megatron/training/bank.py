@@ -16,11 +16,13 @@ from torch import Tensor
 
 from agrpo_megatron.diffusion.trajectories import moved
 from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.resilience.stop import Stop
 from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
-from agrpo_megatron.training.session import Answers
-from agrpo_megatron.types import Reward, Trajectory
+from agrpo_megatron.training.partial import SUFFIX, PartialRollout, complete_in
+from agrpo_megatron.types import Answers, Reward, Trajectory
 
 TENSORS = ("tokens", "unmask_step", "logprobs", "entropies", "num_steps", "rollout_ids")
+DIGITS = 6  # of a round's number
 
 
 def sampling_number(iteration: int, resampling: int, algorithm: AlgorithmSettings) -> int:
@@ -31,6 +33,11 @@ def sampling_number(iteration: int, resampling: int, algorithm: AlgorithmSetting
         resampling: 0 is the first round of the iteration.
     """
     return iteration * (1 + algorithm.resample_rounds) + resampling
+
+
+def round_name(number: int) -> str:
+    """Return the name of a round's files."""
+    return f"{number:0{DIGITS}d}"
 
 
 class RolloutBank:
@@ -68,24 +75,50 @@ class RolloutBank:
         )
 
     def keep(self, number: int, answers: Answers) -> None:
-        """Write what a round sampled; it appears when it is whole."""
+        """Write what a round sampled; it appears when it is whole, and its parts go."""
         path = self._path(number)
         if path is None or not self._ranks.is_main:
             return
         partial = path.with_suffix(".partial")
         _write(partial, answers, self._run)
         partial.rename(path)
+        for part in path.parent.glob(f"{path.stem}-*{SUFFIX}"):
+            part.unlink()
+
+    def partial(
+        self, name: str, rollout_ids: Tensor, *, ranks: Ranks, stop: Stop
+    ) -> PartialRollout:
+        """Return what ends and keeps one replica's part of a rollout, whole or not.
+
+        Args:
+            rollout_ids: of that part.
+            ranks: the layout that samples.
+        """
+        path = None if self._folder is None else self._folder / name
+        return PartialRollout(path, rollout_ids, run=self._run, ranks=ranks, stop=stop)
 
     def forget(self, number: int) -> None:
-        """Remove the rollouts of rounds before this one; a checkpoint has learned from them."""
+        """Remove the rollouts of rounds before this one; a checkpoint has learned from them.
+
+        So it has of evaluations: those come before it.
+        """
         if self._folder is None or not self._ranks.is_main:
             return
-        for path in self._folder.glob("*.safetensors"):
-            if int(path.stem) < number:
+        for path in (*self._folder.glob("*.safetensors"), *self._folder.glob(f"*{SUFFIX}")):
+            first = path.name[:DIGITS]
+            if not first.isdigit() or int(first) < number:
                 path.unlink()
 
+    def progress(self) -> list[str]:
+        """Describe what is kept, so that a change shows that something was sampled."""
+        if self._folder is None:
+            return []
+        whole = [path.name for path in self._folder.glob("*.safetensors")]
+        parts = [f"{path.name} {complete_in(path)}" for path in self._folder.glob(f"*{SUFFIX}")]
+        return sorted(whole + parts)
+
     def _path(self, number: int) -> Path | None:
-        return None if self._folder is None else self._folder / f"{number:06d}.safetensors"
+        return None if self._folder is None else self._folder / f"{round_name(number)}.safetensors"
 
 
 def _write(path: Path, answers: Answers, run: str) -> None:

@@ -13,19 +13,13 @@ from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.scaling.flops import completion_flops
 from agrpo_megatron.settings import evaluation_sampling
 from agrpo_megatron.tasks.base import task_prompts
+from agrpo_megatron.training.answers import answer, sample_records, shown_prompt
 from agrpo_megatron.training.metrics import failure_warning, reward_metrics
 from agrpo_megatron.training.plan import Batch, Plan, asked_split
 from agrpo_megatron.training.results import Line, ResultStore
 from agrpo_megatron.training.scores import scores
-from agrpo_megatron.training.session import (
-    EVALUATION_IDS,
-    Answers,
-    Session,
-    answer,
-    sample_records,
-    shown_prompt,
-)
-from agrpo_megatron.types import Problem, Reward
+from agrpo_megatron.training.session import EVALUATION_IDS, Session
+from agrpo_megatron.types import Answers, Problem, Reward
 
 SAMPLE_IDS = 1 << 24  # noise indices from one sample of a problem to the next
 
@@ -37,12 +31,16 @@ def evaluate(session: Session, network: Network, *, iteration: int, stage: str) 
 
     Args:
         stage: "before", "interval" or "after" the reinforcement learning.
+
+    Raises:
+        Stopped: the ranks agreed to stop; what was sampled is kept.
     """
     started = time.perf_counter()
     problems = session.task.problems("eval")
     ids = torch.tensor(_rollout_ids(problems), device=network.ranks.device)
     sampling = evaluation_sampling(session.settings)
-    answers = answer(session, network, problems, ids, sampling=sampling, split="eval")
+    kept = f"evaluation-{iteration:06d}"
+    answers = answer(session, network, problems, ids, sampling=sampling, split="eval", kept=kept)
     found = scores(session.task, problems, [[reward] for reward in answers.rewards])
     low, high = found["accuracy_interval"]
     record = {

@@ -6,11 +6,12 @@ import torch
 
 from agrpo_megatron.diffusion.trajectories import join
 from agrpo_megatron.megatron.engine import Engine
-from agrpo_megatron.training.bank import RolloutBank, sampling_number
+from agrpo_megatron.training.answers import answer
+from agrpo_megatron.training.bank import round_name, sampling_number
 from agrpo_megatron.training.metrics import failure_warning, reward_metrics
 from agrpo_megatron.training.picking import pick_problems
-from agrpo_megatron.training.session import Answers, Session, answer
-from agrpo_megatron.types import Problem, Reward
+from agrpo_megatron.training.session import Session
+from agrpo_megatron.types import Answers, Problem, Reward
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,7 @@ class Groups:
     metrics: dict[str, float]  # of all that was sampled, so that accuracy has no bias
 
 
-def sample_groups(
-    session: Session, engine: Engine, iteration: int, bank: RolloutBank | None
-) -> Groups:
+def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
     """Return `prompts_per_iteration` groups, the same on every rank; called by every rank.
 
     A group of equal rewards has no advantage. In each of up to `resample_rounds` rounds, as many
@@ -44,7 +43,7 @@ def sample_groups(
         if not missing:
             break
         first, wanted = len(problems) // group, len(missing)
-        chosen, found = _sample(session, engine, (iteration, number), groups=wanted, bank=bank)
+        chosen, found = _sample(session, engine, (iteration, number), groups=wanted)
         problems += chosen
         answers.append(found)
         useful = [first + place for place in range(wanted) if _differs(found.rewards, place, group)]
@@ -67,12 +66,7 @@ def sample_groups(
 
 
 def _sample(
-    session: Session,
-    engine: Engine,
-    when: tuple[int, int],
-    *,
-    groups: int,
-    bank: RolloutBank | None,
+    session: Session, engine: Engine, when: tuple[int, int], *, groups: int
 ) -> tuple[list[Problem], Answers]:
     """Sample some groups in an iteration's round; what the bank has is not sampled again."""
     settings, algorithm, device = session.settings, session.settings.algorithm, engine.ranks.device
@@ -84,6 +78,7 @@ def _sample(
     picked = pick_problems(session.task.shares, places, seed=settings.run.seed)
     chosen = [problems[place] for place in picked for _ in range(size)]
     ids = torch.arange(len(chosen), device=device) + first * size
+    bank = session.bank
     answers = bank.find(number, ids, sampling=settings.sampling) if bank is not None else None
     if answers is None:
         answers = answer(
@@ -93,6 +88,7 @@ def _sample(
             ids,
             sampling=settings.sampling,
             weights_version=iteration,
+            kept=round_name(number),
         )
         if bank is not None:
             bank.keep(number, answers)

@@ -11,8 +11,7 @@ from agrpo_megatron.families.files import is_huggingface
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.settings import Settings
 from agrpo_megatron.tokenizer import CHARACTERS
-from agrpo_megatron.training.bank import RolloutBank, sampling_number
-from agrpo_megatron.training.directory import run_digest
+from agrpo_megatron.training.bank import sampling_number
 from agrpo_megatron.training.session import Session
 from agrpo_megatron.training.stopping import judged, metric
 
@@ -38,15 +37,17 @@ class Keeper:
             is_async=settings.checkpoint.background,
             files=directory / MODEL_FILES,
         )
-        is_kept = settings.checkpoint.rollouts and phase == "rl"
-        self.rollouts = RolloutBank(
-            directory / "rollouts" if is_kept else None,
-            session.ranks,
-            run=run_digest(settings, session.task),
-        )
+        self._iteration = done.iteration  # finished
+        self._saved = done.iteration if done.offsets else None  # in the newest checkpoint
+
+    def reach(self, iteration: int, *, is_evaluated: bool) -> None:
+        """Hear that an iteration is finished, but for an evaluation that is still to come."""
+        self._iteration = iteration
+        self._done = replace(self._done, is_evaluated=is_evaluated)
 
     def judge(self, scores: dict) -> str | None:
         """Remember the metrics of an evaluation; returns why the run should end early."""
+        self._done = replace(self._done, is_evaluated=True)
         name, best = self._settings.best, self._done.best
         kept = {
             key: value
@@ -63,27 +64,42 @@ class Keeper:
 
     def after(self, iteration: int) -> None:
         """Save after an iteration where one is due, is the best so far, or the run's end."""
+        self._iteration = iteration
         self._saver.poll()
         every, is_best, self._is_best = self._settings.interval, self._is_best, False
         is_end = iteration == self._last or self._done.stopped is not None
         if not is_end and not is_best and not (every and iteration % every == 0):
             return
+        self._save(is_best=is_best)
+        algorithm = self._session.settings.algorithm
+        if self._session.bank is not None and self._phase == "rl":
+            self._session.bank.forget(sampling_number(iteration, 0, algorithm))
+
+    def stop(self) -> None:
+        """Save what is finished, if it is not saved yet, and wait for it."""
+        if self._iteration != self._saved:
+            self._save(is_best=False)
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait until all is saved."""
+        with self._session.sections("checkpoint"):
+            self._saver.finish()
+
+    def _save(self, *, is_best: bool) -> None:
         log = self._session.log
+        log.check()
         self._done = replace(
             self._done,
             phase=self._phase,
-            iteration=iteration,
+            iteration=self._iteration,
             offsets=log.offsets(),
             is_best=is_best,
             wandb=log.wandb_id,
         )
-        self._saver.save(self._done)
-        algorithm = self._session.settings.algorithm
-        self.rollouts.forget(sampling_number(iteration, 0, algorithm))
-
-    def finish(self) -> None:
-        """Wait until all is saved."""
-        self._saver.finish()
+        with self._session.sections("checkpoint"):
+            self._saver.save(self._done)
+        self._saved = self._iteration
 
 
 def describe_model(folder: Path, settings: Settings) -> None:

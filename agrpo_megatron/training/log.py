@@ -3,7 +3,7 @@
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,21 @@ class RunLog:
 
     A checkpoint remembers how long the files were, and a resumed run cuts them back to that, so
     that an iteration never stands there twice.
+
+    Args:
+        check: called before anything is written; raises where this attempt must not.
     """
 
     def __init__(
-        self, directory: Path, *, settings: Settings, is_main: bool, wandb_id: str | None = None
+        self,
+        directory: Path,
+        *,
+        settings: Settings,
+        is_main: bool,
+        wandb_id: str | None = None,
+        check: Callable[[], None] = lambda: None,
     ):
-        self.directory = directory
+        self.directory, self.check = directory, check
         self._files: dict[str, Any] = {}
         self._wandb: Any = None
         if not is_main:
@@ -77,6 +86,7 @@ class RunLog:
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if name in self._files:
+            self.check()
             self._files[name].write(json.dumps(record) + "\n")
             self._files[name].flush()
 

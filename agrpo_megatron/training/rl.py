@@ -16,9 +16,9 @@ from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
-from agrpo_megatron.training.bank import RolloutBank
+from agrpo_megatron.training.answers import sample_records
 from agrpo_megatron.training.groups import sample_groups
-from agrpo_megatron.training.session import Session, sample_records
+from agrpo_megatron.training.session import Session
 from agrpo_megatron.training.step import my_micro_batches, optimizer_step
 from agrpo_megatron.types import Rollout, StepDraws, TimestepBatch
 
@@ -27,7 +27,6 @@ def run_rl(
     session: Session,
     engine: Engine,
     reference: Network | None,
-    bank: RolloutBank,
     *,
     start: int,
     after: Callable[[int], bool],
@@ -36,15 +35,19 @@ def run_rl(
 
     Args:
         reference: the frozen reference policy, where `kl_coefficient` asks for one.
-        bank: rollouts of an earlier attempt, and where new ones are kept.
         after: called after each iteration with the number finished: evaluates, saves, and says
             whether to go on.
+
+    Raises:
+        Stopped: the ranks agreed to stop, within a rollout or in `after`.
     """
     for iteration in range(start, session.settings.train.iterations):
         started = time.perf_counter()
-        rollout, rollout_metrics = collect_rollout(session, engine, iteration, bank)
+        session.sections.at("rl", iteration + 1)
+        rollout, rollout_metrics = collect_rollout(session, engine, iteration)
         update_started = time.perf_counter()
-        metrics, tokens = update_policy(session, engine, rollout, reference)
+        with session.sections("update"):
+            metrics, tokens = update_policy(session, engine, rollout, reference)
         now = time.perf_counter()
         tokens += rollout_metrics.pop("tokens")
         record = {
@@ -69,13 +72,13 @@ def run_rl(
 
 
 def collect_rollout(
-    session: Session, engine: Engine, iteration: int, bank: RolloutBank | None = None
+    session: Session, engine: Engine, iteration: int
 ) -> tuple[Rollout, dict[str, float]]:
     """Sample and grade a group of completions of each problem; the same on every rank.
 
-    What the bank has of an earlier attempt is not sampled again.
+    What the session's bank has of an earlier attempt is not sampled again.
     """
-    algorithm, groups = session.settings.algorithm, sample_groups(session, engine, iteration, bank)
+    algorithm, groups = session.settings.algorithm, sample_groups(session, engine, iteration)
     answers = groups.answers
     scores = torch.tensor([r.score for r in answers.rewards], device=session.ranks.device)
     advantages = estimators.advantages(

@@ -1,5 +1,7 @@
 """A whole run: supervised phase, reinforcement learning, evaluations, checkpoints, resume."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from agrpo_megatron.checkpoint.progress import (
@@ -12,11 +14,16 @@ from agrpo_megatron.checkpoint.resume import find_checkpoint, verify_together
 from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights
 from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.network import Network, build_network
-from agrpo_megatron.megatron.ranks import start_ranks, stop_ranks
+from agrpo_megatron.megatron.ranks import Ranks, start_ranks, stop_ranks
 from agrpo_megatron.megatron.weights import initialise, load_hf
+from agrpo_megatron.resilience.attempts import Attempt, begin
+from agrpo_megatron.resilience.monitors import monitors
+from agrpo_megatron.resilience.sections import Sections
+from agrpo_megatron.resilience.stop import Stop, Stopped, agree
 from agrpo_megatron.settings import OptimizerSettings, Settings
 from agrpo_megatron.tasks.grading import Grader
-from agrpo_megatron.training.directory import check_data
+from agrpo_megatron.training.bank import RolloutBank
+from agrpo_megatron.training.directory import check_data, run_digest
 from agrpo_megatron.training.evaluation import evaluate
 from agrpo_megatron.training.keeper import MODEL_FILES, Keeper, describe_model
 from agrpo_megatron.training.log import RunLog
@@ -27,38 +34,98 @@ from agrpo_megatron.training.sft import run_sft
 from agrpo_megatron.training.stopping import check_metrics
 
 
-def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "rl")) -> None:
+def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "rl")) -> str | None:
     """Run or resume the phases of a run; called by every rank. Starts and stops the ranks.
 
     A run directory with a checkpoint is continued from it, bit for bit on the same layout.
 
+    Returns:
+        Why it stopped before its end, all that was done being saved; None where it did not.
+
     Raises:
         ValueError: the directory's run had other problems or another task file.
+        Stuck: nobody looks on, and the last attempts got nowhere.
     """
     settings = resolved.settings
-    ranks = start_ranks(settings)
-    found = find_checkpoint(_root(settings), ranks, view.warn)
-    done = found[1] if found else Progress("sft", 0, {})
-    directory = Path(settings.run.dir)
-    check_data(directory, resolved.task, is_new=found is None, is_main=ranks.is_main)
-    log = RunLog(directory, settings=settings, is_main=ranks.is_main, wandb_id=done.wandb)
-    grader = Grader(resolved.task, settings.task)
-    session = Session(settings, ranks, resolved.task, resolved.tokenizer, log, view, grader)
+    sections = Sections(monitors(settings))
+    stop = Stop(sections, margin=settings.resilience.stop_margin)
     try:
-        log.cut_back(done.offsets)
-        if found:
+        with stop.listening(), _opened(resolved, view, sections, stop) as (session, found):
+            done = found[1] if found else Progress("sft", 0, {})
+            if done.phase == "sft" and "sft" in phases and settings.sft.iterations > 0:
+                _sft_phase(session, found[0] if found else None, done)
+            if "rl" in phases and done.stopped is None:
+                _rl_phase(session, found[0] if found and done.phase == "rl" else None, done)
+    except Stopped as stopped:
+        return str(stopped)
+    finally:
+        sections.close()
+    return None
+
+
+@contextmanager
+def _opened(
+    resolved: Resolved, view: View, sections: Sections, stop: Stop
+) -> Iterator[tuple[Session, tuple[Path, Progress] | None]]:
+    """Start the ranks; yield a session, and the checkpoint to go on from where there is one."""
+    settings, task = resolved.settings, resolved.task
+    directory = Path(settings.run.dir)
+    with sections("setup"):
+        ranks = start_ranks(settings)
+        found = find_checkpoint(_root(settings), ranks, view.warn)
+        check_data(directory, task, is_new=found is None, is_main=ranks.is_main)
+        bank = RolloutBank(
+            directory / "rollouts" if settings.checkpoint.rollouts else None,
+            ranks,
+            run=run_digest(settings, task),
+        )
+        attempt = _begin(settings, ranks, found, bank)
+        done = found[1] if found else None
+        log = RunLog(
+            directory,
+            settings=settings,
+            is_main=ranks.is_main,
+            wandb_id=done.wandb if done else None,
+            check=attempt.check,
+        )
+        grader = Grader(task, settings.task)
+    session = Session(
+        settings, ranks, task, resolved.tokenizer, log, view, grader, bank, sections, stop
+    )
+    try:
+        log.cut_back(done.offsets if done else {})
+        if done:
             view.note(f"resuming after {done.phase} iteration {done.iteration}")
         _tell_notes(session)
         if ranks.is_main:
             describe_model(directory / MODEL_FILES, settings)
-        if done.phase == "sft" and "sft" in phases and settings.sft.iterations > 0:
-            _sft_phase(session, found[0] if found else None, done)
-        if "rl" in phases and done.stopped is None:
-            _rl_phase(session, found[0] if found and done.phase == "rl" else None, done)
+        yield session, found
     finally:
         grader.close()
         log.close()
         stop_ranks()
+
+
+def _begin(
+    settings: Settings, ranks: Ranks, found: tuple[Path, Progress] | None, bank: RolloutBank
+) -> Attempt:
+    """Begin an attempt, unless the last ones got nowhere."""
+    mark = "the start"
+    if found:
+        mark = f"{found[1].name}{'' if found[1].is_evaluated else ', not evaluated'}"
+    return begin(
+        Path(settings.run.dir),
+        [mark, *(bank.progress() if ranks.is_main else [])],
+        most_idle=settings.resilience.idle_attempts,
+        ranks=ranks,
+    )
+
+
+def _stop_if_asked(session: Session) -> None:
+    """Raise `Stopped` on every rank if any was asked to stop."""
+    reason = agree(session.stop, session.sections, session.ranks)
+    if reason is not None:
+        raise Stopped(reason)
 
 
 def load_start_weights(network: Network, settings: Settings) -> None:
@@ -97,8 +164,25 @@ def _sft_phase(session: Session, checkpoint: Path | None, done: Progress) -> Non
     engine = _engine(session, settings.sft.optimizer, iterations)
     _fill(session, engine, checkpoint, None)
     keeper = Keeper(session, engine, "sft", iterations, done)
-    run_sft(session, engine, start=done.iteration, after=keeper.after)
+
+    def after(iteration: int) -> None:
+        keeper.after(iteration)
+        if iteration < iterations:
+            _stop_if_asked(session)
+
+    with _saved_at_stop(keeper):
+        run_sft(session, engine, start=done.iteration, after=after)
     keeper.finish()
+
+
+@contextmanager
+def _saved_at_stop(keeper: Keeper) -> Iterator[None]:
+    """Save what is finished when the ranks agree to stop."""
+    try:
+        yield
+    except Stopped:
+        keeper.stop()
+        raise
 
 
 def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None:
@@ -125,8 +209,9 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
 
     def after(iteration: int) -> bool:
         """Evaluate and save, where they are due; says whether to go on."""
-        reason = None
-        if iteration == last or (every and iteration % every == 0):
+        reason, is_due = None, iteration == last or bool(every and iteration % every == 0)
+        keeper.reach(iteration, is_evaluated=not is_due)
+        if is_due:
             stage = "after" if iteration == last else "interval"
             network = engine.rollout_network()
             scores = evaluate(session, network, iteration=iteration, stage=stage)
@@ -134,9 +219,14 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
             if reason is not None and stage == "interval":
                 _tell_end(session, scores, reason)
         keeper.after(iteration)
+        if reason is None and iteration < last:
+            _stop_if_asked(session)
         return reason is None
 
-    run_rl(session, engine, reference, keeper.rollouts, start=done.iteration, after=after)
+    with _saved_at_stop(keeper):
+        # An evaluation may be left over from an attempt that was stopped in it.
+        if done.is_evaluated or after(done.iteration):
+            run_rl(session, engine, reference, start=done.iteration, after=after)
     keeper.finish()
 
 

@@ -32,11 +32,13 @@ def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[in
     size = settings.batch_size
     for iteration in range(start, settings.iterations):
         started = time.perf_counter()
+        session.sections.at("sft", iteration + 1)
         places = range(iteration * size, (iteration + 1) * size)
         picked = pick_problems(shares, places, seed=session.settings.run.seed)
         chosen = [problems[place] for place in picked]
         batches, tokens = _batches(session, engine.ranks, chosen, iteration)
-        metrics = optimizer_step(engine, batches, loss=loss, examples=settings.batch_size)
+        with session.sections("update"):
+            metrics = optimizer_step(engine, batches, loss=loss, examples=settings.batch_size)
         seconds = time.perf_counter() - started
         record = {
             "phase": "sft",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.diffusion import noise
+from agrpo_megatron.diffusion.forward import AtOnce
 from agrpo_megatron.diffusion.logprobs import Vocabulary
-from agrpo_megatron.diffusion.sampler import AtOnce, SamplerContext
+from agrpo_megatron.diffusion.sampler import SamplerContext
 from agrpo_megatron.settings import SamplingSettings
 from agrpo_megatron.types import PackedRows
 

@@ -12,7 +12,7 @@ import time
 import torch
 
 from agrpo_megatron import cli
-from agrpo_megatron.training import session
+from agrpo_megatron.training import answers
 
 RANK = int(os.environ["RANK"])
 CALLS = 3  # samplings: evaluation before, first iteration, second iteration
@@ -49,7 +49,7 @@ FAULTS = {fault.__name__: fault for fault in (broken_code, out_of_memory, killed
 
 def main(name: str, arguments: list[str]) -> int:
     """Run the command, with the fault after one sampling."""
-    to_grade, calls = session.to_grade, []
+    to_grade, calls = answers.to_grade, []
 
     def faulty(*args, **options):
         calls.append(time.time())
@@ -58,7 +58,7 @@ def main(name: str, arguments: list[str]) -> int:
             FAULTS[name]()
         return to_grade(*args, **options)
 
-    session.to_grade = faulty
+    answers.to_grade = faulty
     return cli.main(arguments)
 
 

@@ -1,6 +1,7 @@
 """What a run keeps: damage costs one checkpoint, restarts sample nothing again, layouts change."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,7 +89,9 @@ def test_a_restart_samples_nothing_again_that_was_whole(whole, tmp_path):
     """Saved after two iterations, killed in the fourth: of the two between, none is sampled."""
     run, seldom = tmp_path / "run", ["checkpoint.interval=0", "checkpoint.best=null"]
     _killed(run, seldom, 6)  # evaluation, 1, 2, evaluation, 3, 4
-    assert sorted(p.stem for p in (run / "rollouts").iterdir()) == [f"{i:06d}" for i in range(4)]
+    assert sorted(p.stem for p in (run / "rollouts").glob("*.safetensors")) == [
+        f"{i:06d}" for i in range(4)
+    ]
     ((sampled, _),) = run_ranks(1, _train, run, seldom)
     assert sampled == []
     assert same_metrics(read(run / "metrics.jsonl"), read(whole / "metrics.jsonl"))
@@ -112,9 +115,10 @@ def test_the_best_checkpoint_is_kept_with_its_score(whole):
 def _keep_and_find(folder):
     session, engine = open_session("sampling.top_k=9", world_size=dist.get_world_size())
     bank = RolloutBank(folder, session.ranks, run="this")
-    first, metrics = collect_rollout(session, engine, 0, bank)
+    session = replace(session, bank=bank)
+    first, metrics = collect_rollout(session, engine, 0)
     dist.barrier()
-    second, again = collect_rollout(session, engine, 0, bank)
+    second, again = collect_rollout(session, engine, 0)
     names = ("tokens", "unmask_step", "logprobs", "entropies", "support_ids", "num_steps")
     pairs = [(getattr(r.trajectory, name) for r in (first, second)) for name in names]
     same = [torch.equal(*pair) for pair in pairs]
@@ -131,7 +135,7 @@ def _find_others(folder):
     """Say what is found by the ids that were kept, by fewer or others, and for another run."""
     session, engine = open_session(world_size=dist.get_world_size())
     sampling, bank = session.settings.sampling, RolloutBank(folder, session.ranks, run="this")
-    ids = collect_rollout(session, engine, 0, bank)[0].trajectory.rollout_ids
+    ids = collect_rollout(replace(session, bank=bank), engine, 0)[0].trajectory.rollout_ids
     dist.barrier()
     # A rank that alone is asked for others: all must go the same way.
     mine = ids[:-4] if session.ranks.is_main else ids

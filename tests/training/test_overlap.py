@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from agrpo_megatron.tasks.grading import Grader
-from agrpo_megatron.training.session import answer
+from agrpo_megatron.training.answers import answer
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
 

@@ -1,0 +1,107 @@
+"""The attempts of a run: which one it is, whether they get on, and how one ended.
+
+A job that is queued again each time it fails must not do so for ever: an attempt that would begin
+where the last ones began, with nothing more kept, is refused. And only one attempt may write: a
+node that SLURM gave up can come back and go on with an attempt whose successor already runs.
+"""
+
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from agrpo_megatron.megatron.ranks import Ranks
+
+FOLDER, ATTEMPTS, CLAIM = "launch", "attempts.jsonl", "claim"
+UNATTENDED = "AGRPO_UNATTENDED"  # set where a job queues itself again
+
+
+class Stuck(Exception):
+    """Attempts in a row got nowhere; another one would not either."""
+
+
+class Attempt:
+    """One attempt at a run.
+
+    Args:
+        directory: of the run; None claims nothing.
+    """
+
+    def __init__(self, directory: Path | None):
+        self._file = directory / FOLDER / CLAIM if directory is not None else None
+        self._token = secrets.token_hex(8)
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(self._token, encoding="utf-8")
+
+    def check(self) -> None:
+        """Make sure that no later attempt has begun; called before anything is written.
+
+        Raises:
+            RuntimeError: one has; this one must not write any more.
+        """
+        if self._file is None:
+            return
+        if self._file.read_text(encoding="utf-8") != self._token:
+            raise RuntimeError(
+                f"another attempt at {self._file.parent.parent} has begun; this one ends here "
+                "and writes nothing more"
+            )
+
+
+def begin(directory: Path, progress: list[str], *, most_idle: int, ranks: Ranks) -> Attempt:
+    """Note down an attempt and claim the run directory; called by every rank.
+
+    Args:
+        progress: what there is to go on from; more of it means that the last attempt got on.
+        most_idle: attempts in a row that may have got nowhere, where nobody looks on.
+
+    Raises:
+        Stuck: on every rank, where so many got nowhere.
+    """
+    said: list[str | None] = [None]
+    if ranks.is_main:
+        earlier = read_attempts(directory)
+        idle = _idle(earlier, progress)
+        if idle >= most_idle and os.environ.get(UNATTENDED):
+            said = [
+                f"{idle} attempts in a row got no further than {progress[0]}; the log of each "
+                f"says why (resilience.idle_attempts={most_idle})"
+            ]
+        else:
+            _note(directory, {"attempt": len(earlier), "progress": progress})
+    dist.broadcast_object_list(said, src=0)
+    if said[0] is not None:
+        raise Stuck(said[0])
+    return Attempt(directory if ranks.is_main else None)
+
+
+def read_attempts(directory: Path) -> list[dict]:
+    """Return what is known of each attempt so far, oldest first."""
+    path = directory / FOLDER / ATTEMPTS
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _idle(earlier: list[dict], progress: list[str]) -> int:
+    """Return how many attempts, up to the last one, began just where this one does."""
+    count = 0
+    while count < len(earlier) and earlier[-1 - count]["progress"] == progress:
+        count += 1
+    return count
+
+
+def _note(directory: Path, attempt: dict) -> None:
+    path = directory / FOLDER / ATTEMPTS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    job = {
+        name.lower(): os.environ[name]
+        for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
+        if name in os.environ
+    }
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**attempt, "time": time.time(), **job}) + "\n")
