@@ -74,19 +74,19 @@ def summarise(directory: Path) -> list[Member]:
         ValueError: the directory holds no sweep.
     """
     members = [
-        _member(name, directory / name, settings)
-        for name, settings in read_sweep(directory).members.items()
+        _member(number, directory / name, settings)
+        for number, (name, settings) in enumerate(read_sweep(directory).members.items())
     ]
     return sorted(members, key=lambda m: (m.after is None, -(m.after or 0.0), m.name))
 
 
-def _member(name: str, directory: Path, settings: dict[str, Any]) -> Member:
+def _member(number: int, directory: Path, settings: dict[str, Any]) -> Member:
     problem = None
     try:
         finished, iterations = _progress(directory)
     except (ValueError, RuntimeError, OSError) as error:
         finished, iterations, problem = False, "", str(error)
-    log, said = _last_error(directory / LOGS)
+    log, said = _last_error(_logs(directory, number))
     error = None if finished else said or problem
     if finished:
         state = "finished"
@@ -95,7 +95,7 @@ def _member(name: str, directory: Path, settings: dict[str, Any]) -> Member:
     else:
         state = "stopped" if iterations or log else "not begun"
     return Member(
-        name,
+        directory.name,
         str(directory),
         settings,
         state,
@@ -133,23 +133,36 @@ def _accuracy(row: Row | None) -> tuple[float | None, list[float] | None]:
     return number(row, "accuracy"), None if low is None or high is None else [low, high]
 
 
-def _last_error(folder: Path) -> tuple[Path | None, str | None]:
-    """Return the newest log below a folder that tells of an error, and the error's line.
+def _last_error(logs: list[Path]) -> tuple[Path | None, str | None]:
+    """Return the log that tells of an error, and the error's line; the first log where none does.
 
-    Only the newest attempt counts: what an earlier one died of has been overcome.
+    Args:
+        logs: the newest first.
     """
-    # `latest` is a link to one of the others; a log that vanishes is none.
-    files = [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
-    if not files:
-        return None, None
-    newest = max(files, key=_age).parent
-    logs = sorted((p for p in files if p.parent == newest), key=_age, reverse=True)
     for cause in CAUSES:
         for log in logs:
             lines = [line for line in _tail(log) if cause.search(line)]
             if lines:
                 return log, lines[-1]
-    return logs[0], None
+    return (logs[0] if logs else None), None
+
+
+def _logs(directory: Path, number: int) -> list[Path]:
+    """Return the logs of a member's newest attempt, newest first, then that of its batch script.
+
+    Only the newest attempt counts: what an earlier one died of has been overcome.
+    """
+    member = directory / LOGS
+    # `latest` is a link to one of the others.
+    files = [p for p in member.glob("*/attempt-*/**/*") if p.is_file() and "latest" not in p.parts]
+    newest = _attempt(max(files, key=_age)) if files else None
+    ranks = [path for path in files if _attempt(path) == newest]
+    batch = list((directory.parent / LOGS).glob(f"*_{number}.log"))
+    return sorted(ranks, key=_age, reverse=True) + sorted(batch, key=_age, reverse=True)[:1]
+
+
+def _attempt(path: Path) -> Path:
+    return next(folder for folder in path.parents if folder.name.startswith("attempt-"))
 
 
 def _age(path: Path) -> float:

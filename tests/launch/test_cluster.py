@@ -29,13 +29,13 @@ def check(nodes=1, **launch):
 
 
 def test_partitions_are_read_with_their_nodes_gpus_and_times():
-    assert PARTITIONS == [
+    expected = [
         Partition("gpu", True, 172800, 3600, (Nodes(2, 64, 4), Nodes(6, 128, 8))),
         Partition("cpu", False, None, None, (Nodes(10, 32, 0),)),
         Partition("debug", False, 1800, 300, (Nodes(1, 8, 8),)),
         Partition("empty", False, None, None, (Nodes(0, 0, 0),)),
     ]
-    assert read_partitions("") == []
+    assert read_partitions(SINFO) == expected and read_partitions("") == []
 
 
 @pytest.mark.parametrize("row", ["gpu*|2", "gpu|many|8|gpu:8|infinite|n/a", "a|1|1|b|soon|n/a"])
