@@ -76,8 +76,11 @@ class Keeper:
             self._session.bank.forget(sampling_number(iteration, 0, algorithm))
 
     def stop(self) -> None:
-        """Save what is finished, if it is not saved yet, and wait for it."""
-        if self._iteration != self._saved:
+        """Save what is finished, if it is not saved yet, and wait for it.
+
+        Before a phase's first update there is nothing that its start does not have.
+        """
+        if self._iteration not in (0, self._saved):
             self._save(is_best=False)
         self.finish()
 

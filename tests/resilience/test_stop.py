@@ -1,0 +1,198 @@
+"""Ranks that are asked to stop do so at one point, save, and go on to the same bits."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+
+from agrpo_megatron.checkpoint.progress import latest_checkpoint
+from agrpo_megatron.resilience.sections import Sections
+from agrpo_megatron.resilience.stop import JOB_END, LEAST_MARGIN, Stop, Turns
+from agrpo_megatron.training import partial
+from agrpo_megatron.training.log import RunLog
+from agrpo_megatron.training.partial import complete_in
+from agrpo_megatron.training.run import train
+from tests.ranks import run_ranks
+from tests.training.test_run import read
+from tests.training.tiny import resolved_run, same_metrics, silent_view
+
+# Rows of a rollout end at different turns: one forward holds few of them.
+RUN = [
+    "sft.iterations=3",
+    "train.iterations=3",
+    "evaluation.interval=2",
+    "checkpoint.interval=0",
+    "checkpoint.best=null",
+    "train.token_budget=64",
+    "sampling.top_k=9",
+]
+LINES = 9  # sft 1-3, evaluation before, rl 1, rl 2, evaluation, rl 3, evaluation after
+LAYOUTS = {"one rank": (1, []), "dp2": (2, []), "tp2": (2, ["parallel=tp2"])}
+LAYOUTS["pp2"] = (2, ["parallel=pp2", "rollout.groups=4"])
+# What asks, where: in which sampling (0: evaluation before), and how many turns into it; or after
+# which metric line; or which evaluation's sampling.
+MOMENTS = {
+    "within the first evaluation": (0, 3),
+    "within the first rollout": (1, 6),
+    "within the second rollout": (2, 9),
+    "within an evaluation between": (3, 3),
+    "within the last evaluation": (5, 2),
+    "in the supervised phase": "line 2",
+    "after an iteration": "line 5",
+}
+
+
+class AskedTurns(Turns):
+    """Send the signal to this process, on the last rank alone, at a chosen turn of a sampling."""
+
+    when: tuple[int, int] | None = None
+    samplings = turns = 0
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        AskedTurns.samplings, AskedTurns.turns = AskedTurns.samplings + 1, 0
+
+    def is_asked(self):
+        AskedTurns.turns += 1
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        if is_last and (AskedTurns.samplings - 1, AskedTurns.turns) == self.when:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().is_asked()
+
+
+def _signal_after_line(number):
+    """Send the signal once rank 0 has written so many metric lines."""
+    own, written = RunLog.metrics, []
+
+    def metrics(self, record):
+        own(self, record)
+        written.append(record)
+        if len(written) == number and dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    RunLog.metrics = metrics
+
+
+def _train(run_dir, overrides, moment=None):
+    """Train; return why it stopped, and the completions that were complete and are sampled."""
+    if isinstance(moment, str):
+        _signal_after_line(int(moment.split()[1]))
+    elif moment is not None:
+        AskedTurns.when = moment
+        partial.Turns = AskedTurns
+    begun: list[tuple[str, int]] = []
+    own = partial.PartialRollout.begun
+
+    def noted(self):
+        found = own(self)
+        begun.append((self._path.name, -1 if found is None else complete_in(self._path)))
+        return found
+
+    partial.PartialRollout.begun = noted
+    resolved = resolved_run(run_dir, *RUN, *overrides, world_size=dist.get_world_size())
+    return train(resolved, silent_view()), begun
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Return the finished run of a layout, made when it is first asked for."""
+    made = {}
+
+    def of(layout):
+        if layout not in made:
+            made[layout] = tmp_path_factory.mktemp("whole") / "run"
+            ranks, overrides = LAYOUTS[layout]
+            assert {why for why, _ in run_ranks(ranks, _train, made[layout], overrides)} == {None}
+        return made[layout]
+
+    return of
+
+
+def _check(run, whole):
+    metrics, expected = read(run / "metrics.jsonl"), read(whole / "metrics.jsonl")
+    assert len(expected) == LINES
+    bubbles = [record.pop("rollout/bubble", None) for record in (*metrics, *expected)]
+    assert same_metrics(metrics, expected), bubbles
+    assert (run / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    assert not list((run / "rollouts").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_bits(
+    undisturbed, tmp_path, layout, moment
+):
+    ranks, overrides = LAYOUTS[layout]
+    run, when = tmp_path / "run", MOMENTS[moment]
+    stopped = run_ranks(ranks, _train, run, overrides, when)
+    reasons = {why for why, _ in stopped}
+    signal_name = "SIGTERM" if isinstance(when, str) else "SIGUSR1"
+    assert reasons == {f"asked by {signal_name}"}
+    assert len(read(run / "metrics.jsonl")) < LINES
+    again = run_ranks(ranks, _train, run, overrides)
+    assert {why for why, _ in again} == {None}
+    _check(run, undisturbed(layout))
+    if not isinstance(when, str):  # the sampling that was ended is gone on with, complete rows kept
+        name, _ = stopped[0][1][-1]
+        assert dict(again[0][1])[name] >= 0
+
+
+def _sampled_rows(run_dir, line):
+    """Kill the process without a word in the middle of a rollout: after its n-th complete rows."""
+    own, kept = partial.PartialRollout.keep, []
+
+    def keep(self, snapshot):
+        own(self, snapshot)
+        kept.append(self._path.name)
+        if kept.count("000001-0.part") == line:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    partial.PartialRollout.keep = keep
+    return _train(run_dir, [])
+
+
+@pytest.mark.slow
+def test_a_kill_within_a_rollout_costs_no_complete_row(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError, match="killed by signal 9"):
+        run_ranks(1, _sampled_rows, run, 2)
+    complete = complete_in(run / "rollouts" / "000001-0.part")
+    assert 0 < complete < 12
+    ((why, begun),) = run_ranks(1, _train, run, [])
+    assert why is None and ("000001-0.part", complete) in begun
+    _check(run, undisturbed("one rank"))
+
+
+@pytest.mark.slow
+def test_another_layout_samples_anew_and_a_damaged_file_too(undisturbed, tmp_path):
+    run, when = tmp_path / "run", MOMENTS["within the second rollout"]
+    run_ranks(2, _train, run, [], when)
+    for part in (run / "rollouts").glob("*.part"):
+        part.write_bytes(part.read_bytes()[:-9])
+    again = run_ranks(2, _train, run, [])
+    assert [rows for name, rows in again[0][1]][0] == -1
+    _check(run, undisturbed("dp2"))
+
+
+def _time_is_up(run_dir):
+    os.environ[JOB_END] = str(time.time() + 3600)
+    return _train(run_dir, ["resilience.stop_margin=3601"])[0]
+
+
+def test_a_job_whose_time_is_nearly_up_stops_and_saves(tmp_path):
+    (why,) = run_ranks(1, _time_is_up, tmp_path / "run")
+    assert why.startswith("the job's time is up in 3")
+    path, progress = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert (path.name, progress.iteration) == ("sft-000001", 1)
+
+
+def test_the_margin_is_learned(monkeypatch):
+    sections = Sections()
+    monkeypatch.setenv(JOB_END, str(time.time() + 100))
+    stop = Stop(sections)
+    assert stop.margin == LEAST_MARGIN and stop.reason is None
+    sections.learn({"update": 40.0, "checkpoint": 25.0, "rollout": 1e6})
+    assert stop.margin == LEAST_MARGIN + 97.5 and stop.reason is not None
