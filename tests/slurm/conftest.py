@@ -1,0 +1,23 @@
+"""A SLURM cluster for the tests of this folder; each test process has its own."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, running_cluster, what_is_missing
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Run a cluster of four nodes until the last test of this process is over."""
+    missing = what_is_missing()
+    if missing is not None:
+        if os.environ.get("AGRPO_REQUIRE_SLURM"):
+            pytest.fail(f"AGRPO_REQUIRE_SLURM is set, but {missing}")
+        pytest.skip(missing)
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
+        with running_cluster(Path(folder)) as cluster:
+            yield cluster
