@@ -43,6 +43,7 @@ examples:
   agrpo report runs/tiny                              figures and page of a run
   agrpo report runs/a runs/b                          and several runs side by side
   agrpo report runs/tiny/evaluations/* --output frontier.png
+  agrpo report runs/sweep                             a sweep's table, as far as it has come
   agrpo report before=evaluations/LLaDA after=runs/x/evaluations/best --output frontier.png
 """
 
@@ -86,7 +87,7 @@ def add_report(commands: argparse._SubParsersAction) -> None:
     )
     command.set_defaults(run=report)
     command.add_argument(
-        "targets", nargs="+", metavar="[LABEL=]DIR", help="run or evaluation directory"
+        "targets", nargs="+", metavar="[LABEL=]DIR", help="directory of a run, evaluation or sweep"
     )
     command.add_argument(
         "--output", type=Path, metavar="PNG", help="where the frontier goes; default: beside them"
@@ -131,6 +132,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """Write figures and page of each run; draw evaluations into one frontier."""
+    from agrpo_megatron.launch.sweep import SWEEP
+    from agrpo_megatron.launch.table import show_table
     from agrpo_megatron.reports.evaluations import find_evaluations
     from agrpo_megatron.reports.figures import write_figures
     from agrpo_megatron.reports.html import write_report
@@ -138,6 +141,9 @@ def report(arguments: argparse.Namespace) -> int:
     runs, evaluations, folders = [], [], []
     for text in arguments.targets:
         path, label = _labelled(text)
+        if (path / SWEEP).is_file():
+            show_table(path)
+            continue
         found = find_evaluations(path, label)
         evaluations += [results for _, results in found]
         folders += [folder.parent for folder, _ in found]

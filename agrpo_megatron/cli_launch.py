@@ -40,8 +40,8 @@ a sweep, a run for each combination, in folders 00, 01, ... of the run directory
       --sweep examples/sweep.yaml
 
   All members are checked before any is submitted. A job array runs them, and a job after it
-  writes summary.md: best member first, with what failed and why. The same command again submits
-  those members that are not finished.
+  writes summary.md: best member first, with what failed and why; `agrpo report RUN` writes it
+  sooner. The same command again submits those members that are not finished.
 """
 
 

@@ -186,7 +186,7 @@ def test_one_rank_of_many_speaks(tmp_path):
     assert "train.iteration is not a setting" in first.stderr and second.stderr == ""
 
 
-COMMANDS = ("train", "sft", "evaluate", "sample", "report", "doctor", "config")
+COMMANDS = ("train", "sft", "evaluate", "sample", "report", "doctor", "config", "launch")
 
 
 def test_every_sub_command_explains_itself_at_once():

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from agrpo_megatron.cli import main
 from agrpo_megatron.launch.sweep import SWEEP, make_sweep
 from agrpo_megatron.launch.table import summarise
 from tests.launch.runs import leave_run
@@ -83,11 +84,13 @@ def test_members_are_told_apart_by_their_fate_the_best_first(sweep):
     assert [m.name for m in members if m.error] == ["02", "03", "05"]
 
 
-def test_the_table_is_printed_and_written_whole(sweep):
+def test_the_table_is_printed_and_written_whole(sweep, capsys):
     """Run as the job after the array runs it."""
     command = [sys.executable, "-m", "agrpo_megatron.launch.sweep", str(sweep), "--table"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
+    assert main(["report", str(sweep)]) == 0
+    assert capsys.readouterr().out == done.stdout
     table = (sweep / "summary.md").read_text()
     lines = table.splitlines()
     assert lines[0] == (
