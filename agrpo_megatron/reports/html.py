@@ -39,6 +39,7 @@ CAPTIONS = {
         "right name the colours.",
     ),
 }
+SPANS = 4  # stretches of iterations that an alarm names
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -95,6 +96,12 @@ def _facts(run: Run) -> Iterator[str]:
     error = series(run.rl, "ratio/max_error")[1]
     if len(error):
         yield _fact("Policy ratio error", f"{error.max():.1e}", f"largest; {_alarm(run, error)}")
+    if spans := _alarms(run):
+        named = "; ".join(f"{name}: {span}" for name, span in spans.items())
+        yield _fact("Alarms", str(len(spans)), f"iterations of {safe(named)}")
+    left_out = sum(number(row, "skipped_updates") or 0 for row in (*run.sft, *run.rl))
+    if left_out:
+        yield _fact("Updates left out", compact(left_out), "loss or gradient was not finite")
     sizes = [size for row in (*run.sft, *run.rl) if (size := number(row, "parameters"))]
     if sizes:
         yield _fact("Parameters", compact(sizes[-1]), "")
@@ -128,6 +135,20 @@ def _alarm(run: Run, error: np.ndarray) -> str:
         return f"median {np.median(error):.1e}"
     over = int(np.sum(error > level))
     return f"{over} of {len(error)} iterations past {level:g}"
+
+
+def _alarms(run: Run) -> dict[str, str]:
+    """Return the iterations in which each alarm was on, such as `3, 7-9`."""
+    spans: dict[str, str] = {}
+    for key in sorted({key for row in run.rl for key in row if key.startswith("alarm/")}):
+        iterations, values = series(run.rl, key)
+        on = iterations[values > 0].astype(int)
+        parts = np.split(on, np.flatnonzero(np.diff(on) > 1) + 1)
+        shown = [f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts if len(p)]
+        if shown:
+            more = [f"and {len(shown) - SPANS} more"] if len(shown) > SPANS else []
+            spans[key.removeprefix("alarm/").replace("_", " ")] = ", ".join(shown[:SPANS] + more)
+    return spans
 
 
 def _planned(run: Run, section: str) -> str:

@@ -6,6 +6,7 @@ it; one of other settings, or of more or fewer rollouts than are asked for, is n
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -102,12 +103,12 @@ class RolloutBank:
 
         So it has of evaluations: those come before it.
         """
-        if self._folder is None or not self._ranks.is_main:
-            return
-        for path in (*self._folder.glob("*.safetensors"), *self._folder.glob(f"*{SUFFIX}")):
-            first = path.name[:DIGITS]
-            if not first.isdigit() or int(first) < number:
-                path.unlink()
+        self._remove(lambda round_number: round_number < number)
+
+    def drop(self, number: int) -> None:
+        """Remove the rollouts of rounds from this one on: they may be spoilt."""
+        self._remove(lambda round_number: round_number >= number)
+        torch.distributed.barrier()  # no rank finds what is about to go
 
     def progress(self) -> list[str]:
         """Describe what is kept, so that a change shows that something was sampled."""
@@ -116,6 +117,15 @@ class RolloutBank:
         whole = [path.name for path in self._folder.glob("*.safetensors")]
         parts = [f"{path.name} {complete_in(path)}" for path in self._folder.glob(f"*{SUFFIX}")]
         return sorted(whole + parts)
+
+    def _remove(self, is_chosen: Callable[[int], bool]) -> None:
+        """Remove the files of some rounds, and of evaluations."""
+        if self._folder is None or not self._ranks.is_main:
+            return
+        for path in (*self._folder.glob("*.safetensors"), *self._folder.glob(f"*{SUFFIX}")):
+            first = path.name[:DIGITS]
+            if not first.isdigit() or is_chosen(int(first)):
+                path.unlink()
 
     def _path(self, number: int) -> Path | None:
         return None if self._folder is None else self._folder / f"{round_name(number)}.safetensors"

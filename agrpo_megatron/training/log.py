@@ -62,6 +62,11 @@ class RunLog:
             text = "".join(f"{line}\n" for line in lines)
             (self.directory / NOTES).write_text(text, encoding="utf-8")
 
+    def alert(self, title: str, text: str) -> None:
+        """Let wandb tell whoever listens."""
+        if self._wandb is not None:
+            self._wandb.alert(title=title, text=text, level="WARN")
+
     @property
     def wandb_id(self) -> str | None:
         """Return the wandb run's id; None where wandb is off, and on other ranks."""

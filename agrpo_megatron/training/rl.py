@@ -16,10 +16,12 @@ from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
+from agrpo_megatron.training.alarms import Alarms
 from agrpo_megatron.training.answers import sample_records
 from agrpo_megatron.training.groups import sample_groups
+from agrpo_megatron.training.guards import Guard, Update, rollout_keys
 from agrpo_megatron.training.session import Session
-from agrpo_megatron.training.step import my_micro_batches, optimizer_step
+from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import Rollout, StepDraws, TimestepBatch
 
 
@@ -41,13 +43,14 @@ def run_rl(
     Raises:
         Stopped: the ranks agreed to stop, within a rollout or in `after`.
     """
+    guard, alarms = Guard(session, "rl"), Alarms(session)
     for iteration in range(start, session.settings.train.iterations):
         started = time.perf_counter()
         session.sections.at("rl", iteration + 1)
         rollout, rollout_metrics = collect_rollout(session, engine, iteration)
         update_started = time.perf_counter()
         with session.sections("update"):
-            metrics, tokens = update_policy(session, engine, rollout, reference)
+            metrics, tokens = update_policy(session, engine, rollout, reference, guard=guard)
         now = time.perf_counter()
         tokens += rollout_metrics.pop("tokens")
         record = {
@@ -55,18 +58,13 @@ def run_rl(
             "iteration": iteration + 1,
             **rollout_metrics,
             **metrics,
+            **alarms.check(iteration + 1, {**rollout_metrics, **metrics}),
             "time/update": now - update_started,
             "time/iteration": now - started,
             "tokens_per_second": tokens / (now - started),
         }
         session.log.metrics(record)
         session.view.rl(record)
-        error, limit = record["ratio/max_error"], session.settings.train.ratio_alarm
-        if error > limit:
-            session.view.warn(
-                f"iteration {iteration + 1}: a first update's policy ratio is {error:.2e} from 1 "
-                f"(train.ratio_alarm={limit}); rollout and training disagree"
-            )
         if not after(iteration + 1):
             break
 
@@ -105,9 +103,21 @@ def collect_rollout(
 
 
 def update_policy(
-    session: Session, engine: Engine, rollout: Rollout, reference: Network | None
+    session: Session,
+    engine: Engine,
+    rollout: Rollout,
+    reference: Network | None,
+    *,
+    guard: Guard | None = None,
 ) -> tuple[dict[str, float], int]:
-    """Update the weights on one batch of rollouts; returns metrics and the tokens of all ranks."""
+    """Update the weights on one batch of rollouts; returns metrics and the tokens of all ranks.
+
+    Args:
+        guard: knows which updates were left out before, for not being finite.
+    """
+    guard = guard or Guard(session, "rl")
+    iteration = rollout.trajectory.weights_version + 1
+    key = rollout_keys(session, rollout.trajectory)
     settings, algorithm, ranks = session.settings, session.settings.algorithm, engine.ranks
     results = []
     for update in range(algorithm.updates_per_iteration):
@@ -124,11 +134,12 @@ def update_policy(
         batches = [local_part(batch, ranks) for batch in batches]
         if reference is not None:
             batches = with_reference(batches, reference, settings.sampling)
-        metrics = optimizer_step(
+        metrics = guard.step(
             engine,
             batches,
             loss=make_loss(engine.network.vocab, settings.sampling, algorithm),
             examples=len(rollout.rewards),
+            update=Update(iteration, "rollouts", key, update + 1),
         )
         slots = len(batches) * ranks.data.size * settings.train.token_budget
         packed = {"rows": len(lengths), "filled": int(lengths.sum()), "slots": slots}
@@ -187,6 +198,7 @@ def _rollout_metrics(session: Session, rollout: Rollout) -> dict[str, float]:
         "entropy": float(trajectory.entropies.sum()) / max(1.0, float(sampled.sum())),
         "live_steps/mean": float(live.double().mean()),
         "completion_tokens/mean": float(text.sum(1).double().mean()),
+        "empty_completions": float((text.sum(1) == 0).double().mean()),
         "zero_advantage_fraction": float((rollout.advantages == 0).double().mean()),
     }
 
@@ -194,19 +206,28 @@ def _rollout_metrics(session: Session, rollout: Rollout) -> dict[str, float]:
 def _update_metrics(results: list[dict[str, float]]) -> dict[str, float]:
     """Combine the updates of an iteration; the ratio's error is the first update's.
 
-    Where no token was scored the ratio is 1: nothing differs from the rollout.
+    Those that were left out have no loss, no gradient and no ratio. Where no token was scored the
+    ratio is 1: nothing differs from the rollout.
     """
+    made = [r for r in results if not r["skipped_updates"]]
+    return {
+        **(_made_metrics(made) if made else {}),
+        "learning_rate": results[-1]["learning_rate"],
+        "skipped_updates": len(results) - len(made),
+        "rows": sum(r["rows"] for r in results),
+        "micro_batches": sum(r["micro_batches"] for r in results),
+        "packing_efficiency": sum(r["filled"] for r in results) / sum(r["slots"] for r in results),
+    }
+
+
+def _made_metrics(results: list[dict[str, float]]) -> dict[str, float]:
     tokens = sum(r["scored_tokens"] for r in results)
     scored = max(1.0, tokens)
     return {
         "loss": sum(r["loss"] for r in results) / len(results),
         "grad_norm": max(r["grad_norm"] for r in results),
-        "learning_rate": results[-1]["learning_rate"],
         "ratio/mean": sum(r["ratio_sum"] for r in results) / tokens if tokens else 1.0,
         "ratio/max_error": results[0]["ratio_max_error"],
         "clip_fraction": sum(r["clipped_tokens"] for r in results) / scored,
         "kl": sum(r["kl_sum"] for r in results) / scored,
-        "rows": sum(r["rows"] for r in results),
-        "micro_batches": sum(r["micro_batches"] for r in results),
-        "packing_efficiency": sum(r["filled"] for r in results) / sum(r["slots"] for r in results),
     }

@@ -1,7 +1,8 @@
 """A whole run: supervised phase, reinforcement learning, evaluations, checkpoints, resume."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from agrpo_megatron.checkpoint.progress import (
@@ -25,8 +26,10 @@ from agrpo_megatron.tasks.grading import Grader
 from agrpo_megatron.training.bank import RolloutBank
 from agrpo_megatron.training.directory import check_data, run_digest
 from agrpo_megatron.training.evaluation import evaluate
+from agrpo_megatron.training.guards import Found, with_roll_backs
 from agrpo_megatron.training.keeper import MODEL_FILES, Keeper, describe_model
 from agrpo_megatron.training.log import RunLog
+from agrpo_megatron.training.nonfinite import NotFinite
 from agrpo_megatron.training.resolve import RUN_SETTINGS, Resolved
 from agrpo_megatron.training.rl import run_rl
 from agrpo_megatron.training.session import Session, View
@@ -51,11 +54,7 @@ def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "
     stop = Stop(sections, margin=settings.resilience.stop_margin)
     try:
         with stop.listening(), _opened(resolved, view, sections, stop) as (session, found):
-            done = found[1] if found else Progress("sft", 0, {})
-            if done.phase == "sft" and "sft" in phases and settings.sft.iterations > 0:
-                _sft_phase(session, found[0] if found else None, done)
-            if "rl" in phases and done.stopped is None:
-                _rl_phase(session, found[0] if found and done.phase == "rl" else None, done)
+            with_roll_backs(session, partial(_run_phases, session, phases), found)
     except Stopped as stopped:
         return str(stopped)
     finally:
@@ -63,52 +62,55 @@ def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "
     return None
 
 
+def _run_phases(session: Session, phases: tuple[str, ...], found: Found) -> None:
+    """Go on from a checkpoint, or begin where there is none."""
+    done = found[1] if found else Progress("sft", 0, {})
+    if done.phase == "sft" and "sft" in phases and session.settings.sft.iterations > 0:
+        _sft_phase(session, found[0] if found else None, done)
+    if "rl" in phases and done.stopped is None:
+        _rl_phase(session, found[0] if found and done.phase == "rl" else None, done)
+
+
 @contextmanager
 def _opened(
     resolved: Resolved, view: View, sections: Sections, stop: Stop
-) -> Iterator[tuple[Session, tuple[Path, Progress] | None]]:
+) -> Iterator[tuple[Session, Found]]:
     """Start the ranks; yield a session, and the checkpoint to go on from where there is one."""
     settings, task = resolved.settings, resolved.task
     directory = Path(settings.run.dir)
-    with sections("setup"):
-        ranks = start_ranks(settings)
-        found = find_checkpoint(_root(settings), ranks, view.warn)
-        check_data(directory, task, is_new=found is None, is_main=ranks.is_main)
-        bank = RolloutBank(
-            directory / "rollouts" if settings.checkpoint.rollouts else None,
-            ranks,
-            run=run_digest(settings, task),
+    with ExitStack() as stack:
+        with sections("setup"):
+            ranks = start_ranks(settings)
+            stack.callback(stop_ranks)
+            found = find_checkpoint(_root(settings), ranks, view.warn)
+            check_data(directory, task, is_new=found is None, is_main=ranks.is_main)
+            folder = directory / "rollouts" if settings.checkpoint.rollouts else None
+            bank = RolloutBank(folder, ranks, run=run_digest(settings, task))
+            attempt = _begin(settings, ranks, found, bank)
+            done = found[1] if found else Progress("sft", 0, {})
+            log = RunLog(
+                directory,
+                settings=settings,
+                is_main=ranks.is_main,
+                wandb_id=done.wandb,
+                check=attempt.check,
+            )
+            stack.callback(log.close)
+            grader = Grader(task, settings.task)
+            stack.callback(grader.close)
+        session = Session(
+            settings, ranks, task, resolved.tokenizer, log, view, grader, bank, sections, stop
         )
-        attempt = _begin(settings, ranks, found, bank)
-        done = found[1] if found else None
-        log = RunLog(
-            directory,
-            settings=settings,
-            is_main=ranks.is_main,
-            wandb_id=done.wandb if done else None,
-            check=attempt.check,
-        )
-        grader = Grader(task, settings.task)
-    session = Session(
-        settings, ranks, task, resolved.tokenizer, log, view, grader, bank, sections, stop
-    )
-    try:
-        log.cut_back(done.offsets if done else {})
-        if done:
+        log.cut_back(done.offsets)
+        if found:
             view.note(f"resuming after {done.phase} iteration {done.iteration}")
         _tell_notes(session)
         if ranks.is_main:
             describe_model(directory / MODEL_FILES, settings)
         yield session, found
-    finally:
-        grader.close()
-        log.close()
-        stop_ranks()
 
 
-def _begin(
-    settings: Settings, ranks: Ranks, found: tuple[Path, Progress] | None, bank: RolloutBank
-) -> Attempt:
+def _begin(settings: Settings, ranks: Ranks, found: Found, bank: RolloutBank) -> Attempt:
     """Begin an attempt, unless the last ones got nowhere."""
     mark = "the start"
     if found:
@@ -177,11 +179,14 @@ def _sft_phase(session: Session, checkpoint: Path | None, done: Progress) -> Non
 
 @contextmanager
 def _saved_at_stop(keeper: Keeper) -> Iterator[None]:
-    """Save what is finished when the ranks agree to stop."""
+    """Save what is finished when the ranks agree to stop, or have to go back."""
     try:
         yield
     except Stopped:
         keeper.stop()
+        raise
+    except NotFinite:
+        keeper.finish()  # what is being written may be what the run goes back to
         raise
 
 

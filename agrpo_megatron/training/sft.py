@@ -14,9 +14,10 @@ from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.tasks.base import task_prompts
 from agrpo_megatron.tasks.curriculum import solved_problems
+from agrpo_megatron.training.guards import Guard, Update
 from agrpo_megatron.training.picking import pick_problems
 from agrpo_megatron.training.session import Session, encode_prompts
-from agrpo_megatron.training.step import my_micro_batches, optimizer_step
+from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import Problem, SftBatch
 
 
@@ -29,7 +30,7 @@ def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[in
     settings = session.settings.sft
     loss = _loss(engine.network.vocab)
     problems, shares = solved_problems(session.task, settings)
-    size = settings.batch_size
+    size, guard = settings.batch_size, Guard(session, "sft")
     for iteration in range(start, settings.iterations):
         started = time.perf_counter()
         session.sections.at("sft", iteration + 1)
@@ -37,8 +38,9 @@ def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[in
         picked = pick_problems(shares, places, seed=session.settings.run.seed)
         chosen = [problems[place] for place in picked]
         batches, tokens = _batches(session, engine.ranks, chosen, iteration)
+        update = Update(iteration + 1, "examples", lambda row, chosen=chosen: chosen[row].key)
         with session.sections("update"):
-            metrics = optimizer_step(engine, batches, loss=loss, examples=settings.batch_size)
+            metrics = guard.step(engine, batches, loss=loss, examples=size, update=update)
         seconds = time.perf_counter() - started
         record = {
             "phase": "sft",

@@ -35,6 +35,7 @@ from agrpo_megatron.megatron.context import for_schedule
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.settings import Settings
+from agrpo_megatron.training.nonfinite import NotFinite, find_in_gradient, find_in_loss
 from agrpo_megatron.types import PackedRows, SftBatch, TimestepBatch
 
 Metrics = dict[str, Tensor]
@@ -62,13 +63,19 @@ def optimizer_step[Batch: (SftBatch, TimestepBatch)](
         The metrics, `loss` (mean over examples), `grad_norm` and `learning_rate`.
 
     Raises:
-        RuntimeError: the loss or the gradient is not finite.
+        NotFinite: the loss or the gradient is not; says where, and no weights were changed.
     """
-    metrics = accumulate_gradients(engine, batches, loss=loss, examples=examples)
-    if not all(math.isfinite(value) for value in metrics.values()):
-        raise RuntimeError(f"the loss is not finite: {metrics}; no weights were changed")
-    if not _gradient_is_finite(engine):
-        raise RuntimeError("the gradient is not finite; no weights were changed")
+    computed = _forward_and_backward(engine, batches, loss=loss, examples=examples)
+    metrics = _combined(computed, engine.ranks, examples=examples)
+    loss_is_finite = all(math.isfinite(value) for value in metrics.values())
+    loss_is_finite, gradient_is_finite = _on_all_ranks(
+        loss_is_finite, _gradient_is_finite(engine), engine.ranks
+    )
+    if not loss_is_finite:
+        finding = find_in_loss(engine, batches, computed, loss=loss)
+        raise NotFinite("the loss is not finite", finding)
+    if not gradient_is_finite:
+        raise NotFinite("the gradient is not finite", find_in_gradient(engine, batches))
     engine.scheduler.step(increment=1)
     _, grad_norm, _ = engine.optimizer.step()  # type: ignore[misc]
     learning_rate = max(group["lr"] for group in engine.optimizer.param_groups)
@@ -83,11 +90,28 @@ def accumulate_gradients[Batch: (SftBatch, TimestepBatch)](
     examples: int,
 ) -> dict[str, float]:
     """Run forward and backward alone: leaves the mean gradient in `main_grad`; all ranks."""
-    network, ranks = engine.network, engine.ranks
-    network.set_training("train")
+    computed = _forward_and_backward(engine, batches, loss=loss, examples=examples)
+    return _combined(computed, engine.ranks, examples=examples)
+
+
+def drop_gradients(engine: Engine) -> None:
+    """Leave no gradient behind: the weights stay as they are."""
     for ddp in engine.ddp:
         ddp.zero_grad_buffer()
     engine.optimizer.zero_grad()
+
+
+def _forward_and_backward[Batch: (SftBatch, TimestepBatch)](
+    engine: Engine,
+    batches: Sequence[Batch],
+    *,
+    loss: Callable[[Tensor, Batch], tuple[Tensor, Metrics]],
+    examples: int,
+) -> list[Metrics]:
+    """Return the loss and the metrics of each micro-batch, where this rank has them."""
+    network, ranks = engine.network, engine.ranks
+    network.set_training("train")
+    drop_gradients(engine)
     reported = examples if ranks.data_context.rank == 0 else 0
     counts = iter([reported] + [0] * (len(batches) - 1))
 
@@ -115,8 +139,7 @@ def accumulate_gradients[Batch: (SftBatch, TimestepBatch)](
         forward_only=False,
     )
     network.set_training("eval")
-    metrics = _reduce_metrics(collected, ranks) if collected else {}
-    return {n: v / examples if n == "loss" else v for n, v in _from_last(metrics, ranks).items()}
+    return collected
 
 
 def my_micro_batches(lengths: Tensor, settings: Settings, ranks: Ranks) -> list[Tensor]:
@@ -135,14 +158,25 @@ def my_micro_batches(lengths: Tensor, settings: Settings, ranks: Ranks) -> list[
 
 
 def _gradient_is_finite(engine: Engine) -> bool:
-    """Say whether every rank's gradient is finite: a sum of finite numbers tells, cheaply."""
+    """Say whether this rank's gradient is finite: a sum of finite numbers tells, cheaply."""
     ddps: list[Any] = engine.ddp
     buffers = [b for ddp in ddps for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
     grads = [buffer.grad_data for buffer in buffers]
     total = sum(grad.sum(dtype=torch.float32) for grad in grads)
-    finite = torch.as_tensor(total, device=engine.ranks.device).isfinite().int()
-    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-    return bool(finite)
+    return bool(torch.as_tensor(total).isfinite())
+
+
+def _on_all_ranks(first: bool, second: bool, ranks: Ranks) -> tuple[bool, bool]:  # noqa: FBT001
+    """Say of two facts whether each holds on every rank."""
+    both = torch.tensor([first, second], dtype=torch.int, device=ranks.device)
+    dist.all_reduce(both, op=dist.ReduceOp.MIN)
+    return bool(both[0]), bool(both[1])
+
+
+def _combined(computed: list[Metrics], ranks: Ranks, *, examples: int) -> dict[str, float]:
+    """Return the metrics of all micro-batches and ranks, on every rank."""
+    metrics = _from_last(_reduce_metrics(computed, ranks) if computed else {}, ranks)
+    return {name: v / examples if name == "loss" else v for name, v in metrics.items()}
 
 
 def _reduce_metrics(collected: list[Metrics], ranks: Ranks) -> dict[str, float]:

@@ -33,6 +33,7 @@ def batch_of(count=40, *, reference=False, zero_weights=0):
         support_ids=None,
         advantages=random(),
         weights=weights,
+        sources=torch.zeros(count, dtype=torch.int64),
     )
     return logprobs, batch
 
@@ -112,6 +113,7 @@ def test_kl_term_is_the_gradient_of_the_reverse_kl():
         support_ids=None,
         advantages=torch.zeros(5, dtype=DOUBLE),
         weights=probs,
+        sources=torch.zeros(5, dtype=torch.int64),
     )
     loss, _ = policy_loss(logprobs, batch, AlgorithmSettings(kl_coefficient=1.0))
     (got,) = torch.autograd.grad(loss, logits)

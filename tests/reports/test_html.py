@@ -74,3 +74,17 @@ def test_cells_carry_their_denoising_step(page):
 def test_only_changed_settings_are_marked(page):
     marked = re.findall(r"<tr class=set><td><code>([^<]*)<", page)
     assert marked == ["train.iterations"]
+
+
+def test_the_iterations_of_an_alarm_and_updates_left_out_are_shown(tmp_path):
+    run_dir = write_run(tmp_path / "run", iterations=12, sft=1)
+    on = {3: 1.0, 7: 1.0, 8: 1.0, 9: 1.0}
+    rows = [
+        {"phase": "rl", "iteration": number, "accuracy": 0.5, "alarm/ratio": 0.0}
+        | {"alarm/zero_variance": on.get(number, 0.0), "skipped_updates": int(number == 5)}
+        for number in range(1, 13)
+    ]
+    write_lines(run_dir / "metrics.jsonl", rows)
+    shown = write_report(run_dir).read_text(encoding="utf-8")
+    assert "iterations of zero variance: 3, 7-9<" in shown
+    assert re.search(r'Updates left out</div><div class="value">1<', shown)

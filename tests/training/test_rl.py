@@ -280,5 +280,5 @@ def _update_with_a_broken(part, overrides):
 def test_what_is_not_finite_on_one_rank_stops_all_with_the_weights_as_they_were(part, layout):
     what = "the loss is not finite" if part == "weight" else "the gradient is not finite"
     for said, is_unchanged in run_ranks(2, _update_with_a_broken, part, layout):
-        assert said.startswith(what) and said.endswith("no weights were changed")
+        assert what in said and said.splitlines()[0].endswith("no weights were changed")
         assert is_unchanged

@@ -1,0 +1,147 @@
+"""Alarms begin, speak once, end; and runs that are driven into each of their states."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from agrpo_megatron.training import rl, sft
+from agrpo_megatron.training.alarms import ALARMS, Alarms
+from agrpo_megatron.training.run import train
+from tests.ranks import run_ranks
+from tests.training.test_log import wandb_records
+from tests.training.test_run import read
+from tests.training.tiny import open_session, resolved_run, silent_view
+
+NAMES = ["ratio", "empty", "entropy", "zero_variance"]
+# alarm: metric, setting, a value that is past it, one that is not
+STATES = {
+    "ratio": ("ratio/max_error", "train.ratio_alarm", 0.02, 0.01),
+    "empty": ("empty_completions", "resilience.empty_alarm", 0.75, 0.5),
+    "entropy": ("entropy", "resilience.entropy_alarm", 0.01, 0.25),
+    "zero_variance": ("zero_advantage_fraction", "resilience.zero_variance_alarm", 1.0, 0.75),
+}
+LEVELS = {"ratio": 0.01, "empty": 0.75, "entropy": 0.25, "zero_variance": 1.0}
+
+
+class _Alerts:
+    """Stand in for the run's log: keep the alerts."""
+
+    def __init__(self):
+        self.alerts: list[tuple[str, str]] = []
+
+    def alert(self, title, text):
+        self.alerts.append((title, text))
+
+
+def _go_through(overrides, values):
+    """Check one metric after the other; return what was on, and what was said at each."""
+    session, _ = open_session(*overrides)
+    log, told, found = _Alerts(), [], []
+    session.view.warn = told.append  # type: ignore[method-assign]
+    alarms = Alarms(replace(session, log=log))  # type: ignore[arg-type]
+    for iteration, metrics in enumerate(values, start=1):
+        before = len(told)
+        found.append((alarms.check(iteration, metrics), told[before:]))
+    return found, log.alerts, told
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_alarm_speaks_as_it_begins_and_again_only_after_it_had_ended(name):
+    metric, key, past, fine = STATES[name]
+    values = [{metric: value} for value in (fine, past, past, fine, past)] + [{}]
+    [(found, alerts, told)] = run_ranks(1, _go_through, [f"{key}={LEVELS[name]}"], values)
+    assert [now[f"alarm/{name}"] for now, _ in found] == [0, 1, 1, 0, 1, 0]
+    assert [len(said) for _, said in found] == [0, 1, 0, 0, 1, 0]
+    others = {f"alarm/{other}" for other in NAMES if other != name}
+    assert all(now[other] == 0 for now, _ in found for other in others)
+    assert [title for title, _ in alerts] == [f"{name} alarm"] * 2
+    assert [text for _, text in alerts] == told
+    assert told[0].startswith("iteration 2: ") and f"({key}={LEVELS[name]})" in told[0]
+
+
+def test_levels_of_zero_set_off_no_alarm_of_shares_or_entropy():
+    keys = ["resilience.entropy_alarm=0", "resilience.empty_alarm=0"]
+    keys += ["resilience.zero_variance_alarm=0"]
+    worst = {"entropy": 0.0, "empty_completions": 1.0, "zero_advantage_fraction": 1.0}
+    [(found, _, told)] = run_ranks(1, _go_through, keys, [worst])
+    assert told == [] and set(found[0][0].values()) == {0.0}
+    assert [alarm.name for alarm in ALARMS] == NAMES
+
+
+RUN = ["sft.iterations=0", "train.iterations=3", "evaluation.interval=0"]
+RUN += ["logging.wandb=offline", "resilience.entropy_alarm=0.2"]
+
+
+def _train(run_dir, overrides, fault=None):
+    if fault is not None:
+        fault()
+    view, told = silent_view(), []
+    view.warn = told.append  # type: ignore[method-assign]
+    train(resolved_run(run_dir, *RUN, *overrides), view)
+    return told
+
+
+def _learn_to_say_nothing():
+    """Let every solution be empty: all end-of-text."""
+
+    def nothing(session, texts):
+        shape = (len(texts), session.settings.sampling.completion_length)
+        return torch.full(shape, session.eos_id)
+
+    sft._padded = nothing
+
+
+def _disagree():
+    """Let the second iteration's rollout be off by a hundredth from what training computes."""
+    plain = rl.update_policy
+
+    def faulty(session, engine, rollout, *args, **options):
+        trajectory = rollout.trajectory
+        if trajectory.weights_version == 1:
+            trajectory = replace(trajectory, logprobs=trajectory.logprobs - 0.01)
+        return plain(session, engine, replace(rollout, trajectory=trajectory), *args, **options)
+
+    rl.update_policy = faulty
+
+
+def _alerts(run_dir):
+    [path] = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    records = [r.alert for r in wandb_records(path) if r.WhichOneof("record_type") == "alert"]
+    return [(alert.title, alert.text, alert.level) for alert in records]
+
+
+def _on(run_dir):
+    rows = [row for row in read(run_dir / "metrics.jsonl") if row["phase"] == "rl"]
+    return {name: [row[f"alarm/{name}"] for row in rows] for name in NAMES}
+
+
+def test_a_healthy_run_raises_no_alarm(tmp_path):
+    [told] = run_ranks(1, _train, tmp_path / "run", [])
+    assert told == [] and _alerts(tmp_path / "run") == []
+    assert _on(tmp_path / "run") == {name: [0, 0, 0] for name in NAMES}
+
+
+def test_a_policy_that_says_nothing_any_more_is_told_once(tmp_path):
+    run_dir = tmp_path / "run"
+    changes = ["sft.iterations=30", "sft.optimizer.learning_rate=3e-2"]
+    [told] = run_ranks(1, _train, run_dir, changes, _learn_to_say_nothing)
+    expected = {name: [float(name != "ratio")] * 3 for name in NAMES}
+    assert _on(run_dir) == expected
+    keys = ["resilience.empty_alarm=0.5", "resilience.entropy_alarm=0.2"]
+    keys += ["resilience.zero_variance_alarm=1.0"]
+    assert len(told) == 3
+    for text, key in zip(told, keys, strict=True):
+        assert text.startswith("iteration 1: ") and text.endswith(f"({key})")
+    alerts = [(f"{name} alarm", text, "WARN") for name, text in zip(NAMES[1:], told, strict=True)]
+    assert _alerts(run_dir) == alerts
+
+
+def test_a_rollout_that_training_does_not_agree_with_is_told(tmp_path):
+    run_dir = tmp_path / "run"
+    [told] = run_ranks(1, _train, run_dir, [], _disagree)
+    assert _on(run_dir) == {name: [0, float(name == "ratio"), 0] for name in NAMES}
+    [text] = told
+    assert text.startswith("iteration 2: a first update's policy ratio is 1.0")
+    assert text.endswith("rollout and training disagree (train.ratio_alarm=0.001)")
+    assert _alerts(run_dir) == [("ratio alarm", text, "WARN")]
