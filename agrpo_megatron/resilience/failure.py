@@ -11,8 +11,6 @@ the main thread. In the order of events, each on the store under a key of its ow
              since a launcher names the first to exit as the culprit and ends the others
 """
 
-import datetime
-import itertools
 import os
 import re
 import signal
@@ -23,53 +21,39 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import NoReturn
 
 import torch.distributed as dist
 
-from agrpo_megatron.megatron.ranks import world_size
+from agrpo_megatron.resilience.board import ANSWER, Board, open_board, say
 
 FAILED, CLEAR, TOLD, CLOSED, REFUSED = "failed", "clear", "told", "closed", "refused"
-COUNT = "count"
+COUNT, ACCUSED = "count", "accused"
 POLL = 0.5  # seconds between two looks of the watching thread
-STEP = 0.05  # the same once ranks wait for each other's word
-CONNECT = 300.0  # seconds for all ranks to start: on a cluster, imports can take minutes
-ANSWER = 10.0  # seconds that the store may take to answer
 WORD = 2.0  # seconds for each word between ranks, and for the cause of a lost connection to be told
 CLOSE = 10.0  # seconds for wandb to write, or to upload, what it holds
 AGREE = 5.0  # seconds for all ranks to refuse the same wrong input
-STATUS = {"failed": 1, "was interrupted": 130}
+STATUS = {"was interrupted": 130}  # else 1
 # What gloo, NCCL and the store say when it was another rank that failed.
 LOST = re.compile(
     r"closed by peer|reset by peer|connection (?:was )?(?:likely )?(?:closed|refused|reset)"
     r"|broken pipe|pair closure|socket closed|timed out waiting|nccl (?:error|operation)",
     re.IGNORECASE,
 )
-_uses = itertools.count()  # one process may run several commands: each has its own keys
+_command: "Command | None" = None  # the one under way
 
 
 @dataclass(frozen=True)
-class Board:
-    """Where ranks tell each other of failures."""
+class Command:
+    """A command under way on this rank."""
 
-    store: dist.Store
-    rank: int
-    world_size: int
+    board: Board | None
+    leave_screen: Callable[[], object]
 
-    def has(self, key: str) -> bool:
-        """Say whether some rank has set a key."""
-        return self.store.check([key])
 
-    def failure(self) -> str | None:
-        """Return which rank failed and how, or None."""
-        return self.store.get(FAILED).decode() if self.has(FAILED) else None
-
-    def await_key(self, key: str, seconds: float) -> None:
-        """Wait until some rank has set a key, but not longer."""
-        deadline = time.monotonic() + seconds
-        while not self.has(key) and time.monotonic() < deadline:
-            time.sleep(STEP)
+def command() -> Command | None:
+    """Return what `ending_together` runs on this rank now."""
+    return _command
 
 
 @contextmanager
@@ -83,55 +67,56 @@ def ending_together(screen: AbstractContextManager | None = None) -> Iterator[No
         screen: entered here, and left before anything is printed about a failure.
     """
     with ExitStack() as stack:
-        board = _open_board()
+        board = open_board()
         if screen is not None:
             stack.enter_context(screen)
-        if board is None:
-            yield
-            return
-        try:
-            with _watched(board, stack.close):
+        with _under_way(Command(board, stack.close)):
+            if board is None:
                 yield
-        except BaseException as error:
-            stack.close()
-            _end_all(board, error)
-            raise
+                return
+            try:
+                with _watched(board, stack.close):
+                    yield
+            except BaseException as error:
+                stack.close()
+                _end_all(board, error)
+                raise
 
 
-def _open_board() -> Board | None:
-    """Meet the other ranks at the launcher's store; None for a single rank or without a store."""
-    if world_size() == 1:
-        return None
-    rank = int(os.environ["RANK"])
+@contextmanager
+def _under_way(command: Command) -> Iterator[None]:
+    global _command
+    _command = command
     try:
-        store = _connect(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank)
-    except (KeyError, RuntimeError) as error:
-        reason = f"no store at MASTER_ADDR:MASTER_PORT ({_first_line(error)})"
-        _say(f"rank {rank}: a failure of another rank will not end this one: {reason}")
-        return None
-    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-    attempt = "/".join(os.environ.get(name, "") for name in names)
-    prefix = f"agrpo_megatron/{attempt}/{next(_uses)}"
-    return Board(dist.PrefixStore(prefix, store), rank, world_size())
+        yield
+    finally:
+        _command = None
 
 
-@cache
-def _connect(host: str, port: int, rank: int) -> dist.Store:
-    """Connect to the store that torchrun hosts, or else rank 0, in which case it starts here.
+def accuse(command: Command, failure: str, report: str) -> bool:
+    """End all ranks, soon, because of what a watching thread found; a single rank ends here.
 
-    The process group started later finds it there. It lives as long as the process.
+    Args:
+        failure: which rank, and how, in a few words.
+        report: what is printed, by the first to accuse one.
+
+    Returns:
+        Whether this rank was the first.
     """
-    is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        host,
-        port,
-        is_master=rank == 0 and not is_hosted,
-        timeout=datetime.timedelta(seconds=CONNECT),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
-    store.set_timeout(datetime.timedelta(seconds=ANSWER))
-    return store
+    command.leave_screen()
+    board = command.board
+    if board is None:
+        say(report)
+        _leave(1)
+    with suppress(dist.DistError):
+        claimed = board.store.compare_set(FAILED, "", failure).decode()
+        if claimed == failure and board.store.add(ACCUSED, 1) == 1:  # others may find the same
+            if board.rank != 0:
+                board.await_key(CLEAR, WORD)
+            say(report)
+            board.store.set(TOLD, "")
+            return True
+    return False
 
 
 @contextmanager
@@ -153,7 +138,7 @@ def _watch(board: Board, over: threading.Event, leave_screen: Callable[[], objec
         if over.wait(POLL):
             return
         try:
-            failure = board.failure()
+            failure = board.value(FAILED)
         except dist.DistError:
             break
     if failure is None and over.wait(ANSWER):
@@ -163,7 +148,7 @@ def _watch(board: Board, over: threading.Event, leave_screen: Callable[[], objec
     finally:
         if failure is not None:
             _follow(board, failure)
-        _say(f"rank {board.rank}: ending, because the launcher's store has vanished")
+        say(f"rank {board.rank}: ending, because the launcher's store has vanished")
         _leave(1)
 
 
@@ -210,7 +195,7 @@ def _follow(board: Board, failure: str) -> NoReturn:
             board.store.set(CLEAR, "")
         board.await_key(TOLD, 2 * WORD)
     if board.rank == 0:
-        _say(f"rank 0: ending, because {failure}")
+        say(f"rank 0: ending, because {failure}")
         _close_wandb(_status(failure))
     with suppress(dist.DistError):
         if board.rank == 0:
@@ -254,16 +239,12 @@ def _tell(rank: int, error: BaseException, *, is_lost: bool) -> None:
     sys.stderr.flush()
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
 def _status(failure: str) -> int:
-    return STATUS[failure.split(maxsplit=2)[2]]
+    return STATUS.get(failure.split(maxsplit=2)[2], 1)
 
 
 def _close_wandb(status: int) -> None:

@@ -2,8 +2,11 @@
 
 import os
 
+from agrpo_megatron.megatron.ranks import world_size
 from agrpo_megatron.resilience.faults import Faults
+from agrpo_megatron.resilience.limits import Limits
 from agrpo_megatron.resilience.sections import Monitor
+from agrpo_megatron.resilience.watchdog import Watchdog
 from agrpo_megatron.settings import Settings
 
 
@@ -11,6 +14,13 @@ def monitors(settings: Settings) -> list[Monitor]:
     """Return what is told of every section; called by every rank, before process groups exist.
 
     Injected faults come last: who watches must watch already when one strikes.
+
+    Raises:
+        ValueError: `resilience.timeouts` names no section, or the faults are malformed.
     """
     rank = int(os.environ.get("RANK", "0"))
-    return [Faults.from_environment(rank)]
+    faults = Faults.from_environment(rank)
+    if settings.resilience.watchdog == "off":
+        return [faults]
+    limits = Limits(settings, world_size=world_size(), is_main=rank == 0)
+    return [Watchdog(limits, rank=rank, ends=True), faults]

@@ -1,0 +1,185 @@
+"""A rank that hangs is found soon after its limit, named with its stack, and all ranks end."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from agrpo_megatron.resilience.limits import LEARNED, Limits
+from agrpo_megatron.resilience.sections import Sections
+from agrpo_megatron.resilience.suspects import Stand, culprits, describe, stand_of
+from agrpo_megatron.resilience.watchdog import Watchdog
+from agrpo_megatron.settings import ResilienceSettings, RunSettings, Settings
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = Path(__file__).parent / "hanging.py"
+LIMIT = 4.0  # seconds, of a section whose learned limit would be shorter
+SOON = 5.0  # seconds after its limit in which a hang is found
+GONE = 15.0  # seconds in which a launcher sees its ranks end, on a machine under load
+WHERE = r"section rollout \(rl iteration 3\)"
+# fault: the verdict, what it adds, and the function whose name the stacks show
+FOUND = {
+    "sleeps_for_ever": (f"rank 1 hangs in {WHERE}", ", at .*:[0-9]+ sleeps_for_ever$"),
+    "holds_the_lock": (f"rank 1 hangs in {WHERE} of rank 0", ", without an answer$"),
+    "backtracks": (f"rank 1 hangs in {WHERE} of rank 0", ", without an answer$"),
+    "is_stopped": (f"rank 1 hangs in {WHERE} of rank 0", ", without an answer$"),
+    "disagrees": (f"all ranks wait for each other in {WHERE} of rank [01]", "$"),
+}
+
+
+def _run(tmp_path, fault, *overrides, ranks=2):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"run: {{dir: '{tmp_path / 'run'}'}}\n")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", str(ranks), str(SCRIPT), fault, str(file)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, f"resilience.least_timeout={LIMIT}", *overrides],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        cwd=tmp_path,
+    )
+
+
+def _line(pattern, text):
+    [line] = [line for line in text.splitlines() if re.search(pattern, line)]
+    return line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FOUND)
+def test_a_hung_rank_is_found_and_named_and_all_ranks_end(tmp_path, fault):
+    done = _run(tmp_path, fault)
+    ended = time.time()
+    [struck] = re.findall(r"fault at ([0-9.]+)", done.stdout)
+    assert done.returncode != 0 and "finished" not in done.stdout
+    verdict, more = FOUND[fault]
+    _line(f"^rank 0: ending, because {verdict}{more}", done.stderr)
+    _line(f"^{verdict}[:;,]", done.stderr)  # the report; one rank gives it
+    assert re.search(rf"hanging\.py\", line [0-9]+ in {fault}$", done.stderr, re.MULTILINE) or (
+        fault == "is_stopped" and "rank 1's stacks:" in done.stderr
+    )
+    open_for = [
+        float(t) for t in re.findall(rf"{WHERE} has been open for ([0-9.]+) s", done.stderr)
+    ]
+    assert took and all(LIMIT <= float(seconds) < LIMIT + SOON for seconds in took)
+    assert ended - float(struck) < LIMIT + SOON + GONE
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["sleeps_for_ever", "holds_the_lock"])
+def test_a_single_rank_that_hangs_shows_its_stack_and_fails(tmp_path, fault):
+    done = _run(tmp_path, fault, ranks=1)
+    ended = time.time()
+    [struck] = re.findall(r"fault at ([0-9.]+)", done.stdout)
+    assert "exitcode: 1)" in done.stderr and done.returncode != 0
+    assert re.search(rf"hanging\.py\", line [0-9]+ in {fault}$", done.stderr, re.MULTILINE)
+    assert ended - float(struck) < LIMIT + SOON + GONE
+
+
+@pytest.mark.slow
+def test_what_was_learned_is_kept_and_a_restart_begins_with_it(tmp_path):
+    done = _run(tmp_path, "is_well")
+    assert done.returncode == 0, done.stderr
+    learned = json.loads((tmp_path / "run" / "launch" / LEARNED).read_text())
+    assert learned["seen"] == ["rl/rollout", "setup/setup"] and learned["world_size"] == 2
+    assert 0 < learned["longest"]["rollout"] < LIMIT
+    settings = Settings(run=RunSettings(dir=str(tmp_path / "run")))
+    limits = Limits(settings, world_size=2, is_main=True)
+    assert limits.of("rollout", "rl") == settings.resilience.least_timeout == 60.0
+    limits.learn({"rollout": 20.0})
+    again = Limits(settings, world_size=2, is_main=False)
+    assert again.of("rollout", "rl") == 100.0  # five times the longest
+    assert again.of("rollout", "sft") == again.of("update", "rl") == 1800.0
+    other = Limits(settings, world_size=4, is_main=False)
+    assert other.of("rollout", "rl") == 1800.0, "other ranks, other times"
+
+
+def test_a_limit_that_is_set_is_the_limit(tmp_path):
+    set_limits = ResilienceSettings(timeouts={"rollout": 7})
+    settings = Settings(run=RunSettings(dir=str(tmp_path)), resilience=set_limits)
+    limits = Limits(settings, world_size=1, is_main=True)
+    limits.ended("rollout", "rl")
+    limits.learn({"rollout": 50.0})
+    assert limits.of("rollout", "rl") == 7.0
+
+
+@pytest.mark.parametrize(
+    "timeouts, told",
+    [({"rolout": 5}, "rolout=5 names no section"), ({"rollout": "x"}, "x is no time limit")],
+)
+def test_a_limit_that_makes_no_sense_is_refused(tmp_path, timeouts, told):
+    settings = Settings(
+        run=RunSettings(dir=str(tmp_path)), resilience=ResilienceSettings(timeouts=timeouts)
+    )
+    with pytest.raises(ValueError, match=told):
+        Limits(settings, world_size=1, is_main=True)
+
+
+def test_watching_a_section_costs_next_to_nothing(tmp_path):
+    limits = Limits(Settings(run=RunSettings(dir=str(tmp_path))), world_size=1, is_main=True)
+    watchdog = Watchdog(limits, rank=0, ends=True)
+    sections = Sections([watchdog])
+    try:
+        times = []
+        for _ in range(500):
+            started = time.perf_counter()
+            with sections("rollout"):
+                pass
+            times.append(time.perf_counter() - started)
+    finally:
+        sections.close()
+    assert sorted(times)[250] < 50e-6  # seconds; the median, since others use this machine too
+
+
+def _stand(place, *, waits=False):
+    return Stand("section update (rl iteration 1)", waits, (place,))
+
+
+@pytest.mark.parametrize(
+    "stands, guilty",
+    [
+        ([_stand("a", waits=True), _stand("b")], [1]),
+        ([_stand("a"), None, _stand("b", waits=True)], [1]),
+        ([_stand("a"), _stand("a"), _stand("b"), _stand("a")], [2]),
+        ([_stand("a", waits=True), _stand("b", waits=True)], []),
+    ],
+    ids=["one works", "one is silent", "one is elsewhere", "all wait"],
+)
+def test_who_hangs_follows_from_where_the_ranks_stand(stands, guilty):
+    stands = dict(enumerate(stands))
+    assert culprits(stands) == guilty
+    failure, report = describe(guilty, stands, asker=0, section="section update")
+    assert failure.startswith(f"rank {guilty[0]} hangs in" if guilty else "all ranks wait")
+    assert len(report.splitlines()) <= 1 + len(stands)
+
+
+def _where_it_stands():
+    """Return whether each rank waits, as another thread of it sees; rank 1 comes late."""
+    worker, seen = threading.get_ident(), []
+
+    def look():
+        seen.append(stand_of(sys._current_frames()[worker], section="").waits)
+
+    looking = threading.Timer(1.0, look)
+    looking.start()
+    if dist.get_rank() == 1:
+        time.sleep(2)
+    dist.barrier()
+    looking.join()
+    return seen
+
+
+def test_a_rank_that_waits_in_torch_distributed_is_told_from_one_that_does_not():
+    assert run_ranks(2, _where_it_stands) == [[True], [False]]
