@@ -1,4 +1,4 @@
-"""What tests of `agrpo launch` share: calls of the command, and a cluster where there is one."""
+"""What tests of `agrpo launch` share: calls of the command, shellcheck, a cluster."""
 
 import os
 import shutil
@@ -7,16 +7,11 @@ import subprocess
 import pytest
 
 from agrpo_megatron.cli import main
+from tests.slurm.conftest import cluster
 
-REQUIRE = "AGRPO_REQUIRE_SLURM"  # set where tests must not be skipped for want of SLURM's tools
+__all__ = ["cluster"]  # the fixture
+
 SHELLCHECK = shutil.which("shellcheck")
-
-
-def missing(what):
-    """Skip a test for want of a tool, or fail it where the tool must be there."""
-    if os.environ.get(REQUIRE):
-        pytest.fail(f"{what}, and {REQUIRE} is set")
-    pytest.skip(what)
 
 
 @pytest.fixture
@@ -43,24 +38,14 @@ def no_slurm(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def slurm():
-    """Demand a cluster that answers."""
-    try:
-        done = subprocess.run(["sinfo", "-h"], capture_output=True, text=True, timeout=60)
-    except FileNotFoundError:
-        missing("SLURM is not installed")
-    else:
-        if done.returncode != 0 or not done.stdout.strip():
-            missing("no SLURM cluster answers")
-
-
-@pytest.fixture
 def shellcheck():
     """Return a function that demands that shellcheck finds nothing in a script."""
 
     def check(script):
         if SHELLCHECK is None:
-            missing("shellcheck is not installed")
+            if os.environ.get("AGRPO_REQUIRE_SLURM"):
+                pytest.fail("AGRPO_REQUIRE_SLURM is set, but shellcheck is not installed")
+            pytest.skip("shellcheck is not installed")
         done = subprocess.run([SHELLCHECK, "-"], input=script, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -11,8 +11,14 @@ import pytest
 from agrpo_megatron.launch.cluster import ask_cluster
 from tests.test_cli import write_settings
 
-pytestmark = pytest.mark.usefixtures("slurm")
 HELD = ("launch.gpus_per_node=0", "launch.options=[--hold]")
+
+
+@pytest.fixture(autouse=True)
+def slurm(cluster, monkeypatch):
+    """Let SLURM's commands ask the cluster of the tests."""
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
