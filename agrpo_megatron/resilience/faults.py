@@ -33,6 +33,7 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "times": int,
     "after": float,
     "seconds": float,
+    "at": float,
 }
 CHOICES = {"section": NAMES, "phase": ("sft", "rl")}
 
@@ -50,10 +51,13 @@ class Fault:
     times: int = 1  # that it strikes, over all attempts; `slow` strikes every time
     after: float = 0.0  # seconds into the section
     seconds: float = 0.0  # that `slow` takes
+    at: float = 0.0  # seconds since the epoch before which it does not strike
 
     def is_due(self, section: str, phase: str, iteration: int) -> bool:
         """Say whether it strikes in a section that begins."""
         if section != self.section or self.iteration not in (None, iteration):
+            return False
+        if time.time() < self.at:
             return False
         return section == "setup" or phase == self.phase
 

@@ -1,0 +1,134 @@
+"""Attempts that get nowhere end, one at a time writes, and each tells how it ended."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch.distributed as dist
+
+from agrpo_megatron.megatron.ranks import start_ranks
+from agrpo_megatron.resilience import attempts, outcome
+from agrpo_megatron.resilience.attempts import Attempt, Stuck, begin, read_attempts
+from agrpo_megatron.training.log import RunLog
+from tests.ranks import run_ranks
+from tests.test_cli import call_all, write_settings
+from tests.training.tiny import tiny
+
+
+def _begin(folder, marks, *, unattended=True):
+    """Begin an attempt for each mark; return which of them were refused."""
+    os.environ.pop(attempts.UNATTENDED, None)
+    if unattended:
+        os.environ[attempts.UNATTENDED] = "1"
+    ranks, refused = start_ranks(tiny()), []
+    for number, mark in enumerate(marks):
+        try:
+            begin(folder, mark, most_idle=2, ranks=ranks)
+        except Stuck as error:
+            refused.append((number, str(error)))
+    return refused
+
+
+def _begin_watched(folder, marks):
+    return _begin(folder, marks, unattended=False)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_two_attempts_without_progress_are_the_last(tmp_path, size):
+    marks = [["a"], ["a"], ["b"], ["b", "1 row"], ["b", "1 row"], ["b", "1 row"], ["c"]]
+    refused = run_ranks(size, _begin, tmp_path, marks)
+    assert all(found == refused[0] for found in refused)
+    ((number, reason),) = refused[0]
+    assert number == 5 and reason.startswith("2 attempts in a row got no further than b;")
+    begun = read_attempts(tmp_path)
+    assert [each["progress"] for each in begun] == [m for i, m in enumerate(marks) if i != 5]
+    assert [each["attempt"] for each in begun] == list(range(6))
+
+
+def test_somebody_who_looks_on_may_try_as_often_as_wanted(tmp_path):
+    assert run_ranks(1, _begin_watched, tmp_path, [["a"]] * 5) == [[]]
+
+
+def test_a_late_attempt_writes_nothing_once_its_successor_has_begun(tmp_path):
+    first = Attempt(tmp_path)
+    log = RunLog(tmp_path, settings=tiny("logging.wandb=disabled"), is_main=True, check=first.check)
+    log.metrics({"phase": "rl", "iteration": 1})
+    before = (tmp_path / "metrics.jsonl").read_text()
+    Attempt(tmp_path).check()
+    with pytest.raises(RuntimeError, match="another attempt at .* has begun"):
+        log.metrics({"phase": "rl", "iteration": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == before != ""
+
+
+@pytest.mark.parametrize("launcher", [None, *outcome.LAUNCHERS])
+def test_a_launcher_sees_no_status_that_it_would_restart_for(monkeypatch, launcher):
+    for name in outcome.LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    if launcher is not None:
+        monkeypatch.setenv(launcher, "x")
+    expected = [0, 2, 85, 93] if launcher is None else [0, 0, 0, 0]
+    assert [outcome.exit_status(status) for status in (0, 2, 85, 93)] == expected
+
+
+def _asked_after_a_line(commands, folder):
+    """Run commands; in each, SIGTERM comes after the first metric line."""
+    own = RunLog.metrics
+
+    def metrics(self, record):
+        own(self, record)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    RunLog.metrics = metrics
+    os.environ[outcome.OUTCOME] = str(folder / "outcome")
+    os.environ[attempts.UNATTENDED] = "1"
+    found = []
+    for command in commands:
+        found.append((*call_all([command], folder)[0], (folder / "outcome").read_text()))
+        RunLog.metrics = metrics if len(found) == 1 else own
+    return found
+
+
+@pytest.mark.slow
+def test_the_command_tells_its_outcome_and_stops_trying(tmp_path):
+    run = tmp_path / "run"
+    file = write_settings(
+        tmp_path / "run.yaml",
+        run={"dir": str(run)},
+        sft={"iterations": 2},
+        train={"iterations": 1},
+        checkpoint={"best": None},
+    )
+    train = ["train", file]
+    wrong = [*train, "parallel.tensor=2"]
+    stopped, refused, finished, again = run_ranks(
+        1, _asked_after_a_line, [train, wrong, train, train], tmp_path
+    )[0]
+    assert stopped[0] == outcome.REQUEUE
+    assert stopped[2].startswith("requeue asked by SIGTERM; saved")
+    assert refused[0] == 2 and refused[2].startswith("refused parallel.tensor=2 ")
+    assert finished[0] == again[0] == 0 and finished[2] == again[2] == "finished\n"
+    assert "resuming after sft iteration 1" in finished[1]
+    progress = [each["progress"] for each in read_attempts(run)]
+    assert progress == [["the start"], ["sft-000001"]]
+
+
+def _stuck(file, folder):
+    os.environ[outcome.OUTCOME] = str(folder / "outcome")
+    os.environ[attempts.UNATTENDED] = "1"
+    status, printed = call_all([["train", file]], folder)[0]
+    assert not dist.is_initialized()
+    return status, printed, (folder / "outcome").read_text()
+
+
+@pytest.mark.slow
+def test_a_stuck_run_says_so_and_trains_nothing(tmp_path):
+    run = tmp_path / "run"
+    file = write_settings(tmp_path / "run.yaml", run={"dir": str(run)})
+    (run / "launch").mkdir(parents=True)
+    line = json.dumps({"attempt": 0, "progress": ["the start"]}) + "\n"
+    (run / "launch" / "attempts.jsonl").write_text(2 * line)
+    status, printed, told = run_ranks(1, _stuck, file, tmp_path)[0]
+    assert status == outcome.STUCK and told.startswith("stuck 2 attempts in a row got no further")
+    assert "agrpo: stuck: 2 attempts in a row got no further than the start" in printed
+    assert not (run / "metrics.jsonl").exists()
