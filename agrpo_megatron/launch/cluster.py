@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from agrpo_megatron.settings import LaunchSettings
 
 SINFO = ("sinfo", "--noheader", "--all", "--exact", "--format=%P|%D|%c|%G|%l|%L")
+SQUEUE = ("squeue", "--noheader", "--format=%F %k")
 PATIENCE = 30.0  # seconds that SLURM's commands may take
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _GPUS = re.compile(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)")
@@ -42,16 +43,17 @@ def ask_cluster() -> list[Partition]:
     Raises:
         RuntimeError: SLURM is not installed here, or does not answer; says why in one line.
     """
-    try:
-        done = subprocess.run(SINFO, capture_output=True, text=True, timeout=PATIENCE)
-    except FileNotFoundError:
-        raise RuntimeError("sinfo is not on PATH") from None
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"sinfo did not answer in {PATIENCE:g} seconds") from None
-    if done.returncode != 0:
-        said = (done.stderr.strip() or f"sinfo ended with status {done.returncode}").splitlines()
-        raise RuntimeError(said[0])
-    return read_partitions(done.stdout)
+    return read_partitions(_ask(SINFO))
+
+
+def jobs_of(comment: str) -> list[str]:
+    """Return the numbers of the jobs, waiting or running, that carry a comment.
+
+    Raises:
+        RuntimeError: as `ask_cluster`.
+    """
+    rows = (row.strip().partition(" ") for row in _ask(SQUEUE).splitlines())
+    return list(dict.fromkeys(number for number, _, said in rows if said == comment))
 
 
 def read_partitions(text: str) -> list[Partition]:
@@ -118,6 +120,19 @@ def check_cluster(launch: LaunchSettings, nodes: int, partitions: list[Partition
     problems = [_problem(launch, nodes, partition) for partition in chosen]
     if problems and all(problems):
         raise ValueError(problems[0])
+
+
+def _ask(words: tuple[str, ...]) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
+    except FileNotFoundError:
+        raise RuntimeError(f"{words[0]} is not on PATH") from None
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{words[0]} did not answer in {PATIENCE:g} seconds") from None
+    if done.returncode != 0:
+        said = done.stderr.strip() or f"{words[0]} ended with status {done.returncode}"
+        raise RuntimeError(said.splitlines()[0])
+    return done.stdout
 
 
 def _named(name: str, partitions: list[Partition]) -> Partition:

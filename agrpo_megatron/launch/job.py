@@ -24,6 +24,7 @@ OWN_OPTIONS = {
     "--exclude": "launch.exclude",
     "--output": "run.dir",
     "--array": "--sweep",
+    "--comment": "run.dir",
 }
 LITERAL = "# shellcheck disable=SC1003,SC2016 # every word is meant as it stands"
 
@@ -161,6 +162,7 @@ def _common(launch: LaunchSettings, directory: Path, suffix: str, number: str) -
         "--parsable",
         "--export=ALL",
         f"--job-name=agrpo-{directory.name}{suffix}",
+        f"--comment={directory}",  # tells whose job it is
         f"--chdir={Path.cwd()}",
         f"--output={folder}/{number}.log",
         "--open-mode=append",

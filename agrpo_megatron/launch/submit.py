@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agrpo_megatron.config import load
-from agrpo_megatron.launch.cluster import PATIENCE, ask_cluster, check_cluster
+from agrpo_megatron.launch.cluster import PATIENCE, ask_cluster, check_cluster, jobs_of
 from agrpo_megatron.launch.job import LOGS, Job, command, run_job, shell_script, wrapped_job
 from agrpo_megatron.launch.plan import Plan, notes, plan_run, refuse_finished
 from agrpo_megatron.launch.sweep import SWEEP, Sweep, check_directory, flow, make_sweep, read_grid
@@ -115,7 +115,7 @@ def check_job(launch: Launch, *, is_dry: bool) -> list[str]:
     try:
         if shutil.which("sbatch") is None:
             raise RuntimeError("sbatch is not on PATH")
-        partitions = ask_cluster()
+        partitions, jobs = ask_cluster(), jobs_of(str(launch.directory))
     except RuntimeError as error:
         if is_dry:
             return [f"cluster   not checked: {error}"]
@@ -123,7 +123,14 @@ def check_job(launch: Launch, *, is_dry: bool) -> list[str]:
             f"{error}; submit from a machine of the cluster, or add --dry-run to see the job"
         ) from None
     check_cluster(launch.settings, launch.nodes, partitions)
-    return [f"cluster   {_test(launch.job)}"]
+    told = [f"cluster   {_test(launch.job)}"]
+    is_ordered = any(o.startswith("--dependency") for o in launch.settings.options or [])
+    if jobs and not is_ordered:
+        said = f"run.dir={launch.directory}: job {jobs[0]} of it waits or runs"
+        if not is_dry:
+            raise ValueError(f"{said}; let it end, or stop it by scancel {jobs[0]}")
+        told.append(f"warning   {said}")
+    return told
 
 
 def submit(script: str) -> list[str]:

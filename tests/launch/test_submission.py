@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from agrpo_megatron.launch.cluster import ask_cluster
+from agrpo_megatron.launch.cluster import ask_cluster, jobs_of
 from tests.test_cli import write_settings
 
 HELD = ("launch.gpus_per_node=0", "launch.options=[--hold]")
@@ -117,6 +117,16 @@ def test_a_run_is_submitted_as_shown(launch, jobs, tmp_path):
     assert job["JobState"] == "PENDING" and job["Requeue"] == "1"
     assert job["JobName"] == f"agrpo-{run.name}"
     assert job["NumNodes"].startswith("2") and job["TimeLimit"] == "01:30:00"
+    status, printed, errors = launch(file, "--nodes", 2, *HELD, *chosen)
+    assert (status, printed) == (2, "")
+    assert errors == (
+        f"agrpo: error: run.dir={run}: job {number} of it waits or runs; let it end, or stop it by "
+        f"scancel {number}\n"
+    )
+    after = f"launch.options=[--hold, --dependency=afterany:{number}]"
+    status, printed, _ = launch(file, "--nodes", 2, *HELD, after)
+    jobs += re.findall(r"(?m)^job     (\d+)$", printed)
+    assert status == 0 and len(jobs) == 2, "one job after another may wait"
     assert job["StdOut"] == f"{run}/launch/{number}.log" and (run / "launch").is_dir()
 
 
@@ -130,6 +140,7 @@ def test_a_sweep_is_submitted_with_its_table(launch, jobs, tmp_path):
     assert shown(array)["ArrayTaskId"] == "0-2"
     assert shown(table)["Dependency"].startswith(f"afterany:{array}_*")
     assert (directory / "sweep.yaml").is_file()
+    assert set(jobs_of(str(directory))) == {array, table}
 
 
 def test_a_submission_that_fails_is_told(launch, monkeypatch, tmp_path):
