@@ -71,6 +71,18 @@ def test_overrides_win_over_the_file_in_their_order(tmp_path):
     assert load(Settings, path).model == Settings().model
 
 
+@pytest.mark.parametrize("written", ["10:00:00", "04:30", "1-12", "'90'", 90])
+def test_a_time_limit_is_read_as_it_is_written(tmp_path, written):
+    """YAML 1.1 takes 10:00:00 for 36000, a number to base 60."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"launch: {{time: {written}}}\n")
+    settings = load(Settings, path, [f"launch.time={written}"])
+    assert settings.launch.time == load(Settings, path).launch.time
+    assert str(settings.launch.time) == str(written).strip("'")
+    path.write_text(to_yaml(settings))
+    assert load(Settings, path) == settings
+
+
 def test_an_empty_file_is_the_defaults(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("# nothing set\n")
