@@ -5,6 +5,7 @@ import os
 from agrpo_megatron.megatron.ranks import world_size
 from agrpo_megatron.resilience.faults import Faults
 from agrpo_megatron.resilience.limits import Limits
+from agrpo_megatron.resilience.nvrx import RankMonitor, is_under_ft_launcher
 from agrpo_megatron.resilience.sections import Monitor
 from agrpo_megatron.resilience.watchdog import Watchdog
 from agrpo_megatron.settings import Settings
@@ -23,4 +24,7 @@ def monitors(settings: Settings) -> list[Monitor]:
     if settings.resilience.watchdog == "off":
         return [faults]
     limits = Limits(settings, world_size=world_size(), is_main=rank == 0)
+    if is_under_ft_launcher():
+        # It ends the job, a little later: until then the built-in one tells who hangs.
+        return [Watchdog(limits, rank=rank, ends=False), RankMonitor(limits), faults]
     return [Watchdog(limits, rank=rank, ends=True), faults]
