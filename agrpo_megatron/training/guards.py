@@ -3,8 +3,9 @@
 import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from agrpo_megatron.checkpoint.progress import CHECKPOINTS, Progress
 from agrpo_megatron.checkpoint.resume import find_checkpoint
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.training.bank import sampling_number
-from agrpo_megatron.training.nonfinite import Finding, Metrics, NotFinite
+from agrpo_megatron.training.nonfinite import Finding, Metrics, NotFinite, find_in_weights
 from agrpo_megatron.training.picking import pick_problems
 from agrpo_megatron.training.session import Session
 from agrpo_megatron.training.step import drop_gradients, optimizer_step
@@ -74,7 +75,14 @@ class Guard:
         limit = self._session.settings.resilience.skip_updates
         text = described(finding, update, self._phase)
         is_over = self._in_a_row > limit
-        self._write(finding, update, action="ended" if is_over else "skipped", text=text)
+        record = {
+            "phase": self._phase,
+            "iteration": update.iteration,
+            "update": update.number,
+            "action": "ended" if is_over else "skipped",
+            "problems": [update.key(row) for row in finding.rows],
+        }
+        _write(self._session, record, finding, text)
         if not is_over:
             count = f"{self._in_a_row} in a row, resilience.skip_updates={limit}"
             self._session.view.warn(f"{text}\n  the update is left out ({count})")
@@ -83,37 +91,38 @@ class Guard:
             text += f"\n  more than resilience.skip_updates={limit} in a row"
         raise NotFinite(text, finding, phase=self._phase, iteration=update.iteration) from None
 
-    def _write(self, finding: Finding, update: Update, *, action: str, text: str) -> None:
-        if not self._session.ranks.is_main:
-            return
-        record = {
-            "phase": self._phase,
-            "iteration": update.iteration,
-            "update": update.number,
-            "action": action,
-            "what": finding.what,
-            "places": finding.places,
-            "rows": finding.rows,
-            "problems": [update.key(row) for row in finding.rows],
-            "is_again": finding.is_again,
-            "weights": finding.weights,
-            "text": text,
-        }
-        path = Path(self._session.settings.run.dir) / NONFINITE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+
+def refuse_spoilt(session: Session, engine: Engine, *, phase: str, iteration: int) -> None:
+    """Let no checkpoint hold weights that are not finite; called by every rank before it saves.
+
+    Raises:
+        NotFinite: they are not.
+    """
+    finding = find_in_weights(engine)
+    if finding is None:
+        return
+    first = f"{phase} iteration {iteration}: the weights are not finite {_on(finding)}"
+    text = "\n".join([f"{first}; they are not saved", *_by_rank(finding.places)])
+    record = {"phase": phase, "iteration": iteration, "action": "ended"}
+    _write(session, record, finding, text)
+    raise NotFinite(text, finding, phase=phase, iteration=iteration)
+
+
+def _write(session: Session, record: dict[str, Any], finding: Finding, text: str) -> None:
+    if not session.ranks.is_main:
+        return
+    path = Path(session.settings.run.dir) / NONFINITE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**record, **asdict(finding), "text": text}) + "\n")
 
 
 def described(finding: Finding, update: Update, phase: str) -> str:
     """Tell what was not finite, on a few lines; the first one stands by itself."""
     which = f", update {update.number}" if update.number > 1 else ""
     where = f"{phase} iteration {update.iteration}{which}"
-    ranks = ", ".join(map(str, list(finding.places)[:SHOWN]))
-    ranks += _more(len(finding.places) - SHOWN)
-    plural = "ranks" if len(finding.places) > 1 else "rank"
     lines = [
-        f"{where}: the {finding.what} is not finite on {plural} {ranks}; no weights were changed",
+        f"{where}: the {finding.what} is not finite {_on(finding)}; no weights were changed",
         *_by_rank(finding.places),
     ]
     rows = [f"{row} ({update.key(row)[:KEY]})" for row in finding.rows[:SHOWN]]
@@ -184,6 +193,11 @@ def _allow(session: Session, error: NotFinite, before: list[tuple[str, int]]) ->
         session.bank.drop(sampling_number(error.iteration - 1, 0, algorithm))
     count = f"{len(before)} of resilience.roll_backs={limit}"
     session.view.warn(f"{error}\n  going back to the last good checkpoint ({count})")
+
+
+def _on(finding: Finding) -> str:
+    ranks = ", ".join(map(str, list(finding.places)[:SHOWN])) + _more(len(finding.places) - SHOWN)
+    return f"on rank{'s' if len(finding.places) > 1 else ''} {ranks}"
 
 
 def _by_rank(places: Mapping[int, str]) -> list[str]:

@@ -12,6 +12,7 @@ from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.settings import Settings
 from agrpo_megatron.tokenizer import CHARACTERS
 from agrpo_megatron.training.bank import sampling_number
+from agrpo_megatron.training.guards import refuse_spoilt
 from agrpo_megatron.training.session import Session
 from agrpo_megatron.training.stopping import judged, metric
 
@@ -29,7 +30,7 @@ class Keeper:
     def __init__(self, session: Session, engine: Engine, phase: str, last: int, done: Progress):
         settings, directory = session.settings, Path(session.settings.run.dir)
         self._session, self._phase, self._last, self._done = session, phase, last, done
-        self._settings, self._is_best = settings.checkpoint, False
+        self._settings, self._is_best, self._engine = settings.checkpoint, False, engine
         self._saver = Saver(
             directory / CHECKPOINTS,
             engine,
@@ -90,19 +91,20 @@ class Keeper:
             self._saver.finish()
 
     def _save(self, *, is_best: bool) -> None:
-        log = self._session.log
+        log, iteration = self._session.log, self._iteration
         log.check()
+        refuse_spoilt(self._session, self._engine, phase=self._phase, iteration=iteration)
         self._done = replace(
             self._done,
             phase=self._phase,
-            iteration=self._iteration,
+            iteration=iteration,
             offsets=log.offsets(),
             is_best=is_best,
             wandb=log.wandb_id,
         )
         with self._session.sections("checkpoint"):
             self._saver.save(self._done)
-        self._saved = self._iteration
+        self._saved = iteration
 
 
 def describe_model(folder: Path, settings: Settings) -> None:

@@ -23,7 +23,7 @@ NAMES = 3  # parameters that a rank names
 class Finding:
     """What was not finite; the same on every rank."""
 
-    what: str  # "loss" or "gradient"
+    what: str  # "loss", "gradient" or "weights"
     places: dict[int, str]  # by rank: its micro-batches, or its parameters
     rows: list[int]  # rollouts or examples of the update that had it; all of it for a gradient
     is_again: bool  # so it was when the loss was computed once more
@@ -31,7 +31,7 @@ class Finding:
 
 
 class NotFinite(RuntimeError):
-    """An update whose loss or gradient is not finite; no weights were changed."""
+    """An update whose loss or gradient is not finite, or weights that are not; nothing is kept."""
 
     def __init__(self, text: str, finding: Finding, *, phase: str = "", iteration: int = 0):
         super().__init__(text)
@@ -73,6 +73,13 @@ def find_in_gradient(engine: Engine, batches: Sequence[SftBatch | TimestepBatch]
     grads = ((name, p.main_grad) for name, p in engine.network.named_parameters())  # type: ignore[attr-defined]
     places = dict(enumerate(_from_all(_bad_names(grads))))
     return Finding("gradient", _said(places), _from_batches(batches), True, _bad_weights(engine))
+
+
+def find_in_weights(engine: Engine) -> Finding | None:
+    """Find weights that are not finite; called by every rank."""
+    engine.finish_parameters()
+    weights = _bad_weights(engine)
+    return Finding("weights", weights, [], True, weights) if weights else None
 
 
 def _share[Batch: (SftBatch, TimestepBatch)](

@@ -325,6 +325,43 @@ def test_what_comes_again_after_going_back_ends_the_run_and_says_so(tmp_path):
     assert [r["action"] for r in read(run_dir / NONFINITE)] == ["ended", "ended"]
 
 
+def _spoil_weights(iteration):
+    """Let a weight change by itself after an iteration's update, once."""
+    plain, struck = rl.update_policy, []
+
+    def faulty(session, engine, rollout, *args, **options):
+        result = plain(session, engine, rollout, *args, **options)
+        is_it = rollout.trajectory.weights_version == iteration - 1 and not struck
+        if is_it and session.ranks.rank == session.ranks.world_size - 1:
+            weight = dict(engine.network.named_parameters())["decoder.final_layernorm.weight"]
+            weight.data[0] = NAN
+        struck.extend([1] * is_it)
+        return result
+
+    rl.update_policy = faulty
+
+
+def _train_with_spoilt_weights(run_dir, overrides, iteration):
+    _spoil_weights(iteration)
+    return _train(run_dir, overrides)
+
+
+def test_weights_that_are_not_finite_reach_no_checkpoint(tmp_path):
+    changes = ["evaluation.interval=0", "checkpoint.interval=1", "resilience.roll_backs=1"]
+    plain, run_dir = tmp_path / "plain", tmp_path / "run"
+    assert run_ranks(2, _train, plain, changes)[0] == ([], None)
+    told, error = run_ranks(2, _train_with_spoilt_weights, run_dir, changes, 2)[0]
+    assert error is None
+    assert told[0].splitlines()[:2] == [
+        "rl iteration 2: the weights are not finite on rank 1; they are not saved",
+        "  rank 1: decoder.final_layernorm.weight",
+    ]
+    rows = read(run_dir / "metrics.jsonl")
+    assert same_metrics(rows, read(plain / "metrics.jsonl")) and len(rows) == 9
+    [record] = read(run_dir / NONFINITE)
+    assert (record["what"], record["iteration"]) == ("weights", 2)
+
+
 def test_without_roll_backs_the_run_ends(tmp_path):
     [(told, error)] = run_ranks(1, _train, tmp_path / "run", [], ("rl", 3))
     assert told == [] and error is not None and error.startswith("rl iteration 3: the loss")
