@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from agrpo_megatron.yaml_files import RepeatedKeyError, merge, parse_yaml, read_chain
+from agrpo_megatron.yaml_files import merge, read_chain, read_override
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
@@ -159,23 +159,6 @@ def describe(cls: type, prefix: str = "") -> Iterator[Described]:
                 meta["help"] + as_text,
                 meta["choices"],
             )
-
-
-def read_override(override: str) -> tuple[str, Any]:
-    """Return key and value of section.key=value; the value is YAML.
-
-    Raises:
-        ValueError: it is not of that form.
-    """
-    key, equals, text = override.partition("=")
-    if not equals or not all(part.strip() for part in key.split(".")):
-        raise ValueError(f"override {override!r}: write section.key=value, e.g. run.seed=1")
-    try:
-        return key.strip(), parse_yaml(text) if text else None
-    except RepeatedKeyError as error:
-        raise ValueError(f"override {override!r}: {error.problem}") from None
-    except yaml.YAMLError:
-        raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
 
 
 def _read_merged(cls: type, path: str | Path) -> dict[str, Any]:

@@ -48,6 +48,23 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
+def read_override(override: str) -> tuple[str, Any]:
+    """Return key and value of section.key=value; the value is YAML.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise ValueError(f"override {override!r}: write section.key=value, e.g. run.seed=1")
+    try:
+        return key.strip(), parse_yaml(text) if text else None
+    except RepeatedKeyError as error:
+        raise ValueError(f"override {override!r}: {error.problem}") from None
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
+
+
 def read_yaml(path: str | Path) -> Tree:
     """Read one YAML mapping.
 

@@ -138,11 +138,11 @@ def command(job: Job, *, extra: Sequence[str] = ()) -> str:
     """Return the shell command that submits a job, an option a line.
 
     Args:
-        extra: options that are shell text already.
+        extra: options of a wrapped job that are shell text already; they win over its own.
     """
     lines = [f"{name}={shlex.quote(value)}" for name, value in job.environment.items()]
-    lines += ["sbatch", *(f"    {option}" for option in extra)]
-    return " \\\n".join([*lines, *(f"    {shlex.quote(word)}" for word in job.words)])
+    words = [*(shlex.quote(word) for word in job.words), *extra]
+    return " \\\n".join([*lines, "sbatch", *(f"    {word}" for word in words)])
 
 
 def shell_script(notes: Sequence[str], commands: Sequence[str]) -> str:

@@ -21,8 +21,8 @@ from typing import Any
 
 import yaml
 
-from agrpo_megatron.config import flatten, read_override
-from agrpo_megatron.yaml_files import read_yaml
+from agrpo_megatron.config import flatten
+from agrpo_megatron.yaml_files import read_override, read_yaml
 
 SWEEP = "sweep.yaml"
 UNSWEPT = {"run.dir": "each member has its own", "launch": "all members are one job"}
