@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# A step beside the ranks, on the job's first node: guard.sh PID, of the job's script.
+# - SIGUSR1 asks the ranks to stop; one that is still starting does not hear it: it is sent again.
+# - When the job's script dies, SLURM ends the job as failed; this step is told, and puts the job
+#   back into the queue.
+set -uo pipefail
+root=$AGRPO_ROOT
+script=$1
+# shellcheck source=slurm/common.sh
+. "$root/slurm/common.sh"
+attempt=$AGRPO_ATTEMPT
+exec >>"$attempt/guard.log" 2>&1 # the step's own output ends with the job's script
+
+asked=
+trap 'asked=1' USR1
+
+on_term() {
+    if [[ -e $attempt/over ]] || kill -0 "$script" 2>/dev/null; then
+        exit 0 # the script itself decides
+    fi
+    case $([[ ! -s $AGRPO_OUTCOME ]] || cat "$AGRPO_OUTCOME") in
+        finished* | stuck* | refused*) exit 0 ;;
+        *) queue_again "the job's script has died" ;;
+    esac
+    exit 0
+}
+trap on_term TERM
+
+while :; do
+    sleep 5 &
+    wait $!
+    [[ -z $asked ]] || scancel --signal=USR1 "$job"
+done

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Starts the ranks of one node, once per node: node.sh ATTEMPT ARGUMENTS of agrpo...
+set -euo pipefail
+attempt=$1
+shift
+# The ranks take these as a wish to stop; what starts them must outlive that. Ignored signals stay
+# ignored in what is started, until it says otherwise.
+trap '' TERM USR1 USR2
+ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
+
+is_first=0
+((SLURM_NODEID)) || is_first=1
+options=(
+    --nnodes="$SLURM_NNODES"
+    --nproc-per-node="${AGRPO_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
+    --max-restarts="$AGRPO_RESTARTS"
+    --rdzv-backend=c10d
+    --rdzv-endpoint="$AGRPO_RENDEZVOUS"
+    --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+    --rdzv-conf="is_host=$is_first"
+    --local-addr="$SLURMD_NODENAME"
+    --no-python
+)
+ranks=(bash "$AGRPO_ROOT/slurm/rank.sh" "$attempt" "$AGRPO_PYTHON" -m agrpo_megatron "$@")
+if [[ $AGRPO_LAUNCHER == ft_launcher ]]; then
+    start='from nvidia_resiliency_ext.fault_tolerance.launcher import main; main()'
+    exec "$AGRPO_PYTHON" -c "$start" "${options[@]}" "${ranks[@]}"
+fi
+exec "$AGRPO_PYTHON" -m torch.distributed.run --signals-to-handle=SIGINT "${options[@]}" "${ranks[@]}"
