@@ -10,6 +10,7 @@ who hangs.
 
 import os
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from agrpo_megatron.config import load
@@ -19,6 +20,7 @@ from agrpo_megatron.settings import Settings
 if TYPE_CHECKING:  # job scripts ask for the words where nobody waits for torch
     from agrpo_megatron.resilience.limits import Limits
 
+PACKAGE = "nvidia_resiliency_ext"
 SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # set by ft_launcher
 LATER = 6.0  # seconds after the built-in watchdog's limit
 CHECK = 1.0  # seconds between two looks
@@ -35,11 +37,9 @@ class RankMonitor:
     """Tells ft_launcher of this rank's sections and of their limits; a Monitor."""
 
     def __init__(self, limits: "Limits"):
-        from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
-
         self._limits = limits
         self._told = {name: limits.of(name, "setup") for name in NAMES}
-        self._client = RankMonitorClient()
+        self._client = import_module(f"{PACKAGE}.fault_tolerance").RankMonitorClient()
         self._tell()
         self._client.init_workload_monitoring(num_warmup_iters=0)
 

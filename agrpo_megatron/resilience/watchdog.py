@@ -30,7 +30,7 @@ MARGIN = 4.0  # seconds after its limit at which a rank ends that cannot run its
 ERRORS = 2  # the error stream's number: Python's object may be another by then
 OUTSIDE = "no section"
 AT_ITS_END = Stand("no section", waits=True, stack=("at its end",))
-ASKED, STANDS, HOME = "hang/asked", "hang/stands", "hang/home"
+ASKED, STANDS, HOME, REPORTED = "hang/asked", "hang/stands", "hang/home", "hang/reported"
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,9 @@ class Watchdog:
             stands = self._ask(board)
             guilty = culprits(stands)
         failure, report = describe(guilty, stands, asker=self._rank, section=str(opened))
-        if not self._ends or self._command is None:
-            say(report)
+        if self._command is None or not self._ends:
+            if board is None or board.store.add(REPORTED, 1) == 1:  # others find the same
+                say(report)
         elif accuse(self._command, failure, report) and board is not None:
             _show(board, [rank for rank in guilty if stands[rank] is None])
 
