@@ -46,10 +46,10 @@ class ResilienceSettings:
         0.0, "warn when a rollout's mean entropy is under this; 0: never", unit="nats", low=0
     )
     empty_alarm: float = setting(
-        0.5, "warn when this share of completions is empty, all end-of-text", low=0, high=1
+        0.5, "warn when this share of completions is all end-of-text; 0: never", low=0, high=1
     )
     zero_variance_alarm: float = setting(
-        1.0, "warn when this share of rollouts has no advantage", low=0, high=1
+        1.0, "warn when this share of rollouts has no advantage; 0: never", low=0, high=1
     )
 
 

@@ -105,6 +105,12 @@ def test_a_fault_may_strike_several_times_and_in_any_iteration(faults, tmp_path)
     assert len(_notes(tmp_path)) == 2
 
 
+def test_a_fault_may_wait_for_a_time_of_day(faults):
+    early = f"raise:rank=0,section=rollout,at={time.time() + 600:.1f}"
+    late = f"raise:rank=0,section=update,at={time.time() - 600:.1f}"
+    assert [place[:2] for place in _go_through(faults(f"{early}; {late}"))] == [("update", 1)]
+
+
 def test_setup_belongs_to_no_phase(faults):
     sections = faults("raise:rank=0,section=setup")
     with pytest.raises(RuntimeError, match="injected fault"), sections("setup"):

@@ -21,6 +21,7 @@ LAYOUTS = {
     "one": (1, []),
     "dp2": (2, []),
     "cp2": (2, ["parallel.context=2"]),
+    "virtual": (2, ["parallel.pipeline=2", "parallel.virtual=2", "model.num_layers=4"]),
     "tp2-pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
 }
 NAN = float("nan")
