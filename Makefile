@@ -1,8 +1,9 @@
-# Installs into .venv (and .uv where the machine has no uv); nothing outside this folder changes.
+# Installs into .venv and .venv-resilience (and .uv where the machine has no uv); nothing outside
+# this folder changes.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types
+.PHONY: help install resilience demo test lint types
 
 # Test processes, and what they test. A multi-rank test starts its ranks with one thread each.
 WORKERS ?= 2
@@ -10,14 +11,17 @@ TESTS ?= tests
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+RESILIENCE := .venv-resilience/.installed
 
 # A version manager may put a `uv` on PATH that only fails: ask it before relying on it.
 UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
 
 help: ## list these targets
-	@grep -E '^[a-z]+:.* ## ' $(MAKEFILE_LIST) | sed -E 's/:.* ## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.* ## ' $(MAKEFILE_LIST) | sed -E 's/:.* ## /\t/' | expand -t 12
 
 install: $(INSTALLED) ## install the pinned versions into .venv; does nothing when nothing changed
+
+resilience: $(RESILIENCE) ## nvidia-resiliency-ext beside the rest, in .venv-resilience, for tests of it
 
 demo: install ## train the tiny example from nothing, evaluate it and write its report
 	@$(BIN)/agrpo train examples/tiny.yaml
@@ -39,6 +43,17 @@ $(INSTALLED): pyproject.toml constraints.txt | $(filter .uv/%,$(UV))
 	@echo "Installing into .venv: about 5 GB, minutes on a first install"
 	@$(UV) pip install --quiet --python .venv --compile-bytecode \
 	  --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# Apart from .venv, so that training is tested with the package and without. Its wheel asks for
+# glibc 2.39, which only its timing of GPU kernels needs.
+NEWER := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),x86_64-manylinux_2_39)
+
+$(RESILIENCE): pyproject.toml constraints.txt $(INSTALLED)
+	@.venv-resilience/bin/python --version >/dev/null 2>&1 \
+	  || { rm -rf .venv-resilience && $(UV) venv --quiet --python 3.12 .venv-resilience; }
+	@$(UV) pip install --quiet --python .venv-resilience $(addprefix --python-platform ,$(NEWER)) --compile-bytecode \
+	  --constraint constraints.txt --editable '.[dev,resilience]'
 	@touch $@
 
 # A private uv, since some systems refuse `pip install` outside a virtual environment. Where
