@@ -25,7 +25,9 @@ CAUSES = (
     re.compile(r"agrpo: error: |\brank \d+ failed: "),
     re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b"),
     re.compile(r"\berror: |\bkilled\b", re.IGNORECASE),
+    re.compile(r"^agrpo: (?!job |node |finished|queued again|cancelled)"),  # of the batch script
 )
+BEGUN = "agrpo: job "  # said by a batch script at the start of each attempt
 TAIL = 1 << 20  # bytes at the end of a log that are searched
 NUMERIC = ("accuracy before", "accuracy after", "gain")
 
@@ -86,8 +88,10 @@ def _member(number: int, directory: Path, settings: dict[str, Any]) -> Member:
         finished, iterations = _progress(directory)
     except (ValueError, RuntimeError, OSError) as error:
         finished, iterations, problem = False, "", str(error)
-    log, said = _last_error(_logs(directory, number))
-    error = None if finished else said or problem
+    newest = _newest_attempt(directory)
+    log, said = _last_error(_logs(directory, number, newest))
+    is_paused = newest is not None and _outcome(newest).startswith("requeue")
+    error = None if finished or is_paused else said or problem
     if finished:
         state = "finished"
     elif error is not None:
@@ -147,22 +151,26 @@ def _last_error(logs: list[Path]) -> tuple[Path | None, str | None]:
     return (logs[0] if logs else None), None
 
 
-def _logs(directory: Path, number: int) -> list[Path]:
-    """Return the logs of a member's newest attempt, newest first, then that of its batch script.
+def _newest_attempt(directory: Path) -> Path | None:
+    """Return the newest attempt of a run: what an earlier one died of has been overcome."""
+    attempts = (directory / LOGS).glob("*/attempt-*")
+    return max(attempts, key=lambda p: [*_numbers(p.parent.name), *_numbers(p.name)], default=None)
 
-    Only the newest attempt counts: what an earlier one died of has been overcome.
-    """
-    member = directory / LOGS
-    # `latest` is a link to one of the others.
-    files = [p for p in member.glob("*/attempt-*/**/*") if p.is_file() and "latest" not in p.parts]
-    newest = _attempt(max(files, key=_age)) if files else None
-    ranks = [path for path in files if _attempt(path) == newest]
+
+def _numbers(name: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", name)]
+
+
+def _outcome(attempt: Path) -> str:
+    path = attempt / "outcome"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _logs(directory: Path, number: int, attempt: Path | None) -> list[Path]:
+    """Return the logs of an attempt's ranks, newest first, then that of its batch script."""
+    ranks = list(attempt.glob("rank-*.log")) if attempt is not None else []
     batch = list((directory.parent / LOGS).glob(f"*_{number}.log"))
     return sorted(ranks, key=_age, reverse=True) + sorted(batch, key=_age, reverse=True)[:1]
-
-
-def _attempt(path: Path) -> Path:
-    return next(folder for folder in path.parents if folder.name.startswith("attempt-"))
 
 
 def _age(path: Path) -> float:
@@ -170,9 +178,12 @@ def _age(path: Path) -> float:
 
 
 def _tail(path: Path) -> list[str]:
+    """Return the last lines of a log; of a batch script's, those of its last attempt."""
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - TAIL))
-        return [line.strip() for line in stream.read().decode(errors="replace").splitlines()]
+        lines = stream.read().decode(errors="replace").splitlines()
+    begun = max((n for n, line in enumerate(lines) if line.startswith(BEGUN)), default=-1)
+    return [line.strip() for line in lines[begun + 1 :]]
 
 
 def _cells(member: Member) -> dict[str, str]:

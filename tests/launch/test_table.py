@@ -47,16 +47,23 @@ def sweep(tmp_path):
         return leave_run(file, overrides, iteration=iteration, accuracies=accuracies)
 
     # 00 finished, after an attempt that failed; 01 finished and better; 02 failed on its way.
-    write_log(leave("00", 3, [0.2, 0.3, 0.4]) / "launch/7/attempt-0/0.log", TRACEBACK)
+    write_log(leave("00", 3, [0.2, 0.3, 0.4]) / "launch/7_0/attempt-0/rank-0.log", TRACEBACK)
     leave("01", 3, [0.2, 0.3, 0.6])
     failed = leave("02", 2, [0.25, 0.5])
-    write_log(failed / "launch/7/attempt-0/1.log", "rank 9 failed: ValueError: overcome\n", 60)
-    write_log(failed / "launch/7/attempt-1/0.log", "loss 1.0\nrank 0: ending\n", 1)
-    write_log(failed / "launch/7/attempt-1/1.log", TRACEBACK, 2)
-    (failed / "launch/7/latest").symlink_to("attempt-1")
+    write_log(
+        failed / "launch/7_2/attempt-9/rank-1.log", "rank 9 failed: ValueError: overcome\n", 60
+    )
+    write_log(failed / "launch/7_2/attempt-10/rank-0.log", "loss 1.0\nrank 0: ending\n", 1)
+    write_log(failed / "launch/7_2/attempt-10/rank-1.log", TRACEBACK, 2)
+    (failed / "launch/7_2/latest").symlink_to("attempt-10")
     # 03 never began: its batch script says why. 04 was stopped, 05 cannot be read, 06 is missing.
-    write_log(directory / "launch/7_3.log", "checks\nagrpo: error: node n1 has no GPU\n")
-    write_log(leave("04", 1, [0.1]) / "launch/7/attempt-0/0.log", "saved\n")
+    write_log(
+        directory / "launch/7_3.log",
+        "agrpo: error: old\nagrpo: job 7_3, attempt 1\nagrpo: node n1: x\nagrpo: no node can\n",
+    )
+    paused = leave("04", 1, [0.1]) / "launch/7_4/attempt-0"
+    write_log(paused / "rank-0.log", TRACEBACK + "started anew, and saved\n")
+    write_log(paused / "outcome", "requeue asked to stop\n")
     broken = leave("05", 1, [0.1])
     (broken / "config.yaml").write_text("train: {iterations: many}\n")
     (broken / "metrics.jsonl").write_bytes(b"\xff\x00 no line\n")
@@ -77,8 +84,8 @@ def test_members_are_told_apart_by_their_fate_the_best_first(sweep):
     found = {member.name: member for member in members}
     assert found["01"].before == 0.2 and found["01"].after_interval == [0.5, 0.7]
     assert found["02"].error == "rank 1 failed: RuntimeError: out of reach"
-    assert found["02"].log == str(sweep / "02/launch/7/attempt-1/1.log")
-    assert found["03"].error == "agrpo: error: node n1 has no GPU"
+    assert found["02"].log == str(sweep / "02/launch/7_2/attempt-10/rank-1.log")
+    assert found["03"].error == "agrpo: no node can"
     assert found["03"].log == str(sweep / "launch/7_3.log")
     assert "train.iterations='many' has the wrong type" in (found["05"].error or "")
     assert [m.name for m in members if m.error] == ["02", "03", "05"]
@@ -101,7 +108,7 @@ def test_the_table_is_printed_and_written_whole(sweep, capsys):
     )
     assert (
         "- 02 failed: `rank 1 failed: RuntimeError: out of reach`, see "
-        f"`{sweep}/02/launch/7/attempt-1/1.log`"
+        f"`{sweep}/02/launch/7_2/attempt-10/rank-1.log`"
     ) in lines
     for text in ("60.0% (50.0% to 70.0%)", "02 failed: rank 1 failed", f"{sweep}/summary.md"):
         assert text in done.stdout
