@@ -139,7 +139,7 @@ prepare() { # sets and makes the directory of this attempt; AGRPO_RUN_DIR is set
     mkdir -p "$attempt" || die $REFUSED "cannot write below $AGRPO_RUN_DIR"
     ln -sfn "attempt-$restarts" "$AGRPO_RUN_DIR/launch/$job/latest"
     export AGRPO_RUN_DIR AGRPO_ATTEMPT=$attempt AGRPO_OUTCOME=$attempt/outcome
-    rm -f "$AGRPO_OUTCOME" "$attempt/over"
+    rm -f "$AGRPO_OUTCOME" "$attempt/over" "$attempt/stop"
     printf '%s\n' "$job $restarts" >"$attempt/canary"
     local end
     end=$(job_fact EndTime)
@@ -150,8 +150,8 @@ prepare() { # sets and makes the directory of this attempt; AGRPO_RUN_DIR is set
     : "${TORCH_FR_DUMP_TEMP_FILE:=$attempt/collectives-}"
     export TORCH_FR_DUMP_TEMP_FILE
     trap on_term TERM
-    # A signal for the batch script alone: the ranks have to hear it.
-    trap 'scancel --signal=USR1 "$job"' USR1
+    # A signal for this script alone: the ranks have to hear it, and the guard tells them.
+    trap 'touch "$attempt/stop"' USR1
     say "job $job, attempt $restarts, on $SLURM_JOB_NODELIST, logs in $attempt"
     container
 }

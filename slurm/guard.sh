@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A step beside the ranks, on the job's first node: guard.sh PID, of the job's script.
-# - SIGUSR1 asks the ranks to stop; one that is still starting does not hear it: it is sent again.
+# - SIGUSR1 asks the ranks to stop. It is sent again and again, since a rank that is still starting
+#   does not hear it. A file ATTEMPT/stop asks for the same.
 # - When the job's script dies, SLURM ends the job as failed; this step is told, and puts the job
 #   back into the queue.
 set -uo pipefail
@@ -11,8 +12,7 @@ script=$1
 attempt=$AGRPO_ATTEMPT
 exec >>"$attempt/guard.log" 2>&1 # the step's own output ends with the job's script
 
-asked=
-trap 'asked=1' USR1
+trap 'touch "$attempt/stop"' USR1
 
 on_term() {
     if [[ -e $attempt/over ]] || kill -0 "$script" 2>/dev/null; then
@@ -29,5 +29,5 @@ trap on_term TERM
 while :; do
     sleep 5 &
     wait $!
-    [[ -z $asked ]] || scancel --signal=USR1 "$job"
+    [[ ! -e $attempt/stop ]] || scancel --signal=USR1 "$job"
 done

@@ -34,8 +34,8 @@ SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A job may start again so many seconds after it was queued again.
-AuthInfo=socket={root}/munge/socket,cred_expire=4
+# A job may start again so many seconds after it was queued again; less than 5 counts as 120.
+AuthInfo=socket={root}/munge/socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool/%n
