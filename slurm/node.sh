@@ -23,6 +23,10 @@ options=(
 )
 ranks=(bash "$AGRPO_ROOT/slurm/rank.sh" "$attempt" "$AGRPO_PYTHON" -m agrpo_megatron "$@")
 if [[ $AGRPO_LAUNCHER == ft_launcher ]]; then
+    if [[ $1 == train ]]; then # whose ranks tell it what they do
+        mapfile -t limits < <("$AGRPO_PYTHON" -m agrpo_megatron.resilience.nvrx "${@:2}")
+        options+=("${limits[@]}")
+    fi
     start='from nvidia_resiliency_ext.fault_tolerance.launcher import main; main()'
     exec "$AGRPO_PYTHON" -c "$start" "${options[@]}" "${ranks[@]}"
 fi

@@ -70,17 +70,17 @@ def ending_together(screen: AbstractContextManager | None = None) -> Iterator[No
         board = open_board()
         if screen is not None:
             stack.enter_context(screen)
-        with _under_way(Command(board, stack.close)):
-            if board is None:
+        stack.enter_context(_under_way(Command(board, stack.close)))
+        if board is None:
+            yield
+            return
+        try:
+            with _watched(board, stack.close):
                 yield
-                return
-            try:
-                with _watched(board, stack.close):
-                    yield
-            except BaseException as error:
-                stack.close()
-                _end_all(board, error)
-                raise
+        except BaseException as error:
+            stack.close()
+            _end_all(board, error)
+            raise
 
 
 @contextmanager

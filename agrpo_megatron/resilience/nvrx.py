@@ -96,12 +96,13 @@ def launcher_words(settings: Settings) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print ft_launcher's words for a run; returns the exit status."""
-    if not arguments:
+    """Print ft_launcher's words for what `agrpo train` is given; returns the exit status."""
+    words = [word for word in arguments if not word.startswith("-")]
+    if not words:
         print("usage: python -m agrpo_megatron.resilience.nvrx FILE [KEY=VALUE ...]")
         return 2
     try:
-        settings = load(Settings, arguments[0], arguments[1:])
+        settings = load(Settings, words[0], words[1:])
     except (OSError, ValueError) as error:
         print(f"agrpo: error: {error}", file=sys.stderr)
         return 2
