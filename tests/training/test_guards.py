@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.training import rl, sft
+from agrpo_megatron.training import groups, rl, sft
 from agrpo_megatron.training.guards import NONFINITE, Guard, rollout_keys
 from agrpo_megatron.training.nonfinite import NotFinite
 from agrpo_megatron.training.rl import collect_rollout, update_policy
@@ -97,9 +97,9 @@ def _keys():
     plain = rl.sample_groups
 
     def watched(*args):
-        groups = plain(*args)
-        asked.extend(problem.key for problem in groups.problems)
-        return groups
+        found = plain(*args)
+        asked.extend(problem.key for problem in found.problems)
+        return found
 
     rl.sample_groups = watched
     rollout, _ = collect_rollout(session, engine, 3)
@@ -324,6 +324,37 @@ def test_what_comes_again_after_going_back_ends_the_run_and_says_so(tmp_path):
     assert error.startswith("rl iteration 3: the loss is not finite on rank 0")
     assert "no passing fault of the hardware" in error
     assert [r["action"] for r in read(run_dir / NONFINITE)] == ["ended", "ended"]
+
+
+def _spoil_sampling(iteration):
+    """Let what an iteration samples be spoilt, once, before it is kept on disk."""
+    plain, struck = groups.answer, []
+
+    def faulty(*args, **options):
+        found = plain(*args, **options)
+        if options["weights_version"] != iteration - 1 or struck:
+            return found
+        struck.append(1)
+        trajectory = found.trajectory
+        logprobs = trajectory.logprobs.masked_fill(trajectory.logprobs != 0, NAN)
+        return replace(found, trajectory=replace(trajectory, logprobs=logprobs))
+
+    groups.answer = faulty
+
+
+def _train_with_spoilt_sampling(run_dir, overrides, iteration):
+    _spoil_sampling(iteration)
+    return _train(run_dir, overrides)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_rollouts_that_were_spoilt_are_sampled_anew(undisturbed, tmp_path, size):
+    run_dir = tmp_path / "run"
+    changes = ["resilience.roll_backs=1", "checkpoint.background=true", "checkpoint.rollouts=true"]
+    told, error = run_ranks(size, _train_with_spoilt_sampling, run_dir, changes, 4)[0]
+    assert error is None and len(told) == 1
+    assert told[0].startswith("rl iteration 4: the loss is not finite")
+    assert same_metrics(read(run_dir / "metrics.jsonl"), undisturbed(size)[0])
 
 
 def _spoil_weights(iteration):
