@@ -1,9 +1,9 @@
 # Installs into .venv and .venv-resilience (and .uv where the machine has no uv); nothing outside
-# this folder changes.
+# this folder changes, but by `make slurm`.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install resilience demo test lint types
+.PHONY: help install resilience slurm demo test lint types
 
 # Test processes, and what they test. A multi-rank test starts its ranks with one thread each.
 WORKERS ?= 2
@@ -22,6 +22,13 @@ help: ## list these targets
 install: $(INSTALLED) ## install the pinned versions into .venv; does nothing when nothing changed
 
 resilience: $(RESILIENCE) ## nvidia-resiliency-ext beside the rest, in .venv-resilience, for tests of it
+
+# Debian's packages, and root: the tests start daemons of their own, and the package none.
+slurm: ## install SLURM for tests of job scripts, where it is missing (Debian, Ubuntu; needs root)
+	@for command in slurmd slurmctld munged shellcheck; do \
+	  command -v $$command >/dev/null || missing=1; done; \
+	[ -z "$${missing:-}" ] || { export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && \
+	  apt-get -qq install --yes --no-install-recommends slurm-wlm munge shellcheck >/dev/null; }
 
 demo: install ## train the tiny example from nothing, evaluate it and write its report
 	@$(BIN)/agrpo train examples/tiny.yaml

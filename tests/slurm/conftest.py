@@ -18,6 +18,6 @@ def cluster() -> Iterator[Cluster]:
         if os.environ.get("AGRPO_REQUIRE_SLURM"):
             pytest.fail(f"AGRPO_REQUIRE_SLURM is set, but {missing}")
         pytest.skip(missing)
-    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
-        with running_cluster(Path(folder)) as cluster:
-            yield cluster
+    folder = tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True)
+    with folder as name, running_cluster(Path(name)) as cluster:
+        yield cluster
