@@ -106,7 +106,8 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"agrpo: error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(launcher_words(settings)))
+    for word in launcher_words(settings):
+        print(word)
     return 0
 
 

@@ -1,0 +1,67 @@
+"""Which rank is slow, and in which section of a run.
+
+A rank's time in a section is its own work and what it waits for others within the section. Ranks
+that work on the same tokens (tensor, context and pipeline parallelism), or that add their
+gradients up (data parallelism, in an update), wait for each other, and so look equally slow.
+Rollouts and rewards are each replica's own: they tell replicas apart. Which rank of a replica is
+slow, only the times of its kernels tell.
+"""
+
+import statistics
+
+import torch
+import torch.distributed as dist
+
+from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.resilience.sections import NAMES
+
+LEAST = 0.01  # seconds; what is shorter is not compared
+SLOW = 1.5  # times the median, from which a rank is a straggler
+STREAK = 5  # reports in a row after which one is spoken of
+
+
+class Stragglers:
+    """Compares ranks, report by report; every call is made by every rank."""
+
+    def __init__(self) -> None:
+        self._streaks: dict[str, tuple[int, int]] = {}  # section: rank, and reports in a row
+
+    def report(self, seconds: dict[str, float], ranks: Ranks) -> tuple[dict[str, float], list[str]]:
+        """Compare the ranks; the same on every rank.
+
+        Args:
+            seconds: in each section since the last report, on this rank.
+
+        Returns:
+            Metrics: `section/NAME` (seconds of the slowest rank), `straggler/NAME` (these over the
+            median, 1 where ranks are even), `straggler/NAME_rank` (which). And sentences on a rank
+            that was a straggler for so many reports in a row.
+        """
+        mine = torch.tensor([seconds.get(name, 0.0) for name in NAMES], device=ranks.device)
+        gathered = [torch.empty_like(mine) for _ in range(ranks.world_size)]
+        dist.all_gather(gathered, mine)
+        columns = torch.stack(gathered, dim=1).tolist()  # [sections, ranks]
+        metrics: dict[str, float] = {}
+        warnings = []
+        for name, times in zip(NAMES, columns, strict=True):
+            slowest = max(times)
+            if slowest < LEAST:
+                continue
+            rank = times.index(slowest)
+            ratio = slowest / max(LEAST, statistics.median(times))
+            metrics[f"section/{name}"] = slowest
+            metrics[f"straggler/{name}"] = ratio
+            metrics[f"straggler/{name}_rank"] = float(rank)
+            if self._is_straggler(name, rank, ratio):
+                warnings.append(
+                    f"rank {rank} was the slowest in section {name} {STREAK} times in a row, "
+                    f"now {slowest:.1f} s, {ratio:.1f} times the median"
+                )
+        return metrics, warnings
+
+    def _is_straggler(self, name: str, rank: int, ratio: float) -> bool:
+        """Say whether a rank has just been slow often enough."""
+        last, count = self._streaks.get(name, (rank, 0))
+        count = count + 1 if rank == last else 1
+        self._streaks[name] = (rank, count if ratio > SLOW else 0)
+        return ratio > SLOW and count == STREAK

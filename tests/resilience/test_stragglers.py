@@ -1,0 +1,59 @@
+"""Every rank learns which rank is slow in which section."""
+
+import time
+
+import pytest
+import torch.distributed as dist
+
+from agrpo_megatron.megatron.ranks import start_ranks
+from agrpo_megatron.resilience.sections import Sections
+from agrpo_megatron.resilience.stragglers import LEAST, SLOW, STREAK, Stragglers
+from agrpo_megatron.settings import Settings
+from tests.ranks import run_ranks
+
+
+def _reports(slow, count):
+    """Return the reports of a rank; in each iteration `slow` maps a rank to seconds of sleep."""
+    ranks = start_ranks(Settings())
+    stragglers, sections, reports = Stragglers(), Sections(), []
+    for iteration in range(count):
+        dist.barrier()
+        with sections("rollout"):
+            time.sleep(0.05 + slow[iteration % len(slow)].get(dist.get_rank(), 0.0))
+        with sections("update"):
+            pass
+        reports.append(stragglers.report(sections.take(), ranks))
+    return reports
+
+
+@pytest.mark.slow
+def test_the_rank_that_is_slow_is_named_by_all_and_spoken_of_once():
+    first, *others = run_ranks(3, _reports, [{1: 0.2}], STREAK + 2)
+    assert all(other == first for other in others)
+    for metrics, _ in first:
+        assert set(metrics) == {"section/rollout", "straggler/rollout", "straggler/rollout_rank"}
+        assert metrics["straggler/rollout_rank"] == 1
+        assert metrics["section/rollout"] >= 0.25
+        assert metrics["straggler/rollout"] > SLOW
+    spoken = [bool(warnings) for _, warnings in first]
+    assert spoken == [number == STREAK for number in range(1, STREAK + 3)]
+    [sentence] = first[STREAK - 1][1]
+    assert sentence.startswith("rank 1 was the slowest in section rollout 5 times in a row, now 0.")
+
+
+@pytest.mark.slow
+def test_ranks_that_take_turns_at_being_slow_are_not_spoken_of():
+    reports = run_ranks(3, _reports, [{0: 0.2}, {1: 0.2}, {2: 0.2}], STREAK + 1)[0]
+    assert [metrics["straggler/rollout_rank"] for metrics, _ in reports] == [0, 1, 2, 0, 1, 2]
+    assert not any(warnings for _, warnings in reports)
+
+
+def _alone():
+    ranks = start_ranks(Settings())
+    return Stragglers().report({"reward": 2.0, "update": LEAST / 2}, ranks)
+
+
+def test_a_single_rank_is_even_with_itself_and_short_sections_are_left_out():
+    [(metrics, warnings)] = run_ranks(1, _alone)
+    assert metrics == {"section/reward": 2.0, "straggler/reward": 1.0, "straggler/reward_rank": 0.0}
+    assert warnings == []
