@@ -60,11 +60,13 @@ def plan_run(file: str | Path, overrides: Sequence[str], *, nodes: int, is_resta
     memory = worst_rank(settings, world_size)
     _check_memory(settings, memory, world_size)
     done = None if is_restart else progress(settings)
-    state, iterations = "new", settings.train.iterations
-    if done is not None:
-        of = iterations if done.phase == "rl" else settings.sft.iterations
+    is_over, state = is_finished(settings, done), "new"
+    if is_over:
+        state = "finished"
+    elif done is not None:
+        of = settings.train.iterations if done.phase == "rl" else settings.sft.iterations
         state = f"goes on after {done.phase} iteration {done.iteration} of {of}"
-    return Plan(settings, nodes, state, is_finished(settings, done), memory)
+    return Plan(settings, nodes, state, is_over, memory)
 
 
 def refuse_finished(plan: Plan) -> None:

@@ -27,6 +27,7 @@ CAUSES = (
     re.compile(r"\berror: |\bkilled\b", re.IGNORECASE),
     re.compile(r"^agrpo: (?!job |node |finished|queued again|cancelled)"),  # of the batch script
 )
+RANK = re.compile(r"^\[rank\d+\]: ")  # which torch puts before the lines of a traceback
 BEGUN = "agrpo: job "  # said by a batch script at the start of each attempt
 TAIL = 1 << 20  # bytes at the end of a log that are searched
 NUMERIC = ("accuracy before", "accuracy after", "gain")
@@ -88,9 +89,13 @@ def _member(number: int, directory: Path, settings: dict[str, Any]) -> Member:
         finished, iterations = _progress(directory)
     except (ValueError, RuntimeError, OSError) as error:
         finished, iterations, problem = False, "", str(error)
-    newest = _newest_attempt(directory)
-    log, said = _last_error(_logs(directory, number, newest))
-    is_paused = newest is not None and _outcome(newest).startswith("requeue")
+    attempts = _attempts(directory)
+    outcome = _outcome(attempts[-1]) if attempts else ""
+    # Only the newest attempt counts: what earlier ones died of has been overcome. But one that
+    # merely says that the last one got nowhere does not say why.
+    at = -2 if outcome.startswith("stuck") and len(attempts) > 1 else -1
+    log, said = _last_error(_logs(directory, number, attempts[at] if attempts else None))
+    is_paused = outcome.startswith("requeue")
     error = None if finished or is_paused else said or problem
     if finished:
         state = "finished"
@@ -151,10 +156,10 @@ def _last_error(logs: list[Path]) -> tuple[Path | None, str | None]:
     return (logs[0] if logs else None), None
 
 
-def _newest_attempt(directory: Path) -> Path | None:
-    """Return the newest attempt of a run: what an earlier one died of has been overcome."""
-    attempts = (directory / LOGS).glob("*/attempt-*")
-    return max(attempts, key=lambda p: [*_numbers(p.parent.name), *_numbers(p.name)], default=None)
+def _attempts(directory: Path) -> list[Path]:
+    """Return the attempts at a run in their order."""
+    found = (directory / LOGS).glob("*/attempt-*")
+    return sorted(found, key=lambda path: [*_numbers(path.parent.name), *_numbers(path.name)])
 
 
 def _numbers(name: str) -> list[int]:
@@ -183,7 +188,7 @@ def _tail(path: Path) -> list[str]:
         stream.seek(max(0, path.stat().st_size - TAIL))
         lines = stream.read().decode(errors="replace").splitlines()
     begun = max((n for n, line in enumerate(lines) if line.startswith(BEGUN)), default=-1)
-    return [line.strip() for line in lines[begun + 1 :]]
+    return [RANK.sub("", line).strip() for line in lines[begun + 1 :]]
 
 
 def _cells(member: Member) -> dict[str, str]:

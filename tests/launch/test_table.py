@@ -55,6 +55,8 @@ def sweep(tmp_path):
     )
     write_log(failed / "launch/7_2/attempt-10/rank-0.log", "loss 1.0\nrank 0: ending\n", 1)
     write_log(failed / "launch/7_2/attempt-10/rank-1.log", TRACEBACK, 2)
+    write_log(failed / "launch/7_2/attempt-11/rank-0.log", "agrpo: error: got no further\n")
+    write_log(failed / "launch/7_2/attempt-11/outcome", "stuck got no further\n")
     (failed / "launch/7_2/latest").symlink_to("attempt-10")
     # 03 never began: its batch script says why. 04 was stopped, 05 cannot be read, 06 is missing.
     write_log(
