@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 from tests.ranks import run_ranks
@@ -11,6 +12,7 @@ from tests.test_cli import write_settings
 
 ROOT = Path(__file__).parent.parent.parent
 ITERATIONS = 5
+PATIENCE = 240  # seconds for what a job has to do, on a busy machine
 # Slow enough to be disturbed at a moment that the test chooses; rank 0 says when each part begins.
 SLOW = "slow:rank=0,section=rollout,seconds={0}; slow:rank=0,section=update,seconds={0}"
 BEGUN = re.compile(r"fault slow: rank 0, section (rollout|update), rl iteration (\d+)")
@@ -92,6 +94,18 @@ def begun(directory: Path) -> list[tuple[str, int]]:
     logs = sorted(directory.glob("launch/*/attempt-*/rank-0.log"), key=_place)
     text = "\n".join(path.read_text(errors="replace") for path in logs)
     return [(section, int(number)) for section, number in BEGUN.findall(text)]
+
+
+def await_update(folder: Path, name: str, number: str, *, iteration: int) -> None:
+    """Wait until a job, in the run directory FOLDER/NAME, begins to update in an iteration.
+
+    Raises:
+        AssertionError: it takes too long; with the job's log.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while ("update", iteration) not in begun(folder / name):
+        assert time.monotonic() < deadline, read_log(folder, number)
+        time.sleep(0.3)
 
 
 def check_nothing_is_lost(directory: Path, *, disturbances: int) -> None:

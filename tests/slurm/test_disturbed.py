@@ -2,12 +2,12 @@
 
 import os
 import signal
-import time
 
 import pytest
 
 from tests.slurm.jobs import (
-    begun,
+    PATIENCE,
+    await_update,
     check_nothing_is_lost,
     metrics,
     rank_of,
@@ -20,7 +20,6 @@ from tests.slurm.jobs import (
 from tests.training.tiny import same_metrics
 
 pytestmark = pytest.mark.slow
-PATIENCE = 240  # seconds for all jobs together, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +33,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(folder):
     return undisturbed(folder, 2)
-
-
-def _reaches(folder, name, iteration):
-    return ("update", iteration) in begun(folder / name)
 
 
 def _stop_kindly(cluster, number):
@@ -56,74 +51,61 @@ def _kill_script(cluster, number):
     os.kill(script_of(cluster, number), signal.SIGKILL)
 
 
-def _nothing(cluster, number):
-    """Let the job's time run out."""
-
-
-def _cancel(cluster, number):
-    cluster.run("scancel", number)
-
-
-DISTURBANCES = {
-    "asked to stop": (_stop_kindly, []),
-    "queued again": (_queue_again, []),
-    "rank killed": (_kill_rank, []),
-    "script killed": (_kill_script, []),
-    "out of time": (_nothing, ["--time=1", "--signal=USR1@0"]),
-    "cancelled": (_cancel, []),
-}
-
-
-def _disturb_all(cluster, folder):
-    """Run a job for each disturbance, at once; returns the numbers of those that end them."""
-    numbers = {}
-    for name, (_, options) in DISTURBANCES.items():
-        seconds = 12.0 if name == "out of time" else 1.0
-        numbers[name] = submit_slow(cluster, folder, name, *options, seconds=seconds)
-    waiting, deadline = set(DISTURBANCES), time.monotonic() + PATIENCE
-    while waiting:
-        assert time.monotonic() < deadline, {n: read_log(folder, numbers[n]) for n in waiting}
-        for name in [name for name in waiting if _reaches(folder, name, 2)]:
-            DISTURBANCES[name][0](cluster, numbers[name])
-            waiting.remove(name)
-        time.sleep(0.3)
-    cluster.wait(numbers["cancelled"], "CANCELLED", timeout=60)
-    again = submit_slow(cluster, folder, "cancelled")
-    return {**numbers, "cancelled, first": numbers["cancelled"], "cancelled": again}
+DISTURBANCES = [_kill_rank, _stop_kindly, _queue_again, _kill_script]  # in an iteration each
 
 
 @pytest.fixture(scope="module")
 def jobs(cluster, folder):
-    return _disturb_all(cluster, folder)
+    """Start three jobs, which run beside each other: to disturb, to stop, and of a minute."""
+    short = ["--time=1", "--signal=USR1@0"]  # told by the time alone
+    return {
+        "disturbed": submit_slow(cluster, folder, "disturbed"),
+        "stopped": submit_slow(cluster, folder, "stopped"),
+        "out of time": submit_slow(cluster, folder, "out of time", *short, seconds=8.0),
+    }
 
 
-@pytest.mark.parametrize("name", DISTURBANCES)
-def test_a_disturbed_job_ends_as_if_nothing_had_happened(cluster, folder, expected, jobs, name):
-    job = cluster.wait(jobs[name], "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=PATIENCE)
-    log = read_log(folder, jobs[name])
+def _check_finished(cluster, folder, expected, name, number, *, disturbances):
+    """Wait for the end of a job: nothing may tell it from one that nobody disturbed."""
+    job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=PATIENCE)
+    log = read_log(folder, number)
     assert job["JobState"] == "COMPLETED", log
     assert "agrpo: finished" in log
     assert same_metrics(metrics(folder / name), expected), log
-    check_nothing_is_lost(folder / name, disturbances=1 + int(job["Restarts"]))
-    was_queued = name not in ("rank killed", "cancelled")
-    assert (int(job["Restarts"]) > 0) == was_queued
+    check_nothing_is_lost(folder / name, disturbances=disturbances)
 
 
-def test_a_cancelled_job_is_not_queued_again(cluster, jobs):
-    job = cluster.job(jobs["cancelled, first"])
-    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+def test_a_job_goes_on_after_each_disturbance(cluster, folder, expected, jobs):
+    number = jobs["disturbed"]
+    for iteration, disturb in enumerate(DISTURBANCES, start=1):
+        await_update(folder, "disturbed", number, iteration=iteration)
+        disturb(cluster, number)
+    disturbances = len(DISTURBANCES)
+    _check_finished(cluster, folder, expected, "disturbed", number, disturbances=disturbances)
+    restarts = int(cluster.job(number)["Restarts"])
+    assert restarts == disturbances - 1, "the killed rank was started anew within the job"
 
 
-def test_a_job_whose_requeueing_was_switched_off_stops_and_stays_away(cluster, folder):
-    number = submit_slow(cluster, folder, "held")
-    deadline = time.monotonic() + PATIENCE
-    while not _reaches(folder, "held", 2):
-        assert time.monotonic() < deadline, read_log(folder, number)
-        time.sleep(0.3)
-    cluster.run("scontrol", "update", f"jobid={number}", "requeue=0")
-    cluster.run("scancel", "--signal=USR1", number)
-    job = cluster.wait(number, "COMPLETED", "FAILED", timeout=60)
-    log = read_log(folder, number)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), log
-    assert "not queued again, as the job was told (Requeue=0)" in log
-    assert (folder / "held" / "checkpoints" / "latest").exists()
+def test_a_job_out_of_time_goes_on(cluster, folder, expected, jobs):
+    name, number = "out of time", jobs["out of time"]
+    job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=PATIENCE)
+    restarts = int(job["Restarts"])
+    assert restarts > 0
+    assert "the job's time is up" in read_log(folder, number)
+    _check_finished(cluster, folder, expected, name, number, disturbances=restarts)
+
+
+def test_a_job_that_was_stopped_for_good_goes_on_as_another(cluster, folder, expected, jobs):
+    first, name = jobs["stopped"], "stopped"
+    await_update(folder, name, first, iteration=1)
+    cluster.run("scontrol", "update", f"jobid={first}", "requeue=0")
+    cluster.run("scancel", "--signal=USR1", first)
+    cluster.wait(first, "COMPLETED", timeout=PATIENCE)
+    assert "not queued again, as the job was told (Requeue=0)" in read_log(folder, first)
+    second = submit_slow(cluster, folder, name)
+    await_update(folder, name, second, iteration=3)
+    cluster.run("scancel", second)
+    cluster.wait(second, "CANCELLED", timeout=PATIENCE)
+    third = submit_slow(cluster, folder, name)
+    _check_finished(cluster, folder, expected, name, third, disturbances=2)
+    assert [cluster.job(number)["Restarts"] for number in (first, second, third)] == ["0"] * 3

@@ -1,0 +1,47 @@
+"""A training job outlives its nodes: one is set down, on another slurmd dies."""
+
+import os
+import signal
+
+import pytest
+
+from tests.slurm.jobs import (
+    PATIENCE,
+    await_update,
+    check_nothing_is_lost,
+    metrics,
+    read_log,
+    settings_file,
+    submit_slow,
+    undisturbed,
+)
+from tests.training.tiny import same_metrics
+
+pytestmark = pytest.mark.slow
+
+
+def _nodes(cluster, number):
+    listed = cluster.job(number)["NodeList"]
+    return cluster.run("scontrol", "show", "hostnames", listed).split()
+
+
+def test_a_job_moves_from_lost_nodes_to_others(cluster, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a folder")
+    settings_file(folder)
+    number = submit_slow(cluster, folder, "run")
+    await_update(folder, "run", number, iteration=1)
+    down = _nodes(cluster, number)[1]
+    cluster.run("scontrol", "update", f"nodename={down}", "state=down", "reason=test")
+    await_update(folder, "run", number, iteration=3)
+    # What runs on the node goes on: the job's script, a rank and its launcher. Nobody ends them.
+    deaf = _nodes(cluster, number)[0]
+    assert deaf != down
+    os.kill(cluster.pid(deaf), signal.SIGKILL)
+    job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", timeout=PATIENCE)
+    log = read_log(folder, number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), log
+    assert not {down, deaf} & set(_nodes(cluster, number))
+    assert same_metrics(metrics(folder / "run"), undisturbed(folder, 2)), log
+    check_nothing_is_lost(folder / "run", disturbances=2)
+    cluster.start_node(deaf)
+    cluster.await_nodes()
