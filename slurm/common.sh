@@ -225,17 +225,29 @@ end_guard() {
 }
 
 run_ranks() { # ARGUMENTS of agrpo: run it on every node; returns the status of srun
-    local status=0 strict=1 first
+    local status strict=1 first most tries
+    export AGRPO_RESTARTS=${AGRPO_RESTARTS:-3} AGRPO_RENDEZVOUS AGRPO_TRY
+    most=$AGRPO_RESTARTS
+    if [[ $AGRPO_LAUNCHER == ft_launcher ]]; then
+        strict=0 # it goes on when a node of several is lost
+        most=0   # and starts ranks anew by itself
+    fi
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # Below the ports that are handed out for connections; each attempt has its own, since ranks of
-    # a node that was given up may still be running.
-    AGRPO_RENDEZVOUS=$first:$((20000 + (SLURM_JOB_ID * 31 + restarts) % 12000))
-    export AGRPO_RENDEZVOUS AGRPO_RESTARTS=${AGRPO_RESTARTS:-3}
-    [[ $AGRPO_LAUNCHER != ft_launcher ]] || strict=0 # it goes on when a node of several is lost
-    srun "${options[@]}" --ntasks-per-node=1 --kill-on-bad-exit=$strict "${inside[@]}" \
-        bash "$root/slurm/node.sh" "$attempt" "$@" &
-    await $! || status=$?
-    return "$status"
+    for ((tries = 0; ; tries++)); do
+        # Below the ports that are handed out for connections; each start has its own, since ranks
+        # of a node that was given up may still be running.
+        AGRPO_RENDEZVOUS=$first:$((20000 + (SLURM_JOB_ID * 61 + restarts * 7 + tries) % 12000))
+        AGRPO_TRY=$tries status=0
+        srun "${options[@]}" --ntasks-per-node=1 --kill-on-bad-exit=$strict "${inside[@]}" \
+            bash "$root/slurm/node.sh" "$attempt" "$@" &
+        await $! || status=$?
+        ((status && tries < most)) && is_crashed || return "$status"
+        say "ended without a word (srun: $status): ranks are started anew, $((tries + 1)) of $most"
+    done
+}
+
+is_crashed() { # says whether ranks ended, though nobody asked, and the job goes on
+    [[ ! -s $AGRPO_OUTCOME && -z $terminated && $(job_fact JobState) == RUNNING ]] && ! is_over
 }
 
 train_job() { # FILE [KEY=VALUE ...]

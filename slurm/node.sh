@@ -13,16 +13,16 @@ is_first=0
 options=(
     --nnodes="$SLURM_NNODES"
     --nproc-per-node="${AGRPO_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
-    --max-restarts="$AGRPO_RESTARTS"
     --rdzv-backend=c10d
     --rdzv-endpoint="$AGRPO_RENDEZVOUS"
-    --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+    --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$AGRPO_TRY"
     --rdzv-conf="is_host=$is_first"
     --local-addr="$SLURMD_NODENAME"
     --no-python
 )
 ranks=(bash "$AGRPO_ROOT/slurm/rank.sh" "$attempt" "$AGRPO_PYTHON" -m agrpo_megatron "$@")
 if [[ $AGRPO_LAUNCHER == ft_launcher ]]; then
+    options+=(--max-restarts="$AGRPO_RESTARTS")
     if [[ $1 == train ]]; then # whose ranks tell it what they do
         mapfile -t limits < <("$AGRPO_PYTHON" -m agrpo_megatron.resilience.nvrx "${@:2}")
         options+=("${limits[@]}")
@@ -30,4 +30,7 @@ if [[ $AGRPO_LAUNCHER == ft_launcher ]]; then
     start='from nvidia_resiliency_ext.fault_tolerance.launcher import main; main()'
     exec "$AGRPO_PYTHON" -c "$start" "${options[@]}" "${ranks[@]}"
 fi
-exec "$AGRPO_PYTHON" -m torch.distributed.run --signals-to-handle=SIGINT "${options[@]}" "${ranks[@]}"
+# Over several nodes torchrun's own restart can meet addresses of the ranks before: a new start does
+# not, and the job's script makes one.
+options+=(--max-restarts=0 --signals-to-handle=SIGINT)
+exec "$AGRPO_PYTHON" -m torch.distributed.run "${options[@]}" "${ranks[@]}"
