@@ -98,7 +98,7 @@ queue_again() { # REASON: put the job back into the queue, as far as it may be
         exit 0
     fi
     if ((restarts >= AGRPO_MAX_REQUEUES)); then
-        die $STUCK "queued again $restarts times already (AGRPO_MAX_REQUEUES): $1"
+        die $STUCK "not queued again, AGRPO_MAX_REQUEUES=$AGRPO_MAX_REQUEUES is reached: $1"
     fi
     if [[ -n $terminated && $(job_fact JobState) != RUNNING ]] && ! is_out_of_time; then
         say "cancelled; the same command goes on"

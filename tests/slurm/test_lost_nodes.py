@@ -18,6 +18,7 @@ from tests.slurm.jobs import (
 from tests.training.tiny import same_metrics
 
 pytestmark = pytest.mark.slow
+SECONDS = 4.0  # of each part: the job must not be over before SLURM misses a node
 
 
 def _nodes(cluster, number):
@@ -28,11 +29,11 @@ def _nodes(cluster, number):
 def test_a_job_moves_from_lost_nodes_to_others(cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("a folder")
     settings_file(folder)
-    number = submit_slow(cluster, folder, "run")
+    number = submit_slow(cluster, folder, "run", seconds=SECONDS)
     await_update(folder, "run", number, iteration=1)
     down = _nodes(cluster, number)[1]
     cluster.run("scontrol", "update", f"nodename={down}", "state=down", "reason=test")
-    await_update(folder, "run", number, iteration=3)
+    await_update(folder, "run", number, iteration=2)
     # What runs on the node goes on: the job's script, a rank and its launcher. Nobody ends them.
     deaf = _nodes(cluster, number)[0]
     assert deaf != down
