@@ -117,6 +117,12 @@ def sample(
             interruption.keep(take(state, [group.rows for group in under_way], waiting))
     context.forward.close()
     interruption.close()
+    return _trajectory(prompts, state, sampling=sampling, weights_version=weights_version)
+
+
+def _trajectory(
+    prompts: tuple[Tensor, ...], state: Canvas, *, sampling: SamplingSettings, weights_version: int
+) -> Trajectory:
     support = state.support_ids
     return Trajectory(
         prompts=prompts,
@@ -126,7 +132,7 @@ def sample(
         entropies=state.entropies,
         support_ids=support if support.shape[-1] else None,
         num_steps=state.step,
-        rollout_ids=rollout_ids,
+        rollout_ids=state.rollout_ids,
         sampling=sampling,
         weights_version=weights_version,
     )

@@ -54,14 +54,7 @@ def answer(
     prompts = encode_prompts(session, task_prompts(session.task, problems, split=split))
     by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     mine = by_length[ranks.data.rank :: ranks.data.size]
-    handed_in: list[tuple[list[int], Future[list[Reward]]]] = []
-
-    def hand_in(rows: list[int], tokens: Tensor) -> None:
-        """Let the grader begin on completions [n, C] of this replica."""
-        chosen = [problems[mine[row]] for row in rows]
-        calls = to_grade(session, chosen, tokens, split=split)
-        handed_in.append((rows, grader.start(calls)))
-
+    hand_in = _HandIn(session, [problems[place] for place in mine], split)
     is_beside = ranks.speaks_for_replica and grader.has_workers
     with session.sections("rollout" if is_training else "evaluation"):
         trajectory, forward = _sample_or_stop(
@@ -80,8 +73,7 @@ def answer(
         if ranks.speaks_for_replica:
             if not is_beside:
                 hand_in(list(range(len(mine))), trajectory.tokens)
-            by_row = {r: x for rows, f in handed_in for r, x in zip(rows, f.result(), strict=True)}
-            rewards = [by_row[row] for row in range(len(mine))]
+            rewards = hand_in.rewards()
             part = (mine, moved(trajectory, "cpu"), rewards, forward.tokens, forward.slots.bubble)
         waited = time.perf_counter() - sampled
         parts = _from_replicas(part)
@@ -89,6 +81,29 @@ def answer(
     if is_beside:
         seconds["time/reward_hidden"] = max(0.0, grader.busy - busy - waited)
     return _joined(parts, ranks.device, seconds)
+
+
+class _HandIn:
+    """Hands a replica's completions to the grader as they end."""
+
+    def __init__(self, session: Session, problems: Sequence[Problem], split: Split):
+        self._session, self._problems, self._split = session, problems, split
+        self._parts: list[tuple[list[int], Future[list[Reward]]]] = []
+
+    def __call__(self, rows: list[int], tokens: Tensor) -> None:
+        """Let the grader begin on completions [n, C] of some of the problems."""
+        chosen = [self._problems[row] for row in rows]
+        calls = to_grade(self._session, chosen, tokens, split=self._split)
+        self._parts.append((rows, self._session.grader.start(calls)))
+
+    def rewards(self) -> list[Reward]:
+        """Wait for the rewards of all problems, in their order."""
+        graded = {
+            row: reward
+            for rows, future in self._parts
+            for row, reward in zip(rows, future.result(), strict=True)
+        }
+        return [graded[row] for row in range(len(self._problems))]
 
 
 def _sample_or_stop(

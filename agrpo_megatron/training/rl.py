@@ -15,12 +15,13 @@ from agrpo_megatron.megatron.context import local_part
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import forward_rows
+from agrpo_megatron.resilience.stragglers import Stragglers
 from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.training.alarms import Alarms
 from agrpo_megatron.training.answers import sample_records
 from agrpo_megatron.training.groups import sample_groups
 from agrpo_megatron.training.guards import Guard, Update, rollout_keys
-from agrpo_megatron.training.session import Session
+from agrpo_megatron.training.session import Session, compare_ranks
 from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import Rollout, StepDraws, TimestepBatch
 
@@ -43,7 +44,7 @@ def run_rl(
     Raises:
         Stopped: the ranks agreed to stop, within a rollout or in `after`.
     """
-    guard, alarms = Guard(session, "rl"), Alarms(session)
+    guard, alarms, stragglers = Guard(session, "rl"), Alarms(session), Stragglers()
     for iteration in range(start, session.settings.train.iterations):
         started = time.perf_counter()
         session.sections.at("rl", iteration + 1)
@@ -59,6 +60,7 @@ def run_rl(
             **rollout_metrics,
             **metrics,
             **alarms.check(iteration + 1, {**rollout_metrics, **metrics}),
+            **compare_ranks(session, stragglers),
             "time/update": now - update_started,
             "time/iteration": now - started,
             "tokens_per_second": tokens / (now - started),

@@ -14,6 +14,7 @@ from agrpo_megatron.megatron.pipeline import RolloutForward, make_forward
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.resilience.sections import Sections
 from agrpo_megatron.resilience.stop import Stop
+from agrpo_megatron.resilience.stragglers import Stragglers
 from agrpo_megatron.settings import SamplingSettings, Settings
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.grading import Grader
@@ -70,6 +71,16 @@ class Session:
         """Return the end-of-text id."""
         assert self.settings.model.eos_token_id is not None
         return self.settings.model.eos_token_id
+
+
+def compare_ranks(session: Session, stragglers: Stragglers) -> dict[str, float]:
+    """Return how the ranks' times compare, as metrics; warns of one that stays slow."""
+    if session.ranks.world_size == 1:
+        return {}
+    metrics, warnings = stragglers.report(session.sections.take(), session.ranks)
+    for warning in warnings:
+        session.view.warn(warning)
+    return metrics
 
 
 def encode_prompts(session: Session, prompts: Sequence[Prompt]) -> list[Tensor]:

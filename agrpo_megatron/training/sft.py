@@ -12,11 +12,12 @@ from agrpo_megatron.diffusion.losses import sft_loss
 from agrpo_megatron.megatron.context import local_part
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.resilience.stragglers import Stragglers
 from agrpo_megatron.tasks.base import task_prompts
 from agrpo_megatron.tasks.curriculum import solved_problems
 from agrpo_megatron.training.guards import Guard, Update
 from agrpo_megatron.training.picking import pick_problems
-from agrpo_megatron.training.session import Session, encode_prompts
+from agrpo_megatron.training.session import Session, compare_ranks, encode_prompts
 from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import Problem, SftBatch
 
@@ -30,7 +31,7 @@ def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[in
     settings = session.settings.sft
     loss = _loss(engine.network.vocab)
     problems, shares = solved_problems(session.task, settings)
-    size, guard = settings.batch_size, Guard(session, "sft")
+    size, guard, stragglers = settings.batch_size, Guard(session, "sft"), Stragglers()
     for iteration in range(start, settings.iterations):
         started = time.perf_counter()
         session.sections.at("sft", iteration + 1)
@@ -46,6 +47,7 @@ def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[in
             "phase": "sft",
             "iteration": iteration + 1,
             **metrics,
+            **compare_ranks(session, stragglers),
             "time/iteration": seconds,
             "tokens_per_second": tokens / seconds,
         }
