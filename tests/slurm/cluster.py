@@ -48,6 +48,8 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
+# Jobs of clusters beside this one meet at other ports, which follow from their numbers.
+FirstJobId={first_job}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
@@ -225,6 +227,7 @@ def _write_files(cluster: Cluster, name: str, *, node_timeout: int, kill_wait: i
         nodes="\n".join(lines),
         node_timeout=node_timeout,
         kill_wait=kill_wait,
+        first_job=1 + secrets.randbelow(50000),
     )
     (root / "etc" / "slurm.conf").write_text(config)
     (root / "etc" / "gres.conf").write_text(_gres(root))

@@ -56,11 +56,10 @@ DISTURBANCES = [_kill_rank, _stop_kindly, _queue_again, _kill_script]  # in an i
 
 @pytest.fixture(scope="module")
 def jobs(cluster, folder):
-    """Start three jobs, which run beside each other: to disturb, to stop, and of a minute."""
+    """Start two jobs, which run beside each other: one to disturb, and one of a minute."""
     short = ["--time=1", "--signal=USR1@0"]  # told by the time alone
     return {
         "disturbed": submit_slow(cluster, folder, "disturbed"),
-        "stopped": submit_slow(cluster, folder, "stopped"),
         "out of time": submit_slow(cluster, folder, "out of time", *short, seconds=8.0),
     }
 
@@ -95,8 +94,9 @@ def test_a_job_out_of_time_goes_on(cluster, folder, expected, jobs):
     _check_finished(cluster, folder, expected, name, number, disturbances=restarts)
 
 
-def test_a_job_that_was_stopped_for_good_goes_on_as_another(cluster, folder, expected, jobs):
-    first, name = jobs["stopped"], "stopped"
+def test_a_job_that_was_stopped_for_good_goes_on_as_another(cluster, folder, expected):
+    name = "stopped"
+    first = submit_slow(cluster, folder, name)
     await_update(folder, name, first, iteration=1)
     cluster.run("scontrol", "update", f"jobid={first}", "requeue=0")
     cluster.run("scancel", "--signal=USR1", first)
