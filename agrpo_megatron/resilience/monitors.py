@@ -21,7 +21,7 @@ def monitors(settings: Settings) -> list[Monitor]:
     """
     rank = int(os.environ.get("RANK", "0"))
     faults = Faults.from_environment(rank)
-    if settings.resilience.watchdog == "off":
+    if settings.resilience.watchdog == "never":
         return [faults]
     limits = Limits(settings, world_size=world_size(), is_main=rank == 0)
     if is_under_ft_launcher():

@@ -82,7 +82,7 @@ class RankMonitor:
 def launcher_words(settings: Settings) -> list[str]:
     """Return what ft_launcher is given, until its ranks tell it what they learned."""
     resilience = settings.resilience
-    if resilience.watchdog == "off":
+    if resilience.watchdog == "never":
         return []
     first = resilience.first_timeout
     limits = {name: float(resilience.timeouts.get(name, first)) + LATER for name in NAMES}

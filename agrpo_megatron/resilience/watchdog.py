@@ -152,10 +152,13 @@ class Watchdog:
             stands = self._ask(board)
             guilty = culprits(stands)
         failure, report = describe(guilty, stands, asker=self._rank, section=str(opened))
-        if self._command is None or not self._ends:
-            if board is None or board.store.add(REPORTED, 1) == 1:  # others find the same
+        if self._command is not None and self._ends:
+            is_first = accuse(self._command, failure, report)
+        else:
+            is_first = board is None or board.store.add(REPORTED, 1) == 1
+            if is_first:
                 say(report)
-        elif accuse(self._command, failure, report) and board is not None:
+        if is_first and board is not None:
             _show(board, [rank for rank in guilty if stands[rank] is None])
 
     def _ask(self, board: Board) -> dict[int, Stand | None]:

@@ -12,8 +12,8 @@ class ResilienceSettings:
 
     watchdog: str = setting(
         "auto",
-        "who finds a hung rank: nvidia-resiliency-ext under ft_launcher, else the built-in one",
-        choices=("auto", "off"),
+        "who finds a hung rank: ft_launcher where it starts the ranks, else the built-in watchdog",
+        choices=("auto", "never"),
     )
     first_timeout: float = setting(
         1800.0, "limit of a section until its own is learned", unit="seconds", low=0.1
