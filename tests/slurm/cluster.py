@@ -5,7 +5,10 @@
         cluster.wait(job, "COMPLETED")
 
 All daemons run as root with files below `folder`, on ports and under node names of their own, so
-that several clusters can run side by side; all of them are stopped at the end.
+that several clusters can run side by side. A process beside the tests stops them all at the end,
+also where the tests are killed:
+
+    python -m tests.slurm.cluster FOLDER NODE...    stops a cluster when its standard input ends
 """
 
 import contextlib
@@ -17,6 +20,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -192,14 +196,16 @@ def running_cluster(
     """
     name = f"agrpo{secrets.token_hex(3)}"
     names = tuple(f"{name}n{number}" for number in range(1, nodes + 1))
-    cluster = Cluster(root, names, {"SLURM_CONF": str(root / "etc" / "slurm.conf")})
+    cluster = _cluster(root, names)
     _write_files(cluster, name, node_timeout=node_timeout, kill_wait=kill_wait)
-    with _resolvable(names):
-        try:
-            _start(cluster)
-            yield cluster
-        finally:
-            _stop(cluster)
+    with _stopped_at_the_end(cluster):
+        _edit_hosts(lambda before: [*before, *_host_lines(names)])
+        _start(cluster)
+        yield cluster
+
+
+def _cluster(root: Path, names: tuple[str, ...]) -> Cluster:
+    return Cluster(root, names, {"SLURM_CONF": str(root / "etc" / "slurm.conf")})
 
 
 def _write_files(cluster: Cluster, name: str, *, node_timeout: int, kill_wait: int) -> None:
@@ -308,14 +314,23 @@ def _runs(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def _resolvable(names: tuple[str, ...]) -> Iterator[None]:
-    """Let names stand for this machine: jobs take the first node's name to meet there."""
-    lines = [f"127.0.0.1 {name}\n" for name in names]
-    _edit_hosts(lambda before: [*before, *lines])
+def _stopped_at_the_end(cluster: Cluster) -> Iterator[None]:
+    """Let a process stop the cluster when this one leaves, or dies."""
+    words = [sys.executable, "-m", "tests.slurm.cluster", cluster.root, *cluster.nodes]
+    stopper = subprocess.Popen(
+        words, stdin=subprocess.PIPE, cwd=Path(__file__).parents[2], start_new_session=True
+    )
+    assert stopper.stdin is not None
     try:
         yield
     finally:
-        _edit_hosts(lambda before: [line for line in before if line not in lines])
+        stopper.stdin.close()
+        stopper.wait(timeout=120)
+
+
+def _host_lines(names: tuple[str, ...]) -> list[str]:
+    """Return what lets names stand for this machine: jobs meet at the first node's name."""
+    return [f"127.0.0.1 {name}\n" for name in names]
 
 
 def _edit_hosts(change) -> None:
@@ -339,3 +354,17 @@ def _free_ports(count: int) -> list[int]:
         if len(found) == count:
             return found
     raise AssertionError("no free ports")
+
+
+def main() -> None:
+    """Stop a cluster when the standard input ends, and forget its nodes' names."""
+    root, *names = sys.argv[1:]
+    cluster = _cluster(Path(root), tuple(names))
+    sys.stdin.buffer.read()
+    _stop(cluster)
+    lines = _host_lines(cluster.nodes)
+    _edit_hosts(lambda before: [line for line in before if line not in lines])
+
+
+if __name__ == "__main__":
+    main()
