@@ -87,7 +87,8 @@ class _HandIn:
     """Hands a replica's completions to the grader as they end."""
 
     def __init__(self, session: Session, problems: Sequence[Problem], split: Split):
-        self._session, self._problems, self._split = session, problems, split
+        self._session, self._problems = session, problems
+        self._split: Split = split
         self._parts: list[tuple[list[int], Future[list[Reward]]]] = []
 
     def __call__(self, rows: list[int], tokens: Tensor) -> None:
