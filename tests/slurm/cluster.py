@@ -84,7 +84,7 @@ class Cluster:
     nodes: tuple[str, ...]
     environment: dict[str, str]  # for SLURM's commands
 
-    def run(self, *command: str | Path, timeout: float = 60, **environment: str) -> str:
+    def run(self, *command: str | Path, **environment: str) -> str:
         """Return what a command prints.
 
         Raises:
@@ -94,7 +94,7 @@ class Cluster:
             [str(word) for word in command],
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=60,
             env={**os.environ, **self.environment, **environment},
         )
         shown = f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}"
