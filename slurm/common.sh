@@ -307,7 +307,7 @@ evaluate_job() { # TARGET [ARGUMENTS ...]
 convert_job() { # ARGUMENTS of agrpo convert
     (($# >= 1)) || die $REFUSED "usage: sbatch [OPTIONS] slurm/convert.sbatch to-megatron|to-hf ..."
     local status=0
-    : "${AGRPO_RUN_DIR:=$PWD}"
+    : "${AGRPO_RUN_DIR:=${TMPDIR:-/tmp}/agrpo-$UID}" # notes of one node; no ranks, no logs of them
     prepare
     trap 'queue_again "the time is nearly up"; exit 0' USR1
     start_guard
