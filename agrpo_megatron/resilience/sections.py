@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-NAMES = ("setup", "rollout", "reward", "update", "checkpoint", "evaluation")
+NAMES: tuple[str, ...] = ("setup", "rollout", "reward", "update", "checkpoint", "evaluation")
 
 
 class Monitor(Protocol):
