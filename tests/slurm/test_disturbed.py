@@ -60,7 +60,7 @@ def jobs(cluster, folder):
     short = ["--time=1", "--signal=USR1@0"]  # told by the time alone
     return {
         "disturbed": submit_slow(cluster, folder, "disturbed"),
-        "out of time": submit_slow(cluster, folder, "out of time", *short, seconds=8.0),
+        "out of time": submit_slow(cluster, folder, "out of time", *short, seconds=4.0),
     }
 
 
