@@ -20,9 +20,10 @@ die() { # STATUS TEXT
     exit "$1"
 }
 
-job_fact() { # NAME: one value of what SLURM knows of this job
-    SLURM_TIME_FORMAT=standard scontrol show job "$job" 2>/dev/null \
-        | sed -nE "s/^(.* )?$1=([^ ]*).*/\2/p" | head -n 1
+job_fact() { # NAME: one value of what SLURM knows of this job; nothing while it does not answer
+    local all
+    all=$(SLURM_TIME_FORMAT=standard scontrol show job "$job" 2>/dev/null) || return 0
+    sed -nE "/(^| )$1=/ { s/^(.* )?$1=([^ ]*).*/\2/p; q }" <<<"$all"
 }
 
 absolute() { # PATH, that need not exist
@@ -105,7 +106,12 @@ queue_again() { # REASON: put the job back into the queue, as far as it may be
         exit 0
     fi
     say "queued again: $1"
-    scontrol requeue "$job" || die 1 "scontrol requeue failed; submit the job again to go on"
+    local tries
+    for ((tries = 0; tries < 20; tries++)); do # SLURM's controller may be starting anew
+        scontrol requeue "$job" && return
+        sleep 5
+    done
+    die 1 "scontrol requeue failed; submit the job again to go on"
 }
 
 terminated=
