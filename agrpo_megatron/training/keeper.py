@@ -69,7 +69,8 @@ class Keeper:
         self._saver.poll()
         every, is_best, self._is_best = self._settings.interval, self._is_best, False
         is_end = iteration == self._last or self._done.stopped is not None
-        if not is_end and not is_best and not (every and iteration % every == 0):
+        is_due = is_end or is_best or bool(every and iteration % every == 0)
+        if not is_due or not self._has_learned:
             return
         self._save(is_best=is_best)
         algorithm = self._session.settings.algorithm
@@ -77,13 +78,15 @@ class Keeper:
             self._session.bank.forget(sampling_number(iteration, 0, algorithm))
 
     def stop(self) -> None:
-        """Save what is finished, if it is not saved yet, and wait for it.
-
-        Before a phase's first update there is nothing that its start does not have.
-        """
-        if self._iteration not in (0, self._saved):
+        """Save what is finished, if it is not saved yet, and wait for it."""
+        if self._has_learned and self._iteration != self._saved:
             self._save(is_best=False)
         self.finish()
+
+    @property
+    def _has_learned(self) -> bool:
+        """Say whether a phase has made an update: before, there is nothing beyond its start."""
+        return self._engine.scheduler.num_steps > 0
 
     def finish(self) -> None:
         """Wait until all is saved."""
