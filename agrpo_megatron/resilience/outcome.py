@@ -17,8 +17,9 @@ def tell_outcome(word: str, reason: str = "") -> None:
 
 
 def exit_status(status: int) -> int:
-    """Return a status for this process: a launcher would restart a rank that ends with another.
+    """Return a status for this process: 0 where a launcher would restart ranks for any other.
 
-    What it means is then told by `tell_outcome` alone.
+    That is so where the job's script is told by `tell_outcome` what it means.
     """
-    return 0 if any(name in os.environ for name in LAUNCHERS) else status
+    has_launcher = any(name in os.environ for name in LAUNCHERS)
+    return 0 if has_launcher and os.environ.get(OUTCOME) else status
