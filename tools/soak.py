@@ -11,6 +11,7 @@ the run finished with the metrics of the undisturbed one, bit for bit.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -49,7 +50,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     whole, disturbed = folder / "undisturbed", folder / "disturbed"
     print(f"undisturbed run in {whole}", flush=True)
-    state = _follow(_launch(arguments, whole, {}), [], PATIENCE)
+    state, _ = _follow(_launch(arguments, whole, {}), [], PATIENCE)
     if state != "COMPLETED":
         print(f"soak: error: the undisturbed run ended as {state}", file=sys.stderr)
         return 1
@@ -61,12 +62,16 @@ def main() -> int:
         "AGRPO_FAULTS_DIR": str(folder / "faults"),
     }
     job = _launch(arguments, disturbed, faults)
-    state = _follow(job, [fault for fault in plan if fault.kind in OUTSIDE], PATIENCE * 6)
+    outside = [fault for fault in plan if fault.kind in OUTSIDE]
+    state, struck = _follow(job, outside, PATIENCE * 6)
+    struck += _struck(folder / "faults")
+    times = sorted([began, *(at for at, _ in struck)])
     found = {
         "state": state,
-        "minutes": (time.time() - began) / 60,
+        "minutes": round((time.time() - began) / 60, 1),
         "seed": arguments.seed,
-        "faults": dict(_struck(folder / "faults") + STRUCK),
+        "faults": dict(Counter(kind for _, kind in struck)),
+        "longest_gap_seconds": round(max(b - a for a, b in itertools.pairwise(times)), 1),
         **_compare(disturbed, whole),
     }
     (folder / "soak.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -75,9 +80,6 @@ def main() -> int:
         table.add_row(name, json.dumps(value))
     Console().print(table)
     return 0 if state == "COMPLETED" and found["same_metrics"] else 1
-
-
-STRUCK: Counter[str] = Counter()  # faults from outside, as they were done
 
 
 def make_plan(arguments: argparse.Namespace) -> list[Fault]:
@@ -113,6 +115,8 @@ def _launch(arguments: argparse.Namespace, run: Path, environment: dict[str, str
     words += ["--nodes", str(arguments.nodes), f"run.dir={run}", *arguments.overrides]
     words += ["launch.gpus_per_node=0", "launch.ranks_per_node=1", "logging.wandb=disabled"]
     words += ["launch.cpus_per_task=1", "run.threads=1"]
+    # A fault may strike before an attempt got anywhere, and that many times in a row.
+    words += ["resilience.idle_attempts=20"]
     done = subprocess.run(
         words, capture_output=True, text=True, env={**os.environ, **environment}, check=False
     )
@@ -122,37 +126,38 @@ def _launch(arguments: argparse.Namespace, run: Path, environment: dict[str, str
     return found[1]
 
 
-def _follow(job: str, outside: list[Fault], patience: float) -> str:
-    """Wait for a job's end, doing the faults from outside meanwhile; returns its last state."""
-    began, waiting = time.time(), list(outside)
+def _follow(job: str, outside: list[Fault], patience: float) -> tuple[str, list[tuple[float, str]]]:
+    """Wait for a job's end, doing the faults from outside meanwhile.
+
+    Returns:
+        Its last state, and when which fault was done.
+    """
+    began, waiting, struck = time.time(), list(outside), []
     while time.time() - began < patience:
         state = _state(job)
         if state in ENDED:
             time.sleep(2 * POLL)  # a killed batch script fails the job before it is queued again
             if (state := _state(job)) in ENDED:
-                return state
+                return state, struck
         due = [fault for fault in waiting if time.time() - began >= fault.at]
-        if due and state == "RUNNING":
+        if due and state == "RUNNING" and _strike(due[0].kind, job):
             waiting.remove(due[0])
-            _strike(due[0].kind, job)
+            struck.append((time.time(), due[0].kind))
+            print(f"{time.strftime('%H:%M:%S')} {due[0].kind}", flush=True)
         time.sleep(POLL)
-    return "STILL RUNNING"
+    return "STILL RUNNING", struck
 
 
-def _strike(kind: str, job: str) -> None:
-    """Do a fault from outside."""
+def _strike(kind: str, job: str) -> bool:
+    """Do a fault from outside; says whether it could be done."""
     if kind == "requeue":
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True).returncode == 0
-    elif kind == "signal":
-        done = subprocess.run(["scancel", "--signal=USR1", job]).returncode == 0
-    else:
-        scripts = [process for process in psutil.process_iter() if _is_batch(process, job)]
-        for process in scripts:
-            process.kill()
-        done = bool(scripts)
-    if done:
-        STRUCK[kind] += 1
-        print(f"{time.strftime('%H:%M:%S')} {kind}", flush=True)
+        return subprocess.run(["scontrol", "requeue", job], capture_output=True).returncode == 0
+    if kind == "signal":
+        return subprocess.run(["scancel", "--signal=USR1", job]).returncode == 0
+    scripts = [process for process in psutil.process_iter() if _is_batch(process, job)]
+    for process in scripts:
+        process.kill()
+    return bool(scripts)
 
 
 def _is_batch(process: psutil.Process, job: str) -> bool:
@@ -170,9 +175,9 @@ def _state(job: str) -> str:
     return found[1] if found else "UNKNOWN"
 
 
-def _struck(folder: Path) -> Counter[str]:
-    """Count the faults from within that left a note."""
-    return Counter(note.name.split("-")[1] for note in folder.glob("*"))
+def _struck(folder: Path) -> list[tuple[float, str]]:
+    """Return when which fault from within left its note."""
+    return [(note.stat().st_mtime, note.name.split("-")[1]) for note in folder.glob("*")]
 
 
 def _compare(ours: Path, theirs: Path) -> dict:
