@@ -24,6 +24,8 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 DIES_WITH_PARENT = 1  # Linux: PR_SET_PDEATHSIG
+# SLURM sends its signals to every process of a step: whoever stops does so once all is graded.
+PARENTS_MATTER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 GRACE = 60.0  # seconds that a server may take to start, beyond what its calls may take
 
 STDERR = 2  # its file descriptor, whatever sys.stderr is
@@ -124,7 +126,8 @@ def is_inside() -> bool:
 
 def main() -> None:
     """Serve the parent, whose socket is named on the command line."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for number in PARENTS_MATTER:  # children inherit it
+        signal.signal(number, signal.SIG_IGN)
     serve(Connection(int(sys.argv[1])))
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from agrpo_megatron.config import build
@@ -168,6 +169,54 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     _assert_gone([*hung, *servers])
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOPS_LATER = """
+import json, signal, sys
+from agrpo_megatron.config import build
+from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.tasks import build_task
+from agrpo_megatron.tasks.grading import Call, Grader
+
+seen = set()
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, lambda number, _: seen.add(number))
+tree = {"name": sys.argv[1], "options": {"deeds": ["slow"], "seconds": 2.0}}
+settings = build(TaskSettings, {**tree, "grader": {"seconds": 60, "workers": 2}}, "task.")
+task = build_task(settings)
+grader = Grader(task, settings)
+[problem] = task.problems("train")
+rewards = grader.grade([Call(problem, "x" * size) for size in range(4)])
+grader.close()
+print(json.dumps([[reward.score, reward.failure] for reward in rewards]), len(seen))
+"""
+
+
+def test_signals_to_all_processes_of_a_job_leave_its_rewards_alone():
+    """SLURM sends them so; the run hears them and ends later, with right rewards."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPS_LATER, str(FILE)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while (
+            len(below := psutil.Process(process.pid).children(recursive=True)) < 3
+        ):  # the server and its two
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        for number in SIGNALS:
+            os.killpg(process.pid, number)  # the run and the server; a child leads its own group
+            for child in (child for child in below if child.ppid() != process.pid):
+                child.send_signal(number)
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert printed == "[[0.0, null], [0.1, null], [0.2, null], [0.3, null]] 3\n"
 
 
 def _wait_for_hung(folder):
