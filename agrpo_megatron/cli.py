@@ -23,7 +23,7 @@ from agrpo_megatron.cli_convert import add_convert
 from agrpo_megatron.cli_evaluate import add_evaluate, add_report
 from agrpo_megatron.cli_launch import add_launch
 from agrpo_megatron.config import describe, load, to_yaml
-from agrpo_megatron.resilience.outcome import REQUEUE, STUCK, exit_status, tell_outcome
+from agrpo_megatron.resilience.outcome import REQUEUE, STUCK, exit_status, is_told, tell_outcome
 from agrpo_megatron.settings import Settings
 
 UNREAD = 141  # as a shell says of a process that SIGPIPE ended
@@ -63,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         if is_main():
             print(f"agrpo: error: {error}", file=sys.stderr)
             tell_outcome("refused", str(error))
+        elif not is_told("refused"):  # what only this rank refuses would end nobody, with a 0
+            print(f"agrpo: rank {os.environ['RANK']}: error: {error}", file=sys.stderr)
+            return 2
         return exit_status(2)
     except (BrokenPipeError, SystemExit) as error:
         if not _is_unread(error):

@@ -18,6 +18,7 @@ LAYERS = {
     0: (
         "__init__",
         "yaml_files",
+        "files",
         "config",
         "settings",
         "layout",

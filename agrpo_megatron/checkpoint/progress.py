@@ -1,9 +1,10 @@
 """Which checkpoints a run has and how far it had come; reads small files, needs no torch."""
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from agrpo_megatron.files import write_whole
 
 CHECKPOINTS = "checkpoints"
 PROGRESS_FILE = "progress.json"
@@ -54,9 +55,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 def point(root: Path, pointer: str, name: str) -> None:
     """Make `latest` or `best` name a checkpoint, at once or not at all."""
-    partial = root / f".{pointer}"
-    partial.write_text(name, encoding="utf-8")
-    os.replace(partial, root / pointer)
+    write_whole(root / pointer, name)
 
 
 def pointed(root: Path, pointer: str) -> str | None:

@@ -53,12 +53,20 @@ class Saver:
         keep: newest checkpoints of a phase that stay; the best and the end of SFT always stay.
         is_async: write in a process of its own while training goes on.
         files: a folder whose content is copied into each checkpoint, such as the tokenizer.
+        check: called before a checkpoint gets its name; raises where this attempt must not write.
     """
 
     def __init__(
-        self, root: Path, engine: Engine, *, keep: int, is_async: bool, files: Path | None
+        self,
+        root: Path,
+        engine: Engine,
+        *,
+        keep: int,
+        is_async: bool,
+        files: Path | None,
+        check: Callable[[], None] = lambda: None,
     ):
-        self._root, self._engine, self._keep = root, engine, keep
+        self._root, self._engine, self._keep, self._check = root, engine, keep, check
         self._is_async, self._files = is_async, files
         # Without nvidia-resiliency-ext, Megatron's own; both fork a process for each save.
         self._strategy = "nvrx" if is_async and has_nvrx_async_support() else "mcore"
@@ -116,6 +124,7 @@ class Saver:
 
     def _publish(self, folder: Path, progress: Progress) -> None:
         if self._engine.ranks.is_main:
+            self._check()
             sums: dict[str, str] = {}
             for file in folder.glob(f"{SUMS}*"):
                 sums |= json.loads(file.read_text(encoding="utf-8"))

@@ -97,7 +97,8 @@ def sample(
     most = context.forward.in_flight
     while waiting or under_way:
         if interruption.is_asked():
-            interruption.keep(take(state, [group.rows for group in under_way], waiting))
+            rows = [group.rows for group in under_way]
+            interruption.keep(take(state, rows, waiting), is_last=True)
             for group in under_way:
                 group.draws()
             context.forward.close()
@@ -114,9 +115,9 @@ def sample(
             live.sort(key=lambda row: -lengths[row])  # equal lengths are attended to together
             under_way.append(launch(torch.tensor(live, device=rollout_ids.device)))
         if over:
-            interruption.keep(take(state, [group.rows for group in under_way], waiting))
+            rows, is_last = [group.rows for group in under_way], not (waiting or under_way)
+            interruption.keep(take(state, rows, waiting), is_last=is_last)
     context.forward.close()
-    interruption.close()
     return _trajectory(prompts, state, sampling=sampling, weights_version=weights_version)
 
 

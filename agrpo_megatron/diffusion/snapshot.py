@@ -36,12 +36,8 @@ class Interruption(Protocol):
         """Say whether to end here."""
         ...
 
-    def keep(self, snapshot: Snapshot) -> None:
-        """Keep what is there; called when rows are complete, and when the rollout ends early."""
-        ...
-
-    def close(self) -> None:
-        """Hear that the rollout is over."""
+    def keep(self, snapshot: Snapshot, *, is_last: bool) -> None:
+        """Keep what is there; called when rows are complete, and last when the rollout ends."""
         ...
 
 
@@ -55,11 +51,8 @@ class _Never:
         """Say no."""
         return False
 
-    def keep(self, snapshot: Snapshot) -> None:
+    def keep(self, snapshot: Snapshot, *, is_last: bool) -> None:
         """Keep nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 NEVER = _Never()

@@ -9,10 +9,12 @@ import json
 import os
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
+from agrpo_megatron.files import write_whole
 from agrpo_megatron.megatron.ranks import Ranks
 
 FOLDER, ATTEMPTS, CLAIM = "launch", "attempts.jsonl", "claim"
@@ -24,18 +26,14 @@ class Stuck(Exception):
 
 
 class Attempt:
-    """One attempt at a run.
+    """One attempt at a run, that claims its directory; the same on every rank.
 
     Args:
-        directory: of the run; None claims nothing.
+        token: tells it from all others.
     """
 
-    def __init__(self, directory: Path | None):
-        self._file = directory / FOLDER / CLAIM if directory is not None else None
-        self._token = secrets.token_hex(8)
-        if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text(self._token, encoding="utf-8")
+    def __init__(self, directory: Path, token: str):
+        self._directory, self.token = directory, token
 
     def check(self) -> None:
         """Make sure that no later attempt has begun; called before anything is written.
@@ -43,17 +41,26 @@ class Attempt:
         Raises:
             RuntimeError: one has; this one must not write any more.
         """
-        if self._file is None:
-            return
-        if self._file.read_text(encoding="utf-8") != self._token:
+        if (self._directory / FOLDER / CLAIM).read_text(encoding="utf-8") != self.token:
             raise RuntimeError(
-                f"another attempt at {self._file.parent.parent} has begun; this one ends here "
+                f"another attempt at {self._directory} has begun; this one ends here "
                 "and writes nothing more"
             )
 
 
-def begin(directory: Path, progress: list[str], *, most_idle: int, ranks: Ranks) -> Attempt:
-    """Note down an attempt and claim the run directory; called by every rank.
+def claim(directory: Path, ranks: Ranks) -> Attempt:
+    """Claim a run directory, before anything else is done in it; called by every rank."""
+    shared = [secrets.token_hex(8)]
+    dist.broadcast_object_list(shared, src=0)
+    if ranks.is_main:
+        (directory / FOLDER).mkdir(parents=True, exist_ok=True)
+        write_whole(directory / FOLDER / CLAIM, shared[0])
+    dist.barrier()
+    return Attempt(directory, shared[0])
+
+
+def begin(directory: Path, progress: list[str], *, most_idle: int, ranks: Ranks) -> None:
+    """Note down an attempt; called by every rank.
 
     Args:
         progress: what there is to go on from; more of it means that the last attempt got on.
@@ -76,15 +83,17 @@ def begin(directory: Path, progress: list[str], *, most_idle: int, ranks: Ranks)
     dist.broadcast_object_list(said, src=0)
     if said[0] is not None:
         raise Stuck(said[0])
-    return Attempt(directory if ranks.is_main else None)
 
 
 def read_attempts(directory: Path) -> list[dict]:
     """Return what is known of each attempt so far, oldest first."""
     path = directory / FOLDER / ATTEMPTS
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # cut off by a kill
+                found.append(json.loads(line))
+    return found
 
 
 def _idle(earlier: list[dict], progress: list[str]) -> int:
@@ -104,4 +113,5 @@ def _note(directory: Path, attempt: dict) -> None:
         if name in os.environ
     }
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**attempt, "time": time.time(), **job}) + "\n")
+        # On a line of its own, also after one that a kill has cut off.
+        file.write("\n" + json.dumps({**attempt, "time": time.time(), **job}))

@@ -1,19 +1,37 @@
 """How an attempt ended, told to the job's script; imports neither torch nor Megatron."""
 
 import os
+import time
 from pathlib import Path
+
+from agrpo_megatron.files import write_whole
 
 OUTCOME = "AGRPO_OUTCOME"  # names the file that the job's script reads
 # Exit statuses: stopped, to go on later; got nowhere, not to be tried again.
 REQUEUE, STUCK = 85, 93
-LAUNCHERS = ("TORCHELASTIC_RUN_ID", "FT_RANK_MONITOR_IPC_SOCKET")
+AGREE = 10.0  # seconds for the main rank to refuse the same wrong input
+LAUNCH_FOLDER = "launch"  # of a run directory: its attempts, and the logs of its jobs
+FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", FT_SOCKET)  # set below torchrun, ft_launcher
 
 
 def tell_outcome(word: str, reason: str = "") -> None:
     """Write how this attempt ended to where the job's script looks, if one asked for it."""
     path = os.environ.get(OUTCOME)
     if path:
-        Path(path).write_text(f"{word} {reason}".strip() + "\n", encoding="utf-8")
+        write_whole(Path(path), f"{word} {reason}".strip() + "\n")
+
+
+def is_told(word: str) -> bool:
+    """Say whether the main rank tells this outcome within a moment, where anybody reads it."""
+    path, deadline = os.environ.get(OUTCOME), time.monotonic() + AGREE
+    if not path:
+        return True
+    while not (Path(path).exists() and Path(path).read_text(encoding="utf-8").startswith(word)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def exit_status(status: int) -> int:

@@ -20,7 +20,7 @@ from agrpo_megatron.resilience.sections import NAMES, Sections
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 JOB_END = "AGRPO_JOB_END"  # seconds since the epoch at which the job is killed
-SPARE = 1.5  # of the longest update and checkpoint: what a learned margin is
+SPARE = 1.5  # of the longest reward, update and checkpoint: what a learned margin is
 LEAST_MARGIN = 10.0  # seconds
 
 
@@ -65,11 +65,11 @@ class Stop:
 
     @property
     def margin(self) -> float:
-        """Return how long before the job's end to stop: an update and a save still fit in."""
+        """Return how long before the job's end to stop: what cannot be cut and a save fit in."""
         if self._margin is not None:
             return self._margin
         longest = self._sections.longest
-        needed = longest.get("update", 0.0) + longest.get("checkpoint", 0.0)
+        needed = sum(longest.get(name, 0.0) for name in ("reward", "update", "checkpoint"))
         return LEAST_MARGIN + SPARE * needed
 
     def _hear(self, number: int, _frame: object) -> None:

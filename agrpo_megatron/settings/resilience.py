@@ -29,7 +29,7 @@ class ResilienceSettings:
     )
     stop_margin: float | None = setting(
         None,
-        "stop so long before the job's time is up; null: longest update and checkpoint, half more",
+        "stop so long before the job's time is up; null: 1.5 x longest reward, update and save",
         unit="seconds",
         low=0,
     )

@@ -6,6 +6,7 @@ it; one of other settings, or of more or fewer rollouts than are asked for, is n
 """
 
 import json
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from agrpo_megatron.diffusion.trajectories import moved
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.resilience.stop import Stop
 from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
-from agrpo_megatron.training.partial import SUFFIX, PartialRollout, complete_in
+from agrpo_megatron.training.partial import SUFFIX, WRITING, PartialRollout, progress_in
 from agrpo_megatron.types import Answers, Reward, Trajectory
 
 TENSORS = ("tokens", "unmask_step", "logprobs", "entropies", "num_steps", "rollout_ids")
@@ -47,12 +48,22 @@ class RolloutBank:
     Args:
         folder: None keeps nothing.
         run: says which settings and problems the rollouts are of.
+        check: called before files appear or go; raises where this attempt must not touch them.
     """
 
-    def __init__(self, folder: Path | None, ranks: Ranks, *, run: str):
-        self._folder, self._ranks, self._run = folder, ranks, run
+    def __init__(
+        self,
+        folder: Path | None,
+        ranks: Ranks,
+        *,
+        run: str,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self._folder, self._ranks, self._run, self._check = folder, ranks, run, check
         if folder is not None and ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(f"*{WRITING}"):
+                left.unlink(missing_ok=True)
 
     def find(
         self, number: int, rollout_ids: Tensor, *, sampling: SamplingSettings
@@ -80,9 +91,10 @@ class RolloutBank:
         path = self._path(number)
         if path is None or not self._ranks.is_main:
             return
-        partial = path.with_suffix(".partial")
-        _write(partial, answers, self._run)
-        partial.rename(path)
+        writing = path.with_suffix(f".{secrets.token_hex(4)}{WRITING}")
+        _write(writing, answers, self._run)
+        self._check()
+        writing.rename(path)
         for part in path.parent.glob(f"{path.stem}-*{SUFFIX}"):
             part.unlink()
 
@@ -96,7 +108,9 @@ class RolloutBank:
             ranks: the layout that samples.
         """
         path = None if self._folder is None else self._folder / name
-        return PartialRollout(path, rollout_ids, run=self._run, ranks=ranks, stop=stop)
+        return PartialRollout(
+            path, rollout_ids, run=self._run, ranks=ranks, stop=stop, check=self._check
+        )
 
     def forget(self, number: int) -> None:
         """Remove the rollouts of rounds before this one; a checkpoint has learned from them.
@@ -115,13 +129,15 @@ class RolloutBank:
         if self._folder is None:
             return []
         whole = [path.name for path in self._folder.glob("*.safetensors")]
-        parts = [f"{path.name} {complete_in(path)}" for path in self._folder.glob(f"*{SUFFIX}")]
-        return sorted(whole + parts)
+        parts = self._folder.glob(f"*{SUFFIX}")
+        said = ("{}: {} rows, {} steps".format(path.name, *progress_in(path)) for path in parts)
+        return sorted([*whole, *said])
 
     def _remove(self, is_chosen: Callable[[int], bool]) -> None:
         """Remove the files of some rounds, and of evaluations."""
         if self._folder is None or not self._ranks.is_main:
             return
+        self._check()
         for path in (*self._folder.glob("*.safetensors"), *self._folder.glob(f"*{SUFFIX}")):
             first = path.name[:DIGITS]
             if not first.isdigit() or is_chosen(int(first)):

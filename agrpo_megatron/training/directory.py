@@ -7,6 +7,7 @@ from typing import Any
 
 from agrpo_megatron.checkpoint.progress import CHECKPOINTS, Progress, latest_checkpoint
 from agrpo_megatron.config import flatten, load, to_tree
+from agrpo_megatron.files import write_whole
 from agrpo_megatron.settings import Settings
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.mixture import Mixture
@@ -51,7 +52,7 @@ def check_data(directory: Path, task: Task, *, is_new: bool, is_main: bool) -> N
     path, here = directory / DATA, _digests(task)
     if is_new and is_main:
         directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(here, indent=2) + "\n")
     if is_new or not path.exists():
         return
     there = json.loads(path.read_text(encoding="utf-8"))

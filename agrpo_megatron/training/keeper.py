@@ -37,6 +37,7 @@ class Keeper:
             keep=settings.checkpoint.keep,
             is_async=settings.checkpoint.background,
             files=directory / MODEL_FILES,
+            check=session.log.check,
         )
         self._iteration = done.iteration  # finished
         self._saved = done.iteration if done.offsets else None  # in the newest checkpoint
@@ -70,7 +71,7 @@ class Keeper:
         every, is_best, self._is_best = self._settings.interval, self._is_best, False
         is_end = iteration == self._last or self._done.stopped is not None
         is_due = is_end or is_best or bool(every and iteration % every == 0)
-        if not is_due or not self._has_learned:
+        if not is_due or not (self._has_learned or is_end):
             return
         self._save(is_best=is_best)
         algorithm = self._session.settings.algorithm

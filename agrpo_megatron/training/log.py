@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config import to_tree, to_yaml
+from agrpo_megatron.files import write_whole
 from agrpo_megatron.settings import Settings
 
 METRICS, SAMPLES, NOTES = "metrics.jsonl", "samples.jsonl", "notes.txt"
@@ -40,7 +41,7 @@ class RunLog:
         directory.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, SAMPLES):
             self._files[name] = (directory / name).open("a", encoding="utf-8")
-        (directory / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+        write_whole(directory / "config.yaml", to_yaml(settings))
         self._wandb = _start_wandb(directory, settings, wandb_id)
 
     def metrics(self, record: dict[str, Any]) -> None:

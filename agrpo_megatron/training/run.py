@@ -17,7 +17,7 @@ from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.ranks import Ranks, start_ranks, stop_ranks
 from agrpo_megatron.megatron.weights import initialise, load_hf
-from agrpo_megatron.resilience.attempts import Attempt, begin
+from agrpo_megatron.resilience.attempts import begin, claim
 from agrpo_megatron.resilience.monitors import monitors
 from agrpo_megatron.resilience.sections import Sections
 from agrpo_megatron.resilience.stop import Stop, Stopped, agree
@@ -82,11 +82,12 @@ def _opened(
         with sections("setup"):
             ranks = start_ranks(settings)
             stack.callback(stop_ranks)
+            attempt = claim(directory, ranks)
             found = find_checkpoint(_root(settings), ranks, view.warn)
             check_data(directory, task, is_new=found is None, is_main=ranks.is_main)
             folder = directory / "rollouts" if settings.checkpoint.rollouts else None
-            bank = RolloutBank(folder, ranks, run=run_digest(settings, task))
-            attempt = _begin(settings, ranks, found, bank)
+            bank = RolloutBank(folder, ranks, run=run_digest(settings, task), check=attempt.check)
+            _begin(settings, ranks, found, bank)
             done = found[1] if found else Progress("sft", 0, {})
             log = RunLog(
                 directory,
@@ -110,12 +111,12 @@ def _opened(
         yield session, found
 
 
-def _begin(settings: Settings, ranks: Ranks, found: Found, bank: RolloutBank) -> Attempt:
+def _begin(settings: Settings, ranks: Ranks, found: Found, bank: RolloutBank) -> None:
     """Begin an attempt, unless the last ones got nowhere."""
     mark = "the start"
     if found:
         mark = f"{found[1].name}{'' if found[1].is_evaluated else ', not evaluated'}"
-    return begin(
+    begin(
         Path(settings.run.dir),
         [mark, *(bank.progress() if ranks.is_main else [])],
         most_idle=settings.resilience.idle_attempts,

@@ -3,17 +3,20 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
 
 from agrpo_megatron.megatron.ranks import start_ranks
 from agrpo_megatron.resilience import attempts, outcome
-from agrpo_megatron.resilience.attempts import Attempt, Stuck, begin, read_attempts
+from agrpo_megatron.resilience.attempts import Stuck, begin, claim, read_attempts
+from agrpo_megatron.training.bank import RolloutBank
 from agrpo_megatron.training.log import RunLog
+from agrpo_megatron.training.rl import collect_rollout
 from tests.ranks import run_ranks
 from tests.test_cli import call_all, write_settings
-from tests.training.tiny import tiny
+from tests.training.tiny import open_session, tiny
 
 
 def _begin(folder, marks, *, unattended=True):
@@ -50,15 +53,53 @@ def test_somebody_who_looks_on_may_try_as_often_as_wanted(tmp_path):
     assert run_ranks(1, _begin_watched, tmp_path, [["a"]] * 5) == [[]]
 
 
-def test_a_late_attempt_writes_nothing_once_its_successor_has_begun(tmp_path):
-    first = Attempt(tmp_path)
-    log = RunLog(tmp_path, settings=tiny("logging.wandb=disabled"), is_main=True, check=first.check)
+def _write_after_a_claim(folder):
+    """Write a line and a rollout; then another attempt begins. Says what it refuses and leaves."""
+    session, engine = open_session(world_size=dist.get_world_size())
+    ranks, is_main = session.ranks, session.ranks.is_main
+    first = claim(folder, ranks)
+    silent = tiny("logging.wandb=disabled")
+    log = RunLog(folder, settings=silent, is_main=is_main, check=first.check)
+    bank = RolloutBank(folder / "rollouts", ranks, run="this", check=first.check)
+    session = replace(session, bank=bank)
     log.metrics({"phase": "rl", "iteration": 1})
-    before = (tmp_path / "metrics.jsonl").read_text()
-    Attempt(tmp_path).check()
-    with pytest.raises(RuntimeError, match="another attempt at .* has begun"):
-        log.metrics({"phase": "rl", "iteration": 2})
-    assert (tmp_path / "metrics.jsonl").read_text() == before != ""
+    collect_rollout(session, engine, 0)
+    before = sorted(path.read_bytes() for path in folder.rglob("*.*"))
+    claim(folder, ranks).check()
+    refused = 0
+    for write in (
+        lambda: log.metrics({"phase": "rl", "iteration": 2}),
+        lambda: collect_rollout(session, engine, 1),
+        lambda: bank.forget(1),
+    ):
+        with pytest.raises(RuntimeError, match="another attempt at .* has begun"):
+            write()
+        refused += 1
+    left = [path for path in folder.rglob("*.*") if path.suffix != ".writing"]
+    return refused, len(before), before == sorted(path.read_bytes() for path in left)
+
+
+def test_a_late_attempt_writes_nothing_once_its_successor_has_begun(tmp_path):
+    ((refused, files, is_same),) = run_ranks(1, _write_after_a_claim, tmp_path)
+    assert refused == 3 and files >= 3 and is_same
+
+
+def test_a_line_that_a_kill_cut_off_is_passed_over(tmp_path):
+    assert run_ranks(1, _begin, tmp_path, [["a"]]) == [[]]
+    path = tmp_path / "launch" / "attempts.jsonl"
+    path.write_text(path.read_text() + '\n{"attempt": 1, "progr')
+    assert run_ranks(1, _begin, tmp_path, [["b"]]) == [[]]
+    assert [each["progress"] for each in read_attempts(tmp_path)] == [["a"], ["b"]]
+
+
+def test_what_one_rank_alone_refuses_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(outcome, "AGREE", 0.3)
+    monkeypatch.delenv(outcome.OUTCOME, raising=False)
+    assert outcome.is_told("refused")  # nobody reads it
+    monkeypatch.setenv(outcome.OUTCOME, str(tmp_path / "outcome"))
+    assert not outcome.is_told("refused")
+    outcome.tell_outcome("refused", "why")
+    assert outcome.is_told("refused") and not outcome.is_told("stuck")
 
 
 @pytest.mark.parametrize("launcher", [None, *outcome.LAUNCHERS])

@@ -12,7 +12,7 @@ from agrpo_megatron.resilience.sections import Sections
 from agrpo_megatron.resilience.stop import JOB_END, LEAST_MARGIN, Stop, Turns
 from agrpo_megatron.training import partial
 from agrpo_megatron.training.log import RunLog
-from agrpo_megatron.training.partial import complete_in
+from agrpo_megatron.training.partial import progress_in
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
 from tests.training.test_run import read
@@ -87,7 +87,7 @@ def _train(run_dir, overrides, moment=None):
 
     def noted(self):
         found = own(self)
-        begun.append((self._path.name, -1 if found is None else complete_in(self._path)))
+        begun.append((self._path.name, -1 if found is None else progress_in(self._path)[0]))
         return found
 
     partial.PartialRollout.begun = noted
@@ -144,8 +144,9 @@ def _sampled_rows(run_dir, line):
     """Kill the process without a word in the middle of a rollout: after its n-th complete rows."""
     own, kept = partial.PartialRollout.keep, []
 
-    def keep(self, snapshot):
-        own(self, snapshot)
+    def keep(self, snapshot, *, is_last):
+        self._free_at = 0.0
+        own(self, snapshot, is_last=is_last)
         kept.append(self._path.name)
         if kept.count("000001-0.part") == line:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -159,7 +160,7 @@ def test_a_kill_within_a_rollout_costs_no_complete_row(undisturbed, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(AssertionError, match="killed by signal 9"):
         run_ranks(1, _sampled_rows, run, 2)
-    complete = complete_in(run / "rollouts" / "000001-0.part")
+    complete = progress_in(run / "rollouts" / "000001-0.part")[0]
     assert 0 < complete < 12
     ((why, begun),) = run_ranks(1, _train, run, [])
     assert why is None and ("000001-0.part", complete) in begun
