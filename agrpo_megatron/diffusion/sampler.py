@@ -97,8 +97,7 @@ def sample(
     most = context.forward.in_flight
     while waiting or under_way:
         if interruption.is_asked():
-            rows = [group.rows for group in under_way]
-            interruption.keep(take(state, rows, waiting), is_last=True)
+            interruption.keep(take(state, [g.rows for g in under_way], waiting), is_last=True)
             for group in under_way:
                 group.draws()
             context.forward.close()
