@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 
+from agrpo_megatron.resilience.outcome import LAUNCHERS
 from agrpo_megatron.resilience.sections import NAMES
 
 TEXT, FOLDER = "AGRPO_FAULTS", "AGRPO_FAULTS_DIR"
-LAUNCHERS = ("TORCHELASTIC_RUN_ID", "FT_RANK_MONITOR_IPC_SOCKET")  # set below torchrun, ft_launcher
 NODE = ("SLURM_JOB_ID", "SLURMD_NODENAME")
 OPTIONS: dict[str, Callable[[str], Any]] = {
     "rank": int,
@@ -100,18 +100,18 @@ class Faults:
             else:
                 self._strike(fault, phase, iteration)
 
-    def end(self, section: str) -> None:
+    def end(self, section: str, *, is_whole: bool) -> None:
         """Let faults that were to come later in the section go."""
-        for timer in self._timers:
-            timer.cancel()
-        self._timers.clear()
+        self.close()
 
     def learn(self, longest: dict[str, float]) -> None:
         """Take no interest."""
 
     def close(self) -> None:
         """Strike no longer."""
-        self.end("")
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
 
     def _strike(self, fault: Fault, phase: str, iteration: int) -> None:
         if fault.kind != "slow" and not _claim(fault, self._folder):

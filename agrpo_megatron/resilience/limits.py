@@ -48,14 +48,18 @@ class Limits:
         return self._settings.first_timeout
 
     def ended(self, section: str, phase: str) -> None:
-        """Hear that a section ended."""
+        """Hear that a section ended, whole."""
         self._seen.add(f"{phase}/{section}")
 
     def learn(self, longest: dict[str, float]) -> None:
-        """Hear how long each section took at most on any rank, in seconds."""
-        if longest.items() <= self._longest.items():
+        """Hear how long each section took at most on any rank of this attempt, in seconds."""
+        # Earlier attempts may have taken longer: the first rollout of this one was in part kept.
+        most = self._longest | {
+            name: max(took, self._longest.get(name, 0.0)) for name, took in longest.items()
+        }
+        if most == self._longest:
             return
-        self._longest |= longest
+        self._longest = most
         if self._is_main:
             learned = {
                 "world_size": self._world_size,

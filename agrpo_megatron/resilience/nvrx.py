@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from agrpo_megatron.config import load
+from agrpo_megatron.resilience.outcome import FT_SOCKET
 from agrpo_megatron.resilience.sections import NAMES
 from agrpo_megatron.settings import Settings
 
@@ -21,8 +22,7 @@ if TYPE_CHECKING:  # job scripts ask for the words where nobody waits for torch
     from agrpo_megatron.resilience.limits import Limits
 
 PACKAGE = "nvidia_resiliency_ext"
-SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # set by ft_launcher
-LATER = 6.0  # seconds after the built-in watchdog's limit
+LATER = 20.0  # seconds after the built-in watchdog's limit: more than its PATIENCE and MARGIN
 CHECK = 1.0  # seconds between two looks
 # Without a section of this name, 0.7.0 does not watch what is between sections.
 BETWEEN = "warmup"
@@ -30,7 +30,7 @@ BETWEEN = "warmup"
 
 def is_under_ft_launcher() -> bool:
     """Say whether ft_launcher watches this rank."""
-    return SOCKET in os.environ
+    return FT_SOCKET in os.environ
 
 
 class RankMonitor:
@@ -51,7 +51,7 @@ class RankMonitor:
             self._tell()
         self._client.start_section(section)
 
-    def end(self, section: str) -> None:
+    def end(self, section: str, *, is_whole: bool) -> None:
         """Have it watched no longer."""
         self._client.end_section(section)
 

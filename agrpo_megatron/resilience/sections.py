@@ -14,8 +14,8 @@ class Monitor(Protocol):
     def start(self, section: str, phase: str, iteration: int) -> None:
         """Hear that a section begins."""
 
-    def end(self, section: str) -> None:
-        """Hear that it ended, well or not."""
+    def end(self, section: str, *, is_whole: bool) -> None:
+        """Hear that it ended; whole, or left by an exception."""
 
     def learn(self, longest: dict[str, float]) -> None:
         """Hear how long each section took at most, in seconds, on any rank so far."""
@@ -35,22 +35,24 @@ class Sections:
         self._monitors = tuple(monitors)
         self._taken = dict.fromkeys(NAMES, 0.0)
         self.phase, self.iteration = "setup", 0  # under way; the loops count from 1
-        self.longest: dict[str, float] = {}  # seconds of each section, on this rank
+        self.longest: dict[str, float] = {}  # seconds of each whole section, on this rank
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Be in a section."""
-        started = time.perf_counter()
+        started, is_whole = time.perf_counter(), False
         try:
             for monitor in self._monitors:
                 monitor.start(name, self.phase, self.iteration)
             yield
+            is_whole = True
         finally:
             for monitor in reversed(self._monitors):
-                monitor.end(name)
+                monitor.end(name, is_whole=is_whole)
             seconds = time.perf_counter() - started
             self._taken[name] += seconds
-            self.longest[name] = max(seconds, self.longest.get(name, 0.0))
+            if is_whole:
+                self.longest[name] = max(seconds, self.longest.get(name, 0.0))
 
     def at(self, phase: str, iteration: int) -> None:
         """Say which iteration is under way."""

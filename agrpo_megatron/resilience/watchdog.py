@@ -25,8 +25,9 @@ from agrpo_megatron.resilience.limits import Limits
 from agrpo_megatron.resilience.suspects import Stand, culprits, describe, stand_of
 
 POLL = 0.25  # seconds between two looks of the watching thread
-PATIENCE = 2.5  # seconds that a rank has to say where it stands
-MARGIN = 4.0  # seconds after its limit at which a rank ends that cannot run its watching thread
+PATIENCE = 5.0  # seconds that a rank has to say where it stands
+MARGIN = 12.0  # seconds after its limit at which a rank ends that cannot run its watching thread
+SLACK = 1.0  # seconds by which that may be off
 ERRORS = 2  # the error stream's number: Python's object may be another by then
 OUTSIDE = "no section"
 AT_ITS_END = Stand("no section", waits=True, stack=("at its end",))
@@ -64,7 +65,6 @@ class Watchdog:
         self._ends = ends and self._command is not None
         self._worker = threading.get_ident()
         self._phase = ""
-        self._armed: float | None = None  # when the last resort strikes
         self._open = self._outside()
         if not faulthandler.is_enabled():  # a rank that crashes, or is told to, shows its stacks
             faulthandler.enable(file=ERRORS)
@@ -81,14 +81,15 @@ class Watchdog:
         self._phase = phase
         now = time.monotonic()
         self._open = opened = _Open(section, where, now, self._limits.of(section, phase))
-        # Starting the last resort's clock anew costs a thread; an earlier one will be moved by
-        # the watching thread.
-        if self._armed is None or self._armed > opened.deadline + MARGIN:
+        # Starting the last resort's clock anew costs a thread, so not for next to nothing. The
+        # watching thread cannot be relied on: this section's code may hold Python's lock.
+        if abs(self._armed - opened.deadline - MARGIN) > SLACK:
             self._arm(opened)
 
-    def end(self, section: str) -> None:
+    def end(self, section: str, *, is_whole: bool) -> None:
         """Watch it no longer."""
-        self._limits.ended(section, self._phase)
+        if is_whole:
+            self._limits.ended(section, self._phase)
         self._open = self._outside()
 
     def learn(self, longest: dict[str, float]) -> None:
@@ -113,7 +114,7 @@ class Watchdog:
 
     def _arm(self, opened: _Open) -> None:
         """Set the last resort: a clock that needs no Python lock prints all stacks, and exits."""
-        self._armed = opened.deadline + MARGIN
+        self._armed = opened.deadline + MARGIN  # when it strikes
         left = max(STEP, self._armed - time.monotonic())
         faulthandler.dump_traceback_later(left, exit=self._ends, file=ERRORS)
 

@@ -13,6 +13,7 @@ import pytest
 from agrpo_megatron.resilience.nvrx import LATER, PACKAGE, launcher_words
 from agrpo_megatron.resilience.sections import NAMES
 from agrpo_megatron.settings import ResilienceSettings, Settings
+from tests.resilience.leftovers import assert_gone
 from tests.test_cli import write_settings
 from tests.training.tiny import same_metrics
 
@@ -116,10 +117,10 @@ def test_a_rank_that_cannot_answer_ends_with_its_stack(tmp_path, nvrx, fault):
     ended = time.time()
     assert status != 0
     [struck] = re.findall(r"fault at ([0-9.]+)", printed)
-    assert ended - float(struck) < LIMIT + LATER + 30  # of which the launcher takes most
+    assert ended - float(struck) < LIMIT + LATER + 60  # of which the launcher takes most
     assert "rank 1 hangs in section rollout (rl iteration 3) of rank 0" in printed
     assert re.search(r'hanging.py", line [0-9]+ in main$', printed, re.MULTILINE)
-    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
+    assert_gone(tmp_path)
 
 
 def test_the_launcher_is_given_the_limits_of_all_sections():
@@ -143,7 +144,7 @@ def test_job_scripts_get_the_words_without_loading_torch(tmp_path):
     )
     command = [sys.executable, "-c", probe, file]
     status, printed = _run([*command, "--restart", "resilience.first_timeout=9"], tmp_path)
-    assert status == 0 and "update:15," in printed and printed.endswith("False\n")
+    assert status == 0 and f"update:{9 + LATER:g}," in printed and printed.endswith("False\n")
     status, printed = _run([*command, "resilience.watchdog=never"], tmp_path)
     assert (status, printed) == (0, "False\n")
     status, printed = _run([*command, "resilience.watchdg=off"], tmp_path)

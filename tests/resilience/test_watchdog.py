@@ -15,15 +15,16 @@ import torch.distributed as dist
 from agrpo_megatron.resilience.limits import LEARNED, Limits
 from agrpo_megatron.resilience.sections import Sections
 from agrpo_megatron.resilience.suspects import Stand, culprits, describe, stand_of
-from agrpo_megatron.resilience.watchdog import Watchdog
+from agrpo_megatron.resilience.watchdog import MARGIN, Watchdog
 from agrpo_megatron.settings import ResilienceSettings, RunSettings, Settings
 from tests.ranks import run_ranks
+from tests.resilience.leftovers import assert_gone
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(__file__).parent / "hanging.py"
 LIMIT = 4.0  # seconds, of a section whose learned limit would be shorter
 SOON = 5.0  # seconds after its limit in which a hang is found
-GONE = 15.0  # seconds in which a launcher sees its ranks end, on a machine under load
+GONE = 30.0  # seconds in which a launcher sees its ranks end, on a machine under load
 WHERE = r"section rollout \(rl iteration 3\)"
 # fault: the verdict, what it adds, and the function whose name the stacks show
 FOUND = {
@@ -71,8 +72,8 @@ def test_a_hung_rank_is_found_and_named_and_all_ranks_end(tmp_path, fault):
     )
     took = re.findall(rf"{WHERE} has been open for ([0-9.]+) s", done.stderr)
     assert took and all(LIMIT <= float(seconds) < LIMIT + SOON for seconds in took)
-    assert ended - float(struck) < LIMIT + SOON + GONE
-    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
+    assert ended - float(struck) < LIMIT + MARGIN + GONE
+    assert_gone(tmp_path)
 
 
 @pytest.mark.slow
@@ -83,7 +84,7 @@ def test_a_single_rank_that_hangs_shows_its_stack_and_fails(tmp_path, fault):
     [struck] = re.findall(r"fault at ([0-9.]+)", done.stdout)
     assert "exitcode: 1)" in done.stderr and done.returncode != 0
     assert re.search(rf"hanging\.py\", line [0-9]+ in {fault}$", done.stderr, re.MULTILINE)
-    assert ended - float(struck) < LIMIT + SOON + GONE
+    assert ended - float(struck) < LIMIT + MARGIN + GONE
 
 
 @pytest.mark.slow
@@ -102,6 +103,40 @@ def test_what_was_learned_is_kept_and_a_restart_begins_with_it(tmp_path):
     assert again.of("rollout", "sft") == again.of("update", "rl") == 1800.0
     other = Limits(settings, world_size=4, is_main=False)
     assert other.of("rollout", "rl") == 1800.0, "other ranks, other times"
+
+
+def test_an_attempt_of_shorter_times_takes_no_limit_back(tmp_path):
+    settings = Settings(run=RunSettings(dir=str(tmp_path)))
+    for times in ({"rollout": 50.0}, {"rollout": 20.0, "update": 30.0}, {}):
+        limits = Limits(settings, world_size=1, is_main=True)
+        limits.ended("rollout", "rl")
+        limits.ended("update", "rl")
+        limits.learn(times)
+        assert limits.of("rollout", "rl") == 250.0  # five times the longest
+    assert limits.of("update", "rl") == 150.0
+    limits.learn({"rollout": 70.0})
+    assert limits.of("rollout", "rl") == 350.0
+
+
+def test_nothing_is_learned_from_a_section_that_failed(tmp_path):
+    limits = Limits(Settings(run=RunSettings(dir=str(tmp_path))), world_size=1, is_main=True)
+    sections = Sections([Watchdog(limits, rank=0, ends=True)])
+    try:
+        sections.at("sft", 1)
+        with sections("checkpoint"):
+            time.sleep(0.01)
+        longest = dict(sections.longest)
+        sections.learn({"checkpoint": 50.0})
+        assert limits.of("checkpoint", "sft") == 250.0
+        sections.at("rl", 1)
+        with pytest.raises(OSError, match="no room"), sections("update"):
+            raise OSError("no room")
+        with pytest.raises(OSError, match="no room"), sections("checkpoint"):
+            raise OSError("no room")
+    finally:
+        sections.close()
+    assert longest.keys() == {"checkpoint"} == sections.longest.keys()
+    assert limits.of("checkpoint", "rl") == 1800.0, "it has not been through one in this phase"
 
 
 def test_a_limit_that_is_set_is_the_limit(tmp_path):
@@ -139,6 +174,42 @@ def test_watching_a_section_costs_next_to_nothing(tmp_path):
     finally:
         sections.close()
     assert sorted(times)[250] < 50e-6  # seconds; the median, since others use this machine too
+
+
+HOLDS_THE_LOCK = """
+import ctypes, sys
+from agrpo_megatron.config import load
+from agrpo_megatron.resilience import watchdog
+from agrpo_megatron.resilience.failure import ending_together
+from agrpo_megatron.resilience.monitors import monitors
+from agrpo_megatron.resilience.sections import Sections
+from agrpo_megatron.settings import Settings
+
+watchdog.MARGIN = 1.0
+settings = load(Settings, sys.argv[1], ["resilience.timeouts={reward: 1, update: 100}"])
+with ending_together():
+    sections = Sections(monitors(settings))
+    with sections("reward"):
+        pass
+    with sections("update"):
+        ctypes.PyDLL(None).sleep(int(sys.argv[2]))
+    sections.close()
+print("finished")
+"""
+
+
+def test_the_last_resort_of_a_section_does_not_strike_in_the_next(tmp_path):
+    """Whose code holds Python's lock from its first moment on, within its own limit."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"run: {{dir: '{tmp_path / 'run'}'}}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", HOLDS_THE_LOCK, str(file), "4"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stdout) == (0, "finished\n"), done.stderr
 
 
 def _stand(place, *, waits=False):
