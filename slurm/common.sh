@@ -89,6 +89,18 @@ is_out_of_time() {
         || { [[ -n ${AGRPO_JOB_END:-} ]] && (($(date +%s) >= AGRPO_JOB_END)); }
 }
 
+is_cancelled() { # waits for SLURM's controller, whose silence says nothing
+    local state tries
+    [[ -n $terminated ]] || return 1
+    for ((tries = 0; tries < 20; tries++)); do
+        state=$(job_fact JobState)
+        [[ -z $state ]] || break
+        sleep 5
+    done
+    # COMPLETING until the job's processes have ended, and CANCELLED only then.
+    [[ -n $state && $state != RUNNING ]] && ! is_out_of_time
+}
+
 queue_again() { # REASON: put the job back into the queue, as far as it may be
     if is_over; then
         say "SLURM has queued the job again already"
@@ -101,7 +113,7 @@ queue_again() { # REASON: put the job back into the queue, as far as it may be
     if ((restarts >= AGRPO_MAX_REQUEUES)); then
         die $STUCK "not queued again, AGRPO_MAX_REQUEUES=$AGRPO_MAX_REQUEUES is reached: $1"
     fi
-    if [[ -n $terminated && $(job_fact JobState) != RUNNING ]] && ! is_out_of_time; then
+    if is_cancelled; then
         say "cancelled; the same command goes on"
         exit 0
     fi
@@ -231,20 +243,17 @@ end_guard() {
 }
 
 run_ranks() { # ARGUMENTS of agrpo: run it on every node; returns the status of srun
-    local status strict=1 first most tries
+    local status first most tries
     export AGRPO_RESTARTS=${AGRPO_RESTARTS:-3} AGRPO_RENDEZVOUS AGRPO_TRY
     most=$AGRPO_RESTARTS
-    if [[ $AGRPO_LAUNCHER == ft_launcher ]]; then
-        strict=0 # it goes on when a node of several is lost
-        most=0   # and starts ranks anew by itself
-    fi
+    [[ $AGRPO_LAUNCHER != ft_launcher ]] || most=0 # it starts ranks anew by itself
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     for ((tries = 0; ; tries++)); do
         # Below the ports that are handed out for connections; each start has its own, since ranks
         # of a node that was given up may still be running.
         AGRPO_RENDEZVOUS=$first:$((20000 + (SLURM_JOB_ID * 61 + restarts * 7 + tries) % 12000))
         AGRPO_TRY=$tries status=0
-        srun "${options[@]}" --ntasks-per-node=1 --kill-on-bad-exit=$strict "${inside[@]}" \
+        srun "${options[@]}" --ntasks-per-node=1 --kill-on-bad-exit=1 "${inside[@]}" \
             bash "$root/slurm/node.sh" "$attempt" "$@" &
         await $! || status=$?
         ((status && tries < most)) && is_crashed || return "$status"

@@ -7,8 +7,7 @@
 # Modules, where the cluster has them. A module may touch unset variables: set +u; ...; set -u.
 # module load cuda/12.8 nccl/2.27
 
-# The Python that holds agrpo_megatron; `agrpo launch` names its own. Inside of a container, the
-# container's.
+# The Python that holds agrpo_megatron; `agrpo launch` names its own.
 if [[ -z ${AGRPO_PYTHON:-} ]]; then
     AGRPO_PYTHON=python3
     [[ ! -x $root/.venv/bin/python ]] || AGRPO_PYTHON=$root/.venv/bin/python
@@ -18,6 +17,8 @@ fi
 # apptainer. Empty: none. The project and the run directory are mounted besides what is named here,
 # as pyxis writes it: /from:/to,/data:/data
 : "${AGRPO_CONTAINER:=}"
+: "${AGRPO_CONTAINER_PYTHON:=python3}" # of the image; takes the place of AGRPO_PYTHON
+[[ -z $AGRPO_CONTAINER ]] || AGRPO_PYTHON=$AGRPO_CONTAINER_PYTHON
 : "${AGRPO_CONTAINER_TOOL:=pyxis}" # or apptainer
 : "${AGRPO_CONTAINER_MOUNTS:=}"
 

@@ -10,6 +10,8 @@ ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
 
 is_first=0
 ((SLURM_NODEID)) || is_first=1
+# The signal handlers that either launcher would set by itself end it at a job's SIGTERM.
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT
 options=(
     --nnodes="$SLURM_NNODES"
     --nproc-per-node="${AGRPO_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
@@ -32,5 +34,5 @@ if [[ $AGRPO_LAUNCHER == ft_launcher ]]; then
 fi
 # Over several nodes torchrun's own restart can meet addresses of the ranks before: a new start does
 # not, and the job's script makes one.
-options+=(--max-restarts=0 --signals-to-handle=SIGINT)
+options+=(--max-restarts=0 --signals-to-handle="$TORCHELASTIC_SIGNALS_TO_HANDLE")
 exec "$AGRPO_PYTHON" -m torch.distributed.run "${options[@]}" "${ranks[@]}"

@@ -123,7 +123,6 @@ def run_job(
         "AGRPO_RANKS_PER_NODE": str(ranks_per_node(launch)),
         "AGRPO_LAUNCHER": launch.launcher,
         "AGRPO_RESTARTS": str(launch.restarts),
-        "AGRPO_GRACE": str(launch.grace),
     }
     return Job(tuple(words), environment)
 

@@ -65,7 +65,6 @@ def test_a_dry_run_prints_a_script_that_submits_every_word(
         "AGRPO_RANKS_PER_NODE=1",
         "AGRPO_LAUNCHER=auto",
         "AGRPO_RESTARTS=3",
-        "AGRPO_GRACE=300",
         "--export=ALL",
         "--parsable",
         "--job-name=agrpo-run",

@@ -106,7 +106,11 @@ class Cluster:
         return self.run("sbatch", "--parsable", *words, **environment).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """Return what SLURM knows of a job, for instance JobState and Restarts."""
+        """Return what SLURM knows of a job, for instance JobState and Restarts.
+
+        Raises:
+            AssertionError: SLURM does not answer, or knows no such job.
+        """
         for line in self.run("scontrol", "--oneliner", "show", "job", number).splitlines():
             found = dict(re.findall(r"(?:^| )([\w:/]+)=(\S*)", line))
             if number in (found["JobId"], f"{found.get('ArrayJobId')}_{found.get('ArrayTaskId')}"):
@@ -114,16 +118,23 @@ class Cluster:
         raise AssertionError(f"there is no job {number}")
 
     def wait(self, number: str, *states: str, timeout: float = 120) -> dict[str, str]:
-        """Wait until a job is in one of some states.
+        """Wait until a job is in one of some states; a busy controller may fail to answer.
 
         Raises:
             AssertionError: it takes too long.
         """
-        deadline = time.monotonic() + timeout
-        while (job := self.job(number))["JobState"] not in states:
-            assert time.monotonic() < deadline, f"job {number} is still {job['JobState']}: {job}"
+        deadline, said = time.monotonic() + timeout, ""
+        while time.monotonic() < deadline:
+            try:
+                job = self.job(number)
+            except (AssertionError, subprocess.TimeoutExpired) as error:
+                said = str(error)
+            else:
+                if job["JobState"] in states:
+                    return job
+                said = f"it is still {job['JobState']}: {job}"
             time.sleep(0.3)
-        return job
+        raise AssertionError(f"job {number} is not {' or '.join(states)} in {timeout} s: {said}")
 
     def pid(self, daemon: str) -> int:
         """Return the process of slurmctld, munged, or of a node's slurmd."""
@@ -184,7 +195,7 @@ def what_is_missing() -> str | None:
 
 @contextlib.contextmanager
 def running_cluster(
-    root: Path, *, nodes: int = 4, node_timeout: int = 10, kill_wait: int = 8
+    root: Path, *, nodes: int = 4, node_timeout: int = 60, kill_wait: int = 8
 ) -> Iterator[Cluster]:
     """Run a cluster.
 

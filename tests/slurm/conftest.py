@@ -1,4 +1,4 @@
-"""A SLURM cluster for the tests of this folder; each test process has its own."""
+"""A SLURM cluster for the tests of this folder, one per test process; settings of their runs."""
 
 import os
 import tempfile
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, running_cluster, what_is_missing
+from tests.slurm.jobs import settings_file
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,11 @@ def cluster() -> Iterator[Cluster]:
     folder = tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True)
     with folder as name, running_cluster(Path(name)) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with settings, whose path has a space."""
+    folder = tmp_path_factory.mktemp("a folder")
+    settings_file(folder)
+    return folder

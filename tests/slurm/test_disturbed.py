@@ -13,21 +13,12 @@ from tests.slurm.jobs import (
     rank_of,
     read_log,
     script_of,
-    settings_file,
     submit_slow,
     undisturbed,
 )
 from tests.training.tiny import same_metrics
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Return a folder with settings, whose path has a space."""
-    folder = tmp_path_factory.mktemp("a folder")
-    settings_file(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

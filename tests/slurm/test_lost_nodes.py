@@ -11,7 +11,6 @@ from tests.slurm.jobs import (
     check_nothing_is_lost,
     metrics,
     read_log,
-    settings_file,
     submit_slow,
     undisturbed,
 )
@@ -26,9 +25,7 @@ def _nodes(cluster, number):
     return cluster.run("scontrol", "show", "hostnames", listed).split()
 
 
-def test_a_job_moves_from_lost_nodes_to_others(cluster, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("a folder")
-    settings_file(folder)
+def test_a_job_moves_from_lost_nodes_to_others(cluster, folder):
     number = submit_slow(cluster, folder, "run", seconds=SECONDS)
     await_update(folder, "run", number, iteration=1)
     down = _nodes(cluster, number)[1]
@@ -40,9 +37,11 @@ def test_a_job_moves_from_lost_nodes_to_others(cluster, tmp_path_factory):
     os.kill(cluster.pid(deaf), signal.SIGKILL)
     job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", timeout=PATIENCE)
     log = read_log(folder, number)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), log
+    assert job["JobState"] == "COMPLETED", log
+    restarts = int(job["Restarts"])
+    assert restarts >= 2, log  # a busy machine may lose a node of its own accord
     assert not {down, deaf} & set(_nodes(cluster, number))
     assert same_metrics(metrics(folder / "run"), undisturbed(folder, 2)), log
-    check_nothing_is_lost(folder / "run", disturbances=2)
+    check_nothing_is_lost(folder / "run", disturbances=restarts)
     cluster.start_node(deaf)
     cluster.await_nodes()

@@ -52,6 +52,9 @@ TINY = [
     "logging.live=false",
 ]
 
+# What the metrics begin with that a clock measured.
+TIMED = ("time/", "section/", "straggler/", "tokens_per_second")
+
 
 def tiny(*overrides: str) -> Settings:
     """Return settings of a run that takes a second; later overrides win."""
@@ -160,7 +163,6 @@ def same_metrics(ours: Sequence[dict], theirs: Sequence[dict]) -> bool:
     """Say whether two runs' metrics agree in every bit of every key but those of time."""
 
     def timeless(record: dict) -> dict:
-        timed = ("time/", "section/", "straggler/", "tokens_per_second")
-        return {key: value for key, value in record.items() if not key.startswith(timed)}
+        return {key: value for key, value in record.items() if not key.startswith(TIMED)}
 
     return [timeless(record) for record in ours] == [timeless(record) for record in theirs]
