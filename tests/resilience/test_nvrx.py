@@ -32,12 +32,15 @@ LIMIT = 6.0  # seconds, of a section whose learned limit would be shorter
 
 @pytest.fixture(scope="module")
 def nvrx():
-    """Return a Python that has the package; skip without one."""
+    """Return a Python that has the package; skip without one, or fail where it is required."""
     look = f"from importlib.util import find_spec; raise SystemExit(find_spec('{PACKAGE}') is None)"
     for python in filter(os.path.exists, CANDIDATES):
         if subprocess.run([python, "-c", look]).returncode == 0:
             return python
-    pytest.skip("no Python with nvidia-resiliency-ext; `make resilience` makes one")
+    missing = "no Python with nvidia-resiliency-ext; `make resilience` makes one"
+    if os.environ.get("AGRPO_REQUIRE_NVRX"):
+        pytest.fail(f"AGRPO_REQUIRE_NVRX is set, but there is {missing}")
+    pytest.skip(missing)
 
 
 def _environment(**more):

@@ -105,36 +105,32 @@ class Cluster:
         """Submit a job; returns its number."""
         return self.run("sbatch", "--parsable", *words, **environment).strip()
 
-    def job(self, number: str) -> dict[str, str]:
+    def job(self, number: str, timeout: float = 60) -> dict[str, str]:
         """Return what SLURM knows of a job, for instance JobState and Restarts.
 
         Raises:
-            AssertionError: SLURM does not answer, or knows no such job.
+            AssertionError: it knows no such job, or a busy controller did not answer all the time.
         """
-        for line in self.run("scontrol", "--oneliner", "show", "job", number).splitlines():
-            found = dict(re.findall(r"(?:^| )([\w:/]+)=(\S*)", line))
-            if number in (found["JobId"], f"{found.get('ArrayJobId')}_{found.get('ArrayTaskId')}"):
-                return found
-        raise AssertionError(f"there is no job {number}")
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return self._job(number)
+            except (AssertionError, subprocess.TimeoutExpired):
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.3)
 
     def wait(self, number: str, *states: str, timeout: float = 120) -> dict[str, str]:
-        """Wait until a job is in one of some states; a busy controller may fail to answer.
+        """Wait until a job is in one of some states.
 
         Raises:
             AssertionError: it takes too long.
         """
-        deadline, said = time.monotonic() + timeout, ""
-        while time.monotonic() < deadline:
-            try:
-                job = self.job(number)
-            except (AssertionError, subprocess.TimeoutExpired) as error:
-                said = str(error)
-            else:
-                if job["JobState"] in states:
-                    return job
-                said = f"it is still {job['JobState']}: {job}"
+        deadline = time.monotonic() + timeout
+        while (job := self.job(number, deadline - time.monotonic()))["JobState"] not in states:
+            assert time.monotonic() < deadline, f"job {number} is still {job['JobState']}: {job}"
             time.sleep(0.3)
-        raise AssertionError(f"job {number} is not {' or '.join(states)} in {timeout} s: {said}")
+        return job
 
     def pid(self, daemon: str) -> int:
         """Return the process of slurmctld, munged, or of a node's slurmd."""
@@ -169,6 +165,13 @@ class Cluster:
                 if wanted <= set(path.read_bytes().split(b"\0")):
                     found.append(int(path.parent.name))
         return found
+
+    def _job(self, number: str) -> dict[str, str]:
+        for line in self.run("scontrol", "--oneliner", "show", "job", number).splitlines():
+            found = dict(re.findall(r"(?:^| )([\w:/]+)=(\S*)", line))
+            if number in (found["JobId"], f"{found.get('ArrayJobId')}_{found.get('ArrayTaskId')}"):
+                return found
+        raise AssertionError(f"there is no job {number}")
 
     def _nodes(self, *states: str) -> set[str]:
         listed = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").split("\n")
