@@ -38,9 +38,7 @@ class Ranks:
     data: Axis
     data_context: Axis  # data and context together: the ranks that hold the same weights
     returning: dist.ProcessGroup  # the pipeline's ranks again, for what travels backwards
-    replica: (
-        dist.ProcessGroup | None
-    )  # all that hold one copy, over gloo; None: one rank
+    replica: dist.ProcessGroup | None  # all that hold one copy, over gloo; None: one rank
     rollout_layout: "Ranks | None" = None  # where rollouts have a layout of their own
 
     @property
@@ -102,6 +100,8 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
         distributed_timeout_minutes=max(1, round(settings.run.timeout / 60)),
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    limit = datetime.timedelta(seconds=settings.run.timeout)
+    is_one_rank = model_ranks(parallel) == 1
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -113,8 +113,8 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
         context=_axis(groups.cp),
         data=_axis(groups.dp),
         data_context=_axis(groups.dp_cp),
-        returning=_same_ranks(groups.pp),
-        replica=_replica(groups.dp.rank()) if model_ranks(parallel) > 1 else None,
+        returning=_same_ranks(groups.pp, limit),
+        replica=None if is_one_rank else _replica(groups.dp.rank(), limit),
     )
 
 
@@ -123,27 +123,32 @@ def _axis(group: dist.ProcessGroup | None) -> Axis:
     return Axis(group, group.rank(), group.size())
 
 
-def _same_ranks(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+def _same_ranks(group: dist.ProcessGroup | None, limit: datetime.timedelta) -> dist.ProcessGroup:
     """Return a second group of the same ranks, with channels of its own; called by all ranks."""
     assert group is not None
     if group.size() == 1:
         return group
-    return _new_groups(tuple(dist.get_process_group_ranks(group)))
+    return _new_groups(tuple(dist.get_process_group_ranks(group)), limit)
 
 
-def _replica(number: int) -> dist.ProcessGroup:
+def _replica(number: int, limit: datetime.timedelta) -> dist.ProcessGroup:
     """Return the group of all ranks that say the same number; called by all ranks."""
     numbers: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(numbers, number)
     members = tuple(rank for rank, other in enumerate(numbers) if other == number)
-    return _new_groups(members, backend="gloo")
+    return _new_groups(members, limit, backend="gloo")
 
 
-def _new_groups(members: tuple[int, ...], backend: str | None = None) -> dist.ProcessGroup:
+def _new_groups(
+    members: tuple[int, ...], limit: datetime.timedelta, *, backend: str | None = None
+) -> dist.ProcessGroup:
     """Make the groups that the ranks are members of, and return this rank's; called by all."""
     everyone: list[tuple[int, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(everyone, members)
-    made = {group: dist.new_group(list(group), backend=backend) for group in sorted({*everyone})}
+    made = {
+        group: dist.new_group(list(group), timeout=limit, backend=backend)
+        for group in sorted({*everyone})
+    }
     mine = made[members]
     assert isinstance(mine, dist.ProcessGroup)
     return mine
