@@ -111,7 +111,10 @@ def check_directory(directory: Path, sweep: Sweep) -> None:
                 f"run.dir={directory} holds another sweep; choose another run.dir, or move it "
                 "away with --restart"
             )
-    elif (directory / "config.yaml").exists():
+        return
+    from agrpo_megatron.training.resolve import RUN_SETTINGS  # jobs ask for words without it
+
+    if (directory / RUN_SETTINGS).exists():
         raise ValueError(f"run.dir={directory} holds a run, not a sweep; choose another run.dir")
 
 
