@@ -3,6 +3,7 @@
 import argparse
 
 from agrpo_megatron.cli_common import add_overrides
+from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
 
 EXAMPLES = """\
 what it does:
@@ -86,7 +87,7 @@ def launch(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return 0
     number, *table = submit(script)
-    folder = launched.directory / "launch"
+    folder = launched.directory / LAUNCH_FOLDER
     print(f"\njob     {number}" + (f", and {table[0]} for the table" if table else ""))
     print(f"wait    squeue -j {number}")
     if table:

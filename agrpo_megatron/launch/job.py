@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agrpo_megatron.launch.cluster import parse_time
+from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
 from agrpo_megatron.settings import LaunchSettings
 
-LOGS = "launch"  # folder of a run directory
 # What stands in every command already, and the key that says it.
 OWN_OPTIONS = {
     "--nodes": "--nodes N",
@@ -156,7 +156,7 @@ def _common(launch: LaunchSettings, directory: Path, suffix: str, number: str) -
     """Return the options of every job of a run; `number` is how SLURM writes the job's number."""
     chosen = {"partition": launch.partition, "account": launch.account, "qos": launch.qos}
     chosen |= {"time": launch.time, "exclude": launch.exclude}
-    folder = str(directory / LOGS).replace("%", "%%")  # SLURM reads % in a file's name
+    folder = str(directory / LAUNCH_FOLDER).replace("%", "%%")  # SLURM reads % in a file's name
     return [
         "--parsable",
         "--export=ALL",

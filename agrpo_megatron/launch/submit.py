@@ -11,9 +11,10 @@ from pathlib import Path
 
 from agrpo_megatron.config import load
 from agrpo_megatron.launch.cluster import PATIENCE, ask_cluster, check_cluster, jobs_of
-from agrpo_megatron.launch.job import LOGS, Job, command, run_job, shell_script, wrapped_job
+from agrpo_megatron.launch.job import Job, command, run_job, shell_script, wrapped_job
 from agrpo_megatron.launch.plan import Plan, notes, plan_run, refuse_finished
 from agrpo_megatron.launch.sweep import SWEEP, Sweep, check_directory, flow, make_sweep, read_grid
+from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
 from agrpo_megatron.settings import LaunchSettings, Settings
 from agrpo_megatron.training.directory import free_name
 
@@ -177,7 +178,7 @@ def _prepare(directory: Path, *, is_restart: bool) -> list[str]:
     moves = []
     if is_restart and directory.exists():
         moves = [f"mv -T -- {here} {shlex.quote(str(free_name(directory)))}"]
-    return [*moves, f"mkdir -p -- {shlex.quote(str(directory / LOGS))}"]
+    return [*moves, f"mkdir -p -- {shlex.quote(str(directory / LAUNCH_FOLDER))}"]
 
 
 def _plan_member(sweep: Sweep, directory: Path, name: str, *, nodes: int, is_restart: bool) -> Plan:

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from agrpo_megatron.checkpoint.progress import CHECKPOINTS, latest_checkpoint
 from agrpo_megatron.config import load
-from agrpo_megatron.launch.job import LOGS
 from agrpo_megatron.launch.sweep import flow, read_sweep
 from agrpo_megatron.reports.read import Row, after, before, read_run
 from agrpo_megatron.reports.tables import overview_table
 from agrpo_megatron.reports.text import number, percent
+from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
 from agrpo_megatron.settings import Settings
 from agrpo_megatron.training.directory import is_finished
 from agrpo_megatron.training.resolve import RUN_SETTINGS
@@ -158,7 +158,7 @@ def _last_error(logs: list[Path]) -> tuple[Path | None, str | None]:
 
 def _attempts(directory: Path) -> list[Path]:
     """Return the attempts at a run in their order."""
-    found = (directory / LOGS).glob("*/attempt-*")
+    found = (directory / LAUNCH_FOLDER).glob("*/attempt-*")
     return sorted(found, key=lambda path: [*_numbers(path.parent.name), *_numbers(path.name)])
 
 
@@ -174,7 +174,7 @@ def _outcome(attempt: Path) -> str:
 def _logs(directory: Path, number: int, attempt: Path | None) -> list[Path]:
     """Return the logs of an attempt's ranks, newest first, then that of its batch script."""
     ranks = list(attempt.glob("rank-*.log")) if attempt is not None else []
-    batch = list((directory.parent / LOGS).glob(f"*_{number}.log"))
+    batch = list((directory.parent / LAUNCH_FOLDER).glob(f"*_{number}.log"))
     return sorted(ranks, key=_age, reverse=True) + sorted(batch, key=_age, reverse=True)[:1]
 
 
