@@ -57,8 +57,12 @@ container() { # sets `options` of srun, and `inside`: words before a command
     esac
 }
 
+# Words before what runs ahead of the ranks, or in their place: a wish to stop that is sent to all
+# steps is not for it, and would kill it. The guard hears it.
+deaf=(bash -c 'trap "" USR1 USR2; exec "$@"' deaf)
+
 on_first_node() { # COMMAND...: run it where ranks run, once
-    srun "${options[@]}" --nodes=1 --ntasks=1 --quiet "${inside[@]}" "$@"
+    srun "${options[@]}" --nodes=1 --ntasks=1 --quiet "${deaf[@]}" "${inside[@]}" "$@"
 }
 
 await() { # PID: wait for a process, through signals; returns its status
@@ -178,9 +182,14 @@ check_nodes() { # leave out nodes that cannot run ranks, and queue the job again
     [[ $AGRPO_HEALTH != 0 ]] || return 0
     local found=$attempt/health node verdict reason bad=() nodes
     timeout --kill-after=5 "$((AGRPO_HEALTH_PATIENCE + 15))" \
-        srun "${options[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --quiet "${inside[@]}" \
-        timeout "$AGRPO_HEALTH_PATIENCE" bash "$root/slurm/health.sh" "$attempt" >"$found" &
+        srun "${options[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --quiet "${deaf[@]}" \
+        "${inside[@]}" timeout "$AGRPO_HEALTH_PATIENCE" bash "$root/slurm/health.sh" "$attempt" \
+        >"$found" &
     await $! || true
+    if [[ -n $terminated || -e $attempt/stop ]]; then # which says nothing of the nodes
+        queue_again "ended or stopped while nodes were checked"
+        exit 0
+    fi
     nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     while read -r node verdict reason; do
         [[ $verdict != warn ]] || say "node $node: $reason"
@@ -194,7 +203,6 @@ check_nodes() { # leave out nodes that cannot run ranks, and queue the job again
             >>"$AGRPO_RUN_DIR/launch/bad_nodes"
         bad+=("$node")
     done
-    [[ -z $terminated ]] || { queue_again "ended while nodes were checked" && exit 0; }
     ((${#bad[@]} == 0)) || leave_out "${bad[@]}"
 }
 
@@ -225,13 +233,17 @@ leave_out() { # NODE...: queue the job again without these nodes, and end
 choose_launcher() { # sets AGRPO_LAUNCHER
     if [[ ${AGRPO_LAUNCHER:-auto} == auto ]]; then
         AGRPO_LAUNCHER=$(on_first_node "$AGRPO_PYTHON" -c 'from importlib.util import find_spec
-print("ft_launcher" if find_spec("nvidia_resiliency_ext") else "torchrun")')
+print("ft_launcher" if find_spec("nvidia_resiliency_ext") else "torchrun")') || {
+            queue_if_ended
+            die 1 "no launcher could be chosen"
+        }
     fi
     export AGRPO_LAUNCHER
 }
 
-start_guard() { # a step that outlives this script, and puts the job back into the queue then
-    srun --overlap --nodes=1 --ntasks=1 --quiet bash "$root/slurm/guard.sh" "$$" 2>/dev/null &
+# A step that outlives this script, and puts the job back into the queue then.
+start_guard() { # WHOM a wish to stop is passed on to: ranks, or script
+    srun --overlap --nodes=1 --ntasks=1 --quiet bash "$root/slurm/guard.sh" "$$" "$1" 2>/dev/null &
     guard=$!
     trap end_guard EXIT
 }
@@ -279,9 +291,9 @@ except ValueError as error:
     sys.exit(f"agrpo: error: {error}")' "$@") || die $REFUSED "the settings are wrong"
     fi
     prepare
+    start_guard ranks
     check_nodes
     choose_launcher
-    start_guard
     export AGRPO_UNATTENDED=1
     run_ranks train "$@" || status=$?
     conclude "$status"
@@ -309,10 +321,10 @@ evaluate_job() { # TARGET [ARGUMENTS ...]
     fi
     prepare
     # An evaluation keeps what is done at any moment: it need not be asked to stop.
-    trap 'queue_again "the time is nearly up"; exit 0' USR1
+    trap 'queue_again "asked to stop, or the time is nearly up"; exit 0' USR1
+    start_guard script
     check_nodes
     choose_launcher
-    start_guard
     run_ranks evaluate "$@" || status=$?
     ((status == 0)) || queue_if_ended
     [[ ! -s $AGRPO_OUTCOME ]] || conclude "$status"
@@ -324,8 +336,8 @@ convert_job() { # ARGUMENTS of agrpo convert
     local status=0
     : "${AGRPO_RUN_DIR:=${TMPDIR:-/tmp}/agrpo-$UID}" # notes of one node; no ranks, no logs of them
     prepare
-    trap 'queue_again "the time is nearly up"; exit 0' USR1
-    start_guard
+    trap 'queue_again "asked to stop, or the time is nearly up"; exit 0' USR1
+    start_guard script
     on_first_node "$AGRPO_PYTHON" -m agrpo_megatron convert "$@" &
     await $! || status=$?
     ((status == 0)) || queue_if_ended

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# A step beside the ranks, on the job's first node: guard.sh PID, of the job's script.
-# - SIGUSR1 asks the ranks to stop. It is sent again and again, since a rank that is still starting
-#   does not hear it. A file ATTEMPT/stop asks for the same.
+# A step beside the ranks, on the job's first node: guard.sh PID WHOM, of the job's script.
+# - SIGUSR1 asks to stop: the ranks, or where WHOM is `script`, the script alone. It is sent again
+#   and again, since a rank that is still starting does not hear it. A file ATTEMPT/stop asks for
+#   the same.
 # - When the job's script dies, SLURM ends the job as failed; this step is told, and puts the job
 #   back into the queue.
 set -uo pipefail
 root=$AGRPO_ROOT
-script=$1
+script=$1 whom=$2
 # shellcheck source=slurm/common.sh
 . "$root/slurm/common.sh"
 attempt=$AGRPO_ATTEMPT
@@ -29,5 +30,11 @@ trap on_term TERM
 while :; do
     sleep 5 &
     wait $!
-    [[ ! -e $attempt/stop ]] || scancel --signal=USR1 "$job"
+    if [[ ! -e $attempt/stop || -e $attempt/over ]]; then
+        continue
+    elif [[ $whom == script ]]; then
+        kill -USR1 "$script"
+    else
+        scancel --signal=USR1 "$job"
+    fi
 done

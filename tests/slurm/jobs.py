@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.ranks import run_ranks
@@ -53,9 +54,15 @@ def submit(cluster: Cluster, script: str, folder: Path, *words: str | Path, **en
 
 
 def submit_slow(
-    cluster: Cluster, folder: Path, name: str, *options: str, seconds: float = 1.0, faults: str = ""
+    cluster: Cluster,
+    folder: Path,
+    name: str,
+    *options: str,
+    seconds: float = 1.0,
+    faults: str = "",
+    settings: Sequence[str] = (),
 ) -> str:
-    """Submit a slow training job of two nodes, with the run directory FOLDER/NAME."""
+    """Submit a slow training job of two nodes, under torchrun, in the run directory FOLDER/NAME."""
     return submit(
         cluster,
         "train.sbatch",
@@ -65,6 +72,8 @@ def submit_slow(
         "--",
         folder / "my settings.yaml",
         f"run.dir={folder / name}",
+        *settings,
+        AGRPO_LAUNCHER="torchrun",
         AGRPO_FAULTS="; ".join(filter(None, [SLOW.format(seconds), faults])),
         AGRPO_FAULTS_DIR=str(folder / f"faults of {name}"),
     )
