@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,28 @@ def test_a_broken_node_is_named_and_left_out(cluster, folder):
     assert reason in (folder / "broken" / "launch" / "bad_nodes").read_text()
     assert f"queued again: without {broken}" in log
     assert "attempt 1, on" in log and "attempt 2, on" not in log
+
+
+@pytest.mark.slow
+def test_a_wish_to_stop_during_the_checks_blames_no_node(cluster, folder):
+    """Both nodes are told while they are checked: the job queues again, and then finishes."""
+    run, checked = folder / "told", folder / "checked"
+    checked.mkdir()
+    wait = (
+        f'[ -e "{checked}/$SLURMD_NODENAME" ] || {{ touch "{checked}/$SLURMD_NODENAME"; sleep 9; }}'
+    )
+    words = ["--nodes=2", "--", folder / "my settings.yaml", f"run.dir={run}", *SHORT]
+    number = submit(cluster, "train.sbatch", folder, *words, AGRPO_HEALTH_COMMAND=wait)
+    deadline = time.monotonic() + PATIENCE
+    while len(list(checked.iterdir())) < 2:
+        assert time.monotonic() < deadline, read_log(folder, number)
+        time.sleep(0.3)
+    cluster.run("scancel", "--signal=USR1", number)
+    state = cluster.wait(number, *ENDS, timeout=PATIENCE)["JobState"]
+    log = read_log(folder, number)
+    assert state == "COMPLETED", log
+    assert "queued again: ended or stopped while nodes were checked" in log
+    assert not (run / "launch" / "bad_nodes").exists(), log
 
 
 def test_too_few_good_nodes_end_a_job(cluster, folder):
