@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from agrpo_megatron.files import write_whole
 from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
 
-FOLDER, ATTEMPTS, CLAIM = "launch", "attempts.jsonl", "claim"
+ATTEMPTS, CLAIM = "attempts.jsonl", "claim"
 UNATTENDED = "AGRPO_UNATTENDED"  # set where a job queues itself again
 
 
@@ -41,7 +42,7 @@ class Attempt:
         Raises:
             RuntimeError: one has; this one must not write any more.
         """
-        if (self._directory / FOLDER / CLAIM).read_text(encoding="utf-8") != self.token:
+        if (self._directory / LAUNCH_FOLDER / CLAIM).read_text(encoding="utf-8") != self.token:
             raise RuntimeError(
                 f"another attempt at {self._directory} has begun; this one ends here "
                 "and writes nothing more"
@@ -53,8 +54,8 @@ def claim(directory: Path, ranks: Ranks) -> Attempt:
     shared = [secrets.token_hex(8)]
     dist.broadcast_object_list(shared, src=0)
     if ranks.is_main:
-        (directory / FOLDER).mkdir(parents=True, exist_ok=True)
-        write_whole(directory / FOLDER / CLAIM, shared[0])
+        (directory / LAUNCH_FOLDER).mkdir(parents=True, exist_ok=True)
+        write_whole(directory / LAUNCH_FOLDER / CLAIM, shared[0])
     dist.barrier()
     return Attempt(directory, shared[0])
 
@@ -87,7 +88,7 @@ def begin(directory: Path, progress: list[str], *, most_idle: int, ranks: Ranks)
 
 def read_attempts(directory: Path) -> list[dict]:
     """Return what is known of each attempt so far, oldest first."""
-    path = directory / FOLDER / ATTEMPTS
+    path = directory / LAUNCH_FOLDER / ATTEMPTS
     found = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -105,7 +106,7 @@ def _idle(earlier: list[dict], progress: list[str]) -> int:
 
 
 def _note(directory: Path, attempt: dict) -> None:
-    path = directory / FOLDER / ATTEMPTS
+    path = directory / LAUNCH_FOLDER / ATTEMPTS
     path.parent.mkdir(parents=True, exist_ok=True)
     job = {
         name.lower(): os.environ[name]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.resilience.attempts import FOLDER
+from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
 from agrpo_megatron.resilience.sections import NAMES
 from agrpo_megatron.settings import Settings
 
@@ -27,7 +27,7 @@ class Limits:
 
     def __init__(self, settings: Settings, *, world_size: int, is_main: bool):
         self._settings, self._world_size, self._is_main = settings.resilience, world_size, is_main
-        self._file = Path(settings.run.dir) / FOLDER / LEARNED
+        self._file = Path(settings.run.dir) / LAUNCH_FOLDER / LEARNED
         _check(self._settings.timeouts)
         self._longest: dict[str, float] = {}
         self._seen: set[str] = set()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agrpo_megatron.resilience.failure import LOST
+from tests.resilience.leftovers import assert_gone
 from tests.test_cli import write_settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -47,7 +48,7 @@ def test_a_failing_rank_ends_all_and_speaks_first(tmp_path, fault):
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if re.match(r"rank \d|Traceback", line)]
     assert lines[0].startswith(FIRST[fault]), done.stderr
-    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
+    assert_gone(tmp_path)
 
 
 @pytest.mark.slow
