@@ -1,7 +1,6 @@
 """The table of a sweep: a row for each member, best first, whatever became of it."""
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from agrpo_megatron.checkpoint.progress import CHECKPOINTS, latest_checkpoint
 from agrpo_megatron.config import load
+from agrpo_megatron.files import write_whole
 from agrpo_megatron.launch.sweep import flow, read_sweep
 from agrpo_megatron.reports.read import Row, after, before, read_run
 from agrpo_megatron.reports.tables import overview_table
@@ -59,8 +59,8 @@ def show_table(directory: Path) -> None:
     members = summarise(directory)
     rows = [_cells(member) for member in members]
     tree = [asdict(member) for member in members]
-    _write(directory / "summary.json", json.dumps({"members": tree}, indent=2) + "\n")
-    _write(directory / "summary.md", _markdown(rows) + _failures(members))
+    write_whole(directory / "summary.json", json.dumps({"members": tree}, indent=2) + "\n")
+    write_whole(directory / "summary.md", _markdown(rows) + _failures(members))
     console = Console(width=200, soft_wrap=True)
     console.print(overview_table(rows))
     for member in members:
@@ -225,10 +225,3 @@ def _failures(members: list[Member]) -> str:
     failed = [m for m in members if m.error is not None]
     lines = [f"- {m.name} {m.state}: `{m.error}`, see `{m.log or m.directory}`" for m in failed]
     return "\n" + "\n".join(lines) + "\n" if lines else ""
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file at once or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config import flatten
+from agrpo_megatron.files import write_whole
 from agrpo_megatron.grid import EVALUATION, RESULTS
 
 COMPLETIONS = "completions.jsonl"
@@ -82,7 +83,7 @@ class ResultStore:
         """Write what is evaluated, unless it stands there from an earlier attempt."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if not (self.directory / EVALUATION).exists():
-            _replace(self.directory / EVALUATION, evaluation)
+            write_whole(self.directory / EVALUATION, json.dumps(evaluation, indent=2) + "\n")
 
     def results(self) -> dict[str, Any] | None:
         """Return the results so far, if any were written."""
@@ -136,13 +137,4 @@ class ResultStore:
 
     def write(self, results: dict[str, Any]) -> None:
         """Write the results so far, at once or not at all."""
-        _replace(self.directory / RESULTS, results)
-
-
-def _replace(path: Path, tree: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(tree, indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
+        write_whole(self.directory / RESULTS, json.dumps(results, indent=2) + "\n")
