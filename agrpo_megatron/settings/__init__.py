@@ -14,6 +14,7 @@ from agrpo_megatron.settings.model import (
     RunSettings,
     TokenizerSettings,
 )
+from agrpo_megatron.settings.precision import PRECISIONS, Fp8Settings, KernelSettings
 from agrpo_megatron.settings.resilience import LaunchSettings, ResilienceSettings
 from agrpo_megatron.settings.training import (
     PROPOSALS,
@@ -35,7 +36,9 @@ __all__ = [
     "AlgorithmSettings",
     "CheckpointSettings",
     "EvaluationSettings",
+    "Fp8Settings",
     "GraderSettings",
+    "KernelSettings",
     "LaunchSettings",
     "LoggingSettings",
     "ModelSettings",
@@ -63,8 +66,13 @@ class Settings:
 
     run: RunSettings = section(RunSettings, "where a run lives")
     precision: str = setting(
-        "fp32", "weights and activations; bf16 keeps fp32 main weights", choices=("fp32", "bf16")
+        "fp32",
+        "weights and activations; bf16 keeps fp32 main weights, fp8 is bf16 with the layers' "
+        "matrix products in FP8",
+        choices=PRECISIONS,
     )
+    fp8: Fp8Settings = section(Fp8Settings, "precision=fp8")
+    kernels: KernelSettings = section(KernelSettings, "what computes")
     model: ModelSettings = section(ModelSettings, "the transformer")
     tokenizer: TokenizerSettings = section(TokenizerSettings, "text to ids")
     parallel: ParallelSettings = section(ParallelSettings, "layout of the ranks")

@@ -70,6 +70,23 @@ class OptimizerSettings:
     adam_beta1: float = setting(0.9, "Adam's first decay", low=0, high=1)
     adam_beta2: float = setting(0.99, "Adam's second decay", low=0, high=1)
     distributed: bool = setting(False, "shard optimizer state over the data-parallel ranks")
+    moments: str = setting(
+        "fp32",
+        "Adam's two moments; less than fp32 wants Transformer Engine and distributed",
+        choices=("fp32", "bf16", "fp8"),
+    )
+    main_gradients: str = setting(
+        "fp32",
+        "gradients as they are summed and as the optimizer takes them; bf16 wants Transformer "
+        "Engine and distributed",
+        choices=("fp32", "bf16"),
+    )
+    offload: float = setting(
+        0.0,
+        "share of the optimizer's states that is kept and updated on the CPU; wants distributed",
+        low=0,
+        high=1,
+    )
     megatron: dict[str, Any] = setting({}, "passed to Megatron's OptimizerConfig by name")
 
 
