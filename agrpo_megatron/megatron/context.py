@@ -17,7 +17,7 @@ from agrpo_megatron.types import PackedRows, SftBatch, TimestepBatch
 
 
 def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRows:
-    """Append a row of padding where context or sequence parallelism need an even split.
+    """Append a row of padding where parallelism needs an even split, or FP8 whole blocks.
 
     Args:
         tokens: packed tokens that the result has at least.
@@ -95,5 +95,12 @@ class GatherTokens(torch.autograd.Function):
         return part, None
 
 
+def gather_keys(key: Tensor, value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return the keys and values of all ranks in order, from those [T, groups, head_dim] here."""
+    both = GatherTokens.apply(torch.stack([key, value], 1), group)
+    return both.unbind(1)  # type: ignore[union-attr, return-value]
+
+
 def _split(ranks: Ranks) -> int:
-    return ranks.context.size * (ranks.tensor.size if ranks.parallel.sequence else 1)
+    shares = ranks.context.size * (ranks.tensor.size if ranks.parallel.sequence else 1)
+    return shares * ranks.token_multiple

@@ -11,11 +11,15 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.megatron.reshard import RolloutCopy
 from agrpo_megatron.settings import OptimizerSettings, Settings
+
+# What Transformer Engine's Adam calls the dtypes of its states; it scales what it keeps as FP8.
+STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,8 @@ def build_engine(
         ValueError: Megatron refuses a pass-through setting.
     """
     network = build_network(settings, ranks)
-    config, is_bf16 = network.config, settings.precision == "bf16"
-    ddp_values = {
-        "use_distributed_optimizer": optimizer.distributed,
-        "grad_reduce_in_fp32": is_bf16,
-        **settings.ddp,
-    }
-    ddp_config = _megatron_record(DistributedDataParallelConfig, ddp_values, "ddp")
+    config = network.config
+    ddp_config = _ddp_config(settings, optimizer, config)
     ddp: list[Any] = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(network.chunks)
@@ -76,7 +75,7 @@ def build_engine(
         config.no_sync_func = _one_or_all([part.no_sync for part in ddp])
     if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
         config.param_sync_func = _one_or_all([part.start_param_sync for part in ddp])
-    built = get_megatron_optimizer(_optimizer_config(optimizer, is_bf16=is_bf16), ddp)
+    built = get_megatron_optimizer(optimizer_config(optimizer, config), ddp)
     config.grad_scale_func = built.scale_loss
     copy = None
     if ranks.rollout_layout is not None:
@@ -88,10 +87,27 @@ def _one_or_all(functions: list[Any]) -> Any:
     return functions[0] if len(functions) == 1 else functions
 
 
-def _optimizer_config(optimizer: OptimizerSettings, *, is_bf16: bool) -> OptimizerConfig:
+def _ddp_config(
+    settings: Settings, optimizer: OptimizerSettings, config: TransformerConfig
+) -> DistributedDataParallelConfig:
     values = {
-        "bf16": is_bf16,
-        "params_dtype": torch.bfloat16 if is_bf16 else torch.float32,
+        "use_distributed_optimizer": optimizer.distributed,
+        "grad_reduce_in_fp32": config.bf16 and optimizer.main_gradients == "fp32",
+        "fp8_param_gather": config.fp8_param,
+        **settings.ddp,
+    }
+    return _megatron_record(DistributedDataParallelConfig, values, "ddp")
+
+
+def optimizer_config(optimizer: OptimizerSettings, config: TransformerConfig) -> OptimizerConfig:
+    """Translate a phase's settings into Megatron's own; `optimizer.megatron` wins.
+
+    Raises:
+        ValueError: Megatron refuses a value or does not know a key of `optimizer.megatron`.
+    """
+    values = {
+        "bf16": config.bf16,
+        "params_dtype": config.params_dtype,
         "optimizer": "adam",
         "lr": optimizer.learning_rate,
         "min_lr": optimizer.min_learning_rate,
@@ -100,8 +116,33 @@ def _optimizer_config(optimizer: OptimizerSettings, *, is_bf16: bool) -> Optimiz
         "adam_beta2": optimizer.adam_beta2,
         "clip_grad": optimizer.clip_grad,
         "use_distributed_optimizer": optimizer.distributed,
+        **_state_values(optimizer, config),
     }
     return _megatron_record(OptimizerConfig, {**values, **optimizer.megatron}, "optimizer.megatron")
+
+
+def _state_values(optimizer: OptimizerSettings, config: TransformerConfig) -> dict[str, Any]:
+    """Return what decides the form of the optimizer's states, and where they are kept."""
+    is_offloaded, has_gpu = optimizer.offload > 0, torch.cuda.is_available()
+    is_plain = (optimizer.moments, optimizer.main_gradients) == ("fp32", "fp32")
+    # FP8 has three digits of two: enough for the first moment. The second spans too many orders
+    # of magnitude for one scale, and what it rounds to zero would be divided by.
+    second = "bf16" if optimizer.moments == "fp8" else optimizer.moments
+    return {
+        # Offloading runs on the same path, and Megatron's own launcher demands it too.
+        "use_precision_aware_optimizer": is_offloaded or not is_plain,
+        "main_grads_dtype": STATES[optimizer.main_gradients],
+        "exp_avg_dtype": STATES[optimizer.moments],
+        "exp_avg_sq_dtype": STATES[second],
+        # Only weights that are kept in FP8 need to be treated by their recipe.
+        "fp8_recipe": config.fp8_recipe if config.fp8_param else None,
+        "store_param_remainders": not config.fp8_param,
+        "optimizer_cpu_offload": is_offloaded,
+        "optimizer_offload_fraction": optimizer.offload,
+        "overlap_cpu_optimizer_d2h_h2d": is_offloaded,
+        "pin_cpu_grads": has_gpu,
+        "pin_cpu_params": has_gpu,
+    }
 
 
 def _scheduler(
@@ -125,5 +166,5 @@ def _scheduler(
 def _megatron_record(cls: Any, values: dict[str, Any], key: str) -> Any:
     try:
         return cls(**values)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ValueError(f"{key}: Megatron refuses it: {error}") from None

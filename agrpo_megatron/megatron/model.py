@@ -20,10 +20,13 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from agrpo_megatron.kernels import kernels_for
 from agrpo_megatron.layout import padded_vocab, stage_layers
 from agrpo_megatron.megatron.context import padded_rows, part_of, scored_slices
+from agrpo_megatron.megatron.packed import packed_layout
+from agrpo_megatron.megatron.precision import kernel_values
 from agrpo_megatron.megatron.ranks import Ranks
-from agrpo_megatron.megatron.spec import local_spec, packed_layout
+from agrpo_megatron.megatron.spec import local_spec
 from agrpo_megatron.settings import ModelSettings, ParallelSettings, Settings
 from agrpo_megatron.types import PackedRows
 
@@ -35,6 +38,7 @@ class MaskedDiffusionModel(LanguageModule):
         vocab_rows: rows of embedding and head, a multiple of the tensor-parallel size.
         pre_process, post_process: whether this pipeline stage holds the embedding, the head.
         vp_stage: which of this rank's virtual stages it is.
+        fuse_head_gradient: whether the head adds its gradient up by a kernel of Apex.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class MaskedDiffusionModel(LanguageModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int = 0,
+        fuse_head_gradient: bool = False,
     ):
         groups = ranks.groups
         super().__init__(config=config, pg_collection=groups)
@@ -76,11 +81,14 @@ class MaskedDiffusionModel(LanguageModule):
         if post_process:
             assert config.init_method is not None
             # Scored tokens are gathered before the head, so the head itself is not sequence-
-            # parallel: its input is whole on every rank and its input gradient is summed.
+            # parallel: its input is whole on every rank and its input gradient is summed. It is
+            # Megatron's own layer in both specs, which fuses by Apex alone.
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 vocab_rows,
-                config=replace(config, sequence_parallel=False),
+                config=replace(
+                    config, sequence_parallel=False, gradient_accumulation_fusion=fuse_head_gradient
+                ),
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
@@ -141,7 +149,7 @@ def transformer_config(
     Raises:
         ValueError: Megatron refuses a value or does not know a key of `model.megatron`.
     """
-    model, is_bf16 = settings.model, settings.precision == "bf16"
+    model = settings.model
     values = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -158,17 +166,14 @@ def transformer_config(
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "init_method_std": model.init_std,
-        "bf16": is_bf16,
-        "params_dtype": torch.bfloat16 if is_bf16 else torch.float32,
-        "pipeline_dtype": torch.bfloat16 if is_bf16 else torch.float32,
         "calculate_per_token_loss": True,
         "moe_token_dispatcher_type": "alltoall",  # the default needs equal lengths
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
         "perform_initialization": False,  # weights come by name, see `families`
         "use_cpu_initialization": not torch.cuda.is_available(),
+        **kernel_values(settings, kernels_for(settings)),
         **_layout_values(model, parallel, stage),
     }
     try:
@@ -182,12 +187,14 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
     model, parallel = settings.model, ranks.parallel
     config = transformer_config(settings, parallel, stage=ranks.pipeline.rank)
     layers, stages = stage_layers(model, parallel), parallel.pipeline * parallel.virtual
+    kernels = kernels_for(settings)
+    make_spec = _te_spec if kernels.layer_spec == "te" else local_spec
     chunks = []
     for number in range(parallel.virtual):
         stage = number * parallel.pipeline + ranks.pipeline.rank
         chunk = MaskedDiffusionModel(
             config,
-            local_spec(config, layers[stage]),
+            make_spec(config, layers[stage]),
             ranks=ranks,
             vocab_rows=padded_vocab(settings),
             max_sequence_length=model.max_sequence_length,
@@ -195,9 +202,16 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
             pre_process=stage == 0,
             post_process=stage == stages - 1,
             vp_stage=number,
+            fuse_head_gradient=kernels.fuse_head_gradient,
         )
         chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
     return tuple(chunks)
+
+
+def _te_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
+    from agrpo_megatron.megatron.te import te_spec  # Transformer Engine is optional
+
+    return te_spec(config, layers)
 
 
 def _layout_values(model: ModelSettings, parallel: ParallelSettings, stage: int) -> dict[str, Any]:

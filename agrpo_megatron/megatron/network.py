@@ -13,6 +13,12 @@ from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_chunks
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.settings import Settings
 
+# Transformer Engine fuses the norms into the products after them; everything but the layers
+# themselves knows a layer's weights by the names of the local spec.
+LOCAL_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
@@ -30,19 +36,29 @@ class Network:
         return self.chunks[0].config
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield this rank's parameters, layers numbered as in the whole model."""
+        """Yield this rank's parameters by the local spec's names, layers numbered in the whole."""
         for chunk in self.chunks:
             layers = chunk.decoder.layers
             for name, parameter in chunk.named_parameters():
                 if found := _LAYER.match(name):
                     number = layers[int(found[1])].layer_number - 1  # type: ignore[operator]
-                    name = f"decoder.layers.{number}.{name[found.end() :]}"
+                    within = name[found.end() :]
+                    name = f"decoder.layers.{number}.{LOCAL_NAMES.get(within, within)}"
                 yield name, parameter
 
     def set_training(self, mode: str) -> None:
         """Switch all virtual stages to `train` or `eval`."""
         for chunk in self.chunks:
             chunk.train(mode == "train")
+
+    def renew_casts(self) -> None:
+        """Let the next forward cast the weights to FP8 anew, as they may have changed.
+
+        Transformer Engine keeps what it cast until it is told. Megatron's schedules tell it with
+        the first micro-batch; whoever calls the chunks directly has to.
+        """
+        for chunk in self.chunks:
+            chunk.set_is_first_microbatch()
 
 
 def build_network(settings: Settings, ranks: Ranks) -> Network:

@@ -100,6 +100,7 @@ def forward_rows(
     network.set_training("eval")
     ranks, parallel = network.ranks, network.ranks.parallel
     if parallel.pipeline == 1:
+        network.renew_casts()
         return [use(number, network.chunks[0](rows)) for number, rows in enumerate(batches)]
     if not batches:
         return []
@@ -141,13 +142,16 @@ class Direct:
     def __init__(self, network: Network, *, groups: int):
         self.network, self.in_flight = network, groups
         self.tokens, self.slots = 0, Slots(1)
+        network.set_training("eval")
+        network.renew_casts()
 
+    @torch.no_grad()
     def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
         """Run the rows and draw."""
         self.tokens += len(rows.tokens)
         self.slots.run()
-        (drawn,) = forward_rows(self.network, [rows], lambda _, logits: logits)
-        drawn = _draw(_Item(rows, draw_at), drawn, self.network.ranks)
+        logits = self.network.chunks[0](rows)
+        drawn = _draw(_Item(rows, draw_at), logits, self.network.ranks)
         return lambda: drawn
 
     def close(self) -> None:
@@ -220,6 +224,7 @@ class Ring:
         self._before, self._after = members[stage - 1], members[(stage + 1) % len(members)]
         self._others = members[:-1]
         network.set_training("eval")
+        network.renew_casts()
 
     def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
         """Do this stage's part for a group and pass it on."""

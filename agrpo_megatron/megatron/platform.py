@@ -31,6 +31,19 @@ def prepare_platform(threads: int | None = None) -> torch.device:
     return torch.device("cpu")
 
 
+def repeat_bit_by_bit(device: torch.device) -> None:
+    """Ask all libraries for kernels that repeat; called before the first kernel.
+
+    An operation without such a form warns and runs. A CPU needs nothing: its kernels repeat.
+    """
+    if device.type != "cuda":
+        return
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # Transformer Engine's attention
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 class _CpuForCuda(TorchFunctionMode):
     """Turn `device="cuda"`, `.cuda()` and CUDA tensor type names into their CPU form."""
 

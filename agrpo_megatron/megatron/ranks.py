@@ -10,7 +10,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from agrpo_megatron.layout import model_ranks, rollout_parallel
-from agrpo_megatron.megatron.platform import prepare_platform
+from agrpo_megatron.megatron.platform import prepare_platform, repeat_bit_by_bit
+from agrpo_megatron.megatron.precision import token_multiple
 from agrpo_megatron.settings import ParallelSettings, Settings
 
 
@@ -39,6 +40,7 @@ class Ranks:
     data_context: Axis  # data and context together: the ranks that hold the same weights
     returning: dist.ProcessGroup  # the pipeline's ranks again, for what travels backwards
     replica: dist.ProcessGroup | None  # all that hold one copy, over gloo; None: one rank
+    token_multiple: int = 1  # what the packed tokens on a rank are padded to
     rollout_layout: "Ranks | None" = None  # where rollouts have a layout of their own
 
     @property
@@ -70,6 +72,8 @@ def world_size() -> int:
 def start_ranks(settings: Settings) -> Ranks:
     """Prepare the platform and build all process groups; called once, by every rank."""
     device = prepare_platform(settings.run.threads)
+    if settings.kernels.deterministic:
+        repeat_bit_by_bit(device)
     if not dist.is_initialized():
         _join_world(device, settings.run.timeout)
     rollout = None
@@ -115,6 +119,7 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
         data_context=_axis(groups.dp_cp),
         returning=_same_ranks(groups.pp, limit),
         replica=None if is_one_rank else _replica(groups.dp.rank(), limit),
+        token_multiple=token_multiple(settings),
     )
 
 

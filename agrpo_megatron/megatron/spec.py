@@ -1,12 +1,10 @@
 """The `local` layer spec: Megatron's transformer layer with our norm and packed attention."""
 
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -15,74 +13,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from agrpo_megatron.megatron.context import GatherTokens, part_of
-from agrpo_megatron.megatron.ranks import Axis
-
-
-@dataclass(frozen=True)
-class Run:
-    """Attention in one batched call: queries of neighbouring rows of equal length."""
-
-    rows: int
-    queries: int  # per row; fewer than keys where a row goes on on another rank
-    keys: int  # per row
-    start: int  # of the first row's keys, among the keys at hand
-
-
-@dataclass
-class PackedLayout(PackedSeqParams):
-    """Megatron's packed-sequence record, with what our attention needs computed once a forward."""
-
-    runs: list[Run] = field(default_factory=list)
-    gathers: bool = False  # whether a row crosses into another rank's part
-    cosines: Tensor | None = None  # [T, 1, head_dim] float32, of this rank's tokens
-    sines: Tensor | None = None  # [T, 1, head_dim] float32
-
-
-def packed_layout(
-    cu_seqlens: Tensor, *, head_dim: int, rope_theta: float, context: Axis
-) -> PackedLayout:
-    """Describe packed rows: positions restart at every row, and rotate by `rope_theta`.
-
-    Args:
-        cu_seqlens: [rows + 1] int32 row boundaries, of all context-parallel ranks together.
-    """
-    lengths, bounds = cu_seqlens.diff(), cu_seqlens.tolist()
-    first, last = part_of(bounds[-1], context, context.rank)
-    starts = cu_seqlens[:-1].repeat_interleave(lengths)
-    positions = (torch.arange(bounds[-1], device=cu_seqlens.device) - starts)[first:last]
-    exponents = torch.arange(0, head_dim, 2, device=cu_seqlens.device).float() / head_dim
-    angles = positions[:, None].float() * (1.0 / rope_theta**exponents)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    cuts = {part_of(bounds[-1], context, rank)[0] for rank in range(context.size)}
-    gathers = not cuts <= set(bounds)
-    longest = max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0)
-    return PackedLayout(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        runs=_runs(bounds, first, last, origin=0 if gathers else first),
-        gathers=gathers,
-        cosines=angles.cos(),
-        sines=angles.sin(),
-    )
-
-
-def _runs(bounds: list[int], first: int, last: int, *, origin: int) -> list[Run]:
-    """Join neighbouring rows of equal length that lie whole in `first` to `last`."""
-    runs: list[Run] = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        queries = min(end, last) - max(start, first)
-        if queries <= 0:
-            continue
-        before = runs[-1] if runs else None
-        if before and queries == end - start == before.queries == before.keys:
-            runs[-1] = replace(before, rows=before.rows + 1)
-        else:
-            runs.append(Run(1, queries, end - start, start - origin))
-    return runs
+from agrpo_megatron.megatron.context import gather_keys
+from agrpo_megatron.megatron.packed import PackedLayout
 
 
 class PackedAttention(MegatronModule):
@@ -118,8 +50,7 @@ class PackedAttention(MegatronModule):
         layout = packed_seq_params
         query, key = _rotate(query, layout), _rotate(key, layout)
         if layout.gathers:
-            both = GatherTokens.apply(torch.stack([key, value], 1), self.context_group)
-            key, value = both.unbind(1)  # type: ignore[union-attr]
+            key, value = gather_keys(key, value, self.context_group)
         outputs, start = [], 0
         for run in layout.runs:
             end = start + run.rows * run.queries

@@ -26,13 +26,14 @@ def _modes():
 
 
 def _import_everything():
-    import importlib
+    import importlib.util
     import pkgutil
 
     import agrpo_megatron
 
+    optional = () if importlib.util.find_spec("transformer_engine") else (".te",)
     for module in pkgutil.walk_packages(agrpo_megatron.__path__, "agrpo_megatron."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith(("__main__", *optional)):
             importlib.import_module(module.name)
 
 
