@@ -1,0 +1,87 @@
+"""Transformer Engine without a GPU: its kernels in plain torch, all its Python code as it is.
+
+Megatron-Core's Python code and ours are the real ones too. What this proves is that the right
+kernels are called with the right operands; not that a GPU's kernels agree with these, nor how
+fast anything is. Where a GPU is, the tests marked `gpu` do the real thing.
+"""
+
+import sys
+
+import torch
+import transformer_engine.pytorch  # noqa: F401  loads the extension
+import transformer_engine_torch as extension
+
+from tests.te import attention, dense, multi_tensor, quantize
+from tests.te.rules import counted
+
+STAND_INS = {
+    attention: ("get_fused_attn_backend", "fused_attn_fwd", "fused_attn_bwd"),
+    dense: (
+        "generic_gemm",
+        "rmsnorm_fwd",
+        "rmsnorm_bwd",
+        "fused_rope_forward",
+        "fused_rope_backward",
+        "swiglu",
+        "dswiglu",
+    ),
+    quantize: (
+        "quantize",
+        "dequantize",
+        "bgrad_quantize",
+        "fp8_transpose",
+        "swap_first_dims",
+        "create_empty_quantized_tensor",
+    ),
+    multi_tensor: (
+        "multi_tensor_adam",
+        "multi_tensor_adam_param_remainder",
+        "multi_tensor_scale",
+        "multi_tensor_scale_tensor",
+        "multi_tensor_l2norm",
+    ),
+}
+CUDNN = 91900  # the version that is said to be there: 9.19.0
+
+
+class _Hopper:
+    """What torch says of an H100, as far as anyone asks."""
+
+    name = "stand-in for an H100"
+    major, minor = 9, 0
+    multi_processor_count = 132
+    total_memory = 80 << 30
+
+
+def install() -> None:
+    """Let this process take the CPU for a Hopper GPU; called once, mutates torch and more.
+
+    Raises:
+        RuntimeError: there is a GPU.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("a GPU is here: run `pytest -m gpu`, which wants no stand-ins")
+    from agrpo_megatron.megatron import platform, ranks
+
+    cpu = platform.prepare_platform(1)
+    ranks.prepare_platform = lambda threads=None: cpu
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.get_device_properties = lambda device=None: _Hopper
+    torch.cuda.get_device_capability = lambda device=None: (_Hopper.major, _Hopper.minor)
+    torch.cuda.get_device_name = lambda device=None: _Hopper.name
+    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
+    for module, names in STAND_INS.items():
+        for name in names:
+            _replace(getattr(extension, name), counted(getattr(module, name)))
+    _replace(extension.get_cudnn_version, lambda: CUDNN)
+
+
+def _replace(kernel: object, stand_in: object) -> None:
+    """Put a stand-in wherever the kernel was imported."""
+    for name, module in list(sys.modules.items()):
+        if not name.startswith(("transformer_engine", "megatron")):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if value is kernel:
+                setattr(module, attribute, stand_in)
