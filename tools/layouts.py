@@ -5,7 +5,8 @@
 
 FILE is a settings file or a Hugging Face directory. Weights, gradients and optimizer states are
 exact, activations an estimate; leave a tenth of the memory for the rest. A row shows the pipeline
-stage that needs most. Exit status 2 for wrong input.
+stage that needs most; `host` is the memory of the machine that `optimizer.offload` takes for each
+rank. Exit status 2 for wrong input.
 """
 
 import argparse
@@ -36,14 +37,16 @@ def main() -> int:
     except ValueError as error:
         print(f"layouts: error: {error}", file=sys.stderr)
         return 2
+    found = [(worst_rank(s, arguments.ranks), s.parallel) for s in layouts]
+    found.sort(key=lambda pair: (model_ranks(pair[1]), pair[0].total))
+    shown = [name for name in (*PARTS, "total", "host") if any(getattr(m, name) for m, _ in found)]
     table = Table(box=SIMPLE_HEAD)
     table.add_column("layout")
-    for name in (*PARTS, "total"):
+    for name in shown:
         table.add_column(name.replace("_", " "), justify="right")
     table.add_column(f"{arguments.memory:g} GiB")
-    found = [(worst_rank(s, arguments.ranks), s.parallel) for s in layouts]
-    for memory, parallel in sorted(found, key=lambda pair: (model_ranks(pair[1]), pair[0].total)):
-        sizes = [f"{getattr(memory, name) / 2**30:.1f}" for name in (*PARTS, "total")]
+    for memory, parallel in found:
+        sizes = [f"{getattr(memory, name) / 2**30:.1f}" for name in shown]
         fits = memory.total < SPARE * arguments.memory * 2**30
         table.add_row(
             layout_name(parallel, arguments.ranks), *sizes, "fits" if fits else "[dim]too much[/]"
@@ -93,7 +96,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of each GPU (80)")
     parser.add_argument("--parallel", metavar="LAYOUT", help="this layout only, such as tp4-pp2")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

@@ -116,6 +116,8 @@ def _memory_text(memory: Memory, launch: LaunchSettings) -> str:
     if launch.gpus_per_node:
         share = memory.total / launch.gpu_memory / GIB
         total += f", {100 * share:.0f} % of {launch.gpu_memory:g} GiB"
+    if memory.host:
+        said += f"; {memory.host / unit:.1f} {name} of the host for each rank"
     return f"{total}: {said}"
 
 

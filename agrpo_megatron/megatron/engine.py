@@ -125,8 +125,8 @@ def _state_values(optimizer: OptimizerSettings, config: TransformerConfig) -> di
     """Return what decides the form of the optimizer's states, and where they are kept."""
     is_offloaded, has_gpu = optimizer.offload > 0, torch.cuda.is_available()
     is_plain = (optimizer.moments, optimizer.main_gradients) == ("fp32", "fp32")
-    # FP8 has three digits of two: enough for the first moment. The second spans too many orders
-    # of magnitude for one scale, and what it rounds to zero would be divided by.
+    # The second moment spans more orders of magnitude than FP8 with one scale does, and Adam
+    # divides by its root: what became zero would blow up. (Source: FP8-LM, arXiv 2310.18313.)
     second = "bf16" if optimizer.moments == "fp8" else optimizer.moments
     return {
         # Offloading runs on the same path, and Megatron's own launcher demands it too.

@@ -6,31 +6,41 @@ allocator wastes come on top: leave a tenth of the GPU free for them.
 
 from dataclasses import dataclass, fields
 
-from agrpo_megatron.layout import data_ranks, padded_vocab, rollout_parallel, stage_layers
-from agrpo_megatron.settings import ModelSettings, ParallelSettings, Settings
+from agrpo_megatron.layout import (
+    data_ranks,
+    layer_matrices,
+    padded_vocab,
+    rollout_parallel,
+    stage_layers,
+)
+from agrpo_megatron.settings import ModelSettings, OptimizerSettings, ParallelSettings, Settings
 
 SPARE = 0.9  # of a GPU's memory: what arithmetic does not see needs the rest
-FLOAT32, MOMENTS = 4, 8  # bytes of a number, and of Adam's two moments of a weight
+FLOAT32, BFLOAT16 = 4, 2  # bytes of a number
+# Bytes of Adam's two moments of a weight, as `megatron.engine` asks for them.
+MOMENTS = {"fp32": FLOAT32 + FLOAT32, "bf16": BFLOAT16 + BFLOAT16, "fp8": 1 + BFLOAT16}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one rank holds at the peak of an update."""
+    """Bytes that one rank holds at the peak of an update; all but `host` on the GPU."""
 
     weights: int = 0
-    gradients: int = 0  # float32, as accumulated
-    main_weights: int = 0  # the optimizer's float32 copies, where the weights are bf16
+    fp8_copies: int = 0  # of bf16 weights, kept from the first micro-batch on
+    gradients: int = 0  # as accumulated
+    main_weights: int = 0  # the optimizer's float32 copies, where the weights are not float32
     moments: int = 0
     rollout_copy: int = 0  # a second set of weights, where rollouts have a layout of their own
     activations: int = 0
+    host: int = 0  # what `optimizer.offload` moved off the GPU
 
     @property
     def total(self) -> int:
-        """Return the sum of all parts."""
+        """Return the sum of all parts on the GPU."""
         return sum(getattr(self, part) for part in PARTS)
 
 
-PARTS = tuple(part.name for part in fields(Memory))
+PARTS = tuple(part.name for part in fields(Memory) if part.name != "host")
 
 
 def worst_rank(settings: Settings, world_size: int) -> Memory:
@@ -41,23 +51,91 @@ def worst_rank(settings: Settings, world_size: int) -> Memory:
 
 def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
     """Return what a rank of a pipeline stage holds; the layout was checked by `rules`."""
-    parallel, model = settings.parallel, settings.model
+    parallel, optimizer = settings.parallel, settings.optimizer
+    is_float32 = settings.precision == "fp32"
     count = stage_parameters(settings, parallel, stage=stage)
-    width = 2 if settings.precision == "bf16" else FLOAT32
+    weights, copies = _weights(settings, parallel, stage=stage)
     replicas = data_ranks(parallel, world_size) * parallel.context
-    share = replicas if settings.optimizer.distributed else 1
-    rollout, copy = rollout_parallel(settings), 0
-    if rollout != parallel:
-        copies = (stage_parameters(settings, rollout, stage=s) for s in range(rollout.pipeline))
-        copy = max(copies) * width
+    own = -(-count // (replicas if optimizer.distributed else 1))
+    moved = round(optimizer.offload * own)
+    is_short = not is_float32 and optimizer.main_gradients == "bf16"
     return Memory(
-        weights=count * width,
-        gradients=count * FLOAT32,
-        main_weights=-(-count // share) * FLOAT32 if settings.precision == "bf16" else 0,
-        moments=-(-count // share) * MOMENTS,
-        rollout_copy=copy,
-        activations=_activations(settings, model, parallel, stage=stage) * width,
+        weights=weights,
+        fp8_copies=copies,
+        gradients=count * (BFLOAT16 if is_short else FLOAT32),
+        main_weights=0 if is_float32 else (own - moved) * _main_width(settings, optimizer),
+        moments=(own - moved) * MOMENTS[optimizer.moments],
+        rollout_copy=_rollout_copy(settings),
+        activations=_activations(settings, settings.model, parallel, stage=stage)
+        * (FLOAT32 if is_float32 else BFLOAT16),
+        # Main weights, their gradients and both moments, all float32 there.
+        host=moved * 4 * FLOAT32,
     )
+
+
+def _main_width(settings: Settings, optimizer: OptimizerSettings) -> int:
+    """Return the bytes of a main weight.
+
+    Transformer Engine's Adam, where it keeps them itself, keeps only the half of a float32 number
+    that the bf16 weight lacks. It does so where states or gradients are not float32, but not for
+    weights in FP8 nor beside offloading. Source: `store_param_remainders` of its FusedAdam.
+    """
+    is_plain = (optimizer.moments, optimizer.main_gradients) == ("fp32", "fp32")
+    is_whole = is_plain or optimizer.offload > 0 or settings.fp8.primary_weights
+    return FLOAT32 if is_whole else BFLOAT16
+
+
+def _weights(settings: Settings, parallel: ParallelSettings, *, stage: int) -> tuple[int, int]:
+    """Return the bytes of a rank's weights, and of the FP8 copies of them.
+
+    A weight in FP8 is held twice, once for each direction it is multiplied in: along rows for the
+    outputs, along columns for the gradient of the inputs. A copy is made by the first micro-batch
+    and kept (`TransformerEngineBaseModule.quantize_weight`); weights that are in FP8 themselves
+    (`fp8.primary_weights`) have no copies.
+    """
+    count = stage_parameters(settings, parallel, stage=stage)
+    if settings.precision == "fp32":
+        return count * FLOAT32, 0
+    in_fp8 = fp8_parameters(settings, parallel, stage=stage)
+    both = 2 * (in_fp8 + _scales(settings, in_fp8))
+    if settings.fp8.primary_weights:
+        return (count - in_fp8) * BFLOAT16 + both, 0
+    return count * BFLOAT16, both
+
+
+def _scales(settings: Settings, count: int) -> int:
+    """Return the bytes of the scales of FP8 weights in one direction.
+
+    One byte for 32 weights (mxfp8), or one float32 for a block of 128 x 128 (blockwise); other
+    recipes have one for each tensor.
+    """
+    return count // 32 if settings.fp8.recipe == "mxfp8" else count * FLOAT32 // 128**2
+
+
+def _rollout_copy(settings: Settings) -> int:
+    """Return the bytes of the weights of a rollout layout, on the stage that needs most."""
+    rollout = rollout_parallel(settings)
+    if rollout == settings.parallel:
+        return 0
+    stages = range(rollout.pipeline)
+    # Nothing is differentiated there, so a copy in FP8 needs one direction of the two.
+    found = (_weights(settings, rollout, stage=stage) for stage in stages)
+    return max(weights + copies // 2 for weights, copies in found)
+
+
+def fp8_parameters(settings: Settings, parallel: ParallelSettings, *, stage: int) -> int:
+    """Return the weights of a rank of a stage that are multiplied in FP8: its layers' matrices."""
+    if settings.precision != "fp8":
+        return 0
+    model, fp8 = settings.model, settings.fp8
+    layers = stage_layers(model, parallel)
+    starts = [sum(layers[:number]) for number in range(len(layers))]
+    last = model.num_layers - fp8.bf16_last_layers
+    found = 0
+    for number in range(stage, len(layers), parallel.pipeline):
+        end = min(starts[number] + layers[number], last)
+        found += max(0, end - max(starts[number], fp8.bf16_first_layers))
+    return found * layer_matrices(model) // parallel.tensor
 
 
 def stage_parameters(settings: Settings, parallel: ParallelSettings, *, stage: int) -> int:
@@ -76,10 +154,9 @@ def stage_parameters(settings: Settings, parallel: ParallelSettings, *, stage: i
 def layer_parameters(model: ModelSettings, tensor: int) -> int:
     """Return the weights of one layer on each tensor-parallel rank; norms are on all of them."""
     width, head = model.hidden_size, model.hidden_size // model.num_attention_heads
-    keys = head * (model.num_query_groups or model.num_attention_heads)
-    split = width * (2 * width + 2 * keys + 3 * model.ffn_hidden_size)
+    split = layer_matrices(model)
     if model.qkv_bias:
-        split += width + 2 * keys
+        split += width + 2 * head * (model.num_query_groups or model.num_attention_heads)
     return split // tensor + 2 * width + (2 * head if model.qk_norm else 0)
 
 
@@ -93,6 +170,7 @@ def _activations(
     rotation, the attention's output, gate, up, and their product. Full recomputation keeps the
     residual stream alone, and one layer. A stage of a pipeline holds as many micro-batches as
     stages follow it. The head sees the tokens that a denoising step fixes, three times in float32.
+    Counted for bf16 products: those in FP8 keep their inputs in less.
     """
     tokens = settings.train.token_budget // parallel.context
     width, head = model.hidden_size, model.hidden_size // model.num_attention_heads

@@ -13,7 +13,13 @@ from megatron.core.optimizer import ChainedOptimizer
 from agrpo_megatron.config import load
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.ranks import start_ranks
-from agrpo_megatron.scaling.memory import rank_memory, stage_parameters, worst_rank
+from agrpo_megatron.scaling.memory import (
+    PARTS,
+    fp8_parameters,
+    rank_memory,
+    stage_parameters,
+    worst_rank,
+)
 from agrpo_megatron.settings import Settings
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from tests.ranks import run_ranks
@@ -131,6 +137,71 @@ def test_activations_are_estimated_within_a_half():
     assert less < held / 3 and told_less < told / 1.5
 
 
+WEIGHTS = 8_015_581_184  # of LLaDA-8B
+IN_LAYERS = 6_979_321_856  # of them in the layers' matrices: 32 x 4096 x (4 x 4096 + 3 x 12288)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gradients", "main_weights", "moments", "host"),
+    [
+        ([], 4, 4, 8, 0),
+        (["moments=bf16"], 4, 2, 4, 0),
+        (["moments=fp8"], 4, 2, 3, 0),
+        (["main_gradients=bf16"], 2, 2, 8, 0),
+        (["moments=bf16", "main_gradients=bf16"], 2, 2, 4, 0),
+        (["offload=1"], 4, 0, 0, 16),
+        (["offload=0.5"], 4, 2, 4, 8),
+    ],
+)
+def test_states_of_the_optimizer_take_as_many_bytes_as_their_settings_say(
+    overrides, gradients, main_weights, moments, host
+):
+    given = ["parallel=dp8", *(f"optimizer.{override}" for override in overrides)]
+    memory, own = rank_memory(load(Settings, LLADA, given), 8, stage=0), WEIGHTS // 8
+    assert memory.weights == 2 * WEIGHTS and memory.gradients == gradients * WEIGHTS
+    assert (memory.main_weights, memory.moments) == (main_weights * own, moments * own)
+    assert memory.host == host * own
+    assert memory.total == sum(getattr(memory, part) for part in PARTS) and "host" not in PARTS
+
+
+def test_weights_in_fp8_are_held_along_rows_and_along_columns():
+    bf16 = rank_memory(load(Settings, LLADA, ["parallel=dp8"]), 8, stage=0)
+    given = ["parallel=dp8", "precision=fp8", "optimizer.moments=bf16"]
+    copied = rank_memory(load(Settings, LLADA, given), 8, stage=0)
+    scales = 2 * 4 * IN_LAYERS // 128**2
+    assert copied.weights == 2 * WEIGHTS and bf16.fp8_copies == 0
+    assert copied.fp8_copies == 2 * IN_LAYERS + scales
+    assert copied.main_weights == 2 * WEIGHTS // 8
+    primary = rank_memory(load(Settings, LLADA, [*given, "fp8.primary_weights=true"]), 8, stage=0)
+    assert primary.weights == 2 * (WEIGHTS - IN_LAYERS) + 2 * IN_LAYERS + scales
+    assert primary.fp8_copies == 0 and primary.main_weights == 4 * WEIGHTS // 8
+    mxfp8 = rank_memory(load(Settings, LLADA, [*given, "fp8.recipe=mxfp8"]), 8, stage=0)
+    assert mxfp8.fp8_copies == 2 * IN_LAYERS + 2 * IN_LAYERS // 32
+
+
+def test_layers_that_stay_bf16_are_not_copied_wherever_they_are():
+    given = ["precision=fp8", "fp8.bf16_first_layers=3", "fp8.bf16_last_layers=1"]
+    layer = IN_LAYERS // 32
+    stages = {
+        "dp8": [28],
+        "pp2": [13, 15],  # of 16 layers each
+        "pp2-vpp2": [13, 15],
+        "tp2-pp4-dp1": [4, 9, 9, 6],  # of 7, 9, 9 and 7
+    }
+    for layout, counts in stages.items():
+        settings = load(Settings, LLADA, [*given, f"parallel={layout}"])
+        parallel = settings.parallel
+        held = [fp8_parameters(settings, parallel, stage=s) for s in range(parallel.pipeline)]
+        assert held == [count * layer // parallel.tensor for count in counts], layout
+
+
+def test_a_rollout_layout_of_its_own_has_copies_in_one_direction():
+    given = ["precision=fp8", "parallel=dp8", "rollout.parallel=tp2"]
+    memory = rank_memory(load(Settings, LLADA, given), 8, stage=0)
+    one_direction = IN_LAYERS // 2 + 4 * (IN_LAYERS // 2) // 128**2
+    assert memory.rollout_copy == WEIGHTS + 4096 * 65 + one_direction
+
+
 def test_the_worst_rank_is_the_worst_of_all_stages():
     settings = load(Settings, LLADA, ["parallel=pp4"])
     totals = [rank_memory(settings, 8, stage=stage).total for stage in range(4)]
@@ -158,7 +229,15 @@ def test_the_tool_prints_a_row_for_each_layout():
     assert done.returncode == 0 and len(rows) == 20
     settings = load(Settings, LLADA, ["parallel=tp4-sp-pp2"])
     (row,) = [row for row in rows if row[0] == "tp4-sp-pp2-cp1-dp1"]
-    assert row[7] == f"{worst_rank(settings, 8).total / 2**30:.1f}" and row[8] == "fits"
+    assert row[6] == f"{worst_rank(settings, 8).total / 2**30:.1f}" and row[7] == "fits"
+    assert "rollout copy" not in done.stdout and "host" not in done.stdout
+
+
+def test_the_tool_shows_what_settings_add_and_move():
+    done = _tool(str(LLADA), "--parallel", "dp8", "precision=fp8", "optimizer.offload=1")
+    names, _, row = (line.split() for line in done.stdout.splitlines() if line.strip())
+    assert " ".join(names).startswith("layout weights fp8 copies gradients activations total host")
+    assert row[2:4] == ["13.0", "29.9"] and row[6] == "14.9"
 
 
 @pytest.mark.parametrize(
