@@ -95,10 +95,12 @@ class GatherTokens(torch.autograd.Function):
         return part, None
 
 
-def gather_keys(key: Tensor, value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Return the keys and values of all ranks in order, from those [T, groups, head_dim] here."""
+def gather_keys(
+    key: Tensor, value: Tensor, wanted: slice, *, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Return keys and values at these of all ranks' tokens, from those here, [T, groups, dim]."""
     both = GatherTokens.apply(torch.stack([key, value], 1), group)
-    return both.unbind(1)  # type: ignore[union-attr, return-value]
+    return both[wanted].unbind(1)  # type: ignore[index, return-value]
 
 
 def _split(ranks: Ranks) -> int:

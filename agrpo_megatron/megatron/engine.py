@@ -13,7 +13,9 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from agrpo_megatron.kernels import kernels_for
 from agrpo_megatron.megatron.network import Network, build_network
+from agrpo_megatron.megatron.platform import take_torch_optimizers
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.megatron.reshard import RolloutCopy
 from agrpo_megatron.settings import OptimizerSettings, Settings
@@ -63,6 +65,8 @@ def build_engine(
     Raises:
         ValueError: Megatron refuses a pass-through setting.
     """
+    if kernels_for(settings).optimizer == "torch":
+        take_torch_optimizers()
     network = build_network(settings, ranks)
     config = network.config
     ddp_config = _ddp_config(settings, optimizer, config)

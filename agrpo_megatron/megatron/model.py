@@ -23,7 +23,7 @@ from torch import Tensor
 from agrpo_megatron.kernels import kernels_for
 from agrpo_megatron.layout import padded_vocab, stage_layers
 from agrpo_megatron.megatron.context import padded_rows, part_of, scored_slices
-from agrpo_megatron.megatron.packed import packed_layout
+from agrpo_megatron.megatron.packed import PackedLayout, packed_layout, rotary_angles
 from agrpo_megatron.megatron.precision import kernel_values
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.megatron.spec import local_spec
@@ -111,21 +111,31 @@ class MaskedDiffusionModel(LanguageModule):
         """
         mine = scored_slices(rows, self.ranks)[self.ranks.context.rank]
         rows = padded_rows(rows, self.ranks)
-        head_dim, context = self.config.kv_channels, self.ranks.context
-        assert head_dim is not None
-        layout = packed_layout(
-            rows.cu_seqlens, head_dim=head_dim, rope_theta=self.rope_theta, context=context
-        )
+        context = self.ranks.context
+        layout = packed_layout(rows.cu_seqlens, angles=self.angles, context=context)
         first, last = part_of(len(rows.tokens), context, context.rank)
-        hidden = self.embedding(rows.tokens[None, first:last], None) if self.pre_process else None
-        hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=layout)
-        if not self.post_process:
-            return hidden
+        hidden = self.body(rows.tokens[first:last], layout)
+        return self.head(hidden, rows.scored[mine] - first) if self.post_process else hidden
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """Return by how much each position [T] rotates its heads, [T, 1, head_dim] float32."""
+        assert self.config.kv_channels is not None
+        return rotary_angles(
+            positions, head_dim=self.config.kv_channels, rope_theta=self.rope_theta
+        )
+
+    def body(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
+        """Run this rank's tokens [T] through the layers; [T / sequence parallel, 1, hidden]."""
+        hidden = self.embedding(tokens[None], None) if self.pre_process else None
+        return self.decoder(hidden, attention_mask=None, packed_seq_params=layout)
+
+    def head(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """Return the logits [S, V / tensor parallel] at these of the rank's tokens."""
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        logits, _ = self.output_layer(hidden[rows.scored[mine] - first])
+        logits, _ = self.output_layer(hidden[places])
         return logits.squeeze(1)
 
 

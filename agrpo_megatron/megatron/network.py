@@ -29,6 +29,7 @@ class Network:
     chunks: tuple[MaskedDiffusionModel, ...]
     ranks: Ranks
     vocab: Vocabulary  # the columns of the logits that this rank computes
+    has_graphs: bool = False  # whether rollouts run as CUDA graphs
 
     @property
     def config(self) -> TransformerConfig:
@@ -72,4 +73,4 @@ def build_network(settings: Settings, ranks: Ranks) -> Network:
         forbidden=(model.mask_token_id,) if settings.sampling.forbid_mask_token else (),
         group=ranks.tensor.group,
     )
-    return Network(build_chunks(settings, ranks), ranks, vocab)
+    return Network(build_chunks(settings, ranks), ranks, vocab, settings.kernels.cuda_graphs)

@@ -1,5 +1,6 @@
 """The layout of packed rows, as attention takes it: boundaries, positions, batched runs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,42 +26,50 @@ class PackedLayout(PackedSeqParams):
     """Megatron's packed-sequence record, with what our attention needs computed once a forward."""
 
     runs: list[Run] = field(default_factory=list)
-    gathers: bool = False  # whether a row crosses into another rank's part
+    keys: slice | None = None  # of all ranks' tokens; None: no row crosses into another's part
     angles: Tensor | None = None  # [T, 1, head_dim] float32, of this rank's tokens
     cosines: Tensor | None = None  # of the angles
     sines: Tensor | None = None
 
 
 def packed_layout(
-    cu_seqlens: Tensor, *, head_dim: int, rope_theta: float, context: Axis
+    cu_seqlens: Tensor, *, angles: Callable[[Tensor], Tensor], context: Axis
 ) -> PackedLayout:
-    """Describe packed rows: positions restart at every row, and rotate by `rope_theta`.
+    """Describe packed rows: positions restart at every row.
 
     Args:
         cu_seqlens: [rows + 1] int32 row boundaries, of all context-parallel ranks together.
+        angles: positions [T] -> by how much each rotates, [T, 1, head_dim] float32.
     """
-    lengths, bounds = cu_seqlens.diff(), cu_seqlens.tolist()
+    bounds = cu_seqlens.tolist()
     first, last = part_of(bounds[-1], context, context.rank)
-    starts = cu_seqlens[:-1].repeat_interleave(lengths)
-    positions = (torch.arange(bounds[-1], device=cu_seqlens.device) - starts)[first:last]
-    angles = rotary_angles(positions, head_dim=head_dim, rope_theta=rope_theta)
+    turns = angles(positions_in_rows(cu_seqlens, bounds[-1])[first:last])
     cuts = {part_of(bounds[-1], context, rank)[0] for rank in range(context.size)}
-    gathers = not cuts <= set(bounds)
+    keys = None if cuts <= set(bounds) else _rows_around(bounds, first, last)
+    origin = keys.start if keys else first
     longest = max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0)
-    # Rows of other ranks have no queries here: their part of this rank is empty.
+    # Rows of other ranks are empty here.
     mine = cu_seqlens if context.size == 1 else cu_seqlens.clamp(first, last) - first
+    theirs = cu_seqlens.clamp(keys.start, keys.stop) - keys.start if keys else mine
     return PackedLayout(
         qkv_format="thd",
         cu_seqlens_q=mine,
-        cu_seqlens_kv=cu_seqlens if gathers else mine,
+        cu_seqlens_kv=theirs,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        runs=_runs(bounds, first, last, origin=0 if gathers else first),
-        gathers=gathers,
-        angles=angles,
-        cosines=angles.cos(),
-        sines=angles.sin(),
+        runs=_runs(bounds, first, last, origin=origin),
+        keys=keys,
+        pad_between_seqs=False,
+        angles=turns,
+        cosines=turns.cos(),
+        sines=turns.sin(),
     )
+
+
+def positions_in_rows(cu_seqlens: Tensor, count: int) -> Tensor:
+    """Return each token's position in its row, [count]; `count` is the last boundary."""
+    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=count)
+    return torch.arange(count, device=cu_seqlens.device) - starts
 
 
 def rotary_angles(positions: Tensor, *, head_dim: int, rope_theta: float) -> Tensor:
@@ -68,6 +77,11 @@ def rotary_angles(positions: Tensor, *, head_dim: int, rope_theta: float) -> Ten
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions[:, None].float() * (1.0 / rope_theta**exponents)
     return torch.cat([angles, angles], dim=-1)[:, None]
+
+
+def _rows_around(bounds: list[int], first: int, last: int) -> slice:
+    """Return the tokens of all rows that have some in `first` to `last`."""
+    return slice(max(b for b in bounds if b <= first), min(b for b in bounds if b >= last))
 
 
 def _runs(bounds: list[int], first: int, last: int, *, origin: int) -> list[Run]:

@@ -25,6 +25,7 @@ from agrpo_megatron.diffusion.draw import Draw
 from agrpo_megatron.diffusion.forward import DrawAt, Forward
 from agrpo_megatron.diffusion.packing import unscored_row
 from agrpo_megatron.megatron.context import for_schedule, hidden_tokens, scored_slices
+from agrpo_megatron.megatron.graphs import Graphs
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.megatron.wire import broadcast_draw, gather_draw, receive_draw, send_draw
@@ -142,6 +143,7 @@ class Direct:
     def __init__(self, network: Network, *, groups: int):
         self.network, self.in_flight = network, groups
         self.tokens, self.slots = 0, Slots(1)
+        self._logits = Graphs(network.chunks[0]) if network.has_graphs else network.chunks[0]
         network.set_training("eval")
         network.renew_casts()
 
@@ -150,8 +152,7 @@ class Direct:
         """Run the rows and draw."""
         self.tokens += len(rows.tokens)
         self.slots.run()
-        logits = self.network.chunks[0](rows)
-        drawn = _draw(_Item(rows, draw_at), logits, self.network.ranks)
+        drawn = _draw(_Item(rows, draw_at), self._logits(rows), self.network.ranks)
         return lambda: drawn
 
     def close(self) -> None:

@@ -49,8 +49,8 @@ class PackedAttention(MegatronModule):
         """Attend within rows: [T, heads, head_dim], keys and values [T, groups, head_dim]."""
         layout = packed_seq_params
         query, key = _rotate(query, layout), _rotate(key, layout)
-        if layout.gathers:
-            key, value = gather_keys(key, value, self.context_group)
+        if layout.keys is not None:
+            key, value = gather_keys(key, value, layout.keys, group=self.context_group)
         outputs, start = [], 0
         for run in layout.runs:
             end = start + run.rows * run.queries

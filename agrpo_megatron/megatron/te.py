@@ -1,7 +1,7 @@
 """The `te` layer spec: Megatron's transformer layer of Transformer Engine's fused modules.
 
 The norms before the two column-parallel products are fused into them, so a layer's own names
-differ from the local spec's; `local_name` tells the names that everything else knows.
+differ from the local spec's; `Network.named_parameters` tells those that everything else knows.
 Imported only where a model is built with this spec: Transformer Engine is optional.
 """
 
@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from transformer_engine.pytorch.attention.rope import FusedRoPEFunc
+from transformer_engine.pytorch.attention.rope import FusedRoPEFunc  # type: ignore[reportMissingImports]
 
 from agrpo_megatron.megatron.context import gather_keys
 from agrpo_megatron.megatron.packed import PackedLayout
@@ -56,8 +56,8 @@ class TeAttention(TEDotProductAttention):
         """Attend within rows: [T, heads, head_dim], keys and values [T, groups, head_dim]."""
         layout = packed_seq_params
         query, key = _rotate(query, layout), _rotate(key, layout)
-        if layout.gathers:
-            key, value = gather_keys(key, value, self.context_group)
+        if layout.keys is not None:
+            key, value = gather_keys(key, value, layout.keys, group=self.context_group)
         return super().forward(
             query, key, value, None, attn_mask_type, packed_seq_params=packed_seq_params
         )

@@ -1,0 +1,133 @@
+"""Rollout forwards as CUDA graphs: a bucket of packed rows is recorded once and replayed.
+
+A graph replays fixed shapes from fixed addresses. So packed rows are padded to a bucket: tokens
+and the longest row are rounded up, and rows without tokens fill the table of boundaries. The
+layers are recorded, the head is not: how many tokens are scored changes from step to step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agrpo_megatron.megatron.model import MaskedDiffusionModel
+from agrpo_megatron.megatron.packed import PackedLayout, positions_in_rows
+from agrpo_megatron.types import PackedRows
+
+TOKENS, LENGTH = 128, 64  # what tokens, and the longest row, are at least rounded up to
+
+# Record a function: returns what replays it, and the tensor that each replay writes.
+Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
+
+
+class Bucket(NamedTuple):
+    """Shapes that a graph serves."""
+
+    tokens: int
+    rows: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A graph, and the tensors that it reads and writes."""
+
+    tokens: Tensor  # [tokens]
+    bounds: Tensor  # [rows + 1] int32
+    angles: Tensor  # [tokens, 1, head_dim]
+    hidden: Tensor  # [tokens, 1, hidden]
+    replay: Callable[[], object]
+
+
+def bucket_of(bounds: list[int]) -> Bucket:
+    """Return the bucket of packed rows with these boundaries.
+
+    Tokens are rounded up by at most an eighth. What is missing is filled with rows that are no
+    longer than the longest one: attention is never costlier for it.
+    """
+    count = bounds[-1]
+    longest = _up(max(b - a for a, b in zip(bounds, bounds[1:], strict=False)), LENGTH)
+    tokens = _up(count, max(TOKENS, 2 ** (count.bit_length() - 4)))
+    needed = len(bounds) - 1 + -(-(tokens - count) // longest)
+    return Bucket(tokens, 2 ** (needed - 1).bit_length(), longest)
+
+
+def bucket_bounds(bounds: list[int], bucket: Bucket) -> list[int]:
+    """Return boundaries [rows + 1] of a bucket: the rows, rows of padding, and empty rows."""
+    padding = range(bounds[-1] + bucket.longest, bucket.tokens, bucket.longest)
+    filled = [*bounds, *padding]
+    return filled + [bucket.tokens] * (bucket.rows + 1 - len(filled))
+
+
+class Graphs:
+    """Run packed rows through a model without pipeline or context parallelism; logits come out.
+
+    A bucket is recorded when it comes for the second time: many come once, as rows end. Lives as
+    long as the weights do not change: one rollout.
+    """
+
+    def __init__(self, model: MaskedDiffusionModel, *, record: Recorder | None = None):
+        self.model, self._record = model, record or record_on_gpu()
+        self._seen: set[Bucket] = set()
+        self._recorded: dict[Bucket, _Recording] = {}
+
+    @torch.no_grad()
+    def __call__(self, rows: PackedRows) -> Tensor:
+        """Return the logits [S, V / tensor parallel] of the scored tokens."""
+        bounds = rows.cu_seqlens.tolist()
+        bucket = bucket_of(bounds)
+        if bucket not in self._seen:
+            self._seen.add(bucket)
+            return self.model(rows)
+        if bucket not in self._recorded:
+            self._recorded[bucket] = self._recording(bucket, rows.tokens.device)
+        found = self._recorded[bucket]
+        full = rows.cu_seqlens.new_tensor(bucket_bounds(bounds, bucket))
+        found.tokens.copy_(F.pad(rows.tokens, (0, bucket.tokens - len(rows.tokens))))
+        found.bounds.copy_(full)
+        found.angles.copy_(self.model.angles(positions_in_rows(full, bucket.tokens)))
+        found.replay()
+        return self.model.head(found.hidden, rows.scored)
+
+    def _recording(self, bucket: Bucket, device: torch.device) -> _Recording:
+        tokens = torch.zeros(bucket.tokens, dtype=torch.int64, device=device)
+        even = bucket_bounds([0, min(bucket.longest, bucket.tokens)], bucket)
+        bounds = torch.tensor(even, dtype=torch.int32, device=device)
+        angles = self.model.angles(positions_in_rows(bounds, bucket.tokens))
+        layout = PackedLayout(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=bucket.longest,
+            max_seqlen_kv=bucket.longest,
+            pad_between_seqs=False,
+            angles=angles,
+        )
+        replay, hidden = self._record(lambda: self.model.body(tokens, layout))
+        return _Recording(tokens, bounds, angles, hidden, replay)
+
+
+def record_on_gpu() -> Recorder:
+    """Return what records CUDA graphs that share their memory: one is replayed at a time."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        now, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(now)
+        with torch.cuda.stream(side):
+            run()  # kernels are chosen and loaded, which a recording must not do
+        now.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on with CUDA calls of their own, such as NCCL's watchdog.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            written = run()
+        return graph.replay, written
+
+    return record
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
