@@ -79,19 +79,23 @@ def train(arguments: argparse.Namespace) -> int:
     """Run or resume training, then write the report and say how it went."""
     phases = arguments.phases
     settings = load(Settings, arguments.file, arguments.overrides)
+    from agrpo_megatron.kernels import kernels_for
     from agrpo_megatron.reports.summary import conclude
     from agrpo_megatron.training import directory
     from agrpo_megatron.training.resolve import resolve
 
     resolved = resolve(settings, world_size=world_size())
     settings = resolved.settings
+    # After a restart there is nothing to look at, though another rank may still be moving it.
+    done = None if arguments.restart else directory.progress(settings)
+    is_finished = directory.is_finished(settings, done)
+    if not is_finished:
+        kernels_for(settings, phases=phases)  # what this machine cannot do is said before all else
     if arguments.restart and is_main():
         moved = directory.move_away(Path(settings.run.dir))
         if moved is not None:
             print(f"the earlier run is now {moved}")
-    # After a restart there is nothing to look at, though another rank may still be moving it.
-    done = None if arguments.restart else directory.progress(settings)
-    if directory.is_finished(settings, done):
+    if is_finished:
         if is_main():
             why = f" ({done.stopped})" if done is not None and done.stopped else ""
             print(f"{settings.run.dir} is finished{why}; add --restart to run it again\n")
@@ -143,6 +147,7 @@ def sample(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     target = open_target(arguments)
+    from agrpo_megatron.kernels import kernels_for
     from agrpo_megatron.reports.trace import trace
     from agrpo_megatron.resilience.failure import ending_together
     from agrpo_megatron.training.answers import shown_prompt, to_grade
@@ -151,6 +156,7 @@ def sample(arguments: argparse.Namespace) -> int:
 
     settings, ranks = target.settings, world_size()
     resolved = resolve(settings, world_size=ranks, needs=() if arguments.prompt else ("eval",))
+    kernels_for(resolved.settings)
     console, tokenizer, task = Console(), resolved.tokenizer, resolved.task
     problems = [] if arguments.prompt else task.problems("eval")[: arguments.number]
     prompts = [task.eval_prompt(problem) for problem in problems] or [arguments.prompt]

@@ -112,6 +112,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         is_sweep=arguments.sweep,
         stored=store.stored() if is_begun and not arguments.restart else None,
     )
+    if arguments.restart:
+        _check_machine(plan)
     if arguments.restart and is_main():
         moved = move_away(store.directory)
         if moved is not None:
@@ -168,6 +170,7 @@ def _run(plan, store):
     from agrpo_megatron.training.evaluation import evaluate_grid
     from agrpo_megatron.training.inference import opened
 
+    _check_machine(plan)
     settings = plan.resolved.settings
     view = EvaluationView(live=settings.logging.live, is_main=is_main())
     for note in plan.resolved.task.notes:
@@ -177,6 +180,13 @@ def _run(plan, store):
         opened(plan.resolved, silent_view(), plan.checkpoint) as (session, network),
     ):
         return evaluate_grid(session, network, plan, store, view.show)
+
+
+def _check_machine(plan) -> None:
+    """Refuse what this machine cannot do, before ranks start or anything is moved."""
+    from agrpo_megatron.kernels import kernels_for
+
+    kernels_for(plan.resolved.settings)
 
 
 def _conclude(results: dict, directory: Path, *, as_json: bool) -> None:

@@ -14,9 +14,21 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 MISSING = "it is not installed"
 FLASH_ATTENTION = {2: "flash-attn", 3: "flash-attn-3", 4: "flash-attn-4"}  # its packages
+AMPERE, ADA, HOPPER, BLACKWELL, WORKSTATION = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
+TE_OLDEST = (2, 10)  # what Megatron-Core 0.19 asks for the newest of what is used here
+CUDA_OF_BLOCKWISE = (12, 9)
+INSTALL = "install it as docs/install.md says"
+
+
+class Missing(NamedTuple):
+    """What something needs that is not here, as the object of `needs`, and a fix."""
+
+    what: str
+    fix: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,75 @@ def look() -> Machine:
         apex_gradient=not import_problem("fused_weight_gradient_mlp_cuda"),
         flash_attention=tuple(major for major, name in FLASH_ATTENTION.items() if version(name)),
     )
+
+
+def te_missing(machine: Machine) -> Missing | None:
+    """Say what the layers of Transformer Engine need that is not here."""
+    if machine.gpu is None:
+        return Missing("a GPU, and torch sees none", "run where there is one")
+    if machine.capability < AMPERE:
+        return Missing(f"an Ampere GPU or newer, and {_gpu(machine)}", "run on a newer one")
+    te = "Transformer Engine"
+    if machine.te_problem:
+        return Missing(f"{te}, and {machine.te_problem}", INSTALL)
+    if release(machine.te or "") < TE_OLDEST:
+        return Missing(f"{te} {_dotted(TE_OLDEST)} or newer, and it is {machine.te}", INSTALL)
+    return None
+
+
+def fp8_missing(machine: Machine) -> Missing | None:
+    """Say what FP8 needs that is not here."""
+    if machine.gpu is not None and machine.capability < ADA:
+        return Missing(f"a Hopper GPU or newer, and {_gpu(machine)}", "run on a newer one")
+    return te_missing(machine)
+
+
+def default_recipe(machine: Machine) -> str:
+    """Return the FP8 recipe that is native to the GPU, and keeps no state."""
+    if machine.capability >= WORKSTATION:
+        return "tensorwise"
+    return "mxfp8" if machine.capability >= BLACKWELL else "blockwise"
+
+
+def recipe_missing(recipe: str, machine: Machine) -> Missing | None:
+    """Say what an FP8 recipe needs beyond FP8 itself; as Transformer Engine checks too."""
+    capability = machine.capability
+    tensorwise = "use fp8.recipe=tensorwise"
+    if recipe == "mxfp8" and not BLACKWELL <= capability < WORKSTATION:
+        fix = "use fp8.recipe=blockwise" if capability >= HOPPER else tensorwise
+        return Missing(f"a Blackwell GPU (10.x), and {_gpu(machine)}", fix)
+    if recipe != "blockwise":
+        return None
+    if capability < HOPPER:
+        return Missing(f"a Hopper GPU or newer, and {_gpu(machine)}", tensorwise)
+    if machine.cuda < CUDA_OF_BLOCKWISE:
+        needed = f"CUDA {_dotted(CUDA_OF_BLOCKWISE)} or newer"
+        fix = f"install a torch for CUDA 13, or {tensorwise}"
+        return Missing(f"{needed}, and torch was built for {_dotted(machine.cuda)}", fix)
+    return None
+
+
+def invariant_flash(machine: Machine) -> int | Missing:
+    """Return the flash attention that can ignore what else is in a batch, or what it needs."""
+    if machine.gpu is not None and machine.capability < HOPPER:
+        return Missing(f"a Hopper GPU or newer, and {_gpu(machine)}", "run on a newer one")
+    if missing := te_missing(machine):
+        return missing
+    # Transformer Engine takes version 3 on Hopper alone, and there before version 4.
+    fitting = (3, 4) if machine.capability < BLACKWELL else (4,)
+    for version in fitting:
+        if version in machine.flash_attention:
+            return version
+    names = " or ".join(FLASH_ATTENTION[version] for version in fitting)
+    return Missing(f"{names}, and it is not installed", INSTALL)
+
+
+def fused_adam_missing(machine: Machine) -> Missing | None:
+    """Say what Transformer Engine's fused Adam needs that is not here."""
+    te = "Transformer Engine's fused Adam, and"
+    if machine.gpu is None:
+        return Missing(f"{te} a GPU for it, and torch sees none", "run where there is one")
+    return Missing(f"{te} {machine.te_problem}", INSTALL) if machine.te_problem else None
 
 
 def import_problem(module: str) -> str:
@@ -124,3 +205,12 @@ def one_line(error: Exception) -> str:
     """Return an error's type and the beginning of its first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+
+
+def _gpu(machine: Machine) -> str:
+    """Say as a clause which GPU is here."""
+    return f"{machine.gpu} has compute capability {_dotted(machine.capability)}"
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))

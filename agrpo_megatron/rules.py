@@ -14,7 +14,7 @@ from agrpo_megatron.layout import (
     rollout_parallel,
     stage_layers,
 )
-from agrpo_megatron.rules_precision import validate_fp8_model, validate_precision
+from agrpo_megatron.rules_precision import validate_precision
 from agrpo_megatron.settings import (
     ModelSettings,
     ParallelSettings,
@@ -35,7 +35,6 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         _validate_model(settings.model)
         validate_layout(settings.model, settings.parallel, world_size=world_size)
         _validate_rollout(settings, world_size)
-        validate_fp8_model(settings)
     validate_precision(settings)
     validate_sampling(settings.sampling, "sampling")
     validate_sampling(evaluation_sampling(settings), "evaluation")

@@ -16,7 +16,7 @@ from agrpo_megatron.settings import (
 
 
 def validate_precision(settings: Settings) -> None:
-    """Check all but what needs the architecture.
+    """Check the rules; those on the architecture once it is known.
 
     Raises:
         ValueError: the first rule broken, with key, value, rule and fix.
@@ -28,29 +28,22 @@ def validate_precision(settings: Settings) -> None:
         or _graphs_misfit(settings)
         or _optimizer_misfit(settings)
         or _primary_weights_misfit(settings)
+        or _bf16_layers_misfit(settings)
     )
     if problem:
         raise ValueError(problem)
-
-
-def validate_fp8_model(settings: Settings) -> None:
-    """Check what FP8 asks of the architecture.
-
-    Raises:
-        ValueError: the first rule broken, with key, value, rule and fix.
-    """
-    if settings.precision != "fp8":
-        return
-    _validate_bf16_layers(settings)
-    validate_widths(settings, settings.fp8.recipe)
+    if settings.precision == "fp8":
+        validate_widths(settings, settings.fp8.recipe)
 
 
 def validate_widths(settings: Settings, recipe: str | None) -> None:
     """Check that every matrix product of a layer divides into what a recipe scales together.
 
     Raises:
-        ValueError: one does not, with the nearest fix.
+        ValueError: one does not.
     """
+    if not _is_known(settings.model):
+        return
     multiple = 32 if recipe == "mxfp8" else 16
     for key, parallel in _layouts(settings):
         for what, width in _widths(settings.model, parallel, key).items():
@@ -204,11 +197,12 @@ def _primary_weights_misfit(settings: Settings) -> str:
     return ""
 
 
-def _validate_bf16_layers(settings: Settings) -> None:
+def _bf16_layers_misfit(settings: Settings) -> str:
     layers, fp8 = settings.model.num_layers, settings.fp8
-    both = fp8.bf16_first_layers + fp8.bf16_last_layers
-    if both >= layers:
-        raise ValueError(
+    if settings.precision != "fp8" or not _is_known(settings.model):
+        return ""
+    if fp8.bf16_first_layers + fp8.bf16_last_layers >= layers:
+        return (
             f"fp8.bf16_first_layers={fp8.bf16_first_layers} and fp8.bf16_last_layers="
             f"{fp8.bf16_last_layers} leave none of model.num_layers={layers} in FP8; use fewer, or "
             "precision=bf16"
@@ -217,10 +211,17 @@ def _validate_bf16_layers(settings: Settings) -> None:
         most = layers // parallel.pipeline
         for name in ("bf16_first_layers", "bf16_last_layers"):
             if getattr(fp8, name) > most:
-                raise ValueError(
-                    f"fp8.{name}={getattr(fp8, name)} is more than a stage of {key} has, {layers} "
-                    f"layers / pipeline={parallel.pipeline}; use at most {most}"
+                return (
+                    f"fp8.{name}={getattr(fp8, name)} is more than a stage holds: "
+                    f"model.num_layers={layers} / {key} pipeline={parallel.pipeline}; use at most "
+                    f"{most}"
                 )
+    return ""
+
+
+def _is_known(model: ModelSettings) -> bool:
+    """Say whether the architecture is written, or was read from `model.load`."""
+    return model.load is None or model.vocab_size is not None
 
 
 def _layouts(settings: Settings) -> list[tuple[str, ParallelSettings]]:

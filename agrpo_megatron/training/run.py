@@ -13,6 +13,7 @@ from agrpo_megatron.checkpoint.progress import (
 )
 from agrpo_megatron.checkpoint.resume import find_checkpoint, verify_together
 from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights
+from agrpo_megatron.kernels import in_one_line, kernels_for
 from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.ranks import Ranks, start_ranks, stop_ranks
@@ -150,7 +151,9 @@ def load_start_weights(network: Network, settings: Settings) -> None:
 
 
 def _tell_notes(session: Session) -> None:
-    """Show what is to be known of the problems, and keep it with the run."""
+    """Show what is to be known of kernels and problems, and keep the latter with the run."""
+    if session.settings.precision != "fp32":
+        session.view.note(in_one_line(kernels_for(session.settings)))
     session.task.problems("train")  # notes are made as problems are loaded
     for note in session.task.notes:
         session.view.note(note)
