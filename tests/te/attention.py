@@ -65,11 +65,12 @@ def fused_attn_fwd(  # noqa: PLR0913
     _check_rows(q, longest_q, cu_q, cu_q_padded)
     _check_rows(k, longest_k, cu_k, cu_k_padded)
     _check_heads(q, k, v)
-    refuse("no dropout, no paging, no quantizer", dropout == 0.0, *(x is None for x in more[:8]))
+    refuse("no dropout, no paging, no quantizer", dropout == 0.0, *(x is None for x in more[:6]))
     refuse("the dtype is said", q.dtype == dtype)
     out = _attend(q, k, v, scale, cu_q, cu_k)
     statistics = torch.zeros(*q.shape[:2], 1)
-    return [out, statistics, torch.zeros(2, dtype=torch.int64)] if is_training else [out]
+    # Also outside training: Transformer Engine unpacks them either way.
+    return [out, statistics, torch.zeros(2, dtype=torch.int64)]
 
 
 def fused_attn_bwd(  # noqa: PLR0913

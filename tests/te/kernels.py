@@ -61,20 +61,34 @@ def install() -> None:
     """
     if torch.cuda.is_available():
         raise RuntimeError("a GPU is here: run `pytest -m gpu`, which wants no stand-ins")
+    from agrpo_megatron import machine
     from agrpo_megatron.megatron import platform, ranks
 
-    cpu = platform.prepare_platform(1)
-    ranks.prepare_platform = lambda threads=None: cpu
+    platform._stand_in_for_cuda()
+    ranks.prepare_platform = lambda threads=None: torch.device("cpu")
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
     torch.cuda.get_device_properties = lambda device=None: _Hopper
     torch.cuda.get_device_capability = lambda device=None: (_Hopper.major, _Hopper.minor)
     torch.cuda.get_device_name = lambda device=None: _Hopper.name
+    torch.autograd._engine_run_backward = _within_mode(torch.autograd._engine_run_backward)
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
     for module, names in STAND_INS.items():
         for name in names:
             _replace(getattr(extension, name), counted(getattr(module, name)))
     _replace(extension.get_cudnn_version, lambda: CUDNN)
+    machine.look.cache_clear()
+
+
+def _within_mode(run_backward):
+    """Let kernels of a backward pass, too, find a CPU where they ask for a GPU."""
+    from agrpo_megatron.megatron.platform import _CpuForCuda
+
+    def run(*args, **kwargs):
+        with _CpuForCuda():
+            return run_backward(*args, **kwargs)
+
+    return run
 
 
 def _replace(kernel: object, stand_in: object) -> None:

@@ -47,7 +47,7 @@ def quantize(x, quantizer, out=None, noop=None):
 
 def create_empty_quantized_tensor(quantizer, shape, dtype, device, pin_memory):
     """Return a tensor of the shape; Transformer Engine's own code says what lies in it."""
-    shape = tuple(shape)
+    shape, device = tuple(shape), "cpu" if torch.device(device).type == "cuda" else device
     if isinstance(quantizer, Float8Quantizer):
         return _empty_delayed(quantizer, shape, dtype, device)
     known = isinstance(quantizer, Float8BlockQuantizer | Float8CurrentScalingQuantizer)
@@ -114,10 +114,8 @@ def check_product(a, b, *, trans_a: bool, trans_b: bool) -> None:
     refuse("both operands are FP8 or none", isinstance(b, QuantizedTensorStorage))
     refuse("the first operand has the bytes that are read", _has(a, rowwise=trans_a))
     refuse("the second operand has the bytes that are read", _has(b, rowwise=not trans_b))
-    (columns, depth), (rows, other) = (
-        _sizes(a, transposed=trans_a),
-        _sizes(b, transposed=not trans_b),
-    )
+    columns, depth = _sizes(a, rowwise=trans_a)
+    rows, other = _sizes(b, rowwise=not trans_b)
     refuse(f"{depth} = {other} values are summed", depth == other)
     refuse(f"{depth} summed FP8 values are a multiple of 16", depth % 16 == 0)
     refuse(f"{columns} columns are a multiple of 8", columns % 8 == 0)
