@@ -1,0 +1,139 @@
+"""The te layers compute what the local ones do, packed or not, and read their checkpoints."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from agrpo_megatron.checkpoint.progress import Progress
+from agrpo_megatron.checkpoint.saving import Saver
+from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights
+from agrpo_megatron.megatron.network import Network
+from tests.gpu.common import (
+    SCALE,
+    engine_of,
+    gradients_of,
+    local,
+    logits_of,
+    one_row,
+    relative,
+    te,
+    update,
+    weights_of,
+)
+from tools.gpu_model import random_batch, random_rows
+
+pytestmark = pytest.mark.gpu
+
+PACKED = [
+    local("fp32"),
+    local("bf16"),
+    te("bf16"),
+    te("fp8 blockwise"),
+    te("fp8 tensorwise"),
+]
+
+
+def _rounded(weights):
+    """Return weights that bfloat16 holds exactly: all precisions then compute the same model."""
+    return {name: w.to(torch.bfloat16).float() for name, w in weights.items()}
+
+
+def _weights(*more):
+    with engine_of(*local("fp32"), *more) as (engine, _):
+        return _rounded(weights_of(engine.network))
+
+
+def _logits_and_gradients(overrides, weights):
+    with engine_of(*overrides, weights=weights) as (engine, _):
+        batch = random_batch(SCALE, seed=5, device=engine.ranks.device)
+        return logits_of(engine.network, batch.rows), gradients_of(engine, [batch])
+
+
+def _kind(name):
+    """Return what a weight is, whichever layer holds it."""
+    return name.split("layers.")[-1].partition(".")[2] if "layers." in name else name
+
+
+def _errors(found, reference):
+    """Return the relative error of the logits, and of the gradients of each kind of weight."""
+    (logits, gradients), (true_logits, true_gradients) = found, reference
+    kinds = sorted({_kind(name) for name in true_gradients})
+    errors = {"logits": relative(logits, true_logits)}
+    for kind in kinds:
+        names = [name for name in true_gradients if _kind(name) == kind]
+        ours, theirs = (
+            torch.cat([each[name].flatten() for name in names])
+            for each in (gradients, true_gradients)
+        )
+        errors[kind] = relative(ours, theirs)
+    return errors
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_te_is_as_near_to_float32_as_the_local_spec(head_dim, record_property):
+    heads = f"model.num_attention_heads={SCALE.hidden // head_dim}"
+    weights = _weights(heads)
+    reference = _logits_and_gradients((*local("fp32"), heads), weights)
+    ours = _errors(_logits_and_gradients((*te("bf16"), heads), weights), reference)
+    theirs = _errors(_logits_and_gradients((*local("bf16"), heads), weights), reference)
+    for name in ("logits", "self_attention.linear_qkv.weight"):
+        record_property(f"error/te/{head_dim}/{name}", ours[name])
+        record_property(f"error/local/{head_dim}/{name}", theirs[name])
+    assert 1e-4 < theirs["logits"] < 0.05, theirs
+    assert {name: e for name, e in ours.items() if e > 1.5 * theirs[name]} == {}, theirs
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "tensorwise"])
+def test_fp8_is_near_to_bf16(recipe, record_property):
+    """FP8 has 3 bits after the point: a product errs by some hundredths, and they add up."""
+    weights = _weights()
+    reference = _logits_and_gradients(local("fp32"), weights)
+    errors = _errors(_logits_and_gradients(te(f"fp8 {recipe}"), weights), reference)
+    record_property(f"error/fp8 {recipe}/logits", errors["logits"])
+    assert 0.01 < errors["logits"] < 0.25, errors
+    assert max(errors.values()) < 0.4, errors
+
+
+@pytest.mark.parametrize("overrides", PACKED, ids=[" ".join(case) for case in PACKED])
+def test_packed_rows_do_not_see_one_another(overrides):
+    """Rows packed together err from rows alone by less than the precision errs from float32."""
+    weights = _weights()
+    rows = None
+    with engine_of(*overrides, weights=weights) as (engine, _):
+        rows = random_rows(SCALE, seed=3, device=engine.ranks.device)
+        packed = logits_of(engine.network, rows)
+        parts = [one_row(rows, number) for number in range(SCALE.rows)]
+        alone = torch.cat([logits_of(engine.network, part) for part in parts])
+    with engine_of(*local("fp32"), weights=weights) as (engine, _):
+        exact = logits_of(engine.network, rows)
+    assert len(parts) == SCALE.rows > 1 and len(packed) == len(alone) == len(exact)
+    bound = max(relative(alone, exact), 1e-5)
+    assert relative(packed, alone) <= bound < 0.25
+
+
+@pytest.mark.parametrize("overrides", [te("bf16"), te("fp8 blockwise")], ids=["bf16", "fp8"])
+def test_checkpoints_move_between_the_specs(tmp_path, overrides):
+    """Weights saved from local layers are those of te layers, and back, to the bit."""
+    with engine_of(*local("bf16")) as (engine, settings):
+        update(engine, settings)  # so that there are moments
+        saved, path = weights_of(engine.network), _save(tmp_path / "local", engine)
+    with engine_of(*overrides, "run.seed=1") as (engine, _):
+        assert not _same(engine.network, saved)
+        load_checkpoint(path, engine)
+        assert _same(engine.network, saved)
+        back = _save(tmp_path / "te", engine)
+    with engine_of(*local("bf16"), "run.seed=2") as (engine, _):
+        load_weights(back, engine.network)
+        assert _same(engine.network, saved)
+
+
+def _save(root: Path, engine) -> Path:
+    saver = Saver(root, engine, keep=1, is_async=False, files=None)
+    return saver.save(Progress("sft", 1, {}))
+
+
+def _same(network: Network, weights) -> bool:
+    mine = weights_of(network)
+    assert set(mine) == set(weights)
+    return all(torch.equal(mine[name], weights[name]) for name in weights)
