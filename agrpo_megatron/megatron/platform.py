@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from agrpo_megatron.settings import KernelSettings
+
 _stand_in: "_CpuForCuda | None" = None
 
 
@@ -31,47 +33,23 @@ def prepare_platform(threads: int | None = None) -> torch.device:
     return torch.device("cpu")
 
 
-def repeat_bit_by_bit(device: torch.device) -> None:
-    """Ask all libraries for kernels that repeat; called before the first kernel.
+def prepare_kernels(settings: KernelSettings, device: torch.device) -> None:
+    """Switch on what holds for a whole process; called before the first kernel.
 
-    An operation without such a form warns and runs. A CPU needs nothing: its kernels repeat.
+    `deterministic`: an operation without a form that repeats warns and runs. Nothing is to be
+    done on a CPU, whose kernels repeat.
     """
     if device.type != "cuda":
         return
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # Transformer Engine's attention
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NCCL_ALGO", "Ring")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if settings.deterministic:
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # Transformer Engine's attention
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if settings.batch_invariant:
+        from megatron.core.transformer.custom_layers import batch_invariant_kernels
 
-
-def take_torch_optimizers() -> None:
-    """Let Megatron-Core update weights and sum norms by torch alone; mutates its modules.
-
-    It takes the fused kernels of whichever package it can import. Transformer Engine imports on a
-    machine without a GPU too, where its kernels do not run.
-    """
-    from megatron.core import optimizer, utils
-    from megatron.core.optimizer import clip_grads, distrib_optimizer
-    from megatron.core.optimizer import optimizer as mixed
-
-    lists = {
-        "multi_tensor_applier": utils.local_multi_tensor_applier,
-        "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
-    }
-    norms = {
-        "l2_norm_impl": utils.local_multi_tensor_l2_norm,
-        "multi_tensor_scale_tensor_impl": None,
-    }
-    flags = ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER")
-    adam = {"Adam": torch.optim.AdamW, "SGD": torch.optim.SGD, "USING_PYTORCH_OPTIMIZER": True}
-    for module, values in (
-        (optimizer, adam),
-        (distrib_optimizer, {"Adam": torch.optim.Adam, **dict.fromkeys(flags, False)}),
-        (mixed, lists),
-        (clip_grads, {**lists, **norms}),
-    ):
-        for name, value in values.items():
-            setattr(module, name, value)
+        batch_invariant_kernels.enable_batch_invariant_mode()
 
 
 class _CpuForCuda(TorchFunctionMode):

@@ -10,7 +10,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from agrpo_megatron.layout import model_ranks, rollout_parallel
-from agrpo_megatron.megatron.platform import prepare_platform, repeat_bit_by_bit
+from agrpo_megatron.megatron.platform import prepare_kernels, prepare_platform
 from agrpo_megatron.megatron.precision import token_multiple
 from agrpo_megatron.settings import ParallelSettings, Settings
 
@@ -72,8 +72,7 @@ def world_size() -> int:
 def start_ranks(settings: Settings) -> Ranks:
     """Prepare the platform and build all process groups; called once, by every rank."""
     device = prepare_platform(settings.run.threads)
-    if settings.kernels.deterministic:
-        repeat_bit_by_bit(device)
+    prepare_kernels(settings.kernels, device)
     if not dist.is_initialized():
         _join_world(device, settings.run.timeout)
     rollout = None
