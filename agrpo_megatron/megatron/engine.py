@@ -14,8 +14,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from agrpo_megatron.kernels import kernels_for
+from agrpo_megatron.megatron.fused import take_torch_optimizers
 from agrpo_megatron.megatron.network import Network, build_network
-from agrpo_megatron.megatron.platform import take_torch_optimizers
 from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.megatron.reshard import RolloutCopy
 from agrpo_megatron.settings import OptimizerSettings, Settings
