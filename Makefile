@@ -1,9 +1,9 @@
-# Installs into .venv and .venv-resilience (and .uv where the machine has no uv); nothing outside
+# Installs into .venv, .venv-resilience and .venv-te (and .uv where the machine has no uv); nothing outside
 # this folder changes, but by `make slurm`.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install resilience slurm demo test lint types
+.PHONY: help install resilience te slurm demo test lint types
 
 # Test processes, and what they test. A multi-rank test starts its ranks with one thread each.
 WORKERS ?= 2
@@ -12,6 +12,10 @@ TESTS ?= tests
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 RESILIENCE := .venv-resilience/.installed
+TE := .venv-te/.installed
+
+# A folder of wheels of Transformer Engine, for `make te`: no package index has all of them.
+TE_WHEELS ?= .gpu/wheels
 
 # A version manager may put a `uv` on PATH that only fails: ask it before relying on it.
 UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
@@ -22,6 +26,8 @@ help: ## list these targets
 install: $(INSTALLED) ## install the pinned versions into .venv; does nothing when nothing changed
 
 resilience: $(RESILIENCE) ## nvidia-resiliency-ext beside the rest, in .venv-resilience, for tests of it
+
+te: $(TE) ## Transformer Engine in .venv-te, for tests of it: make te TE_WHEELS=FOLDER
 
 # Debian's packages, and root: the tests start daemons of their own, and the package none.
 slurm: ## install SLURM for tests of job scripts, where it is missing (Debian, Ubuntu; needs root)
@@ -61,6 +67,24 @@ $(RESILIENCE): pyproject.toml constraints.txt $(INSTALLED)
 	  || { rm -rf .venv-resilience && $(UV) venv --quiet --python 3.12 .venv-resilience; }
 	@$(UV) pip install --quiet --python .venv-resilience $(addprefix --python-platform ,$(NEWER)) --compile-bytecode \
 	  --constraint constraints.txt --editable '.[dev,resilience]'
+	@touch $@
+
+# Apart from .venv, since its extension works with the torch that it was built for and no other.
+# Packages that follow torch's version take the one that goes with it.
+TE_TORCH := 2.11.0
+FOLLOWING_TORCH := ^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==
+
+$(TE): pyproject.toml constraints.txt $(wildcard $(TE_WHEELS)/*.whl) | $(filter .uv/%,$(UV))
+	@ls $(TE_WHEELS)/transformer_engine_torch-*.whl >/dev/null 2>&1 || { echo >&2 \
+	  "no wheels of Transformer Engine in TE_WHEELS=$(TE_WHEELS): docs/install.md tells how to build them"; \
+	  exit 1; }
+	@.venv-te/bin/python --version >/dev/null 2>&1 \
+	  || { rm -rf .venv-te && $(UV) venv --quiet --python 3.12 .venv-te; }
+	@grep -vE '$(FOLLOWING_TORCH)' constraints.txt > .venv-te/constraints.txt
+	@$(UV) pip install --quiet --python .venv-te --compile-bytecode \
+	  --constraint .venv-te/constraints.txt --editable '.[dev]' torch==$(TE_TORCH) einops onnxscript
+	@$(UV) pip install --quiet --python .venv-te --compile-bytecode --no-deps --no-index \
+	  $(TE_WHEELS)/*.whl
 	@touch $@
 
 # A private uv, since some systems refuse `pip install` outside a virtual environment. Where

@@ -1,0 +1,120 @@
+"""Models that both layer specs build under the stand-ins, and what is compared of them."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from agrpo_megatron.families import FAMILIES
+from agrpo_megatron.files import write_whole
+from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.megatron.network import Network
+from agrpo_megatron.megatron.weights import export_hf
+from agrpo_megatron.tokenizer import CHARACTERS
+from agrpo_megatron.training.session import Session
+from agrpo_megatron.training.sft import run_sft
+from agrpo_megatron.types import PackedRows
+from tests.te import kernels
+from tests.training.tiny import open_session
+
+# Heads of 8, since fused attention takes no smaller ones; weights as large as a network's of
+# this width usually are, so that rounding is not amplified from layer to layer.
+SMALL = [
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=96",
+    "model.num_attention_heads=8",
+    "model.num_query_groups=4",
+    "model.init_std=0.1",
+    "sft.iterations=1",
+    "train.token_budget=45",  # three rows to a micro-batch, and two
+]
+VARIANTS = {
+    "grouped": [],
+    "llada": ["model.num_query_groups=null"],
+    "bias and qk-norm": ["model.qkv_bias=true", "model.qk_norm=true"],
+}
+LOCAL, TE = "kernels.layer_spec=local", "kernels.layer_spec=te"
+BF16, FP8, TENSORWISE = "precision=bf16", "precision=fp8", "fp8.recipe=tensorwise"
+LENGTHS = (7, 7, 3, 11, 1)
+
+
+def opened(*overrides: str, world_size: int = 1, phase: str = "sft") -> tuple[Session, Engine]:
+    """Return a session and an engine under the stand-ins; `overrides` come last."""
+    kernels.install()
+    return open_session(*SMALL, *overrides, world_size=world_size, phase=phase)
+
+
+def disturb(network: Network) -> None:
+    """Let biases and norms do something, and every weight be one that bfloat16 has; mutates."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.dim() == 1:
+                generator = torch.Generator().manual_seed(len(name))
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(parameter.bfloat16())
+
+
+def save_hf(folder: str | Path, session: Session, engine: Engine) -> None:
+    """Write the weights as a Hugging Face directory."""
+    model = session.settings.model
+    save_file(whole_weights(session, engine), Path(folder) / "model.safetensors")
+    config = FAMILIES[model.family].config(model)
+    write_whole(Path(folder) / "config.json", json.dumps(config))
+
+
+def loading(folder: str | Path) -> tuple[str, ...]:
+    """Return the overrides that start from such a directory, which has no tokenizer."""
+    return f"model.load={folder}", f"tokenizer.path={CHARACTERS}"
+
+
+def whole_weights(session: Session, engine: Engine) -> dict[str, Tensor]:
+    """Return the weights of all ranks, by Hugging Face names."""
+    named = {name: p.detach() for name, p in engine.network.named_parameters()}
+    return export_hf(named, session.settings.model, session.ranks)
+
+
+def sft_gradient(session: Session, engine: Engine) -> tuple[float, dict[str, Tensor]]:
+    """Return loss and whole gradient of a supervised step that changes no weight."""
+    caught: dict[str, Tensor] = {}
+
+    def step() -> tuple[bool, float, None]:
+        named = {n: p.main_grad.clone() for n, p in engine.network.named_parameters()}
+        caught.update(export_hf(named, session.settings.model, session.ranks))
+        return True, 0.0, None
+
+    engine.optimizer.step = step  # type: ignore[method-assign]
+    run_sft(session, engine, start=0, after=lambda _: None)
+    del engine.optimizer.step
+    return session.log.records[-1]["loss"], caught
+
+
+def random_rows(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
+    """Return rows of tokens."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 80, (length,), generator=generator) for length in lengths]
+
+
+def pack(rows: list[Tensor]) -> PackedRows:
+    """Return rows as one pack with every token scored."""
+    bounds = torch.tensor([0] + [len(row) for row in rows]).cumsum(0).to(torch.int32)
+    return PackedRows(torch.cat(rows), bounds, torch.arange(int(bounds[-1])))
+
+
+def logits(network: Network, rows: list[Tensor]) -> Tensor:
+    """Return the logits of all tokens, in one pack."""
+    network.set_training("eval")
+    network.renew_casts()
+    with torch.no_grad():
+        return network.chunks[0](pack(rows)).float()
+
+
+def errors(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Return the difference of each tensor, relative to its norm."""
+    return {name: distance(ours[name], tensor) for name, tensor in exact.items()}
+
+
+def distance(ours: Tensor, exact: Tensor) -> float:
+    """Return the norm of the difference, relative to that of the exact one."""
+    return float((ours.float() - exact.float()).norm() / exact.float().norm())

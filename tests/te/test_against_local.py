@@ -1,0 +1,70 @@
+"""The te spec against the local one: both as far from float32 as bfloat16 rounds, no further."""
+
+import pytest
+import torch.distributed as dist
+
+from tests.ranks import run_ranks
+from tests.te.models import (
+    BF16,
+    LOCAL,
+    TE,
+    VARIANTS,
+    distance,
+    disturb,
+    errors,
+    loading,
+    logits,
+    opened,
+    random_rows,
+    save_hf,
+    sft_gradient,
+)
+from tests.te.rules import calls
+
+NO_FURTHER = 1.5  # times the local spec's own error
+
+
+def _write_start(folder, overrides):
+    session, engine = opened("precision=fp32", LOCAL, *overrides)
+    disturb(engine.network)
+    save_hf(folder, session, engine)
+
+
+def _computed(folder, overrides):
+    """Return logits where one rank has them, and loss and gradient of a supervised step."""
+    world_size = dist.get_world_size()
+    session, engine = opened(*loading(folder), *overrides, world_size=world_size)
+    seen = logits(engine.network, random_rows()) if world_size == 1 else None
+    loss, gradient = sft_gradient(session, engine)
+    return {"logits": seen, "loss": loss, "gradient": gradient, "calls": dict(calls)}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def start(request, tmp_path_factory):
+    """Return weights, the variant, and what float32 and the local spec in bfloat16 compute."""
+    folder, variant = tmp_path_factory.mktemp("start"), VARIANTS[request.param]
+    run_ranks(1, _write_start, folder, variant)
+    [exact] = run_ranks(1, _computed, folder, [*variant, "precision=fp32", LOCAL])
+    [local] = run_ranks(1, _computed, folder, [*variant, BF16, LOCAL])
+    assert not exact["calls"] and not any("gemm" in name for name in local["calls"])
+    return folder, variant, exact, local
+
+
+@pytest.mark.parametrize("layout", ["dp1", "tp2", "tp2-sp", "pp2", "cp2"])
+def test_logits_and_gradients_are_no_further_from_float32(start, layout):
+    folder, variant, exact, local = start
+    overrides = [*variant, BF16, TE]
+    if layout != "dp1":
+        overrides.append(f"parallel={layout}")
+    for ours in run_ranks(1 if layout == "dp1" else 2, _computed, folder, overrides):
+        assert ours["calls"]["fused_attn_bwd"] and ours["calls"]["generic_gemm"]
+        assert ours["loss"] == pytest.approx(exact["loss"], rel=0.01)
+        measured = errors(ours["gradient"], exact["gradient"])
+        allowed = errors(local["gradient"], exact["gradient"])
+        print(layout, {n: (round(v, 4), round(v / allowed[n], 2)) for n, v in measured.items()})
+        assert measured.keys() == allowed.keys()
+        for name, error in measured.items():
+            assert error <= NO_FURTHER * allowed[name] < 0.1, name
+        if layout == "dp1":
+            allowed = distance(local["logits"], exact["logits"])
+            assert distance(ours["logits"], exact["logits"]) <= NO_FURTHER * allowed < 0.03
