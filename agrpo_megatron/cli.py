@@ -184,13 +184,24 @@ def sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def doctor(_arguments: argparse.Namespace) -> int:
-    """Print what is installed and what that allows."""
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print what is installed, and which kernels the settings take with it."""
     from rich.console import Console
 
-    from agrpo_megatron.doctor import examine, print_findings
+    from agrpo_megatron.doctor import examine, print_findings, print_kernels
+    from agrpo_megatron.kernels import kernels_for
+    from agrpo_megatron.rules_precision import trained_phases, validate_precision
 
-    print_findings(examine(), Console())
+    file, overrides = arguments.file, arguments.overrides
+    if file is not None and "=" in file and not Path(file).exists():
+        file, overrides = None, [file, *overrides]
+    settings = load(Settings, file, overrides)
+    validate_precision(settings)
+    console = Console()
+    print_findings(examine(), console)
+    console.print()
+    of = " ".join([file or "default settings", *overrides])
+    print_kernels(kernels_for(settings, phases=trained_phases(settings)), of, console)
     return 0
 
 
@@ -260,7 +271,10 @@ def _parser() -> argparse.ArgumentParser:
     add_report(commands)
     add_convert(commands)
     add_launch(commands)
-    _command(commands, "doctor", "what is installed, and what that allows", doctor)
+    text = "what is installed, and which kernels a run takes with it"
+    command = _command(commands, "doctor", text, doctor)
+    command.add_argument("file", nargs="?", metavar="FILE", help="settings of the run (YAML)")
+    add_overrides(command)
     command = _command(commands, "config", "explain all settings, or check a file", config)
     command.add_argument("file", nargs="?", metavar="FILE", help="check this and print it resolved")
     command.add_argument(

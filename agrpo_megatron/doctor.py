@@ -1,29 +1,38 @@
-"""Say which parts a run can use on this machine, and what follows from that.
+"""Say which parts a run can use on this machine, and which kernels it takes.
 
 Importing this module loads none of them. A part that is broken is reported, never raised.
 """
 
-import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
-import logging
 import os
 import platform
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from agrpo_megatron.machine import (
+    FLASH_ATTENTION,
+    INSTALL,
+    MISSING,
+    apex_problem,
+    import_problem,
+    one_line,
+    quiet,
+    release,
+    version,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+    from agrpo_megatron.kernels import Kernels
 
 GIB = 2**30
 REINSTALL = "reinstall with `make install`"
 REQUIRED = ("PyTorch", "Megatron-Core", "sentencepiece")
-FUSED = ("Transformer Engine", "NVIDIA Apex")
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ def examine() -> list[Finding]:
         _megatron_core(),
         _transformer_engine(),
         _apex(),
+        _flash_attention(),
         _resilience(),
         _package(
             "wandb",
@@ -73,7 +83,7 @@ def examine() -> list[Finding]:
 
 
 def summary(findings: Sequence[Finding]) -> list[str]:
-    """Return lines that say which device, layers, precision and kernels a run takes, and why."""
+    """Return lines that say whether a run can start, and on which device."""
     here = {finding.part for finding in findings if finding.found}
     missing = [part for part in REQUIRED if part not in here]
     lines = [f"cannot run: {', '.join(missing)} missing or broken"] if missing else []
@@ -81,21 +91,14 @@ def summary(findings: Sequence[Finding]) -> list[str]:
     return [
         *lines,
         f"device: {'GPU, ranks joined by NCCL' if gpu else 'CPU, ranks joined by gloo'}",
-        "layer spec: local, Megatron-Core's layers with attention through torch SDPA; "
-        "the Transformer Engine spec is not built yet",
-        "precision: float32; bfloat16 and FP8 are not built yet",
-        f"optimizer: {_optimizer(here, gpu=gpu)}",
     ]
 
 
 def print_findings(findings: Sequence[Finding], console: "Console") -> None:
     """Print the findings as a table, and the summary below it."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("part", "", "version", "what that means"):
-        table.add_column(heading, no_wrap=heading in ("part", ""))
+    table = _table("part", "", "version", "what that means", whole=("part", ""))
     for finding in findings:
         if finding.found:
             state = Text("yes", style="green")
@@ -109,13 +112,24 @@ def print_findings(findings: Sequence[Finding], console: "Console") -> None:
         console.print(Text.assemble((f"{head}: ", "bold"), rest))
 
 
-def _optimizer(here: set[str], *, gpu: bool) -> str:
-    """Name the kernels as Megatron-Core chooses them: the first of `FUSED` that it can import."""
-    for part in FUSED:
-        if part in here:
-            problem = "" if gpu else "; it needs a GPU, so uninstall it to train on a CPU"
-            return f"fused Adam of {part}, as Megatron-Core can import it{problem}"
-    return f"torch's AdamW; Megatron-Core would take fused kernels of {' or '.join(FUSED)}"
+def print_kernels(kernels: "Kernels", of: str, console: "Console") -> None:
+    """Print which kernels a run takes, and why; `of` says whose settings they are for."""
+    from rich.text import Text
+
+    table = _table("kernel", "chosen", "why", whole=("kernel", "chosen"))
+    for note in kernels.notes:
+        table.add_row(note.part, Text(note.chosen, style="cyan"), Text(note.why))
+    console.print(Text.assemble(("kernels: ", "bold"), of), end="\n\n")
+    console.print(table)
+
+
+def _table(*headings: str, whole: Sequence[str]) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading in whole)
+    return table
 
 
 def _python() -> Finding:
@@ -132,14 +146,14 @@ def _torch() -> Finding:
 
 def _gpus() -> list[Finding]:
     try:
-        with _quiet():
+        with quiet():
             torch = importlib.import_module("torch")
             devices = [
                 torch.cuda.get_device_properties(index)
                 for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
             ]
     except Exception as error:
-        return [Finding("GPU", False, "", f"torch cannot ask: {_one_line(error)}")]
+        return [Finding("GPU", False, "", f"torch cannot ask: {one_line(error)}")]
     if not devices:
         return [Finding("GPU", False, "", "torch sees none: runs use the CPU and gloo")]
     return [
@@ -161,7 +175,7 @@ def _megatron_core() -> Finding:
         works="model, parallelism, optimizer and checkpoints",
         missing=REINSTALL,
     )
-    if finding.found and _release(finding.version) != (0, 19):
+    if finding.found and release(finding.version) != (0, 19):
         return replace(finding, found=False, note=f"must be 0.19: {REINSTALL}")
     return finding
 
@@ -171,25 +185,30 @@ def _transformer_engine() -> Finding:
         "Transformer Engine",
         "transformer_engine.pytorch",
         "transformer-engine",
-        works="fused optimizer kernels; its layer spec and FP8 are not built here yet",
-        missing="optional; on a GPU: uv pip install -e '.[te]' (compiles against torch)",
+        works="fused layers, FP8 and fused optimizer, on a GPU",
+        missing=f"optional: fused layers and FP8; {INSTALL}",
     )
 
 
 def _apex() -> Finding:
-    part, source = "NVIDIA Apex", "NVIDIA's is built from its sources"
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return Finding(part, False, "", f"optional; {source}")
-    version = _version("apex")
-    folders = [Path(folder, "optimizers") for folder in spec.submodule_search_locations or ()]
-    if not any(folder.is_dir() for folder in folders):
-        note = f"another project named apex: uv pip uninstall apex; {source}"
-        return Finding(part, False, version, note)
-    finding = _package(part, "apex.optimizers", "apex", works="fused optimizer kernels", missing="")
-    if not finding.found:
-        return finding
-    return _package(part, "amp_C", "apex", works=finding.note, missing="built without its kernels")
+    part, problem = "NVIDIA Apex", apex_problem()
+    if problem == MISSING:
+        note = f"optional: gradient of the head, fused optimizer; {INSTALL}"
+        return Finding(part, False, "", note)
+    if problem:
+        remedy = "uv pip uninstall apex, then " if "another" in problem else ""
+        return Finding(part, False, version("apex"), f"{problem}: {remedy}{INSTALL}")
+    gradient = import_problem("fused_weight_gradient_mlp_cuda")
+    note = f"fused optimizer; {'not ' if gradient else ''}the gradient of the head"
+    return Finding(part, True, version("apex"), note)
+
+
+def _flash_attention() -> Finding:
+    found = [f"{name} {has}" for name in FLASH_ATTENTION.values() if (has := version(name))]
+    note = "Transformer Engine's attention may take it; 3 or 4 for kernels.batch_invariant"
+    if not found:
+        note = f"optional: for kernels.batch_invariant; {INSTALL}"
+    return Finding("flash attention", bool(found), ", ".join(found), note)
 
 
 def _resilience() -> Finding:
@@ -197,10 +216,10 @@ def _resilience() -> Finding:
         "nvidia-resiliency-ext",
         "nvidia_resiliency_ext",
         "nvidia-resiliency-ext",
-        works="its use in training is not built here yet",
+        works="ft_launcher finds hung ranks and starts them anew",
         missing="optional; uv pip install -e '.[resilience]'",
     )
-    if finding.found and _release(finding.version) < (0, 6):
+    if finding.found and release(finding.version) < (0, 6):
         return replace(finding, note="Megatron-Core wants 0.6 or newer, which needs glibc 2.39")
     return finding
 
@@ -214,50 +233,14 @@ def _memory() -> Finding:
     try:
         memory = importlib.import_module("psutil").virtual_memory()
     except Exception as error:
-        return Finding("memory", False, "", f"psutil cannot tell: {_one_line(error)}")
+        return Finding("memory", False, "", f"psutil cannot tell: {one_line(error)}")
     note = f"{memory.available / GIB:.0f} GiB of it free"
     return Finding("memory", True, f"{memory.total / GIB:.0f} GiB", note)
 
 
 def _package(part: str, module: str, distribution: str, *, works: str, missing: str) -> Finding:
     """Import `module` to see whether it works; whatever it raises becomes the note."""
-    try:
-        with _quiet():
-            importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and f"{module}.".startswith(f"{error.name}."):
-            return Finding(part, False, "", missing)
-        return Finding(part, False, _version(distribution), f"broken: {_one_line(error)}")
-    except Exception as error:
-        return Finding(part, False, _version(distribution), f"broken: {_one_line(error)}")
-    return Finding(part, True, _version(distribution), works)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep imports from talking: here, what is absent is told once, in the table."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """Return the first two numbers of a version; none where it has none."""
-    return tuple(int(number) for number in version.split(".")[:2] if number.isdecimal())
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+    problem = import_problem(module)
+    if problem == MISSING:
+        return Finding(part, False, "", missing)
+    return Finding(part, not problem, version(distribution), problem or works)

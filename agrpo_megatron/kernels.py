@@ -20,15 +20,12 @@ from agrpo_megatron.machine import (
     recipe_missing,
     te_missing,
 )
-from agrpo_megatron.rules_precision import validate_widths
+from agrpo_megatron.rules_precision import optimizers, validate_widths
 from agrpo_megatron.settings import Settings
 
-FUSED, SEPARATE = "added up by the product", "added up by a kernel of its own"
-OPTIMIZERS = {
-    "te": "Transformer Engine's fused Adam",
-    "apex": "Apex's fused Adam",
-    "torch": "torch's AdamW",
-}
+# Gradients of weights are summed over micro-batches by the product that makes them, or after it.
+FUSED, SEPARATE = "fused", "separate"
+OPTIMIZERS = {"te": "TE fused Adam", "apex": "Apex fused Adam", "torch": "torch AdamW"}
 
 
 class Note(NamedTuple):
@@ -101,7 +98,7 @@ def in_one_line(kernels: Kernels) -> str:
 def _layers(settings: Settings, machine: Machine) -> Note:
     kernels, part = settings.kernels, "layers"
     if settings.precision == "fp32":
-        return Note(part, "local", "precision=fp32, which te has no attention for")
+        return Note(part, "local", "te has no attention for precision=fp32")
     if kernels.layer_spec == "local":
         return Note(part, "local", "kernels.layer_spec=local")
     missing = te_missing(machine)
@@ -111,7 +108,7 @@ def _layers(settings: Settings, machine: Machine) -> Note:
         raise _refusal("kernels.layer_spec=te", missing, "kernels.layer_spec=auto")
     if kernels.cuda_graphs:
         raise _refusal("kernels.cuda_graphs=true", missing, "kernels.cuda_graphs=false")
-    return Note(part, "local", f"te needs {missing.what}")
+    return Note(part, "local", f"te needs {missing}")
 
 
 def _precision(settings: Settings, machine: Machine) -> tuple[str | None, Note]:
@@ -128,7 +125,7 @@ def _precision(settings: Settings, machine: Machine) -> tuple[str | None, Note]:
         raise _refusal("precision=fp8", missing, "precision=bf16")
     said = f"fp8.recipe={asked}" if asked else f"fp8.recipe=null, here {recipe},"
     if lacks := recipe_missing(recipe, machine):
-        raise ValueError(f"{said} needs {lacks.what}; {lacks.fix}")
+        raise ValueError(f"{said} needs {lacks}; {lacks.fix}")
     validate_widths(settings, recipe)
     why = "products of the layers; all else is bfloat16"
     if recipe == "blockwise" and machine.capability >= BLACKWELL:
@@ -170,32 +167,29 @@ def _head_gradient(machine: Machine) -> Note:
     """Say how Megatron's own layers add gradients up; the head is one with either spec."""
     part = "gradient of the head"
     if machine.gpu is None:
-        return Note(part, SEPARATE, "NVIDIA Apex's kernel for it needs a GPU")
+        return Note(part, SEPARATE, "fused needs a GPU")
     if not machine.apex_gradient:
-        return Note(part, SEPARATE, "no NVIDIA Apex with fused_weight_gradient_mlp_cuda")
+        return Note(part, SEPARATE, "fused needs NVIDIA Apex with its weight gradients")
     return Note(part, FUSED, "by NVIDIA Apex")
 
 
 def _optimizer(settings: Settings, machine: Machine, phases: Sequence[str]) -> tuple[str, Note]:
     """Return who updates the weights, as Megatron-Core chooses too, and the note."""
     missing = fused_adam_missing(machine)
-    sections = {"sft": ("sft.optimizer", settings.sft.optimizer)}
-    sections |= {"rl": ("optimizer", settings.optimizer)}
-    for key, optimizer in (sections[phase] for phase in phases):
+    for key, optimizer in optimizers(settings, phases).items():
         for name in ("moments", "main_gradients"):
             value = getattr(optimizer, name)
             # What is offloaded is updated by torch's AdamW.
             if missing and value != "fp32" and not optimizer.offload:
                 raise _refusal(f"{key}.{name}={value}", missing, f"{key}.{name}=fp32")
     if machine.gpu is None:
-        taken, why = "torch", "fused ones need a GPU"
+        taken, why = "torch", "a fused one needs a GPU"
     elif missing is None:
         taken, why = "te", "the first that Megatron-Core looks for"
     elif machine.apex_adam:
-        taken, why = "apex", f"Transformer Engine's would come first: {machine.te_problem}"
+        taken, why = "apex", "that of Transformer Engine would come first"
     else:
-        taken = "torch"
-        why = f"Transformer Engine's: {machine.te_problem}; no NVIDIA Apex with amp_C"
+        taken, why = "torch", "a fused one needs Transformer Engine or NVIDIA Apex"
     return taken, Note("optimizer", OPTIMIZERS[taken], why)
 
 
@@ -204,8 +198,8 @@ def _batch_invariant(settings: Settings, machine: Machine) -> tuple[int | None, 
     part, said = "batch-invariant", "kernels.batch_invariant"
     found = invariant_flash(machine)
     if not settings.kernels.batch_invariant:
-        possible = f"needs {found.what}" if isinstance(found, Missing) else "possible here"
-        return None, Note(part, "no", f"{said}=false; {possible}")
+        missing = found if isinstance(found, Missing) else None
+        return None, Note(part, "no", _off(said, missing))
     if isinstance(found, Missing):
         raise _refusal(f"{said}=true", found, f"{said}=false")
     return found, Note(part, "yes", f"{said}=true, by flash attention {found}")
@@ -216,7 +210,7 @@ def _deterministic(settings: Settings, machine: Machine, spec: str) -> Note:
     if machine.gpu is None:
         return Note(part, "yes", "a CPU repeats bit by bit")
     if not settings.kernels.deterministic:
-        return Note(part, "no", "kernels.deterministic=false; possible here")
+        return Note(part, "no", _off("kernels.deterministic", None))
     why = "kernels.deterministic=true"
     # cuDNN's deterministic backward of packed rows wants 128 bytes for each score there.
     is_hopper = HOPPER <= machine.capability < BLACKWELL
@@ -232,9 +226,13 @@ def _graphs(settings: Settings, machine: Machine) -> Note:
     part, said = "CUDA graphs", "kernels.cuda_graphs"
     if settings.kernels.cuda_graphs:
         return Note(part, "rollout", f"{said}=true, one for each length")
-    missing = te_missing(machine)
-    return Note(part, "no", f"{said}=false; {f'needs {missing.what}' if missing else 'possible'}")
+    return Note(part, "no", _off(said, te_missing(machine)))
+
+
+def _off(key: str, missing: Missing | None) -> str:
+    """Say that a switch is off, and whether it could be on."""
+    return f"{key}=true needs {missing.what}" if missing else f"{key} is off"
 
 
 def _refusal(said: str, missing: Missing, instead: str) -> ValueError:
-    return ValueError(f"{said} needs {missing.what}; {missing.fix}, or use {instead}")
+    return ValueError(f"{said} needs {missing}; {missing.fix}, or use {instead}")

@@ -25,10 +25,14 @@ INSTALL = "install it as docs/install.md says"
 
 
 class Missing(NamedTuple):
-    """What something needs that is not here, as the object of `needs`, and a fix."""
+    """What something needs that is not here."""
 
-    what: str
+    what: str  # the object of `needs`
+    instead: str  # what is here, as a clause
     fix: str
+
+    def __str__(self) -> str:
+        return f"{self.what}, and {self.instead}"
 
 
 @dataclass(frozen=True)
@@ -80,21 +84,21 @@ def look() -> Machine:
 def te_missing(machine: Machine) -> Missing | None:
     """Say what the layers of Transformer Engine need that is not here."""
     if machine.gpu is None:
-        return Missing("a GPU, and torch sees none", "run where there is one")
+        return Missing("a GPU", "torch sees none", "run where there is one")
     if machine.capability < AMPERE:
-        return Missing(f"an Ampere GPU or newer, and {_gpu(machine)}", "run on a newer one")
+        return Missing("an Ampere GPU or newer", _gpu(machine), "run on a newer one")
     te = "Transformer Engine"
     if machine.te_problem:
-        return Missing(f"{te}, and {machine.te_problem}", INSTALL)
+        return Missing(te, machine.te_problem, INSTALL)
     if release(machine.te or "") < TE_OLDEST:
-        return Missing(f"{te} {_dotted(TE_OLDEST)} or newer, and it is {machine.te}", INSTALL)
+        return Missing(f"{te} {_dotted(TE_OLDEST)} or newer", f"it is {machine.te}", INSTALL)
     return None
 
 
 def fp8_missing(machine: Machine) -> Missing | None:
     """Say what FP8 needs that is not here."""
     if machine.gpu is not None and machine.capability < ADA:
-        return Missing(f"a Hopper GPU or newer, and {_gpu(machine)}", "run on a newer one")
+        return Missing("a Hopper GPU or newer", _gpu(machine), "run on a newer one")
     return te_missing(machine)
 
 
@@ -111,22 +115,24 @@ def recipe_missing(recipe: str, machine: Machine) -> Missing | None:
     tensorwise = "use fp8.recipe=tensorwise"
     if recipe == "mxfp8" and not BLACKWELL <= capability < WORKSTATION:
         fix = "use fp8.recipe=blockwise" if capability >= HOPPER else tensorwise
-        return Missing(f"a Blackwell GPU (10.x), and {_gpu(machine)}", fix)
+        return Missing("a Blackwell GPU (10.x)", _gpu(machine), fix)
     if recipe != "blockwise":
         return None
     if capability < HOPPER:
-        return Missing(f"a Hopper GPU or newer, and {_gpu(machine)}", tensorwise)
+        return Missing("a Hopper GPU or newer", _gpu(machine), tensorwise)
     if machine.cuda < CUDA_OF_BLOCKWISE:
-        needed = f"CUDA {_dotted(CUDA_OF_BLOCKWISE)} or newer"
-        fix = f"install a torch for CUDA 13, or {tensorwise}"
-        return Missing(f"{needed}, and torch was built for {_dotted(machine.cuda)}", fix)
+        return Missing(
+            f"CUDA {_dotted(CUDA_OF_BLOCKWISE)} or newer",
+            f"torch was built for {_dotted(machine.cuda)}",
+            f"install a torch for CUDA 13, or {tensorwise}",
+        )
     return None
 
 
 def invariant_flash(machine: Machine) -> int | Missing:
     """Return the flash attention that can ignore what else is in a batch, or what it needs."""
     if machine.gpu is not None and machine.capability < HOPPER:
-        return Missing(f"a Hopper GPU or newer, and {_gpu(machine)}", "run on a newer one")
+        return Missing("a Hopper GPU or newer", _gpu(machine), "run on a newer one")
     if missing := te_missing(machine):
         return missing
     # Transformer Engine takes version 3 on Hopper alone, and there before version 4.
@@ -134,16 +140,15 @@ def invariant_flash(machine: Machine) -> int | Missing:
     for version in fitting:
         if version in machine.flash_attention:
             return version
-    names = " or ".join(FLASH_ATTENTION[version] for version in fitting)
-    return Missing(f"{names}, and it is not installed", INSTALL)
+    return Missing(" or ".join(FLASH_ATTENTION[each] for each in fitting), MISSING, INSTALL)
 
 
 def fused_adam_missing(machine: Machine) -> Missing | None:
     """Say what Transformer Engine's fused Adam needs that is not here."""
-    te = "Transformer Engine's fused Adam, and"
     if machine.gpu is None:
-        return Missing(f"{te} a GPU for it, and torch sees none", "run where there is one")
-    return Missing(f"{te} {machine.te_problem}", INSTALL) if machine.te_problem else None
+        return Missing("a GPU", "torch sees none", "run where there is one")
+    problem = machine.te_problem
+    return Missing("Transformer Engine", problem, INSTALL) if problem else None
 
 
 def import_problem(module: str) -> str:

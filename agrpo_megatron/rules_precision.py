@@ -3,6 +3,7 @@
 What the machine must offer is said by `kernels`. Imports neither torch nor Megatron.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from agrpo_megatron.layout import rollout_parallel
@@ -54,14 +55,19 @@ def validate_widths(settings: Settings, recipe: str | None) -> None:
                 )
 
 
-def used_optimizers(settings: Settings) -> dict[str, OptimizerSettings]:
-    """Return the optimizers of the phases that a run has, by the section they are written in."""
-    used = {}
-    if settings.sft.iterations:
-        used["sft.optimizer"] = settings.sft.optimizer
-    if settings.train.iterations:
-        used["optimizer"] = settings.optimizer
-    return used
+def trained_phases(settings: Settings) -> tuple[str, ...]:
+    """Return the phases that a run has: sft, rl."""
+    counts = {"sft": settings.sft.iterations, "rl": settings.train.iterations}
+    return tuple(phase for phase, iterations in counts.items() if iterations)
+
+
+def optimizers(settings: Settings, phases: Sequence[str]) -> dict[str, OptimizerSettings]:
+    """Return the optimizers of phases, by the section they are written in."""
+    every = {
+        "sft": ("sft.optimizer", settings.sft.optimizer),
+        "rl": ("optimizer", settings.optimizer),
+    }
+    return dict(every[phase] for phase in phases)
 
 
 def _fp8_misfit(settings: Settings) -> str:
@@ -143,11 +149,17 @@ def _graphs_misfit(settings: Settings) -> str:
                 "kernels.cuda_graphs=true replays forwards of a whole model, and the rollouts have "
                 f"{name}={getattr(rollout, name)}; use {name}=1, there is rollout.parallel for it"
             )
+    if rollout.sequence:
+        return (
+            "kernels.cuda_graphs=true cannot record what sequence parallelism does to the state of "
+            "random numbers, and the rollouts have sequence=true; use sequence=false, there is "
+            "rollout.parallel for it"
+        )
     return ""
 
 
 def _optimizer_misfit(settings: Settings) -> str:
-    for key, optimizer in used_optimizers(settings).items():
+    for key, optimizer in optimizers(settings, trained_phases(settings)).items():
         low = {
             name: value
             for name in ("moments", "main_gradients")
@@ -178,7 +190,7 @@ def _primary_weights_misfit(settings: Settings) -> str:
     if not settings.fp8.primary_weights:
         return ""
     said = "fp8.primary_weights=true"
-    for key, optimizer in used_optimizers(settings).items():
+    for key, optimizer in optimizers(settings, trained_phases(settings)).items():
         if not optimizer.distributed:
             return (
                 f"{said} needs the distributed optimizer, which alone turns its main weights into "
