@@ -199,7 +199,7 @@ def _apex() -> Finding:
         remedy = "uv pip uninstall apex, then " if "another" in problem else ""
         return Finding(part, False, version("apex"), f"{problem}: {remedy}{INSTALL}")
     gradient = import_problem("fused_weight_gradient_mlp_cuda")
-    note = f"fused optimizer; {'not ' if gradient else ''}the gradient of the head"
+    note = f"fused optimizer{'; built without the' if gradient else ','} gradient of the head"
     return Finding(part, True, version("apex"), note)
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.ranks import run_ranks
@@ -220,6 +221,33 @@ def test_doctor_names_what_is_there_and_what_is_not(tmp_path):
     assert status == 0
     for part in ("Python", "PyTorch", "Megatron-Core", "Transformer Engine", "wandb"):
         assert part in printed
+    assert "kernels: default settings\n" in printed
+
+
+def test_doctor_says_which_kernels_settings_take(tmp_path):
+    file = write_settings(tmp_path / "my.yaml")
+    for arguments in ((file, "precision=bf16"), ("precision=bf16",)):
+        status, printed = agrpo(tmp_path, "doctor", *arguments)
+        assert status == 0
+        assert "precision=bf16" in printed.split("kernels: ")[1].splitlines()[0]
+        assert "bfloat16" in printed
+    status, printed = agrpo(tmp_path, "doctor", file, "kernels.layer_spec=te")
+    assert (status, printed.count("\n")) == (2, 1)
+    assert printed.startswith("agrpo: error: kernels.layer_spec=te has no attention in float32")
+
+
+def test_what_a_machine_cannot_do_is_refused_before_anything_is_moved(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("says what a machine without a GPU refuses")
+    file = write_settings(tmp_path / "my.yaml", run={"dir": str(tmp_path / "run")})
+    (tmp_path / "run").mkdir()
+    status, printed = agrpo(tmp_path, "train", file, "--restart", "precision=fp8")
+    assert status == 2
+    assert printed == (
+        "agrpo: error: precision=fp8 needs a GPU, and torch sees none; run where there is one, or "
+        "use precision=bf16\n"
+    )
+    assert [path.name for path in tmp_path.glob("run*")] == ["run"]
 
 
 @pytest.mark.parametrize("arguments", [["config"], ["config", "examples/tiny.yaml"]])

@@ -1,37 +1,18 @@
-"""`agrpo doctor`: tells what is there, survives what is broken."""
+"""`agrpo doctor`: tells what is there, survives what is broken, says which kernels a run takes."""
 
 import importlib.metadata
 import io
-import sys
 
 import pytest
 from rich.console import Console
 
 from agrpo_megatron import doctor
-from agrpo_megatron.doctor import Finding, examine, print_findings, summary
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """Return a function that puts a package of the given files first on the path."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def make(name, **modules):
-        folder = tmp_path / name
-        folder.mkdir()
-        for module, text in {"__init__": "", **modules}.items():
-            path = folder.joinpath(*module.split("__DOT__")).with_suffix(".py")
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-        for loaded in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
-            monkeypatch.delitem(sys.modules, loaded)
-
-    before = set(sys.modules)
-    yield make
-    for loaded in set(sys.modules) - before:
-        origin = getattr(sys.modules[loaded], "__file__", None) or ""
-        if origin.startswith(str(tmp_path)):
-            del sys.modules[loaded]
+from agrpo_megatron.config import load
+from agrpo_megatron.doctor import Finding, examine, print_findings, print_kernels, summary
+from agrpo_megatron.kernels import choose
+from agrpo_megatron.machine import MISSING, Machine
+from agrpo_megatron.settings import Settings
+from tests.test_machine import HOPPER
 
 
 def _found(*parts):
@@ -56,53 +37,51 @@ def test_a_gpu_is_described():
 
 
 @pytest.mark.parametrize(
-    ("text", "note"),
+    ("problem", "finding"),
     [
-        (
-            "raise OSError('libnccl.so.2: cannot open')",
-            "broken: OSError: libnccl.so.2: cannot open",
-        ),
-        ("raise RuntimeError('first\\nsecond')", "broken: RuntimeError: first"),
-        ("raise ValueError", "broken: ValueError"),
-        ("import no_such_package", "broken: ModuleNotFoundError: No module named"),
+        ("", Finding("Part", True, "1.2", "works")),
+        (MISSING, Finding("Part", False, "", "get it")),
+        ("it is broken: ValueError", Finding("Part", False, "1.2", "it is broken: ValueError")),
     ],
 )
-def test_a_broken_package_is_a_finding_with_a_one_line_reason(package, text, note):
-    package("transformer_engine", pytorch=text)
-    finding = doctor._transformer_engine()
-    assert not finding.found
-    assert finding.note.startswith(note)
-    assert "\n" not in finding.note
+def test_a_package_is_a_finding(monkeypatch, problem, finding):
+    monkeypatch.setattr(doctor, "import_problem", lambda module: problem)
+    monkeypatch.setattr(doctor, "version", lambda distribution: "1.2")
+    assert doctor._package("Part", "m", "d", works="works", missing="get it") == finding
 
 
-def test_an_absent_package_says_how_to_get_it():
-    finding = doctor._package("Part", "no_such_package.inner", "no", works="", missing="get it")
-    assert finding == Finding("Part", False, "", "get it")
-
-
-def test_the_registrys_apex_is_told_apart_from_nvidias(package):
-    package("apex", __init__="from pyramid import config")
+@pytest.mark.parametrize(
+    ("problem", "gradient", "note"),
+    [
+        ("", "", "fused optimizer, gradient of the head"),
+        ("", MISSING, "fused optimizer; built without the gradient of the head"),
+        ("it was built without its kernels", "", "it was built without its kernels: install it"),
+        (
+            "it is another project named apex",
+            "",
+            "it is another project named apex: uv pip uninstall apex, then install it",
+        ),
+        (MISSING, "", "optional: gradient of the head, fused optimizer; install it"),
+    ],
+)
+def test_apex_is_told_with_its_kernels(monkeypatch, problem, gradient, note):
+    monkeypatch.setattr(doctor, "apex_problem", lambda: problem)
+    monkeypatch.setattr(doctor, "import_problem", lambda module: gradient)
     finding = doctor._apex()
-    assert not finding.found
-    assert finding.note.startswith("another project named apex: uv pip uninstall apex")
+    assert finding.found == (not problem)
+    assert finding.note.removesuffix(" as docs/install.md says") == note
 
 
-def test_apex_without_its_kernels_is_not_usable(package):
-    package("apex", optimizers__DOT____init__="FusedAdam = object")
-    finding = doctor._apex()
-    assert not finding.found
-    assert finding.note == "built without its kernels"
-    package("amp_C")
-    assert doctor._apex().found
+def test_the_versions_of_flash_attention_are_told(monkeypatch):
+    assert not doctor._flash_attention().found
+    versions = {"flash-attn": "2.8.3", "flash-attn-3": "3.0.0"}
+    monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, ""))
+    assert doctor._flash_attention().version == "flash-attn 2.8.3, flash-attn-3 3.0.0"
 
 
-def test_the_summary_names_what_a_run_takes():
-    assert summary(_found())[0] == "device: CPU, ranks joined by gloo"
-    assert summary(_found())[-1].startswith("optimizer: torch's AdamW;")
-    on_gpu = summary(_found("GPU 0", "Transformer Engine", "NVIDIA Apex"))
-    assert on_gpu[0] == "device: GPU, ranks joined by NCCL"
-    assert on_gpu[-1].startswith("optimizer: fused Adam of Transformer Engine")
-    assert "needs a GPU" in summary(_found("NVIDIA Apex"))[-1]
+def test_the_summary_names_the_device():
+    assert summary(_found()) == ["device: CPU, ranks joined by gloo"]
+    assert summary(_found("GPU 0")) == ["device: GPU, ranks joined by NCCL"]
 
 
 def test_the_summary_says_first_that_a_run_cannot_start():
@@ -117,3 +96,48 @@ def test_the_table_shows_every_part_and_takes_brackets_as_they_are():
     text = console.file.getvalue()
     assert "uv pip install '.[te]'" in text
     assert all(finding.part in text for finding in findings)
+
+
+CPU_TABLE = """\
+kernels: my.yaml
+
+kernel                chosen       why
+layers                local        te needs a GPU, and torch sees none
+attention             torch SDPA   that of the local layers
+norms and products    torch        those of the local layers
+precision             bfloat16     precision=bf16; fp8 needs a GPU
+gradients of layers   separate     fused needs a GPU
+gradient of the head  separate     fused needs a GPU
+optimizer             torch AdamW  a fused one needs a GPU
+batch-invariant       no           kernels.batch_invariant=true needs a GPU
+deterministic         yes          a CPU repeats bit by bit
+CUDA graphs           no           kernels.cuda_graphs=true needs a GPU
+"""
+HOPPER_TABLE = """\
+kernels: my.yaml
+
+kernel                chosen              why
+layers                te                  Transformer Engine 2.20.2 on H100
+attention             cuDNN fused         what Transformer Engine takes from Hopper on
+norms and products    Transformer Engine  a norm and the product after it are one module
+precision             FP8 blockwise       products of the layers; all else is bfloat16
+gradients of layers   fused               by Transformer Engine
+gradient of the head  separate            fused needs NVIDIA Apex with its weight gradients
+optimizer             TE fused Adam       the first that Megatron-Core looks for
+batch-invariant       no                  kernels.batch_invariant=true needs flash-attn-3 or
+                                          flash-attn-4
+deterministic         no                  kernels.deterministic is off
+CUDA graphs           no                  kernels.cuda_graphs is off
+"""
+
+
+@pytest.mark.parametrize(
+    ("machine", "precision", "table"),
+    [(Machine(), "bf16", CPU_TABLE), (HOPPER, "fp8", HOPPER_TABLE)],
+)
+def test_the_kernels_of_a_run_are_a_table(machine, precision, table):
+    console = Console(width=96, file=io.StringIO())
+    settings = load(Settings, None, [f"precision={precision}"])
+    print_kernels(choose(settings, machine), "my.yaml", console)
+    printed = console.file.getvalue().splitlines()
+    assert [line.rstrip() for line in printed] == table.splitlines()
