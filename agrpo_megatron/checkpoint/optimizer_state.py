@@ -1,11 +1,14 @@
 """The optimizer's part of a checkpoint, exchanged between all kinds of optimizers.
 
-Adam's moments are stored under the names of the weights, whichever optimizer wrote them. Kinds
-differ in where they keep float32 weights, and in what they note beside the tensors:
+Adam's moments are stored in float32 under the names of the weights, whichever optimizer wrote
+them. Kinds differ in where they keep float32 weights, and in what they note beside the tensors:
 
     optimizer.state.param.NAME        distributed optimizer
     optimizer.state.fp32_param.NAME   float32 copies of bf16 weights, not distributed
     NAME                              the weights themselves, where they are float32
+
+Notes of another kind would not be understood, so a loaded optimizer keeps its own: learning rates
+come from the schedule, and the steps are counted by it.
 """
 
 from collections.abc import Iterator
@@ -15,7 +18,9 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
 
 from agrpo_megatron.megatron.engine import Engine
 
@@ -25,19 +30,11 @@ FORMAT = "fully_reshardable"
 
 def sharded_optimizer(engine: Engine, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     """Return the optimizer's sharded state; called by every rank."""
+    if is_loading:
+        _prepare_to_load(engine)
     metadata = {"distrib_optim_sharding_type": FORMAT}
-    return engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-
-
-def prepare_to_load(engine: Engine) -> None:
-    """Give a fresh distributed optimizer the Adam state that loading overwrites."""
-    for adam in _distributed_adams(engine):
-        for parameter in (p for group in adam.param_groups for p in group["params"]):
-            adam.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+    with _exchangeable():
+        return engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
 
 
 def ask_for_what_is_stored(wanted: dict[str, Any], stored: set[str]) -> None:
@@ -56,63 +53,136 @@ def ask_for_what_is_stored(wanted: dict[str, Any], stored: set[str]) -> None:
 
 
 def fill_optimizer(engine: Engine, loaded: dict[str, Any], steps: int) -> None:
-    """Put loaded state in place; called by every rank, under `loadable`.
+    """Put loaded state in place; called by every rank, the weights being loaded already.
 
     Args:
         loaded: the tensors that this optimizer asked for, beside what the one that wrote the
             checkpoint noted.
         steps: optimizer steps behind it.
     """
-    is_distributed = any(True for _ in _distributed_adams(engine))
-    if ("param_state_sharding_type" in loaded) != is_distributed:
-        loaded = _of_other_kind(engine, loaded, steps, is_distributed=is_distributed)
-    engine.optimizer.load_state_dict(loaded)
-    # Loading leaves one step counter that all tensors would advance.
-    for adam in _distributed_adams(engine):
+    own: Any = engine.optimizer.state_dict()
+    distributed = [part for part in _parts(engine) if isinstance(part, DistributedOptimizer)]
+    if distributed:
+        is_hybrid = isinstance(distributed[0].optimizer, HybridDeviceOptimizer)
+        for group in own["optimizer"]["param_groups"]:
+            group.pop("step", None) if is_hybrid else group.update(step=steps)
+        state = {**own, "param_state": loaded["param_state"], "param_state_sharding_type": FORMAT}
+    elif "fp32_from_fp16_params" in own:
+        adam = {**own["optimizer"], "state": _moments(engine, loaded["optimizer"], steps)}
+        main = {"fp32_from_fp16_params": loaded["fp32_from_fp16_params"]}
+        state = {**own, "optimizer": adam, **main}
+    else:
+        state = {**own, "state": _moments(engine, loaded, steps)}
+    with _exchangeable():
+        engine.optimizer.load_state_dict(state)
+    for part in _parts(engine):
+        _count(part.optimizer, steps)
+
+
+def _parts(engine: Engine) -> list[Any]:
+    """Return Megatron's optimizers, each with the one that does its arithmetic inside."""
+    return getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+
+
+def _prepare_to_load(engine: Engine) -> None:
+    """Give a fresh distributed optimizer the state of torch's Adam that loading overwrites.
+
+    Transformer Engine's needs no help.
+    """
+    for part in _parts(engine):
+        adam = part.optimizer
+        if not isinstance(part, DistributedOptimizer) or not isinstance(adam, torch.optim.AdamW):
+            continue
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            adam.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def _moments(engine: Engine, loaded: dict[str, Any], steps: int) -> dict[Any, Any]:
+    """Return the loaded moments by parameter, with the step where torch's Adam wants one."""
+    state = {key: value for key, value in loaded["state"].items() if key != "common_step"}
+    if isinstance(_parts(engine)[0].optimizer, torch.optim.AdamW):
+        state["common_step"] = torch.tensor(float(steps))
+    return state
+
+
+def _count(adam: Any, steps: int) -> None:
+    """Set the number of steps where an optimizer counts them; mutates it.
+
+    Torch's Adam counts for each tensor, and loading leaves one counter that all would advance.
+    Fused ones count for each group.
+    """
+    if isinstance(adam, HybridDeviceOptimizer):
+        for inner in adam.sub_optimizers:
+            _count(inner, steps)
+    elif isinstance(adam, torch.optim.AdamW):
         for state in adam.state.values():
             state["step"] = torch.tensor(float(steps))
+    else:
+        for group in adam.param_groups:
+            group["step"] = steps
 
 
 @contextmanager
-def loadable() -> Iterator[None]:
-    """Let the distributed optimizer load torch Adam's state.
+def _exchangeable() -> Iterator[None]:
+    """Let the distributed optimizer give and take whole float32 weights, whatever it keeps."""
+    get = DistributedOptimizer._get_main_param_and_optimizer_states
+    put = DistributedOptimizer._set_main_param_and_optimizer_states
 
-    Without Transformer Engine or Apex the optimizer is torch's, whose per-tensor `step` the
-    loader does not expect to be absent from the checkpoint.
-    """
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    def get_whole(self, model_param):
+        tensors = get(self, model_param)
+        if tensors["param"].dtype == torch.int16:
+            tensors["param"] = whole_weights(_shard(self, model_param), tensors["param"])
+        return tensors
 
-    def patched(self, model_param, tensors):
+    def put_whole(self, model_param, tensors):
+        # Torch's Adam has a step for each tensor, which no checkpoint holds.
         tensors.setdefault("step", None)
-        return original(self, model_param, tensors)
+        if isinstance(self.optimizer, HybridDeviceOptimizer):
+            # It keeps what it is given: here views of tensors that belong to all ranks.
+            tensors = {k: v if v is None else v.clone() for k, v in tensors.items()}
+        elif getattr(self.optimizer, "store_param_remainders", False):
+            tensors["param"] = lower_halves(_shard(self, model_param), tensors["param"])
+        return put(self, model_param, tensors)
 
-    DistributedOptimizer._set_main_param_and_optimizer_states = patched
+    DistributedOptimizer._get_main_param_and_optimizer_states = get_whole
+    DistributedOptimizer._set_main_param_and_optimizer_states = put_whole
     try:
         yield
     finally:
-        DistributedOptimizer._set_main_param_and_optimizer_states = original
+        DistributedOptimizer._get_main_param_and_optimizer_states = get
+        DistributedOptimizer._set_main_param_and_optimizer_states = put
 
 
-def _of_other_kind(
-    engine: Engine, loaded: dict[str, Any], steps: int, *, is_distributed: bool
-) -> dict[str, Any]:
-    """Return this optimizer's own notes, with the tensors that were loaded for it."""
-    own: Any = engine.optimizer.state_dict()
-    if is_distributed:
-        for group in own["optimizer"]["param_groups"]:
-            group["step"] = steps
-        return {**own, "param_state": loaded["param_state"], "param_state_sharding_type": FORMAT}
-    step = torch.tensor(float(steps))
-    if "fp32_from_fp16_params" in loaded:
-        adam = {**own["optimizer"], "state": {**loaded["optimizer"]["state"], "common_step": step}}
-        main = {"fp32_from_fp16_params": loaded["fp32_from_fp16_params"]}
-        return {**own, "optimizer": adam, **main}
-    return {**own, "state": {**loaded["state"], "common_step": step}}
+def _shard(optimizer: DistributedOptimizer, model_param: Tensor) -> Tensor:
+    """Return the part of a weight that this rank's optimizer updates."""
+    group, order = optimizer.model_param_group_index_map[model_param]
+    return optimizer.optimizer.param_groups[group]["params"][order]
 
 
-def _distributed_adams(engine: Engine) -> Iterator[torch.optim.Optimizer]:
-    """Yield torch's Adam inside distributed optimizers (Transformer Engine's needs no help)."""
-    for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
-        inner = getattr(optimizer, "optimizer", None)
-        if isinstance(optimizer, DistributedOptimizer) and isinstance(inner, torch.optim.AdamW):
-            yield inner
+def whole_weights(weights: Tensor, lower: Tensor) -> Tensor:
+    """Return float32 weights from bf16 ones and the signed halves that they lack.
+
+    Where the half is negative the bf16 weight was rounded up, so that adding it is right for all.
+    Source: `multi_tensor_adam_param_remainder` of Transformer Engine.
+
+    Args:
+        weights: [n] bf16.
+        lower: [n] int16.
+    """
+    upper = weights.detach().view(torch.int16).to(torch.int32) << 16
+    return (upper + lower.to(torch.int32)).view(torch.float32)
+
+
+def lower_halves(weights: Tensor, whole: Tensor) -> Tensor:
+    """Return the halves [n] int16 that bf16 weights lack of float32 ones.
+
+    The bf16 weight is the nearest to the float32 one. Of two that are equally near the kernel
+    takes the one further from zero; beside the other the number becomes the next nearer to zero.
+    """
+    upper = weights.detach().view(torch.int16).to(torch.int32) << 16
+    missing = whole.to(weights.device, torch.float32).view(torch.int32) - upper
+    return missing.clamp(-(2**15), 2**15 - 1).to(torch.int16)

@@ -9,8 +9,6 @@ from megatron.core import dist_checkpointing
 from agrpo_megatron.checkpoint.optimizer_state import (
     ask_for_what_is_stored,
     fill_optimizer,
-    loadable,
-    prepare_to_load,
     sharded_optimizer,
 )
 from agrpo_megatron.checkpoint.torch_dist import read_metadata
@@ -32,8 +30,7 @@ def load_checkpoint(path: Path, engine: Engine) -> None:
         ValueError: the checkpoint is damaged, or of another model.
     """
     stored = set(read_metadata(path).state_dict_metadata)
-    with torch.no_grad(), loadable():
-        prepare_to_load(engine)
+    with torch.no_grad():
         model = _model_state(engine.network)
         optimizer = sharded_optimizer(engine, model, is_loading=True)
         ask_for_what_is_stored(optimizer, stored)
