@@ -216,8 +216,8 @@ def _deterministic(settings: Settings, machine: Machine, spec: str) -> Note:
     is_hopper = HOPPER <= machine.capability < BLACKWELL
     if spec == "te" and is_hopper and not machine.flash_attention:
         why += (
-            "; long rows (batch x heads x length^2 from 2^30 on) take unfused attention, slow and "
-            "large, as flash-attn is not installed"
+            "; many long rows (rows x heads x longest^2 from 2^30 on) take unfused attention, slow "
+            "and large, as flash-attn is not installed"
         )
     return Note(part, "yes", why)
 
