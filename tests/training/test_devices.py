@@ -1,0 +1,142 @@
+"""Nothing of an iteration mixes devices, shown without a GPU: see `tests.devices`."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from agrpo_megatron.training import sft
+from agrpo_megatron.training.evaluation import evaluate
+from agrpo_megatron.training.rl import collect_rollout, update_policy
+from agrpo_megatron.training.sft import run_sft
+from tests.devices import DEVICE, Elsewhere, OtherDevice, move
+from tests.ranks import run_ranks
+from tests.training.tiny import open_session
+
+CASES = {
+    "random": [],
+    "low confidence": ["sampling.unmasking=low_confidence"],
+    "entropy": ["sampling.unmasking=entropy"],
+    "margin": ["sampling.unmasking=margin"],
+    "top-k and top-p": ["sampling.top_k=20", "sampling.top_p=0.9"],
+    "threshold": ["sampling.unmasking=low_confidence", "sampling.threshold=0.12"],
+    "early end": [
+        "sampling.early_end=true",
+        "model.eos_token_id=39",
+        "sampling.block_length=1",
+        "sampling.denoising_steps=8",
+    ],
+    "dream": [
+        "sampling.schedule=dream",
+        "sampling.block_length=8",
+        "sampling.unmasking=bernoulli",
+        "model.shift=true",
+    ],
+    "published": [
+        "algorithm.step_sampler=batch",
+        "algorithm.proposal=entropy",
+        "algorithm.uniform_mix=0",
+        "algorithm.enumerate_short=false",
+        "algorithm.live_steps=text",
+    ],
+    "stratified": ["algorithm.step_sampler=stratified", "algorithm.proposal=entropy"],
+    "independent": ["algorithm.step_sampler=independent"],
+    "all steps": ["algorithm.name=full_trajectory"],
+    "reference": ["algorithm.kl_coefficient=0.1"],
+}
+
+
+class BackwardAlone:
+    """Stand in for the guarded optimizer step: Megatron's buffers take no stand-in tensors."""
+
+    def __init__(self, *_args):
+        pass
+
+    def step(self, engine, batches, *, loss, examples, update):
+        """Run forward and backward over the micro-batches."""
+        chunk, collected = engine.network.chunks[0], []
+        for batch in batches:
+            total, metrics = loss(chunk(batch.rows), batch)
+            total.backward()
+            collected.append({**metrics, "loss": total.detach()})
+        gradients = [parameter.grad for parameter in chunk.parameters()]
+        assert all(isinstance(gradient, Elsewhere) for gradient in gradients)
+        names = collected[0]
+        sums = {name: sum(float(metrics[name]) for metrics in collected) for name in names}
+        return {**sums, "grad_norm": 0.0, "learning_rate": 0.0, "skipped_updates": 0}
+
+
+def _elsewhere(*overrides):
+    """Return a session and an engine whose weights are on the other device."""
+    session, engine = open_session(*overrides)
+    ranks = replace(session.ranks, device=DEVICE)
+    for chunk in engine.network.chunks:
+        move(chunk)
+        chunk.ranks = ranks
+    network = replace(engine.network, ranks=ranks)
+    return replace(session, ranks=ranks), replace(engine, network=network)
+
+
+def _iterate_all():
+    """Return what came of each case: one process, as starting it takes longest."""
+    return {name: _iterate(overrides) for name, overrides in CASES.items()}
+
+
+@cache
+def iterations():
+    return run_ranks(1, _iterate_all)[0]
+
+
+def _iterate(overrides):
+    session, engine = _elsewhere(*overrides)
+    reference = engine.network if session.settings.algorithm.kl_coefficient else None
+    with OtherDevice():
+        rollout, _ = collect_rollout(session, engine, 0)
+        guard: Any = BackwardAlone()
+        metrics, _ = update_policy(session, engine, rollout, reference, guard=guard)
+        evaluate(session, engine.network, iteration=0, stage="before")
+    tensors = (rollout.trajectory.tokens, rollout.trajectory.logprobs, rollout.rewards)
+    return metrics["ratio/max_error"], all(isinstance(t, Elsewhere) for t in tensors)
+
+
+def _supervise():
+    session, engine = _elsewhere("sft.iterations=2")
+    losses = []
+    sft.Guard = BackwardAlone
+    with OtherDevice():
+        run_sft(session, engine, start=0, after=losses.append)
+    return losses
+
+
+def _mix(kind):
+    with OtherDevice():
+        there, here = torch.arange(3, device=DEVICE), torch.arange(3)
+        mixtures = {
+            "sum": lambda: there + here,
+            "scatter": lambda: there.scatter(0, here, 1),
+            "index elsewhere": lambda: here[there],
+            "values here": lambda: there.__setitem__(here, here),
+            "allowed": lambda: there[here] + 1 + torch.tensor(2),
+        }
+        try:
+            return isinstance(mixtures[kind](), Elsewhere)
+        except RuntimeError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_iteration_stays_on_its_device(name):
+    ratio_error, stayed = iterations()[name]
+    assert stayed and ratio_error < 1e-5
+
+
+def test_supervision_stays_on_its_device():
+    assert run_ranks(1, _supervise)[0] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["sum", "scatter", "index elsewhere", "values here", "allowed"])
+def test_a_mixture_is_noticed(kind):
+    found = _mix(kind)
+    assert found is True if kind == "allowed" else "two devices" in found
