@@ -17,8 +17,9 @@ from agrpo_megatron.settings import ModelSettings, OptimizerSettings, ParallelSe
 
 SPARE = 0.9  # of a GPU's memory: what arithmetic does not see needs the rest
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a number
-# Bytes of Adam's two moments of a weight, as `megatron.engine` asks for them.
-MOMENTS = {"fp32": FLOAT32 + FLOAT32, "bf16": BFLOAT16 + BFLOAT16, "fp8": 1 + BFLOAT16}
+# Bytes of Adam's two moments of a weight, as `megatron.engine` asks for them. Transformer Engine
+# makes FP8 ones with their transpose, which Hopper's products want and nothing here reads.
+MOMENTS = {"fp32": FLOAT32 + FLOAT32, "bf16": BFLOAT16 + BFLOAT16, "fp8": 1 + 1 + BFLOAT16}
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ from torch import Tensor
 
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.kernels import kernels_for
+from agrpo_megatron.megatron import graphs
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
+from agrpo_megatron.rules import validate
 from agrpo_megatron.settings import Settings
 from agrpo_megatron.training.rl import make_loss
 from agrpo_megatron.training.step import accumulate_gradients, optimizer_step
@@ -65,17 +67,31 @@ def prepare() -> None:
         from tests.te.kernels import install
 
         install()
+    if REHEARSES:
+        graphs.record_on_gpu = lambda: _record_on_cpu
+
+
+def _record_on_cpu(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    """Stand in for the recording of a CUDA graph: a replay computes anew, into the same tensor."""
+    written = run()
+    return lambda: written.copy_(run()), written
 
 
 def scaled(*overrides: str, scale: Scale = SCALE) -> Settings:
-    """Return settings at the tests' size; skips where this machine cannot do what they ask."""
+    """Return settings at the tests' size; skips where the machine cannot do what they ask."""
     prepare()
     settings = scale_settings(scale, STD, "run.threads=1", *overrides)
+    validate(settings)
+    skip_unless_possible(settings)
+    return settings
+
+
+def skip_unless_possible(settings: Settings) -> None:
+    """Skip, with the reason, where this machine cannot do what the settings ask."""
     try:
         kernels_for(settings)
     except ValueError as error:
         pytest.skip(str(error))
-    return settings
 
 
 def te(precision: str, *more: str) -> tuple[str, ...]:
@@ -190,9 +206,11 @@ def in_fresh_process(function: Callable[..., Any], *args: Any, timeout: float = 
         job.write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
         command = [sys.executable, "-c", "from tests.gpu.common import be_child; be_child()"]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        # What `repeat_bit_by_bit` sets on a GPU.
+        given = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"} if REHEARSES else {}
         done = subprocess.run(
             [*command, str(job), str(result)],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, **given, "PYTHONPATH": path},
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -146,7 +146,7 @@ IN_LAYERS = 6_979_321_856  # of them in the layers' matrices: 32 x 4096 x (4 x 4
     [
         ([], 4, 4, 8, 0),
         (["moments=bf16"], 4, 2, 4, 0),
-        (["moments=fp8"], 4, 2, 3, 0),
+        (["moments=fp8"], 4, 2, 4, 0),
         (["main_gradients=bf16"], 2, 2, 8, 0),
         (["moments=bf16", "main_gradients=bf16"], 2, 2, 4, 0),
         (["offload=1"], 4, 0, 0, 16),

@@ -1,7 +1,7 @@
 """A model, a task and settings small enough that a test trains in seconds, on any layout."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,8 +110,17 @@ class Recorder:
         pass
 
 
-def open_session(*overrides: str, world_size: int = 1, phase: str = "rl") -> tuple[Session, Engine]:
-    """Start the ranks and build a session that writes no files, and an engine with weights."""
+def open_session(
+    *overrides: str,
+    world_size: int = 1,
+    phase: str = "rl",
+    fill: Callable[[Network, Settings], None] = load_start_weights,
+) -> tuple[Session, Engine]:
+    """Start the ranks and build a session that writes no files, and an engine with weights.
+
+    Args:
+        fill: what fills the network with them.
+    """
     resolved = resolved_run("unused", *overrides, world_size=world_size)
     settings = resolved.settings
     ranks = start_ranks(settings)
@@ -126,7 +135,7 @@ def open_session(*overrides: str, world_size: int = 1, phase: str = "rl") -> tup
     )
     optimizer = settings.optimizer if phase == "rl" else settings.sft.optimizer
     engine = build_engine(settings, optimizer, iterations=10, ranks=ranks)
-    load_start_weights(engine.network, settings)
+    fill(engine.network, settings)
     engine.optimizer.reload_model_params()
     return session, engine
 

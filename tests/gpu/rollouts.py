@@ -1,0 +1,61 @@
+"""Rollouts of random weights, and how far the training forward is from them."""
+
+import torch
+from torch import Tensor
+
+from agrpo_megatron.diffusion.batches import row_lengths, timestep_batches
+from agrpo_megatron.diffusion.estimators import DrawContext, full_trajectory
+from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
+from agrpo_megatron.diffusion.sampler import SamplerContext, sample
+from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.megatron.network import Network
+from agrpo_megatron.megatron.pipeline import make_forward
+from agrpo_megatron.settings import Settings
+from agrpo_megatron.training.step import accumulate_gradients, my_micro_batches
+from agrpo_megatron.types import Rollout, TimestepBatch, Trajectory
+from tests.gpu.common import SCALE
+from tools.gpu_model import random_prompts
+
+
+def sampled(network: Network, settings: Settings) -> Trajectory:
+    """Sample a completion of each prompt, with the sampler that training uses."""
+    model, device = settings.model, network.ranks.device
+    assert model.mask_token_id is not None
+    prompts = random_prompts(SCALE, seed=7, device=device)
+    context = SamplerContext(
+        forward=make_forward(network, settings.rollout),
+        vocab=network.vocab,
+        mask_id=model.mask_token_id,
+        eos_id=None,
+        seed=settings.run.seed,
+        token_budget=settings.train.token_budget,
+    )
+    ids = torch.arange(len(prompts), device=device)
+    return sample(prompts, ids, context=context, sampling=settings.sampling)
+
+
+def mismatch(engine: Engine, settings: Settings) -> Tensor:
+    """Return the difference of every sampled token's log-prob between training and rollout [n].
+
+    Training packs the states of all denoising steps anew, with other neighbours than they had.
+    """
+    trajectory = sampled(engine.rollout_network(), settings)
+    count, device = len(trajectory.tokens), trajectory.tokens.device
+    ones = torch.ones(count, device=device)
+    rollout = Rollout(trajectory, rewards=ones, correct=ones > 0, advantages=ones)
+    draws = full_trajectory(trajectory, DrawContext(settings.algorithm, eos_id=None, seed=0))
+    order = my_micro_batches(row_lengths(rollout, draws), settings, engine.ranks)
+    assert settings.model.mask_token_id is not None
+    batches = timestep_batches(rollout, draws, order, mask_id=settings.model.mask_token_id)
+    found: list[Tensor] = []
+
+    def loss(logits: Tensor, batch: TimestepBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        policy = policy_logits(logits, engine.network.vocab)
+        logprobs, _ = token_logprobs(policy, batch.targets, vocab=engine.network.vocab)
+        found.append(logprobs.detach() - batch.old_logprobs)
+        return -logprobs.sum(), {}
+
+    accumulate_gradients(engine, batches, loss=loss, examples=count)
+    differences = torch.cat(found)
+    assert len(differences) == trajectory.tokens.numel()
+    return differences
