@@ -70,9 +70,9 @@ $(RESILIENCE): pyproject.toml constraints.txt $(INSTALLED)
 	@touch $@
 
 # Apart from .venv, since its extension works with the torch that it was built for and no other.
-# Packages that follow torch's version take the one that goes with it.
+# What torch itself asks for takes the version that goes with it.
 TE_TORCH := 2.11.0
-FOLLOWING_TORCH := ^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==
+FOLLOWING_TORCH := ^(torch|triton|setuptools|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==
 
 $(TE): pyproject.toml constraints.txt $(wildcard $(TE_WHEELS)/*.whl) | $(filter .uv/%,$(UV))
 	@ls $(TE_WHEELS)/transformer_engine_torch-*.whl >/dev/null 2>&1 || { echo >&2 \

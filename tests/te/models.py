@@ -1,18 +1,13 @@
 """Models that both layer specs build under the stand-ins, and what is compared of them."""
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from agrpo_megatron.families import FAMILIES
-from agrpo_megatron.files import write_whole
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.megatron.weights import export_hf
-from agrpo_megatron.tokenizer import CHARACTERS
+from agrpo_megatron.megatron.weights import export_hf, load_named
 from agrpo_megatron.training.session import Session
 from agrpo_megatron.training.sft import run_sft
 from agrpo_megatron.types import PackedRows
@@ -40,10 +35,17 @@ BF16, FP8, TENSORWISE = "precision=bf16", "precision=fp8", "fp8.recipe=tensorwis
 LENGTHS = (7, 7, 3, 11, 1)
 
 
-def opened(*overrides: str, world_size: int = 1, phase: str = "sft") -> tuple[Session, Engine]:
-    """Return a session and an engine under the stand-ins; `overrides` come last."""
+def opened(
+    *overrides: str, weights: Path | None = None, world_size: int = 1, phase: str = "sft"
+) -> tuple[Session, Engine]:
+    """Return a session and an engine under the stand-ins, with weights that `save` wrote."""
     kernels.install()
-    return open_session(*SMALL, *overrides, world_size=world_size, phase=phase)
+    session, engine = open_session(*SMALL, *overrides, world_size=world_size, phase=phase)
+    if weights is not None:
+        saved = torch.load(weights)
+        load_named(engine.network, session.settings.model, saved.__getitem__)
+        engine.optimizer.reload_model_params()
+    return session, engine
 
 
 def disturb(network: Network) -> None:
@@ -56,17 +58,9 @@ def disturb(network: Network) -> None:
             parameter.copy_(parameter.bfloat16())
 
 
-def save_hf(folder: str | Path, session: Session, engine: Engine) -> None:
-    """Write the weights as a Hugging Face directory."""
-    model = session.settings.model
-    save_file(whole_weights(session, engine), Path(folder) / "model.safetensors")
-    config = FAMILIES[model.family].config(model)
-    write_whole(Path(folder) / "config.json", json.dumps(config))
-
-
-def loading(folder: str | Path) -> tuple[str, ...]:
-    """Return the overrides that start from such a directory, which has no tokenizer."""
-    return f"model.load={folder}", f"tokenizer.path={CHARACTERS}"
+def save(path: Path, session: Session, engine: Engine) -> None:
+    """Write the weights of all ranks."""
+    torch.save(whole_weights(session, engine), path)
 
 
 def whole_weights(session: Session, engine: Engine) -> dict[str, Tensor]:

@@ -12,56 +12,59 @@ from tests.te.models import (
     distance,
     disturb,
     errors,
-    loading,
     logits,
     opened,
     random_rows,
-    save_hf,
+    save,
     sft_gradient,
 )
 from tests.te.rules import calls
 
+LAYOUTS = ("tp2", "tp2-sp", "pp2", "cp2")
 NO_FURTHER = 1.5  # times the local spec's own error
 
 
-def _write_start(folder, overrides):
+def _write_start(path, overrides):
     session, engine = opened("precision=fp32", LOCAL, *overrides)
     disturb(engine.network)
-    save_hf(folder, session, engine)
+    save(path, session, engine)
 
 
-def _computed(folder, overrides):
+def _computed(path, overrides):
     """Return logits where one rank has them, and loss and gradient of a supervised step."""
     world_size = dist.get_world_size()
-    session, engine = opened(*loading(folder), *overrides, world_size=world_size)
+    session, engine = opened(*overrides, weights=path, world_size=world_size)
     seen = logits(engine.network, random_rows()) if world_size == 1 else None
     loss, gradient = sft_gradient(session, engine)
     return {"logits": seen, "loss": loss, "gradient": gradient, "calls": dict(calls)}
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module")
 def start(request, tmp_path_factory):
     """Return weights, the variant, and what float32 and the local spec in bfloat16 compute."""
-    folder, variant = tmp_path_factory.mktemp("start"), VARIANTS[request.param]
-    run_ranks(1, _write_start, folder, variant)
-    [exact] = run_ranks(1, _computed, folder, [*variant, "precision=fp32", LOCAL])
-    [local] = run_ranks(1, _computed, folder, [*variant, BF16, LOCAL])
+    path, variant = tmp_path_factory.mktemp("start") / "weights.pt", VARIANTS[request.param]
+    run_ranks(1, _write_start, path, variant)
+    [exact] = run_ranks(1, _computed, path, [*variant, "precision=fp32", LOCAL])
+    [local] = run_ranks(1, _computed, path, [*variant, BF16, LOCAL])
     assert not exact["calls"] and not any("gemm" in name for name in local["calls"])
-    return folder, variant, exact, local
+    return path, variant, exact, local
 
 
-@pytest.mark.parametrize("layout", ["dp1", "tp2", "tp2-sp", "pp2", "cp2"])
+@pytest.mark.parametrize(
+    ("start", "layout"),
+    [(name, "dp1") for name in VARIANTS] + [("bias and qk-norm", name) for name in LAYOUTS],
+    indirect=["start"],
+)
 def test_logits_and_gradients_are_no_further_from_float32(start, layout):
-    folder, variant, exact, local = start
+    path, variant, exact, local = start
     overrides = [*variant, BF16, TE]
     if layout != "dp1":
         overrides.append(f"parallel={layout}")
-    for ours in run_ranks(1 if layout == "dp1" else 2, _computed, folder, overrides):
+    for ours in run_ranks(1 if layout == "dp1" else 2, _computed, path, overrides):
         assert ours["calls"]["fused_attn_bwd"] and ours["calls"]["generic_gemm"]
         assert ours["loss"] == pytest.approx(exact["loss"], rel=0.01)
         measured = errors(ours["gradient"], exact["gradient"])
         allowed = errors(local["gradient"], exact["gradient"])
-        print(layout, {n: (round(v, 4), round(v / allowed[n], 2)) for n, v in measured.items()})
         assert measured.keys() == allowed.keys()
         for name, error in measured.items():
             assert error <= NO_FURTHER * allowed[name] < 0.1, name
