@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
@@ -47,6 +48,19 @@ def ask_for_what_is_stored(wanted: dict[str, Any], stored: set[str]) -> None:
             name = leaf.key.removeprefix(prefix)
             other = (p + name for p in (*MAIN, ""))
             leaf.key = next((key for key in other if key in stored), leaf.key)
+        return leaf
+
+    dict_list_map_inplace(renamed, wanted)
+
+
+def ask_for_main_weights(wanted: dict[str, Any], stored: set[str]) -> None:
+    """Ask for float32 weights in place of those kept in FP8, where they are stored; mutates it."""
+
+    def renamed(leaf: Any) -> Any:
+        """Return the leaf, under the best name that the checkpoint has."""
+        if isinstance(leaf, ShardedBase) and is_float8tensor(leaf.data):
+            main = (prefix + leaf.key for prefix in MAIN)
+            leaf.key = next((key for key in main if key in stored), leaf.key)
         return leaf
 
     dict_list_map_inplace(renamed, wanted)

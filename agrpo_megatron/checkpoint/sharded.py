@@ -5,8 +5,11 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.fp8_utils import is_float8tensor
+from torch import Tensor
 
 from agrpo_megatron.checkpoint.optimizer_state import (
+    ask_for_main_weights,
     ask_for_what_is_stored,
     fill_optimizer,
     sharded_optimizer,
@@ -39,17 +42,24 @@ def load_checkpoint(path: Path, engine: Engine) -> None:
         _fill(engine.network, _load(model, path))
         engine.scheduler.load_state_dict(state["scheduler"])
         fill_optimizer(engine, state["optimizer"], engine.scheduler.num_steps)
+        engine.cast_weights()
 
 
-def load_weights(path: Path, network: Network) -> None:
+def load_weights(path: Path, network: Network) -> dict[str, Tensor]:
     """Load the model's weights alone, in place; called by every rank, at any layout.
+
+    Returns:
+        What weights that are kept in FP8 were cast from, by Megatron's name: main weights, where
+        the checkpoint has them.
 
     Raises:
         ValueError: the checkpoint is damaged, or of another model.
     """
-    read_metadata(path)
+    stored = set(read_metadata(path).state_dict_metadata)
     with torch.no_grad():
-        _fill(network, _load(_model_state(network), path))
+        wanted = _model_state(network)
+        ask_for_main_weights(wanted, stored)
+        return _fill(network, _load(wanted, path))
 
 
 def _model_state(network: Network) -> dict[str, Any]:
@@ -63,10 +73,15 @@ def _model_state(network: Network) -> dict[str, Any]:
     return {f"model{number}": state for number, state in enumerate(states)}
 
 
-def _fill(network: Network, state: dict[str, Any]) -> None:
+def _fill(network: Network, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Fill the network's weights; return what those in FP8 were cast from, by Megatron's name."""
     parts = [part for name, part in state.items() if name.startswith("model")]
+    names, given = {p: name for name, p in network.named_parameters()}, {}
     for chunk, part in zip(network.chunks, parts, strict=True):
         chunk.load_state_dict(part, strict=False)
+        in_fp8 = ((name, p) for name, p in chunk.named_parameters() if is_float8tensor(p))
+        given.update({names[p]: part[name] for name, p in in_fp8})
+    return given
 
 
 def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from agrpo_megatron.kernels import kernels_for
 from agrpo_megatron.megatron.fused import take_torch_optimizers
@@ -45,6 +46,32 @@ class Engine:
         if self.rollout_copy is None:
             return self.network
         return self.rollout_copy.update(self.network, self.scheduler.num_steps)
+
+    def begin(self, given: dict[str, Tensor]) -> None:
+        """Let the main weights begin from the network's; called by every rank.
+
+        Args:
+            given: by name, what weights that are kept in FP8 were cast from.
+        """
+        if not given:
+            self.optimizer.reload_model_params()
+            return
+        values = {p: given.get(name, p) for name, p in self.network.named_parameters()}
+        state = {
+            f"model{number}": {name: values[p] for name, p in chunk.named_parameters()}
+            for number, chunk in enumerate(self.network.chunks)
+        }
+        self.optimizer.reload_model_params(state_dict=state)
+
+    def cast_weights(self) -> None:
+        """Cast weights that are kept in FP8 from the main weights; called by every rank."""
+        if not self.network.config.fp8_param:
+            return
+        optimizer: Any = self.optimizer
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            part._copy_main_params_to_model_params()
+        for ddp in self.ddp:
+            ddp.start_param_sync(force_sync=True)
 
     def finish_parameters(self) -> None:
         """Wait for updated weights that are still being gathered (`ddp.overlap_param_gather`)."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
 from agrpo_megatron.families.files import HfWeights
@@ -16,10 +17,13 @@ from agrpo_megatron.megatron.ranks import Ranks
 from agrpo_megatron.settings import ModelSettings
 
 
-def load_hf(network: Network, settings: ModelSettings, directory: str | Path) -> None:
+def load_hf(network: Network, settings: ModelSettings, directory: str | Path) -> dict[str, Tensor]:
     """Read the safetensors of a Hugging Face directory into the network; mutates its weights.
 
     Each rank reads its own shards of the tensors. Pickled weights are never opened.
+
+    Returns:
+        What weights in FP8 were cast from, see `load_named`.
 
     Raises:
         ValueError: a tensor is missing, unknown, damaged or has the wrong shape.
@@ -27,14 +31,17 @@ def load_hf(network: Network, settings: ModelSettings, directory: str | Path) ->
     weights = HfWeights(directory)
     shapes = {name: shape for name, (shape, _) in hf_shapes(settings).items()}
     weights.check(shapes, settings.family)
-    load_named(network, settings, weights.part)
+    return load_named(network, settings, weights.part)
 
 
-def initialise(network: Network, settings: ModelSettings, seed: int) -> None:
+def initialise(network: Network, settings: ModelSettings, seed: int) -> dict[str, Tensor]:
     """Draw random weights by tensor name, so that they are the same under any layout.
 
     Norms are 1, biases 0, everything else is normal with `model.init_std`; projections back into
     the residual stream are scaled by 1 / sqrt(2 * num_layers), as Megatron does.
+
+    Returns:
+        What weights in FP8 were cast from, see `load_named`.
     """
     shapes = hf_shapes(settings)
     residual = settings.init_std / (2 * settings.num_layers) ** 0.5
@@ -49,11 +56,19 @@ def initialise(network: Network, settings: ModelSettings, seed: int) -> None:
         std = residual if transform == "row" else settings.init_std
         return torch.randn(shape, generator=generator) * std
 
-    load_named(network, settings, _draw)
+    return load_named(network, settings, _draw)
 
 
-def load_named(network: Network, settings: ModelSettings, read: Callable[[str], Part]) -> None:
-    """Fill the parameters this rank holds from whole Hugging Face tensors; mutates them."""
+def load_named(
+    network: Network, settings: ModelSettings, read: Callable[[str], Part]
+) -> dict[str, Tensor]:
+    """Fill the parameters this rank holds from whole Hugging Face tensors; mutates them.
+
+    Returns:
+        What weights that are kept in FP8 were cast from, by Megatron's name: the float32 main
+        weights begin from it. Empty without such weights.
+    """
+    given: dict[str, Tensor] = {}
     parameters = dict(network.named_parameters())
     tensor = network.ranks.tensor
     for line in lines(settings):
@@ -63,9 +78,13 @@ def load_named(network: Network, settings: ModelSettings, read: Callable[[str], 
         split = Split(tensor.rank, tensor.size, vocab_rows=len(parameter) * tensor.size)
         with torch.no_grad():
             parts = [read(name) for name in line.parts]
-            parameter.copy_(to_megatron(parts, line.transform, settings, split))
+            value = to_megatron(parts, line.transform, settings, split)
+            parameter.copy_(value)
+        if is_float8tensor(parameter):
+            given[line.megatron] = value
     if parameters:
         raise RuntimeError(f"no weights are named for {', '.join(parameters)}")
+    return given
 
 
 def export_hf(

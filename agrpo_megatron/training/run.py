@@ -5,6 +5,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from agrpo_megatron.checkpoint.progress import (
     CHECKPOINTS,
     MODEL_FILE,
@@ -132,22 +134,24 @@ def _stop_if_asked(session: Session) -> None:
         raise Stopped(reason)
 
 
-def load_start_weights(network: Network, settings: Settings) -> None:
+def load_start_weights(network: Network, settings: Settings) -> dict[str, Tensor]:
     """Fill a network with what `model.load` names, or with random weights; mutates it.
+
+    Returns:
+        What weights in FP8 were cast from, by name.
 
     Raises:
         ValueError: the directory does not hold weights of this shape.
     """
     source = settings.model.load
     if source is None:
-        initialise(network, settings.model, settings.run.seed)
-    elif (Path(source) / RUN_SETTINGS).exists():
-        load_weights(checkpoint_path(Path(source)), network)
-    elif (Path(source) / MODEL_FILE).exists():
+        return initialise(network, settings.model, settings.run.seed)
+    if (Path(source) / RUN_SETTINGS).exists():
+        return load_weights(checkpoint_path(Path(source)), network)
+    if (Path(source) / MODEL_FILE).exists():
         verify_together(Path(source), network.ranks)
-        load_weights(Path(source), network)
-    else:
-        load_hf(network, settings.model, source)
+        return load_weights(Path(source), network)
+    return load_hf(network, settings.model, source)
 
 
 def _tell_notes(session: Session) -> None:
@@ -263,7 +267,7 @@ def _fill(session: Session, engine: Engine, checkpoint: Path | None, start: Path
         load_checkpoint(checkpoint, engine)
         return
     if start is not None:
-        load_weights(start, engine.network)
+        given = load_weights(start, engine.network)
     else:
-        load_start_weights(engine.network, session.settings)
-    engine.optimizer.reload_model_params()
+        given = load_start_weights(engine.network, session.settings)
+    engine.begin(given)
