@@ -114,7 +114,7 @@ def open_session(
     *overrides: str,
     world_size: int = 1,
     phase: str = "rl",
-    fill: Callable[[Network, Settings], None] = load_start_weights,
+    fill: Callable[[Network, Settings], dict[str, Tensor] | None] = load_start_weights,
 ) -> tuple[Session, Engine]:
     """Start the ranks and build a session that writes no files, and an engine with weights.
 
@@ -135,8 +135,7 @@ def open_session(
     )
     optimizer = settings.optimizer if phase == "rl" else settings.sft.optimizer
     engine = build_engine(settings, optimizer, iterations=10, ranks=ranks)
-    fill(engine.network, settings)
-    engine.optimizer.reload_model_params()
+    engine.begin(fill(engine.network, settings) or {})
     return session, engine
 
 
