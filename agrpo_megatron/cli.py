@@ -201,6 +201,8 @@ def doctor(arguments: argparse.Namespace) -> int:
     print_findings(examine(), console)
     console.print()
     of = " ".join([file or "default settings", *overrides])
+    if file is None and not overrides:
+        of += "; agrpo doctor FILE, or precision=bf16, shows those of others"
     print_kernels(kernels_for(settings, phases=trained_phases(settings)), of, console)
     return 0
 

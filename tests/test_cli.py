@@ -221,7 +221,7 @@ def test_doctor_names_what_is_there_and_what_is_not(tmp_path):
     assert status == 0
     for part in ("Python", "PyTorch", "Megatron-Core", "Transformer Engine", "wandb"):
         assert part in printed
-    assert "kernels: default settings\n" in printed
+    assert "kernels: default settings; agrpo doctor FILE" in printed
 
 
 def test_doctor_says_which_kernels_settings_take(tmp_path):

@@ -218,6 +218,7 @@ def _identity(resolved: Resolved, cells: Sequence[Cell]) -> dict[str, Any]:
         del sampling[name]
     return {
         "precision": settings.precision,
+        **({"fp8": asdict(settings.fp8)} if settings.precision == "fp8" else {}),
         "seed": settings.run.seed,
         "split": settings.evaluation.split,
         "samples": settings.evaluation.samples,

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from itertools import combinations
 
 import pytest
 import torch.distributed as dist
@@ -212,6 +213,17 @@ def test_something_else_is_refused_and_named(run, whole):
         with pytest.raises(ValueError, match="holds an evaluation with") as error:
             ResultStore(whole).check(plan.evaluation)
         assert said in str(error.value) and "--restart" in str(error.value)
+
+
+def test_the_recipe_of_fp8_decides_about_completions(run):
+    evaluated = []
+    for precision in ("bf16", "fp8", "fp8 fp8.recipe=tensorwise", "fp8 fp8.bf16_last_layers=1"):
+        overrides = [*GRID, *f"precision={precision}".split()]
+        settings = load(Settings, run / RUN_SETTINGS, overrides)
+        plan = plan_evaluation(settings, checkpoint=checkpoint_path(run), label="", world_size=1)
+        evaluated.append(plan.evaluation["evaluates"])
+    assert "fp8" not in evaluated[0]
+    assert all(a != b for a, b in combinations(evaluated, 2))
 
 
 def test_completions_that_were_changed_by_hand_are_refused(run, whole, tmp_path):
