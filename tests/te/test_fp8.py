@@ -1,0 +1,140 @@
+"""FP8 products: how far they are from float32, which layers have them, and that casts are new.
+
+The stand-ins cast as the kernels do and multiply exactly what was cast, so errors of rounding
+to FP8 are real ones; those of a GPU's shorter sums within a product are not in them.
+"""
+
+import pytest
+import torch
+
+from agrpo_megatron.training.rl import collect_rollout, update_policy
+from agrpo_megatron.training.sft import run_sft
+from tests.ranks import run_ranks
+from tests.te.models import (
+    BF16,
+    FP8,
+    LOCAL,
+    TE,
+    TENSORWISE,
+    distance,
+    disturb,
+    errors,
+    logits,
+    opened,
+    random_rows,
+    save,
+    sft_gradient,
+)
+from tests.te.rules import calls
+
+RECIPES = {"blockwise": [FP8], "tensorwise": [FP8, TENSORWISE]}
+CASTS = 8  # of a layer's forward pass: input and weight of four products
+
+
+def _start(path):
+    """Write weights; return what float32 computes from them."""
+    session, engine = opened("precision=fp32", LOCAL)
+    disturb(engine.network)
+    save(path, session, engine)
+    return logits(engine.network, random_rows()), *sft_gradient(session, engine)
+
+
+def _computed(path, overrides):
+    session, engine = opened(*overrides, weights=path)
+    return logits(engine.network, random_rows()), *sft_gradient(session, engine)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    path = tmp_path_factory.mktemp("start") / "weights.pt"
+    [exact] = run_ranks(1, _start, path)
+    return path, exact
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_logits_and_gradients_are_as_near_as_three_bits_of_mantissa(start, recipe):
+    path, (exact, exact_loss, exact_gradient) = start
+    [(seen, loss, gradient)] = run_ranks(1, _computed, path, RECIPES[recipe])
+    measured = errors(gradient, exact_gradient)
+    assert 0.01 < distance(seen, exact) < 0.1
+    assert loss == pytest.approx(exact_loss, rel=0.02)
+    assert all(torch.isfinite(tensor).all() for tensor in gradient.values())
+    assert 0.02 < max(measured.values()) < 0.3
+
+
+def _casts(overrides):
+    """Return how often each layer casts in a forward pass, and the logits."""
+    _, engine = opened("model.num_layers=3", *overrides)
+    counts = []
+
+    def note(*_):
+        casts = sum(count for name, count in calls.items() if name.startswith("quantize by"))
+        counts.append(casts - sum(counts))
+
+    for layer in engine.network.chunks[0].decoder.layers:
+        layer.register_forward_hook(note)
+    calls.clear()
+    return counts, logits(engine.network, random_rows())
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "in_fp8"),
+    [(0, 0, [1, 1, 1]), (1, 0, [0, 1, 1]), (0, 1, [1, 1, 0]), (1, 1, [0, 1, 0])],
+)
+def test_layers_kept_in_bf16_cast_nothing(first, last, in_fp8):
+    kept = [f"fp8.bf16_first_layers={first}", f"fp8.bf16_last_layers={last}"]
+    [(casts, seen)] = run_ranks(1, _casts, [FP8, *kept])
+    [(none, plain)] = run_ranks(1, _casts, [BF16, TE])
+    assert casts == [CASTS * one for one in in_fp8] and none == [0, 0, 0]
+    assert 0 < distance(seen, plain) < 0.1
+
+
+def _rollouts(path, overrides):
+    """Return the rollout after an update; its weights are written to `path`."""
+    session, engine = opened(*overrides, phase="rl")
+    before, _ = collect_rollout(session, engine, 0)
+    metrics, _ = update_policy(session, engine, before, None)
+    assert metrics["grad_norm"] > 0
+    save(path, session, engine)
+    after, _ = collect_rollout(session, engine, 1)
+    ratios, _ = update_policy(session, engine, after, None)
+    return before.trajectory, after.trajectory, ratios
+
+
+def _fresh_rollout(path, overrides):
+    session, engine = opened(*overrides, weights=path, phase="rl")
+    return collect_rollout(session, engine, 1)[0].trajectory
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_rollout_after_an_update_has_the_new_weights(tmp_path, recipe):
+    """Transformer Engine keeps its casts of weights until it is told that they changed."""
+    path, overrides = tmp_path / "weights.pt", [*RECIPES[recipe], "optimizer.learning_rate=0.03"]
+    [(before, after, ratios)] = run_ranks(1, _rollouts, path, overrides)
+    [fresh] = run_ranks(1, _fresh_rollout, path, overrides)
+    assert torch.equal(after.tokens, fresh.tokens)
+    assert torch.equal(after.logprobs, fresh.logprobs)
+    assert not torch.equal(before.logprobs, after.logprobs)
+    # Training scores the same states, packed otherwise: where scales are of all rows, they differ.
+    error = ratios["ratio/max_error"]
+    assert error == 0 if recipe == "blockwise" else 0 < error < 0.3
+    assert ratios["ratio/mean"] == pytest.approx(1, abs=0 if recipe == "blockwise" else 0.03)
+
+
+def _losses(overrides):
+    session, engine = opened("sft.iterations=30", "sft.optimizer.learning_rate=3e-3", *overrides)
+    run_sft(session, engine, start=0, after=lambda _: None)
+    return [record["loss"] for record in session.log.records]
+
+
+@pytest.mark.slow
+def test_fp8_learns_as_bf16_does():
+    curves = {
+        name: run_ranks(1, _losses, overrides)[0]
+        for name, overrides in {"bf16": [BF16, TE], **RECIPES}.items()
+    }
+    ends = {name: sum(curve[-10:]) / 10 for name, curve in curves.items()}
+    assert ends["bf16"] < 0.7 * curves["bf16"][0]
+    for recipe in RECIPES:
+        assert curves[recipe] != curves["bf16"]
+        assert ends[recipe] == pytest.approx(ends["bf16"], rel=0.05)
