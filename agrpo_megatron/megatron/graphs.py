@@ -115,6 +115,7 @@ def record_on_gpu() -> Recorder:
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """Warm the function's kernels up, then record it."""
         now, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(now)
         with torch.cuda.stream(side):
