@@ -5,7 +5,7 @@
 #
 #   tools/gpu_check.sh [--wheels DIR] [--out DIR] [--commit TEXT]
 #   tools/gpu_check.sh --collect [--wheels DIR]      with network: fetch the wheels that are missing
-#   tools/gpu_check.sh --rehearse [--out DIR]        without a GPU: the same code, tiny and on a CPU
+#   tools/gpu_check.sh --rehearse [--wheels DIR] [--out DIR]     without a GPU: the same code, tiny
 #
 # DIR of wheels is .gpu/wheels, which git ignores: Transformer Engine's wheels, and those that
 # --collect fetches. Without it, what is installed is used. DIR of results is gpu_check: it gets
@@ -21,10 +21,10 @@ TOTAL=470         # seconds for everything
 TESTS=215         # of them, at most, for the tests
 LEAST=20          # a stage with less than this is left out
 STARTS=4          # of pytest: a test that takes its process down does not take the others along
-# What such a machine lacks beside Transformer Engine's wheels. Pinned as in constraints.txt.
-NEEDED=(megatron-core math-verify latex2sympy2-extended antlr4-python3-runtime)
+# What a machine with torch, transformers and pytest lacks beside them; pinned in constraints.txt.
+NEEDED=(megatron-core)
 
-wheels=.gpu/wheels out=gpu_check commit='' collect='' rehearse=''
+wheels=.gpu/wheels given='' out=gpu_check commit='' collect='' rehearse=''
 command="tools/gpu_check.sh $*"
 
 fail() {
@@ -105,7 +105,7 @@ run_tests() {
 
 while (($#)); do
   case $1 in
-    --wheels) wheels=${2:?--wheels wants a folder} && shift 2 ;;
+    --wheels) wheels=${2:?--wheels wants a folder} given=1 && shift 2 ;;
     --out) out=${2:?--out wants a folder} && shift 2 ;;
     --commit) commit=${2:?--commit wants a text} && shift 2 ;;
     --collect) collect=1 && shift ;;
@@ -128,6 +128,7 @@ extra=()
 if [ -n "$rehearse" ]; then
   export AGRPO_REHEARSE_GPU=1
   extra=(--rehearse)
+  [ -z "$given" ] || install_wheels # those of .gpu/wheels may be for another torch
 else
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader ||
     fail "nvidia-smi finds no GPU; --rehearse runs the same code on a CPU"

@@ -199,4 +199,5 @@ def _graphs(jobs: Record) -> list[str]:
 
 
 def _number(value: float | None) -> str:
+    """Return a figure with four digits; nothing where there is none."""
     return "" if value is None else f"{value:.4g}"

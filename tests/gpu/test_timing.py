@@ -1,0 +1,39 @@
+"""What `tools/gpu_check.py` measures on a GPU runs, rehearsed with stand-ins for kernels.
+
+On a GPU the tool itself runs after the tests, so this does not.
+"""
+
+import sys
+
+import pytest
+
+from tests.gpu.common import REHEARSES, ROOT, in_fresh_process
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not REHEARSES, reason="tools/gpu_check.py itself runs on a GPU"),
+]
+
+
+def _all_jobs():
+    sys.path.insert(0, str(ROOT / "tools"))
+    from gpu_jobs import JOBS
+    from gpu_timing import run_job
+
+    return {job.name: run_job(job, is_rehearsal=True) for job in JOBS}
+
+
+def test_every_job_measures_or_says_why_not():
+    found = in_fresh_process(_all_jobs)
+    for name, result in found.items():
+        if "refused" in result:
+            assert "kernels." in result["refused"] or "precision" in result["refused"], name
+            continue
+        speeds = [result[part] for part in ("rollout", "update") if part in result]
+        speeds += result.get("graphs", [])
+        assert name == "ceiling" or speeds
+        assert all(speed["tokens_per_second"] > 0 and speed["tflops"] > 0 for speed in speeds)
+    assert "update" in found["local bf16"] and found["ceiling"]["ceilings"]["bf16"] > 0
+    # All are given the same rows.
+    sizes = {r["rollout"]["tokens"] for r in found.values() if "rollout" in r}
+    assert len(sizes) == 1
