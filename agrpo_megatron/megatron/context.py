@@ -49,7 +49,7 @@ def for_schedule(batches: Sequence[PackedRows], ranks: Ranks) -> tuple[list[Pack
 def hidden_tokens(rows: PackedRows, ranks: Ranks) -> int:
     """Return how many tokens of these rows a hidden state holds on one rank."""
     count = len(rows.tokens)
-    return (count + -count % _split(ranks)) // _split(ranks)
+    return (count + -count % _split(ranks)) // _shares(ranks)
 
 
 def part_of(count: int, context: Axis, rank: int) -> tuple[int, int]:
@@ -104,5 +104,9 @@ def gather_keys(
 
 
 def _split(ranks: Ranks) -> int:
-    shares = ranks.context.size * (ranks.tensor.size if ranks.parallel.sequence else 1)
-    return shares * ranks.token_multiple
+    return _shares(ranks) * ranks.token_multiple
+
+
+def _shares(ranks: Ranks) -> int:
+    """Return among how many ranks the tokens of a hidden state are shared."""
+    return ranks.context.size * (ranks.tensor.size if ranks.parallel.sequence else 1)

@@ -6,6 +6,7 @@ On the meta device, so that LLaDA-8B is built in full; it has no values.
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from transformer_engine.pytorch import RMSNorm
 
 from agrpo_megatron.checkpoint.sharded import _model_state
 from agrpo_megatron.config import load
@@ -59,6 +60,9 @@ def _described(overrides):
     ranks = start_ranks(settings)
     with _MetaForCuda():
         network = build_network(settings, ranks)
+    norms = [m for c in network.chunks for m in c.modules() if isinstance(m, RMSNorm)]
+    for norm in norms:  # which waits with this until its weight has values
+        norm.weight.sequence_parallel = norm.sequence_parallel
     assert all(p.is_meta for _, p in network.named_parameters() if p.dim() > 1)
     parameters = {
         name: {
