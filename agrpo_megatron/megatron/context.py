@@ -100,7 +100,9 @@ def gather_keys(
 ) -> tuple[Tensor, Tensor]:
     """Return keys and values at these of all ranks' tokens, from those here, [T, groups, dim]."""
     both = GatherTokens.apply(torch.stack([key, value], 1), group)
-    return both[wanted].unbind(1)  # type: ignore[index, return-value]
+    key, value = both[wanted].unbind(1)  # type: ignore[index]
+    # Apart, as the fused kernels take them where no row crosses.
+    return key.contiguous(), value.contiguous()
 
 
 def _split(ranks: Ranks) -> int:

@@ -7,17 +7,18 @@ from torch import Tensor
 
 from tests.te.rules import refuse
 
-BACKENDS = tex.NVTE_Fused_Attn_Backend
 PACKED = tex.NVTE_QKV_Layout.NVTE_THD_THD_THD
 WIDEST_HEAD = 256  # that cuDNN runs forward and backward on Hopper
 
 
 def get_fused_attn_backend(params):
-    """Return cuDNN's attention for what it can do, else none with the reason."""
-    for reason, holds in _support(params).items():
-        if not holds:
-            return BACKENDS.NVTE_No_Backend, f"stand-in: not {reason}"
-    return BACKENDS.NVTE_F16_arbitrary_seqlen, ""
+    """Return cuDNN's attention for what it can do.
+
+    For the rest Transformer Engine itself would fall back to slow attention, and only log it.
+    """
+    for what, holds in _support(params).items():
+        refuse(f"fused attention is for {what}", holds)
+    return tex.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, ""
 
 
 def _support(params):
@@ -30,8 +31,8 @@ def _support(params):
         "equal heads for each group": heads[0] % heads[1] == 0,
         "a head of a multiple of 8": all(width % 8 == 0 for width in widths),
         f"a head of at most {WIDEST_HEAD}": max(widths) <= WIDEST_HEAD,
-        "free of dropout": params.dropout == 0.0,
-        "without a window": (params.window_size_left, params.window_size_right) == (-1, -1),
+        "no dropout": params.dropout == 0.0,
+        "no window": (params.window_size_left, params.window_size_right) == (-1, -1),
     }
 
 
