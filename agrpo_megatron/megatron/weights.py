@@ -100,7 +100,8 @@ def export_hf(
     for line in lines(settings):
         if line.megatron not in tensors:
             continue
-        shard = tensors[line.megatron].contiguous()
+        shard = tensors[line.megatron]
+        shard = (shard.dequantize() if is_float8tensor(shard) else shard).contiguous()
         shards = [torch.empty_like(shard) for _ in range(ranks.tensor.size)]
         dist.all_gather(shards, shard, group=ranks.tensor.group)
         parts = from_megatron(shards, line.transform, settings)

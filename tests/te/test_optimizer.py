@@ -1,39 +1,158 @@
-"""Transformer Engine's Adam: its states, and checkpoints of every kind of optimizer."""
+"""Transformer Engine's Adam: what it keeps, and checkpoints of every kind of optimizer.
+
+Run by Transformer Engine's own Python code, with stand-ins for its kernels (see `kernels`).
+"""
+
+from contextlib import nullcontext
 
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
 from tests.checkpoint import test_sharded as plain
 from tests.ranks import run_ranks
 
+# What is tested is the optimizer: the layers are those that need no kernels.
 BF16 = ["precision=bf16", "kernels.layer_spec=local"]
-DISTRIBUTED = ["sft.optimizer.distributed=true"]
+DISTRIBUTED = [*BF16, "sft.optimizer.distributed=true"]
+SHORT = ["sft.optimizer.moments=bf16", "sft.optimizer.main_gradients=bf16"]
+KINDS = {  # ranks, settings
+    "float32": (1, []),
+    "bf16": (1, BF16),
+    "distributed": (2, DISTRIBUTED),
+    "moments and gradients of bf16": (2, [*DISTRIBUTED, *SHORT]),
+    "half of it offloaded": (2, [*DISTRIBUTED, "sft.optimizer.offload=0.5"]),
+    "all of it offloaded": (1, [*DISTRIBUTED, "sft.optimizer.offload=1"]),
+}
 
 
-def _train(root, overrides):
+class _Host(TorchFunctionMode):
+    """Tell the memory of the machine from that of the GPU that stands in for it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+        if func is torch.Tensor.to and args[1:] in (("cuda",), ("cpu",)):
+            return _to_host(args[0]) if args[1] == "cpu" else args[0].detach().view_as(args[0])
+        kwargs = {k: v for k, v in (kwargs or {}).items() if k != "pin_memory"}
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and args and _is_on_host(args[0]):
+            result.on_host = True  # type: ignore[attr-defined]
+        return result
+
+
+def _is_on_host(thing):
+    return getattr(thing, "on_host", False)
+
+
+def _to_host(tensor):
+    moved = tensor.clone()
+    moved.on_host = True
+    return moved
+
+
+def _install():
+    """Stand in for kernels and for the GPU's own memory; called once in a process."""
+    from agrpo_megatron.megatron import platform
     from tests.te.kernels import install
 
     install()
+    torch.Tensor.is_cuda = property(lambda tensor: not _is_on_host(tensor))  # type: ignore
+    torch.Tensor.cpu = _to_host  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[method-assign]
+    platform._Stream.record_event = lambda stream: stream  # type: ignore[attr-defined]
+    _Host().__enter__()
+
+
+def _whole_run(root, overrides):
+    _install()
     return plain._train_and_save_halfway(root, overrides)
 
 
-def _continue(source, overrides):
-    from tests.te.kernels import install
-
-    install()
+def _second_half(source, overrides):
+    _install()
     return plain._continue(source, overrides)
-
-
-KINDS = {
-    "float32": [],
-    "plain": BF16,
-    "distributed": [*BF16, *DISTRIBUTED],
-    "moments": [*BF16, *DISTRIBUTED, "sft.optimizer.moments=bf16"],
-    "gradients": [*BF16, *DISTRIBUTED, "sft.optimizer.main_gradients=bf16"],
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loaded_run_continues_bit_for_bit(tmp_path, kind):
-    whole = run_ranks(2, _train, tmp_path, KINDS[kind])
-    again = run_ranks(2, _continue, tmp_path / "sft-000002", KINDS[kind])
+    ranks, overrides = KINDS[kind]
+    whole = run_ranks(ranks, _whole_run, tmp_path, overrides)
+    again = run_ranks(ranks, _second_half, tmp_path / "sft-000002", overrides)
+    assert len(whole[0][0]) == 2
+    assert all(plain._same(a, b) for a, b in zip(again, whole, strict=True))
+
+
+PRIMARY = [
+    "precision=fp8",
+    "fp8.primary_weights=true",
+    "optimizer.distributed=true",
+    "sft.optimizer.distributed=true",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=96",
+    "model.num_attention_heads=8",
+    "model.num_query_groups=4",
+    "model.init_std=0.1",
+]
+
+
+def _install_casts():
+    """Stand in for the casts of main weights as well, and for how NCCL gathers.
+
+    Gloo turns what is gathered in one call into one dtype, here bytes and bf16.
+    """
+    import transformer_engine_torch as extension
+    from megatron.core.distributed import param_and_grad_buffer
+
+    from tests.te import kernels, master
+
+    _install()
+    param_and_grad_buffer._coalescing_manager = lambda *_, **__: nullcontext()
+    for name in (
+        "fp8_block_scaling_compute_partial_amax",
+        "fp8_block_scaling_partial_cast",
+        "multi_tensor_compute_scale_and_scale_inv",
+    ):
+        kernels._replace(getattr(extension, name), getattr(master, name))
+
+
+def _beginning(overrides):
+    """Return, of the main weights of FP8 weights, what they are off the values and the casts."""
+    from megatron.core.fp8_utils import is_float8tensor
+
+    from agrpo_megatron.megatron.weights import initialise
+
+    _install_casts()
+    session, engine = plain._open(overrides)
+    given = initialise(engine.network, session.settings.model, session.settings.run.seed)
+    off = []
+    (part,) = engine.optimizer.chained_optimizers
+    for name, weight in engine.network.named_parameters():
+        if not is_float8tensor(weight) or weight.main_param is None:
+            continue
+        place = part._get_model_param_range_map(weight)["param"]
+        mine = slice(place.start, place.end)
+        values, cast = given[name].flatten()[mine], weight.dequantize().flatten()[mine]
+        main = weight.main_param
+        off.append((float((main - values).abs().max()), float((main - cast).abs().max())))
+    return off
+
+
+def test_main_weights_beside_fp8_weights_begin_from_what_those_were_cast_from():
+    for off in run_ranks(2, _beginning, PRIMARY):
+        assert off
+        assert all(from_values == 0 < from_cast for from_values, from_cast in off)
+
+
+def _whole_run_in_fp8(root, overrides):
+    _install_casts()
+    return plain._train_and_save_halfway(root, overrides)
+
+
+def _second_half_in_fp8(source, overrides):
+    _install_casts()
+    return plain._continue(source, overrides)
+
+
+def test_a_run_with_fp8_weights_continues_bit_for_bit(tmp_path):
+    whole = run_ranks(2, _whole_run_in_fp8, tmp_path, PRIMARY)
+    again = run_ranks(2, _second_half_in_fp8, tmp_path / "sft-000002", PRIMARY)
     assert all(plain._same(a, b) for a, b in zip(again, whole, strict=True))
