@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from agrpo_megatron.training.sft import run_sft
 from tests.checkpoint import test_sharded as plain
 from tests.ranks import run_ranks
 
@@ -16,6 +17,7 @@ from tests.ranks import run_ranks
 BF16 = ["precision=bf16", "kernels.layer_spec=local"]
 DISTRIBUTED = [*BF16, "sft.optimizer.distributed=true"]
 SHORT = ["sft.optimizer.moments=bf16", "sft.optimizer.main_gradients=bf16"]
+FP8_MOMENTS = ["sft.optimizer.moments=fp8"]
 KINDS = {  # ranks, settings
     "float32": (1, []),
     "bf16": (1, BF16),
@@ -79,6 +81,72 @@ def test_a_loaded_run_continues_bit_for_bit(tmp_path, kind):
     again = run_ranks(ranks, _second_half, tmp_path / "sft-000002", overrides)
     assert len(whole[0][0]) == 2
     assert all(plain._same(a, b) for a, b in zip(again, whole, strict=True))
+
+
+def _states(overrides):
+    """Return what updates the weights, and the dtypes of what it keeps of each."""
+    _install()
+    session, engine = plain._open(overrides)
+    run_sft(session, engine, start=3, after=lambda _: None)
+    (part,) = engine.optimizer.chained_optimizers
+    inner = getattr(part.optimizer, "sub_optimizers", [part.optimizer])
+    kept = [state for adam in inner for state in adam.state.values()]
+    names = ("exp_avg", "exp_avg_sq", "master_param")
+    dtypes = {tuple(str(s[n].dtype) for n in names if n in s) for s in kept}
+    held = {(type(s["exp_avg"]).__name__, _is_on_host(s["exp_avg"])) for s in kept}
+    return {type(adam).__name__ for adam in inner}, dtypes, held
+
+
+@pytest.mark.parametrize(
+    ("overrides", "adams", "dtypes", "held"),
+    [
+        ([], {"FusedAdam"}, "float32 float32", {("Tensor", False)}),
+        (SHORT[1:], {"FusedAdam"}, "float32 float32 int16", {("Tensor", False)}),
+        (SHORT, {"FusedAdam"}, "bfloat16 bfloat16 int16", {("Tensor", False)}),
+        # An FP8 tensor says what dtype it stands for.
+        (FP8_MOMENTS, {"FusedAdam"}, "float32 bfloat16 int16", {("Float8Tensor", False)}),
+        (
+            ["sft.optimizer.offload=0.5"],
+            {"FusedAdam", "AdamW"},
+            "float32 float32 float32",
+            {("Tensor", False), ("Tensor", True)},
+        ),
+    ],
+)
+def test_states_are_kept_as_asked_for(overrides, adams, dtypes, held):
+    ((found, kept, where),) = run_ranks(1, _states, [*DISTRIBUTED, *overrides])
+    assert found == adams and where == held
+    assert kept == {tuple(f"torch.{name}" for name in dtypes.split())}
+
+
+def _through(source, root, overrides):
+    """Load and save again, with no step between."""
+    _install()
+    return plain._load_and_save(source, root, overrides)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (1, BF16),
+        (2, DISTRIBUTED),
+        (2, [*DISTRIBUTED, *SHORT[1:]]),
+        (1, [*DISTRIBUTED, "sft.optimizer.offload=0.5"]),
+    ],
+)
+def test_states_go_from_torch_through_another_optimizer_and_back(tmp_path, ranks, overrides):
+    (whole,) = run_ranks(1, plain._train_and_save_halfway, tmp_path / "a", DISTRIBUTED)
+    run_ranks(ranks, _through, tmp_path / "a" / "sft-000002", tmp_path / "b", overrides)
+    (back,) = run_ranks(1, plain._continue, tmp_path / "b" / "sft-000002", DISTRIBUTED)
+    assert len(whole[0]) == 2 and plain._same(back, whole)
+
+
+def test_fp8_moments_are_rounded_once_more_by_a_checkpoint(tmp_path):
+    overrides = [*DISTRIBUTED, *FP8_MOMENTS]
+    (whole,) = run_ranks(1, _whole_run, tmp_path, overrides)
+    (again,) = run_ranks(1, _second_half, tmp_path / "sft-000002", overrides)
+    for ours, theirs in zip(again[0], whole[0], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
 
 
 PRIMARY = [
