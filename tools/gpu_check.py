@@ -169,9 +169,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--suite", type=Path, metavar="FILE", help="what the tests wrote")
     parser.add_argument("--commit", help="what is checked, where git cannot tell")
     parser.add_argument("--command", help="how all of this was started")
-    for hidden in ("--job", "--results"):  # of the process of a job
-        action = {"action": "append"} if hidden == "--job" else {"type": Path}
-        parser.add_argument(hidden, help=argparse.SUPPRESS, **action)
+    # Of the process of a job:
+    parser.add_argument("--job", action="append", help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -78,9 +78,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def ceilings(size: int, *, repeats: int, device: torch.device) -> dict[str, Any]:
     """Return the TFLOP/s of square matrix products of random numbers, by dtype."""
-    products = {"bf16": partial(_plain_product, torch.bfloat16)}
-    products["fp8"] = _fp8_product
-    products["fp32"] = partial(_plain_product, torch.float32)
+    products: dict[str, Callable[[int, int, torch.device], Callable[[], Any]]] = {
+        "bf16": partial(_plain_product, torch.bfloat16),
+        "fp8": _fp8_product,
+        "fp32": partial(_plain_product, torch.float32),
+    }
     found: dict[str, Any] = {"size": size}
     for name, make in products.items():
         try:
@@ -213,12 +215,14 @@ def _draw(network: Network, settings: Settings, logits: Tensor, part: slice) -> 
     return draw_tokens(logits, keys, vocab=network.vocab, sampling=settings.sampling)
 
 
-def _plain_product(dtype: torch.dtype, size: int, seed: int, device: torch.device) -> Any:
+def _plain_product(
+    dtype: torch.dtype, size: int, seed: int, device: torch.device
+) -> Callable[[], Any]:
     left, right = (_numbers(size, seed + n, device).to(dtype) for n in (0, 1))
     return partial(torch.matmul, left, right)
 
 
-def _fp8_product(size: int, seed: int, device: torch.device) -> Any:
+def _fp8_product(size: int, seed: int, device: torch.device) -> Callable[[], Any]:
     """Return a product with one scale a tensor: what Hopper's FP8 units do at their best."""
     left, right = (_numbers(size, seed + n, device).to(torch.float8_e4m3fn) for n in (0, 1))
     one = torch.ones((), device=device)
