@@ -153,6 +153,7 @@ def _exchangeable() -> Iterator[None]:
         return tensors
 
     def put_whole(self, model_param, tensors):
+        """Put states into place, whole tensors among them."""
         # Torch's Adam has a step for each tensor, which no checkpoint holds.
         tensors.setdefault("step", None)
         if isinstance(self.optimizer, HybridDeviceOptimizer):
