@@ -177,6 +177,11 @@ def _optimizer(settings: Settings, machine: Machine, phases: Sequence[str]) -> t
     """Return who updates the weights, as Megatron-Core chooses too, and the note."""
     missing = fused_adam_missing(machine)
     for key, optimizer in optimizers(settings, phases).items():
+        if optimizer.offload and machine.gpu is None:
+            needs = Missing(
+                "a GPU to move states from", "torch sees none", "run where there is one"
+            )
+            raise _refusal(f"{key}.offload={optimizer.offload:g}", needs, f"{key}.offload=0")
         for name in ("moments", "main_gradients"):
             value = getattr(optimizer, name)
             # What is offloaded is updated by torch's AdamW.

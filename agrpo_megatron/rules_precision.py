@@ -15,6 +15,10 @@ from agrpo_megatron.settings import (
     Settings,
 )
 
+# Half the distance of neighbouring bf16 numbers is at most 2**-8 of them: with 1 - beta2 below it,
+# a second moment that no gradient adds to would never shrink.
+BF16_BETA2 = 0.996
+
 
 def validate_precision(settings: Settings) -> None:
     """Check the rules; those on the architecture once it is known.
@@ -172,12 +176,18 @@ def _optimizer_misfit(settings: Settings) -> str:
                     f"{key}.{name}={value} is for the distributed optimizer; set "
                     f"{key}.distributed=true"
                 )
-        for name, value in low.items():
             if settings.precision == "fp32":
+                plain = "0" if name == "offload" else "fp32"
                 return (
                     f"{key}.{name}={value} saves memory beside bf16 weights, and precision=fp32; "
-                    f"use precision=bf16 or {key}.{name}=fp32"
+                    f"use precision=bf16 or {key}.{name}={plain}"
                 )
+        if optimizer.moments != "fp32" and optimizer.adam_beta2 > BF16_BETA2:
+            return (
+                f"{key}.adam_beta2={optimizer.adam_beta2:g} changes the second moment by less than "
+                f"bf16 tells apart, and {key}.moments={optimizer.moments}; use at most "
+                f"{BF16_BETA2:g}, or {key}.moments=fp32"
+            )
         if optimizer.offload and optimizer.moments != "fp32":
             return (
                 f"{key}.moments={optimizer.moments}: the CPU updates moments of fp32 alone, and "

@@ -134,6 +134,12 @@ DISTRIBUTED = "optimizer.distributed=true"
             "precision=bf16",
         ),
         (
+            CPU,
+            (BF16, "optimizer.offload=0.5", DISTRIBUTED),
+            "optimizer.offload=0.5 needs a GPU to move states from, and torch sees none; run where "
+            "there is one, or use optimizer.offload=0",
+        ),
+        (
             AMPERE,
             (FP8,),
             "precision=fp8 needs a Hopper GPU or newer, and A100 has compute capability 8.0; run "

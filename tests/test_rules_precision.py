@@ -128,6 +128,16 @@ def settings_of(*overrides):
             "precision=bf16 or optimizer.moments=fp32",
         ),
         (
+            (DISTRIBUTED, "optimizer.offload=1"),
+            "optimizer.offload=1 saves memory beside bf16 weights, and precision=fp32; use "
+            "precision=bf16 or optimizer.offload=0",
+        ),
+        (
+            (BF16, DISTRIBUTED, "optimizer.moments=bf16", "optimizer.adam_beta2=0.999"),
+            "optimizer.adam_beta2=0.999 changes the second moment by less than bf16 tells apart, "
+            "and optimizer.moments=bf16; use at most 0.996, or optimizer.moments=fp32",
+        ),
+        (
             (BF16, DISTRIBUTED, "optimizer.moments=bf16", "optimizer.offload=0.25"),
             "optimizer.moments=bf16: the CPU updates moments of fp32 alone, and "
             "optimizer.offload=0.25; use optimizer.moments=fp32 or optimizer.offload=0",

@@ -58,7 +58,8 @@ def ask_for_main_weights(wanted: dict[str, Any], stored: set[str]) -> None:
 
     def renamed(leaf: Any) -> Any:
         """Return the leaf, under the best name that the checkpoint has."""
-        if isinstance(leaf, ShardedBase) and is_float8tensor(leaf.data):
+        data: Any = leaf.data if isinstance(leaf, ShardedBase) else None
+        if is_float8tensor(data):
             main = (prefix + leaf.key for prefix in MAIN)
             leaf.key = next((key for key in main if key in stored), leaf.key)
         return leaf
@@ -77,9 +78,8 @@ def fill_optimizer(engine: Engine, loaded: dict[str, Any], steps: int) -> None:
     own: Any = engine.optimizer.state_dict()
     distributed = [part for part in _parts(engine) if isinstance(part, DistributedOptimizer)]
     if distributed:
-        is_hybrid = isinstance(distributed[0].optimizer, HybridDeviceOptimizer)
         for group in own["optimizer"]["param_groups"]:
-            group.pop("step", None) if is_hybrid else group.update(step=steps)
+            group["step"] = steps
         state = {**own, "param_state": loaded["param_state"], "param_state_sharding_type": FORMAT}
     elif "fp32_from_fp16_params" in own:
         adam = {**own["optimizer"], "state": _moments(engine, loaded["optimizer"], steps)}
@@ -101,10 +101,13 @@ def _parts(engine: Engine) -> list[Any]:
 def _prepare_to_load(engine: Engine) -> None:
     """Give a fresh distributed optimizer the state of torch's Adam that loading overwrites.
 
-    Transformer Engine's needs no help.
+    Transformer Engine's needs no help. An offloading one makes a step, which changes weights that
+    are loaded after it.
     """
     for part in _parts(engine):
         adam = part.optimizer
+        if isinstance(adam, HybridDeviceOptimizer) and not adam.state:
+            adam.dummy_step()
         if not isinstance(part, DistributedOptimizer) or not isinstance(adam, torch.optim.AdamW):
             continue
         for parameter in (p for group in adam.param_groups for p in group["params"]):
@@ -127,9 +130,12 @@ def _count(adam: Any, steps: int) -> None:
     """Set the number of steps where an optimizer counts them; mutates it.
 
     Torch's Adam counts for each tensor, and loading leaves one counter that all would advance.
-    Fused ones count for each group.
+    Fused ones count for each group. An offloading one gives its own groups' values to those inside
+    at every step, so it must not have a counter that stands still.
     """
     if isinstance(adam, HybridDeviceOptimizer):
+        for group in adam.param_groups:
+            group.pop("step", None)
         for inner in adam.sub_optimizers:
             _count(inner, steps)
     elif isinstance(adam, torch.optim.AdamW):

@@ -72,7 +72,8 @@ class OptimizerSettings:
     distributed: bool = setting(False, "shard optimizer state over the data-parallel ranks")
     moments: str = setting(
         "fp32",
-        "Adam's two moments; less than fp32 wants Transformer Engine and distributed",
+        "Adam's two moments, under fp8 the second in bf16; less than fp32 wants Transformer Engine "
+        "and distributed",
         choices=("fp32", "bf16", "fp8"),
     )
     main_gradients: str = setting(

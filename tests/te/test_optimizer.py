@@ -119,6 +119,21 @@ def test_states_are_kept_as_asked_for(overrides, adams, dtypes, held):
     assert kept == {tuple(f"torch.{name}" for name in dtypes.split())}
 
 
+def _without_fused(run, *arguments):
+    from agrpo_megatron.megatron.fused import take_torch_optimizers
+
+    _install()
+    take_torch_optimizers()
+    return run(*arguments)
+
+
+def test_offloading_without_a_fused_optimizer_continues_bit_for_bit(tmp_path):
+    overrides = [*DISTRIBUTED, "sft.optimizer.offload=0.5"]
+    (whole,) = run_ranks(1, _without_fused, plain._train_and_save_halfway, tmp_path, overrides)
+    (again,) = run_ranks(1, _without_fused, plain._continue, tmp_path / "sft-000002", overrides)
+    assert len(whole[0]) == 2 and plain._same(again, whole)
+
+
 def _through(source, root, overrides):
     """Load and save again, with no step between."""
     _install()
