@@ -1,5 +1,5 @@
-# Installs into .venv, .venv-resilience and .venv-te (and .uv where the machine has no uv); nothing outside
-# this folder changes, but by `make slurm`.
+# Installs into .venv, .venv-resilience and .venv-te (and .uv where the machine has no uv); nothing
+# outside this folder changes, but by `make slurm`.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help

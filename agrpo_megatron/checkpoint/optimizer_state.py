@@ -159,7 +159,7 @@ def _exchangeable() -> Iterator[None]:
         return tensors
 
     def put_whole(self, model_param, tensors):
-        """Put states into place, whole tensors among them."""
+        """Take whole float32 weights, in the form that the optimizer keeps."""
         # Torch's Adam has a step for each tensor, which no checkpoint holds.
         tensors.setdefault("step", None)
         if isinstance(self.optimizer, HybridDeviceOptimizer):

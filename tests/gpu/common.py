@@ -206,7 +206,7 @@ def in_fresh_process(function: Callable[..., Any], *args: Any, timeout: float = 
         job.write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
         command = [sys.executable, "-c", "from tests.gpu.common import be_child; be_child()"]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        # What `repeat_bit_by_bit` sets on a GPU.
+        # What `platform.prepare_kernels` sets on a GPU.
         given = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"} if REHEARSES else {}
         done = subprocess.run(
             [*command, str(job), str(result)],

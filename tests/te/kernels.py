@@ -11,7 +11,7 @@ import torch
 import transformer_engine.pytorch  # noqa: F401  loads the extension
 import transformer_engine_torch as extension
 
-from tests.te import attention, dense, multi_tensor, quantize
+from tests.te import attention, dense, master, multi_tensor, quantize
 from tests.te.rules import counted
 
 STAND_INS = {
@@ -39,6 +39,11 @@ STAND_INS = {
         "multi_tensor_scale",
         "multi_tensor_scale_tensor",
         "multi_tensor_l2norm",
+    ),
+    master: (
+        "fp8_block_scaling_compute_partial_amax",
+        "fp8_block_scaling_partial_cast",
+        "multi_tensor_compute_scale_and_scale_inv",
     ),
 }
 CUDNN = 91900  # the version that is said to be there: 9.19.0

@@ -32,6 +32,8 @@ EXPONENT = -0x00800000  # the bits of a float32 that are not its mantissa
 def quantize(x, quantizer, out=None, noop=None):
     """Cast to FP8 into `out`, or into a new tensor; a `noop` flag of 1 leaves `out` as it is."""
     calls[f"quantize by {type(quantizer).__name__}"] += 1
+    if getattr(quantizer, "block_scaling_dim", 1) == 2:
+        calls["quantize a weight"] += 1  # whose blocks alone are square
     if noop is not None and noop.item() == 1:
         return out
     if out is None:

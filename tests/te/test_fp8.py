@@ -89,6 +89,24 @@ def test_layers_kept_in_bf16_cast_nothing(first, last, in_fp8):
     assert 0 < distance(seen, plain) < 0.1
 
 
+def _weight_casts():
+    """Return how often a rollout casts a weight, and then an update, and the forwards of each."""
+    session, engine = opened(FP8, "model.num_layers=2", phase="rl")
+    forwards = []
+    engine.network.chunks[0].register_forward_hook(lambda *_: forwards.append(1))
+    calls.clear()
+    rollout, _ = collect_rollout(session, engine, 0)
+    first = calls["quantize a weight"], len(forwards)
+    update_policy(session, engine, rollout, None)
+    return first, (calls["quantize a weight"] - first[0], len(forwards) - first[1])
+
+
+def test_a_rollout_and_an_update_cast_each_weight_once():
+    [found] = run_ranks(1, _weight_casts)
+    for casts, forwards in found:
+        assert forwards > 1 and casts == 2 * 4  # layers, and the products of each
+
+
 def _rollouts(path, overrides):
     """Return the rollout after an update; its weights are written to `path`."""
     session, engine = opened(*overrides, phase="rl")

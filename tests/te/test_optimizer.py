@@ -13,10 +13,21 @@ from agrpo_megatron.training.sft import run_sft
 from tests.checkpoint import test_sharded as plain
 from tests.ranks import run_ranks
 
-# What is tested is the optimizer: the layers are those that need no kernels.
+# What is tested is the optimizer: but for weights in FP8, the layers need no kernels.
 BF16 = ["precision=bf16", "kernels.layer_spec=local"]
 DISTRIBUTED = [*BF16, "sft.optimizer.distributed=true"]
 SHORT = ["sft.optimizer.moments=bf16", "sft.optimizer.main_gradients=bf16"]
+PRIMARY = [
+    "precision=fp8",
+    "fp8.primary_weights=true",
+    "optimizer.distributed=true",
+    "sft.optimizer.distributed=true",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=96",
+    "model.num_attention_heads=8",
+    "model.num_query_groups=4",
+    "model.init_std=0.1",
+]
 FP8_MOMENTS = ["sft.optimizer.moments=fp8"]
 KINDS = {  # ranks, settings
     "float32": (1, []),
@@ -25,6 +36,7 @@ KINDS = {  # ranks, settings
     "moments and gradients of bf16": (2, [*DISTRIBUTED, *SHORT]),
     "half of it offloaded": (2, [*DISTRIBUTED, "sft.optimizer.offload=0.5"]),
     "all of it offloaded": (1, [*DISTRIBUTED, "sft.optimizer.offload=1"]),
+    "weights in FP8": (2, PRIMARY),
 }
 
 
@@ -52,7 +64,12 @@ def _to_host(tensor):
 
 
 def _install():
-    """Stand in for kernels and for the GPU's own memory; called once in a process."""
+    """Stand in for kernels, for the GPU's own memory and for how NCCL gathers; once a process.
+
+    Gloo turns what is gathered in one call into one dtype, which may be bytes beside bf16.
+    """
+    from megatron.core.distributed import param_and_grad_buffer
+
     from agrpo_megatron.megatron import platform
     from tests.te.kernels import install
 
@@ -61,6 +78,7 @@ def _install():
     torch.Tensor.cpu = _to_host  # type: ignore[method-assign]
     torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[method-assign]
     platform._Stream.record_event = lambda stream: stream  # type: ignore[attr-defined]
+    param_and_grad_buffer._coalescing_manager = lambda *_, **__: nullcontext()
     _Host().__enter__()
 
 
@@ -164,46 +182,13 @@ def test_fp8_moments_are_rounded_once_more_by_a_checkpoint(tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
 
 
-PRIMARY = [
-    "precision=fp8",
-    "fp8.primary_weights=true",
-    "optimizer.distributed=true",
-    "sft.optimizer.distributed=true",
-    "model.hidden_size=64",
-    "model.ffn_hidden_size=96",
-    "model.num_attention_heads=8",
-    "model.num_query_groups=4",
-    "model.init_std=0.1",
-]
-
-
-def _install_casts():
-    """Stand in for the casts of main weights as well, and for how NCCL gathers.
-
-    Gloo turns what is gathered in one call into one dtype, here bytes and bf16.
-    """
-    import transformer_engine_torch as extension
-    from megatron.core.distributed import param_and_grad_buffer
-
-    from tests.te import kernels, master
-
-    _install()
-    param_and_grad_buffer._coalescing_manager = lambda *_, **__: nullcontext()
-    for name in (
-        "fp8_block_scaling_compute_partial_amax",
-        "fp8_block_scaling_partial_cast",
-        "multi_tensor_compute_scale_and_scale_inv",
-    ):
-        kernels._replace(getattr(extension, name), getattr(master, name))
-
-
 def _beginning(overrides):
     """Return, of the main weights of FP8 weights, what they are off the values and the casts."""
     from megatron.core.fp8_utils import is_float8tensor
 
     from agrpo_megatron.megatron.weights import initialise
 
-    _install_casts()
+    _install()
     session, engine = plain._open(overrides)
     given = initialise(engine.network, session.settings.model, session.settings.run.seed)
     off = []
@@ -223,19 +208,3 @@ def test_main_weights_beside_fp8_weights_begin_from_what_those_were_cast_from():
     for off in run_ranks(2, _beginning, PRIMARY):
         assert off
         assert all(from_values == 0 < from_cast for from_values, from_cast in off)
-
-
-def _whole_run_in_fp8(root, overrides):
-    _install_casts()
-    return plain._train_and_save_halfway(root, overrides)
-
-
-def _second_half_in_fp8(source, overrides):
-    _install_casts()
-    return plain._continue(source, overrides)
-
-
-def test_a_run_with_fp8_weights_continues_bit_for_bit(tmp_path):
-    whole = run_ranks(2, _whole_run_in_fp8, tmp_path, PRIMARY)
-    again = run_ranks(2, _second_half_in_fp8, tmp_path / "sft-000002", PRIMARY)
-    assert all(plain._same(a, b) for a, b in zip(again, whole, strict=True))
