@@ -1,5 +1,6 @@
 """A model that trains: network, data parallelism, optimizer and schedule, all Megatron's."""
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,8 @@ def build_engine(
 ) -> Engine:
     """Build model and optimizer; called by every rank. Weights are loaded afterwards.
 
+    An engine that nobody refers to any more is gone before: two would not fit into memory.
+
     Args:
         optimizer: the phase's optimizer settings.
         iterations: optimizer steps that the learning-rate schedule spans.
@@ -92,6 +95,8 @@ def build_engine(
     Raises:
         ValueError: Megatron refuses a pass-through setting.
     """
+    for _ in range(2):  # weights in FP8 are free only once what holds them is
+        gc.collect()
     if kernels_for(settings).optimizer == "torch":
         take_torch_optimizers()
     network = build_network(settings, ranks)

@@ -1,6 +1,5 @@
 """Updates that are not finite: told, written down, left out within bounds; or the run goes back."""
 
-import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -165,7 +164,6 @@ def with_roll_backs(session: Session, run: Callable[[Found], None], found: Found
             return
         except NotFinite as error:
             _allow(session, error, before)
-        gc.collect()  # the engine that was in use goes before another one comes
         root = Path(session.settings.run.dir) / CHECKPOINTS
         with session.sections("setup"):
             found = find_checkpoint(root, session.ranks, session.view.warn)

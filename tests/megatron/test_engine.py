@@ -1,9 +1,12 @@
 """Settings of the optimizer become Megatron's, and what it says of them is told."""
 
+import gc
+
 import pytest
 import torch
 
 from agrpo_megatron.config import load
+from agrpo_megatron.megatron import engine as engine_module
 from agrpo_megatron.megatron.engine import optimizer_config
 from agrpo_megatron.megatron.model import transformer_config
 from agrpo_megatron.settings import Settings
@@ -50,6 +53,32 @@ def test_what_is_passed_by_name_wins():
 def test_what_megatron_refuses_is_said_under_its_key(given):
     with pytest.raises(ValueError, match="^optimizer.megatron: Megatron refuses it: .*"):
         _config(given)
+
+
+def _weights_alive_as_another_begins():
+    """Return how many weights there are with an engine, and as the next one begins to be built."""
+
+    def count():
+        return sum(isinstance(thing, torch.nn.Parameter) for thing in gc.get_objects())
+
+    alive, own = [], engine_module.build_network
+
+    def counted(*arguments):
+        alive.append(count())
+        return own(*arguments)
+
+    engine_module.build_network = counted
+    gc.disable()
+    kept = open_session()
+    alive.append(count())
+    del kept
+    open_session()
+    return alive
+
+
+def test_an_engine_that_is_left_is_gone_before_another_comes():
+    [(none, some, left)] = run_ranks(1, _weights_alive_as_another_begins)
+    assert none == left == 0 < some
 
 
 def _gradient_dtypes(overrides):

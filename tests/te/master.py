@@ -13,7 +13,9 @@ def fp8_block_scaling_compute_partial_amax(master, amax, h, w, start, block_len)
     """Write the largest value of each block, of the part that is here."""
     refuse("blocks of 128", block_len == BLOCK)
     refuse("main weights are flat", master.dim() == 1)
-    amax.copy_(_blocks(_placed(master, h, w, start)).abs().amax(dim=(1, 3)))
+    largest = _blocks(_placed(master, h, w, start)).abs().amax(dim=(1, 3))
+    # A row of scales is padded to four of them.
+    amax.copy_(F.pad(largest, (0, amax.shape[1] - largest.shape[1])))
 
 
 def multi_tensor_compute_scale_and_scale_inv(chunk, noop, lists, largest, pow2, epsilon):
@@ -30,7 +32,8 @@ def fp8_block_scaling_partial_cast(master, out, scale, h, w, start, block_len, d
     """Cast the part that is here."""
     refuse("the part is as large as its place", out.numel() == master.numel())
     refuse("bytes", out.dtype == torch.uint8)
-    scaled = _blocks(_placed(master, h, w, start)) * scale[:, None, :, None]
+    blocks = _blocks(_placed(master, h, w, start))
+    scaled = blocks * scale[:, None, : blocks.shape[2], None]
     whole = scaled.flatten(2, 3).flatten(0, 1)[:h, :w].reshape(-1).clamp(-LARGEST, LARGEST)
     part = whole[start : start + master.numel()]
     out.copy_(part.to(torch.float8_e4m3fn).view(torch.uint8))
