@@ -135,12 +135,13 @@ def _watch(board: Board, over: threading.Event, leave_screen: Callable[[], objec
     """End this process soon after another rank has failed, or has taken the store with it."""
     failure = None
     while failure is None:
-        if over.wait(POLL):
-            return
+        is_over = over.wait(POLL)
         try:
-            failure = board.value(FAILED)
+            failure = board.value(FAILED)  # at the end as well: it may just have been accused
         except dist.DistError:
             break
+        if is_over and failure is None:
+            return
     if failure is None and over.wait(ANSWER):
         return  # the host of the store had finished, and so has this rank
     try:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from agrpo_megatron.config import load
-from agrpo_megatron.resilience.failure import ending_together
+from agrpo_megatron.resilience.failure import FAILED, command, ending_together
 from agrpo_megatron.resilience.monitors import monitors
 from agrpo_megatron.resilience.sections import Sections
 from agrpo_megatron.settings import Settings
@@ -48,11 +48,19 @@ def disagrees() -> None:
     dist.recv(torch.zeros(1), src=0)
 
 
+def comes_back() -> None:
+    """Go on as soon as this rank has been found to hang, when others may finish at once."""
+    current = command()
+    assert current is not None and current.board is not None
+    while not current.board.has(FAILED):
+        time.sleep(0.001)
+
+
 def is_well() -> None:
     """Go on."""
 
 
-FAULTS = (sleeps_for_ever, holds_the_lock, backtracks, is_stopped, disagrees, is_well)
+FAULTS = (sleeps_for_ever, holds_the_lock, backtracks, is_stopped, disagrees, comes_back, is_well)
 
 
 def main(fault: str, file: str, overrides: list[str]) -> None:

@@ -32,6 +32,7 @@ FOUND = {
     "holds_the_lock": (f"rank 1 hangs in {WHERE} of rank 0", ", without an answer$"),
     "backtracks": (f"rank 1 hangs in {WHERE} of rank 0", ", without an answer$"),
     "is_stopped": (f"rank 1 hangs in {WHERE} of rank 0", ", without an answer$"),
+    "comes_back": (f"rank 1 hangs in {WHERE}", ", at "),
     "disagrees": (f"all ranks wait for each other in {WHERE} of rank [01]", "$"),
 }
 
@@ -71,7 +72,8 @@ def test_a_hung_rank_is_found_and_named_and_all_ranks_end(tmp_path, fault):
         fault == "is_stopped" and "rank 1's stacks:" in done.stderr
     )
     took = re.findall(rf"{WHERE} has been open for ([0-9.]+) s", done.stderr)
-    assert took and all(LIMIT <= float(seconds) < LIMIT + SOON for seconds in took)
+    # the first to find it; a rank that was stopped finds it late, when it is let go to its end
+    assert LIMIT <= min(map(float, took)) < LIMIT + SOON
     assert ended - float(struck) < LIMIT + MARGIN + GONE
     assert_gone(tmp_path)
 
