@@ -5,8 +5,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help install resilience te slurm demo test lint types
 
-# Test processes, and what they test. A multi-rank test starts its ranks with one thread each.
-WORKERS ?= 2
+# Test processes, and what they test. A multi-rank test starts its ranks with one thread each. One
+# process more than small machines have cores: tests of SLURM and of hung ranks mostly wait.
+WORKERS ?= 3
 TESTS ?= tests
 
 BIN := .venv/bin
@@ -40,7 +41,7 @@ demo: install ## train the tiny example from nothing, evaluate it and write its 
 	@$(BIN)/agrpo train examples/tiny.yaml
 
 test: install ## run the tests, for instance: make test TESTS=tests/test_config.py WORKERS=4
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: install ## check style and format
 	@failed=0; $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; exit $$failed

@@ -17,7 +17,12 @@ NEEDS_GPU = "needs a GPU: tools/gpu_check.sh runs it on one"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, unless it is to be rehearsed on the CPU."""
+    """Begin with the files that take long, so that test processes end together.
+
+    Skip what needs a GPU where there is none, unless it is to be rehearsed on the CPU.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing or os.environ.get("AGRPO_REHEARSE_GPU") == "1":
         return

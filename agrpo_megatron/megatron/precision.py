@@ -51,6 +51,9 @@ def _fp8_values(settings: Settings, kernels: Kernels) -> dict[str, Any]:
         # With a scale for few values the gradient needs no wider exponent.
         "fp8": "e4m3" if has_fine_scales else "hybrid",
         "fp8_recipe": kernels.recipe,
+        # Of the recipe delayed: Megatron's own would let the last micro-batch decide alone.
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
         "fp8_param": chosen.primary_weights,
         "first_last_layers_bf16": first + last > 0,
         "num_layers_at_start_in_bf16": first,

@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.ranks import run_ranks
 from tests.slurm.cluster import Cluster
 from tests.test_cli import write_settings
+from tests.training.tiny import same_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 ITERATIONS = 5
@@ -132,6 +133,24 @@ def check_nothing_is_lost(directory: Path, *, disturbances: int) -> None:
         assert section == "update" or number not in complete, f"rollout {number} again: {parts}"
         if section == "update":
             complete.add(number)
+
+
+def check_finished(
+    cluster: Cluster,
+    folder: Path,
+    expected: list[dict],
+    name: str,
+    number: str,
+    *,
+    disturbances: int,
+) -> None:
+    """Wait for the end of a job: nothing may tell it from one that nobody disturbed."""
+    job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=PATIENCE)
+    log = read_log(folder, number)
+    assert job["JobState"] == "COMPLETED", log
+    assert "agrpo: finished" in log
+    assert same_metrics(metrics(folder / name), expected), log
+    check_nothing_is_lost(folder / name, disturbances=disturbances)
 
 
 def _place(path: Path) -> tuple[int, int]:

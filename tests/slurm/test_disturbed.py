@@ -9,15 +9,13 @@ import pytest
 from tests.slurm.jobs import (
     PATIENCE,
     await_update,
-    check_nothing_is_lost,
-    metrics,
+    check_finished,
     rank_of,
     read_log,
     script_of,
     submit_slow,
     undisturbed,
 )
-from tests.training.tiny import same_metrics
 
 pytestmark = pytest.mark.slow
 ANEW = "ranks are started anew, 1 of 3"  # within the job
@@ -47,23 +45,13 @@ def _kill_script(cluster, number):
 DISTURBANCES = [_kill_rank, _stop_kindly, _queue_again, _kill_script]  # in an iteration each
 
 
-def _check_finished(cluster, folder, expected, name, number, *, disturbances):
-    """Wait for the end of a job: nothing may tell it from one that nobody disturbed."""
-    job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=PATIENCE)
-    log = read_log(folder, number)
-    assert job["JobState"] == "COMPLETED", log
-    assert "agrpo: finished" in log
-    assert same_metrics(metrics(folder / name), expected), log
-    check_nothing_is_lost(folder / name, disturbances=disturbances)
-
-
 def test_a_job_goes_on_after_each_disturbance(cluster, folder, expected):
     number = submit_slow(cluster, folder, "disturbed")
     for iteration, disturb in enumerate(DISTURBANCES, start=1):
         await_update(folder, "disturbed", number, iteration=iteration)
         disturb(cluster, number)
     disturbances = len(DISTURBANCES)
-    _check_finished(cluster, folder, expected, "disturbed", number, disturbances=disturbances)
+    check_finished(cluster, folder, expected, "disturbed", number, disturbances=disturbances)
     assert int(cluster.job(number)["Restarts"]) >= disturbances - 1
     assert ANEW in read_log(folder, number), "the killed rank needed no new attempt"
 
@@ -78,23 +66,12 @@ def test_a_hung_rank_shows_its_stack_and_the_job_goes_on(cluster, folder, expect
         faults="hang:rank=1,section=rollout,iteration=3",
         settings=["resilience.timeouts={rollout: 30}"],
     )
-    _check_finished(cluster, folder, expected, name, number, disturbances=1)
+    check_finished(cluster, folder, expected, name, number, disturbances=1)
     log = read_log(folder, number)
     assert log.count("fault hang: rank 1, section rollout, rl iteration 3") == 1
     assert "rank 1 hangs in section rollout (rl iteration 3)" in log
     assert re.search(r'faults.py", line [0-9]+ in _hang$', log, re.MULTILINE), "its stack"
     assert ANEW in log
-
-
-def test_a_job_out_of_time_goes_on(cluster, folder, expected):
-    name = "out of time"
-    options = ["--time=2", "--signal=USR1@0"]  # told by the time alone, which does not suffice
-    number = submit_slow(cluster, folder, name, *options, seconds=13.0)
-    job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=2 * PATIENCE)
-    restarts = int(job["Restarts"])
-    assert restarts > 0
-    assert "the job's time is up" in read_log(folder, number)
-    _check_finished(cluster, folder, expected, name, number, disturbances=restarts)
 
 
 def test_a_job_that_was_stopped_for_good_goes_on_as_another(cluster, folder, expected):
@@ -110,6 +87,6 @@ def test_a_job_that_was_stopped_for_good_goes_on_as_another(cluster, folder, exp
     cluster.run("scancel", second)
     cluster.wait(second, "CANCELLED", timeout=PATIENCE)
     third = submit_slow(cluster, folder, name)
-    _check_finished(cluster, folder, expected, name, third, disturbances=2)
+    check_finished(cluster, folder, expected, name, third, disturbances=2)
     assert cluster.job(first)["Restarts"] == "0"
     assert cluster.job(second)["JobState"] == "CANCELLED", "nor was it queued again later"

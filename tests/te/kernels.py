@@ -32,6 +32,7 @@ STAND_INS = {
         "fp8_transpose",
         "swap_first_dims",
         "create_empty_quantized_tensor",
+        "fused_amax_and_scale_update_after_reduction",
     ),
     multi_tensor: (
         "multi_tensor_adam",

@@ -32,6 +32,7 @@ VARIANTS = {
 }
 LOCAL, TE = "kernels.layer_spec=local", "kernels.layer_spec=te"
 BF16, FP8, TENSORWISE = "precision=bf16", "precision=fp8", "fp8.recipe=tensorwise"
+DELAYED = ("fp8.recipe=delayed", "train.iterations=0")
 LENGTHS = (7, 7, 3, 11, 1)
 
 

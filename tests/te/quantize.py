@@ -82,6 +82,22 @@ def swap_first_dims(x, *, out):
     return swapped if out is None else out.copy_(swapped.view(out.shape))
 
 
+def fused_amax_and_scale_update_after_reduction(
+    amaxes, histories, scales, algorithm, dtype, margin
+):
+    """Take over the largest values of the last forwards; decide the scales of the next."""
+    refuse("the largest of the history decides", algorithm == "max")
+    largest = torch.finfo(TE_DType_To_Torch[dtype]).max
+    parts = amaxes.split([scale.numel() for scale in scales])
+    for amax, history, scale in zip(parts, histories, scales, strict=True):
+        history[0] = amax
+        found = history.amax(dim=0)
+        usable = (found > 0) & found.isfinite()
+        scale.copy_(torch.where(usable, largest / found / 2**margin, scale))
+        history.copy_(history.roll(-1, dims=0))
+        history[0] = 0
+
+
 def whole(x: Tensor | QuantizedTensorStorage, *, rowwise: bool) -> Tensor:
     """Return float64 values from the bytes that a product reads: by row or by column."""
     if not isinstance(x, QuantizedTensorStorage):

@@ -12,6 +12,7 @@ from agrpo_megatron.training.sft import run_sft
 from tests.ranks import run_ranks
 from tests.te.models import (
     BF16,
+    DELAYED,
     FP8,
     LOCAL,
     TE,
@@ -149,10 +150,10 @@ def _losses(overrides):
 def test_fp8_learns_as_bf16_does():
     curves = {
         name: run_ranks(1, _losses, overrides)[0]
-        for name, overrides in {"bf16": [BF16, TE], **RECIPES}.items()
+        for name, overrides in {"bf16": [BF16, TE], "delayed": [FP8, *DELAYED], **RECIPES}.items()
     }
     ends = {name: sum(curve[-10:]) / 10 for name, curve in curves.items()}
     assert ends["bf16"] < 0.7 * curves["bf16"][0]
-    for recipe in RECIPES:
+    for recipe in ("delayed", *RECIPES):
         assert curves[recipe] != curves["bf16"]
         assert ends[recipe] == pytest.approx(ends["bf16"], rel=0.05)
