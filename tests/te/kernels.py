@@ -6,6 +6,7 @@ fast anything is. Where a GPU is, the tests marked `gpu` do the real thing.
 """
 
 import sys
+from types import SimpleNamespace
 
 import torch
 import transformer_engine.pytorch  # noqa: F401  loads the extension
@@ -50,17 +51,11 @@ STAND_INS = {
 CUDNN = 91900  # the version that is said to be there: 9.19.0
 
 
-class _Hopper:
-    """What torch says of an H100, as far as anyone asks."""
-
-    name = "stand-in for an H100"
-    major, minor = 9, 0
-    multi_processor_count = 132
-    total_memory = 80 << 30
+HOPPER, BLACKWELL = (9, 0), (10, 0)
 
 
-def install() -> None:
-    """Let this process take the CPU for a Hopper GPU; called once, mutates torch and more.
+def install(capability: tuple[int, int] = HOPPER) -> None:
+    """Let this process take the CPU for a GPU; called once, mutates torch and more.
 
     Raises:
         RuntimeError: there is a GPU.
@@ -74,9 +69,12 @@ def install() -> None:
     ranks.prepare_platform = lambda threads=None: torch.device("cpu")
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
-    torch.cuda.get_device_properties = lambda device=None: _Hopper
-    torch.cuda.get_device_capability = lambda device=None: (_Hopper.major, _Hopper.minor)
-    torch.cuda.get_device_name = lambda device=None: _Hopper.name
+    name = "stand-in for a GPU"
+    told = {"name": name, "multi_processor_count": 132, "total_memory": 80 << 30}
+    properties = SimpleNamespace(**told, major=capability[0], minor=capability[1])
+    torch.cuda.get_device_properties = lambda device=None: properties
+    torch.cuda.get_device_capability = lambda device=None: capability
+    torch.cuda.get_device_name = lambda device=None: name
     torch.autograd._engine_run_backward = _within_mode(torch.autograd._engine_run_backward)
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
     for module, names in STAND_INS.items():

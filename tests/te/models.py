@@ -31,7 +31,8 @@ VARIANTS = {
     "bias and qk-norm": ["model.qkv_bias=true", "model.qk_norm=true"],
 }
 LOCAL, TE = "kernels.layer_spec=local", "kernels.layer_spec=te"
-BF16, FP8, TENSORWISE = "precision=bf16", "precision=fp8", "fp8.recipe=tensorwise"
+BF16, FP8 = "precision=bf16", "precision=fp8"
+TENSORWISE, MXFP8 = "fp8.recipe=tensorwise", "fp8.recipe=mxfp8"  # MXFP8 wants a Blackwell GPU
 DELAYED = ("fp8.recipe=delayed", "train.iterations=0")
 LENGTHS = (7, 7, 3, 11, 1)
 
@@ -40,7 +41,7 @@ def opened(
     *overrides: str, weights: Path | None = None, world_size: int = 1, phase: str = "sft"
 ) -> tuple[Session, Engine]:
     """Return a session and an engine under the stand-ins, with weights that `save` wrote."""
-    kernels.install()
+    kernels.install(kernels.BLACKWELL if MXFP8 in overrides else kernels.HOPPER)
     session, engine = open_session(*SMALL, *overrides, world_size=world_size, phase=phase)
     if weights is not None:
         saved = torch.load(weights)

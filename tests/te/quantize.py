@@ -18,13 +18,17 @@ from transformer_engine.pytorch.tensor.float8_tensor import (
     Float8Quantizer,
     Float8Tensor,
 )
+from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
 from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import (
     Float8BlockwiseQTensorStorage,
 )
 from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+from transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage import MXFP8TensorStorage
 
+from tests.te import micro
 from tests.te.rules import calls, refuse
 
+KNOWN = Float8BlockQuantizer | Float8CurrentScalingQuantizer | MXFP8Quantizer
 BLOCK = 128
 EXPONENT = -0x00800000  # the bits of a float32 that are not its mantissa
 
@@ -42,6 +46,8 @@ def quantize(x, quantizer, out=None, noop=None):
     values = x.detach().reshape(-1, x.shape[-1]).float()
     if isinstance(quantizer, Float8BlockQuantizer):
         _fill_blocks(values, quantizer, out)
+    elif isinstance(quantizer, MXFP8Quantizer):
+        micro.fill(values, quantizer, out)
     else:
         _fill_whole(values, quantizer, out)
     return out
@@ -52,8 +58,7 @@ def create_empty_quantized_tensor(quantizer, shape, dtype, device, pin_memory):
     shape, device = tuple(shape), "cpu" if torch.device(device).type == "cuda" else device
     if isinstance(quantizer, Float8Quantizer):
         return _empty_delayed(quantizer, shape, dtype, device)
-    known = isinstance(quantizer, Float8BlockQuantizer | Float8CurrentScalingQuantizer)
-    refuse(f"{type(quantizer).__name__} has no stand-in", known)
+    refuse(f"{type(quantizer).__name__} has no stand-in", isinstance(quantizer, KNOWN))
     parts = quantizer.alloc_tensors(shape, device=device)
     context = quantizer.create_metadata(shape, dtype=dtype)
     return context["cls"].__tensor_unflatten__(parts, context, shape, None)
@@ -61,6 +66,8 @@ def create_empty_quantized_tensor(quantizer, shape, dtype, device, pin_memory):
 
 def dequantize(x, dtype):
     """Return the values of an FP8 tensor."""
+    if isinstance(x, MXFP8TensorStorage):
+        return whole(x, rowwise=x._rowwise_data is not None).to(TE_DType_To_Torch[dtype])
     return x.dequantize(dtype=TE_DType_To_Torch[dtype])
 
 
@@ -102,6 +109,8 @@ def whole(x: Tensor | QuantizedTensorStorage, *, rowwise: bool) -> Tensor:
     """Return float64 values from the bytes that a product reads: by row or by column."""
     if not isinstance(x, QuantizedTensorStorage):
         return x.double()
+    if isinstance(x, MXFP8TensorStorage):
+        return micro.decode(x, rowwise=rowwise)
     if isinstance(x, Float8BlockwiseQTensorStorage):
         only = Float8BlockwiseQTensorStorage(
             x._rowwise_data if rowwise else None,
@@ -141,6 +150,12 @@ def check_product(a, b, *, trans_a: bool, trans_b: bool) -> None:
         refuse("both operands have scales of blocks", isinstance(b, Float8BlockwiseQTensorStorage))
         refuse("128 x 128 blocks in one operand at most", not (a._is_2D_scaled & b._is_2D_scaled))
         refuse(f"{rows} rows are a multiple of 8", b._is_2D_scaled or rows % 8 == 0)
+    elif isinstance(a, MXFP8TensorStorage):
+        refuse("both operands have scales of 32 values", isinstance(b, MXFP8TensorStorage))
+        refuse(
+            f"{depth} summed values, {rows}, {columns}: multiples of 32",
+            all(size % micro.BLOCK == 0 for size in (depth, rows, columns)),
+        )
     else:
         refuse("both operands have one scale", isinstance(b, Float8TensorStorage))
 
@@ -152,7 +167,7 @@ def _sizes(x, *, rowwise):
 
 
 def _has(x, *, rowwise):
-    if isinstance(x, Float8BlockwiseQTensorStorage):
+    if isinstance(x, Float8BlockwiseQTensorStorage | MXFP8TensorStorage):
         return (x._rowwise_data if rowwise else x._columnwise_data) is not None
     if rowwise:
         return x._data is not None

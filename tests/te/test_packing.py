@@ -13,6 +13,7 @@ from tests.te.models import (
     BF16,
     FP8,
     LENGTHS,
+    MXFP8,
     TENSORWISE,
     VARIANTS,
     distance,
@@ -37,7 +38,7 @@ def _both_ways(overrides):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("precision", [[BF16], [FP8]], ids=["bf16", "blockwise"])
+@pytest.mark.parametrize("precision", [[BF16], [FP8], [FP8, MXFP8]], ids=str)
 def test_a_row_is_computed_from_itself_alone(precision, variant):
     [(packed, alone, longer)] = run_ranks(1, _both_ways, [*precision, *VARIANTS[variant]])
     for number, row in enumerate(packed):

@@ -17,7 +17,7 @@ from agrpo_megatron.training.run import train
 from agrpo_megatron.training.sft import run_sft
 from tests.ranks import run_ranks
 from tests.te import kernels
-from tests.te.models import BF16, FP8, LOCAL, SMALL, TE, TENSORWISE, opened, whole_weights
+from tests.te.models import BF16, FP8, LOCAL, MXFP8, SMALL, TE, TENSORWISE, opened, whole_weights
 from tests.te.rules import calls
 from tests.training.tiny import resolved_run, silent_view
 
@@ -25,6 +25,7 @@ PRECISIONS = {
     "bf16": [BF16],
     "blockwise": [FP8],
     "tensorwise": [FP8, TENSORWISE],
+    "mxfp8": [FP8, MXFP8],
     "blockwise, first layer in bf16": [FP8, "fp8.bf16_first_layers=1"],
 }
 RUN = [
@@ -36,7 +37,7 @@ RUN = [
 
 
 def _train(run_dir, overrides):
-    kernels.install()
+    kernels.install(kernels.BLACKWELL if MXFP8 in overrides else kernels.HOPPER)
     world_size = dist.get_world_size()
     resolved = resolved_run(run_dir, *SMALL, *RUN, *overrides, world_size=world_size)
     train(resolved, silent_view(), phases=("sft", "rl"))
@@ -55,13 +56,28 @@ def test_a_whole_run(tmp_path, precision, layout):
     counts = run_ranks(1 if layout == "dp1" else 2, _train, tmp_path, overrides)[0]
     assert counts["fused_attn_bwd"] > 0 and counts["multi_tensor_adam"] > 0
     assert ("quantize" in counts) == (precision != "bf16")
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    exact = precision != "tensorwise"
+    for record in _updates(tmp_path):
+        assert record["ratio/max_error"] < (1e-2 if exact else 0.3)
+
+
+def _updates(run_dir):
+    """Return what a run recorded of its two updates."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     updates = [record for record in records if record["phase"] == "rl"]
     assert len(updates) == 2 and all(record["grad_norm"] > 0 for record in updates)
-    exact = precision != "tensorwise"
-    for record in updates:
-        assert record["ratio/max_error"] < (1e-2 if exact else 0.3)
     assert {record["phase"] for record in records} == {"sft", "rl", "eval"}
+    return updates
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.05), ("blockwise", 0.2)])
+def test_rollouts_in_a_layout_of_their_own_differ_by_rounding(tmp_path, precision, bound):
+    """Sums of other parts, each rounded to bf16, and then cast to FP8."""
+    overrides = [*PRECISIONS[precision], "parallel=tp2", "rollout.parallel=dp2"]
+    run_ranks(2, _train, tmp_path, [*overrides, f"run.dir={tmp_path}", "model.num_layers=2"])
+    for record in _updates(tmp_path):
+        assert 0 < record["ratio/max_error"] < bound
+        assert record["ratio/mean"] == pytest.approx(1, abs=0.02)
 
 
 def _save(root, overrides):
