@@ -20,7 +20,7 @@ from agrpo_megatron.machine import (
     recipe_missing,
     te_missing,
 )
-from agrpo_megatron.rules_precision import optimizers, validate_widths
+from agrpo_megatron.rules_precision import optimizers, validate_recipe
 from agrpo_megatron.settings import Settings
 
 # Gradients of weights are summed over micro-batches by the product that makes them, or after it.
@@ -126,7 +126,7 @@ def _precision(settings: Settings, machine: Machine) -> tuple[str | None, Note]:
     said = f"fp8.recipe={asked}" if asked else f"fp8.recipe=null, here {recipe},"
     if lacks := recipe_missing(recipe, machine):
         raise ValueError(f"{said} needs {lacks}; {lacks.fix}")
-    validate_widths(settings, recipe)
+    validate_recipe(settings, recipe)
     why = "products of the layers; all else is bfloat16"
     if recipe == "blockwise" and machine.capability >= BLACKWELL:
         why += "; emulated on Blackwell, where mxfp8 is native"

@@ -38,15 +38,22 @@ def validate_precision(settings: Settings) -> None:
     if problem:
         raise ValueError(problem)
     if settings.precision == "fp8":
-        validate_widths(settings, settings.fp8.recipe)
+        validate_recipe(settings, settings.fp8.recipe)
 
 
-def validate_widths(settings: Settings, recipe: str | None) -> None:
-    """Check that every matrix product of a layer divides into what a recipe scales together.
+def validate_recipe(settings: Settings, recipe: str | None) -> None:
+    """Check what a recipe asks for: widths it divides, and how weights in FP8 are gathered.
 
     Raises:
-        ValueError: one does not.
+        ValueError: the first rule broken.
     """
+    is_primary, overlaps = settings.fp8.primary_weights, settings.ddp.get("overlap_param_gather")
+    if recipe == "mxfp8" and is_primary and overlaps:
+        raise ValueError(
+            "ddp.overlap_param_gather=true: FP8 weights of mxfp8 are gathered where gradients are "
+            "summed up, so all of them before the next forward; use ddp.overlap_param_gather=false "
+            "or fp8.primary_weights=false"
+        )
     if not _is_known(settings.model):
         return
     multiple = 32 if recipe == "mxfp8" else 16

@@ -158,6 +158,12 @@ def settings_of(*overrides):
             "rollout.parallel=tp2; use rollout.parallel=null or fp8.primary_weights=false",
         ),
         (
+            (FP8, PRIMARY, DISTRIBUTED, "fp8.recipe=mxfp8", "ddp.overlap_param_gather=true"),
+            "ddp.overlap_param_gather=true: FP8 weights of mxfp8 are gathered where gradients are "
+            "summed up, so all of them before the next forward; use ddp.overlap_param_gather=false "
+            "or fp8.primary_weights=false",
+        ),
+        (
             (FP8, "fp8.bf16_first_layers=3", "fp8.bf16_last_layers=1"),
             "fp8.bf16_first_layers=3 and fp8.bf16_last_layers=1 leave none of model.num_layers=4 "
             "in FP8; use fewer, or precision=bf16",

@@ -70,7 +70,10 @@ class Engine:
             return
         optimizer: Any = self.optimizer
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            part._copy_main_params_to_model_params()
+            if _gathers_in_gradients(self.network.config):
+                part._copy_main_params_to_param_buffer()
+            else:
+                part._copy_main_params_to_model_params()
         for ddp in self.ddp:
             ddp.start_param_sync(force_sync=True)
 
@@ -130,6 +133,7 @@ def _ddp_config(
         "use_distributed_optimizer": optimizer.distributed,
         "grad_reduce_in_fp32": config.bf16 and optimizer.main_gradients == "fp32",
         "fp8_param_gather": config.fp8_param,
+        "reuse_grad_buf_for_mxfp8_param_ag": _gathers_in_gradients(config),
         **settings.ddp,
     }
     return _megatron_record(DistributedDataParallelConfig, values, "ddp")
@@ -173,12 +177,22 @@ def _state_values(optimizer: OptimizerSettings, config: TransformerConfig) -> di
         # Only weights that are kept in FP8 need to be treated by their recipe.
         "fp8_recipe": config.fp8_recipe if config.fp8_param else None,
         "store_param_remainders": not config.fp8_param,
+        "reuse_grad_buf_for_mxfp8_param_ag": _gathers_in_gradients(config),
         "optimizer_cpu_offload": is_offloaded,
         "optimizer_offload_fraction": optimizer.offload,
         "overlap_cpu_optimizer_d2h_h2d": is_offloaded,
         "pin_cpu_grads": has_gpu,
         "pin_cpu_params": has_gpu,
     }
+
+
+def _gathers_in_gradients(config: TransformerConfig) -> bool:
+    """Say whether updated weights are gathered in the place of gradients, for want of their own.
+
+    MXFP8 weights have two sets of bytes, neither of which can be made from the other: they travel
+    in bf16 and are cast where they arrive.
+    """
+    return config.fp8_param and config.fp8_recipe == "mxfp8"
 
 
 def _scheduler(

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 import transformer_engine.pytorch  # noqa: F401  loads the extension
 import transformer_engine_torch as extension
+from transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage import _FromMXFP8Func
 
 from tests.te import attention, dense, master, multi_tensor, quantize
 from tests.te.rules import counted
@@ -43,6 +44,7 @@ STAND_INS = {
         "multi_tensor_l2norm",
     ),
     master: (
+        "compute_amax",
         "fp8_block_scaling_compute_partial_amax",
         "fp8_block_scaling_partial_cast",
         "multi_tensor_compute_scale_and_scale_inv",
@@ -80,6 +82,7 @@ def install(capability: tuple[int, int] = HOPPER) -> None:
     for module, names in STAND_INS.items():
         for name in names:
             _replace(getattr(extension, name), counted(getattr(module, name)))
+    _FromMXFP8Func.forward = staticmethod(quantize.from_mxfp8)
     _replace(extension.get_cudnn_version, lambda: CUDNN)
     machine.look.cache_clear()
 

@@ -66,9 +66,12 @@ def create_empty_quantized_tensor(quantizer, shape, dtype, device, pin_memory):
 
 def dequantize(x, dtype):
     """Return the values of an FP8 tensor."""
-    if isinstance(x, MXFP8TensorStorage):
-        return whole(x, rowwise=x._rowwise_data is not None).to(TE_DType_To_Torch[dtype])
     return x.dequantize(dtype=TE_DType_To_Torch[dtype])
+
+
+def from_mxfp8(_, x, dtype):
+    """Return the values of an MXFP8 tensor, of which Transformer Engine asks that a GPU has it."""
+    return whole(x, rowwise=x._rowwise_data is not None).to(dtype)
 
 
 def bgrad_quantize(x, quantizer):
@@ -203,7 +206,8 @@ def _cast_blocks(values, tall, quantizer):
 def _fill_whole(values, quantizer, out):
     amax = values.abs().amax() if values.numel() else torch.zeros(())
     if isinstance(quantizer, Float8Quantizer):
-        quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
+        if quantizer.amax.numel():  # none where the scale was decided by itself
+            quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
         scale = quantizer.scale
     else:
         if quantizer.with_amax_reduction:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from agrpo_megatron.training.sft import run_sft
 from tests.checkpoint import test_sharded as plain
 from tests.ranks import run_ranks
+from tests.te.models import MXFP8, TENSORWISE
 
 # What is tested is the optimizer: but for weights in FP8, the layers need no kernels.
 BF16 = ["precision=bf16", "kernels.layer_spec=local"]
@@ -37,6 +38,8 @@ KINDS = {  # ranks, settings
     "half of it offloaded": (2, [*DISTRIBUTED, "sft.optimizer.offload=0.5"]),
     "all of it offloaded": (1, [*DISTRIBUTED, "sft.optimizer.offload=1"]),
     "weights in FP8": (2, PRIMARY),
+    "weights in FP8 with one scale": (2, [*PRIMARY, TENSORWISE]),
+    "weights in MXFP8": (2, [*PRIMARY, MXFP8]),
 }
 
 
@@ -63,7 +66,7 @@ def _to_host(tensor):
     return moved
 
 
-def _install():
+def _install(overrides):
     """Stand in for kernels, for the GPU's own memory and for how NCCL gathers; once a process.
 
     Gloo turns what is gathered in one call into one dtype, which may be bytes beside bf16.
@@ -71,9 +74,9 @@ def _install():
     from megatron.core.distributed import param_and_grad_buffer
 
     from agrpo_megatron.megatron import platform
-    from tests.te.kernels import install
+    from tests.te.kernels import BLACKWELL, HOPPER, install
 
-    install()
+    install(BLACKWELL if MXFP8 in overrides else HOPPER)
     torch.Tensor.is_cuda = property(lambda tensor: not _is_on_host(tensor))  # type: ignore
     torch.Tensor.cpu = _to_host  # type: ignore[method-assign]
     torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[method-assign]
@@ -83,12 +86,12 @@ def _install():
 
 
 def _whole_run(root, overrides):
-    _install()
+    _install(overrides)
     return plain._train_and_save_halfway(root, overrides)
 
 
 def _second_half(source, overrides):
-    _install()
+    _install(overrides)
     return plain._continue(source, overrides)
 
 
@@ -103,7 +106,7 @@ def test_a_loaded_run_continues_bit_for_bit(tmp_path, kind):
 
 def _states(overrides):
     """Return what updates the weights, and the dtypes of what it keeps of each."""
-    _install()
+    _install(overrides)
     session, engine = plain._open(overrides)
     run_sft(session, engine, start=3, after=lambda _: None)
     (part,) = engine.optimizer.chained_optimizers
@@ -138,9 +141,10 @@ def test_states_are_kept_as_asked_for(overrides, adams, dtypes, held):
 
 
 def _without_fused(run, *arguments):
+    """Run with torch's optimizers; the settings come last."""
     from agrpo_megatron.megatron.fused import take_torch_optimizers
 
-    _install()
+    _install(arguments[-1])
     take_torch_optimizers()
     return run(*arguments)
 
@@ -154,7 +158,7 @@ def test_offloading_without_a_fused_optimizer_continues_bit_for_bit(tmp_path):
 
 def _through(source, root, overrides):
     """Load and save again, with no step between."""
-    _install()
+    _install(overrides)
     return plain._load_and_save(source, root, overrides)
 
 
@@ -188,7 +192,7 @@ def _beginning(overrides):
 
     from agrpo_megatron.megatron.weights import initialise
 
-    _install()
+    _install(overrides)
     session, engine = plain._open(overrides)
     given = initialise(engine.network, session.settings.model, session.settings.run.seed)
     off = []
