@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from agrpo_megatron.diffusion import noise
@@ -15,6 +16,9 @@ from agrpo_megatron.diffusion.logprobs import (
     token_logprobs,
 )
 from agrpo_megatron.settings import SamplingSettings
+
+# Logits that are drawn from at once: what is made of them in float64 takes 0.5 GiB each.
+AT_ONCE = 2**26
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,30 @@ def draw_tokens(
 ) -> Draw:
     """Draw one token per row of a logits shard [S, shard]; equal on every rank of the group.
 
+    Rows are drawn in parts: noise is float64, and all scored rows of an 8B model's rollout would
+    take tens of GiB.
+
     Args:
         keys: [S] noise keys, see `noise.noise_key`; each token id folds into them.
     """
+    rows = max(1, AT_ONCE // logits.shape[-1])
+    parts = zip(logits.split(rows), keys.split(rows), strict=True)
+    return _joined([_draw(*part, vocab, sampling) for part in parts])
+
+
+def _joined(draws: list[Draw]) -> Draw:
+    """Concatenate draws, their supports padded to the widest."""
+    if len(draws) == 1:
+        return draws[0]
+    names = ("tokens", "logprobs", "entropies", "confidences")
+    joined = {name: torch.cat([getattr(draw, name) for draw in draws]) for name in names}
+    supports = [draw.support_ids for draw in draws if draw.support_ids is not None]
+    wide = max((ids.shape[1] for ids in supports), default=0)
+    padded = [F.pad(ids, (0, wide - ids.shape[1]), value=-1) for ids in supports]
+    return Draw(**joined, support_ids=torch.cat(padded) if padded else None)
+
+
+def _draw(logits: Tensor, keys: Tensor, vocab: Vocabulary, sampling: SamplingSettings) -> Draw:
     policy = policy_logits(logits, vocab, temperature=sampling.temperature)
     truncated = sampling.top_k is not None or sampling.top_p < 1
     support_ids = None
@@ -70,7 +95,7 @@ def _margins(policy: Tensor, support: Tensor | None, vocab: Vocabulary) -> Tenso
     if support is None:
         top, _ = _top_candidates(policy, 2, vocab)
         support = top - _log_total(policy, vocab)[:, None]
-    chances = torch.nn.functional.pad(support.exp(), (0, 1))
+    chances = F.pad(support.exp(), (0, 1))
     return (chances[:, 0] - chances[:, 1]).to(policy.dtype)
 
 

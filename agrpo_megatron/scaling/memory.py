@@ -170,7 +170,7 @@ def _activations(
     parallelism), and, split by tensor parallelism, queries, keys, values before and after the
     rotation, the attention's output, gate, up, and their product. Full recomputation keeps the
     residual stream alone, and one layer. A stage of a pipeline holds as many micro-batches as
-    stages follow it. The head sees the tokens that a denoising step fixes, three times in float32.
+    stages follow it. The head's logits are there three times: as they are, and in float32.
     Counted for bf16 products: those in FP8 keep their inputs in less.
     """
     tokens = settings.train.token_budget // parallel.context
@@ -186,13 +186,17 @@ def _activations(
         kept = layers * flying * (whole + split)
     total = tokens * kept
     if stage == parallel.pipeline - 1:
-        sampling = settings.sampling
-        share = sampling.completion_length / sampling.denoising_steps / _row(settings)
-        scored = int(tokens * min(1.0, share))
+        scored = int(tokens * _scored_share(settings))
         total += 3 * scored * padded_vocab(settings) // parallel.tensor
     return total
 
 
-def _row(settings: Settings) -> int:
-    """Return the tokens of a row; the prompt is taken to be as long as the completion."""
-    return 2 * settings.sampling.completion_length
+def _scored_share(settings: Settings) -> float:
+    """Return the share of tokens that the head sees, in the phase where it sees more.
+
+    Of a completion it sees what a denoising step fixes, or in a supervised phase what is masked:
+    half of it, in the mean. The prompt is taken to be as long as the completion.
+    """
+    shares = [1 / settings.sampling.denoising_steps] if settings.train.iterations else []
+    supervised = [1 / 2] if settings.sft.iterations else []
+    return max(shares + supervised, default=0.0) / 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from agrpo_megatron.diffusion import draw as drawing
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.draw import draw_tokens
 from agrpo_megatron.diffusion.forward import AtOnce
@@ -86,6 +87,7 @@ def case_names():
 
 def _every_case():
     rank = dist.get_rank()
+    drawing.AT_ONCE = 11 * 20  # some rows at a time, where one shard alone has them all at once
     return {case: numbers(*case, rank, RANKS) for case in case_names()}
 
 
@@ -187,6 +189,18 @@ def test_trajectories_of_two_shards_equal_those_of_one():
                 assert float(gap) < 1e-6
             if alone.support_ids is not None:
                 assert torch.equal(part.support_ids, alone.support_ids)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_rows_drawn_in_parts_are_those_drawn_at_once(monkeypatch, name, policy, rows):
+    case = (name, policy, torch.float32, 0, 1)
+    whole = numbers(*case)
+    monkeypatch.setattr(drawing, "AT_ONCE", rows * VOCABULARIES[name][1])
+    for key, value in numbers(*case).items():
+        assert (value is None) == (whole[key] is None)
+        assert value is None or torch.equal(value, whole[key]), key
 
 
 def tied_logits():
