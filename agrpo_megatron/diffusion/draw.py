@@ -37,8 +37,8 @@ def draw_tokens(
 ) -> Draw:
     """Draw one token per row of a logits shard [S, shard]; equal on every rank of the group.
 
-    Rows are drawn in parts: noise is float64, and all scored rows of an 8B model's rollout would
-    take tens of GiB.
+    Rows are drawn in parts: noise is float64, and for all scored rows of an 8B model's rollout it
+    could take tens of GiB.
 
     Args:
         keys: [S] noise keys, see `noise.noise_key`; each token id folds into them.

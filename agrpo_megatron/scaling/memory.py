@@ -197,6 +197,5 @@ def _scored_share(settings: Settings) -> float:
     Of a completion it sees what a denoising step fixes, or in a supervised phase what is masked:
     half of it, in the mean. The prompt is taken to be as long as the completion.
     """
-    shares = [1 / settings.sampling.denoising_steps] if settings.train.iterations else []
-    supervised = [1 / 2] if settings.sft.iterations else []
-    return max(shares + supervised, default=0.0) / 2
+    masked = 1 / 2 if settings.sft.iterations else 0.0
+    return max(masked, 1 / settings.sampling.denoising_steps) / 2

@@ -6,6 +6,7 @@ fast anything is. Where a GPU is, the tests marked `gpu` do the real thing.
 """
 
 import sys
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
@@ -53,11 +54,15 @@ STAND_INS = {
 CUDNN = 91900  # the version that is said to be there: 9.19.0
 
 
+MXFP8 = "fp8.recipe=mxfp8"
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 
 
-def install(capability: tuple[int, int] = HOPPER) -> None:
+def install(overrides: Sequence[str] = ()) -> None:
     """Let this process take the CPU for a GPU; called once, mutates torch and more.
+
+    Args:
+        overrides: settings of the run: a Blackwell GPU where they ask for mxfp8, else a Hopper.
 
     Raises:
         RuntimeError: there is a GPU.
@@ -71,7 +76,7 @@ def install(capability: tuple[int, int] = HOPPER) -> None:
     ranks.prepare_platform = lambda threads=None: torch.device("cpu")
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
-    name = "stand-in for a GPU"
+    name, capability = "stand-in for a GPU", BLACKWELL if MXFP8 in overrides else HOPPER
     told = {"name": name, "multi_processor_count": 132, "total_memory": 80 << 30}
     properties = SimpleNamespace(**told, major=capability[0], minor=capability[1])
     torch.cuda.get_device_properties = lambda device=None: properties

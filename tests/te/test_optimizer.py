@@ -74,9 +74,9 @@ def _install(overrides):
     from megatron.core.distributed import param_and_grad_buffer
 
     from agrpo_megatron.megatron import platform
-    from tests.te.kernels import BLACKWELL, HOPPER, install
+    from tests.te.kernels import install
 
-    install(BLACKWELL if MXFP8 in overrides else HOPPER)
+    install(overrides)
     torch.Tensor.is_cuda = property(lambda tensor: not _is_on_host(tensor))  # type: ignore
     torch.Tensor.cpu = _to_host  # type: ignore[method-assign]
     torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[method-assign]

@@ -24,6 +24,7 @@ from tests.te.models import (
 )
 
 OTHERS = (30, 2)
+PRECISIONS = {"bf16": [BF16], "blockwise": [FP8], "mxfp8": [FP8, MXFP8]}
 
 
 def _both_ways(overrides):
@@ -38,7 +39,7 @@ def _both_ways(overrides):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("precision", [[BF16], [FP8], [FP8, MXFP8]], ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 def test_a_row_is_computed_from_itself_alone(precision, variant):
     [(packed, alone, longer)] = run_ranks(1, _both_ways, [*precision, *VARIANTS[variant]])
     for number, row in enumerate(packed):

@@ -37,7 +37,7 @@ RUN = [
 
 
 def _train(run_dir, overrides):
-    kernels.install(kernels.BLACKWELL if MXFP8 in overrides else kernels.HOPPER)
+    kernels.install(overrides)
     world_size = dist.get_world_size()
     resolved = resolved_run(run_dir, *SMALL, *RUN, *overrides, world_size=world_size)
     train(resolved, silent_view(), phases=("sft", "rl"))
