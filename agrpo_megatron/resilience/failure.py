@@ -115,6 +115,8 @@ def accuse(command: Command, failure: str, report: str) -> bool:
                 board.await_key(CLEAR, WORD)
             say(report)
             board.store.set(TOLD, "")
+            # A rank that is killed now ends all by the launcher: let the main rank say why first.
+            board.await_key(CLOSED, 1.5 * POLL)
             return True
     return False
 
