@@ -40,7 +40,7 @@ slurm: ## install SLURM for tests of job scripts, where it is missing (Debian, U
 demo: install ## train the tiny example from nothing, evaluate it and write its report
 	@$(BIN)/agrpo train examples/tiny.yaml
 
-test: install ## run the tests, for instance: make test TESTS=tests/test_config.py WORKERS=4
+test: install ## run the tests, for instance: make test TESTS=tests/config/test_schema.py WORKERS=4
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: install ## check style and format

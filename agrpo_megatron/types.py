@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from agrpo_megatron.settings import SamplingSettings
+from agrpo_megatron.config.settings import SamplingSettings
 
 if TYPE_CHECKING:  # tasks read this file, and need no torch
     from torch import Tensor

@@ -9,7 +9,7 @@ Here the model is given a number and must write its digits in ascending order: `
 import random
 from dataclasses import dataclass
 
-from agrpo_megatron.config import setting
+from agrpo_megatron.config.schema import setting
 from agrpo_megatron.tasks.base import Splits, Task, split_problems, wanted
 from agrpo_megatron.types import Problem, Reward
 

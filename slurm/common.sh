@@ -283,8 +283,8 @@ train_job() { # FILE [KEY=VALUE ...]
     container
     if [[ -z ${AGRPO_RUN_DIR:-} ]]; then
         AGRPO_RUN_DIR=$(on_first_node "$AGRPO_PYTHON" -c 'import sys
-from agrpo_megatron.config import load
-from agrpo_megatron.settings import Settings
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
 try:
     print(load(Settings, sys.argv[1], sys.argv[2:]).run.dir)
 except ValueError as error:
@@ -305,7 +305,7 @@ sweep_job() { # DIR
     local words
     AGRPO_RUN_DIR=$(absolute "$1") # mounted into a container
     container
-    mapfile -d '' -t words < <(on_first_node "$AGRPO_PYTHON" -m agrpo_megatron.launch.sweep \
+    mapfile -d '' -t words < <(on_first_node "$AGRPO_PYTHON" -m agrpo_megatron.launch \
         "$AGRPO_RUN_DIR" "$SLURM_ARRAY_TASK_ID")
     ((${#words[@]})) || die $REFUSED "$1 has no member $SLURM_ARRAY_TASK_ID"
     unset AGRPO_RUN_DIR # each member has its own, as its settings say

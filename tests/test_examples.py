@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from agrpo_megatron.config import load
-from agrpo_megatron.rules import validate
-from agrpo_megatron.settings import Settings, TaskSettings
+from agrpo_megatron.config.rules import validate
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings, TaskSettings
+from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.tasks import build_task
-from agrpo_megatron.training.resolve import resolve
 from agrpo_megatron.types import Problem
-from tests.chat_tokenizers import FIRST_ADDED, LLADA_TOKENS, write_llada
+from tests.text.chat_tokenizers import FIRST_ADDED, LLADA_TOKENS, write_llada
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

@@ -6,7 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from agrpo_megatron.machine import TE_OLDEST
+from agrpo_megatron.hardware.machine import TE_OLDEST
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/install.md").read_text()

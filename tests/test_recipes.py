@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from agrpo_megatron.config import load
-from agrpo_megatron.grid import evaluation_grid
-from agrpo_megatron.rules import validate
+from agrpo_megatron.config.rules import validate
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.evaluation.grid import evaluation_grid
+from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.scaling.memory import worst_rank
-from agrpo_megatron.settings import Settings
 from agrpo_megatron.tasks import build_task
-from agrpo_megatron.training.resolve import resolve
 
 FOLDER = Path(__file__).parent.parent / "examples" / "llada_8b"
 TASKS = ("gsm8k", "math", "countdown", "sudoku")

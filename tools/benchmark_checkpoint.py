@@ -16,14 +16,14 @@ import time
 from pathlib import Path
 
 from agrpo_megatron.checkpoint.optimizer_state import sharded_optimizer
-from agrpo_megatron.checkpoint.progress import Progress
 from agrpo_megatron.checkpoint.saving import Saver
-from agrpo_megatron.config import load
+from agrpo_megatron.config.rules import validate
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.engine import Engine, build_engine
-from agrpo_megatron.megatron.ranks import start_ranks, stop_ranks, world_size
+from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks, world_size
 from agrpo_megatron.megatron.weights import initialise
-from agrpo_megatron.rules import validate
-from agrpo_megatron.settings import Settings
+from agrpo_megatron.runs.progress import Progress
 
 WIDTH = 1024
 

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 
 import torch
 
-from agrpo_megatron.config import load
+from agrpo_megatron.config.parallel import layout_name
+from agrpo_megatron.config.rules import validate
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import RolloutSettings, Settings
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
-from agrpo_megatron.layout import layout_name
 from agrpo_megatron.megatron.network import Network, build_network
+from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks, world_size
 from agrpo_megatron.megatron.pipeline import make_forward
-from agrpo_megatron.megatron.ranks import start_ranks, stop_ranks, world_size
 from agrpo_megatron.megatron.weights import initialise
-from agrpo_megatron.rules import validate
-from agrpo_megatron.settings import RolloutSettings, Settings
 
 MODEL = [
     "model.num_layers=8",

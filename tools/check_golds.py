@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import benchmarks, build_task
 from agrpo_megatron.tasks.countdown_problems import solve
-from agrpo_megatron.tasks.latex import is_equivalent
+from agrpo_megatron.tasks.rewards.latex import is_equivalent
 from agrpo_megatron.types import Problem
 
 BENCHMARKS = ("gsm8k", "math", "countdown", "sudoku")

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.tasks import agrpo, d1, equivalence
 from agrpo_megatron.tasks.benchmarks import build_prompt, read_problem
-from agrpo_megatron.tasks.latex import last_boxed
+from agrpo_megatron.tasks.rewards import agrpo, d1, equivalence
+from agrpo_megatron.tasks.rewards.latex import last_boxed
 
 TASKS = {
     "gsm8k": "gsm8k",

@@ -20,21 +20,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from agrpo_megatron.config import build
+from agrpo_megatron.config.parallel import layout_name, parse_layout
+from agrpo_megatron.config.rules import validate
+from agrpo_megatron.config.schema import build
+from agrpo_megatron.config.settings import (
+    AlgorithmSettings,
+    ParallelSettings,
+    SamplingSettings,
+    Settings,
+)
 from agrpo_megatron.diffusion import estimators
 from agrpo_megatron.diffusion.batches import row_lengths, timestep_batches
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
 from agrpo_megatron.families import settings_from_hf
-from agrpo_megatron.layout import layout_name, parse_layout
-from agrpo_megatron.megatron.context import local_part, scored_slices
 from agrpo_megatron.megatron.engine import Engine, build_engine
+from agrpo_megatron.megatron.layers.context import local_part, scored_slices
 from agrpo_megatron.megatron.network import Network, build_network
+from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks, world_size
 from agrpo_megatron.megatron.pipeline import forward_rows, make_forward
-from agrpo_megatron.megatron.ranks import start_ranks, stop_ranks, world_size
 from agrpo_megatron.megatron.weights import export_hf, load_hf, load_named
-from agrpo_megatron.rules import validate
-from agrpo_megatron.settings import AlgorithmSettings, ParallelSettings, SamplingSettings, Settings
 from agrpo_megatron.training.rl import make_loss, with_reference
 from agrpo_megatron.training.step import accumulate_gradients, my_micro_batches
 from agrpo_megatron.types import Rollout, Trajectory

@@ -7,7 +7,7 @@ python tools/convert_checkpoint.py verify A B
 
 import sys
 
-from agrpo_megatron.cli import main
+from agrpo_megatron.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))

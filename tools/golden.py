@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agrpo_megatron.settings import SamplingSettings
+from agrpo_megatron.config.settings import SamplingSettings
 
 DREAM_UNMASKING = {
     "origin": "bernoulli",

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agrpo_megatron.config import load
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, pack
 from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.network import Network, build_network
-from agrpo_megatron.megatron.ranks import start_ranks
+from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.scaling.flops import row_flops
-from agrpo_megatron.settings import ModelSettings, Settings
 from agrpo_megatron.types import PackedRows, TimestepBatch
 
 

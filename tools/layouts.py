@@ -20,12 +20,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from agrpo_megatron.config import build, load
+from agrpo_megatron.config.parallel import layout_name, model_ranks, parse_layout
+from agrpo_megatron.config.rules import validate_layout
+from agrpo_megatron.config.schema import build, load
+from agrpo_megatron.config.settings import ParallelSettings, Settings
 from agrpo_megatron.families import settings_from_hf
-from agrpo_megatron.layout import layout_name, model_ranks, parse_layout
-from agrpo_megatron.rules import validate_layout
 from agrpo_megatron.scaling.memory import PARTS, SPARE, worst_rank
-from agrpo_megatron.settings import ParallelSettings, Settings
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Write the built-in character tokenizer, `agrpo_megatron/tasks/characters.model`.
+"""Write the built-in character tokenizer, `agrpo_megatron/text/characters.model`.
 
     python tools/make_tokenizer.py [path]
 
@@ -14,7 +14,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 
 proto: Any = sentencepiece_model_pb2  # its names are made at run time
-PATH = Path(__file__).parent.parent / "agrpo_megatron" / "tasks" / "characters.model"
+PATH = Path(__file__).parent.parent / "agrpo_megatron" / "text" / "characters.model"
 SPACE = "\u2581"  # how sentencepiece writes a space
 CHARACTERS = string.digits + "+-*/=():.," + SPACE + "\n" + string.ascii_letters
 CONTROLS = ("<eos>", "<mask>")

@@ -7,12 +7,10 @@ drawing anything: the variance of the whole gradient, summed over all weights, o
 one batch of stored rollouts. 1.00 is `independent` draws from the `uniform` proposal, with as many
 draws; 0.50 is worth twice the draws. Lower is better.
 
-Columns are the numbers of draws (`algorithm.mc_samples`); those with * also score short rollouts
-once in full (`algorithm.enumerate_short`). `entropy, mix 0` is the published proposal, and
-`batch` with it the published sampler; `entropy` mixes in `algorithm.uniform_mix` of uniform. The
-default of the settings is green.
+Columns are numbers of draws (`algorithm.mc_samples`); * also scores short rollouts once in full
+(`algorithm.enumerate_short`). `entropy, mix 0` is the published proposal, `batch` with it the
+published sampler; `entropy` mixes in `algorithm.uniform_mix` of uniform. The default is green.
 
-    python tools/variance.py
     python tools/variance.py --trajectories tests/fixtures/llada_tiny/golden.safetensors
     python tools/variance.py --draws 4 24 --unmasking low_confidence --seed 3
 """
@@ -32,24 +30,25 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional
 
+from agrpo_megatron.config.settings import (
+    STEP_SAMPLERS,
+    UNMASKING,
+    AlgorithmSettings,
+    SamplingSettings,
+)
 from agrpo_megatron.diffusion import timesteps
 from agrpo_megatron.diffusion.batches import timestep_batches
+from agrpo_megatron.diffusion.draw import AtOnce
 from agrpo_megatron.diffusion.estimators import advantages
-from agrpo_megatron.diffusion.forward import AtOnce
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
 from agrpo_megatron.diffusion.variance import estimator_variance
-from agrpo_megatron.settings import STEP_SAMPLERS, UNMASKING, AlgorithmSettings, SamplingSettings
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
 
 NAMES = ("n_layers", "n_heads", "d_model", "mlp_hidden_size", "vocab_size", "mask_token_id")
-RANDOM_CONFIG = dict(zip(NAMES, (2, 4, 32, 96, 40, 39), strict=True)) | {
-    "eos_token_id": 38,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-}
+OTHERS = {"eos_token_id": 38, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
+RANDOM_CONFIG = dict(zip(NAMES, (2, 4, 32, 96, 40, 39), strict=True)) | OTHERS
 # name: (proposal, share of uniform; None is the default of the settings)
 PROPOSALS = {
     "uniform": ("uniform", 0.0),
@@ -95,15 +94,17 @@ class Model:
                 (y @ own[f"{name}_proj.weight"].T).unflatten(-1, (heads, -1)).transpose(1, 2)
                 for name in "qkv"
             )
-            mixed = functional.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v)
+            mixed = torch.nn.functional.scaled_dot_product_attention(
+                self._rotate(q), self._rotate(k), v
+            )
             x = x + mixed.transpose(1, 2).flatten(2) @ own["attn_out.weight"].T
             y = self._norm(x, own["ff_norm.weight"])
-            gate = functional.silu(y @ own["ff_proj.weight"].T)
+            gate = torch.nn.functional.silu(y @ own["ff_proj.weight"].T)
             x = x + (gate * (y @ own["up_proj.weight"].T)) @ own["ff_out.weight"].T
         return self._norm(x, weights["ln_f.weight"])
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.rms_norm(x, weight.shape, weight, self.config["rms_norm_eps"])
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, self.config["rms_norm_eps"])
 
     def _rotate(self, x: Tensor) -> Tensor:
         width = x.shape[-1]

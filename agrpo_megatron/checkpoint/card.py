@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron import __version__
-from agrpo_megatron.checkpoint.progress import PROGRESS_FILE, RUN_FILE, read_progress
-from agrpo_megatron.config import flatten
-from agrpo_megatron.yaml_files import read_yaml
+from agrpo_megatron.config.schema import flatten
+from agrpo_megatron.config.yaml_files import read_yaml
+from agrpo_megatron.runs.progress import PROGRESS_FILE, RUN_FILE, read_progress
 
 CARD = "README.md"
 SHOWN = ("task.name", "algorithm", "sampling", "optimizer", "train.iterations", "run.seed")

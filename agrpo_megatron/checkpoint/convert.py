@@ -23,7 +23,6 @@ from agrpo_megatron.checkpoint.model_files import (
     write_config,
     write_model_files,
 )
-from agrpo_megatron.checkpoint.progress import HF
 from agrpo_megatron.checkpoint.torch_dist import BLOCK, Piece, checkpoint_key, write_checkpoint
 from agrpo_megatron.checkpoint.weights import (
     DTYPES,
@@ -31,6 +30,7 @@ from agrpo_megatron.checkpoint.weights import (
     is_megatron,
     open_weights,
 )
+from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import FAMILIES
 from agrpo_megatron.families.files import (
     INDEX,
@@ -43,7 +43,7 @@ from agrpo_megatron.families.files import (
 from agrpo_megatron.families.names import Line
 from agrpo_megatron.families.tensors import hf_shapes, lines, megatron_shape
 from agrpo_megatron.families.transforms import Split, to_megatron
-from agrpo_megatron.settings import ModelSettings
+from agrpo_megatron.runs.progress import HF
 
 SHARD = 5_000_000_000  # bytes of a Hugging Face shard where no index says otherwise
 JOB = "conversion.json"

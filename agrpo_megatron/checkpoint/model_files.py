@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.checkpoint.progress import HF, MODEL_FILE
-from agrpo_megatron.config import load, to_yaml
+from agrpo_megatron.config.schema import load, to_yaml
+from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.files import PICKLED
-from agrpo_megatron.settings import ModelSettings
+from agrpo_megatron.runs.progress import HF, MODEL_FILE
 
 WEIGHTS = (".safetensors", ".h5", ".msgpack", ".gguf", *PICKLED)
 TOKENIZER = "tokenizer.model"

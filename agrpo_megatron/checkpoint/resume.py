@@ -6,14 +6,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from agrpo_megatron.checkpoint.integrity import Damaged, verify
-from agrpo_megatron.checkpoint.progress import (
+from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.runs.progress import (
     PROGRESS_FILE,
     Progress,
     checkpoints,
     read_progress,
     set_aside,
 )
-from agrpo_megatron.megatron.ranks import Ranks
 
 
 def find_checkpoint(

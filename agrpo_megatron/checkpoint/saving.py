@@ -25,7 +25,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.nvrx import has_nvrx_async_support
 
 from agrpo_megatron.checkpoint.integrity import digests, seal
-from agrpo_megatron.checkpoint.progress import (
+from agrpo_megatron.checkpoint.sharded import run_state
+from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.runs.progress import (
     BEST,
     LATEST,
     PARTIAL,
@@ -34,8 +36,6 @@ from agrpo_megatron.checkpoint.progress import (
     point,
     pointed,
 )
-from agrpo_megatron.checkpoint.sharded import run_state
-from agrpo_megatron.megatron.engine import Engine
 
 SUMS = ".sums-"
 # Who writes beside the training: the modules of its queue and of its writer.

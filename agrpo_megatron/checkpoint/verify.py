@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.checkpoint.weights import MegatronWeights, open_weights
+from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.families.files import HfWeights
 from agrpo_megatron.megatron.network import build_network
+from agrpo_megatron.megatron.parallel import Ranks, start_ranks, stop_ranks
 from agrpo_megatron.megatron.pipeline import forward_rows
-from agrpo_megatron.megatron.ranks import Ranks, start_ranks, stop_ranks
 from agrpo_megatron.megatron.weights import load_named
-from agrpo_megatron.settings import ModelSettings, Settings
 
 Weights = HfWeights | MegatronWeights
 ROWS, LENGTH = 4, 64  # of random tokens that logits are compared on

@@ -10,12 +10,12 @@ from torch import Tensor
 from agrpo_megatron.checkpoint.integrity import verify
 from agrpo_megatron.checkpoint.model_files import read_model
 from agrpo_megatron.checkpoint.torch_dist import METADATA, TorchDist, checkpoint_key
+from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.families.files import HfWeights, Stored
 from agrpo_megatron.families.names import Line
 from agrpo_megatron.families.tensors import hf_shapes, lines, megatron_shape
 from agrpo_megatron.families.transforms import from_megatron
-from agrpo_megatron.settings import ModelSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

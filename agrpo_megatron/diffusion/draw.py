@@ -1,12 +1,15 @@
 """Draw tokens from a policy: temperature, top-k, top-p and counter-based Gumbel noise."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.logprobs import (
     Vocabulary,
@@ -15,7 +18,7 @@ from agrpo_megatron.diffusion.logprobs import (
     reduce,
     token_logprobs,
 )
-from agrpo_megatron.settings import SamplingSettings
+from agrpo_megatron.types import PackedRows
 
 # Logits that are drawn from at once: what is made of them in float64 takes 0.5 GiB each.
 AT_ONCE = 2**26
@@ -171,3 +174,37 @@ def _log_total(policy: Tensor, vocab: Vocabulary) -> Tensor:
     top = reduce(policy.amax(-1), vocab.group, dist.ReduceOp.MAX)
     total = reduce((policy - top[:, None]).exp().sum(-1), vocab.group, dist.ReduceOp.SUM)
     return top + total.log()
+
+
+# Draw at the scored tokens of this slice, from their logits shard [S, V / tensor parallel].
+DrawAt = Callable[[Tensor, slice], Draw]
+
+
+class Forward(Protocol):
+    """What runs packed rows through the network; see `megatron.pipeline`."""
+
+    in_flight: int  # groups of rows that may be under way at once
+
+    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
+        """Start on a group; the function that is returned waits for the draws at its scores."""
+        ...
+
+    def close(self) -> None:
+        """Wait until nothing is under way; called when all draws are known."""
+        ...
+
+
+@dataclass
+class AtOnce:
+    """A `Forward` over a function from packed rows to logits [S, V / tensor parallel]."""
+
+    score: Callable[[PackedRows], Tensor]
+    in_flight: int = 1
+
+    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
+        """Draw from what the function returns."""
+        draw = draw_at(self.score(rows), slice(None))
+        return lambda: draw
+
+    def close(self) -> None:
+        """Do nothing: nothing is under way."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.diffusion import timesteps
-from agrpo_megatron.settings import AlgorithmSettings
 from agrpo_megatron.types import StepDraws, Trajectory
 
 

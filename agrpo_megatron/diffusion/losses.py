@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from agrpo_megatron.settings import AlgorithmSettings
+from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.types import SftBatch, TimestepBatch
 
 

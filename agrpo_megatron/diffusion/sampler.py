@@ -14,12 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion import noise
-from agrpo_megatron.diffusion.canvas import Canvas, advance, block_positions, commit, start
-from agrpo_megatron.diffusion.draw import Draw, draw_tokens
-from agrpo_megatron.diffusion.forward import Forward
+from agrpo_megatron.diffusion.draw import Draw, Forward, draw_tokens
 from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.diffusion.packing import pack
+from agrpo_megatron.diffusion.sampler_state import Canvas, advance, block_positions, commit, start
 from agrpo_megatron.diffusion.schedule import bernoulli_plan, step_counts
 from agrpo_megatron.diffusion.snapshot import (
     NEVER,
@@ -29,7 +29,6 @@ from agrpo_megatron.diffusion.snapshot import (
     put_back,
     take,
 )
-from agrpo_megatron.settings import SamplingSettings
 from agrpo_megatron.types import Trajectory
 
 

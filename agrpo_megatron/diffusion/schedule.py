@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from agrpo_megatron.settings import SamplingSettings
+from agrpo_megatron.config.settings import SamplingSettings
 
 EPSILON = 1e-3  # time at which Dream's schedule ends
 

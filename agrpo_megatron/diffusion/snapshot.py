@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from agrpo_megatron.diffusion.canvas import Canvas
+from agrpo_megatron.diffusion.sampler_state import Canvas
 
 WRITTEN = ("canvas", "unmask_step", "logprobs", "entropies", "support_ids")
 WRITTEN += ("step", "block", "step_in_block")

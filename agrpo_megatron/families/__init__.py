@@ -6,10 +6,10 @@ A family is one file with `FAMILY`, a `Family` record. `FAMILIES` holds them by 
 import json
 from pathlib import Path
 
+from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.dream import FAMILY as DREAM
 from agrpo_megatron.families.llada import FAMILY as LLADA
 from agrpo_megatron.families.names import Family
-from agrpo_megatron.settings import ModelSettings
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM)}
 

@@ -8,9 +8,9 @@ Dream-org/Dream-v0-Instruct-7B.
 from collections.abc import Mapping
 from typing import Any
 
-from agrpo_megatron.config import build
+from agrpo_megatron.config.schema import build
+from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.names import Family, Line
-from agrpo_megatron.settings import ModelSettings
 
 # What the modelling code can do and this model does not: each must have this value.
 _REQUIRED = {

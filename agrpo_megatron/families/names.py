@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agrpo_megatron.settings import ModelSettings
+from agrpo_megatron.config.settings import ModelSettings
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The tensors of a model: every line of its family's table, and their shapes in both worlds."""
 
+from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import FAMILIES
 from agrpo_megatron.families.names import Line, expand
-from agrpo_megatron.settings import ModelSettings
 
 
 def lines(model: ModelSettings) -> list[Line]:

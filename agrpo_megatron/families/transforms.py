@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from agrpo_megatron.settings import ModelSettings
+from agrpo_megatron.config.settings import ModelSettings
 
 
 class Part(Protocol):

@@ -8,7 +8,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 
-from agrpo_megatron.settings import LaunchSettings
+from agrpo_megatron.config.settings import LaunchSettings
 
 SINFO = ("sinfo", "--noheader", "--all", "--exact", "--format=%P|%D|%c|%G|%l|%L")
 SQUEUE = ("squeue", "--noheader", "--format=%F %k")

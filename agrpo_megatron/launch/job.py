@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agrpo_megatron.config.settings import LaunchSettings
 from agrpo_megatron.launch.cluster import parse_time
 from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
-from agrpo_megatron.settings import LaunchSettings
 
 # What stands in every command already, and the key that says it.
 OWN_OPTIONS = {

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agrpo_megatron.config import load
+from agrpo_megatron.config.parallel import layout_name
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import LaunchSettings, Settings
 from agrpo_megatron.launch.cluster import parse_time, write_time
 from agrpo_megatron.launch.job import check_launch, ranks_per_node
 from agrpo_megatron.launch.sweep import SWEEP
-from agrpo_megatron.layout import layout_name
+from agrpo_megatron.runs.directory import is_finished, progress
+from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.scaling.memory import PARTS, SPARE, Memory, worst_rank
-from agrpo_megatron.settings import LaunchSettings, Settings
-from agrpo_megatron.training.directory import is_finished, progress
-from agrpo_megatron.training.resolve import resolve
 
 GIB, MIB = 2**30, 2**20
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agrpo_megatron.config import load
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import LaunchSettings, Settings
 from agrpo_megatron.launch.cluster import PATIENCE, ask_cluster, check_cluster, jobs_of
 from agrpo_megatron.launch.job import Job, command, run_job, shell_script, wrapped_job
 from agrpo_megatron.launch.plan import Plan, notes, plan_run, refuse_finished
 from agrpo_megatron.launch.sweep import SWEEP, Sweep, check_directory, flow, make_sweep, read_grid
 from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
-from agrpo_megatron.settings import LaunchSettings, Settings
-from agrpo_megatron.training.directory import free_name
+from agrpo_megatron.runs.directory import free_name
 
 END = "END_OF_SWEEP"  # of the text of a sweep's file within the script
 # Said by `sbatch --test-only` of a job that would only have to wait.
@@ -90,7 +90,7 @@ def launch_sweep(
         arguments=[str(directory)],
         array=ranges(left),
     )
-    words = [sys.executable, "-m", "agrpo_megatron.launch.sweep", str(directory), "--table"]
+    words = [sys.executable, "-m", "agrpo_megatron.launch", str(directory), "--table"]
     table = wrapped_job(settings, directory, name="table", words=words)
     prepared = _prepare(directory, is_restart=is_restart)
     file_text = f"cat > {shlex.quote(str(directory / SWEEP))} <<'{END}'\n{sweep.text()}{END}"

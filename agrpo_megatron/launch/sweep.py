@@ -2,17 +2,9 @@
 
 DIR/sweep.yaml    the settings file, overrides for all, and what each member sets itself
 DIR/00, DIR/01    the members' run directories
-
-python -m agrpo_megatron.launch.sweep DIR I         what `agrpo train` takes for member I: FILE
-                                                    and KEY=VALUE ..., each ended by a NUL; the
-                                                    last is run.dir=DIR/NN
-python -m agrpo_megatron.launch.sweep DIR --table   writes DIR/summary.md and summary.json, and
-                                                    prints the table
 """
 
-import argparse
 import itertools
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from agrpo_megatron.config import flatten
-from agrpo_megatron.yaml_files import read_override, read_yaml
+from agrpo_megatron.config.schema import flatten
+from agrpo_megatron.config.yaml_files import read_override, read_yaml
 
 SWEEP = "sweep.yaml"
 UNSWEPT = {"run.dir": "each member has its own", "launch": "all members are one job"}
@@ -112,7 +104,7 @@ def check_directory(directory: Path, sweep: Sweep) -> None:
                 "away with --restart"
             )
         return
-    from agrpo_megatron.training.resolve import RUN_SETTINGS  # jobs ask for words without it
+    from agrpo_megatron.runs.resolve import RUN_SETTINGS  # jobs ask for words without it
 
     if (directory / RUN_SETTINGS).exists():
         raise ValueError(f"run.dir={directory} holds a run, not a sweep; choose another run.dir")
@@ -138,39 +130,3 @@ def _check_values(key: str, values: Any) -> None:
     twice = [text for text in texts if texts.count(text) > 1]
     if twice:
         raise ValueError(f"--sweep {key} has {twice[0]} twice; write it once")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print a member's arguments, or write and print the table; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m agrpo_megatron.launch.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="directory of a sweep")
-    parser.add_argument("member", metavar="I", type=int, nargs="?", help="number of a member")
-    parser.add_argument("--table", action="store_true", help="write and print the table")
-    arguments = parser.parse_args(argv)
-    if arguments.table == (arguments.member is not None):
-        parser.error("give either I or --table")
-    directory = arguments.directory.absolute()
-    try:
-        if arguments.table:
-            from agrpo_megatron.launch.table import show_table
-
-            show_table(directory)
-            return 0
-        sweep = read_sweep(directory)
-        names = list(sweep.members)
-        if not 0 <= arguments.member < len(names):
-            raise ValueError(f"{directory} has members 0 to {len(names) - 1}")
-        words = sweep.arguments(directory, names[arguments.member])
-    except ValueError as error:
-        print(f"agrpo: error: {error}", file=sys.stderr)
-        return 2
-    sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in words))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,17 +8,17 @@ from typing import Any
 
 from rich.console import Console
 
-from agrpo_megatron.checkpoint.progress import CHECKPOINTS, latest_checkpoint
-from agrpo_megatron.config import load
-from agrpo_megatron.files import write_whole
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.launch.sweep import flow, read_sweep
 from agrpo_megatron.reports.read import Row, after, before, read_run
 from agrpo_megatron.reports.tables import overview_table
 from agrpo_megatron.reports.text import number, percent
 from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
-from agrpo_megatron.settings import Settings
-from agrpo_megatron.training.directory import is_finished
-from agrpo_megatron.training.resolve import RUN_SETTINGS
+from agrpo_megatron.runs.directory import is_finished
+from agrpo_megatron.runs.files import write_whole
+from agrpo_megatron.runs.progress import CHECKPOINTS, latest_checkpoint
+from agrpo_megatron.runs.resolve import RUN_SETTINGS
 
 # What a log says of a failure: the best of these patterns that some line has, its last such line.
 CAUSES = (

@@ -15,12 +15,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from agrpo_megatron.kernels import kernels_for
+from agrpo_megatron.config.settings import OptimizerSettings, Settings
+from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron.fused import take_torch_optimizers
 from agrpo_megatron.megatron.network import Network, build_network
-from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.megatron.reshard import RolloutCopy
-from agrpo_megatron.settings import OptimizerSettings, Settings
 
 # What Transformer Engine's Adam calls the dtypes of its states; it scales what it keeps as FP8.
 STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}

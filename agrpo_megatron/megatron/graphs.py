@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agrpo_megatron.megatron.layers.packed import PackedLayout, positions_in_rows
 from agrpo_megatron.megatron.model import MaskedDiffusionModel
-from agrpo_megatron.megatron.packed import PackedLayout, positions_in_rows
 from agrpo_megatron.types import PackedRows
 
 TOKENS, LENGTH = 128, 64  # what tokens, and the longest row, are at least rounded up to

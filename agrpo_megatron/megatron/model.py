@@ -20,14 +20,14 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from agrpo_megatron.kernels import kernels_for
-from agrpo_megatron.layout import padded_vocab, stage_layers
-from agrpo_megatron.megatron.context import padded_rows, part_of, scored_slices
-from agrpo_megatron.megatron.packed import PackedLayout, packed_layout, rotary_angles
+from agrpo_megatron.config.parallel import padded_vocab, stage_layers
+from agrpo_megatron.config.settings import ModelSettings, ParallelSettings, Settings
+from agrpo_megatron.hardware.kernels import kernels_for
+from agrpo_megatron.megatron.layers.context import padded_rows, part_of, scored_slices
+from agrpo_megatron.megatron.layers.local import local_spec
+from agrpo_megatron.megatron.layers.packed import PackedLayout, packed_layout, rotary_angles
+from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.megatron.precision import kernel_values
-from agrpo_megatron.megatron.ranks import Ranks
-from agrpo_megatron.megatron.spec import local_spec
-from agrpo_megatron.settings import ModelSettings, ParallelSettings, Settings
 from agrpo_megatron.types import PackedRows
 
 
@@ -219,7 +219,7 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
 
 
 def _te_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
-    from agrpo_megatron.megatron.te import te_spec  # Transformer Engine is optional
+    from agrpo_megatron.megatron.layers.te import te_spec  # Transformer Engine is optional
 
     return te_spec(config, layers)
 

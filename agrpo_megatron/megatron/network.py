@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from agrpo_megatron.config.parallel import padded_vocab
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.logprobs import Vocabulary
-from agrpo_megatron.layout import padded_vocab
 from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_chunks
-from agrpo_megatron.megatron.ranks import Ranks
-from agrpo_megatron.settings import Settings
+from agrpo_megatron.megatron.parallel import Ranks
 
 # Transformer Engine fuses the norms into the products after them; everything but the layers
 # themselves knows a layer's weights by the names of the local spec.

@@ -21,15 +21,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from agrpo_megatron.diffusion.draw import Draw
-from agrpo_megatron.diffusion.forward import DrawAt, Forward
+from agrpo_megatron.config.settings import RolloutSettings
+from agrpo_megatron.diffusion.draw import Draw, DrawAt, Forward
 from agrpo_megatron.diffusion.packing import unscored_row
-from agrpo_megatron.megatron.context import for_schedule, hidden_tokens, scored_slices
 from agrpo_megatron.megatron.graphs import Graphs
+from agrpo_megatron.megatron.layers.context import for_schedule, hidden_tokens, scored_slices
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.megatron.wire import broadcast_draw, gather_draw, receive_draw, send_draw
-from agrpo_megatron.settings import RolloutSettings
 from agrpo_megatron.types import PackedRows
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from agrpo_megatron.settings import KernelSettings
+from agrpo_megatron.config.settings import KernelSettings
 
 _stand_in: "_CpuForCuda | None" = None
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.enums import AttnBackend
 
-from agrpo_megatron.kernels import Kernels
-from agrpo_megatron.settings import Settings
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.hardware.kernels import Kernels
 
 # FP8 products take tokens in blocks of this many: 1 x 128 values share a scale (blockwise), and
 # other recipes need 16 or 32.

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
+from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.files import HfWeights
 from agrpo_megatron.families.tensors import hf_shapes, lines
 from agrpo_megatron.families.transforms import Part, Split, from_megatron, to_megatron
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.megatron.ranks import Ranks
-from agrpo_megatron.settings import ModelSettings
+from agrpo_megatron.megatron.parallel import Ranks
 
 
 def load_hf(network: Network, settings: ModelSettings, directory: str | Path) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agrpo_megatron.diffusion.draw import Draw
-from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.megatron.parallel import Ranks
 
 _FIXED = 4  # tokens, logprobs, entropies, confidences; then the support ids
 

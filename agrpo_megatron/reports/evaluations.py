@@ -14,7 +14,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from agrpo_megatron.grid import EVALUATION, EVALUATIONS, RESULTS, Progress
+from agrpo_megatron.evaluation.grid import EVALUATION, EVALUATIONS, RESULTS, Progress
 from agrpo_megatron.reports.text import compact, duration, percent, visible
 
 EVERY = 20.0  # seconds between two lines where there is no terminal

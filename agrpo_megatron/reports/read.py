@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from agrpo_megatron.config.yaml_files import read_yaml
 from agrpo_megatron.reports.text import number
-from agrpo_megatron.yaml_files import read_yaml
 
 STAGES = ("before", "interval", "after")
 TIME_PARTS = ("rollout", "reward", "update", "checkpoint")

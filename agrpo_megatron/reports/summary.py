@@ -4,9 +4,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from agrpo_megatron.reports.compare import write_comparison
-from agrpo_megatron.reports.figures import write_figures
-from agrpo_megatron.reports.html import write_report
+from agrpo_megatron.reports.page.html import write_report
+from agrpo_megatron.reports.plots.compare import write_comparison
+from agrpo_megatron.reports.plots.figures import write_figures
 from agrpo_megatron.reports.read import after, before, read_run
 from agrpo_megatron.reports.tables import overview_table
 

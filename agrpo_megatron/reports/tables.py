@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from agrpo_megatron.config import Described
+from agrpo_megatron.config.schema import Described
 from agrpo_megatron.reports.text import compact, written
 
 

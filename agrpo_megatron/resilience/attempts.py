@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from agrpo_megatron.files import write_whole
-from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
+from agrpo_megatron.runs.files import write_whole
 
 ATTEMPTS, CLAIM = "attempts.jsonl", "claim"
 UNATTENDED = "AGRPO_UNATTENDED"  # set where a job queues itself again

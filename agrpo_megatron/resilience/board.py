@@ -10,7 +10,7 @@ from functools import cache
 
 import torch.distributed as dist
 
-from agrpo_megatron.megatron.ranks import world_size
+from agrpo_megatron.megatron.parallel import world_size
 
 STEP = 0.05  # seconds between two looks while ranks wait for each other's word
 CONNECT = 300.0  # seconds for all ranks to start: on a cluster, imports can take minutes

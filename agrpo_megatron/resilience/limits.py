@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
 from agrpo_megatron.resilience.sections import NAMES
-from agrpo_megatron.settings import Settings
 
 LEARNED = "sections.json"  # in the folder `launch` of a run: what its next attempt begins with
 

@@ -2,13 +2,13 @@
 
 import os
 
-from agrpo_megatron.megatron.ranks import world_size
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.megatron.parallel import world_size
 from agrpo_megatron.resilience.faults import Faults
 from agrpo_megatron.resilience.limits import Limits
 from agrpo_megatron.resilience.nvrx import RankMonitor, is_under_ft_launcher
 from agrpo_megatron.resilience.sections import Monitor
 from agrpo_megatron.resilience.watchdog import Watchdog
-from agrpo_megatron.settings import Settings
 
 
 def monitors(settings: Settings) -> list[Monitor]:

@@ -13,10 +13,10 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from agrpo_megatron.config import load
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.resilience.outcome import FT_SOCKET
 from agrpo_megatron.resilience.sections import NAMES
-from agrpo_megatron.settings import Settings
 
 if TYPE_CHECKING:  # job scripts ask for the words where nobody waits for torch
     from agrpo_megatron.resilience.limits import Limits

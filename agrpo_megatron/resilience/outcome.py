@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-from agrpo_megatron.files import write_whole
+from agrpo_megatron.runs.files import write_whole
 
 OUTCOME = "AGRPO_OUTCOME"  # names the file that the job's script reads
 # Exit statuses: stopped, to go on later; got nowhere, not to be tried again.

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.resilience.sections import NAMES, Sections
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

@@ -12,7 +12,7 @@ import statistics
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.resilience.sections import NAMES
 
 LEAST = 0.01  # seconds; what is shorter is not compared

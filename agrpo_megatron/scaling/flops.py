@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from agrpo_megatron.layout import layer_matrices
-from agrpo_megatron.settings import ModelSettings
+from agrpo_megatron.config.parallel import layer_matrices
+from agrpo_megatron.config.settings import ModelSettings
 
 if TYPE_CHECKING:
     from torch import Tensor

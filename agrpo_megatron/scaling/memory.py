@@ -6,14 +6,19 @@ allocator wastes come on top: leave a tenth of the GPU free for them.
 
 from dataclasses import dataclass, fields
 
-from agrpo_megatron.layout import (
+from agrpo_megatron.config.parallel import (
     data_ranks,
     layer_matrices,
     padded_vocab,
     rollout_parallel,
     stage_layers,
 )
-from agrpo_megatron.settings import ModelSettings, OptimizerSettings, ParallelSettings, Settings
+from agrpo_megatron.config.settings import (
+    ModelSettings,
+    OptimizerSettings,
+    ParallelSettings,
+    Settings,
+)
 
 SPARE = 0.9  # of a GPU's memory: what arithmetic does not see needs the rest
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a number

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.config import Described, build, describe
-from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.config.schema import Described, build, describe
+from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.countdown import Countdown
 from agrpo_megatron.tasks.gym import ReasoningGym

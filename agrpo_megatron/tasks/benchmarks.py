@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.tasks import agrpo, countdown_problems, d1
+from agrpo_megatron.tasks import countdown_problems
 from agrpo_megatron.tasks.data import (
     Row,
     first_column,
@@ -19,8 +19,9 @@ from agrpo_megatron.tasks.data import (
     to_whole,
     whole_column,
 )
-from agrpo_megatron.tasks.extract import CELLS, share
-from agrpo_megatron.tasks.latex import last_boxed
+from agrpo_megatron.tasks.rewards import agrpo, d1
+from agrpo_megatron.tasks.rewards.extract import CELLS, share
+from agrpo_megatron.tasks.rewards.latex import last_boxed
 from agrpo_megatron.types import Chat, Message, Problem, Reward
 
 PROTOCOLS = ("agrpo", "d1")

@@ -3,12 +3,12 @@
 import random
 from dataclasses import dataclass
 
-from agrpo_megatron.config import setting
-from agrpo_megatron.tasks.arithmetic import evaluate_whole
+from agrpo_megatron.config.schema import setting
 from agrpo_megatron.tasks.base import Split
 from agrpo_megatron.tasks.benchmarks import PROTOCOLS
 from agrpo_megatron.tasks.countdown_problems import SIGNS, make_problems
 from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions
+from agrpo_megatron.tasks.rewards.arithmetic import evaluate_whole
 from agrpo_megatron.types import Problem, Prompt, Reward
 
 LONGEST_EXPRESSION = 200  # characters; longer text is wrong without being parsed

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from agrpo_megatron.settings import SftSettings, TaskSettings
+from agrpo_megatron.config.settings import SftSettings, TaskSettings
 from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.mixture import Mixture
 from agrpo_megatron.types import Problem

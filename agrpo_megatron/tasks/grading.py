@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.sandbox import Sandbox, ServerEnded
 from agrpo_megatron.types import Problem, Reward

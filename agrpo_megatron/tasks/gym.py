@@ -4,9 +4,9 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from agrpo_megatron.config import setting
+from agrpo_megatron.config.schema import setting
 from agrpo_megatron.tasks.base import Splits, Task, split_problems, wanted
-from agrpo_megatron.tasks.extract import boxed, last_tagged
+from agrpo_megatron.tasks.rewards.extract import boxed, last_tagged
 from agrpo_megatron.types import Chat, Message, Problem, Prompt, Reward
 
 SYSTEM = (

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agrpo_megatron.config import setting
+from agrpo_megatron.config.schema import setting
 from agrpo_megatron.tasks import benchmarks
 from agrpo_megatron.tasks.base import Split
 from agrpo_megatron.tasks.data import optional_column
-from agrpo_megatron.tasks.extract import boxed
 from agrpo_megatron.tasks.public import PublicOptions, PublicTask
+from agrpo_megatron.tasks.rewards.extract import boxed
 from agrpo_megatron.types import Problem
 
 

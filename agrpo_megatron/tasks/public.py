@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from agrpo_megatron.config import setting
-from agrpo_megatron.settings import TaskSettings
-from agrpo_megatron.tasks import benchmarks, equivalence
+from agrpo_megatron.config.schema import setting
+from agrpo_megatron.config.settings import TaskSettings
+from agrpo_megatron.tasks import benchmarks
 from agrpo_megatron.tasks.base import Split, Splits, Task, split_problems, wanted
 from agrpo_megatron.tasks.data import d1_rows, is_local, read_rows, to_problems, without_leaks
+from agrpo_megatron.tasks.rewards import equivalence
 from agrpo_megatron.types import Problem, Prompt, Reward
 
 NONE = "none"  # a source without problems

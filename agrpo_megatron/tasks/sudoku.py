@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from agrpo_megatron.config import setting
+from agrpo_megatron.config.schema import setting
 from agrpo_megatron.tasks.base import Splits
 from agrpo_megatron.tasks.benchmarks import PROTOCOLS, cell_averages, prompt_text
-from agrpo_megatron.tasks.extract import CELLS
 from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions
+from agrpo_megatron.tasks.rewards.extract import CELLS
 from agrpo_megatron.types import Problem, Reward
 
 EMPTY = "0"

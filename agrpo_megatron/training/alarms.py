@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from agrpo_megatron.training.session import Session
+from agrpo_megatron.rollout.session import Session
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion import estimators, timesteps
 from agrpo_megatron.diffusion.batches import row_lengths, timestep_batches
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import policy_loss
-from agrpo_megatron.megatron.context import local_part
 from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.resilience.stragglers import Stragglers
-from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
+from agrpo_megatron.rollout.dynamic_sampling import sample_groups
+from agrpo_megatron.rollout.generate import sample_records
+from agrpo_megatron.rollout.session import Session, compare_ranks
 from agrpo_megatron.training.alarms import Alarms
-from agrpo_megatron.training.answers import sample_records
-from agrpo_megatron.training.groups import sample_groups
-from agrpo_megatron.training.guards import Guard, Update, rollout_keys
-from agrpo_megatron.training.session import Session, compare_ranks
+from agrpo_megatron.training.nan_guard import Guard, Update, rollout_keys
 from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import Rollout, StepDraws, TimestepBatch
 

@@ -5,39 +5,35 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-from agrpo_megatron.checkpoint.progress import (
-    CHECKPOINTS,
-    MODEL_FILE,
-    Progress,
-    checkpoint_path,
-)
-from agrpo_megatron.checkpoint.resume import find_checkpoint, verify_together
+from agrpo_megatron.checkpoint.resume import find_checkpoint
 from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights
-from agrpo_megatron.kernels import in_one_line, kernels_for
+from agrpo_megatron.checkpoint.start import load_start_weights
+from agrpo_megatron.config.settings import OptimizerSettings, Settings
+from agrpo_megatron.evaluation.evaluate import evaluate
+from agrpo_megatron.hardware.kernels import in_one_line, kernels_for
 from agrpo_megatron.megatron.engine import Engine, build_engine
-from agrpo_megatron.megatron.network import Network, build_network
-from agrpo_megatron.megatron.ranks import Ranks, start_ranks, stop_ranks
-from agrpo_megatron.megatron.weights import initialise, load_hf
+from agrpo_megatron.megatron.network import build_network
+from agrpo_megatron.megatron.parallel import Ranks, start_ranks, stop_ranks
 from agrpo_megatron.resilience.attempts import begin, claim
 from agrpo_megatron.resilience.monitors import monitors
 from agrpo_megatron.resilience.sections import Sections
 from agrpo_megatron.resilience.stop import Stop, Stopped, agree
-from agrpo_megatron.settings import OptimizerSettings, Settings
+from agrpo_megatron.rollout.cache import RolloutBank
+from agrpo_megatron.rollout.session import Session, View
+from agrpo_megatron.runs.directory import check_data, run_digest
+from agrpo_megatron.runs.log import RunLog
+from agrpo_megatron.runs.progress import (
+    CHECKPOINTS,
+    Progress,
+)
+from agrpo_megatron.runs.resolve import Resolved
 from agrpo_megatron.tasks.grading import Grader
-from agrpo_megatron.training.bank import RolloutBank
-from agrpo_megatron.training.directory import check_data, run_digest
-from agrpo_megatron.training.evaluation import evaluate
-from agrpo_megatron.training.guards import Found, with_roll_backs
-from agrpo_megatron.training.keeper import MODEL_FILES, Keeper, describe_model
-from agrpo_megatron.training.log import RunLog
+from agrpo_megatron.training.checkpointing import MODEL_FILES, Keeper, describe_model
+from agrpo_megatron.training.early_stopping import check_metrics
+from agrpo_megatron.training.nan_guard import Found, with_roll_backs
 from agrpo_megatron.training.nonfinite import NotFinite
-from agrpo_megatron.training.resolve import RUN_SETTINGS, Resolved
 from agrpo_megatron.training.rl import run_rl
-from agrpo_megatron.training.session import Session, View
 from agrpo_megatron.training.sft import run_sft
-from agrpo_megatron.training.stopping import check_metrics
 
 
 def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "rl")) -> str | None:
@@ -132,26 +128,6 @@ def _stop_if_asked(session: Session) -> None:
     reason = agree(session.stop, session.sections, session.ranks)
     if reason is not None:
         raise Stopped(reason)
-
-
-def load_start_weights(network: Network, settings: Settings) -> dict[str, Tensor]:
-    """Fill a network with what `model.load` names, or with random weights; mutates it.
-
-    Returns:
-        What weights in FP8 were cast from, by name.
-
-    Raises:
-        ValueError: the directory does not hold weights of this shape.
-    """
-    source = settings.model.load
-    if source is None:
-        return initialise(network, settings.model, settings.run.seed)
-    if (Path(source) / RUN_SETTINGS).exists():
-        return load_weights(checkpoint_path(Path(source)), network)
-    if (Path(source) / MODEL_FILE).exists():
-        verify_together(Path(source), network.ranks)
-        return load_weights(Path(source), network)
-    return load_hf(network, settings.model, source)
 
 
 def _tell_notes(session: Session) -> None:

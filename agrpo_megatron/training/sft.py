@@ -9,15 +9,15 @@ from torch import Tensor
 from agrpo_megatron.diffusion.batches import sft_batches
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import sft_loss
-from agrpo_megatron.megatron.context import local_part
 from agrpo_megatron.megatron.engine import Engine
-from agrpo_megatron.megatron.ranks import Ranks
+from agrpo_megatron.megatron.layers.context import local_part
+from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.resilience.stragglers import Stragglers
+from agrpo_megatron.rollout.data_order import pick_problems
+from agrpo_megatron.rollout.session import Session, compare_ranks, encode_prompts
 from agrpo_megatron.tasks.base import task_prompts
 from agrpo_megatron.tasks.curriculum import solved_problems
-from agrpo_megatron.training.guards import Guard, Update
-from agrpo_megatron.training.picking import pick_problems
-from agrpo_megatron.training.session import Session, compare_ranks, encode_prompts
+from agrpo_megatron.training.nan_guard import Guard, Update
 from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import Problem, SftBatch
 

@@ -29,12 +29,12 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from agrpo_megatron.config.parallel import attention_cost
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.packing import assign_rows
-from agrpo_megatron.layout import attention_cost
-from agrpo_megatron.megatron.context import for_schedule
 from agrpo_megatron.megatron.engine import Engine
-from agrpo_megatron.megatron.ranks import Ranks
-from agrpo_megatron.settings import Settings
+from agrpo_megatron.megatron.layers.context import for_schedule
+from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.training.nonfinite import NotFinite, find_in_gradient, find_in_loss
 from agrpo_megatron.types import PackedRows, SftBatch, TimestepBatch
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from agrpo_megatron.checkpoint import convert, torch_dist
 from agrpo_megatron.checkpoint.convert import to_hf_directory, to_megatron_checkpoint
 from agrpo_megatron.checkpoint.integrity import Damaged
-from agrpo_megatron.checkpoint.progress import HF, Progress
 from agrpo_megatron.checkpoint.torch_dist import read_metadata
 from agrpo_megatron.checkpoint.weights import MegatronWeights
+from agrpo_megatron.runs.progress import HF, Progress
 from tests.ranks import run_ranks
 from tests.training.tiny import tiny
 
@@ -78,9 +78,9 @@ def _through(source, target, overrides):
     """Load a checkpoint at this layout and save it from there."""
     from agrpo_megatron.checkpoint.model_files import read_model
     from agrpo_megatron.checkpoint.saving import Saver
+    from agrpo_megatron.checkpoint.start import load_start_weights
     from agrpo_megatron.megatron.engine import build_engine
-    from agrpo_megatron.megatron.ranks import start_ranks
-    from agrpo_megatron.training.run import load_start_weights
+    from agrpo_megatron.megatron.parallel import start_ranks
 
     settings = tiny(*overrides)
     settings = type(settings)(

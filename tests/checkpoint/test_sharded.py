@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.checkpoint.progress import Progress, latest_checkpoint
 from agrpo_megatron.checkpoint.saving import Saver
 from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.weights import export_hf
-from agrpo_megatron.training.session import Session
+from agrpo_megatron.rollout.session import Session
+from agrpo_megatron.runs.progress import Progress, latest_checkpoint
 from agrpo_megatron.training.sft import run_sft
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion import noise
-from agrpo_megatron.diffusion.forward import AtOnce
+from agrpo_megatron.diffusion.draw import AtOnce
 from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.diffusion.sampler import SamplerContext
-from agrpo_megatron.settings import SamplingSettings
 from agrpo_megatron.types import PackedRows
 
 SIZE, PADDED, MASK, EOS = 20, 24, 19, 3  # ids 20 .. 23 are vocabulary padding

@@ -7,8 +7,8 @@ ids (the mask token included), no early end, one row at a time.
 import pytest
 import torch
 
+from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion.sampler import sample
-from agrpo_megatron.settings import SamplingSettings
 from agrpo_megatron.types import PackedRows
 from tests.diffusion.hashed import EOS, MASK, SIZE, HashedModel, prompts_of
 

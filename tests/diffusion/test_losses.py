@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import policy_loss
-from agrpo_megatron.settings import AlgorithmSettings
 from agrpo_megatron.types import PackedRows, TimestepBatch
 
 torch.set_num_threads(1)

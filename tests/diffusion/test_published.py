@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
+from agrpo_megatron.diffusion.draw import AtOnce
 from agrpo_megatron.diffusion.estimators import DrawContext, draws_at
-from agrpo_megatron.diffusion.forward import AtOnce
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import policy_loss
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
-from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.types import Rollout
 from tests.diffusion.batching import batches_of
 from tools.variance import below, stored_model, stored_trajectory

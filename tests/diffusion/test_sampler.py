@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion.batches import rebuild_state
+from agrpo_megatron.diffusion.draw import AtOnce
 from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
-from agrpo_megatron.diffusion.forward import AtOnce
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import sample
 from agrpo_megatron.diffusion.schedule import transfer_schedule
-from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.types import Rollout
 from tests.diffusion.batching import batches_of
 from tests.diffusion.hashed import (

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from agrpo_megatron.config.rules import validate_sampling
+from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.diffusion.sampler import sample
 from agrpo_megatron.diffusion.schedule import bernoulli_plan, dream_chances, dream_schedule
-from agrpo_megatron.rules import validate_sampling
-from agrpo_megatron.settings import SamplingSettings
 from tests.diffusion.hashed import HashedModel, prompts_of
 
 BERNOULLI = SamplingSettings(

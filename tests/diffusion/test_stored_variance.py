@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
-from agrpo_megatron.settings import AlgorithmSettings
 from agrpo_megatron.types import Rollout
 from tests.diffusion.batching import batches_of
 from tools.variance import (

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext, advantages
 from agrpo_megatron.diffusion.sampler import sample
-from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
 from tests.diffusion.toy import (
     Toy,
     enumerate_trajectories,

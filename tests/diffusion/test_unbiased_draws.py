@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from agrpo_megatron.config.settings import STEP_SAMPLERS, AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion import estimators, noise, timesteps
 from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
-from agrpo_megatron.settings import STEP_SAMPLERS, AlgorithmSettings, SamplingSettings
 from tests.diffusion.toy import (
     Toy,
     enumerate_trajectories,

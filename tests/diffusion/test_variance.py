@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from agrpo_megatron.config.settings import STEP_SAMPLERS
 from agrpo_megatron.diffusion import estimators, timesteps
 from agrpo_megatron.diffusion.variance import estimator_variance
-from agrpo_megatron.settings import STEP_SAMPLERS
 
 torch.set_num_threads(1)
 REPEATS = 20_000

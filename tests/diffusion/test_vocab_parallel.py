@@ -7,13 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion import draw as drawing
 from agrpo_megatron.diffusion import noise
-from agrpo_megatron.diffusion.draw import draw_tokens
-from agrpo_megatron.diffusion.forward import AtOnce
+from agrpo_megatron.diffusion.draw import AtOnce, draw_tokens
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import sample
-from agrpo_megatron.settings import SamplingSettings
 from tests.diffusion.hashed import PADDED, SAMPLINGS, HashedModel, prompts_of
 from tests.ranks import run_ranks
 

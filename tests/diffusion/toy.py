@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from agrpo_megatron.diffusion.forward import AtOnce
+from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
+from agrpo_megatron.diffusion.draw import AtOnce
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import policy_loss
 from agrpo_megatron.diffusion.sampler import SamplerContext
-from agrpo_megatron.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
 from tests.diffusion.batching import batches_of
 

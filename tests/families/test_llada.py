@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import FAMILIES, settings_from_hf
 from agrpo_megatron.families.names import expand
 from agrpo_megatron.families.tensors import hf_shapes
-from agrpo_megatron.settings import ModelSettings
 
 HF = Path(__file__).parent.parent / "fixtures" / "llada_tiny" / "hf"
 CONFIG = json.loads((HF / "config.json").read_text(encoding="utf-8"))

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import FAMILIES
 from agrpo_megatron.families.names import expand
 from agrpo_megatron.families.tensors import hf_shapes
 from agrpo_megatron.families.transforms import Split, from_megatron, to_megatron
-from agrpo_megatron.settings import ModelSettings
 
 MODEL = ModelSettings(
     num_layers=1,

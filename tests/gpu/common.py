@@ -24,13 +24,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from agrpo_megatron.config.rules import validate
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
-from agrpo_megatron.kernels import kernels_for
+from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron import graphs
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.rules import validate
-from agrpo_megatron.settings import Settings
 from agrpo_megatron.training.rl import make_loss
 from agrpo_megatron.training.step import accumulate_gradients, optimizer_step
 from agrpo_megatron.types import PackedRows, TimestepBatch

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.batches import row_lengths, timestep_batches
 from agrpo_megatron.diffusion.estimators import DrawContext, full_trajectory
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
@@ -10,7 +11,6 @@ from agrpo_megatron.diffusion.sampler import SamplerContext, sample
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import make_forward
-from agrpo_megatron.settings import Settings
 from agrpo_megatron.training.step import accumulate_gradients, my_micro_batches
 from agrpo_megatron.types import Rollout, TimestepBatch, Trajectory
 from tests.gpu.common import SCALE

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from agrpo_megatron.checkpoint.progress import Progress
 from agrpo_megatron.checkpoint.saving import Saver
 from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights
 from agrpo_megatron.megatron.network import Network
+from agrpo_megatron.runs.progress import Progress
 from tests.gpu.common import (
     SCALE,
     engine_of,

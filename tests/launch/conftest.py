@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from agrpo_megatron.cli import main
+from agrpo_megatron.cli.main import main
 from tests.slurm.conftest import cluster
 
 __all__ = ["cluster"]  # the fixture

@@ -4,10 +4,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from agrpo_megatron.checkpoint.progress import CHECKPOINTS, LATEST, PROGRESS_FILE, Progress, point
-from agrpo_megatron.config import load, to_yaml
-from agrpo_megatron.settings import Settings
-from agrpo_megatron.training.resolve import RUN_SETTINGS, resolve
+from agrpo_megatron.config.schema import load, to_yaml
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.runs.progress import CHECKPOINTS, LATEST, PROGRESS_FILE, Progress, point
+from agrpo_megatron.runs.resolve import RUN_SETTINGS, resolve
 
 
 def leave_run(file, overrides, *, iteration, accuracies=()):

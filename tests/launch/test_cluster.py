@@ -2,6 +2,7 @@
 
 import pytest
 
+from agrpo_megatron.config.settings import LaunchSettings
 from agrpo_megatron.launch.cluster import (
     Nodes,
     Partition,
@@ -10,7 +11,6 @@ from agrpo_megatron.launch.cluster import (
     read_partitions,
     write_time,
 )
-from agrpo_megatron.settings import LaunchSettings
 
 # Two kinds of nodes in the default partition, one of them with two kinds of GPUs.
 SINFO = """\

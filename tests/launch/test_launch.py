@@ -5,13 +5,13 @@ import subprocess
 
 import pytest
 
-from agrpo_megatron.config import load
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.launch.sweep import SWEEP, read_sweep
+from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.scaling.memory import worst_rank
-from agrpo_megatron.settings import Settings
-from agrpo_megatron.training.resolve import resolve
+from tests.cli.test_main import ROOT, probe, write_settings
 from tests.launch.runs import leave_run
-from tests.test_cli import ROOT, probe, write_settings
 
 CPU = ("launch.gpus_per_node=0",)
 # Names its words, then a number as --parsable prints it, which may carry the cluster's name.

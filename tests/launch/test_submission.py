@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from agrpo_megatron.launch.cluster import ask_cluster, jobs_of
-from tests.test_cli import write_settings
+from tests.cli.test_main import write_settings
 
 HELD = ("launch.gpus_per_node=0", "launch.options=[--hold]")
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 import yaml
 
-from agrpo_megatron.config import load
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.launch.submit import ranges
 from agrpo_megatron.launch.sweep import (
     SWEEP,
@@ -16,8 +17,7 @@ from agrpo_megatron.launch.sweep import (
     read_grid,
     read_sweep,
 )
-from agrpo_megatron.settings import Settings
-from tests.test_cli import ROOT
+from tests.cli.test_main import ROOT
 
 
 def test_a_grid_is_read_from_arguments_and_from_files(tmp_path):
@@ -86,7 +86,7 @@ def test_a_member_is_told_to_bash_word_by_word(tmp_path):
     (directory / SWEEP).write_text(sweep.text())
     assert read_sweep(directory) == sweep
     script = """
-        mapfile -d '' -t words < <("$1" -m agrpo_megatron.launch.sweep "$2" 1)
+        mapfile -d '' -t words < <("$1" -m agrpo_megatron.launch "$2" 1)
         printf '%s\\n' "${words[@]}"
     """
     command = ["bash", "-c", script, "bash", sys.executable, str(directory)]
@@ -100,7 +100,7 @@ def test_a_member_is_told_to_bash_word_by_word(tmp_path):
 
 def test_a_wrong_member_or_directory_is_one_line(tmp_path):
     def call(*words):
-        command = [sys.executable, "-m", "agrpo_megatron.launch.sweep", *map(str, words)]
+        command = [sys.executable, "-m", "agrpo_megatron.launch", *map(str, words)]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
     nothing = call(tmp_path, 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import write_settings
+from tests.cli.test_main import write_settings
 
 # The supervised phase of a member is over when its learning rate turns out not to be one.
 RATES = ["1e-4", "3e-4", "1e38", "1e-3"]

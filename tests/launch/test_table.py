@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from agrpo_megatron.cli import main
+from agrpo_megatron.cli.main import main
 from agrpo_megatron.launch.sweep import SWEEP, make_sweep
 from agrpo_megatron.launch.table import summarise
+from tests.cli.test_main import ROOT, write_settings
 from tests.launch.runs import leave_run
-from tests.test_cli import ROOT, write_settings
 
 SEEDS = {"run.seed": [0, 1, 2, 3, 4, 5, 6]}
 TRACEBACK = """\
@@ -95,7 +95,7 @@ def test_members_are_told_apart_by_their_fate_the_best_first(sweep):
 
 def test_the_table_is_printed_and_written_whole(sweep, capsys):
     """Run as the job after the array runs it."""
-    command = [sys.executable, "-m", "agrpo_megatron.launch.sweep", str(sweep), "--table"]
+    command = [sys.executable, "-m", "agrpo_megatron.launch", str(sweep), "--table"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert main(["report", str(sweep)]) == 0

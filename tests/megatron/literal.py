@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agrpo_megatron.settings import ModelSettings
+from agrpo_megatron.config.settings import ModelSettings
 
 
 def literal_logits(tensors: dict[str, Tensor], model: ModelSettings, tokens: Tensor) -> Tensor:

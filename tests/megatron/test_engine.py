@@ -5,11 +5,11 @@ import gc
 import pytest
 import torch
 
-from agrpo_megatron.config import load
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron import engine as engine_module
 from agrpo_megatron.megatron.engine import optimizer_config
 from agrpo_megatron.megatron.model import transformer_config
-from agrpo_megatron.settings import Settings
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from agrpo_megatron.config.settings import ModelSettings, ParallelSettings, RunSettings, Settings
 from agrpo_megatron.megatron.model import transformer_config
 from agrpo_megatron.megatron.network import build_network
-from agrpo_megatron.megatron.ranks import start_ranks
+from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.weights import export_hf, initialise
-from agrpo_megatron.settings import ModelSettings, ParallelSettings, RunSettings, Settings
 from agrpo_megatron.types import PackedRows
 from tests.megatron.literal import literal_logits
 from tests.ranks import run_ranks

@@ -95,7 +95,7 @@ def test_the_cases_are_what_they_say(alone):
 
 def _exchange():
     """Send draws back and share them; return what arrived, by kind."""
-    from agrpo_megatron.megatron.ranks import start_ranks
+    from agrpo_megatron.megatron.parallel import start_ranks
     from tests.training.tiny import tiny
 
     ranks = start_ranks(tiny("parallel=pp2", FOUR_LAYERS))

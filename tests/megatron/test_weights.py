@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from agrpo_megatron.config.settings import ModelSettings, ParallelSettings, RunSettings, Settings
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.megatron.network import build_network
-from agrpo_megatron.megatron.ranks import start_ranks
+from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.weights import export_hf, initialise, load_hf
-from agrpo_megatron.settings import ModelSettings, ParallelSettings, RunSettings, Settings
 from tests.ranks import run_ranks
 
 HF = Path(__file__).parent.parent / "fixtures" / "llada_tiny" / "hf"

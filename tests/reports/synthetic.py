@@ -5,8 +5,8 @@ import math
 import random
 from pathlib import Path
 
-from agrpo_megatron.config import build, to_yaml
-from agrpo_megatron.settings import Settings
+from agrpo_megatron.config.schema import build, to_yaml
+from agrpo_megatron.config.settings import Settings
 
 HOSTILE = "<script>alert('x')</script>"
 END = "<|endoftext|>"

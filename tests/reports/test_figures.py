@@ -7,10 +7,10 @@ import matplotlib
 import pytest
 from PIL import Image
 
-from agrpo_megatron.reports.compare import write_comparison
-from agrpo_megatron.reports.figures import write_figures
+from agrpo_megatron.reports.plots.compare import write_comparison
+from agrpo_megatron.reports.plots.figures import write_figures
+from agrpo_megatron.reports.plots.style import spread
 from agrpo_megatron.reports.read import read_run
-from agrpo_megatron.reports.style import spread
 from tests.reports.synthetic import rl_row, sft_row, write_lines, write_run
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from agrpo_megatron.evaluation.statistics import wilson
 from agrpo_megatron.reports.evaluations import (
     find_evaluations,
     markdown_table,
     print_results,
 )
-from agrpo_megatron.reports.frontier import frontier_lines, write_frontier
-from agrpo_megatron.statistics import wilson
+from agrpo_megatron.reports.plots.frontier import frontier_lines, write_frontier
 
 
 def cell(task, length, steps, *, accuracy, **more):

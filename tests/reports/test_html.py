@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from agrpo_megatron.reports.html import write_report
-from agrpo_megatron.statistics import wilson
+from agrpo_megatron.evaluation.statistics import wilson
+from agrpo_megatron.reports.page.html import write_report
 from tests.reports.synthetic import END, HOSTILE, write_lines, write_run
 
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from agrpo_megatron.evaluation.statistics import wilson
 from agrpo_megatron.reports.read import after, before, read_run, series, smooth, time_totals
 from agrpo_megatron.reports.text import duration, tail_start, visible
-from agrpo_megatron.statistics import wilson
 from tests.reports.synthetic import write_lines, write_run
 
 

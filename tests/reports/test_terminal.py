@@ -6,11 +6,11 @@ import random
 import pytest
 from rich.console import Console
 
-from agrpo_megatron.config import describe
+from agrpo_megatron.config.schema import describe
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.reports.tables import overview_table, settings_reference
 from agrpo_megatron.reports.terminal import LiveView, sparkline
 from agrpo_megatron.reports.trace import trace
-from agrpo_megatron.settings import Settings
 from tests.reports.synthetic import eval_row, rl_row, sft_row
 
 

@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from agrpo_megatron import cli
-from agrpo_megatron.training import answers
+from agrpo_megatron.cli import main as cli
+from agrpo_megatron.rollout import generate as answers
 
 RANK = int(os.environ["RANK"])
 CALLS = 3  # samplings: evaluation before, first iteration, second iteration

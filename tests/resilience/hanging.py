@@ -13,11 +13,11 @@ import time
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.config import load
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.resilience.failure import FAILED, command, ending_together
 from agrpo_megatron.resilience.monitors import monitors
 from agrpo_megatron.resilience.sections import Sections
-from agrpo_megatron.settings import Settings
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-from agrpo_megatron.megatron.ranks import start_ranks
+from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.resilience import attempts, outcome
 from agrpo_megatron.resilience.attempts import Stuck, begin, claim, read_attempts
-from agrpo_megatron.training.bank import RolloutBank
-from agrpo_megatron.training.log import RunLog
+from agrpo_megatron.rollout.cache import RolloutBank
+from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.training.rl import collect_rollout
+from tests.cli.test_main import call_all, write_settings
 from tests.ranks import run_ranks
-from tests.test_cli import call_all, write_settings
 from tests.training.tiny import open_session, tiny
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from agrpo_megatron.resilience.failure import LOST
+from tests.cli.test_main import write_settings
 from tests.resilience.leftovers import assert_gone
-from tests.test_cli import write_settings
 
 ROOT = Path(__file__).parent.parent.parent
 FAULTS = Path(__file__).parent / "faulty.py"

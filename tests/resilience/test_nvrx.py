@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from agrpo_megatron.config.settings import ResilienceSettings, Settings
 from agrpo_megatron.resilience.nvrx import LATER, PACKAGE, launcher_words
 from agrpo_megatron.resilience.sections import NAMES
-from agrpo_megatron.settings import ResilienceSettings, Settings
+from tests.cli.test_main import write_settings
 from tests.resilience.leftovers import assert_gone
-from tests.test_cli import write_settings
 from tests.training.tiny import same_metrics
 
 ROOT = Path(__file__).parent.parent.parent

@@ -7,12 +7,12 @@ import time
 import pytest
 import torch.distributed as dist
 
-from agrpo_megatron.checkpoint.progress import latest_checkpoint
 from agrpo_megatron.resilience.sections import Sections
 from agrpo_megatron.resilience.stop import JOB_END, LEAST_MARGIN, Stop, Turns
-from agrpo_megatron.training import partial
-from agrpo_megatron.training.log import RunLog
-from agrpo_megatron.training.partial import progress_in
+from agrpo_megatron.rollout import partial
+from agrpo_megatron.rollout.partial import progress_in
+from agrpo_megatron.runs.log import RunLog
+from agrpo_megatron.runs.progress import latest_checkpoint
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
 from tests.training.test_run import read

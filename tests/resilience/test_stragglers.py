@@ -5,10 +5,10 @@ import time
 import pytest
 import torch.distributed as dist
 
-from agrpo_megatron.megatron.ranks import start_ranks
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.resilience.sections import Sections
 from agrpo_megatron.resilience.stragglers import LEAST, SLOW, STREAK, Stragglers
-from agrpo_megatron.settings import Settings
 from tests.ranks import run_ranks
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from agrpo_megatron.config.settings import ResilienceSettings, RunSettings, Settings
 from agrpo_megatron.resilience.limits import LEARNED, Limits
 from agrpo_megatron.resilience.sections import Sections
 from agrpo_megatron.resilience.suspects import Stand, culprits, describe, stand_of
 from agrpo_megatron.resilience.watchdog import MARGIN, Watchdog
-from agrpo_megatron.settings import ResilienceSettings, RunSettings, Settings
 from tests.ranks import run_ranks
 from tests.resilience.leftovers import assert_gone
 
@@ -181,12 +181,12 @@ def test_watching_a_section_costs_next_to_nothing(tmp_path):
 
 HOLDS_THE_LOCK = """
 import ctypes, sys
-from agrpo_megatron.config import load
+from agrpo_megatron.config.schema import load
 from agrpo_megatron.resilience import watchdog
 from agrpo_megatron.resilience.failure import ending_together
 from agrpo_megatron.resilience.monitors import monitors
 from agrpo_megatron.resilience.sections import Sections
-from agrpo_megatron.settings import Settings
+from agrpo_megatron.config.settings import Settings
 
 watchdog.MARGIN = 1.0
 settings = load(Settings, sys.argv[1], ["resilience.timeouts={reward: 1, update: 100}"])

@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from agrpo_megatron.config.settings import ModelSettings
+from agrpo_megatron.rollout.session import sample_prompts
 from agrpo_megatron.scaling.flops import completion_flops, row_flops
-from agrpo_megatron.settings import ModelSettings
-from agrpo_megatron.training.session import sample_prompts
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
 

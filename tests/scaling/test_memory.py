@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
-from agrpo_megatron.config import load
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.network import build_network
-from agrpo_megatron.megatron.ranks import start_ranks
+from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.scaling.memory import (
     PARTS,
     fp8_parameters,
@@ -20,7 +21,6 @@ from agrpo_megatron.scaling.memory import (
     stage_parameters,
     worst_rank,
 )
-from agrpo_megatron.settings import Settings
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.cli.test_main import write_settings
 from tests.ranks import run_ranks
 from tests.slurm.cluster import Cluster
-from tests.test_cli import write_settings
 from tests.training.tiny import same_metrics
 
 ROOT = Path(__file__).parent.parent.parent
@@ -160,7 +160,7 @@ def _place(path: Path) -> tuple[int, int]:
 
 def _call(words: list[str], folder: Path) -> int:
     """Call the command on this rank, with what it prints sent to a file."""
-    from tests.test_cli import call
+    from tests.cli.test_main import call
 
     status, printed = call(words, folder)
     if status:

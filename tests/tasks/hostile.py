@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from agrpo_megatron.config import setting
+from agrpo_megatron.config.schema import setting
 from agrpo_megatron.tasks.base import Splits, Task
 from agrpo_megatron.types import Problem, Reward
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.types import Problem
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from agrpo_megatron.config import build
-from agrpo_megatron.settings import SftSettings, TaskSettings
+from agrpo_megatron.config.schema import build
+from agrpo_megatron.config.settings import SftSettings, TaskSettings
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.curriculum import filter_by_pass_rate, solved_problems

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.tasks.benchmarks import PROTOCOLS
 from tools.check_golds import check_file, main

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agrpo_megatron.tasks import agrpo
+from agrpo_megatron.tasks.rewards import agrpo
 from tools import check_rewards
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "tasks"

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agrpo_megatron.config import build
-from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.config.schema import build
+from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.tasks.grading import Call, Grader
 from tests.tasks.hostile import FAILING
@@ -147,8 +147,8 @@ def test_a_task_that_workers_cannot_build_says_why(tmp_path):
 
 GRADES = """
 import sys
-from agrpo_megatron.config import build
-from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.config.schema import build
+from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.tasks.grading import Call, Grader
 
@@ -174,8 +174,8 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPS_LATER = """
 import json, signal, sys
-from agrpo_megatron.config import build
-from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.config.schema import build
+from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.tasks.grading import Call, Grader
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agrpo_megatron.settings import TaskSettings
-from agrpo_megatron.tasks import build_task, equivalence
+from agrpo_megatron.config.settings import TaskSettings
+from agrpo_megatron.tasks import build_task
+from agrpo_megatron.tasks.rewards import equivalence
 from agrpo_megatron.types import Problem
 
 PROBLEMS = {

@@ -5,14 +5,14 @@ import pickle
 
 import pytest
 
-from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.tasks.grading import Call, Grader
 
 OWN = """
 from dataclasses import dataclass
 
-from agrpo_megatron.config import setting
+from agrpo_megatron.config.schema import setting
 from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.types import Problem, Reward
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agrpo_megatron.settings import TaskSettings
+from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task, describe_tasks
 
 SMALL = {

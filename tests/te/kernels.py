@@ -69,8 +69,9 @@ def install(overrides: Sequence[str] = ()) -> None:
     """
     if torch.cuda.is_available():
         raise RuntimeError("a GPU is here: run `pytest -m gpu`, which wants no stand-ins")
-    from agrpo_megatron import machine
-    from agrpo_megatron.megatron import platform, ranks
+    from agrpo_megatron.hardware import machine
+    from agrpo_megatron.megatron import parallel as ranks
+    from agrpo_megatron.megatron import platform
 
     platform._stand_in_for_cuda()
     ranks.prepare_platform = lambda threads=None: torch.device("cpu")

@@ -8,7 +8,7 @@ from torch import Tensor
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.weights import export_hf, load_named
-from agrpo_megatron.training.session import Session
+from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.training.sft import run_sft
 from agrpo_megatron.types import PackedRows
 from tests.te import kernels

@@ -28,7 +28,7 @@ def _rollouts():
 
     install()
     from agrpo_megatron.megatron import graphs
-    from agrpo_megatron.training.session import encode_prompts, sample_prompts
+    from agrpo_megatron.rollout.session import encode_prompts, sample_prompts
     from tests.training.tiny import open_session
 
     recorded = []

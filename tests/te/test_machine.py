@@ -7,7 +7,7 @@ import torch
 from transformer_engine.common import recipe as recipes
 from transformer_engine.pytorch import quantization
 
-from agrpo_megatron.machine import Machine, fp8_missing, recipe_missing, release
+from agrpo_megatron.hardware.machine import Machine, fp8_missing, recipe_missing, release
 
 RECIPES = {
     "blockwise": recipes.Float8BlockScaling,

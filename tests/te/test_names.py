@@ -9,10 +9,10 @@ from torch.overrides import TorchFunctionMode
 from transformer_engine.pytorch import RMSNorm
 
 from agrpo_megatron.checkpoint.sharded import _model_state
-from agrpo_megatron.config import load
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.network import build_network
-from agrpo_megatron.megatron.ranks import start_ranks
-from agrpo_megatron.settings import Settings
+from agrpo_megatron.megatron.parallel import start_ranks
 from tests.ranks import run_ranks
 from tests.te import kernels
 from tests.te.models import BF16, FP8, LOCAL, SMALL, TE, VARIANTS

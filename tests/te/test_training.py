@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from agrpo_megatron.checkpoint.progress import Progress
 from agrpo_megatron.checkpoint.saving import Saver
 from agrpo_megatron.checkpoint.sharded import load_checkpoint
 from agrpo_megatron.families import FAMILIES
 from agrpo_megatron.megatron.weights import load_hf
+from agrpo_megatron.runs.progress import Progress
 from agrpo_megatron.training.run import train
 from agrpo_megatron.training.sft import run_sft
 from tests.ranks import run_ranks

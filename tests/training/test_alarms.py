@@ -9,7 +9,7 @@ from agrpo_megatron.training import rl, sft
 from agrpo_megatron.training.alarms import ALARMS, Alarms
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
-from tests.training.test_log import wandb_records
+from tests.runs.test_log import wandb_records
 from tests.training.test_run import read
 from tests.training.tiny import open_session, resolved_run, silent_view
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from agrpo_megatron.evaluation.evaluate import evaluate
 from agrpo_megatron.training import sft
-from agrpo_megatron.training.evaluation import evaluate
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.sft import run_sft
 from tests.devices import DEVICE, Elsewhere, OtherDevice, move

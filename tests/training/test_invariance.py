@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.diffusion.trajectories import join
-from agrpo_megatron.training.evaluation import evaluate
+from agrpo_megatron.evaluation.evaluate import evaluate
 from agrpo_megatron.training.rl import collect_rollout, update_policy
+from agrpo_megatron.trajectories import join
 from agrpo_megatron.types import Rollout
 from tests.ranks import run_ranks
 from tests.training.tiny import gradient, open_session, relative_error

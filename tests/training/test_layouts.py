@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from agrpo_megatron.families import FAMILIES
 from agrpo_megatron.megatron.weights import export_hf
-from agrpo_megatron.tokenizer import CHARACTERS
+from agrpo_megatron.text.tokenizer import CHARACTERS
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.sft import run_sft
 from tests.ranks import run_ranks

@@ -10,10 +10,10 @@ import pytest
 import torch.distributed as dist
 
 from agrpo_megatron.checkpoint import saving
-from agrpo_megatron.config import load, to_yaml
-from agrpo_megatron.settings import Settings
-from agrpo_megatron.training.log import RunLog
-from agrpo_megatron.training.resolve import resolve
+from agrpo_megatron.config.schema import load, to_yaml
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.runs.log import RunLog
+from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
 from tests.training.test_run import read

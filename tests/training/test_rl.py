@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from agrpo_megatron.checkpoint.start import load_start_weights
 from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.training import rl
 from agrpo_megatron.training.rl import collect_rollout, update_policy
-from agrpo_megatron.training.run import load_start_weights
 from tests.megatron.literal import literal_logits
 from tests.ranks import run_ranks
 from tests.training.tiny import gradient, open_session, relative_error

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from agrpo_megatron.checkpoint.progress import read_progress
-from agrpo_megatron.config import load
-from agrpo_megatron.settings import Settings
-from agrpo_megatron.training.resolve import resolve
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.runs.progress import read_progress
+from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
 from tests.training.tiny import resolved_run, same_metrics, silent_view

@@ -7,20 +7,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from agrpo_megatron.config import load
+from agrpo_megatron.checkpoint.start import load_start_weights
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.megatron.ranks import start_ranks
+from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.reports.terminal import LiveView
-from agrpo_megatron.settings import Settings
+from agrpo_megatron.rollout.session import Session
+from agrpo_megatron.runs.resolve import Resolved, resolve
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.base import Splits
 from agrpo_megatron.tasks.grading import Grader
-from agrpo_megatron.training.resolve import Resolved, resolve
 from agrpo_megatron.training.rl import update_policy
-from agrpo_megatron.training.run import load_start_weights
-from agrpo_megatron.training.session import Session
 from agrpo_megatron.types import Problem, Prompt, Reward, Rollout
 
 # Initial weights are large, so that attention matters and no distribution is near uniform. The

@@ -1,0 +1,33 @@
+"""The weights that a run starts from."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from agrpo_megatron.checkpoint.resume import verify_together
+from agrpo_megatron.checkpoint.sharded import load_weights
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.megatron.network import Network
+from agrpo_megatron.megatron.weights import initialise, load_hf
+from agrpo_megatron.runs.progress import MODEL_FILE, checkpoint_path
+from agrpo_megatron.runs.resolve import RUN_SETTINGS
+
+
+def load_start_weights(network: Network, settings: Settings) -> dict[str, Tensor]:
+    """Fill a network with what `model.load` names, or with random weights; mutates it.
+
+    Returns:
+        What weights in FP8 were cast from, by name.
+
+    Raises:
+        ValueError: the directory does not hold weights of this shape.
+    """
+    source = settings.model.load
+    if source is None:
+        return initialise(network, settings.model, settings.run.seed)
+    if (Path(source) / RUN_SETTINGS).exists():
+        return load_weights(checkpoint_path(Path(source)), network)
+    if (Path(source) / MODEL_FILE).exists():
+        verify_together(Path(source), network.ranks)
+        return load_weights(Path(source), network)
+    return load_hf(network, settings.model, source)

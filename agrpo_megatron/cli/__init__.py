@@ -1,0 +1,1 @@
+"""The `agrpo` command."""

@@ -1,0 +1,111 @@
+"""What several sub-commands of `agrpo` share: a model to open, overrides, and who speaks."""
+
+import argparse
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.evaluation.grid import EVALUATIONS
+
+OVERRIDES = "section.key=value ..., for instance run.seed=1 train.iterations=200"
+TARGET = (
+    "run directory, Megatron checkpoint, Hugging Face directory, or settings file with model.load"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that the user named."""
+
+    settings: Settings
+    checkpoint: Path | None  # of a run; None: what model.load names
+    name: str  # of the checkpoint
+    run: str  # name of the run that it belongs to; empty where it belongs to none
+    folder: Path  # where evaluations of it go
+
+
+def add_overrides(command: argparse.ArgumentParser) -> None:
+    """Let a command take settings."""
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+
+def add_target(command: argparse.ArgumentParser) -> None:
+    """Let a command take a model."""
+    command.add_argument("target", metavar="TARGET", help=TARGET)
+    command.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="of a run, such as sft-000300, or best; default: latest",
+    )
+    command.add_argument(
+        "--settings", metavar="FILE", help="settings file (YAML); default: the run's own, if any"
+    )
+
+
+def open_target(arguments: argparse.Namespace) -> Target:
+    """Find the model that `TARGET` names, and the settings that go with it.
+
+    Raises:
+        ValueError: there is no such model, or the settings are wrong.
+    """
+    from agrpo_megatron.runs.progress import CHECKPOINTS, MODEL_FILE, RUN_FILE
+    from agrpo_megatron.runs.progress import checkpoint_path as find
+    from agrpo_megatron.runs.resolve import RUN_SETTINGS
+
+    target, name = Path(arguments.target), arguments.checkpoint
+    if target.is_file():
+        return _from_file(arguments, target)
+    if (target / RUN_SETTINGS).exists():
+        settings = _load(arguments, target / RUN_SETTINGS)
+        path = find(target, name)
+        return Target(settings, path, path.name, target.resolve().name, target / EVALUATIONS)
+    if name is not None:
+        raise ValueError(f"--checkpoint {name}: {target} is not a run directory; leave it out")
+    is_megatron = (target / MODEL_FILE).exists()
+    if not is_megatron and not (target / "config.json").exists():
+        what = "is not a run directory" if target.is_dir() else "does not exist"
+        raise ValueError(
+            f"{target} {what}: it has no {RUN_SETTINGS}, nor {MODEL_FILE} of a Megatron "
+            "checkpoint, nor config.json of a Hugging Face directory"
+        )
+    own = target / RUN_FILE
+    settings = _load(arguments, own if is_megatron and own.exists() else None)
+    settings = replace(settings, model=replace(settings.model, load=str(target)))
+    whole = target.resolve()
+    if whole.parent.name != CHECKPOINTS:
+        return Target(settings, None, whole.name, "", Path(EVALUATIONS))
+    run = whole.parent.parent
+    return Target(settings, None, whole.name, run.name, run / EVALUATIONS)
+
+
+def is_main() -> bool:
+    """Say whether this rank speaks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world_size() -> int:
+    """Return how many ranks were started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def silent_view():
+    """Return a view that shows nothing."""
+    from agrpo_megatron.reports.terminal import LiveView
+
+    return LiveView(sft_iterations=0, rl_iterations=0, live=False, is_main=False)
+
+
+def _load(arguments: argparse.Namespace, own: Path | None) -> Settings:
+    return load(Settings, arguments.settings or own, arguments.overrides)
+
+
+def _from_file(arguments: argparse.Namespace, file: Path) -> Target:
+    if arguments.settings is not None:
+        raise ValueError(f"{file} is a settings file and so is --settings; give the model first")
+    settings = load(Settings, file, arguments.overrides)
+    if settings.model.load is None:
+        raise ValueError(f"{file} names no weights; set model.load, or give a run directory")
+    folder = Path(settings.run.dir) / EVALUATIONS
+    return Target(settings, None, Path(settings.model.load).name, "", folder)

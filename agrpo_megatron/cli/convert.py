@@ -1,0 +1,131 @@
+"""`agrpo convert`: checkpoints between Hugging Face and Megatron, and their comparison."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+EPILOG = """\
+examples:
+  agrpo convert to-megatron LLaDA-8B-Instruct llada-8b-megatron
+  agrpo convert to-hf runs/llada exported             the run's latest checkpoint
+  agrpo convert to-hf runs/llada exported --checkpoint best --dtype bf16
+  agrpo convert verify LLaDA-8B-Instruct llada-8b-megatron
+"""
+SHOWN = 5  # tensors that differ most
+
+
+def add_convert(commands: argparse._SubParsersAction) -> None:
+    """Add the command with its sub-commands."""
+    text = "checkpoints from and to Hugging Face"
+    parser = commands.add_parser(
+        "convert",
+        help=text,
+        description="Convert checkpoints from and to Hugging Face's format, as a stream: memory "
+        "does not grow with the model, and an interrupted conversion goes on when it is started "
+        "again.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ways = parser.add_subparsers(metavar="WAY", required=True)
+    for name, run, text in (
+        ("to-megatron", to_megatron, "Hugging Face directory to a Megatron checkpoint"),
+        ("to-hf", to_hf, "Megatron checkpoint, or a run, to a Hugging Face directory"),
+    ):
+        way = ways.add_parser(name, help=text, description=text + ".")
+        way.set_defaults(run=run)
+        way.add_argument("source", type=Path, metavar="SOURCE")
+        way.add_argument("target", type=Path, metavar="TARGET", help="must not exist yet")
+        way.add_argument(
+            "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights; default: as stored"
+        )
+        if run is to_hf:
+            way.add_argument("--checkpoint", metavar="NAME", help="of a run: latest, best, a name")
+    text = "compare tensors and logits of two checkpoints, of either format"
+    way = ways.add_parser("verify", help=text, description=text.capitalize() + ".")
+    way.set_defaults(run=verify)
+    way.add_argument("first", type=Path, metavar="A")
+    way.add_argument("second", type=Path, metavar="B")
+    way.add_argument("--no-logits", action="store_true", help="tensors alone: needs less memory")
+    way.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest relative difference that passes (0)"
+    )
+
+
+def to_megatron(arguments: argparse.Namespace) -> int:
+    """Convert a Hugging Face directory."""
+    from agrpo_megatron.checkpoint.convert import to_megatron_checkpoint
+
+    with _bar("converting") as progress:
+        to_megatron_checkpoint(
+            arguments.source, arguments.target, dtype=arguments.dtype, progress=progress
+        )
+    print(arguments.target)
+    return 0
+
+
+def to_hf(arguments: argparse.Namespace) -> int:
+    """Convert a Megatron checkpoint."""
+    source = _checkpoint(arguments.source, arguments.checkpoint)
+    from agrpo_megatron.checkpoint.convert import to_hf_directory
+
+    with _bar("converting") as progress:
+        to_hf_directory(source, arguments.target, dtype=arguments.dtype, progress=progress)
+    print(arguments.target)
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Compare two checkpoints; 1 where they differ."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from agrpo_megatron.checkpoint.verify import compare_logits, compare_tensors
+
+    first, second = (_checkpoint(path, None) for path in (arguments.first, arguments.second))
+    with _bar("comparing") as progress:
+        found = list(compare_tensors(first, second, progress))
+    worst = sorted(found, key=lambda difference: -difference.relative)[:SHOWN]
+    if not arguments.no_logits:
+        worst.append(compare_logits(first, second))
+    table = Table("tensor", "dtypes", "largest difference", "relative", box=None)
+    for difference in worst:
+        numbers = f"{difference.largest:.3g}", f"{difference.relative:.3g}"
+        table.add_row(difference.name, " ".join(sorted(set(difference.dtypes))), *numbers)
+    Console(soft_wrap=True).print(table)
+    equal = sum(difference.largest == 0 for difference in found)
+    passed = all(d.relative <= arguments.tolerance for d in (*found, *worst))
+    print(f"{equal} of {len(found)} tensors are identical: {'passed' if passed else 'FAILED'}")
+    return 0 if passed else 1
+
+
+def _checkpoint(path: Path, name: str | None) -> Path:
+    """Return the checkpoint of a run directory, or the path itself."""
+    from agrpo_megatron.runs.progress import CHECKPOINTS, checkpoint_path
+
+    if (path / CHECKPOINTS).is_dir():
+        return checkpoint_path(path, name)
+    if name is not None:
+        raise ValueError(f"--checkpoint {name}: {path} is not a run directory")
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory; give a checkpoint or a run directory")
+    return path
+
+
+@contextmanager
+def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield what moves a progress bar, by bytes done and bytes in all."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (TextColumn(text), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(text, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)

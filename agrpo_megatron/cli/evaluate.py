@@ -1,0 +1,225 @@
+"""`agrpo evaluate` and `agrpo report`: accuracy over a grid, and figures of runs and grids."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from agrpo_megatron.cli.common import (
+    add_overrides,
+    add_target,
+    is_main,
+    open_target,
+    silent_view,
+    world_size,
+)
+
+EVALUATE = """\
+what is evaluated:
+  agrpo evaluate runs/tiny                            the run's latest checkpoint, on its own task
+  agrpo evaluate runs/tiny --checkpoint best          another of its checkpoints
+  agrpo evaluate models/LLaDA-8B-Instruct task.name=gsm8k task.options.protocol=d1
+  torchrun --nproc-per-node 8 -m agrpo_megatron evaluate models/LLaDA-8B-Instruct task.name=math
+
+over a grid (every length with every number of denoising steps):
+  ... evaluation.completion_lengths=[128,256,512] evaluation.tokens_per_step=[2]   d1's protocol
+  ... evaluation.completion_lengths=[256] evaluation.steps=[32,64,128,256]
+  ... --sweep                                         from one step a block to one step a token
+  ... 'evaluation.tasks={gsm8k: {}, math: {}, mine: {name: my_task.py}}'           several tasks
+
+sampled (pass@1, pass@2, pass@4, ... of 16 completions each):
+  ... evaluation.samples=16 evaluation.temperature=0.7
+
+pass rates of training problems, for a curriculum (task.pass_rates):
+  ... evaluation.split=train evaluation.samples=8 evaluation.temperature=1
+
+An evaluation that was interrupted, even by kill -9, goes on where it was when the same command is
+given again. Every completion is kept with its verdict in OUTPUT/completions.jsonl, the numbers
+with their 95 % intervals in OUTPUT/results.json. `agrpo config --section evaluation` explains
+every setting; `agrpo report RUN/evaluations/*` draws accuracy against steps and FLOPs.
+"""
+REPORT = """\
+examples:
+  agrpo report runs/tiny                              figures and page of a run
+  agrpo report runs/a runs/b                          and several runs side by side
+  agrpo report runs/tiny/evaluations/* --output frontier.png
+  agrpo report runs/sweep                             a sweep's table, as far as it has come
+  agrpo report before=evaluations/LLaDA after=runs/x/evaluations/best --output frontier.png
+"""
+
+
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    """Add `evaluate`."""
+    text = "accuracy, over lengths, denoising steps and tasks"
+    command = commands.add_parser(
+        "evaluate",
+        help=text,
+        description=text.capitalize() + ".",
+        epilog=EVALUATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=evaluate)
+    add_target(command)
+    command.add_argument(
+        "--sweep", action="store_true", help="step counts from one a block to one a token"
+    )
+    command.add_argument(
+        "--output", type=Path, metavar="DIR", help="default: RUN/evaluations/CHECKPOINT[-NAME]"
+    )
+    command.add_argument("--name", metavar="NAME", help="tells evaluations of a checkpoint apart")
+    command.add_argument("--label", metavar="TEXT", help="what figures call the model")
+    command.add_argument(
+        "--restart", action="store_true", help="move an earlier evaluation away, and begin anew"
+    )
+    command.add_argument("--json", action="store_true", help="print the results as JSON")
+    add_overrides(command)
+
+
+def add_report(commands: argparse._SubParsersAction) -> None:
+    """Add `report`."""
+    text = "figures and an HTML page of runs, and the frontier of evaluations"
+    command = commands.add_parser(
+        "report",
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=report)
+    command.add_argument(
+        "targets", nargs="+", metavar="[LABEL=]DIR", help="directory of a run, evaluation or sweep"
+    )
+    command.add_argument(
+        "--output", type=Path, metavar="PNG", help="where the frontier goes; default: beside them"
+    )
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Evaluate a model over the grid of `evaluation`, and say how it did."""
+    target = open_target(arguments)
+    from agrpo_megatron.evaluation.plan import plan_evaluation
+    from agrpo_megatron.evaluation.results import ResultStore
+    from agrpo_megatron.runs.directory import move_away
+
+    name = f"{target.name}-{arguments.name}" if arguments.name else target.name
+    store = ResultStore(arguments.output or target.folder / name)
+    is_begun = store.is_begun()  # --restart moves no directory of something else
+    plan = plan_evaluation(
+        target.settings,
+        checkpoint=target.checkpoint,
+        label=arguments.label or f"{target.run} {name}".strip(),
+        world_size=world_size(),
+        is_sweep=arguments.sweep,
+        stored=store.stored() if is_begun and not arguments.restart else None,
+    )
+    if arguments.restart:
+        _check_machine(plan)
+    if arguments.restart and is_main():
+        moved = move_away(store.directory)
+        if moved is not None:
+            _say(f"the earlier evaluation is now {moved}")
+    # After a restart there is nothing to look at, though another rank may still be moving it.
+    results = None
+    if not arguments.restart:
+        store.check(plan.evaluation)
+        results = store.results()
+    if results is None or not results["finished"]:
+        results = _run(plan, store)
+    elif is_main():
+        _say(f"{store.directory} is finished; add --restart to evaluate again")
+    if is_main():
+        _conclude(results, store.directory, as_json=arguments.json)
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write figures and page of each run; draw evaluations into one frontier."""
+    from agrpo_megatron.launch.sweep import SWEEP
+    from agrpo_megatron.launch.table import show_table
+    from agrpo_megatron.reports.evaluations import find_evaluations
+    from agrpo_megatron.reports.page.html import write_report
+    from agrpo_megatron.reports.plots.figures import write_figures
+
+    runs, evaluations, folders = [], [], []
+    for text in arguments.targets:
+        path, label = _labelled(text)
+        if (path / SWEEP).is_file():
+            show_table(path)
+            continue
+        found = find_evaluations(path, label)
+        evaluations += [results for _, results in found]
+        folders += [folder.parent for folder, _ in found]
+        if not found or (path / "metrics.jsonl").exists():
+            runs.append(path)
+    for run_dir in runs:
+        for path in [*write_figures(run_dir), write_report(run_dir)]:
+            print(path)
+    if len(runs) > 1:
+        from agrpo_megatron.reports.summary import compare
+
+        compare(runs)
+    if evaluations:
+        _frontier(evaluations, arguments.output or folders[0] / "frontier.png")
+    return 0
+
+
+def _run(plan, store):
+    """Start the ranks and answer what is left; returns the results on the main rank."""
+    from agrpo_megatron.evaluation.evaluate import evaluate_grid
+    from agrpo_megatron.evaluation.open import opened
+    from agrpo_megatron.reports.evaluations import EvaluationView
+    from agrpo_megatron.resilience.failure import ending_together
+
+    _check_machine(plan)
+    settings = plan.resolved.settings
+    view = EvaluationView(live=settings.logging.live, is_main=is_main())
+    for note in plan.resolved.task.notes:
+        view.note(note)
+    with (
+        ending_together(view),
+        opened(plan.resolved, silent_view(), plan.checkpoint) as (session, network),
+    ):
+        return evaluate_grid(session, network, plan, store, view.show)
+
+
+def _check_machine(plan) -> None:
+    """Refuse what this machine cannot do, before ranks start or anything is moved."""
+    from agrpo_megatron.hardware.kernels import kernels_for
+
+    kernels_for(plan.resolved.settings)
+
+
+def _conclude(results: dict, directory: Path, *, as_json: bool) -> None:
+    """Write the table, and print the results as it or as JSON."""
+    from agrpo_megatron.reports.evaluations import markdown_table, print_results
+
+    (directory / "table.md").write_text(markdown_table([results]), encoding="utf-8")
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    print_results([results])
+    print(f"\nresults {directory}")
+    print(f"next    agrpo report {directory}")
+
+
+def _frontier(evaluations: list[dict], path: Path) -> None:
+    from agrpo_megatron.reports.evaluations import markdown_table, print_results
+    from agrpo_megatron.reports.plots.frontier import write_frontier
+
+    print(write_frontier(evaluations, path))
+    table = path.with_suffix(".md")
+    table.write_text(markdown_table(evaluations), encoding="utf-8")
+    print(table)
+    print_results(evaluations)
+
+
+def _labelled(text: str) -> tuple[Path, str | None]:
+    """Split LABEL=DIR; a directory whose own name has an equals sign is taken as it is."""
+    label, equals, path = text.partition("=")
+    if equals and not Path(text).exists():
+        return Path(path), label
+    return Path(text), None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

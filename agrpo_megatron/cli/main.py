@@ -1,0 +1,294 @@
+"""The `agrpo` command: thin sub-commands over the library.
+
+Heavy imports happen inside the sub-commands, after the settings were checked, so that `--help`,
+`config` and wrong input answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from agrpo_megatron import __version__
+from agrpo_megatron.cli.common import (
+    add_overrides,
+    add_target,
+    is_main,
+    open_target,
+    silent_view,
+    world_size,
+)
+from agrpo_megatron.cli.convert import add_convert
+from agrpo_megatron.cli.evaluate import add_evaluate, add_report
+from agrpo_megatron.cli.launch import add_launch
+from agrpo_megatron.config.schema import describe, load, to_yaml
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.resilience.outcome import REQUEUE, STUCK, exit_status, is_told, tell_outcome
+
+UNREAD = 141  # as a shell says of a process that SIGPIPE ended
+EPILOG = """\
+a first run:
+  agrpo train examples/tiny.yaml            train from nothing on the CPU, in minutes
+  agrpo sample runs/tiny --trace            see completions and their unmasking order
+  agrpo report runs/tiny                    figures and an HTML page
+
+several ranks:
+  torchrun --nproc-per-node 2 -m agrpo_megatron train examples/tiny.yaml parallel.tensor=2
+
+a SLURM cluster:
+  agrpo launch FILE --nodes 4 --dry-run     the job, checked and shown; without --dry-run submitted
+
+`agrpo COMMAND --help` explains a command, `agrpo config` every setting.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one sub-command; returns the exit status: 2 for wrong input."""
+    parser = _parser()
+    # argparse does not take up overrides again after an option: `a.b=1 --restart c.d=2`.
+    arguments, rest = parser.parse_known_args(argv)
+    strange = [r for r in rest if "=" not in r or r.startswith("-")]
+    if strange or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"not understood: {' '.join(strange or rest)}")
+    if rest:
+        arguments.overrides += rest
+    try:
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except ValueError as error:
+        if os.environ.get("AGRPO_TRACEBACK"):
+            raise
+        if is_main():
+            print(f"agrpo: error: {error}", file=sys.stderr)
+            tell_outcome("refused", str(error))
+        elif not is_told("refused"):  # what only this rank refuses would end nobody, with a 0
+            print(f"agrpo: rank {os.environ['RANK']}: error: {error}", file=sys.stderr)
+            return 2
+        return exit_status(2)
+    except (BrokenPipeError, SystemExit) as error:
+        if not _is_unread(error):
+            raise
+        return UNREAD
+    except KeyboardInterrupt:
+        return 130
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Run or resume training, then write the report and say how it went."""
+    phases = arguments.phases
+    settings = load(Settings, arguments.file, arguments.overrides)
+    from agrpo_megatron.hardware.kernels import kernels_for
+    from agrpo_megatron.reports.summary import conclude
+    from agrpo_megatron.runs import directory
+    from agrpo_megatron.runs.resolve import resolve
+
+    resolved = resolve(settings, world_size=world_size())
+    settings = resolved.settings
+    # After a restart there is nothing to look at, though another rank may still be moving it.
+    done = None if arguments.restart else directory.progress(settings)
+    is_finished = directory.is_finished(settings, done)
+    if not is_finished:
+        kernels_for(settings, phases=phases)  # what this machine cannot do is said before all else
+    if arguments.restart and is_main():
+        moved = directory.move_away(Path(settings.run.dir))
+        if moved is not None:
+            print(f"the earlier run is now {moved}")
+    if is_finished:
+        if is_main():
+            why = f" ({done.stopped})" if done is not None and done.stopped else ""
+            print(f"{settings.run.dir} is finished{why}; add --restart to run it again\n")
+            conclude(Path(settings.run.dir))
+        return _end("finished", "", 0)
+    from agrpo_megatron.reports.terminal import LiveView
+    from agrpo_megatron.resilience.attempts import Stuck
+    from agrpo_megatron.resilience.failure import ending_together
+    from agrpo_megatron.training.run import train as run
+
+    finished = (0, 0)
+    if done is not None:
+        is_sft = done.phase == "sft"
+        finished = (done.iteration, 0) if is_sft else (settings.sft.iterations, done.iteration)
+    view = LiveView(
+        sft_iterations=settings.sft.iterations if "sft" in phases else 0,
+        rl_iterations=settings.train.iterations if "rl" in phases else 0,
+        live=settings.logging.live,
+        is_main=is_main(),
+        start=finished,
+    )
+    stopped, stuck = None, None
+    with ending_together(view):
+        try:
+            stopped = run(resolved, view, phases=phases)
+        except Stuck as error:
+            stuck = str(error)
+    if stuck is not None:
+        return _end("stuck", stuck, STUCK)
+    if stopped is not None:
+        return _end("requeue", f"{stopped}; saved, the same command goes on", REQUEUE)
+    if is_main():
+        conclude(Path(settings.run.dir))
+    return _end("finished", "", 0)
+
+
+def _end(outcome: str, reason: str, status: int) -> int:
+    """Say how training ended, to the user and to the job's script; returns the exit status."""
+    if is_main():
+        if reason:
+            print(f"agrpo: {outcome}: {reason}", file=sys.stderr)
+        tell_outcome(outcome, reason)
+    return exit_status(status)
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    """Print completions of held-out problems or of a prompt."""
+    from rich.console import Console
+    from rich.text import Text
+
+    target = open_target(arguments)
+    from agrpo_megatron.evaluation.open import complete, opened
+    from agrpo_megatron.hardware.kernels import kernels_for
+    from agrpo_megatron.reports.trace import trace
+    from agrpo_megatron.resilience.failure import ending_together
+    from agrpo_megatron.rollout.generate import shown_prompt, to_grade
+    from agrpo_megatron.runs.resolve import resolve
+
+    settings, ranks = target.settings, world_size()
+    resolved = resolve(settings, world_size=ranks, needs=() if arguments.prompt else ("eval",))
+    kernels_for(resolved.settings)
+    console, tokenizer, task = Console(), resolved.tokenizer, resolved.task
+    problems = [] if arguments.prompt else task.problems("eval")[: arguments.number]
+    prompts = [task.eval_prompt(problem) for problem in problems] or [arguments.prompt]
+    opening = opened(resolved, silent_view(), target.checkpoint)
+    with ending_together(), opening as (session, network):
+        trajectory = complete(session, network, prompts)
+        calls = to_grade(session, problems, trajectory.tokens[: len(problems)], split="eval")
+        rewards = session.grader.grade(calls)
+    if not is_main():
+        return 0
+    for row, prompt in enumerate(prompts):
+        ids = trajectory.tokens[row].tolist()
+        text = tokenizer.decode(ids)
+        console.print(Text.assemble(("prompt      ", "dim"), shown_prompt(prompt)))
+        console.print(Text.assemble(("completion  ", "dim"), text))
+        if problems:
+            reward = rewards[row]
+            word = ("correct", "green") if reward.correct else ("wrong", "red")
+            console.print(Text.assemble(("reward      ", "dim"), f"{reward.score:g} ", word))
+        if arguments.trace:
+            steps = trajectory.unmask_step[row].tolist()
+            count = int(trajectory.num_steps[row])
+            trace(tokenizer.pieces(ids), steps, console, num_steps=count)
+        console.print()
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print what is installed, and which kernels the settings take with it."""
+    from rich.console import Console
+
+    from agrpo_megatron.config.rules_precision import trained_phases, validate_precision
+    from agrpo_megatron.hardware.doctor import examine, print_findings, print_kernels
+    from agrpo_megatron.hardware.kernels import kernels_for
+
+    file, overrides = arguments.file, arguments.overrides
+    if file is not None and "=" in file and not Path(file).exists():
+        file, overrides = None, [file, *overrides]
+    settings = load(Settings, file, overrides)
+    validate_precision(settings)
+    console = Console()
+    print_findings(examine(), console)
+    console.print()
+    of = " ".join([file or "default settings", *overrides])
+    if file is None and not overrides:
+        of += "; agrpo doctor FILE, or precision=bf16, shows those of others"
+    print_kernels(kernels_for(settings, phases=trained_phases(settings)), of, console)
+    return 0
+
+
+def config(arguments: argparse.Namespace) -> int:
+    """Print the settings reference, or check a file and print it resolved."""
+    from rich.console import Console
+
+    from agrpo_megatron.reports.tables import settings_reference
+
+    if arguments.tasks:
+        from agrpo_megatron.tasks import describe_tasks
+
+        for name, described in describe_tasks().items():
+            Console().print(f"[bold]task.name={name}[/]")
+            settings_reference(described, Console())
+        return 0
+    if arguments.file is None:
+        settings_reference(describe(Settings), Console(), prefix=arguments.section)
+        return 0
+    settings = load(Settings, arguments.file, arguments.overrides)
+    from agrpo_megatron.runs.resolve import resolve
+
+    ranks = arguments.ranks or world_size()
+    print(to_yaml(resolve(settings, world_size=ranks).settings), end="")
+    return 0
+
+
+def _is_unread(error: BaseException) -> bool:
+    """Say whether nobody reads the standard output; what is left of it then goes nowhere."""
+    if isinstance(error, SystemExit):  # what rich makes of it
+        return isinstance(error.__context__, BrokenPipeError)
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed again at exit
+        return True
+    return False
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="agrpo",
+        description="Reinforcement learning for masked diffusion language models on Megatron-Core.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"agrpo_megatron {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, phases, text in (
+        ("train", ("sft", "rl"), "supervised phase if any, then AGRPO, evaluation and report"),
+        ("sft", ("sft",), "the supervised phase alone"),
+    ):
+        command = _command(commands, name, text, train)
+        command.set_defaults(phases=phases)
+        command.add_argument("file", metavar="FILE", help="settings file (YAML)")
+        command.add_argument(
+            "--restart", action="store_true", help="move an earlier run away instead of resuming it"
+        )
+        add_overrides(command)
+    add_evaluate(commands)
+    command = _command(commands, "sample", "print completions", sample)
+    add_target(command)
+    command.add_argument("-n", "--number", type=int, default=3, help="held-out problems (3)")
+    command.add_argument("--prompt", help="complete this text instead")
+    command.add_argument("--trace", action="store_true", help="show the unmasking order in colour")
+    add_overrides(command)
+    add_report(commands)
+    add_convert(commands)
+    add_launch(commands)
+    text = "what is installed, and which kernels a run takes with it"
+    command = _command(commands, "doctor", text, doctor)
+    command.add_argument("file", nargs="?", metavar="FILE", help="settings of the run (YAML)")
+    add_overrides(command)
+    command = _command(commands, "config", "explain all settings, or check a file", config)
+    command.add_argument("file", nargs="?", metavar="FILE", help="check this and print it resolved")
+    command.add_argument(
+        "--ranks", type=int, metavar="N", help="check the layout for so many ranks; default: 1"
+    )
+    command.add_argument("--section", default="", help="only settings that begin so")
+    command.add_argument("--tasks", action="store_true", help="explain the options of each task")
+    add_overrides(command)
+    return parser
+
+
+def _command(commands, name: str, text: str, run: Callable) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.set_defaults(run=run)
+    return command

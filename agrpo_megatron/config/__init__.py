@@ -1,0 +1,1 @@
+"""Settings: how they are read, what they are, and the rules that tie them together."""

@@ -1,0 +1,129 @@
+"""Parallel layouts: written as text, counted in ranks, and split into pipeline stages.
+
+The arithmetic only; which layouts are legal is said by `rules`. Imports neither torch nor Megatron.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from agrpo_megatron.config.schema import build, from_text
+from agrpo_megatron.config.settings import ModelSettings, ParallelSettings, Settings
+
+
+def parse_layout(text: str, key: str) -> dict[str, Any]:
+    """Read a layout such as tp2-sp-pp2-vpp2-cp1-dp2 as keys of `ParallelSettings`.
+
+    Parts come in any order; what is left out keeps its default. `key` is where the text stands.
+
+    Raises:
+        ValueError: a part that is not one, or that is written twice.
+    """
+    return from_text(ParallelSettings, text, key=key)
+
+
+def layout_name(parallel: ParallelSettings, world_size: int) -> str:
+    """Return the layout's one canonical text; of `layers` it says nothing."""
+    return layout_text(replace(parallel, data=data_ranks(parallel, world_size)))
+
+
+def layout_text(parallel: ParallelSettings) -> str:
+    """Return the layout as text, with dp only where `data` is fixed."""
+    parts = (
+        f"tp{parallel.tensor}",
+        "sp" if parallel.sequence else "",
+        f"pp{parallel.pipeline}",
+        f"vpp{parallel.virtual}" if parallel.virtual > 1 else "",
+        f"cp{parallel.context}",
+        f"dp{parallel.data}" if parallel.data is not None else "",
+    )
+    return "-".join(part for part in parts if part)
+
+
+def model_ranks(parallel: ParallelSettings) -> int:
+    """Return how many ranks hold one copy of the model together."""
+    return parallel.tensor * parallel.pipeline * parallel.context
+
+
+def data_ranks(parallel: ParallelSettings, world_size: int) -> int:
+    """Return how many copies of the model the ranks hold; the layout was checked by `rules`."""
+    return parallel.data or world_size // model_ranks(parallel)
+
+
+def rollout_parallel(settings: Settings) -> ParallelSettings:
+    """Return the layout of the rollouts: `rollout.parallel`, or the training layout where null.
+
+    Raises:
+        ValueError: the text is not a layout.
+    """
+    text, key = settings.rollout.parallel, "rollout.parallel"
+    if text is None:
+        return settings.parallel
+    return build(ParallelSettings, parse_layout(text, key), f"{key}.")
+
+
+def padded_vocab(settings: Settings) -> int:
+    """Return the embedding's rows: padded only as far as a tensor-parallel split needs."""
+    assert settings.model.vocab_size is not None
+    multiple = math.lcm(settings.parallel.tensor, rollout_parallel(settings).tensor)
+    return -(-settings.model.vocab_size // multiple) * multiple
+
+
+def stage_layers(model: ModelSettings, parallel: ParallelSettings) -> tuple[int, ...]:
+    """Return the layers of each virtual stage in order, as Megatron counts them.
+
+    Entry v * pipeline + i is chunk v of pipeline rank i. Unless `parallel.layers` says otherwise,
+    the largest rank is as small as it can be, counted in parameters, then the largest chunk of
+    each rank: the first chunk of the first rank also holds the embedding, the last chunk of the
+    last rank the head. The layout was checked by `rules`.
+    """
+    if parallel.layers is not None:
+        return tuple(parallel.layers)
+    ranks, chunks = parallel.pipeline, parallel.virtual
+    layer, table = _layer_parameters(model), (model.vocab_size or 0) * model.hidden_size
+    held = [[0] * chunks for _ in range(ranks)]  # parameters beside the layers
+    held[0][0] += table
+    held[-1][-1] += table
+    totals = _spread(model.num_layers, [sum(rank) for rank in held], layer=layer, least=chunks)
+    split = [
+        _spread(total, rank, layer=layer, least=1) for total, rank in zip(totals, held, strict=True)
+    ]
+    return tuple(split[rank][chunk] for chunk in range(chunks) for rank in range(ranks))
+
+
+def attention_cost(model: ModelSettings) -> float:
+    """Return the FLOPs of attending to one token, relative to a token's linear FLOPs.
+
+    A row of s tokens costs s + attention_cost * s^2, in units of one token's matrices: per layer
+    4 * hidden FLOPs for each pair of tokens (scores and values), 2 for each weight and token.
+    """
+    return 2 * model.hidden_size / _layer_parameters(model)
+
+
+def _spread(count: int, held: Sequence[int], *, layer: int, least: int) -> list[int]:
+    """Spread layers over places, each time to the cheapest: no spread has a smaller largest place.
+
+    Among equals the middle comes before the first and last place, and the earlier one first.
+    """
+    layers = [least] * len(held)
+
+    def cost(place: int) -> tuple[int, bool, int]:
+        is_edge = place in (0, len(held) - 1)
+        return held[place] + layer * layers[place], is_edge, place
+
+    for _ in range(count - sum(layers)):
+        layers[min(range(len(held)), key=cost)] += 1
+    return layers
+
+
+def layer_matrices(model: ModelSettings) -> int:
+    """Return the weights of a layer's matrices: query, key, value and output, and SwiGLU's."""
+    width, heads = model.hidden_size, model.num_attention_heads
+    keys = width // heads * (model.num_query_groups or heads)
+    return width * (2 * width + 2 * keys + 3 * model.ffn_hidden_size)
+
+
+def _layer_parameters(model: ModelSettings) -> int:
+    """Return a layer's weights: its matrices and two norms."""
+    return layer_matrices(model) + 2 * model.hidden_size

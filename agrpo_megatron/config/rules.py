@@ -1,0 +1,286 @@
+"""Rules that tie settings together, checked before a process group or a GPU is touched."""
+
+import itertools
+import math
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from agrpo_megatron.config.parallel import (
+    layout_name,
+    layout_text,
+    model_ranks,
+    rollout_parallel,
+    stage_layers,
+)
+from agrpo_megatron.config.rules_precision import validate_precision
+from agrpo_megatron.config.settings import (
+    ModelSettings,
+    ParallelSettings,
+    SamplingSettings,
+    Settings,
+    evaluation_sampling,
+)
+
+
+def validate(settings: Settings, world_size: int = 1) -> None:
+    """Check the rules that tie settings together, before a process group or GPU is touched.
+
+    Raises:
+        ValueError: the first rule broken, with key, value, rule and fix.
+    """
+    # An architecture that is still to be read from model.load is checked once it was.
+    if settings.model.load is None or settings.model.vocab_size is not None:
+        _validate_model(settings.model)
+        validate_layout(settings.model, settings.parallel, world_size=world_size)
+        _validate_rollout(settings, world_size)
+    validate_precision(settings)
+    validate_sampling(settings.sampling, "sampling")
+    validate_sampling(evaluation_sampling(settings), "evaluation")
+    path = settings.tokenizer.path
+    if path is not None and not Path(path).exists():
+        raise ValueError(
+            f"tokenizer.path={path} does not exist; give a sentencepiece .model file, a Hugging "
+            "Face directory, or null for the built-in characters"
+        )
+    load = settings.model.load
+    if load is not None and not Path(load).is_dir():
+        raise ValueError(f"model.load={load} is not a directory; give a Hugging Face or run folder")
+    _validate_metric("checkpoint.best", settings.checkpoint.best, settings)
+    _validate_stop(settings)
+    rates = settings.task
+    if rates.pass_rate_low > rates.pass_rate_high:
+        raise ValueError(
+            f"task.pass_rate_low={rates.pass_rate_low:g} is above task.pass_rate_high="
+            f"{rates.pass_rate_high:g}, which leaves no problem; lower it"
+        )
+    if settings.sampling.temperature == 0:
+        raise ValueError(
+            "sampling.temperature=0 draws equal completions in a group, so no advantage; "
+            "use a positive temperature such as 1.0 (evaluation.temperature may be 0)"
+        )
+    longest = settings.sampling.completion_length
+    if longest >= settings.model.max_sequence_length:
+        raise ValueError(
+            f"sampling.completion_length={longest} leaves no room for a prompt in "
+            f"model.max_sequence_length={settings.model.max_sequence_length}; shorten or raise it"
+        )
+
+
+def _validate_metric(key: str, name: str | None, settings: Settings) -> None:
+    """Check that a metric may be one of evaluations; which parts a reward has shows only then."""
+    task = settings.task
+    labels = [f"accuracy/{label}" for label in task.mixture] if task.name == "mixture" else []
+    known = ["accuracy", *labels]
+    if name is None or name in known or name.startswith(("reward/", "summary/")):
+        return
+    raise ValueError(
+        f"{key}={name} is no metric of evaluations; use {', '.join(known)}, reward/mean, the "
+        "name of a part of the reward such as reward/format, or null"
+    )
+
+
+def _validate_stop(settings: Settings) -> None:
+    train = settings.train
+    _validate_metric("train.stop_metric", train.stop_metric, settings)
+    for key in ("stop_target", "stop_patience"):
+        if train.stop_metric is None and getattr(train, key) is not None:
+            raise ValueError(
+                f"train.{key}={getattr(train, key):g} needs train.stop_metric; use for example "
+                "train.stop_metric=accuracy"
+            )
+    if train.stop_metric is None:
+        return
+    if train.stop_target is None and train.stop_patience is None:
+        raise ValueError(
+            f"train.stop_metric={train.stop_metric} needs train.stop_target or "
+            "train.stop_patience; use for example train.stop_patience=5"
+        )
+    if settings.evaluation.interval == 0:
+        raise ValueError(
+            f"train.stop_metric={train.stop_metric} needs evaluations on the way, and "
+            "evaluation.interval=0 makes none; use for example evaluation.interval=25"
+        )
+
+
+def validate_sampling(sampling: SamplingSettings, section_name: str) -> None:
+    """Check that blocks and denoising steps divide as the sampler needs."""
+    length, block = sampling.completion_length, sampling.block_length
+    if length % block:
+        fits = [b for b in range(1, length + 1) if length % b == 0]
+        near = sorted(fits, key=lambda b: abs(b - block))[:2]
+        raise ValueError(
+            f"{section_name}.block_length={block} does not divide "
+            f"sampling.completion_length={length}; use {' or '.join(map(str, sorted(near)))}"
+        )
+    blocks, steps = length // block, sampling.denoising_steps
+    if sampling.schedule == "dream" and blocks > 1:
+        raise ValueError(
+            f"sampling.schedule=dream decodes the completion as one block, and {section_name}."
+            f"block_length={block}; use {length}"
+        )
+    if sampling.unmasking == "bernoulli" and sampling.schedule != "dream":
+        raise ValueError(
+            f"{section_name}.unmasking=bernoulli takes its chances from Dream's time; set "
+            "sampling.schedule=dream, or use random"
+        )
+    if sampling.threshold is not None and sampling.unmasking in ("margin", "bernoulli"):
+        raise ValueError(
+            f"sampling.threshold={sampling.threshold} is a probability of tokens, and "
+            f"{section_name}.unmasking={sampling.unmasking} does not rank by it; use "
+            "low_confidence, or null"
+        )
+    if sampling.schedule == "dream":
+        return
+    if steps % blocks or steps > length:
+        down = max(blocks, min(length, steps - steps % blocks))
+        raise ValueError(
+            f"{section_name}.denoising_steps={steps} must be a multiple of the {blocks} blocks "
+            f"and at most sampling.completion_length={length}; use {down}"
+        )
+
+
+def validate_layout(
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    *,
+    world_size: int,
+    key: str = "parallel",
+) -> None:
+    """Check that a layout fits the model and the ranks that were started.
+
+    `key` says where it was written: in the section `parallel`, or as the text of another setting.
+
+    Raises:
+        ValueError: the first rule broken, with the nearest layout that fits.
+    """
+    is_section = key == "parallel"
+    said = "parallel." if is_section else f"{key}={layout_text(parallel)}: "
+    fix = ""
+    problem = _model_misfit(model, parallel, at="parallel." if is_section else "")
+    if not problem and (problem := _rank_misfit(parallel, world_size)):
+        size = model_ranks(parallel)
+        ranks = parallel.data * size if parallel.data else -(-world_size // size) * size
+        fix = f"start {ranks} ranks (torchrun --nproc-per-node {ranks}) or "
+    if not problem and (problem := _layers_misfit(model, parallel)):
+        even = stage_layers(model, replace(parallel, layers=None))
+        fix = f"use {said}layers={list(even)} or "
+    if problem:
+        near = layout_name(nearest_layout(model, parallel, world_size=world_size), world_size)
+        raise ValueError(f"{said}{problem}; {fix}use {key}={near}, the nearest layout that fits")
+
+
+def nearest_layout(
+    model: ModelSettings, parallel: ParallelSettings, *, world_size: int
+) -> ParallelSettings:
+    """Return the layout nearest to `parallel` of all that fit; `layers` are left to the split."""
+    divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    fitting = []
+    for tensor, pipeline, context in itertools.product(divisors, repeat=3):
+        if world_size % (tensor * pipeline * context):
+            continue
+        virtual = min(parallel.virtual, model.num_layers // pipeline) if pipeline > 1 else 1
+        near = ParallelSettings(
+            tensor=tensor,
+            sequence=parallel.sequence and tensor > 1,
+            pipeline=pipeline,
+            virtual=max(1, virtual),
+            context=context,
+            data=world_size // (tensor * pipeline * context),
+        )
+        if not _model_misfit(model, near):
+            fitting.append(near)
+    return min(fitting, key=lambda near: _distance(near, parallel))
+
+
+def _distance(near: ParallelSettings, asked: ParallelSettings) -> tuple[Any, ...]:
+    """Return what orders layouts: the sum of |log2 ratio| over tensor, pipeline, context, virtual.
+
+    Written as a product of fractions, so that what is equally far compares equal. Then comes what
+    keeps `sequence`, `data` and, in their order, the sizes.
+    """
+    names = ("tensor", "pipeline", "context", "virtual")
+    pairs = [(getattr(near, name), getattr(asked, name)) for name in names]
+    ratios = [Fraction(max(pair), min(pair)) for pair in pairs]
+    lost = near.sequence != asked.sequence, near.data != (asked.data or near.data)
+    return math.prod(ratios), *lost, *ratios, pairs
+
+
+def _model_misfit(model: ModelSettings, parallel: ParallelSettings, *, at: str = "") -> str:
+    """Say which rule between layout and model is broken, after its key's prefix; empty if none."""
+    tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual
+    heads = "num_query_groups" if model.num_query_groups else "num_attention_heads"
+    for name in (heads, "ffn_hidden_size"):
+        if getattr(model, name) % tensor:
+            return f"tensor={tensor} does not divide model.{name}={getattr(model, name)}"
+    if parallel.sequence and tensor == 1:
+        return f"sequence=true needs {at}tensor of at least 2"
+    if virtual > 1 and pipeline == 1:
+        return f"virtual={virtual} needs {at}pipeline of at least 2"
+    if pipeline * virtual > model.num_layers:
+        stages = f"{pipeline} x {at}virtual={virtual} stages" if virtual > 1 else str(pipeline)
+        return f"pipeline={stages} is more than model.num_layers={model.num_layers}"
+    return ""
+
+
+def _rank_misfit(parallel: ParallelSettings, world_size: int) -> str:
+    left, ranks = world_size, f"the {world_size} ranks that were started"
+    for name in ("tensor", "pipeline", "context"):
+        size = getattr(parallel, name)
+        if left % size:
+            return f"{name}={size} does not divide {ranks}"
+        left //= size
+        if left < world_size:
+            ranks = f"the {left} ranks left of the {world_size} that were started"
+    if parallel.data not in (None, left):
+        return f"data={parallel.data} is not {ranks}"
+    return ""
+
+
+def _layers_misfit(model: ModelSettings, parallel: ParallelSettings) -> str:
+    layers, stages = parallel.layers, parallel.pipeline * parallel.virtual
+    if layers is None:
+        return ""
+    if len(layers) != stages:
+        return f"layers={layers} has {len(layers)} entries for {stages} stages"
+    if min(layers) < 1:
+        return f"layers={layers} leaves a stage without a layer"
+    if sum(layers) != model.num_layers:
+        return f"layers={layers} adds up to {sum(layers)}, not model.num_layers={model.num_layers}"
+    return ""
+
+
+def _validate_rollout(settings: Settings, world_size: int) -> None:
+    key, text = "rollout.parallel", settings.rollout.parallel
+    if text is None:
+        return
+    parallel = rollout_parallel(settings)
+    if parallel.virtual > 1:
+        flat = replace(parallel, virtual=1)
+        near = nearest_layout(settings.model, flat, world_size=world_size)
+        raise ValueError(
+            f"{key}={text}: vpp{parallel.virtual} is for training alone, the ring of the rollouts "
+            f"keeps every stage busy without; use {key}={layout_name(near, world_size)}"
+        )
+    validate_layout(settings.model, parallel, world_size=world_size, key=key)
+
+
+def _validate_model(model: ModelSettings) -> None:
+    heads = model.num_attention_heads
+    if model.hidden_size % heads:
+        raise ValueError(
+            f"model.num_attention_heads={heads} does not divide "
+            f"model.hidden_size={model.hidden_size}; use {_divisor_near(model.hidden_size, heads)}"
+        )
+    groups = model.num_query_groups or heads
+    if heads % groups:
+        raise ValueError(
+            f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}; "
+            f"use {_divisor_near(heads, groups)}"
+        )
+
+
+def _divisor_near(whole: int, wanted: int) -> int:
+    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+    return min(divisors, key=lambda d: abs(d - wanted))

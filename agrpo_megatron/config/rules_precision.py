@@ -1,0 +1,284 @@
+"""Rules of precision, kernels and optimizer states that follow from settings alone.
+
+What the machine must offer is said by `kernels`. Imports neither torch nor Megatron.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from agrpo_megatron.config.parallel import rollout_parallel
+from agrpo_megatron.config.settings import (
+    Fp8Settings,
+    ModelSettings,
+    OptimizerSettings,
+    ParallelSettings,
+    Settings,
+)
+
+# Half the distance of neighbouring bf16 numbers is at most 2**-8 of them: with 1 - beta2 below it,
+# a second moment that no gradient adds to would never shrink.
+BF16_BETA2 = 0.996
+
+
+def validate_precision(settings: Settings) -> None:
+    """Check the rules; those on the architecture once it is known.
+
+    Raises:
+        ValueError: the first rule broken, with key, value, rule and fix.
+    """
+    problem = (
+        _fp8_misfit(settings)
+        or _spec_misfit(settings)
+        or _batch_invariant_misfit(settings)
+        or _graphs_misfit(settings)
+        or _optimizer_misfit(settings)
+        or _primary_weights_misfit(settings)
+        or _bf16_layers_misfit(settings)
+    )
+    if problem:
+        raise ValueError(problem)
+    if settings.precision == "fp8":
+        validate_recipe(settings, settings.fp8.recipe)
+
+
+def validate_recipe(settings: Settings, recipe: str | None) -> None:
+    """Check what a recipe asks for: widths it divides, and how weights in FP8 are gathered.
+
+    Raises:
+        ValueError: the first rule broken.
+    """
+    is_primary, overlaps = settings.fp8.primary_weights, settings.ddp.get("overlap_param_gather")
+    if recipe == "mxfp8" and is_primary and overlaps:
+        raise ValueError(
+            "ddp.overlap_param_gather=true: FP8 weights of mxfp8 are gathered where gradients are "
+            "summed up, so all of them before the next forward; use ddp.overlap_param_gather=false "
+            "or fp8.primary_weights=false"
+        )
+    if not _is_known(settings.model):
+        return
+    multiple = 32 if recipe == "mxfp8" else 16
+    for key, parallel in _layouts(settings):
+        for what, width in _widths(settings.model, parallel, key).items():
+            if width % multiple:
+                raise ValueError(
+                    f"precision=fp8 needs widths that {multiple} divides, and {what} is {width}; "
+                    "use a smaller tensor-parallel size, other widths, or precision=bf16"
+                )
+
+
+def trained_phases(settings: Settings) -> tuple[str, ...]:
+    """Return the phases that a run has: sft, rl."""
+    counts = {"sft": settings.sft.iterations, "rl": settings.train.iterations}
+    return tuple(phase for phase, iterations in counts.items() if iterations)
+
+
+def optimizers(settings: Settings, phases: Sequence[str]) -> dict[str, OptimizerSettings]:
+    """Return the optimizers of phases, by the section they are written in."""
+    every = {
+        "sft": ("sft.optimizer", settings.sft.optimizer),
+        "rl": ("optimizer", settings.optimizer),
+    }
+    return dict(every[phase] for phase in phases)
+
+
+def _fp8_misfit(settings: Settings) -> str:
+    fp8 = settings.fp8
+    given = {key: value for key, value in asdict(fp8).items() if value != asdict(FP8)[key]}
+    if settings.precision != "fp8" and given:
+        key, value = next(iter(given.items()))
+        return (
+            f"fp8.{key}={_text(value)} is for precision=fp8, and precision={settings.precision}; "
+            "set precision=fp8 or leave it out"
+        )
+    if fp8.recipe != "delayed":
+        return ""
+    if settings.train.iterations > 0:
+        return (
+            "fp8.recipe=delayed scales by the values of earlier forwards, so a token's "
+            "log-probability would depend on which rollouts came before it; use blockwise or "
+            "tensorwise, or train.iterations=0 for a supervised phase alone"
+        )
+    for key in ("bf16_first_layers", "bf16_last_layers"):
+        if getattr(fp8, key):
+            return (
+                f"fp8.{key}={getattr(fp8, key)}: the recipe delayed has all layers in FP8 or "
+                f"none; use fp8.{key}=0 or fp8.recipe=tensorwise"
+            )
+    return ""
+
+
+def _spec_misfit(settings: Settings) -> str:
+    spec, precision = settings.kernels.layer_spec, settings.precision
+    if spec == "te" and precision == "fp32":
+        return (
+            "kernels.layer_spec=te has no attention in float32, and precision=fp32; use "
+            "precision=bf16 or kernels.layer_spec=auto"
+        )
+    wants = {
+        "precision=fp8": precision == "fp8",
+        "kernels.batch_invariant=true": settings.kernels.batch_invariant,
+        "kernels.cuda_graphs=true": settings.kernels.cuda_graphs,
+    }
+    for key, is_set in wants.items():
+        if is_set and spec == "local":
+            return (
+                f"{key} needs Transformer Engine's layers, and kernels.layer_spec=local; use "
+                "kernels.layer_spec=auto"
+            )
+        if is_set and precision == "fp32":
+            return (
+                f"{key} needs Transformer Engine's layers, which precision=fp32 does not use; set "
+                "precision=bf16"
+            )
+    return ""
+
+
+def _batch_invariant_misfit(settings: Settings) -> str:
+    if not settings.kernels.batch_invariant:
+        return ""
+    if settings.precision == "fp8":
+        return (
+            "kernels.batch_invariant=true has products of bfloat16 alone, and precision=fp8; use "
+            "precision=bf16"
+        )
+    for key, parallel in _layouts(settings):
+        if parallel.context > 1:
+            return (
+                f"kernels.batch_invariant=true needs rows that no ranks share, and {key} has "
+                f"context={parallel.context}; use context=1"
+            )
+    return ""
+
+
+def _graphs_misfit(settings: Settings) -> str:
+    if not settings.kernels.cuda_graphs:
+        return ""
+    rollout = rollout_parallel(settings)
+    for name in ("pipeline", "context"):
+        if getattr(rollout, name) > 1:
+            return (
+                "kernels.cuda_graphs=true replays forwards of a whole model, and the rollouts have "
+                f"{name}={getattr(rollout, name)}; use {name}=1, there is rollout.parallel for it"
+            )
+    if rollout.sequence:
+        return (
+            "kernels.cuda_graphs=true cannot record what sequence parallelism does to the state of "
+            "random numbers, and the rollouts have sequence=true; use sequence=false, there is "
+            "rollout.parallel for it"
+        )
+    return ""
+
+
+def _optimizer_misfit(settings: Settings) -> str:
+    for key, optimizer in optimizers(settings, trained_phases(settings)).items():
+        low = {
+            name: value
+            for name in ("moments", "main_gradients")
+            if (value := getattr(optimizer, name)) != "fp32"
+        }
+        offload = {"offload": f"{optimizer.offload:g}"} if optimizer.offload else {}
+        for name, value in {**low, **offload}.items():
+            if not optimizer.distributed:
+                return (
+                    f"{key}.{name}={value} is for the distributed optimizer; set "
+                    f"{key}.distributed=true"
+                )
+            if settings.precision == "fp32":
+                plain = "0" if name == "offload" else "fp32"
+                return (
+                    f"{key}.{name}={value} saves memory beside bf16 weights, and precision=fp32; "
+                    f"use precision=bf16 or {key}.{name}={plain}"
+                )
+        if optimizer.moments != "fp32" and optimizer.adam_beta2 > BF16_BETA2:
+            return (
+                f"{key}.adam_beta2={optimizer.adam_beta2:g} changes the second moment by less than "
+                f"bf16 tells apart, and {key}.moments={optimizer.moments}; use at most "
+                f"{BF16_BETA2:g}, or {key}.moments=fp32"
+            )
+        if optimizer.offload and optimizer.moments != "fp32":
+            return (
+                f"{key}.moments={optimizer.moments}: the CPU updates moments of fp32 alone, and "
+                f"{key}.offload={optimizer.offload:g}; use {key}.moments=fp32 or {key}.offload=0"
+            )
+    return ""
+
+
+def _primary_weights_misfit(settings: Settings) -> str:
+    if not settings.fp8.primary_weights:
+        return ""
+    said = "fp8.primary_weights=true"
+    for key, optimizer in optimizers(settings, trained_phases(settings)).items():
+        if not optimizer.distributed:
+            return (
+                f"{said} needs the distributed optimizer, which alone turns its main weights into "
+                f"FP8 ones; set {key}.distributed=true"
+            )
+        if optimizer.offload:
+            return (
+                f"{said} needs main weights on the GPU, and {key}.offload={optimizer.offload:g}; "
+                f"use {key}.offload=0 or fp8.primary_weights=false"
+            )
+    if settings.rollout.parallel is not None:
+        return (
+            f"{said}: FP8 weights are not cut for another layout, and rollout.parallel="
+            f"{settings.rollout.parallel}; use rollout.parallel=null or fp8.primary_weights=false"
+        )
+    return ""
+
+
+def _bf16_layers_misfit(settings: Settings) -> str:
+    layers, fp8 = settings.model.num_layers, settings.fp8
+    if settings.precision != "fp8" or not _is_known(settings.model):
+        return ""
+    if fp8.bf16_first_layers + fp8.bf16_last_layers >= layers:
+        return (
+            f"fp8.bf16_first_layers={fp8.bf16_first_layers} and fp8.bf16_last_layers="
+            f"{fp8.bf16_last_layers} leave none of model.num_layers={layers} in FP8; use fewer, or "
+            "precision=bf16"
+        )
+    for key, parallel in _layouts(settings):
+        most = layers // parallel.pipeline
+        for name in ("bf16_first_layers", "bf16_last_layers"):
+            if getattr(fp8, name) > most:
+                return (
+                    f"fp8.{name}={getattr(fp8, name)} is more than a stage holds: "
+                    f"model.num_layers={layers} / {key} pipeline={parallel.pipeline}; use at most "
+                    f"{most}"
+                )
+    return ""
+
+
+def _is_known(model: ModelSettings) -> bool:
+    """Say whether the architecture is written, or was read from `model.load`."""
+    return model.load is None or model.vocab_size is not None
+
+
+def _layouts(settings: Settings) -> list[tuple[str, ParallelSettings]]:
+    """Return the layouts of training and rollouts, each with the key it is written under."""
+    rollout = rollout_parallel(settings)
+    same = settings.rollout.parallel is None
+    return [("parallel", settings.parallel), *([] if same else [("rollout.parallel", rollout)])]
+
+
+def _widths(model: ModelSettings, parallel: ParallelSettings, key: str) -> dict[str, int]:
+    """Return the inputs and outputs of a layer's matrix products on one rank, with their names."""
+    size = parallel.tensor
+    head = model.hidden_size // model.num_attention_heads
+    keys = head * (model.num_query_groups or model.num_attention_heads)
+    share = f" / {key} tensor={size}" if size > 1 else ""
+    return {
+        f"model.hidden_size={model.hidden_size}": model.hidden_size,
+        f"the attention's output of {model.hidden_size}{share}": model.hidden_size // size,
+        f"query, key and value of {model.hidden_size + 2 * keys}{share}": (
+            (model.hidden_size + 2 * keys) // size
+        ),
+        f"model.ffn_hidden_size={model.ffn_hidden_size}{share}": model.ffn_hidden_size // size,
+    }
+
+
+def _text(value: object) -> str:
+    """Write a value as the user does."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+FP8 = Fp8Settings()

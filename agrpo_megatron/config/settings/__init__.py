@@ -1,0 +1,106 @@
+"""Every setting of a run, section by section.
+
+`agrpo config` prints them as a reference. Importing them loads neither torch nor Megatron.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from agrpo_megatron.config.schema import section, setting
+from agrpo_megatron.config.settings.model import (
+    ModelSettings,
+    ParallelSettings,
+    RolloutSettings,
+    RunSettings,
+    TokenizerSettings,
+)
+from agrpo_megatron.config.settings.precision import PRECISIONS, Fp8Settings, KernelSettings
+from agrpo_megatron.config.settings.resilience import LaunchSettings, ResilienceSettings
+from agrpo_megatron.config.settings.training import (
+    PROPOSALS,
+    STEP_SAMPLERS,
+    UNMASKING,
+    AlgorithmSettings,
+    CheckpointSettings,
+    EvaluationSettings,
+    GraderSettings,
+    LoggingSettings,
+    OptimizerSettings,
+    SamplingSettings,
+    SftSettings,
+    TaskSettings,
+    TrainSettings,
+)
+
+__all__ = [
+    "AlgorithmSettings",
+    "CheckpointSettings",
+    "EvaluationSettings",
+    "Fp8Settings",
+    "GraderSettings",
+    "KernelSettings",
+    "LaunchSettings",
+    "LoggingSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "PROPOSALS",
+    "ParallelSettings",
+    "ResilienceSettings",
+    "RolloutSettings",
+    "RunSettings",
+    "STEP_SAMPLERS",
+    "SamplingSettings",
+    "Settings",
+    "SftSettings",
+    "TaskSettings",
+    "TokenizerSettings",
+    "TrainSettings",
+    "UNMASKING",
+    "evaluation_sampling",
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run."""
+
+    run: RunSettings = section(RunSettings, "where a run lives")
+    precision: str = setting(
+        "fp32",
+        "weights and activations; bf16 keeps fp32 main weights, fp8 is bf16 with the layers' "
+        "matrix products in FP8",
+        choices=PRECISIONS,
+    )
+    fp8: Fp8Settings = section(Fp8Settings, "precision=fp8")
+    kernels: KernelSettings = section(KernelSettings, "what computes")
+    model: ModelSettings = section(ModelSettings, "the transformer")
+    tokenizer: TokenizerSettings = section(TokenizerSettings, "text to ids")
+    parallel: ParallelSettings = section(ParallelSettings, "layout of the ranks")
+    rollout: RolloutSettings = section(RolloutSettings, "rollouts under a pipeline")
+    task: TaskSettings = section(TaskSettings, "problems and reward")
+    sft: SftSettings = section(SftSettings, "supervised phase")
+    sampling: SamplingSettings = section(SamplingSettings, "rollout sampler")
+    algorithm: AlgorithmSettings = section(AlgorithmSettings, "policy gradient")
+    optimizer: OptimizerSettings = section(OptimizerSettings, "optimizer of the RL phase")
+    ddp: dict[str, Any] = setting({}, "passed to Megatron's DistributedDataParallelConfig by name")
+    train: TrainSettings = section(TrainSettings, "RL loop")
+    evaluation: EvaluationSettings = section(EvaluationSettings, "held-out evaluation")
+    checkpoint: CheckpointSettings = section(CheckpointSettings, "checkpoints")
+    logging: LoggingSettings = section(LoggingSettings, "reports")
+    resilience: ResilienceSettings = section(ResilienceSettings, "what keeps a run going")
+    launch: LaunchSettings = section(LaunchSettings, "the job that `agrpo launch` submits")
+
+
+def evaluation_sampling(settings: Settings) -> SamplingSettings:
+    """Return the sampler of evaluation: `sampling` with what `evaluation` overrides."""
+    sampling, chosen = settings.sampling, settings.evaluation
+    return replace(
+        sampling,
+        temperature=chosen.temperature,
+        unmasking=chosen.unmasking,
+        denoising_steps=chosen.denoising_steps or sampling.denoising_steps,
+        block_length=chosen.block_length or sampling.block_length,
+        top_k=chosen.top_k,
+        top_p=chosen.top_p,
+        threshold=sampling.threshold,
+    )

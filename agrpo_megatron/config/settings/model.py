@@ -1,0 +1,97 @@
+"""Settings of the model, its layout and where a run lives."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from agrpo_megatron.config.schema import setting
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run lives and what makes it repeatable."""
+
+    dir: str = setting("runs/default", "run directory; everything a run writes goes here")
+    seed: int = setting(0, "seed of weights, problems, noise and drawn steps", low=0)
+    threads: int | None = setting(
+        None, "CPU threads of each rank; null shares the cores among the local ranks", low=1
+    )
+    timeout: float = setting(600.0, "longest wait in a collective", unit="seconds", low=1)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The masked-diffusion transformer; named as Megatron-Core names the same things."""
+
+    family: str = setting("llada", "weight-name family", choices=("llada", "dream"))
+    load: str | None = setting(
+        None,
+        "Hugging Face directory, Megatron checkpoint or run directory to start from, architecture "
+        "included; null: random",
+    )
+    num_layers: int = setting(4, "transformer layers", low=1)
+    hidden_size: int = setting(128, "width of the residual stream", low=1)
+    ffn_hidden_size: int = setting(384, "width of the SwiGLU hidden layer", low=1)
+    num_attention_heads: int = setting(4, "attention heads", low=1)
+    num_query_groups: int | None = setting(None, "key/value heads (GQA); null: one per head", low=1)
+    vocab_size: int | None = setting(None, "rows of the embedding; null: the tokenizer's", low=2)
+    mask_token_id: int | None = setting(None, "id of the mask token; null: the tokenizer's", low=0)
+    eos_token_id: int | None = setting(None, "end-of-text id; null: the tokenizer's", low=0)
+    max_sequence_length: int = setting(4096, "longest row", unit="tokens", low=2)
+    rope_theta: float = setting(500000.0, "base of the rotary embedding", low=1)
+    norm_epsilon: float = setting(1e-5, "epsilon of RMSNorm", low=0)
+    qkv_bias: bool = setting(False, "biases on query, key and value")
+    qk_norm: bool = setting(False, "RMSNorm on queries and keys, per head")
+    shift: bool = setting(False, "the state at position i - 1 predicts token i (Dream)")
+    init_std: float = setting(0.02, "standard deviation of random initial weights", low=0)
+    megatron: dict[str, Any] = setting({}, "passed to Megatron's TransformerConfig by name")
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Text to token ids."""
+
+    path: str | None = setting(
+        None,
+        "sentencepiece .model file or Hugging Face directory; null: the built-in characters",
+    )
+    chat_template: str | None = setting(
+        None, "llada, dream, plain or a .jinja file; null: the tokenizer's own, else by its tokens"
+    )
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How the ranks share the work; one text such as tp2-pp2-cp1-dp2 sets all of it."""
+
+    tensor: int = setting(1, "tensor-parallel ranks", low=1, short="tp")
+    sequence: bool = setting(False, "sequence parallelism beside tensor parallelism", short="sp")
+    pipeline: int = setting(1, "pipeline stages", low=1, short="pp")
+    virtual: int = setting(1, "virtual stages on each pipeline rank", low=1, short="vpp")
+    layers: list[int] | None = setting(
+        None, "layers of each (virtual) stage in order; null: even, embedding and head counted"
+    )
+    context: int = setting(1, "ranks that share each row's tokens", low=1, short="cp")
+    data: int | None = setting(None, "data-parallel ranks; null: what is left", low=1, short="dp")
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How rollouts use the ranks."""
+
+    parallel: str | None = setting(
+        None, "layout of the rollouts, such as tp4-pp1; null: the training layout, nothing moves"
+    )
+    schedule: str = setting(
+        "ring",
+        "under a pipeline: ring keeps every stage busy, lockstep is Megatron's own schedule",
+        choices=("ring", "lockstep"),
+    )
+    groups: int | None = setting(
+        None, "groups of rows in flight; null: twice the pipeline stages, 1 without", low=1
+    )
+    rows: int | None = setting(
+        None,
+        "rows of a replica in one forward, at most; null: what train.token_budget holds. Fewer "
+        "let rewards in worker processes begin earlier",
+        low=1,
+    )

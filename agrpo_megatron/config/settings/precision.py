@@ -1,0 +1,48 @@
+"""Settings of FP8 and of the kernels that compute."""
+
+from dataclasses import dataclass
+
+from agrpo_megatron.config.schema import setting
+
+PRECISIONS = ("fp32", "bf16", "fp8")
+RECIPES = ("blockwise", "tensorwise", "delayed", "mxfp8")
+
+
+@dataclass(frozen=True)
+class Fp8Settings:
+    """What `precision=fp8` means, in rollouts and training alike."""
+
+    recipe: str | None = setting(
+        None,
+        "how values are scaled: by blocks, by tensor, by the tensor's past (supervised phase "
+        "alone), or by 32 values as Blackwell does; null: blockwise, on Blackwell mxfp8",
+        choices=RECIPES,
+    )
+    bf16_first_layers: int = setting(0, "layers at the start that stay bf16", low=0)
+    bf16_last_layers: int = setting(0, "layers at the end that stay bf16", low=0)
+    primary_weights: bool = setting(
+        False, "keep the layers' weights themselves in FP8, beside fp32 main weights"
+    )
+
+
+@dataclass(frozen=True)
+class KernelSettings:
+    """Which kernels compute; `agrpo doctor` says what a machine has and what a run takes."""
+
+    layer_spec: str = setting(
+        "auto",
+        "layers: Transformer Engine's fused ones (te) or torch's (local); auto: te where it and a "
+        "GPU are found and precision is not fp32",
+        choices=("auto", "local", "te"),
+    )
+    deterministic: bool = setting(
+        False, "a run repeats bit by bit on the same GPUs; slower attention"
+    )
+    batch_invariant: bool = setting(
+        False,
+        "a row's result does not depend on the rows beside it, so rollout and training agree bit "
+        "by bit; slower; wants te and flash attention 3 or 4",
+    )
+    cuda_graphs: bool = setting(
+        False, "replay rollout forwards as CUDA graphs, by length; wants te, pp1 and cp1"
+    )

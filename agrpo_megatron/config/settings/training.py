@@ -1,0 +1,271 @@
+"""Settings of the task, the sampler, the algorithm and the loops."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from agrpo_megatron.config.schema import section, setting
+
+UNMASKING = ("random", "low_confidence", "entropy", "margin", "bernoulli")
+PROPOSALS = ("uniform", "entropy")
+STEP_SAMPLERS = ("systematic", "stratified", "batch", "independent")
+
+
+@dataclass(frozen=True)
+class GraderSettings:
+    """Worker processes that grade, beside the sampler; a task that bounds itself needs none."""
+
+    workers: int = setting(2, "processes of each rank that grades", low=1)
+    seconds: float = setting(10.0, "wall time of one reward", unit="seconds", low=0.1)
+    memory: int = setting(2048, "memory that one reward may add", unit="MiB", low=64)
+    failed_score: float = setting(0.0, "score where a reward raises, hangs or runs out of memory")
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """The problems, their prompts and their reward."""
+
+    name: str = setting("sudoku", "built-in task, FILE.py of your own, or mixture")
+    train_problems: int | None = setting(
+        None, "training problems, at most; null: all of a file, 20000 generated ones", low=1
+    )
+    eval_problems: int | None = setting(
+        None, "held-out problems, at most; null: all of a file, 256 generated ones", low=1
+    )
+    seed: int = setting(0, "seed of generated problems and of drawn subsets, not run.seed", low=0)
+    options: dict[str, Any] = setting({}, "passed to the task by name; see `agrpo config --tasks`")
+    mixture: dict[str, Any] = setting(
+        {}, "tasks of a mixture by label: each has name, weight, options, problems as here"
+    )
+    leaks: str = setting(
+        "drop", "training problems that are also held out", choices=("drop", "refuse", "keep")
+    )
+    prompt_tokens: int | None = setting(
+        None, "longest prompt; null: what the row leaves beside the completion", low=1
+    )
+    long_prompts: str = setting(
+        "refuse", "problems whose prompt is longer", choices=("refuse", "drop")
+    )
+    pass_rates: str | None = setting(
+        None, "completions.jsonl of an evaluation of training problems: a curriculum's filter"
+    )
+    pass_rate_low: float = setting(0.0, "lowest pass rate that is trained on", low=0, high=1)
+    pass_rate_high: float = setting(1.0, "highest pass rate that is trained on", low=0, high=1)
+    grader: GraderSettings = section(GraderSettings, "worker processes that grade")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Megatron's optimizer and learning-rate schedule."""
+
+    learning_rate: float = setting(1e-4, "peak learning rate", low=0)
+    min_learning_rate: float = setting(0.0, "learning rate at the end of the decay", low=0)
+    decay: str = setting(
+        "constant",
+        "shape after warm-up",
+        choices=("constant", "linear", "cosine", "inverse-square-root"),
+    )
+    warmup_iterations: int = setting(0, "linear warm-up", unit="iterations", low=0)
+    weight_decay: float = setting(0.01, "decoupled weight decay", low=0)
+    clip_grad: float = setting(1.0, "gradient-norm clip; 0 turns it off", low=0)
+    adam_beta1: float = setting(0.9, "Adam's first decay", low=0, high=1)
+    adam_beta2: float = setting(0.99, "Adam's second decay", low=0, high=1)
+    distributed: bool = setting(False, "shard optimizer state over the data-parallel ranks")
+    moments: str = setting(
+        "fp32",
+        "Adam's two moments, under fp8 the second in bf16; less than fp32 wants Transformer Engine "
+        "and distributed",
+        choices=("fp32", "bf16", "fp8"),
+    )
+    main_gradients: str = setting(
+        "fp32",
+        "gradients as they are summed and as the optimizer takes them; bf16 wants Transformer "
+        "Engine and distributed",
+        choices=("fp32", "bf16"),
+    )
+    offload: float = setting(
+        0.0,
+        "share of the optimizer's states that is kept and updated on the CPU; wants distributed",
+        low=0,
+        high=1,
+    )
+    megatron: dict[str, Any] = setting({}, "passed to Megatron's OptimizerConfig by name")
+
+
+@dataclass(frozen=True)
+class SftSettings:
+    """Supervised fine-tuning on the task's solutions, before reinforcement learning."""
+
+    iterations: int = setting(0, "optimizer steps; 0 skips the phase", low=0)
+    batch_size: int = setting(128, "examples per optimizer step, all ranks together", low=1)
+    problems: int | None = setting(
+        None, "training problems whose solutions are shown; null: all of them", low=1
+    )
+    mask_epsilon: float = setting(1e-3, "lowest masking rate t", low=0, high=1)
+    optimizer: OptimizerSettings = section(OptimizerSettings, "optimizer of this phase")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The denoising sampler: which positions are fixed when, and how tokens are drawn."""
+
+    completion_length: int = setting(256, "length of every completion", unit="tokens", low=1)
+    block_length: int = setting(32, "block length of semi-autoregressive decoding", low=1)
+    denoising_steps: int = setting(128, "forward passes per completion, at most", low=1)
+    schedule: str = setting(
+        "uniform",
+        "tokens per step: equal (LLaDA), or by Dream's time",
+        choices=("uniform", "dream"),
+    )
+    unmasking: str = setting("random", "which positions are fixed next", choices=UNMASKING)
+    temperature: float = setting(1.0, "0 is greedy", low=0)
+    top_k: int | None = setting(None, "keep the k likeliest tokens", unit="tokens", low=1)
+    top_p: float = setting(1.0, "keep the smallest set with this mass", low=0, high=1)
+    truncation: str = setting(
+        "top_k_first",
+        "top-p applies to what top-k kept, or before it and to greedy decoding as well (Dream)",
+        choices=("top_k_first", "top_p_first"),
+    )
+    threshold: float | None = setting(
+        None, "also fix every token at least this probable, beyond the schedule", low=0, high=1
+    )
+    confidence: str = setting(
+        "policy",
+        "probability that ranks positions: of the tempered, truncated policy, or LLaDA's own",
+        choices=("policy", "untempered"),
+    )
+    early_end: bool = setting(True, "a row ends after a block that is all end-of-text")
+    forbid_mask_token: bool = setting(True, "never draw the mask token (published code: false)")
+
+
+@dataclass(frozen=True)
+class AlgorithmSettings:
+    """AGRPO: the policy gradient over denoising steps, and its published choices."""
+
+    name: str = setting(
+        "agrpo",
+        "agrpo draws mc_samples live steps of every rollout; full_trajectory takes all of them",
+        choices=("agrpo", "full_trajectory"),
+    )
+    prompts_per_iteration: int = setting(16, "problems per iteration, all ranks together", low=1)
+    group_size: int = setting(8, "completions per problem", low=2)
+    mc_samples: int = setting(8, "denoising steps drawn per rollout (published: 24)", low=1)
+    proposal: str = setting("uniform", "distribution that steps are drawn from", choices=PROPOSALS)
+    step_sampler: str = setting(
+        "systematic",
+        "how draws are spread; batch is the published low-discrepancy sampler",
+        choices=STEP_SAMPLERS,
+    )
+    uniform_mix: float = setting(
+        0.1,
+        "share of uniform in the proposal: bounds step weights by 1/share (published: 0)",
+        low=0,
+        high=1,
+    )
+    enumerate_short: bool = setting(
+        True, "score every live step once where mc_samples covers them all (published: false)"
+    )
+    live_steps: str = setting(
+        "sampled",
+        "steps that are scored: all that ran, or up to the last text token (published)",
+        choices=("sampled", "text"),
+    )
+    baseline: str = setting(
+        "mean", "subtracted from the reward", choices=("none", "mean", "leave_one_out")
+    )
+    scale_by_std: bool = setting(False, "divide advantages by the group's standard deviation")
+    clip_low: float = setting(0.2, "ratio clipped below at 1 - clip_low", low=0)
+    clip_high: float = setting(0.2, "ratio clipped above at 1 + clip_high", low=0)
+    kl_coefficient: float = setting(0.0, "weight of the KL to the frozen reference", low=0)
+    normaliser: str = setting(
+        "live_steps",
+        "mean over each rollout's live steps (published), or over a constant number",
+        choices=("live_steps", "constant"),
+    )
+    normaliser_constant: float | None = setting(
+        None, "steps that `constant` divides by; null: sampling.denoising_steps", low=1e-9
+    )
+    updates_per_iteration: int = setting(1, "optimizer steps on each batch of rollouts", low=1)
+    resample_rounds: int = setting(
+        0,
+        "times that groups of equal rewards are replaced by those of other problems (published: 0)",
+        low=0,
+    )
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The reinforcement-learning loop."""
+
+    iterations: int = setting(100, "rollout-and-update rounds", low=0)
+    token_budget: int = setting(16384, "packed tokens per micro-batch and rollout forward", low=1)
+    ratio_alarm: float = setting(
+        1e-3, "warn when a first update's policy ratio is further from 1 than this", low=0
+    )
+    stop_metric: str | None = setting(
+        None, "end early by this metric of the evaluations; null: after train.iterations"
+    )
+    stop_target: float | None = setting(None, "end once train.stop_metric is this high")
+    stop_patience: int | None = setting(
+        None, "end after so many evaluations without a higher train.stop_metric", low=1
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Held-out evaluation; null takes the value of `sampling`."""
+
+    interval: int = setting(25, "iterations between evaluations; 0: first and last only", low=0)
+    temperature: float = setting(0.0, "0 is greedy", low=0)
+    unmasking: str = setting("low_confidence", "as in sampling", choices=UNMASKING)
+    denoising_steps: int | None = setting(None, "as in sampling", low=1)
+    block_length: int | None = setting(None, "as in sampling", low=1)
+    top_k: int | None = setting(None, "as in sampling", low=1)
+    top_p: float = setting(1.0, "as in sampling", low=0, high=1)
+    # What follows is for `agrpo evaluate` alone.
+    completion_lengths: list[int] | None = setting(
+        None, "`agrpo evaluate` at each of these; null: that of sampling", unit="tokens"
+    )
+    steps: list[int] | None = setting(
+        None, "`agrpo evaluate` with each of these denoising steps; null: denoising_steps"
+    )
+    tokens_per_step: list[int] | None = setting(
+        None, "instead of steps: length / this, for each of these (d1: 2)", unit="tokens"
+    )
+    tasks: dict[str, Any] = setting(
+        {}, "`agrpo evaluate` on these, by label, as in task.mixture; empty: the task itself"
+    )
+    split: str = setting(
+        "eval", "`agrpo evaluate`: train gives a curriculum's pass rates", choices=("eval", "train")
+    )
+    samples: int = setting(
+        1, "`agrpo evaluate`: completions of each problem; several give pass@k", low=1
+    )
+    batch_size: int | None = setting(
+        None, "problems between two writes of `agrpo evaluate`; null: some rollout forwards", low=1
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Sharded checkpoints of model, optimizer and schedule."""
+
+    interval: int = setting(50, "iterations between checkpoints; 0: last only", low=0)
+    keep: int = setting(2, "newest checkpoints kept", low=1)
+    best: str | None = setting(
+        "accuracy", "also save and keep the highest of this metric of the evaluations; null: none"
+    )
+    background: bool = setting(False, "write in a process of its own while training goes on")
+    rollouts: bool = setting(
+        True, "keep rollouts until a checkpoint has them, so that a restart samples none again"
+    )
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    """What is reported, and where to."""
+
+    wandb: str = setting("offline", "wandb mode", choices=("offline", "online", "disabled"))
+    project: str = setting("agrpo", "wandb project")
+    name: str | None = setting(None, "wandb run name; null: the run directory's name")
+    samples: int = setting(4, "completions kept per iteration and evaluation", low=0)
+    live: bool = setting(True, "live terminal view where the terminal allows")

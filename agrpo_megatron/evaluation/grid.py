@@ -1,0 +1,156 @@
+"""The grid of an evaluation: completion lengths and numbers of denoising steps, checked.
+
+Runs before torch is loaded, so that a cell that does not fit is refused at once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from agrpo_megatron.config.rules import validate_sampling
+from agrpo_megatron.config.settings import SamplingSettings, Settings, evaluation_sampling
+
+# Where evaluations are kept: a folder of a run, and files in the directory of each.
+EVALUATIONS, EVALUATION, RESULTS = "evaluations", "evaluation.json", "results.json"
+SWEEP_POINTS = 5  # step counts of a sweep, at least, where the block length has as many
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One combination that every problem is answered at."""
+
+    completion_length: int
+    denoising_steps: int
+
+
+def evaluation_grid(settings: Settings, *, is_sweep: bool = False) -> list[Cell]:
+    """Return the cells of `evaluation`, lengths and steps ascending.
+
+    Args:
+        is_sweep: where no steps are set, take `sweep_steps` of every length.
+
+    Raises:
+        ValueError: a length or number of steps does not fit, or settings contradict each other.
+    """
+    _check_samples(settings)
+    chosen, base = settings.evaluation, evaluation_sampling(settings)
+    if chosen.steps is not None and chosen.tokens_per_step is not None:
+        raise ValueError(
+            f"evaluation.steps={chosen.steps} and evaluation.tokens_per_step="
+            f"{chosen.tokens_per_step} both set the steps; use one of them"
+        )
+    cells = set()
+    for length in chosen.completion_lengths or [base.completion_length]:
+        if length < 1:
+            raise ValueError(
+                f"evaluation.completion_lengths={length} is below 1; use for example "
+                f"{base.completion_length}"
+            )
+        block = _block_length(base, length)
+        if length % block:
+            raise ValueError(
+                f"evaluation.completion_lengths={length} is not a multiple of the block length "
+                f"{block}; use {_multiples(length, block)}, or set evaluation.block_length"
+            )
+        if is_sweep and chosen.steps is None and chosen.tokens_per_step is None:
+            steps = sweep_steps(length, block)
+        else:
+            steps = _steps(settings, length, length // block)
+        cells |= {Cell(length, count) for count in steps}
+    for cell in cells:
+        validate_sampling(cell_sampling(settings, cell), "evaluation")
+    return sorted(cells)
+
+
+def cell_sampling(settings: Settings, cell: Cell) -> SamplingSettings:
+    """Return the sampler of a cell; Dream's schedule decodes any length as one block."""
+    base = evaluation_sampling(settings)
+    return replace(
+        base,
+        completion_length=cell.completion_length,
+        denoising_steps=cell.denoising_steps,
+        block_length=_block_length(base, cell.completion_length),
+    )
+
+
+def sweep_steps(length: int, block_length: int) -> list[int]:
+    """Return step counts from one a block to one a token: halved, and filled up where few."""
+    each, count = {1}, block_length
+    while count > 1:
+        each.add(count)
+        count //= 2
+    left = set(range(1, block_length + 1)) - each
+    while len(each) < SWEEP_POINTS and left:
+        alone = {c: min(abs(math.log(c / other)) for other in each) for c in left}
+        chosen = max(left, key=lambda c: (alone[c], -c))
+        each.add(chosen)
+        left.remove(chosen)
+    return sorted(length // block_length * count for count in each)
+
+
+def _block_length(base: SamplingSettings, length: int) -> int:
+    return length if base.schedule == "dream" else base.block_length
+
+
+def _steps(settings: Settings, length: int, blocks: int) -> list[int]:
+    """Return the steps that are set for a length."""
+    chosen, base = settings.evaluation, evaluation_sampling(settings)
+    if chosen.tokens_per_step is not None:
+        block = length // blocks
+        for tokens in chosen.tokens_per_step:
+            if tokens < 1 or block % tokens:
+                fits = _near(tokens, [t for t in range(1, block + 1) if block % t == 0])
+                raise ValueError(
+                    f"evaluation.tokens_per_step={tokens} does not divide the block length "
+                    f"{block}; use {fits}"
+                )
+        return [length // tokens for tokens in chosen.tokens_per_step]
+    key = "evaluation.steps" if chosen.steps is not None else "evaluation.denoising_steps"
+    for steps in chosen.steps or [base.denoising_steps]:
+        if steps < 1 or steps % blocks or (steps > length and base.schedule != "dream"):
+            fits = _near(steps, range(blocks, length + 1, blocks))
+            raise ValueError(
+                f"{key}={steps} does not fit completion length {length}: it must be a multiple of "
+                f"its {blocks} blocks and at most {length}; use {fits}, or "
+                "evaluation.tokens_per_step, which fits every length"
+            )
+    return list(chosen.steps or [base.denoising_steps])
+
+
+def _near(wanted: int, allowed: Sequence[int]) -> str:
+    nearest = sorted(sorted(allowed, key=lambda value: abs(value - wanted))[:2])
+    return " or ".join(map(str, nearest))
+
+
+def _multiples(length: int, block: int) -> str:
+    below = length // block * block
+    return f"{below} or {below + block}" if below > 0 else str(block)
+
+
+def _check_samples(settings: Settings) -> None:
+    chosen = settings.evaluation
+    for key in ("completion_lengths", "steps", "tokens_per_step"):
+        if getattr(chosen, key) == []:
+            raise ValueError(f"evaluation.{key}=[] is empty; name at least one, or use null")
+    draws_order = chosen.unmasking in ("random", "bernoulli")
+    if chosen.samples > 1 and chosen.temperature == 0 and not draws_order:
+        raise ValueError(
+            f"evaluation.samples={chosen.samples} asks for different completions of a problem, but "
+            "evaluation.temperature=0 writes the same one each time; use evaluation.temperature=1, "
+            "or evaluation.samples=1"
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an evaluation has come, for what shows it."""
+
+    task: str
+    cell: Cell
+    cell_number: int  # from 1
+    cells: int  # of all tasks
+    problems_done: int  # of the cell
+    problems: int
+    accuracy: float  # of the cell's problems so far
+    work_done: float  # share of all denoising steps' tokens, earlier attempts included
+    work_before: float  # the same when this attempt began

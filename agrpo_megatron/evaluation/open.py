@@ -1,0 +1,75 @@
+"""Open a trained model for evaluation and sampling, without an optimizer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from agrpo_megatron.checkpoint.resume import verify_together
+from agrpo_megatron.checkpoint.sharded import load_weights
+from agrpo_megatron.checkpoint.start import load_start_weights
+from agrpo_megatron.config.parallel import rollout_parallel
+from agrpo_megatron.config.settings import evaluation_sampling
+from agrpo_megatron.megatron.network import Network, build_network
+from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
+from agrpo_megatron.rollout.session import (
+    EVALUATION_IDS,
+    Session,
+    View,
+    encode_prompts,
+    sample_prompts,
+)
+from agrpo_megatron.runs.log import RunLog
+from agrpo_megatron.runs.resolve import Resolved
+from agrpo_megatron.tasks.grading import Grader
+from agrpo_megatron.types import Prompt, Trajectory
+
+
+@contextmanager
+def opened(
+    resolved: Resolved, view: View, checkpoint: Path | None
+) -> Iterator[tuple[Session, Network]]:
+    """Yield a session that writes no files, and a network in the layout of the rollouts.
+
+    Called by every rank.
+
+    Args:
+        checkpoint: a checkpoint of a run; None takes the weights that `model.load` names.
+    """
+    settings = resolved.settings
+    settings = replace(
+        settings,
+        parallel=rollout_parallel(settings),
+        rollout=replace(settings.rollout, parallel=None),
+    )
+    ranks = start_ranks(settings)
+    try:
+        log = RunLog(Path(settings.run.dir), settings=settings, is_main=False)
+        network = build_network(settings, ranks)
+        network.set_training("eval")
+        if checkpoint is not None:
+            verify_together(checkpoint, ranks)
+            load_weights(checkpoint, network)
+        else:
+            load_start_weights(network, settings)
+        grader = Grader(resolved.task, settings.task)
+        try:
+            yield (
+                Session(settings, ranks, resolved.task, resolved.tokenizer, log, view, grader),
+                network,
+            )
+        finally:
+            grader.close()
+    finally:
+        stop_ranks()
+
+
+def complete(session: Session, network: Network, prompts: list[Prompt]) -> Trajectory:
+    """Complete prompts with the sampler of `evaluation`; every rank does all of them."""
+    ids = EVALUATION_IDS + torch.arange(len(prompts), device=session.ranks.device)
+    sampling = evaluation_sampling(session.settings)
+    encoded = encode_prompts(session, prompts)
+    trajectory, _ = sample_prompts(session, network, encoded, ids, sampling=sampling)
+    return trajectory

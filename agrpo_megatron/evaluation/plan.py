@@ -1,0 +1,265 @@
+"""What `agrpo evaluate` will do, laid out and checked before a rank starts."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from agrpo_megatron.checkpoint.integrity import MANIFEST
+from agrpo_megatron.config.parallel import model_ranks, rollout_parallel
+from agrpo_megatron.config.settings import Settings, TaskSettings
+from agrpo_megatron.evaluation.grid import Cell, cell_sampling, evaluation_grid
+from agrpo_megatron.runs.progress import checkpoint_path
+from agrpo_megatron.runs.resolve import RUN_SETTINGS, Resolved, problems_by_task, resolve
+from agrpo_megatron.tasks import Task, build_task
+from agrpo_megatron.tasks.base import Split, task_prompts
+from agrpo_megatron.tasks.mixture import Mixture
+from agrpo_megatron.tasks.public import NONE, PublicTask
+from agrpo_megatron.types import Problem
+
+EDGE = 1 << 20  # bytes that are read at both ends of a weight file without checksums
+BATCH_FORWARDS = 4  # rollout forwards that a batch fills at its first step, where none is set
+# Settings of the model that say where it comes from, not what it is.
+NOT_IDENTITY = ("load", "megatron", "init_std")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Problems that are answered together."""
+
+    label: str
+    cell: Cell
+    places: range  # among the task's problems
+    is_last: bool  # of its task and cell
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that an evaluation answers, in the order in which it does."""
+
+    resolved: Resolved
+    checkpoint: Path | None  # None: the weights that `model.load` names
+    cells: list[Cell]
+    tasks: Mapping[str, Task]  # by label
+    problems: Mapping[str, Sequence[Problem]]  # by label
+    batch_size: int  # problems
+    evaluation: dict[str, Any]  # what evaluation.json holds
+
+    @property
+    def samples(self) -> int:
+        """Return the completions of each problem."""
+        return self.resolved.settings.evaluation.samples
+
+    def batches(self) -> list[Batch]:
+        """Return all batches: task by task, cell by cell."""
+        size = self.batch_size
+        return [
+            Batch(
+                label, cell, range(first, min(first + size, len(found))), first + size >= len(found)
+            )
+            for label, found in self.problems.items()
+            for cell in self.cells
+            for first in range(0, len(found), size)
+        ]
+
+
+def plan_evaluation(
+    settings: Settings,
+    *,
+    checkpoint: Path | None,
+    label: str,
+    world_size: int,
+    is_sweep: bool = False,
+    stored: dict[str, Any] | None = None,
+) -> Plan:
+    """Lay out an evaluation.
+
+    Args:
+        checkpoint: of a run; None takes what `model.load` names.
+        label: what figures call the model.
+        stored: what evaluation.json of an earlier attempt holds; batches stay what they were.
+
+    Raises:
+        ValueError: anything the user wrote is wrong.
+    """
+    cells = evaluation_grid(settings, is_sweep=is_sweep)
+    try:
+        resolved = resolve(_prepared(settings, cells), world_size=world_size, needs=())
+    except ValueError as error:
+        if not settings.evaluation.tasks:
+            raise
+        said = str(error).replace("task.mixture", "evaluation.tasks")
+        raise ValueError(
+            f"evaluation.tasks: {said}" if said.startswith("task.") else said
+        ) from error
+    tasks, problems = _tasks(resolved)
+    size = settings.evaluation.batch_size or (stored or {}).get("evaluates", {}).get("batch_size")
+    size = size or _batch_size(resolved, world_size)
+    weights = checkpoint or _weights(settings)
+    evaluation = {
+        "label": label,
+        "weights": str(weights),
+        "evaluates": {
+            "checkpoint": fingerprint(weights),
+            **_identity(resolved, cells),
+            "batch_size": size,
+            "tasks": {
+                name: _task_identity(resolved, tasks[name], problems[name]) for name in tasks
+            },
+        },
+    }
+    return Plan(resolved, checkpoint, cells, tasks, problems, size, evaluation)
+
+
+def asked_split(settings: Settings) -> Split:
+    """Return the split that `evaluation.split` names."""
+    return "train" if settings.evaluation.split == "train" else "eval"
+
+
+def fingerprint(weights: Path) -> str:
+    """Return a digest of a checkpoint: of its checksums, or of all names, sizes and file ends."""
+    manifest = weights / MANIFEST
+    if manifest.exists():
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()
+    known = hashlib.sha256()
+    for path in sorted(weights.glob("*")):
+        if path.suffix in (".safetensors", ".bin", ".distcp") or path.name == "config.json":
+            size = path.stat().st_size
+            known.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as stream:
+                known.update(stream.read(EDGE))
+                stream.seek(max(0, size - EDGE))
+                known.update(stream.read(EDGE))
+    return known.hexdigest()
+
+
+def _prepared(settings: Settings, cells: Sequence[Cell]) -> Settings:
+    """Return settings whose sampler is that of the longest cell, for all other checks."""
+    longest = max(cells)
+    sampling = cell_sampling(settings, longest)
+    settings = replace(
+        settings,
+        sampling=replace(
+            settings.sampling,
+            completion_length=sampling.completion_length,
+            block_length=sampling.block_length,
+            denoising_steps=sampling.denoising_steps,
+        ),
+        evaluation=replace(settings.evaluation, denoising_steps=None, block_length=None),
+        # These name metrics of the run's own tasks, and nothing is trained.
+        checkpoint=replace(settings.checkpoint, best=None),
+        train=replace(settings.train, stop_metric=None, stop_target=None, stop_patience=None),
+    )
+    task = replace(settings.task, pass_rates=None)
+    if settings.evaluation.tasks:
+        task = replace(task, name=Mixture.name, mixture=settings.evaluation.tasks, options={})
+    if settings.evaluation.split == "eval":
+        task = _held_out_alone(task)
+    return replace(settings, task=task)
+
+
+def _held_out_alone(settings: TaskSettings) -> TaskSettings:
+    """Leave out training problems where the held-out ones are read: they need not be there."""
+    task = build_task(settings)
+    if isinstance(task, Mixture):
+        alone = {label: _held_out_alone(part.settings) for label, (part, _) in task.parts.items()}
+        trees = {
+            label: {**tree, "options": alone[label].options}
+            for label, tree in settings.mixture.items()
+        }
+        return replace(settings, mixture=trees)
+    if isinstance(task, PublicTask) and task.source("eval") is not None:
+        return replace(settings, options={**settings.options, "train": NONE})
+    return settings
+
+
+def _tasks(resolved: Resolved) -> tuple[dict[str, Task], dict[str, list[Problem]]]:
+    """Return tasks and problems by label: those of a mixture, or the one task there is."""
+    settings, task = resolved.settings, resolved.task
+    if isinstance(task, Mixture):
+        tasks = {label: part for label, (part, _) in task.parts.items()}
+    else:
+        tasks = {task.name: task}
+    problems = problems_by_task(task, asked_split(settings))
+    sorted_out = dict(zip(tasks, problems.values(), strict=True))
+    for label, found in sorted_out.items():
+        if not found:
+            raise ValueError(
+                f"task {label} has no problems in evaluation.split={settings.evaluation.split}; "
+                "ask for more, or leave the task out"
+            )
+    return tasks, sorted_out
+
+
+def _batch_size(resolved: Resolved, world_size: int) -> int:
+    """Return problems per batch: some forwards full, so that few rows run alone at its end."""
+    settings = resolved.settings
+    replicas = max(1, world_size // model_ranks(rollout_parallel(settings)))
+    row = 2 * settings.sampling.completion_length
+    completions = BATCH_FORWARDS * replicas * max(1, settings.train.token_budget // row)
+    return max(1, completions // settings.evaluation.samples)
+
+
+def _weights(settings: Settings) -> Path:
+    assert settings.model.load is not None
+    source = Path(settings.model.load)
+    return checkpoint_path(source) if (source / RUN_SETTINGS).exists() else source
+
+
+def _identity(resolved: Resolved, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Return the settings that decide about a completion, and which are asked for."""
+    settings = resolved.settings
+    model = {k: v for k, v in asdict(settings.model).items() if k not in NOT_IDENTITY}
+    sampling = asdict(cell_sampling(settings, cells[0]))
+    for name in ("completion_length", "denoising_steps"):
+        del sampling[name]
+    return {
+        "precision": settings.precision,
+        **({"fp8": asdict(settings.fp8)} if settings.precision == "fp8" else {}),
+        "seed": settings.run.seed,
+        "split": settings.evaluation.split,
+        "samples": settings.evaluation.samples,
+        "steps": {
+            str(length): [c.denoising_steps for c in cells if c.completion_length == length]
+            for length in dict.fromkeys(cell.completion_length for cell in cells)
+        },
+        "sampling": sampling,
+        "model": model,
+    }
+
+
+def _task_identity(resolved: Resolved, task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
+    """Return what is asked, and what decides about the verdicts: golds, and a file's code."""
+    written = task_prompts(task, problems, split=asked_split(resolved.settings))
+    prompts = resolved.tokenizer.encode_prompts(written)
+    asked = json.dumps([[problem.key for problem in problems], prompts])
+    graded = _canonical([[p.key, p.fields, p.solution] for p in problems])
+    file, _, _ = task.settings.name.partition(":")
+    code = {"file": _digest(Path(file).read_bytes())} if file.endswith(".py") else {}
+    return {
+        "name": task.settings.name,
+        "options": {k: v for k, v in task.settings.options.items() if (k, v) != ("train", NONE)},
+        "problems": len(problems),
+        "asked": _digest(asked.encode()),
+        "graded": _digest(graded.encode(errors="backslashreplace")),
+        **code,
+    }
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    """Return a value as text that is the same in every process: sorted, without addresses."""
+    if isinstance(value, Mapping):
+        pairs = sorted(f"{_canonical(key)}: {_canonical(each)}" for key, each in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(_canonical, value)))}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_canonical, value))}]"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -1,0 +1,1 @@
+"""What a machine offers, and which kernels a run takes on it."""

@@ -1,0 +1,246 @@
+"""Say which parts a run can use on this machine, and which kernels it takes.
+
+Importing this module loads none of them. A part that is broken is reported, never raised.
+"""
+
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from agrpo_megatron.hardware.machine import (
+    FLASH_ATTENTION,
+    INSTALL,
+    MISSING,
+    apex_problem,
+    import_problem,
+    one_line,
+    quiet,
+    release,
+    version,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from agrpo_megatron.hardware.kernels import Kernels
+
+GIB = 2**30
+REINSTALL = "reinstall with `make install`"
+REQUIRED = ("PyTorch", "Megatron-Core", "sentencepiece")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part of the machine or the installation."""
+
+    part: str
+    found: bool  # there, and it works as far as can be told without a run
+    version: str  # or size; empty where there is none
+    note: str  # what it allows, or what to do
+
+
+def examine() -> list[Finding]:
+    """Look at every part; imports them all, which takes some ten seconds."""
+    return [
+        _python(),
+        _torch(),
+        *_gpus(),
+        _megatron_core(),
+        _transformer_engine(),
+        _apex(),
+        _flash_attention(),
+        _resilience(),
+        _package(
+            "wandb",
+            "wandb",
+            "wandb",
+            works="offline by default; logging.wandb=online needs `wandb login`",
+            missing=REINSTALL,
+        ),
+        _package(
+            "sentencepiece",
+            "sentencepiece",
+            "sentencepiece",
+            works="reads .model files, the built-in characters among them",
+            missing=REINSTALL,
+        ),
+        _package(
+            "transformers",
+            "transformers",
+            "transformers",
+            works="reads the tokenizers of Hugging Face directories",
+            missing=REINSTALL,
+        ),
+        _cores(),
+        _memory(),
+    ]
+
+
+def summary(findings: Sequence[Finding]) -> list[str]:
+    """Return lines that say whether a run can start, and on which device."""
+    here = {finding.part for finding in findings if finding.found}
+    missing = [part for part in REQUIRED if part not in here]
+    lines = [f"cannot run: {', '.join(missing)} missing or broken"] if missing else []
+    gpu = any(part.startswith("GPU") for part in here)
+    return [
+        *lines,
+        f"device: {'GPU, ranks joined by NCCL' if gpu else 'CPU, ranks joined by gloo'}",
+    ]
+
+
+def print_findings(findings: Sequence[Finding], console: "Console") -> None:
+    """Print the findings as a table, and the summary below it."""
+    from rich.text import Text
+
+    table = _table("part", "", "version", "what that means", whole=("part", ""))
+    for finding in findings:
+        if finding.found:
+            state = Text("yes", style="green")
+        else:
+            state = Text("no", style="red" if finding.part in REQUIRED else "yellow")
+        table.add_row(finding.part, state, Text(finding.version), Text(finding.note))
+    console.print(table)
+    console.print()
+    for line in summary(findings):
+        head, _, rest = line.partition(": ")
+        console.print(Text.assemble((f"{head}: ", "bold"), rest))
+
+
+def print_kernels(kernels: "Kernels", of: str, console: "Console") -> None:
+    """Print which kernels a run takes, and why; `of` says whose settings they are for."""
+    from rich.text import Text
+
+    table = _table("kernel", "chosen", "why", whole=("kernel", "chosen"))
+    for note in kernels.notes:
+        table.add_row(note.part, Text(note.chosen, style="cyan"), Text(note.why))
+    console.print(Text.assemble(("kernels: ", "bold"), of), end="\n\n")
+    console.print(table)
+
+
+def _table(*headings: str, whole: Sequence[str]) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading in whole)
+    return table
+
+
+def _python() -> Finding:
+    return Finding("Python", True, platform.python_version(), sys.executable)
+
+
+def _torch() -> Finding:
+    finding = _package("PyTorch", "torch", "torch", works="", missing=REINSTALL)
+    if not finding.found:
+        return finding
+    build = importlib.import_module("torch").version.cuda
+    return replace(finding, note=f"built for CUDA {build}" if build else "built without CUDA")
+
+
+def _gpus() -> list[Finding]:
+    try:
+        with quiet():
+            torch = importlib.import_module("torch")
+            devices = [
+                torch.cuda.get_device_properties(index)
+                for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+            ]
+    except Exception as error:
+        return [Finding("GPU", False, "", f"torch cannot ask: {one_line(error)}")]
+    if not devices:
+        return [Finding("GPU", False, "", "torch sees none: runs use the CPU and gloo")]
+    return [
+        Finding(
+            f"GPU {index}",
+            True,
+            f"{device.total_memory / GIB:.0f} GiB",
+            f"{device.name}, compute capability {device.major}.{device.minor}",
+        )
+        for index, device in enumerate(devices)
+    ]
+
+
+def _megatron_core() -> Finding:
+    finding = _package(
+        "Megatron-Core",
+        "megatron.core",
+        "megatron-core",
+        works="model, parallelism, optimizer and checkpoints",
+        missing=REINSTALL,
+    )
+    if finding.found and release(finding.version) != (0, 19):
+        return replace(finding, found=False, note=f"must be 0.19: {REINSTALL}")
+    return finding
+
+
+def _transformer_engine() -> Finding:
+    return _package(
+        "Transformer Engine",
+        "transformer_engine.pytorch",
+        "transformer-engine",
+        works="fused layers, FP8 and fused optimizer, on a GPU",
+        missing=f"optional: fused layers and FP8; {INSTALL}",
+    )
+
+
+def _apex() -> Finding:
+    part, problem = "NVIDIA Apex", apex_problem()
+    if problem == MISSING:
+        note = f"optional: gradient of the head, fused optimizer; {INSTALL}"
+        return Finding(part, False, "", note)
+    if problem:
+        remedy = "uv pip uninstall apex, then " if "another" in problem else ""
+        return Finding(part, False, version("apex"), f"{problem}: {remedy}{INSTALL}")
+    gradient = import_problem("fused_weight_gradient_mlp_cuda")
+    note = f"fused optimizer{'; built without the' if gradient else ','} gradient of the head"
+    return Finding(part, True, version("apex"), note)
+
+
+def _flash_attention() -> Finding:
+    found = [f"{name} {has}" for name in FLASH_ATTENTION.values() if (has := version(name))]
+    note = "Transformer Engine's attention may take it; 3 or 4 for kernels.batch_invariant"
+    if not found:
+        note = f"optional: for kernels.batch_invariant; {INSTALL}"
+    return Finding("flash attention", bool(found), ", ".join(found), note)
+
+
+def _resilience() -> Finding:
+    finding = _package(
+        "nvidia-resiliency-ext",
+        "nvidia_resiliency_ext",
+        "nvidia-resiliency-ext",
+        works="ft_launcher finds hung ranks and starts them anew",
+        missing="optional; uv pip install -e '.[resilience]'",
+    )
+    if finding.found and release(finding.version) < (0, 6):
+        return replace(finding, note="Megatron-Core wants 0.6 or newer, which needs glibc 2.39")
+    return finding
+
+
+def _cores() -> Finding:
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Finding("CPU cores", True, str(mine), "shared by the ranks, see run.threads")
+
+
+def _memory() -> Finding:
+    try:
+        memory = importlib.import_module("psutil").virtual_memory()
+    except Exception as error:
+        return Finding("memory", False, "", f"psutil cannot tell: {one_line(error)}")
+    note = f"{memory.available / GIB:.0f} GiB of it free"
+    return Finding("memory", True, f"{memory.total / GIB:.0f} GiB", note)
+
+
+def _package(part: str, module: str, distribution: str, *, works: str, missing: str) -> Finding:
+    """Import `module` to see whether it works; whatever it raises becomes the note."""
+    problem = import_problem(module)
+    if problem == MISSING:
+        return Finding(part, False, "", missing)
+    return Finding(part, not problem, version(distribution), problem or works)

@@ -1,0 +1,243 @@
+"""Which kernels a run computes with, and why: settings and the machine decide together.
+
+What follows from settings alone is said by `rules_precision`, what each kernel needs by `machine`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from agrpo_megatron.config.rules_precision import optimizers, validate_recipe
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.hardware.machine import (
+    BLACKWELL,
+    HOPPER,
+    Machine,
+    Missing,
+    default_recipe,
+    fp8_missing,
+    fused_adam_missing,
+    invariant_flash,
+    look,
+    recipe_missing,
+    te_missing,
+)
+
+# Gradients of weights are summed over micro-batches by the product that makes them, or after it.
+FUSED, SEPARATE = "fused", "separate"
+OPTIMIZERS = {"te": "TE fused Adam", "apex": "Apex fused Adam", "torch": "torch AdamW"}
+
+
+class Note(NamedTuple):
+    """One choice, for `agrpo doctor`."""
+
+    part: str
+    chosen: str
+    why: str  # and why nothing else
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a run computes with."""
+
+    layer_spec: str  # local or te
+    recipe: str | None  # of FP8; None where nothing is
+    fuse_layer_gradients: bool  # products add the gradients of the layers' weights up
+    fuse_head_gradient: bool  # the same for the head, which is Megatron's own layer
+    flash_attention: int | None  # major version that batch-invariant attention is pinned to
+    optimizer: str  # te, apex or torch
+    notes: tuple[Note, ...]
+
+
+def kernels_for(settings: Settings, *, phases: Sequence[str] = ()) -> Kernels:
+    """Choose for this machine; `phases` (sft, rl) are those that are to be trained.
+
+    Raises:
+        ValueError: the machine cannot do what the settings ask, with key, value, rule and fix.
+    """
+    return choose(settings, look(), phases=phases)
+
+
+def choose(settings: Settings, machine: Machine, *, phases: Sequence[str] = ()) -> Kernels:
+    """Choose for a machine; pure.
+
+    Raises:
+        ValueError: the machine cannot do what the settings ask, with key, value, rule and fix.
+    """
+    recipe, precision = _precision(settings, machine)
+    layers = _layers(settings, machine)
+    spec = layers.chosen
+    optimizer, adam = _optimizer(settings, machine, phases)
+    flash, invariant = _batch_invariant(settings, machine)
+    in_layers, in_head = _layer_gradients(settings, machine, spec), _head_gradient(machine)
+    notes = (
+        layers,
+        _attention(settings, machine, spec),
+        _products(spec),
+        precision,
+        in_layers,
+        in_head,
+        adam,
+        invariant,
+        _deterministic(settings, machine, spec),
+        _graphs(settings, machine),
+    )
+    fused = in_layers.chosen == FUSED, in_head.chosen == FUSED
+    return Kernels(spec, recipe, *fused, flash, optimizer, notes)
+
+
+def in_one_line(kernels: Kernels) -> str:
+    """Say what a run takes, and what keeps it from Transformer Engine where it does without."""
+    chosen = {note.part: note for note in kernels.notes}
+    layers = chosen["layers"]
+    why = f" ({layers.why})" if kernels.layer_spec == "local" else ""
+    parts = (chosen[part].chosen for part in ("attention", "precision", "optimizer"))
+    return f"kernels: layers {layers.chosen}{why}, {', '.join(parts)}"
+
+
+def _layers(settings: Settings, machine: Machine) -> Note:
+    kernels, part = settings.kernels, "layers"
+    if settings.precision == "fp32":
+        return Note(part, "local", "te has no attention for precision=fp32")
+    if kernels.layer_spec == "local":
+        return Note(part, "local", "kernels.layer_spec=local")
+    missing = te_missing(machine)
+    if missing is None:
+        return Note(part, "te", f"Transformer Engine {machine.te} on {machine.gpu}")
+    if kernels.layer_spec == "te":
+        raise _refusal("kernels.layer_spec=te", missing, "kernels.layer_spec=auto")
+    if kernels.cuda_graphs:
+        raise _refusal("kernels.cuda_graphs=true", missing, "kernels.cuda_graphs=false")
+    return Note(part, "local", f"te needs {missing}")
+
+
+def _precision(settings: Settings, machine: Machine) -> tuple[str | None, Note]:
+    """Return the recipe of FP8, and the note on how matrix products are computed."""
+    part, precision = "precision", settings.precision
+    missing, asked = fp8_missing(machine), settings.fp8.recipe
+    recipe = asked or default_recipe(machine)
+    if precision != "fp8":
+        lacks = missing or recipe_missing(recipe, machine)
+        fp8 = f"fp8 needs {lacks.what}" if lacks else f"fp8 would be {recipe}"
+        name = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+        return None, Note(part, name, f"precision={precision}; {fp8}")
+    if missing:
+        raise _refusal("precision=fp8", missing, "precision=bf16")
+    said = f"fp8.recipe={asked}" if asked else f"fp8.recipe=null, here {recipe},"
+    if lacks := recipe_missing(recipe, machine):
+        raise ValueError(f"{said} needs {lacks}; {lacks.fix}")
+    validate_recipe(settings, recipe)
+    why = "products of the layers; all else is bfloat16"
+    if recipe == "blockwise" and machine.capability >= BLACKWELL:
+        why += "; emulated on Blackwell, where mxfp8 is native"
+    return recipe, Note(part, f"FP8 {recipe}", why)
+
+
+def _attention(settings: Settings, machine: Machine, spec: str) -> Note:
+    part, flash = "attention", "flash attention"
+    if spec == "local":
+        return Note(part, "torch SDPA", "that of the local layers")
+    if settings.kernels.batch_invariant:
+        return Note(part, flash, "kernels.batch_invariant=true; cuDNN's is not")
+    if machine.capability >= HOPPER:
+        return Note(part, "cuDNN fused", "what Transformer Engine takes from Hopper on")
+    if machine.flash_attention:
+        return Note(part, flash, "what Transformer Engine takes before Hopper")
+    return Note(part, "cuDNN fused", f"{flash} is not installed")
+
+
+def _products(spec: str) -> Note:
+    part = "norms and products"
+    if spec == "te":
+        return Note(part, "Transformer Engine", "a norm and the product after it are one module")
+    return Note(part, "torch", "those of the local layers")
+
+
+def _layer_gradients(settings: Settings, machine: Machine, spec: str) -> Note:
+    part = "gradients of layers"
+    if spec == "local":
+        return _head_gradient(machine)._replace(part=part)
+    if settings.kernels.batch_invariant:
+        # Megatron's batch-invariant product overwrites the sum that it is to be added to.
+        return Note(part, SEPARATE, "batch-invariant products cannot add")
+    return Note(part, FUSED, "by Transformer Engine")
+
+
+def _head_gradient(machine: Machine) -> Note:
+    """Say how Megatron's own layers add gradients up; the head is one with either spec."""
+    part = "gradient of the head"
+    if machine.gpu is None:
+        return Note(part, SEPARATE, "fused needs a GPU")
+    if not machine.apex_gradient:
+        return Note(part, SEPARATE, "fused needs NVIDIA Apex with its weight gradients")
+    return Note(part, FUSED, "by NVIDIA Apex")
+
+
+def _optimizer(settings: Settings, machine: Machine, phases: Sequence[str]) -> tuple[str, Note]:
+    """Return who updates the weights, as Megatron-Core chooses too, and the note."""
+    missing = fused_adam_missing(machine)
+    for key, optimizer in optimizers(settings, phases).items():
+        if optimizer.offload and machine.gpu is None:
+            needs = Missing(
+                "a GPU to move states from", "torch sees none", "run where there is one"
+            )
+            raise _refusal(f"{key}.offload={optimizer.offload:g}", needs, f"{key}.offload=0")
+        for name in ("moments", "main_gradients"):
+            value = getattr(optimizer, name)
+            # What is offloaded is updated by torch's AdamW.
+            if missing and value != "fp32" and not optimizer.offload:
+                raise _refusal(f"{key}.{name}={value}", missing, f"{key}.{name}=fp32")
+    if machine.gpu is None:
+        taken, why = "torch", "a fused one needs a GPU"
+    elif missing is None:
+        taken, why = "te", "the first that Megatron-Core looks for"
+    elif machine.apex_adam:
+        taken, why = "apex", "that of Transformer Engine would come first"
+    else:
+        taken, why = "torch", "a fused one needs Transformer Engine or NVIDIA Apex"
+    return taken, Note("optimizer", OPTIMIZERS[taken], why)
+
+
+def _batch_invariant(settings: Settings, machine: Machine) -> tuple[int | None, Note]:
+    """Return the flash attention that batch-invariant attention is pinned to, and the note."""
+    part, said = "batch-invariant", "kernels.batch_invariant"
+    found = invariant_flash(machine)
+    if not settings.kernels.batch_invariant:
+        missing = found if isinstance(found, Missing) else None
+        return None, Note(part, "no", _off(said, missing))
+    if isinstance(found, Missing):
+        raise _refusal(f"{said}=true", found, f"{said}=false")
+    return found, Note(part, "yes", f"{said}=true, by flash attention {found}")
+
+
+def _deterministic(settings: Settings, machine: Machine, spec: str) -> Note:
+    part = "deterministic"
+    if machine.gpu is None:
+        return Note(part, "yes", "a CPU repeats bit by bit")
+    if not settings.kernels.deterministic:
+        return Note(part, "no", _off("kernels.deterministic", None))
+    why = "kernels.deterministic=true"
+    # cuDNN's deterministic backward of packed rows wants 128 bytes for each score there.
+    is_hopper = HOPPER <= machine.capability < BLACKWELL
+    if spec == "te" and is_hopper and not machine.flash_attention:
+        why += (
+            "; many long rows (rows x heads x longest^2 from 2^30 on) take unfused attention, slow "
+            "and large, as flash-attn is not installed"
+        )
+    return Note(part, "yes", why)
+
+
+def _graphs(settings: Settings, machine: Machine) -> Note:
+    part, said = "CUDA graphs", "kernels.cuda_graphs"
+    if settings.kernels.cuda_graphs:
+        return Note(part, "rollout", f"{said}=true, one for each length")
+    return Note(part, "no", _off(said, te_missing(machine)))
+
+
+def _off(key: str, missing: Missing | None) -> str:
+    """Say that a switch is off, and whether it could be on."""
+    return f"{key}=true needs {missing.what}" if missing else f"{key} is off"
+
+
+def _refusal(said: str, missing: Missing, instead: str) -> ValueError:
+    return ValueError(f"{said} needs {missing}; {missing.fix}, or use {instead}")

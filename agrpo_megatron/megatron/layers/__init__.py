@@ -1,0 +1,1 @@
+"""Layer specs on packed rows: of torch alone, and of Transformer Engine."""

@@ -1,0 +1,114 @@
+"""Context parallelism: each rank holds a contiguous part of the packed tokens.
+
+Attention is bidirectional, so contiguous parts cost the same and nothing needs reordering. Only
+rows that cross from one part into the next need keys and values of other ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from agrpo_megatron.megatron.parallel import Axis, Ranks
+from agrpo_megatron.types import PackedRows, SftBatch, TimestepBatch
+
+
+def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRows:
+    """Append a row of padding where parallelism needs an even split, or FP8 whole blocks.
+
+    Args:
+        tokens: packed tokens that the result has at least.
+    """
+    count = max(tokens, len(rows.tokens))
+    missing = count + -count % _split(ranks) - len(rows.tokens)
+    if not missing:
+        return rows
+    end = rows.cu_seqlens[-1:] + missing
+    return PackedRows(
+        F.pad(rows.tokens, (0, missing)), torch.cat([rows.cu_seqlens, end]), rows.scored
+    )
+
+
+def for_schedule(batches: Sequence[PackedRows], ranks: Ranks) -> tuple[list[PackedRows], int]:
+    """Return micro-batches as Megatron's schedule takes them, and the tokens of each.
+
+    The interleaved schedule needs equal lengths: between two stages it exchanges lengths of both
+    directions through one channel, where they would be confused. Otherwise lengths are free, and
+    the number that is returned means nothing.
+    """
+    if ranks.parallel.virtual == 1:
+        return list(batches), 1
+    most = max(len(rows.tokens) for rows in batches)
+    padded = [padded_rows(rows, ranks, tokens=most) for rows in batches]
+    return padded, len(padded[0].tokens)
+
+
+def hidden_tokens(rows: PackedRows, ranks: Ranks) -> int:
+    """Return how many tokens of these rows a hidden state holds on one rank."""
+    count = len(rows.tokens)
+    return (count + -count % _split(ranks)) // _shares(ranks)
+
+
+def part_of(count: int, context: Axis, rank: int) -> tuple[int, int]:
+    """Return the token range of a context-parallel rank; `count` was padded to divide evenly."""
+    width = count // context.size
+    return rank * width, (rank + 1) * width
+
+
+def scored_slices(rows: PackedRows, ranks: Ranks) -> list[slice]:
+    """Return which of the scored tokens each context-parallel rank holds."""
+    context = ranks.context
+    if context.size == 1:
+        return [slice(0, len(rows.scored))]
+    count = len(padded_rows(rows, ranks).tokens)
+    starts = torch.tensor([part_of(count, context, r)[0] for r in range(context.size)])
+    bounds = torch.searchsorted(rows.scored.cpu(), starts).tolist() + [len(rows.scored)]
+    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def local_part[Batch: (SftBatch, TimestepBatch)](batch: Batch, ranks: Ranks) -> Batch:
+    """Keep what belongs to the scored tokens that this rank holds; the rows stay whole."""
+    if ranks.context.size == 1:
+        return batch
+    mine = scored_slices(batch.rows, ranks)[ranks.context.rank]
+    values = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "rows"}
+    return replace(batch, **{n: v[mine] if v is not None else None for n, v in values.items()})
+
+
+class GatherTokens(torch.autograd.Function):
+    """Concatenate the parts of all ranks [T / ranks, ...]; gradients are summed back."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        whole = part.new_empty(part.shape[0] * group.size(), *part.shape[1:])
+        dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        part = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
+        dist.reduce_scatter_tensor(part, grad.contiguous(), group=ctx.group)
+        return part, None
+
+
+def gather_keys(
+    key: Tensor, value: Tensor, wanted: slice, *, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Return keys and values at these of all ranks' tokens, from those here, [T, groups, dim]."""
+    both = GatherTokens.apply(torch.stack([key, value], 1), group)
+    key, value = both[wanted].unbind(1)  # type: ignore[index]
+    # Apart, as the fused kernels take them where no row crosses.
+    return key.contiguous(), value.contiguous()
+
+
+def _split(ranks: Ranks) -> int:
+    return _shares(ranks) * ranks.token_multiple
+
+
+def _shares(ranks: Ranks) -> int:
+    """Return among how many ranks the tokens of a hidden state are shared."""
+    return ranks.context.size * (ranks.tensor.size if ranks.parallel.sequence else 1)

@@ -1,0 +1,99 @@
+"""The layout of packed rows, as attention takes it: boundaries, positions, batched runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from agrpo_megatron.megatron.layers.context import part_of
+from agrpo_megatron.megatron.parallel import Axis
+
+
+@dataclass(frozen=True)
+class Run:
+    """Attention in one batched call: queries of neighbouring rows of equal length."""
+
+    rows: int
+    queries: int  # per row; fewer than keys where a row goes on on another rank
+    keys: int  # per row
+    start: int  # of the first row's keys, among the keys at hand
+
+
+@dataclass
+class PackedLayout(PackedSeqParams):
+    """Megatron's packed-sequence record, with what our attention needs computed once a forward."""
+
+    runs: list[Run] = field(default_factory=list)
+    keys: slice | None = None  # of all ranks' tokens; None: no row crosses into another's part
+    angles: Tensor | None = None  # [T, 1, head_dim] float32, of this rank's tokens
+    cosines: Tensor | None = None  # of the angles
+    sines: Tensor | None = None
+
+
+def packed_layout(
+    cu_seqlens: Tensor, *, angles: Callable[[Tensor], Tensor], context: Axis
+) -> PackedLayout:
+    """Describe packed rows: positions restart at every row.
+
+    Args:
+        cu_seqlens: [rows + 1] int32 row boundaries, of all context-parallel ranks together.
+        angles: positions [T] -> by how much each rotates, [T, 1, head_dim] float32.
+    """
+    bounds = cu_seqlens.tolist()
+    first, last = part_of(bounds[-1], context, context.rank)
+    turns = angles(positions_in_rows(cu_seqlens, bounds[-1])[first:last])
+    cuts = {part_of(bounds[-1], context, rank)[0] for rank in range(context.size)}
+    keys = None if cuts <= set(bounds) else _rows_around(bounds, first, last)
+    origin = keys.start if keys else first
+    longest = max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0)
+    # Rows of other ranks are empty here.
+    mine = cu_seqlens if context.size == 1 else cu_seqlens.clamp(first, last) - first
+    theirs = cu_seqlens.clamp(keys.start, keys.stop) - keys.start if keys else mine
+    return PackedLayout(
+        qkv_format="thd",
+        cu_seqlens_q=mine,
+        cu_seqlens_kv=theirs,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        runs=_runs(bounds, first, last, origin=origin),
+        keys=keys,
+        pad_between_seqs=False,
+        angles=turns,
+        cosines=turns.cos(),
+        sines=turns.sin(),
+    )
+
+
+def positions_in_rows(cu_seqlens: Tensor, count: int) -> Tensor:
+    """Return each token's position in its row, [count]; `count` is the last boundary."""
+    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=count)
+    return torch.arange(count, device=cu_seqlens.device) - starts
+
+
+def rotary_angles(positions: Tensor, *, head_dim: int, rope_theta: float) -> Tensor:
+    """Return by how much each position [T] rotates its heads, [T, 1, head_dim] float32."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angles = positions[:, None].float() * (1.0 / rope_theta**exponents)
+    return torch.cat([angles, angles], dim=-1)[:, None]
+
+
+def _rows_around(bounds: list[int], first: int, last: int) -> slice:
+    """Return the tokens of all rows that have some in `first` to `last`."""
+    return slice(max(b for b in bounds if b <= first), min(b for b in bounds if b >= last))
+
+
+def _runs(bounds: list[int], first: int, last: int, *, origin: int) -> list[Run]:
+    """Join neighbouring rows of equal length that lie whole in `first` to `last`."""
+    runs: list[Run] = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        queries = min(end, last) - max(start, first)
+        if queries <= 0:
+            continue
+        before = runs[-1] if runs else None
+        if before and queries == end - start == before.queries == before.keys:
+            runs[-1] = replace(before, rows=before.rows + 1)
+        else:
+            runs.append(Run(1, queries, end - start, start - origin))
+    return runs

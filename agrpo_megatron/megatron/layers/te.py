@@ -1,0 +1,85 @@
+"""The `te` layer spec: Megatron's transformer layer of Transformer Engine's fused modules.
+
+The norms before the two column-parallel products are fused into them, so a layer's own names
+differ from the local spec's; `Network.named_parameters` tells those that everything else knows.
+Imported only where a model is built with this spec: Transformer Engine is optional.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from transformer_engine.pytorch.attention.rope import FusedRoPEFunc  # type: ignore[reportMissingImports]
+
+from agrpo_megatron.megatron.layers.context import gather_keys
+from agrpo_megatron.megatron.layers.packed import PackedLayout
+
+
+class TeAttention(TEDotProductAttention):
+    """Bidirectional fused attention within each packed row.
+
+    Queries and keys are rotated by one kernel that computes in float32, from an angle for each
+    token: rows may begin anywhere, also within the part of another context-parallel rank. Keys
+    and values are gathered where a row crosses parts, as the local spec does; Transformer
+    Engine's own context parallelism wants every row split over all ranks.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        pg_collection: ProcessGroupCollection,
+        **kwargs: Any,
+    ):
+        alone = replace(config, context_parallel_size=1)
+        super().__init__(alone, *args, pg_collection=pg_collection, **kwargs)
+        self.context_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType,
+        *,
+        packed_seq_params: PackedLayout,
+        **_: object,
+    ) -> Tensor:
+        """Attend within rows: [T, heads, head_dim], keys and values [T, groups, head_dim]."""
+        layout = packed_seq_params
+        query, key = _rotate(query, layout), _rotate(key, layout)
+        if layout.keys is not None:
+            key, value = gather_keys(key, value, layout.keys, group=self.context_group)
+        return super().forward(
+            query, key, value, None, attn_mask_type, packed_seq_params=packed_seq_params
+        )
+
+
+def te_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
+    """Return `layers` of the `te` spec: Megatron's, bidirectional, on packed rows."""
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        qk_layernorm=config.qk_layernorm, use_te_activation_func=config.use_te_activation_func
+    )
+    parts: Any = layer.submodules
+    attention = parts.self_attention
+    # Megatron hands `no_mask` on as `padding` where rows are packed.
+    attention.params = {**attention.params, "attn_mask_type": AttnMaskType.no_mask}
+    attention.submodules.core_attention = TeAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
+
+
+def _rotate(x: Tensor, layout: PackedLayout) -> Tensor:
+    """Rotate the two halves of each head, [T, heads, head_dim]."""
+    assert layout.angles is not None
+    # As one sequence of T positions, the kernel takes its angle for each.
+    rotated = FusedRoPEFunc.apply(x[:, None], layout.angles[:, None])
+    assert isinstance(rotated, torch.Tensor)
+    return rotated.squeeze(1)

@@ -1,0 +1,169 @@
+"""Process groups: started once, handed on as a record; nothing below this layer reads a global."""
+
+import datetime
+import os
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from agrpo_megatron.config.parallel import model_ranks, rollout_parallel
+from agrpo_megatron.config.settings import ParallelSettings, Settings
+from agrpo_megatron.megatron.platform import prepare_kernels, prepare_platform
+from agrpo_megatron.megatron.precision import token_multiple
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the layout: the ranks that differ in it alone, and this rank's place."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank's place in a layout."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    parallel: ParallelSettings
+    groups: ProcessGroupCollection  # Megatron's own record of the same groups
+    tensor: Axis
+    pipeline: Axis
+    context: Axis
+    data: Axis
+    data_context: Axis  # data and context together: the ranks that hold the same weights
+    returning: dist.ProcessGroup  # the pipeline's ranks again, for what travels backwards
+    replica: dist.ProcessGroup | None  # all that hold one copy, over gloo; None: one rank
+    token_multiple: int = 1  # what the packed tokens on a rank are padded to
+    rollout_layout: "Ranks | None" = None  # where rollouts have a layout of their own
+
+    @property
+    def is_main(self) -> bool:
+        """Say whether this rank writes files and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Say whether this rank holds the head, and so sees logits."""
+        return self.pipeline.rank == self.pipeline.size - 1
+
+    @property
+    def speaks_for_replica(self) -> bool:
+        """Say whether this rank is the first of those that work on the same data."""
+        return self.tensor.rank == self.pipeline.rank == self.context.rank == 0
+
+    @property
+    def for_rollouts(self) -> "Ranks":
+        """Return the layout that samples."""
+        return self.rollout_layout or self
+
+
+def world_size() -> int:
+    """Return how many ranks were started, as the launcher tells; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_ranks(settings: Settings) -> Ranks:
+    """Prepare the platform and build all process groups; called once, by every rank."""
+    device = prepare_platform(settings.run.threads)
+    prepare_kernels(settings.kernels, device)
+    if not dist.is_initialized():
+        _join_world(device, settings.run.timeout)
+    rollout = None
+    if rollout_parallel(settings) != settings.parallel:
+        rollout = _lay_out(rollout_parallel(settings), settings, device)
+    # The training layout comes last: it stays Megatron's own, global one.
+    ranks = _lay_out(settings.parallel, settings, device)
+    tensor_parallel.model_parallel_cuda_manual_seed(settings.run.seed)
+    return replace(ranks, rollout_layout=rollout)
+
+
+def stop_ranks() -> None:
+    """Tear all process groups down; called by every rank."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.device) -> Ranks:
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=max(1, round(settings.run.timeout / 60)),
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    limit = datetime.timedelta(seconds=settings.run.timeout)
+    is_one_rank = model_ranks(parallel) == 1
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        parallel=parallel,
+        groups=groups,
+        tensor=_axis(groups.tp),
+        pipeline=_axis(groups.pp),
+        context=_axis(groups.cp),
+        data=_axis(groups.dp),
+        data_context=_axis(groups.dp_cp),
+        returning=_same_ranks(groups.pp, limit),
+        replica=None if is_one_rank else _replica(groups.dp.rank(), limit),
+        token_multiple=token_multiple(settings),
+    )
+
+
+def _axis(group: dist.ProcessGroup | None) -> Axis:
+    assert group is not None
+    return Axis(group, group.rank(), group.size())
+
+
+def _same_ranks(group: dist.ProcessGroup | None, limit: datetime.timedelta) -> dist.ProcessGroup:
+    """Return a second group of the same ranks, with channels of its own; called by all ranks."""
+    assert group is not None
+    if group.size() == 1:
+        return group
+    return _new_groups(tuple(dist.get_process_group_ranks(group)), limit)
+
+
+def _replica(number: int, limit: datetime.timedelta) -> dist.ProcessGroup:
+    """Return the group of all ranks that say the same number; called by all ranks."""
+    numbers: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    members = tuple(rank for rank, other in enumerate(numbers) if other == number)
+    return _new_groups(members, limit, backend="gloo")
+
+
+def _new_groups(
+    members: tuple[int, ...], limit: datetime.timedelta, *, backend: str | None = None
+) -> dist.ProcessGroup:
+    """Make the groups that the ranks are members of, and return this rank's; called by all."""
+    everyone: list[tuple[int, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(everyone, members)
+    made = {
+        group: dist.new_group(list(group), timeout=limit, backend=backend)
+        for group in sorted({*everyone})
+    }
+    mine = made[members]
+    assert isinstance(mine, dist.ProcessGroup)
+    return mine
+
+
+def _join_world(device: torch.device, timeout: float) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    limit = datetime.timedelta(seconds=timeout)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=limit)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit
+        )

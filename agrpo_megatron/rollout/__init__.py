@@ -1,0 +1,1 @@
+"""Completions of problems: sampled, graded and kept until a checkpoint has learned from them."""

@@ -1,0 +1,119 @@
+"""The run directory before a run: is it new, does it continue, or is it done?"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from agrpo_megatron.config.schema import flatten, load, to_tree
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.runs.files import write_whole
+from agrpo_megatron.runs.progress import CHECKPOINTS, Progress, latest_checkpoint
+from agrpo_megatron.runs.resolve import RUN_SETTINGS, SPLIT_NAMES
+from agrpo_megatron.tasks import Task
+from agrpo_megatron.tasks.mixture import Mixture
+
+# What may change between the attempts of one run: it alters no number, or only adds iterations.
+MAY_CHANGE = ("run.dir", "run.threads", "run.timeout", "logging", "checkpoint", "parallel")
+MAY_CHANGE += ("rollout", "ddp", "optimizer.distributed", "sft.optimizer.distributed")
+MAY_CHANGE += ("task.grader.workers", "resilience", "launch")
+# Nothing was judged by these before the reinforcement learning, which may refuse their metric.
+OF_RL = ("train.stop_metric", "train.stop_target", "train.stop_patience")
+DATA = "data.json"  # digests of the problems and of the task's file
+FIX = "choose another run.dir, or move it away with --restart"
+
+
+def progress(settings: Settings) -> Progress | None:
+    """Return how far the run directory has come; None for a new one.
+
+    Raises:
+        ValueError: it holds a run with other settings; names the first that differs.
+    """
+    directory = Path(settings.run.dir)
+    found = latest_checkpoint(directory / CHECKPOINTS)
+    if found is None:
+        return None
+    may_change = MAY_CHANGE + (OF_RL if found[1].phase == "sft" else ())
+    there = _fixed(load(Settings, directory / RUN_SETTINGS), may_change)
+    here = _fixed(settings, may_change)
+    for key in [*here, *there]:
+        old, new = there.get(key), here.get(key)
+        if old != new:
+            raise ValueError(f"run.dir={directory} holds a run with {key}={old}, not {new}; {FIX}")
+    return found[1]
+
+
+def check_data(directory: Path, task: Task, *, is_new: bool, is_main: bool) -> None:
+    """Compare what a run goes on with to what it began with; every rank. A new run is noted down.
+
+    Raises:
+        ValueError: the problems or the lines of the task's file are others.
+    """
+    path, here = directory / DATA, _digests(task)
+    if is_new and is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(here, indent=2) + "\n")
+    if is_new or not path.exists():
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    for what, digest in here.items():
+        if there.get(what) != digest:
+            raise ValueError(
+                f"run.dir={directory} holds a run whose {what} were others; restore them, {FIX}"
+            )
+
+
+def run_digest(settings: Settings, task: Task) -> str:
+    """Return a digest of all that what a run samples may follow from, but for its weights."""
+    everything = [_fixed(settings, MAY_CHANGE), _digests(task)]
+    return _digest(json.dumps(everything, default=str).encode())
+
+
+def is_finished(settings: Settings, done: Progress | None) -> bool:
+    """Say whether nothing is left to do."""
+    if done is None or done.phase != "rl":
+        return False
+    is_last = done.iteration == settings.train.iterations and done.is_evaluated
+    return is_last or done.stopped is not None
+
+
+def move_away(directory: Path) -> Path | None:
+    """Rename a run directory to the first free `NAME.1`, `NAME.2`, ...; nothing is deleted."""
+    return directory.rename(free_name(directory)) if directory.exists() else None
+
+
+def free_name(directory: Path) -> Path:
+    """Return the first of `NAME.1`, `NAME.2`, ... that is free."""
+    number = 1
+    while (target := directory.with_name(f"{directory.name}.{number}")).exists():
+        number += 1
+    return target
+
+
+def _fixed(settings: Settings, may_change: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings that may not change, by dotted name."""
+    return {
+        key: value
+        for key, value in flatten(to_tree(settings)).items()
+        if not any(key == name or key.startswith(f"{name}.") for name in may_change)
+    }
+
+
+def _digests(task: Task) -> dict[str, str]:
+    """Return digests of both splits' problems, and of the files of tasks of the user's own."""
+    found = {
+        f"{name} problems": _digest(
+            "\0".join(f"{p.key}\0{p.solution}" for p in task.problems(split)).encode()
+        )
+        for split, name in SPLIT_NAMES.items()
+    }
+    tasks = [part for part, _ in task.parts.values()] if isinstance(task, Mixture) else [task]
+    for name in (part.settings.name for part in tasks):
+        if ".py" in name:
+            file = name.partition(":")[0]
+            found[f"lines of {file}"] = _digest(Path(file).read_bytes())
+    return found
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,119 @@
+"""The files of a run: metrics, samples, resolved settings; and wandb."""
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from agrpo_megatron.config.schema import to_tree, to_yaml
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.runs.files import write_whole
+
+METRICS, SAMPLES, NOTES = "metrics.jsonl", "samples.jsonl", "notes.txt"
+
+
+class RunLog:
+    """Append-only logs of a run, written by the main rank; on others every call does nothing.
+
+    A checkpoint remembers how long the files were, and a resumed run cuts them back to that, so
+    that an iteration never stands there twice.
+
+    Args:
+        check: called before anything is written; raises where this attempt must not.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        settings: Settings,
+        is_main: bool,
+        wandb_id: str | None = None,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self.directory, self.check = directory, check
+        self._files: dict[str, Any] = {}
+        self._wandb: Any = None
+        if not is_main:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, SAMPLES):
+            self._files[name] = (directory / name).open("a", encoding="utf-8")
+        write_whole(directory / "config.yaml", to_yaml(settings))
+        self._wandb = _start_wandb(directory, settings, wandb_id)
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Write one line of metrics and hand it to wandb, under its phase's name."""
+        self._append(METRICS, record)
+        if self._wandb is not None:
+            phase = record["phase"]
+            named = {f"{phase}/{key}": value for key, value in record.items() if key != "phase"}
+            self._wandb.log(named)
+
+    def samples(self, records: list[dict[str, Any]], **common: Any) -> None:
+        """Write completion samples, one line each."""
+        for record in records:
+            self._append(SAMPLES, {**common, **record})
+
+    def notes(self, lines: Sequence[str]) -> None:
+        """Write what is to be known of the run's problems; each attempt writes it anew."""
+        if self._files and lines:
+            text = "".join(f"{line}\n" for line in lines)
+            (self.directory / NOTES).write_text(text, encoding="utf-8")
+
+    def alert(self, title: str, text: str) -> None:
+        """Let wandb tell whoever listens."""
+        if self._wandb is not None:
+            self._wandb.alert(title=title, text=text, level="WARN")
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Return the wandb run's id; None where wandb is off, and on other ranks."""
+        return self._wandb.id if self._wandb is not None else None
+
+    def offsets(self) -> dict[str, int]:
+        """Return the length of each file, in bytes."""
+        return {name: file.tell() for name, file in self._files.items()}
+
+    def cut_back(self, offsets: dict[str, int]) -> None:
+        """Drop what was written after a checkpoint."""
+        for name, file in self._files.items():
+            file.truncate(min(offsets.get(name, 0), file.seek(0, os.SEEK_END)))
+            file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Flush everything; wandb included."""
+        for file in self._files.values():
+            file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        if name in self._files:
+            self.check()
+            self._files[name].write(json.dumps(record) + "\n")
+            self._files[name].flush()
+
+
+def _start_wandb(directory: Path, settings: Settings, known: str | None) -> Any:
+    """Start wandb, under the id of an earlier attempt where there was one."""
+    logging = settings.logging
+    if logging.wandb == "disabled":
+        return None
+    import wandb
+
+    id_file = directory / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(known or secrets.token_hex(4), encoding="utf-8")
+    return wandb.init(
+        mode=logging.wandb,  # type: ignore[arg-type]
+        project=logging.project,
+        name=logging.name or directory.name,
+        id=id_file.read_text(encoding="utf-8"),
+        resume="allow",
+        dir=str(directory),
+        config=to_tree(settings),
+        settings=wandb.Settings(silent=True, console="off"),
+    )

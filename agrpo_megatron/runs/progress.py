@@ -1,0 +1,114 @@
+"""Which checkpoints a run has and how far it had come; reads small files, needs no torch."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agrpo_megatron.runs.files import write_whole
+
+CHECKPOINTS = "checkpoints"
+PROGRESS_FILE = "progress.json"
+LATEST, BEST = "latest", "best"  # files that name a checkpoint
+PARTIAL, DAMAGED = ".partial-", "damaged-"
+# Beside the tensors: the settings of the model, those of the run, what Hugging Face needs.
+MODEL_FILE, RUN_FILE, HF = "model.yaml", "run.yaml", "hf"
+PHASES = ("sft", "rl")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run had come when a checkpoint was written."""
+
+    phase: str  # "sft" or "rl"
+    iteration: int  # finished iterations of the phase
+    offsets: dict[str, int]  # bytes of each log file that belong to them
+    scores: dict[str, float] = field(default_factory=dict)  # of the latest evaluation
+    best: float | None = None  # highest `checkpoint.best` so far
+    is_best: bool = False
+    wandb: str | None = None  # id of the wandb run
+    stop_best: float | None = None  # highest `train.stop_metric` so far
+    stop_waited: int = 0  # evaluations since then
+    stopped: str | None = None  # why the run ended early
+    is_evaluated: bool = True  # no evaluation was due, or it was done
+
+    @property
+    def name(self) -> str:
+        """Return the checkpoint's directory name, which sorts in order of time within a phase."""
+        return f"{self.phase}-{self.iteration:06d}"
+
+
+def latest_checkpoint(root: Path) -> tuple[Path, Progress] | None:
+    """Return the newest checkpoint that looks whole, if there is one; no file is verified."""
+    for path in checkpoints(root):
+        if (path / PROGRESS_FILE).exists():
+            return path, read_progress(path)
+    return None
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Return the checkpoints up to the one that `latest` names, newest first."""
+    names, latest = _names(root), pointed(root, LATEST)
+    if latest in names:
+        names = names[names.index(latest) :]
+    return [root / name for name in names]
+
+
+def point(root: Path, pointer: str, name: str) -> None:
+    """Make `latest` or `best` name a checkpoint, at once or not at all."""
+    write_whole(root / pointer, name)
+
+
+def pointed(root: Path, pointer: str) -> str | None:
+    """Return the name that a pointer holds; None where there is none."""
+    path = root / pointer
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def set_aside(root: Path, path: Path, successor: Path | None) -> Path:
+    """Rename a damaged checkpoint, and make `latest` name another; returns the new name."""
+    number, target = 0, root / f"{DAMAGED}{path.name}"
+    while target.exists():
+        number, target = number + 1, root / f"{DAMAGED}{path.name}.{number + 1}"
+    path.rename(target)
+    if successor is None:
+        (root / LATEST).unlink(missing_ok=True)
+    else:
+        point(root, LATEST, successor.name)
+    return target
+
+
+def read_progress(path: Path) -> Progress:
+    """Read a checkpoint's progress record.
+
+    Raises:
+        RuntimeError: the directory does not hold a whole checkpoint.
+    """
+    try:
+        return Progress(**json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise RuntimeError(f"{path} does not hold a whole checkpoint") from None
+
+
+def checkpoint_path(run_dir: Path, name: str | None = None) -> Path:
+    """Return a checkpoint of a run: the latest, `best`, or the one of this name.
+
+    Raises:
+        ValueError: there is none; names those there are.
+    """
+    root = run_dir / CHECKPOINTS
+    names = sorted(_names(root))
+    if name in (None, LATEST, BEST):
+        found = pointed(root, name or LATEST)
+        if found is None:
+            what = "best checkpoint" if name == BEST else "checkpoint"
+            raise ValueError(f"{run_dir} holds no {what}; train it first")
+        return root / found
+    if name not in names:
+        known = ", ".join(names) or "none yet"
+        raise ValueError(f"{run_dir} holds no checkpoint {name}; it has {known}")
+    return root / name
+
+
+def _names(root: Path) -> list[str]:
+    """Return the names of all checkpoints, newest first."""
+    return [path.name for phase in PHASES for path in sorted(root.glob(f"{phase}-*"))][::-1]

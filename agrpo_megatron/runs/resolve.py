@@ -1,0 +1,221 @@
+"""Turn what the user wrote into complete, checked settings; nothing heavy is started.
+
+Runs before any process group and before torch is needed, so wrong input is refused at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from agrpo_megatron.config.rules import validate
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import ModelSettings, Settings, TokenizerSettings
+from agrpo_megatron.families import settings_from_hf
+from agrpo_megatron.runs.progress import HF, MODEL_FILE
+from agrpo_megatron.tasks import Task, build_task
+from agrpo_megatron.tasks.base import Split, task_prompts
+from agrpo_megatron.tasks.curriculum import filter_by_pass_rate, solved_problems
+from agrpo_megatron.tasks.mixture import Mixture
+from agrpo_megatron.text.tokenizer import Tokenizer, load_tokenizer
+from agrpo_megatron.types import Problem
+
+RUN_SETTINGS = "config.yaml"
+SPLIT_NAMES: dict[Split, str] = {"train": "training", "eval": "held-out"}
+SPLITS: tuple[Split, ...] = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Complete settings with the task and tokenizer they name."""
+
+    settings: Settings
+    task: Task
+    tokenizer: Tokenizer
+
+
+def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPLITS) -> Resolved:
+    """Fill what follows from `model.load` and the tokenizer, then check everything.
+
+    Args:
+        needs: splits that must have problems; training ones only where there are iterations.
+
+    Raises:
+        ValueError: any rule is broken; the message names key, value, rule and fix.
+    """
+    validate(settings, world_size)
+    settings = _with_loaded_model(settings)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    model = settings.model
+    model = replace(
+        model,
+        vocab_size=model.vocab_size or tokenizer.vocab_size,
+        mask_token_id=_first(model.mask_token_id, tokenizer.mask_id),
+        eos_token_id=_first(model.eos_token_id, tokenizer.eos_id),
+    )
+    settings = replace(settings, model=model)
+    validate(settings, world_size)
+    _check_tokens(model, tokenizer)
+    task = build_task(settings.task)
+    _require_problems(settings, task, needs)
+    check_prompts(settings, task, tokenizer)
+    filter_by_pass_rate(task, settings.task)
+    if settings.sft.iterations > 0 and "train" in needs:
+        _check_solutions(settings, task, tokenizer)
+    return Resolved(settings, task, tokenizer)
+
+
+def _first(chosen: int | None, default: int) -> int:
+    return default if chosen is None else chosen
+
+
+def _with_loaded_model(settings: Settings) -> Settings:
+    """Take the architecture from `model.load`, and its tokenizer where none is named."""
+    source = settings.model.load
+    if source is None:
+        return settings
+    run_file, model_file = Path(source) / RUN_SETTINGS, Path(source) / MODEL_FILE
+    if run_file.exists():
+        saved = load(Settings, run_file)
+        model, carried = saved.model, saved.tokenizer
+    elif model_file.exists():
+        model = load(ModelSettings, model_file)
+        carried = TokenizerSettings(_carried_tokenizer(model_file))
+    else:
+        model, carried = settings_from_hf(source), TokenizerSettings(source)
+    model = replace(model, load=source, megatron={**model.megatron, **settings.model.megatron})
+    tokenizer = settings.tokenizer
+    if tokenizer.path is None:
+        chat_template = tokenizer.chat_template or carried.chat_template
+        tokenizer = replace(tokenizer, path=carried.path, chat_template=chat_template)
+    return replace(settings, model=model, tokenizer=tokenizer)
+
+
+def _carried_tokenizer(model_file: Path) -> str | None:
+    """Return the tokenizer that a checkpoint carries along, if it does."""
+    folder = model_file.parent / HF
+    if any(folder.glob("tokenizer*.json")):
+        return str(folder)
+    file = folder / "tokenizer.model"
+    return str(file) if file.exists() else None
+
+
+def _check_tokens(model: ModelSettings, tokenizer: Tokenizer) -> None:
+    assert model.vocab_size is not None
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's "
+            f"{tokenizer.vocab_size} ids; leave it null or raise it"
+        )
+    for key in ("mask_token_id", "eos_token_id"):
+        value = getattr(model, key)
+        if value >= model.vocab_size:
+            raise ValueError(
+                f"model.{key}={value} is outside model.vocab_size={model.vocab_size}; "
+                "leave it null to take the tokenizer's"
+            )
+
+
+def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
+    """Refuse or drop problems whose prompts are over the limit; mutates the task and its notes.
+
+    A prompt is never cut. What the tokenizer cannot read is counted in the notes.
+
+    Raises:
+        ValueError: long prompts where `task.long_prompts` refuses them, or nothing is left.
+    """
+    limit, room = settings.task.prompt_tokens, prompt_room(settings)
+    if limit is not None and limit > room:
+        raise ValueError(
+            f"task.prompt_tokens={limit} and sampling.completion_length="
+            f"{settings.sampling.completion_length} are together over "
+            f"model.max_sequence_length={settings.model.max_sequence_length}; use at most {room}"
+        )
+    dropped: set[tuple[Split, str]] = set()
+    before = {split: _filled(task, split) for split in SPLITS}
+    for split in SPLITS:
+        problems, what = task.problems(split), SPLIT_NAMES[split]
+        prompts = tokenizer.encode_prompts(task_prompts(task, problems, split=split))
+        lengths = [len(prompt) for prompt in prompts]
+        long = [p for p, length in zip(problems, lengths, strict=True) if length > (limit or room)]
+        if long:
+            said = f"{len(long)} of {len(problems)} {what} problems have prompts over"
+            if settings.task.long_prompts == "refuse":
+                raise ValueError(_too_long(settings, said, longest=max(lengths)))
+            dropped |= {(split, problem.key) for problem in long}
+            task.notes.append(f"{said} {limit or room} tokens; left out (task.long_prompts=drop)")
+        unknown = sum(tokenizer.unknown_id in prompt for prompt in prompts)
+        if unknown:
+            task.notes.append(
+                f"{unknown} of {len(problems)} {what} prompts hold text that the tokenizer lacks"
+            )
+    if dropped:
+        task.keep(lambda split, problem: (split, problem.key) not in dropped)
+        if any(_filled(task, split) != before[split] for split in SPLITS):
+            raise ValueError(
+                f"task.long_prompts=drop leaves a task without problems of at most {limit or room} "
+                "prompt tokens; raise task.prompt_tokens or model.max_sequence_length"
+            )
+
+
+def problems_by_task(task: Task, split: Split) -> dict[str, list[Problem]]:
+    """Return the problems of a split by label: those of a mixture, or the one task there is."""
+    if not isinstance(task, Mixture):
+        return {task.settings.name: list(task.problems(split))}
+    found: dict[str, list[Problem]] = {label: [] for label in task.parts}
+    for problem in task.problems(split):
+        found[problem.task].append(problem)
+    return found
+
+
+def prompt_room(settings: Settings) -> int:
+    """Return how many tokens a row leaves for its prompt."""
+    return settings.model.max_sequence_length - settings.sampling.completion_length
+
+
+def _too_long(settings: Settings, said: str, *, longest: int) -> str:
+    limit, room = settings.task.prompt_tokens, prompt_room(settings)
+    model, length = settings.model, settings.sampling.completion_length
+    if limit is not None:
+        wider = f", with model.max_sequence_length={longest + length}" if longest > room else ""
+        return (
+            f"task.prompt_tokens={limit}: {said} it, the longest of {longest} tokens; use at least "
+            f"{longest}{wider}, or leave them out by task.long_prompts=drop"
+        )
+    return (
+        f"model.max_sequence_length={model.max_sequence_length} leaves {room} tokens for prompts "
+        f"beside sampling.completion_length={length}: {said} that, the longest of {longest} "
+        f"tokens; use at least {longest + length}, or leave them out by task.long_prompts=drop"
+    )
+
+
+def _filled(task: Task, split: Split) -> list[str]:
+    """Return the labels of the tasks that have problems in a split."""
+    return [label for label, problems in problems_by_task(task, split).items() if problems]
+
+
+def _require_problems(settings: Settings, task: Task, needs: Sequence[Split]) -> None:
+    """Refuse a task, or a part of a mixture, without problems in a split that is needed."""
+    trains = settings.train.iterations > 0 or settings.sft.iterations > 0
+    fixes: dict[Split, str] = {
+        "train": "give it some (task.options.train=none is for `agrpo evaluate` alone), or use "
+        "train.iterations=0 and sft.iterations=0",
+        "eval": "give it some",
+    }
+    for split in needs:
+        empty = [label for label, found in problems_by_task(task, split).items() if not found]
+        if empty and (split == "eval" or trains):
+            raise ValueError(
+                f"task {empty[0]} has no {SPLIT_NAMES[split]} problems; {fixes[split]}"
+            )
+
+
+def _check_solutions(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
+    """Refuse supervision on solutions that are missing or do not fit."""
+    shown, _ = solved_problems(task, settings.sft)
+    length = settings.sampling.completion_length
+    longest = max(map(len, tokenizer.encode_prompts([problem.solution for problem in shown])))
+    if longest > length:
+        raise ValueError(
+            f"sampling.completion_length={length} is shorter than the longest solution of task "
+            f"{settings.task.name} ({longest} tokens); use at least {longest}"
+        )

@@ -1,0 +1,146 @@
+"""The rewards and verdicts of AGRPO's published code, by their published names.
+
+Every function takes a completion and the problem's fields. They return what the published ones
+return, except where those execute, hang, raise or mark a right answer wrong; docs/tasks.md lists
+each exception. Source: github.com/probablyabot/agrpo, rewards.py and eval.py.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from agrpo_megatron.tasks.rewards.arithmetic import evaluate, same_numbers
+from agrpo_megatron.tasks.rewards.equivalence import equal, equal_in_text
+from agrpo_megatron.tasks.rewards.expressions import holds_solution, reaches
+from agrpo_megatron.tasks.rewards.extract import CELLS, boxed, cells_right, share, tagged
+
+type Fields = dict[str, Any]
+
+CLEAN = 200  # characters; what stands longer before an equals sign is no plain expression
+# A number with its sign, thousands commas and decimals.
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)\]}\u2212-])[\u2212-]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+)
+# Two numbers and what joins them: neither is the answer. Division by zero joins nothing.
+_PAIR = re.compile(
+    r"[$\d,.\s]+(?:[-+*/^\u2212]|\\times|\\cdot|\\div|and|or|to)\s*\$?(?!0\b)\d[\d,.\s]*"
+)
+
+
+def parse_answer(text: str) -> str:
+    r"""Return the first answer block, or all; in it the content of the first `\boxed`."""
+    inner = tagged(text, "answer")
+    inner = text if inner is None else inner
+    return boxed(inner) or inner
+
+
+def thinking_format_reward(text: str, _fields: Fields) -> float:
+    """0.5 for a block of thoughts."""
+    return 0.5 * (tagged(text, "think") is not None)
+
+
+def answer_format_reward(text: str, _fields: Fields) -> float:
+    """0.5 for an answer block."""
+    return 0.5 * (tagged(text, "answer") is not None)
+
+
+def correctness_reward(text: str, fields: Fields) -> float:
+    """3 for an answer that math-verify finds equal to the gold one."""
+    return 3.0 * equal(fields["answer"], parse_answer(text))
+
+
+def countdown_format_reward(text: str, fields: Fields) -> float:
+    """Thirds for the right side, the characters and the numbers; half off for a second `=`."""
+    answer = tagged(text, "answer")
+    if answer is None or "=" not in answer:
+        return 0.0
+    sides = answer.split("=")
+    left, right = sides[0].strip(), sides[-1].strip()
+    thirds = [
+        same_numbers(right, [fields["target"]]) and right.isdecimal(),
+        re.fullmatch(r"[\d\s+\-*/()]+", left) is not None,
+        same_numbers(left, fields["numbers"]),
+    ]
+    return sum(1 / 3 for third in thirds if third) - 0.5 * (len(sides) > 2)
+
+
+def countdown_correctness_reward(text: str, fields: Fields) -> float:
+    """3 for an equation in the answer block whose left side solves the problem."""
+    answer = tagged(text, "answer")
+    return 3.0 * (answer is not None and _solves(answer, fields))
+
+
+def sudoku_format_reward(text: str, fields: Fields) -> float:
+    """Quarters for 16 characters and for four of each digit, half for the clues kept."""
+    grid = tagged(text, "answer")
+    if grid is None or len(grid) != CELLS:
+        return 0.0
+    puzzle = fields["puzzle"]
+    kept = all(clue in ("0", cell) for clue, cell in zip(puzzle, grid, strict=True))
+    return 0.25 + 0.25 * (sorted(grid) == sorted("1234" * 4)) + 0.5 * kept
+
+
+def sudoku_correctness_reward(text: str, fields: Fields) -> float:
+    """3 times the share of empty cells that are right."""
+    return 3.0 * sudoku_share(text, fields)
+
+
+def sudoku_share(text: str, fields: Fields) -> float:
+    """Return the share of empty cells that are right; 0 for a puzzle without empty cells."""
+    return share(*sudoku_cells(text, fields))
+
+
+def sudoku_cells(text: str, fields: Fields) -> tuple[int, int]:
+    """Return the empty cells that are right, and all empty cells; short text is filled in front."""
+    grid = parse_answer(text).zfill(CELLS)[:CELLS]
+    return cells_right(grid, fields["puzzle"], fields["solution"])
+
+
+def gsm8k_verdict(text: str, fields: Fields) -> bool:
+    """Compare the answer with the gold one, or its first number where words surround it."""
+    answer = parse_answer(text)
+    return _begins_with(answer, fields["answer"]) or equal(fields["answer"], answer)
+
+
+def math_verdict(text: str, fields: Fields) -> bool:
+    """Compare the answer with the gold one."""
+    return equal(fields["answer"], parse_answer(text))
+
+
+def countdown_verdict(text: str, fields: Fields) -> bool:
+    """Judge the last equation of the answer."""
+    lines = [line.lstrip("=") for line in parse_answer(text).split("\n")]
+    equations = [line for line in lines if "=" in line]
+    return bool(equations) and _solves(equations[-1], fields)
+
+
+def _begins_with(answer: str, gold: str) -> bool:
+    """Say whether the first digits are the gold answer, and no part of another number."""
+    digits, number = re.search(r"\d+", answer), _NUMBER.search(answer)
+    if digits is None or number is None or _PAIR.fullmatch(answer):
+        return False
+    same = number[0] == digits[0]
+    return equal(gold, digits[0]) and (same or equal(gold, number[0]))
+
+
+def _solves(equation: str, fields: Fields) -> bool:
+    """Say whether what stands before the first `=` uses the numbers and reaches the target.
+
+    A plain expression is judged by its value. Where something else surrounds it, math-verify has
+    to read the target there too, as it alone does in the published code.
+    """
+    left, equals, _ = re.sub(r"[ \t]+", " ", equation).partition("=")
+    numbers, target = fields["numbers"], fields["target"]
+    if not equals or not same_numbers(left, numbers):
+        return False
+    if len(left) <= CLEAN and evaluate(left) is not None:
+        return reaches(left, target)
+    return holds_solution(left, numbers, target=target) and equal_in_text(str(target), left)
+
+
+REWARDS: dict[str, tuple[Callable[[str, Fields], float], ...]] = {
+    "gsm8k": (thinking_format_reward, answer_format_reward, correctness_reward),
+    "math": (thinking_format_reward, answer_format_reward, correctness_reward),
+    "countdown": (countdown_format_reward, countdown_correctness_reward),
+    "sudoku": (sudoku_format_reward, sudoku_correctness_reward),
+}

@@ -1,0 +1,100 @@
+"""Whether two mathematical answers are equal: math-verify, bounded in time and memory."""
+
+import contextlib
+import functools
+import logging
+import re
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from agrpo_megatron.tasks import sandbox
+
+SECONDS = 0.8  # of processor time for a comparison; what takes longer counts as different
+PATIENCE = 20 * SECONDS  # of wall time, where other processes keep it from running
+LONGEST = 20_000  # characters of an answer that is looked at
+_WHOLE_NUMBER = re.compile(r"(?:0|-?[1-9][0-9]{0,14})")
+
+type Comparison = Callable[[str, str], bool]
+
+
+class _TooLong(BaseException):  # no Exception: math-verify and sympy suppress those
+    """A comparison used up its time."""
+
+
+def equal(gold: str, answer: str) -> bool:
+    """Say whether `answer` means the same as `gold`; LaTeX or plain, without dollar signs.
+
+    Any text gets an answer, and within `SECONDS` once math-verify is loaded: the comparison runs
+    in a child process that ends when its time is over.
+    """
+    if _WHOLE_NUMBER.fullmatch(gold) and _WHOLE_NUMBER.fullmatch(answer):
+        return gold == answer  # as math-verify says, a thousand times as fast
+    return equal_in_text(f"${gold}$", f"${answer}$")
+
+
+def equal_in_text(gold: str, text: str) -> bool:
+    """Say whether what math-verify finds in a text means the same as `gold`; bounded likewise."""
+    if len(text) > LONGEST:
+        return False
+    if sandbox.is_inside():
+        return _compare_in_time(gold, text)
+    for _ in range(2):  # it may have been by chance that the server was killed
+        with contextlib.suppress(sandbox.ServerEnded):
+            return bool(_sandbox().run([(gold, text)])[0].value)
+    return False
+
+
+def prepare() -> None:
+    """Load math-verify in this process, before children are forked from it."""
+    _load_comparison()
+
+
+def load_mortal_comparison() -> Comparison:
+    """Return a comparison that ends its process where it takes too long, in C code too."""
+    compare = _load_comparison()
+
+    def compare_or_die(gold: str, text: str) -> bool:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        return compare(gold, text)
+
+    return compare_or_die
+
+
+@functools.cache
+def _load_comparison() -> Comparison:
+    """Import math-verify (a second) and return its comparison, without time limits of its own."""
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+
+    def compare(gold: str, text: str) -> bool:
+        wanted, found = (parse(side, parsing_timeout=0) for side in (gold, text))
+        return verify(wanted, found, timeout_seconds=0)
+
+    compare(r"$\frac{1}{2}$", "0.5")  # builds the grammar's tables here, not in every child
+    return compare
+
+
+def _compare_in_time(gold: str, text: str) -> bool:
+    """Compare in this process; C code that takes long is left to the limits it runs under."""
+    compare = _load_comparison()
+    signal.signal(signal.SIGPROF, _raise_too_long)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS, SECONDS / 10)
+    try:
+        return compare(gold, text)
+    except (_TooLong, Exception):
+        return False
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _raise_too_long(*_: Any) -> None:
+    raise _TooLong
+
+
+@functools.cache
+def _sandbox() -> sandbox.Sandbox:
+    factory = "agrpo_megatron.tasks.rewards.equivalence:load_mortal_comparison"
+    return sandbox.Sandbox(factory, seconds=PATIENCE)

@@ -1,0 +1,111 @@
+r"""d1's comparison of LaTeX answers: strings, after the normalisation of the MATH benchmark.
+
+Source: the MATH data set's published `strip_string` rules, as d1 uses them. They are kept as they
+are, oddities included, since the published accuracies were counted with them: a text that a rule
+cannot handle makes the comparison fall back to the raw strings.
+"""
+
+from agrpo_megatron.tasks.rewards.extract import closing_brace
+
+
+class _Unhandled(Exception):
+    """A rule met a text that it was not made for."""
+
+
+def is_equivalent(first: str, second: str) -> bool:
+    """Say whether two answers are the same string once both are normalised."""
+    try:
+        return normalise(first) == normalise(second)
+    except _Unhandled:
+        return first == second
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return the content of the last box, the whole text without one, None if it is not closed.
+
+    `\boxed x` without braces counts up to the next dollar sign, and goes before all others.
+    """
+    if "\\boxed " in text:
+        return text.split("\\boxed ")[-1].split("$")[0]
+    start = text.rfind("\\boxed")
+    if start < 0:
+        start = text.rfind("\\fbox")
+    if start < 0:
+        return text
+    end = closing_brace(text, start, depth=0)
+    if end is None:
+        return None
+    box = text[start : end + 1]
+    return box[len("\\boxed{") : -1] if box.startswith("\\boxed{") else box
+
+
+def normalise(text: str) -> str:
+    """Return the answer in the form that is compared."""
+    for old, new in _FIRST:
+        text = text.replace(old, new)
+    text = _without_units(text)
+    for old, new in ((r"\%", ""), (" .", " 0."), ("{.", "{0.")):
+        text = text.replace(old, new)
+    if not text:
+        return text
+    if text[0] == ".":
+        text = "0" + text
+    sides = text.split("=")
+    if len(sides) == 2 and len(sides[0]) <= 2:  # such as `x = `
+        text = sides[1]
+    text = _with_braces(text, "\\sqrt", arguments=1).replace(" ", "")
+    text = _with_braces(text, "\\frac", arguments=2)
+    if text == "0.5":
+        text = "\\frac{1}{2}"
+    return _slash_as_fraction(text)
+
+
+_FIRST = (
+    ("\n", ""),
+    ("\\!", ""),
+    ("\\\\", "\\"),
+    ("tfrac", "frac"),
+    ("dfrac", "frac"),
+    ("\\left", ""),
+    ("\\right", ""),
+    ("^{\\circ}", ""),
+    ("^\\circ", ""),
+    ("\\$", ""),
+)
+
+
+def _without_units(text: str) -> str:
+    parts = text.split("\\text{ ")
+    if len(parts) > 2:
+        raise _Unhandled
+    return parts[0]
+
+
+def _with_braces(text: str, command: str, *, arguments: int) -> str:
+    r"""Put one-letter arguments into braces: `\frac12` becomes `\frac{1}{2}`."""
+    head, *tails = text.split(command)
+    fixed = [head]
+    for tail in tails:
+        if not tail:
+            raise _Unhandled
+        if tail[0] == "{":
+            fixed.append(tail)
+        elif arguments == 1:
+            fixed.append(f"{{{tail[0]}}}{tail[1:]}")
+        elif len(tail) < 2:
+            return text
+        else:
+            second = tail[1] if tail[1] == "{" else f"{{{tail[1]}}}"
+            fixed.append(f"{{{tail[0]}}}{second}{tail[2:]}")
+    return command.join(fixed)
+
+
+def _slash_as_fraction(text: str) -> str:
+    sides = text.split("/")
+    if len(sides) != 2:
+        return text
+    try:
+        top, bottom = map(int, sides)
+    except ValueError:
+        raise _Unhandled from None
+    return f"\\frac{{{top}}}{{{bottom}}}" if text == f"{top}/{bottom}" else text

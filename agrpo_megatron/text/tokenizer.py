@@ -1,0 +1,201 @@
+"""Text to token ids and back: the built-in characters, sentencepiece, or Hugging Face.
+
+Importing this module loads neither torch, sentencepiece nor transformers.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agrpo_megatron.config.settings import TokenizerSettings
+from agrpo_megatron.text.chat import CONTROL_TOKENS, Template, choose_template, from_jinja
+from agrpo_megatron.types import Prompt
+
+CHARACTERS = Path(__file__).parent / "characters.model"
+MASK_PIECES = ("<mask>", "<|mdm_mask|>", "<|mask|>")
+EOS_PIECES = ("<eos>", "</s>", "<|endoftext|>")
+STOP_PIECES = ("<|eot_id|>", "<|im_end|>", "<|endoftext|>")  # what ends a turn of LLaDA and Dream
+SHOWN_MASK = "_"
+SHOWN_EOS = "<eos>"
+FIX = (
+    "give a sentencepiece .model file, a Hugging Face directory, or null for the built-in "
+    "characters"
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer with a mask token; the callables are what its library does for known ids."""
+
+    vocab_size: int
+    mask_id: int
+    eos_id: int  # fills a completion behind its text
+    stop_ids: frozenset[int]  # a completion's text ends before the first of these; eos_id is one
+    unknown_id: int | None  # stands for text that the vocabulary lacks; None where it lacks none
+    special: frozenset[int]  # ids that stand for no text
+    render: Template
+    to_ids: Callable[[list[str]], list[list[int]]]
+    to_text: Callable[[list[int]], str]
+    to_piece: Callable[[int], str]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, with nothing put before or after it."""
+        return self.to_ids([text])[0]
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Return the ids of a text as it is, or of a chat as the chat template lays it out."""
+        return self.encode_prompts([prompt])[0]
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the ids of each prompt; faster than one by one."""
+        return self.to_ids([p if isinstance(p, str) else self.render(p) for p in prompts])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text before the first stop token, without special or unknown ids."""
+        kept = itertools.takewhile(lambda i: i not in self.stop_ids, map(int, ids))
+        return self.to_text([i for i in kept if self._has_text(i)])
+
+    def decode_raw(self, ids: Iterable[int]) -> str:
+        """Return all text, stop tokens and what follows them included, special ids by name."""
+        known = (i for i in map(int, ids) if 0 <= i < self.vocab_size)
+        runs = itertools.groupby(known, self._has_text)
+        return "".join(
+            self.to_text(list(run)) if has_text else "".join(map(self.to_piece, run))
+            for has_text, run in runs
+        )
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """Return one printable string per id: `_` for the mask token, escapes for line ends."""
+        return [self._piece(int(i)) for i in ids]
+
+    def _has_text(self, token: int) -> bool:
+        return 0 <= token < self.vocab_size and token not in self.special
+
+    def _piece(self, token: int) -> str:
+        if token == self.mask_id:
+            return SHOWN_MASK
+        if token == self.eos_id:
+            return SHOWN_EOS
+        if not 0 <= token < self.vocab_size:  # a row that only pads the embedding
+            return f"<{token}>"
+        shown = [c if c.isprintable() else ascii(c)[1:-1] for c in self.to_piece(token)]
+        return "".join(shown)
+
+
+def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
+    """Load the tokenizer that `settings` names, from local files only.
+
+    Raises:
+        ValueError: the path is missing or unreadable, the vocabulary lacks a mask token or an
+            end-of-text token, or the chat template cannot be used.
+    """
+    path = CHARACTERS if settings.path is None else Path(settings.path)
+    if not path.exists():
+        raise ValueError(f"tokenizer.path={path} does not exist; {FIX}")
+    if path.is_dir():
+        return _load_huggingface(path, settings.chat_template)
+    if path.suffix == ".model":
+        return _load_sentencepiece(path, settings.chat_template)
+    raise ValueError(f"tokenizer.path={path} is neither a .model file nor a directory; {FIX}")
+
+
+def _load_sentencepiece(path: Path, chat_template: str | None) -> Tokenizer:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = SentencePieceProcessor()
+        model.LoadFromSerializedProto(path.read_bytes())
+        size = model.vocab_size()
+    except (OSError, RuntimeError) as error:
+        raise _unreadable(path, "sentencepiece model", error) from None
+    vocabulary = {model.id_to_piece(i): i for i in range(size)}
+    mask_id, eos_id = _require(
+        path, mask_id=_find(vocabulary, MASK_PIECES), eos_id=_find(vocabulary, EOS_PIECES)
+    )
+    silent = (model.is_control, model.is_unknown, model.is_unused)
+    special = {i for i in range(size) if any(kind(i) for kind in silent)}
+    return Tokenizer(
+        vocab_size=size,
+        mask_id=mask_id,
+        eos_id=eos_id,
+        stop_ids=_stop_ids(vocabulary, eos_id),
+        unknown_id=model.unk_id(),
+        special=frozenset(special | {mask_id, eos_id}),
+        render=choose_template(chat_template, None, vocabulary=vocabulary, special_tokens={}),
+        to_ids=model.encode,
+        to_text=model.decode,
+        to_piece=lambda i: model.id_to_piece(i).replace("\u2581", " "),
+    )
+
+
+def _load_huggingface(path: Path, chat_template: str | None) -> Tokenizer:
+    try:
+        model = _open_huggingface(path)
+    except Exception as error:  # transformers raises many kinds for a broken directory
+        raise _unreadable(path, "Hugging Face tokenizer directory", error) from None
+    vocabulary, names = model.get_vocab(), model.special_tokens_map
+    mask_id = model.mask_token_id
+    if mask_id is None:  # LLaDA's and Dream's directories do not register it
+        mask_id = _find(vocabulary, MASK_PIECES)
+    mask_id, eos_id = _require(path, mask_id=mask_id, eos_id=model.eos_token_id)
+    own = None
+    if model.chat_template:
+        own = from_jinja(model.get_chat_template(), names, source=f"tokenizer.path={path}")
+    added = {i for i, token in model.added_tokens_decoder.items() if token.special}
+    control = {vocabulary[t] for t in itertools.chain(*CONTROL_TOKENS.values()) if t in vocabulary}
+    return Tokenizer(
+        vocab_size=max(vocabulary.values()) + 1,
+        mask_id=mask_id,
+        eos_id=eos_id,
+        stop_ids=_stop_ids(vocabulary, eos_id),
+        unknown_id=None if model.unk_token_id == eos_id else model.unk_token_id,
+        special=frozenset({*model.all_special_ids, *added, *control, mask_id, eos_id}),
+        render=choose_template(chat_template, own, vocabulary=vocabulary, special_tokens=names),
+        to_ids=lambda texts: model(texts, add_special_tokens=False)["input_ids"] if texts else [],
+        to_text=lambda ids: model.decode(ids, clean_up_tokenization_spaces=False),
+        to_piece=lambda i: model.decode([i], clean_up_tokenization_spaces=False),
+    )
+
+
+def _open_huggingface(path: Path) -> Any:
+    """Load a tokenizer without running code from its directory."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+    config = path / "tokenizer_config.json"
+    declared = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    # AutoTokenizer would look into the model's config.json, and warn of a model it does not know.
+    # Dream's class is Qwen2's under a name of its own, and comes as code.
+    kinds = {"PreTrainedTokenizerFast": PreTrainedTokenizerFast, "DreamTokenizer": Qwen2Tokenizer}
+    kind = kinds.get(declared.get("tokenizer_class", ""), AutoTokenizer)
+    return kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+
+
+def _find(vocabulary: dict[str, int], pieces: Iterable[str]) -> int | None:
+    return next((vocabulary[piece] for piece in pieces if piece in vocabulary), None)
+
+
+def _stop_ids(vocabulary: dict[str, int], eos_id: int) -> frozenset[int]:
+    return frozenset({eos_id, *(vocabulary[p] for p in STOP_PIECES if p in vocabulary)})
+
+
+def _require(path: Path, *, mask_id: int | None, eos_id: int | None) -> tuple[int, int]:
+    """Return both ids, neither of them None."""
+    if mask_id is None:
+        raise ValueError(
+            f"tokenizer.path={path} has no mask token; use the tokenizer of a masked-diffusion "
+            f"model, or add one of {', '.join(MASK_PIECES)} to it"
+        )
+    if eos_id is None:
+        raise ValueError(
+            f"tokenizer.path={path} has no end-of-text token; set its eos_token, or add one of "
+            f"{', '.join(EOS_PIECES)} to it"
+        )
+    return mask_id, eos_id
+
+
+def _unreadable(path: Path, kind: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:200]
+    return ValueError(f"tokenizer.path={path} is not a readable {kind} ({reason}); {FIX}")

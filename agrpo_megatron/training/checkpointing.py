@@ -1,0 +1,129 @@
+"""What a run keeps: its checkpoints, the best of them, and the rollouts since the last one."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from agrpo_megatron.checkpoint.model_files import write_model_files
+from agrpo_megatron.checkpoint.saving import Saver
+from agrpo_megatron.config.schema import to_yaml
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.families.files import is_huggingface
+from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.rollout.cache import sampling_number
+from agrpo_megatron.rollout.session import Session
+from agrpo_megatron.runs.progress import CHECKPOINTS, HF, MODEL_FILE, RUN_FILE, Progress
+from agrpo_megatron.text.tokenizer import CHARACTERS
+from agrpo_megatron.training.early_stopping import judged, metric
+from agrpo_megatron.training.nan_guard import refuse_spoilt
+
+MODEL_FILES = "model"  # below the run directory: what each checkpoint holds beside its tensors
+
+
+class Keeper:
+    """Saves one phase of a run; every call is made by every rank.
+
+    Args:
+        last: the phase's last iteration, which is always saved.
+        done: where the phase begins.
+    """
+
+    def __init__(self, session: Session, engine: Engine, phase: str, last: int, done: Progress):
+        settings, directory = session.settings, Path(session.settings.run.dir)
+        self._session, self._phase, self._last, self._done = session, phase, last, done
+        self._settings, self._is_best, self._engine = settings.checkpoint, False, engine
+        self._saver = Saver(
+            directory / CHECKPOINTS,
+            engine,
+            keep=settings.checkpoint.keep,
+            is_async=settings.checkpoint.background,
+            files=directory / MODEL_FILES,
+            check=session.log.check,
+        )
+        self._iteration = done.iteration  # finished
+        self._saved = done.iteration if done.offsets else None  # in the newest checkpoint
+
+    def reach(self, iteration: int, *, is_evaluated: bool) -> None:
+        """Hear that an iteration is finished, but for an evaluation that is still to come."""
+        self._iteration = iteration
+        self._done = replace(self._done, is_evaluated=is_evaluated)
+
+    def judge(self, scores: dict) -> str | None:
+        """Remember the metrics of an evaluation; returns why the run should end early."""
+        self._done = replace(self._done, is_evaluated=True)
+        name, best = self._settings.best, self._done.best
+        kept = {
+            key: value
+            for key, value in scores.items()
+            if isinstance(value, float) or key.startswith("summary/")
+        }
+        self._done = replace(self._done, scores=kept)
+        if name is not None:
+            value = metric(scores, name, key="checkpoint.best")
+            self._is_best = best is None or value > best
+            self._done = replace(self._done, best=value if self._is_best else best)
+        self._done = judged(self._done, scores, self._session.settings.train)
+        return self._done.stopped
+
+    def after(self, iteration: int) -> None:
+        """Save after an iteration where one is due, is the best so far, or the run's end."""
+        self._iteration = iteration
+        self._saver.poll()
+        every, is_best, self._is_best = self._settings.interval, self._is_best, False
+        is_end = iteration == self._last or self._done.stopped is not None
+        is_due = is_end or is_best or bool(every and iteration % every == 0)
+        if not is_due or not (self._has_learned or is_end):
+            return
+        self._save(is_best=is_best)
+        algorithm = self._session.settings.algorithm
+        if self._session.bank is not None and self._phase == "rl":
+            self._session.bank.forget(sampling_number(iteration, 0, algorithm))
+
+    def stop(self) -> None:
+        """Save what is finished, if it is not saved yet, and wait for it."""
+        if self._has_learned and self._iteration != self._saved:
+            self._save(is_best=False)
+        self.finish()
+
+    @property
+    def _has_learned(self) -> bool:
+        """Say whether a phase has made an update: before, there is nothing beyond its start."""
+        return self._engine.scheduler.num_steps > 0
+
+    def finish(self) -> None:
+        """Wait until all is saved."""
+        with self._session.sections("checkpoint"):
+            self._saver.finish()
+
+    def _save(self, *, is_best: bool) -> None:
+        log, iteration = self._session.log, self._iteration
+        log.check()
+        refuse_spoilt(self._session, self._engine, phase=self._phase, iteration=iteration)
+        self._done = replace(
+            self._done,
+            phase=self._phase,
+            iteration=iteration,
+            offsets=log.offsets(),
+            is_best=is_best,
+            wandb=log.wandb_id,
+        )
+        with self._session.sections("checkpoint"):
+            self._saver.save(self._done)
+        self._saved = iteration
+
+
+def describe_model(folder: Path, settings: Settings) -> None:
+    """Write what checkpoints hold beside their tensors; one rank.
+
+    The tokenizer, and the files of the Hugging Face model that the run starts from.
+    """
+    sources = []
+    load = settings.model.load
+    if load is not None:
+        start = Path(load)
+        nested = (start / HF, start / MODEL_FILES / HF)
+        sources += [path for path in (start, *nested) if is_huggingface(path)]
+    tokenizer = settings.tokenizer.path
+    sources.append(CHARACTERS if tokenizer is None else Path(tokenizer))
+    write_model_files(folder, settings.model, dict.fromkeys(sources))
+    assert (folder / MODEL_FILE).exists()
+    (folder / RUN_FILE).write_text(to_yaml(settings), encoding="utf-8")

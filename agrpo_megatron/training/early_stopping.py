@@ -1,0 +1,59 @@
+"""Ending a run early, by a metric of its evaluations."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from agrpo_megatron.config.settings import Settings, TrainSettings
+from agrpo_megatron.runs.progress import Progress
+
+
+def judged(done: Progress, scores: Mapping[str, Any], settings: TrainSettings) -> Progress:
+    """Return the progress with an evaluation taken into account; `stopped` says why to end.
+
+    It follows from the metrics alone, which are the same on every rank.
+
+    Raises:
+        ValueError: the evaluation has no metric `train.stop_metric`.
+    """
+    name, target, patience = settings.stop_metric, settings.stop_target, settings.stop_patience
+    if name is None:
+        return done
+    value = metric(scores, name, key="train.stop_metric")
+    if target is not None and value >= target:
+        return replace(done, stopped=f"{name} is {value:.4g}: train.stop_target={target:g}")
+    if done.stop_best is None or value > done.stop_best:
+        return replace(done, stop_best=value, stop_waited=0)
+    waited = done.stop_waited + 1
+    done = replace(done, stop_waited=waited)
+    if patience is None or waited < patience:
+        return done
+    why = f"{name} was never above {done.stop_best:.4g} again: train.stop_patience={patience}"
+    return replace(done, stopped=why)
+
+
+def check_metrics(scores: Mapping[str, Any], settings: Settings) -> None:
+    """Check, before anything is trained, that evaluations have the metrics they are judged by.
+
+    Raises:
+        ValueError: an evaluation lacks `checkpoint.best` or `train.stop_metric`.
+    """
+    names = {
+        "checkpoint.best": settings.checkpoint.best,
+        "train.stop_metric": settings.train.stop_metric,
+    }
+    for key, name in names.items():
+        if name is not None:
+            metric(scores, name, key=key)
+
+
+def metric(scores: Mapping[str, Any], name: str, *, key: str) -> float:
+    """Return a metric of an evaluation by its name.
+
+    Raises:
+        ValueError: there is none of this name; names those there are.
+    """
+    if name not in scores:
+        known = ", ".join(key for key, value in scores.items() if isinstance(value, float))
+        raise ValueError(f"{key}={name}: no metric of evaluations; use {known}")
+    return float(scores[name])

@@ -1,0 +1,87 @@
+"""`agrpo convert` as a user calls it: what it prints, what it leaves, and how it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.cli.test_main import write_settings
+
+ROOT = Path(__file__).parents[2]
+LLADA = ROOT / "tests" / "fixtures" / "llada_tiny" / "hf"
+
+
+def _convert(*arguments, command=("-m", "agrpo_megatron", "convert")):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, *command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env={**environment, "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def test_there_and_back_and_verified(tmp_path):
+    there = _convert("to-megatron", LLADA, tmp_path / "m")
+    assert (there.returncode, there.stdout) == (0, f"{tmp_path / 'm'}\n"), there.stderr
+    assert "converting" in there.stderr
+    tool = (str(ROOT / "tools" / "convert_checkpoint.py"),)
+    assert _convert("to-hf", tmp_path / "m", tmp_path / "h", command=tool).returncode == 0
+    same = _convert("verify", LLADA, tmp_path / "m")
+    assert same.returncode == 0 and "logits" in same.stdout
+    assert same.stdout.splitlines()[-1] == "21 of 21 tensors are identical: passed"
+    tensors = load_file(tmp_path / "h" / "model.safetensors")
+    tensors["model.transformer.ln_f.weight"][0] += 0.5
+    save_file(tensors, tmp_path / "h" / "model.safetensors")
+    other = _convert("verify", tmp_path / "m", tmp_path / "h")
+    assert other.returncode == 1
+    lines = other.stdout.splitlines()
+    assert lines[1].split()[0] == "model.transformer.ln_f.weight" and lines[1].split()[2] == "0.5"
+    assert float(next(line for line in lines if "logits" in line).split()[-1]) > 1e-3
+    assert lines[-1] == "20 of 21 tensors are identical: FAILED"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["to-hf", "nowhere", "x"], "nowhere is not a directory"),
+        (["to-megatron", LLADA, LLADA], "exists; choose another name"),
+        (["to-hf", LLADA, "x"], "model.yaml"),
+        (["to-hf", LLADA, "x", "--checkpoint", "best"], "is not a run directory"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, said):
+    done = _convert(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("agrpo: error: ")
+    assert "Traceback" not in done.stderr and said in done.stderr
+
+
+@pytest.mark.slow
+def test_a_trained_run_becomes_a_hugging_face_directory_and_loads_again(tmp_path):
+    """With its tokenizer, a config.json and a card that says what it is; runs start from it."""
+    run = tmp_path / "run"
+    changes = {"sft": {"iterations": 1}, "train": {"iterations": 1}}
+    file = write_settings(tmp_path / "s.yaml", run={"dir": str(run)}, **changes)
+    own = ("-m", "agrpo_megatron")
+    assert _convert("train", file, command=own).returncode == 0
+    done = _convert("to-hf", run, tmp_path / "h", "--checkpoint", "best")
+    assert done.returncode == 0, done.stderr
+    names = {p.name for p in (tmp_path / "h").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "tokenizer.model"}
+    card = (tmp_path / "h" / "README.md").read_text()
+    assert "phase `rl`, 1 iterations" in card and "| accuracy |" in card
+    assert json.loads((tmp_path / "h" / "config.json").read_text())["dtype"] == "float32"
+    assert _convert("to-megatron", tmp_path / "h", tmp_path / "m").returncode == 0
+    assert _convert("verify", run, tmp_path / "m", "--no-logits").returncode == 0
+    for start in (tmp_path / "h", tmp_path / "m", run):
+        tokenizer = f"tokenizer.path={tmp_path / 'h' / 'tokenizer.model'}"
+        options = [f"run.dir={tmp_path / 'next'}", f"model.load={start}", tokenizer, "--restart"]
+        done = _convert("train", file, "sft.iterations=0", *options, command=own)
+        assert done.returncode == 0, done.stderr

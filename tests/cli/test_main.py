@@ -1,0 +1,260 @@
+"""The `agrpo` command: wrong input is one line and status 2, and every sub-command explains."""
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[2]
+# Sudoku with partial credit, after a supervised phase that has learned to write digits: rewards
+# differ, so the reinforcement learning of this run has gradients.
+SETTINGS = {
+    "run": {"threads": 1},
+    "model": {
+        "num_layers": 1,
+        "hidden_size": 16,
+        "ffn_hidden_size": 32,
+        "num_attention_heads": 2,
+        "max_sequence_length": 64,
+    },
+    "task": {
+        "name": "sudoku",
+        "train_problems": 32,
+        "eval_problems": 6,
+        "options": {"clues": 8, "partial_credit": 1.0},
+    },
+    "sampling": {"completion_length": 16, "block_length": 16, "denoising_steps": 4},
+    "sft": {"iterations": 40, "batch_size": 16, "optimizer": {"learning_rate": 0.02}},
+    "algorithm": {"prompts_per_iteration": 2, "group_size": 4, "mc_samples": 2},
+    "train": {"iterations": 3},
+    "evaluation": {"interval": 2},
+    "logging": {"wandb": "disabled"},
+}
+# A process that may run `agrpo`, and says afterwards what it had to load.
+PROBE = """
+import sys
+from agrpo_megatron.cli.main import main
+status = main(sys.argv[1:])
+loaded = [name for name in ("torch", "megatron.core", "transformers") if name in sys.modules]
+print("loaded:", *loaded)
+sys.exit(status)
+"""
+
+
+def write_settings(path, **changes):
+    """Write the settings file, with sections changed key by key."""
+    tree = {name: dict(section) for name, section in SETTINGS.items()}
+    for name, section in changes.items():
+        tree.setdefault(name, {}).update(section)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def probe(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", PROBE, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+def call(arguments, folder):
+    """Call the command on this rank, with what it prints sent to a file; returns both."""
+    os.environ["COLUMNS"] = "200"
+    from agrpo_megatron.cli.main import main
+
+    printed = Path(folder) / f"printed-{os.environ['RANK']}"
+    with (
+        printed.open("w") as out,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+    ):
+        status = main([str(argument) for argument in arguments])
+    return status, printed.read_text()
+
+
+def call_all(several, folder):
+    """Make several calls on this rank."""
+    return [call(arguments, folder) for arguments in several]
+
+
+def agrpo(folder, *arguments):
+    """Return exit status and output of one call."""
+    return run_ranks(1, call, arguments, folder)[0]
+
+
+WRONG = {
+    "unknown key": (
+        {"sampling": {"block_lenght": 8}},
+        "sampling.block_lenght is not a setting; did you mean sampling.block_length?",
+    ),
+    "wrong type": (
+        {"train": {"iterations": "many"}},
+        "train.iterations='many' has the wrong type; it must be an integer",
+    ),
+    "wrong choice": (
+        {"sampling": {"unmasking": "rand"}},
+        "sampling.unmasking=rand must be one of random, low_confidence, entropy, margin, "
+        "bernoulli; did you mean random?",
+    ),
+    "out of range": (
+        {"algorithm": {"group_size": 1}},
+        "algorithm.group_size=1 must be at least 2",
+    ),
+    "blocks that do not divide": (
+        {"sampling": {"block_length": 6}},
+        "sampling.block_length=6 does not divide sampling.completion_length=16; use 4 or 8",
+    ),
+    "more ranks than were started": (
+        {"parallel": {"tensor": 2}},
+        "parallel.tensor=2 does not divide the 1 ranks that were started; start 2 ranks "
+        "(torchrun --nproc-per-node 2) or use parallel=tp1-pp1-cp1-dp1, "
+        "the nearest layout that fits",
+    ),
+    "a prompt that leaves no room": (
+        {"model": {"max_sequence_length": 24}},
+        "model.max_sequence_length=24 leaves 8 tokens for prompts beside "
+        "sampling.completion_length=16: 32 of 32 training problems have prompts over that, the "
+        "longest of 17 tokens; use at least 33, or leave them out by task.long_prompts=drop",
+    ),
+    "a solution that does not fit": (
+        {"sampling": {"completion_length": 8, "block_length": 8}},
+        "sampling.completion_length=8 is shorter than the longest solution of task sudoku "
+        "(16 tokens); use at least 16",
+    ),
+    "a task option": (
+        {"task": {"options": {"clue": 8}}},
+        "task.options.clue is not an option of sudoku; did you mean clues?",
+    ),
+    "a missing tokenizer": (
+        {"tokenizer": {"path": "/nowhere/tokenizer.model"}},
+        "tokenizer.path=/nowhere/tokenizer.model does not exist; give a sentencepiece .model "
+        "file, a Hugging Face directory, or null for the built-in characters",
+    ),
+    "missing weights": (
+        {"model": {"load": "/nowhere/weights"}},
+        "model.load=/nowhere/weights is not a directory; give a Hugging Face or run folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_settings_are_one_line_and_status_2_before_torch_is_loaded(tmp_path, name):
+    """No torch, so no process group. Time is that of the processor: a machine may be busy."""
+    changes, message = WRONG[name]
+    run_dir = tmp_path / "run"
+    file = write_settings(tmp_path / "wrong.yaml", run={"dir": str(run_dir)}, **changes)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = probe("train", file)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+    assert done.stderr == f"agrpo: error: {message}\n"
+    assert (done.returncode, done.stdout) == (2, "loaded:\n")
+    assert not run_dir.exists(), "nothing is left behind"
+
+
+def test_a_missing_file_and_a_bad_override_are_refused_the_same_way(tmp_path):
+    file = write_settings(tmp_path / "good.yaml")
+    for arguments, said in (
+        (("train", tmp_path / "none.yaml"), "none.yaml: No such file or directory"),
+        (("train", file, "run.seed"), "override 'run.seed': write section.key=value"),
+        (("evaluate", tmp_path), f"{tmp_path} is not a run directory: it has no config.yaml"),
+        (("sample", file), f"{file} names no weights; set model.load, or give a run directory"),
+        (("report", tmp_path), f"run directory {tmp_path} has no metrics.jsonl"),
+    ):
+        done = probe(*arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("agrpo: error: ") and done.stderr.count("\n") == 1
+        assert said in done.stderr
+
+
+def test_one_rank_of_many_speaks(tmp_path):
+    file = write_settings(tmp_path / "wrong.yaml", train={"iteration": 1})
+    first = probe("train", file, RANK="0", WORLD_SIZE="2")
+    second = probe("train", file, RANK="1", WORLD_SIZE="2")
+    assert first.returncode == second.returncode == 2
+    assert "train.iteration is not a setting" in first.stderr and second.stderr == ""
+
+
+COMMANDS = ("train", "sft", "evaluate", "sample", "report", "doctor", "config", "launch")
+
+
+def test_every_sub_command_explains_itself_at_once():
+    whole = probe("--help")
+    assert whole.returncode == 0
+    for name in COMMANDS:
+        assert f"  {name} " in whole.stdout
+        done = probe(name, "--help")
+        assert done.returncode == 0 and done.stderr == ""
+        assert done.stdout.startswith(f"usage: agrpo {name} ")
+
+
+def test_config_explains_every_setting_and_every_task_and_checks_a_file(tmp_path):
+    whole = probe("config", COLUMNS="200")
+    assert whole.returncode == 0 and "loaded:\n" in whole.stdout
+    for key in ("run.dir", "sampling.unmasking", "optimizer.learning_rate", "ddp"):
+        assert f"{key} " in whole.stdout
+    assert "random | low_confidence | entropy" in whole.stdout
+    tasks = probe("config", "--tasks")
+    assert "task.name=countdown" in tasks.stdout and "task.options.clues" in tasks.stdout
+    part = probe("config", "--section", "checkpoint")
+    assert "checkpoint.keep" in part.stdout and "run.dir" not in part.stdout
+    checked = probe("config", write_settings(tmp_path / "good.yaml"), "run.seed=7")
+    assert checked.returncode == 0
+    resolved = yaml.safe_load(checked.stdout.removesuffix("loaded:\n"))
+    assert resolved["run"]["seed"] == 7 and resolved["model"]["mask_token_id"] is not None
+
+
+def test_doctor_names_what_is_there_and_what_is_not(tmp_path):
+    status, printed = agrpo(tmp_path, "doctor")
+    assert status == 0
+    for part in ("Python", "PyTorch", "Megatron-Core", "Transformer Engine", "wandb"):
+        assert part in printed
+    assert "kernels: default settings; agrpo doctor FILE" in printed
+
+
+def test_doctor_says_which_kernels_settings_take(tmp_path):
+    file = write_settings(tmp_path / "my.yaml")
+    for arguments in ((file, "precision=bf16"), ("precision=bf16",)):
+        status, printed = agrpo(tmp_path, "doctor", *arguments)
+        assert status == 0
+        assert "precision=bf16" in printed.split("kernels: ")[1].splitlines()[0]
+        assert "bfloat16" in printed
+    status, printed = agrpo(tmp_path, "doctor", file, "kernels.layer_spec=te")
+    assert (status, printed.count("\n")) == (2, 1)
+    assert printed.startswith("agrpo: error: kernels.layer_spec=te has no attention in float32")
+
+
+def test_what_a_machine_cannot_do_is_refused_before_anything_is_moved(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("says what a machine without a GPU refuses")
+    file = write_settings(tmp_path / "my.yaml", run={"dir": str(tmp_path / "run")})
+    (tmp_path / "run").mkdir()
+    status, printed = agrpo(tmp_path, "train", file, "--restart", "precision=fp8")
+    assert status == 2
+    assert printed == (
+        "agrpo: error: precision=fp8 needs a GPU, and torch sees none; run where there is one, or "
+        "use precision=bf16\n"
+    )
+    assert [path.name for path in tmp_path.glob("run*")] == ["run"]
+
+
+@pytest.mark.parametrize("arguments", [["config"], ["config", "examples/tiny.yaml"]])
+def test_a_reader_that_ends_early_is_no_error(arguments):
+    command = [sys.executable, "-m", "agrpo_megatron", *arguments]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -1,0 +1,331 @@
+"""Which kernels are chosen for which settings and machine, and what is refused in which words."""
+
+from dataclasses import replace
+
+import pytest
+
+from agrpo_megatron.config.rules_precision import validate_precision
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.hardware import kernels
+from agrpo_megatron.hardware.kernels import Kernels, choose, in_one_line, kernels_for
+from agrpo_megatron.hardware.machine import MISSING, Machine
+from tests.hardware.test_machine import HOPPER, gpu
+
+CPU = Machine()
+BARE = replace(HOPPER, te=None, te_problem=MISSING)
+BROKEN = replace(HOPPER, te_problem="it is broken: OSError: libnccl.so.2: cannot open")
+AMPERE, ADA = gpu("A100", 8, 0), gpu("L40S", 8, 9)
+BLACKWELL, WORKSTATION = gpu("B200", 10, 0), gpu("RTX PRO", 12, 0)
+EVERYTHING = replace(HOPPER, apex_adam=True, apex_gradient=True, flash_attention=(2, 3))
+
+
+def settings_of(*overrides):
+    """Return checked settings."""
+    settings = load(Settings, None, overrides)
+    validate_precision(settings)
+    return settings
+
+
+def chosen(here, *overrides, phases=("rl",)):
+    """Return what is chosen: all but the notes."""
+    found = choose(settings_of(*overrides), here, phases=phases)
+    return (
+        found.layer_spec,
+        found.recipe,
+        found.fuse_layer_gradients,
+        found.fuse_head_gradient,
+        found.flash_attention,
+        found.optimizer,
+    )
+
+
+BF16, FP8 = "precision=bf16", "precision=fp8"
+INVARIANT = "kernels.batch_invariant=true"
+
+
+@pytest.mark.parametrize(
+    ("here", "overrides", "expected"),
+    [
+        (CPU, (), ("local", None, False, False, None, "torch")),
+        (CPU, (BF16,), ("local", None, False, False, None, "torch")),
+        # Installed on a machine without a GPU, a package with kernels changes nothing.
+        (
+            Machine(te="2.20.2", te_problem="there is no GPU for it", apex_adam=True),
+            (BF16,),
+            ("local", None, False, False, None, "torch"),
+        ),
+        (HOPPER, (), ("local", None, False, False, None, "te")),
+        (HOPPER, (BF16,), ("te", None, True, False, None, "te")),
+        (
+            HOPPER,
+            (BF16, "kernels.layer_spec=local"),
+            ("local", None, False, False, None, "te"),
+        ),
+        (AMPERE, (BF16,), ("te", None, True, False, None, "te")),
+        (gpu("V100", 7, 0), (BF16,), ("local", None, False, False, None, "te")),
+        (BARE, (BF16,), ("local", None, False, False, None, "torch")),
+        (BROKEN, (BF16,), ("local", None, False, False, None, "torch")),
+        (replace(BARE, apex_adam=True), (BF16,), ("local", None, False, False, None, "apex")),
+        (
+            replace(BARE, apex_adam=True, apex_gradient=True),
+            (BF16,),
+            ("local", None, True, True, None, "apex"),
+        ),
+        (EVERYTHING, (), ("local", None, True, True, None, "te")),
+        (EVERYTHING, (BF16,), ("te", None, True, True, None, "te")),
+        # Batch-invariant products overwrite what they should add to: nothing in layers is fused.
+        (EVERYTHING, (BF16, INVARIANT), ("te", None, False, True, 3, "te")),
+        (
+            replace(BLACKWELL, flash_attention=(2, 3, 4)),
+            (BF16, INVARIANT),
+            ("te", None, False, False, 4, "te"),
+        ),
+        (HOPPER, (FP8,), ("te", "blockwise", True, False, None, "te")),
+        (BLACKWELL, (FP8,), ("te", "mxfp8", True, False, None, "te")),
+        (WORKSTATION, (FP8,), ("te", "tensorwise", True, False, None, "te")),
+        (
+            BLACKWELL,
+            (FP8, "fp8.recipe=blockwise"),
+            ("te", "blockwise", True, False, None, "te"),
+        ),
+        (
+            ADA,
+            (FP8, "fp8.recipe=tensorwise"),
+            ("te", "tensorwise", True, False, None, "te"),
+        ),
+        (
+            HOPPER,
+            (FP8, "fp8.recipe=delayed", "train.iterations=0"),
+            ("te", "delayed", True, False, None, "te"),
+        ),
+        (
+            HOPPER,
+            (BF16, "optimizer.moments=fp8", "optimizer.distributed=true"),
+            ("te", None, True, False, None, "te"),
+        ),
+        # What is offloaded is updated by torch's AdamW.
+        (
+            BARE,
+            (
+                BF16,
+                "optimizer.main_gradients=bf16",
+                "optimizer.offload=1",
+                "optimizer.distributed=true",
+            ),
+            ("local", None, False, False, None, "torch"),
+        ),
+    ],
+)
+def test_what_is_chosen(here, overrides, expected):
+    assert chosen(here, *overrides) == expected
+
+
+DISTRIBUTED = "optimizer.distributed=true"
+
+
+@pytest.mark.parametrize(
+    ("here", "overrides", "message"),
+    [
+        (
+            CPU,
+            (FP8,),
+            "precision=fp8 needs a GPU, and torch sees none; run where there is one, or use "
+            "precision=bf16",
+        ),
+        (
+            CPU,
+            (BF16, "optimizer.offload=0.5", DISTRIBUTED),
+            "optimizer.offload=0.5 needs a GPU to move states from, and torch sees none; run where "
+            "there is one, or use optimizer.offload=0",
+        ),
+        (
+            AMPERE,
+            (FP8,),
+            "precision=fp8 needs a Hopper GPU or newer, and A100 has compute capability 8.0; run "
+            "on a newer one, or use precision=bf16",
+        ),
+        (
+            AMPERE,
+            (FP8, "fp8.recipe=tensorwise"),
+            "precision=fp8 needs a Hopper GPU or newer, and A100 has compute capability 8.0; run "
+            "on a newer one, or use precision=bf16",
+        ),
+        (
+            BARE,
+            (FP8,),
+            "precision=fp8 needs Transformer Engine, and it is not installed; install it as "
+            "docs/install.md says, or use precision=bf16",
+        ),
+        (
+            BROKEN,
+            (FP8,),
+            "precision=fp8 needs Transformer Engine, and it is broken: OSError: libnccl.so.2: "
+            "cannot open; install it as docs/install.md says, or use precision=bf16",
+        ),
+        (
+            replace(HOPPER, te="2.2.0"),
+            (FP8,),
+            "precision=fp8 needs Transformer Engine 2.10 or newer, and it is 2.2.0; install it as "
+            "docs/install.md says, or use precision=bf16",
+        ),
+        (
+            ADA,
+            (FP8,),
+            "fp8.recipe=null, here blockwise, needs a Hopper GPU or newer, and L40S has compute "
+            "capability 8.9; use fp8.recipe=tensorwise",
+        ),
+        (
+            replace(HOPPER, cuda=(12, 8)),
+            (FP8, "fp8.recipe=blockwise"),
+            "fp8.recipe=blockwise needs CUDA 12.9 or newer, and torch was built for 12.8; install "
+            "a torch for CUDA 13, or use fp8.recipe=tensorwise",
+        ),
+        (
+            HOPPER,
+            (FP8, "fp8.recipe=mxfp8"),
+            "fp8.recipe=mxfp8 needs a Blackwell GPU (10.x), and H100 has compute capability 9.0; "
+            "use fp8.recipe=blockwise",
+        ),
+        (
+            WORKSTATION,
+            (FP8, "fp8.recipe=mxfp8"),
+            "fp8.recipe=mxfp8 needs a Blackwell GPU (10.x), and RTX PRO has compute capability "
+            "12.0; use fp8.recipe=blockwise",
+        ),
+        (
+            BLACKWELL,
+            (FP8, "model.ffn_hidden_size=400"),
+            "precision=fp8 needs widths that 32 divides, and model.ffn_hidden_size=400 is 400; use "
+            "a smaller tensor-parallel size, other widths, or precision=bf16",
+        ),
+        (
+            CPU,
+            (BF16, "kernels.layer_spec=te"),
+            "kernels.layer_spec=te needs a GPU, and torch sees none; run where there is one, or "
+            "use kernels.layer_spec=auto",
+        ),
+        (
+            BARE,
+            (BF16, "kernels.layer_spec=te"),
+            "kernels.layer_spec=te needs Transformer Engine, and it is not installed; install it "
+            "as docs/install.md says, or use kernels.layer_spec=auto",
+        ),
+        (
+            CPU,
+            (BF16, "kernels.cuda_graphs=true"),
+            "kernels.cuda_graphs=true needs a GPU, and torch sees none; run where there is one, or "
+            "use kernels.cuda_graphs=false",
+        ),
+        (
+            CPU,
+            (BF16, INVARIANT),
+            "kernels.batch_invariant=true needs a GPU, and torch sees none; run where there is "
+            "one, or use kernels.batch_invariant=false",
+        ),
+        (
+            AMPERE,
+            (BF16, INVARIANT),
+            "kernels.batch_invariant=true needs a Hopper GPU or newer, and A100 has compute "
+            "capability 8.0; run on a newer one, or use kernels.batch_invariant=false",
+        ),
+        (
+            HOPPER,
+            (BF16, INVARIANT),
+            "kernels.batch_invariant=true needs flash-attn-3 or flash-attn-4, and it is not "
+            "installed; install it as docs/install.md says, or use kernels.batch_invariant=false",
+        ),
+        (
+            CPU,
+            (BF16, "optimizer.moments=bf16", DISTRIBUTED),
+            "optimizer.moments=bf16 needs a GPU, and torch sees none; run where there is one, or "
+            "use optimizer.moments=fp32",
+        ),
+        (
+            replace(BARE, apex_adam=True),
+            (BF16, "optimizer.main_gradients=bf16", DISTRIBUTED),
+            "optimizer.main_gradients=bf16 needs Transformer Engine, and it is not installed; "
+            "install it as docs/install.md says, or use optimizer.main_gradients=fp32",
+        ),
+    ],
+)
+def test_what_a_machine_cannot_do_is_refused_with_the_fix(here, overrides, message):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        chosen(here, *overrides)
+    assert str(refusal.value) == message
+
+
+def test_an_optimizer_is_looked_at_where_its_phase_is_trained():
+    low = ("sft.optimizer.moments=bf16", "sft.optimizer.distributed=true", "sft.iterations=9", BF16)
+    with pytest.raises(ValueError, match=r"^sft\.optimizer\.moments=bf16 needs Transformer Engine"):
+        chosen(BARE, *low, phases=("sft", "rl"))
+    for phases in ((), ("rl",)):
+        assert chosen(BARE, *low, phases=phases)[-1] == "torch"
+
+
+def test_every_kernel_has_a_note_and_a_reason():
+    parts = [
+        "layers",
+        "attention",
+        "norms and products",
+        "precision",
+        "gradients of layers",
+        "gradient of the head",
+        "optimizer",
+        "batch-invariant",
+        "deterministic",
+        "CUDA graphs",
+    ]
+    for here in (CPU, BARE, AMPERE, ADA, HOPPER, BLACKWELL, WORKSTATION, EVERYTHING):
+        for precision in ("precision=fp32", BF16):
+            notes = choose(settings_of(precision), here).notes
+            assert [note.part for note in notes] == parts
+            assert all(note.chosen and note.why for note in notes)
+
+
+def _notes(here, *overrides):
+    return {note.part: note for note in choose(settings_of(*overrides), here).notes}
+
+
+def test_notes_say_why_something_better_was_not_taken():
+    assert (
+        _notes(BROKEN, BF16)["layers"].why
+        == f"te needs Transformer Engine, and {BROKEN.te_problem}"
+    )
+    assert _notes(HOPPER)["layers"].why == "te has no attention for precision=fp32"
+    assert (
+        _notes(AMPERE, BF16)["precision"].why == "precision=bf16; fp8 needs a Hopper GPU or newer"
+    )
+    assert _notes(HOPPER, BF16)["precision"].why == "precision=bf16; fp8 would be blockwise"
+    emulated = _notes(BLACKWELL, FP8, "fp8.recipe=blockwise")["precision"].why
+    assert emulated.endswith("emulated on Blackwell, where mxfp8 is native")
+    for here, attention in ((HOPPER, "cuDNN fused"), (AMPERE, "cuDNN fused"), (CPU, "torch SDPA")):
+        assert _notes(here, BF16)["attention"].chosen == attention
+    flash = replace(AMPERE, flash_attention=(2,))
+    assert _notes(flash, BF16)["attention"].chosen == "flash attention"
+
+
+def test_deterministic_attention_of_long_rows_wants_flash_attention_on_hopper():
+    """cuDNN's would take 128 bytes for each score, so Transformer Engine leaves it."""
+    deterministic = (BF16, "kernels.deterministic=true")
+    for here, is_warned in ((HOPPER, True), (EVERYTHING, False), (BLACKWELL, False)):
+        assert ("unfused" in _notes(here, *deterministic)["deterministic"].why) == is_warned
+    local = _notes(HOPPER, *deterministic, "kernels.layer_spec=local")["deterministic"]
+    assert local == ("deterministic", "yes", "kernels.deterministic=true")
+    assert _notes(CPU)["deterministic"].chosen == "yes"
+
+
+def test_one_line_tells_of_a_machine_that_does_without_transformer_engine():
+    line = "kernels: layers te, cuDNN fused, FP8 blockwise, TE fused Adam"
+    assert in_one_line(choose(settings_of(FP8), HOPPER)) == line
+    assert in_one_line(choose(settings_of(BF16), BARE)) == (
+        "kernels: layers local (te needs Transformer Engine, and it is not installed), torch SDPA, "
+        "bfloat16, torch AdamW"
+    )
+
+
+def test_the_choice_is_made_for_this_machine(monkeypatch):
+    monkeypatch.setattr(kernels, "look", lambda: BLACKWELL)
+    found = kernels_for(settings_of(FP8))
+    assert isinstance(found, Kernels)
+    assert found.recipe == "mxfp8"

@@ -1,0 +1,84 @@
+"""Rewards in worker processes begin while others are sampled; no completion depends on it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from agrpo_megatron.rollout.generate import answer
+from agrpo_megatron.tasks.grading import Grader
+from tests.ranks import run_ranks
+from tests.training.tiny import open_session
+
+NAMES = ("tokens", "unmask_step", "logprobs", "entropies", "support_ids", "num_steps")
+RAGGED = [  # rows end at different steps, and leave the batch
+    "sampling.block_length=1",
+    "sampling.denoising_steps=8",
+    "model.eos_token_id=39",
+    "sampling.top_k=20",
+]
+ROWS = 12
+LAYOUTS = {"dp1": 1, "dp2": 2, "pp2": 2, "tp2": 2}
+
+
+def _answer(overrides, is_bounded):
+    """Return answers to the first problems, and how many rows were handed in at each time."""
+    session, engine = open_session(*RAGGED, *overrides, world_size=dist.get_world_size())
+    task = session.task.task  # its own reward: the workers build it from the settings
+    task.is_bounded = is_bounded
+    grader = Grader(task, session.settings.task)
+    session = replace(session, task=task, grader=grader)
+    own, handed_in = grader.start, []
+
+    def start(calls):
+        handed_in.append(len(calls))
+        return own(calls)
+
+    grader.start = start
+    problems = list(task.problems("train")[:ROWS])
+    answers = answer(
+        session,
+        engine.rollout_network(),
+        problems,
+        torch.arange(ROWS),
+        sampling=session.settings.sampling,
+    )
+    grader.close()
+    return answers, handed_in
+
+
+def _both(layout):
+    return [_answer([f"parallel={layout}"], is_bounded) for is_bounded in (True, False)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_completions_are_the_same_bits_whether_grading_goes_on_beside_or_not(layout):
+    size = LAYOUTS[layout]
+    results = run_ranks(size, _both, layout)
+    for (here, _), (beside, _) in results:
+        for name in NAMES:
+            assert torch.equal(getattr(here.trajectory, name), getattr(beside.trajectory, name))
+        assert here.rewards == beside.rewards and len(here.rewards) == ROWS
+        assert "time/reward_hidden" not in here.seconds
+    replicas = 2 if layout == "dp2" else 1
+    graders = [(here, beside) for (_, here), (_, beside) in results if here]
+    assert len(graders) == replicas, "each replica grades once"
+    for here, beside in graders:
+        assert here == [ROWS // replicas]
+        assert len(beside) > 1 and sum(beside) == ROWS // replicas
+    assert results[0][1][0].seconds["time/reward_hidden"] >= 0
+
+
+def _with_rows():
+    return [_answer([f"rollout.rows={rows}"], False) for rows in ("null", 1, 5)]
+
+
+def test_fewer_rows_in_a_forward_change_no_token():
+    (((whole, _), (single, ones), (few, _)),) = run_ranks(1, _with_rows)
+    assert ones == [1] * ROWS
+    for answers in (single, few):
+        assert torch.equal(answers.trajectory.tokens, whole.trajectory.tokens)
+        assert torch.equal(answers.trajectory.unmask_step, whole.trajectory.unmask_step)
+        assert answers.rewards == whole.rewards
+        assert answers.tokens == whole.tokens

@@ -1,0 +1,175 @@
+"""A run directory is continued by its own settings only, and never overwritten."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from agrpo_megatron.config.schema import build, to_tree, to_yaml
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.runs.directory import (
+    check_data,
+    is_finished,
+    move_away,
+    progress,
+    run_digest,
+)
+from agrpo_megatron.runs.progress import Progress
+from agrpo_megatron.tasks import build_task
+
+HALF = Progress("rl", 50, {"metrics.jsonl": 7})
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Return the settings of a run that was cut off half-way."""
+    settings = build(Settings, {"run": {"dir": str(tmp_path / "run")}})
+    checkpoint = tmp_path / "run" / "checkpoints" / HALF.name
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text(json.dumps(asdict(HALF)))
+    (checkpoint.parent / "latest").write_text(HALF.name)
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(settings))
+    return settings
+
+
+def _changed(settings, key, value):
+    tree = to_tree(settings)
+    *sections, name = key.split(".")
+    node = tree
+    for part in sections:
+        node = node[part]
+    node[name] = value
+    return build(Settings, tree)
+
+
+def test_the_same_settings_continue_where_the_run_was(settings):
+    assert progress(settings) == HALF
+    assert not is_finished(settings, HALF)
+    assert is_finished(settings, Progress("rl", settings.train.iterations, {}))
+    assert not is_finished(settings, Progress("sft", settings.train.iterations, {}))
+
+
+def test_a_run_that_ended_early_is_finished(settings):
+    assert is_finished(settings, replace(HALF, stopped="accuracy is 1: train.stop_target=1"))
+    assert not is_finished(settings, replace(HALF, phase="sft", stopped="never"))
+
+
+def test_a_new_directory_has_no_progress(tmp_path):
+    settings = build(Settings, {"run": {"dir": str(tmp_path / "new")}})
+    assert progress(settings) is None
+    assert not is_finished(settings, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("run.seed", 1, "run.seed=0, not 1"),
+        ("optimizer.learning_rate", 1e-3, "optimizer.learning_rate=0.0001, not 0.001"),
+        ("sampling.top_k", 5, "sampling.top_k=None, not 5"),
+        ("model.megatron", {"attention_dropout": 0.1}, "model.megatron.attention_dropout=None"),
+        ("task.options", {"numbers": 4}, "task.options.numbers=None, not 4"),
+        ("task.grader.seconds", 3.0, "task.grader.seconds=10.0, not 3.0"),
+        ("train.stop_metric", "accuracy", "train.stop_metric=None, not accuracy"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_its_key(settings, key, value, said):
+    with pytest.raises(ValueError, match="--restart") as error:
+        progress(_changed(settings, key, value))
+    assert said in str(error.value)
+    assert str(settings.run.dir) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run.threads", 1),
+        ("run.timeout", 30.0),
+        ("checkpoint.interval", 5),
+        ("logging.samples", 1),
+        ("parallel.tensor", 2),
+        ("rollout.rows", 4),
+        ("task.grader.workers", 7),
+    ],
+)
+def test_what_changes_no_number_may_change(settings, key, value):
+    assert progress(_changed(settings, key, value)) == HALF
+
+
+def test_when_to_end_may_change_until_it_was_judged_by(settings):
+    """A run whose metric is refused after the supervised phase goes on with another."""
+    changed = _changed(settings, "train.stop_metric", "accuracy")
+    sft = replace(HALF, phase="sft")
+    root = Path(settings.run.dir, "checkpoints")
+    (root / sft.name).mkdir()
+    (root / sft.name / "progress.json").write_text(json.dumps(asdict(sft)))
+    (root / "latest").write_text(sft.name)
+    assert progress(changed) == sft
+
+
+OWN = """
+from agrpo_megatron.tasks.base import Task
+from agrpo_megatron.types import Problem
+
+
+class Own(Task):
+    name = "own"
+
+    def load(self):
+        train = [Problem(str(i), {}, "1") for i in range(3)]
+        return {"train": train, "eval": [Problem("e", {}, "")]}
+"""
+
+
+def _own(file, text):
+    file.write_text(text)
+    return build_task(build(Settings, {"task": {"name": str(file)}}).task)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("range(3)", "range(4)", "whose training problems were others; restore them, choose"),
+        ('"1")', '"2")', "whose training problems were others"),
+        ('"e"', '"f"', "whose held-out problems were others"),
+        ('"own"', '"own"  # reworded', "own.py were others"),
+    ],
+)
+def test_other_problems_or_another_task_file_are_refused(tmp_path, old, new, said):
+    file, run = tmp_path / "own.py", tmp_path / "run"
+    task = _own(file, OWN)
+    check_data(run, task, is_new=True, is_main=True)
+    for is_main in (True, False):
+        check_data(run, task, is_new=False, is_main=is_main)
+    changed = _own(file, OWN.replace(old, new))
+    with pytest.raises(ValueError, match=said):
+        check_data(run, changed, is_new=False, is_main=False)
+    check_data(run, changed, is_new=True, is_main=True)
+    check_data(run, changed, is_new=False, is_main=False)
+
+
+def test_what_is_sampled_depends_on_settings_and_problems_alone(settings, tmp_path):
+    task = _own(tmp_path / "own.py", OWN)
+    mine = run_digest(settings, task)
+    assert mine == run_digest(_changed(settings, "parallel.tensor", 2), task)
+    assert mine != run_digest(_changed(settings, "sampling.temperature", 0.5), task)
+    assert mine != run_digest(settings, _own(tmp_path / "own.py", OWN.replace("(3)", "(4)")))
+
+
+def test_an_option_that_was_taken_away_is_refused_too(settings):
+    """The directory's run had it: going on without it would be another run."""
+    with_option = _changed(settings, "task.options", {"numbers": 4})
+    Path(settings.run.dir, "config.yaml").write_text(to_yaml(with_option))
+    with pytest.raises(ValueError, match=r"task\.options\.numbers=4, not None"):
+        progress(settings)
+
+
+def test_an_earlier_run_is_renamed_never_deleted(tmp_path):
+    run = tmp_path / "run"
+    assert move_away(run) is None
+    for number in (1, 2):
+        run.mkdir()
+        (run / "note").write_text(str(number))
+        assert move_away(run) == tmp_path / f"run.{number}"
+    assert [(tmp_path / f"run.{n}" / "note").read_text() for n in (1, 2)] == ["1", "2"]
+    assert not run.exists()
