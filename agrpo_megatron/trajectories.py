@@ -1,16 +1,49 @@
-"""Trajectories of several ranks made one."""
+"""Join, select, move and name the tensors of records such as `Trajectory` and `Draw`.
 
-from collections.abc import Sequence
-from dataclasses import replace
+A record's dataclass is the only list of its fields: what follows reads them from there, so that a
+new field of a record is joined, selected, moved, sent and stored without a change here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agrpo_megatron.types import Trajectory
+if TYPE_CHECKING:
+    from agrpo_megatron.types import Trajectory
 
-_PER_TOKEN = ("tokens", "unmask_step", "logprobs", "entropies")
-_PER_ROLLOUT = ("num_steps", "rollout_ids")
+SUPPORT = "support_ids"  # the one field whose last dimension differs; None where nothing is cut
+
+
+def tensors(record: Any) -> dict[str, Tensor]:
+    """Return a record's fields that hold a tensor, by name."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def map_tensors[Record](record: Record, change: Callable[[Tensor], Tensor]) -> Record:
+    """Return the record with each of its tensors changed."""
+    changed = {name: change(tensor) for name, tensor in tensors(record).items()}
+    return replace(record, **changed)  # type: ignore[type-var]
+
+
+def concatenate[Record](parts: Sequence[Record]) -> Record:
+    """Concatenate each tensor of records of one type along the first dimension.
+
+    Support ids are padded with -1 to the widest, also those of a part that has none.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    names = dict.fromkeys(name for part in parts for name in tensors(part))
+    joined = {name: [getattr(part, name) for part in parts] for name in names}
+    if SUPPORT in joined:
+        joined[SUPPORT] = _padded(joined[SUPPORT], [part.tokens for part in parts])  # type: ignore[attr-defined]
+    return replace(parts[0], **{name: torch.cat(of_parts) for name, of_parts in joined.items()})  # type: ignore[type-var]
 
 
 def join(parts: Sequence[Trajectory], order: Tensor) -> Trajectory:
@@ -19,30 +52,29 @@ def join(parts: Sequence[Trajectory], order: Tensor) -> Trajectory:
     Args:
         order: [R] which of the concatenated rollouts comes at each place.
     """
-    prompts = [prompt for part in parts for prompt in part.prompts]
-    values = {
-        n: torch.cat([getattr(p, n) for p in parts])[order] for n in _PER_TOKEN + _PER_ROLLOUT
-    }
-    support = [part.support_ids for part in parts if part.support_ids is not None]
-    if support:
-        width = max(ids.shape[-1] for ids in support)
-        padded = [_support(part, width) for part in parts]
-        values["support_ids"] = torch.cat(padded)[order]
-    return replace(parts[0], prompts=tuple(prompts[i] for i in order.tolist()), **values)
+    prompts = tuple(prompt for part in parts for prompt in part.prompts)
+    return select(replace(concatenate(parts), prompts=prompts), order)
+
+
+def select(trajectory: Trajectory, rows: Tensor) -> Trajectory:
+    """Return some rollouts of a trajectory, in the order of `rows` [n]."""
+    prompts = tuple(trajectory.prompts[row] for row in rows.tolist())
+    return replace(map_tensors(trajectory, lambda tensor: tensor[rows]), prompts=prompts)
 
 
 def moved(trajectory: Trajectory, device: torch.device | str) -> Trajectory:
     """Return the trajectory with its tensors on a device."""
-    names = (*_PER_TOKEN, *_PER_ROLLOUT, "support_ids")
-    values = {name: getattr(trajectory, name) for name in names}
-    values = {name: t.to(device) if t is not None else None for name, t in values.items()}
     prompts = tuple(prompt.to(device) for prompt in trajectory.prompts)
-    return replace(trajectory, prompts=prompts, **values)
+    return replace(map_tensors(trajectory, lambda tensor: tensor.to(device)), prompts=prompts)
 
 
-def _support(part: Trajectory, width: int) -> Tensor:
-    """Return candidates [R, C, width], padded with -1; a rank without rollouts knows none."""
-    if part.support_ids is None:
-        return torch.full((*part.tokens.shape, width), -1, dtype=torch.int32)
-    missing = width - part.support_ids.shape[-1]
-    return F.pad(part.support_ids, (0, missing), value=-1)
+def _padded(supports: Sequence[Tensor | None], tokens: Sequence[Tensor]) -> list[Tensor]:
+    """Return supports [..., K] of one width; -1 for a part that has none."""
+    found = [support for support in supports if support is not None]
+    width = max(support.shape[-1] for support in found)
+    return [
+        F.pad(support, (0, width - support.shape[-1]), value=-1)
+        if support is not None
+        else found[0].new_full((*of_part.shape, width), -1)
+        for support, of_part in zip(supports, tokens, strict=True)
+    ]

@@ -73,18 +73,18 @@ class Trajectory:
     num_steps: Tensor  # [R] int64 forward passes; tokens with unmask_step >= this were filled in
     rollout_ids: Tensor  # [R] int64, the rollout index of the noise
     sampling: SamplingSettings
-    weights_version: int  # optimizer steps behind the weights that sampled
+    weights_version: int = 0  # optimizer steps that the sampling weights had seen
 
 
 @dataclass(frozen=True)
-class Answers:
+class GradedRollouts:
     """Graded completions of all ranks, in the order of the problems; the same on every rank."""
 
     trajectory: Trajectory
     rewards: list[Reward]
-    tokens: int  # that went through the network
-    bubble: float  # share of the pipeline's stage-slots in which a stage had nothing to do
-    seconds: dict[str, float]  # of this rank: see `training.answers.answer`
+    tokens: int  # packed tokens that went through the network
+    bubble: float  # share of the pipeline's stage-slots in which a stage was idle
+    seconds: dict[str, float]  # on this rank: see `rollout.generate.generate`
 
 
 @dataclass(frozen=True)

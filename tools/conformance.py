@@ -152,7 +152,8 @@ def check_agrpo(golden: Golden) -> Iterator[Check]:
         context = estimators.DrawContext(algorithm, eos_id=model.eos_token_id, seed=0)
         rollout = _stored_rollout(part, sampling)
         draws = estimators.draws_at(rollout.trajectory, part["u"].double(), context)
-        plan = my_micro_batches(row_lengths(rollout, draws), golden.settings, network.ranks)
+        lengths, budget = row_lengths(rollout, draws), golden.settings.train.token_budget
+        plan = my_micro_batches(lengths, model, network.ranks, budget=budget)
         batches = timestep_batches(
             rollout, draws, plan, mask_id=model.mask_token_id, shift=model.shift
         )

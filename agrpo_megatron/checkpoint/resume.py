@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from agrpo_megatron.checkpoint.integrity import Damaged, verify
-from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.megatron.parallel import Ranks, gather_objects
 from agrpo_megatron.runs.progress import (
     PROGRESS_FILE,
     Progress,
@@ -61,6 +61,4 @@ def _problem(path: Path, ranks: Ranks) -> str | None:
         verify(path, share=ranks.rank, shares=ranks.world_size)
     except Damaged as error:
         mine = str(error)
-    said: list[str | None] = [None] * ranks.world_size
-    dist.all_gather_object(said, mine)
-    return next((problem for problem in said if problem is not None), None)
+    return next((problem for problem in gather_objects(mine) if problem is not None), None)

@@ -90,13 +90,6 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def silent_view():
-    """Return a view that shows nothing."""
-    from agrpo_megatron.reports.terminal import LiveView
-
-    return LiveView(sft_iterations=0, rl_iterations=0, live=False, is_main=False)
-
-
 def _load(arguments: argparse.Namespace, own: Path | None) -> Settings:
     return load(Settings, arguments.settings or own, arguments.overrides)
 

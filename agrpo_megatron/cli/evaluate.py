@@ -10,7 +10,6 @@ from agrpo_megatron.cli.common import (
     add_target,
     is_main,
     open_target,
-    silent_view,
     world_size,
 )
 
@@ -177,7 +176,7 @@ def _run(plan, store):
         view.note(note)
     with (
         ending_together(view),
-        opened(plan.resolved, silent_view(), plan.checkpoint) as (session, network),
+        opened(plan.resolved, plan.checkpoint) as (session, network),
     ):
         return evaluate_grid(session, network, plan, store, view.show)
 

@@ -16,7 +16,6 @@ from agrpo_megatron.cli.common import (
     add_target,
     is_main,
     open_target,
-    silent_view,
     world_size,
 )
 from agrpo_megatron.cli.convert import add_convert
@@ -151,8 +150,9 @@ def sample(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.hardware.kernels import kernels_for
     from agrpo_megatron.reports.trace import trace
     from agrpo_megatron.resilience.failure import ending_together
-    from agrpo_megatron.rollout.generate import shown_prompt, to_grade
+    from agrpo_megatron.rollout.generate import grading_calls
     from agrpo_megatron.runs.resolve import resolve
+    from agrpo_megatron.text.chat import shown_prompt
 
     settings, ranks = target.settings, world_size()
     resolved = resolve(settings, world_size=ranks, needs=() if arguments.prompt else ("eval",))
@@ -160,11 +160,13 @@ def sample(arguments: argparse.Namespace) -> int:
     console, tokenizer, task = Console(), resolved.tokenizer, resolved.task
     problems = [] if arguments.prompt else task.problems("eval")[: arguments.number]
     prompts = [task.eval_prompt(problem) for problem in problems] or [arguments.prompt]
-    opening = opened(resolved, silent_view(), target.checkpoint)
+    opening = opened(resolved, target.checkpoint)
     with ending_together(), opening as (session, network):
-        trajectory = complete(session, network, prompts)
-        calls = to_grade(session, problems, trajectory.tokens[: len(problems)], split="eval")
-        rewards = session.grader.grade(calls)
+        trajectory = complete(session.run, network, prompts)
+        calls = grading_calls(
+            session.run, problems, trajectory.tokens[: len(problems)], split="eval"
+        )
+        rewards = session.run.grader.grade(calls)
     if not is_main():
         return 0
     for row, prompt in enumerate(prompts):

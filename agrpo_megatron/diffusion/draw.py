@@ -18,6 +18,7 @@ from agrpo_megatron.diffusion.logprobs import (
     reduce,
     token_logprobs,
 )
+from agrpo_megatron.trajectories import concatenate
 from agrpo_megatron.types import PackedRows
 
 # Logits that are drawn from at once: what is made of them in float64 takes 0.5 GiB each.
@@ -48,19 +49,7 @@ def draw_tokens(
     """
     rows = max(1, AT_ONCE // logits.shape[-1])
     parts = zip(logits.split(rows), keys.split(rows), strict=True)
-    return _joined([_draw(*part, vocab, sampling) for part in parts])
-
-
-def _joined(draws: list[Draw]) -> Draw:
-    """Concatenate draws, their supports padded to the widest."""
-    if len(draws) == 1:
-        return draws[0]
-    names = ("tokens", "logprobs", "entropies", "confidences")
-    joined = {name: torch.cat([getattr(draw, name) for draw in draws]) for name in names}
-    supports = [draw.support_ids for draw in draws if draw.support_ids is not None]
-    wide = max((ids.shape[1] for ids in supports), default=0)
-    padded = [F.pad(ids, (0, wide - ids.shape[1]), value=-1) for ids in supports]
-    return Draw(**joined, support_ids=torch.cat(padded) if padded else None)
+    return concatenate([_draw(*part, vocab, sampling) for part in parts])
 
 
 def _draw(logits: Tensor, keys: Tensor, vocab: Vocabulary, sampling: SamplingSettings) -> Draw:

@@ -1,15 +1,13 @@
 """The exact sampler: one full forward of every live row per denoising step.
 
-Blocks are decoded left to right; inside a block each denoising step draws tokens for masked
-positions and fixes some of them. Only the positions a step looks at reach the output layer. Rows
-travel in groups; one that ended leaves its group, and a row that waits takes its place. What was
-done is the `Trajectory`.
+Blocks are decoded left to right. Inside a block, each denoising step draws tokens for masked
+positions and fixes some of them; only the positions that a step scores reach the output layer.
+Batching is continuous: a finished row is replaced by a waiting one. Returns the `Trajectory`.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,22 +17,22 @@ from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.draw import Draw, Forward, draw_tokens
 from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.diffusion.packing import pack
-from agrpo_megatron.diffusion.sampler_state import Canvas, advance, block_positions, commit, start
-from agrpo_megatron.diffusion.schedule import bernoulli_plan, step_counts
-from agrpo_megatron.diffusion.snapshot import (
-    NEVER,
-    Interrupted,
-    Interruption,
-    complete_rows,
-    put_back,
-    take,
+from agrpo_megatron.diffusion.sampler_state import (
+    SamplerState,
+    advance,
+    block_positions,
+    commit,
+    start,
+    trajectory,
 )
+from agrpo_megatron.diffusion.schedule import bernoulli_plan, step_counts
+from agrpo_megatron.trajectories import map_tensors
 from agrpo_megatron.types import Trajectory
 
 
 @dataclass(frozen=True)
 class SamplerContext:
-    """What the sampler needs beside prompts; one per run."""
+    """What the sampler needs besides prompts; one per run."""
 
     forward: Forward
     vocab: Vocabulary
@@ -43,13 +41,27 @@ class SamplerContext:
     seed: int
     token_budget: int  # packed tokens per forward
     shift: bool = False  # a token is predicted from the state before it
-    uniforms: Tensor | None = None  # [steps, R, C] in place of own noise, for `bernoulli`
-    most_rows: int | None = None  # in one forward, however many the budget would allow
+    uniforms: Tensor | None = None  # [steps, R, C] replaces the sampler's noise, for `bernoulli`
+    most_rows: int | None = None  # rows in one forward at most; None: what the budget holds
+
+
+class SamplingStopped(Exception):
+    """Sampling was asked to stop and left rows incomplete."""
+
+
+@dataclass(frozen=True)
+class SamplerHooks:
+    """What a caller may attach to a rollout while it is sampled."""
+
+    # Called once for each row, as soon as it is complete: rows, and their trajectory.
+    on_complete: Callable[[list[int], Trajectory], None] | None = None
+    # Asked between denoising steps; gives the same answer on all ranks of a replica.
+    should_stop: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows under way: one denoising step of each."""
+    """Rows that share a forward pass: one denoising step of each."""
 
     rows: Tensor  # [n]
     wanted: Tensor  # [n, block length] positions that this step scores
@@ -63,9 +75,7 @@ def sample(
     *,
     context: SamplerContext,
     sampling: SamplingSettings,
-    weights_version: int = 0,
-    ended: Callable[[list[int], Tensor], None] | None = None,
-    interruption: Interruption = NEVER,
+    hooks: SamplerHooks | None = None,
 ) -> Trajectory:
     """Sample one completion per prompt; called by every rank of a replica.
 
@@ -74,74 +84,43 @@ def sample(
     Args:
         prompts: R tensors of token ids, int64.
         rollout_ids: [R] int64, unique within a run.
-        ended: called once for every row, as soon as it is complete: with some rows and their
-            tokens [n, C].
-        interruption: may end it early, and brings back what an earlier attempt sampled.
 
     Raises:
-        Interrupted: it was ended early.
+        SamplingStopped: `hooks.should_stop` returned true.
     """
-    prompts = tuple(prompts)
-    state = start(prompts, rollout_ids, mask_id=context.mask_id, sampling=sampling)
+    hooks = hooks or SamplerHooks()
+    state = start(tuple(prompts), rollout_ids, mask_id=context.mask_id, sampling=sampling)
     if sampling.unmasking == "bernoulli":
         state.plan = bernoulli_plan(_step_uniforms(state, context, sampling))
     lengths = (state.prompt_lengths + sampling.completion_length).tolist()
     waiting = deque(sorted(range(len(lengths)), key=lambda row: -lengths[row]))
-    under_way: deque[_Group] = deque()
-    launch = partial(_launch, state, context=context, sampling=sampling)
-    if (begun := interruption.begun()) is not None:
-        groups, waiting = put_back(state, begun)
-        under_way.extend(launch(rows) for rows in groups)
-        _tell(ended, state, complete_rows(begun))
+    in_flight: deque[_Group] = deque()
     most = context.forward.in_flight
-    while waiting or under_way:
-        if interruption.is_asked():
-            interruption.keep(take(state, [g.rows for g in under_way], waiting), is_last=True)
-            for group in under_way:
-                group.draws()
-            context.forward.close()
-            raise Interrupted
+    while waiting or in_flight:
+        if hooks.should_stop():
+            _drain(in_flight, context.forward)
+            raise SamplingStopped
         live: list[int] = []
-        over: list[int] = []
-        if len(under_way) == most or not waiting:
-            group = under_way.popleft()
+        if len(in_flight) == most or not waiting:
+            group = in_flight.popleft()
             live = _finish(state, group, context=context, sampling=sampling)
-            over = sorted(set(group.rows.tolist()) - set(live))
-            _tell(ended, state, over)
-        live += _fill(live, waiting, lengths, free=most - len(under_way), context=context)
+            complete = sorted(set(group.rows.tolist()) - set(live))
+            if complete and hooks.on_complete is not None:
+                hooks.on_complete(complete, trajectory(state, complete, sampling))
+        live += _fill(live, waiting, lengths, free=most - len(in_flight), context=context)
         if live:
             live.sort(key=lambda row: -lengths[row])  # equal lengths are attended to together
-            under_way.append(launch(torch.tensor(live, device=rollout_ids.device)))
-        if over:
-            rows, is_last = [group.rows for group in under_way], not (waiting or under_way)
-            interruption.keep(take(state, rows, waiting), is_last=is_last)
+            rows = torch.tensor(live, device=rollout_ids.device)
+            in_flight.append(_launch(state, rows, context=context, sampling=sampling))
     context.forward.close()
-    return _trajectory(prompts, state, sampling=sampling, weights_version=weights_version)
+    return trajectory(state, list(range(len(lengths))), sampling)
 
 
-def _trajectory(
-    prompts: tuple[Tensor, ...], state: Canvas, *, sampling: SamplingSettings, weights_version: int
-) -> Trajectory:
-    support = state.support_ids
-    return Trajectory(
-        prompts=prompts,
-        tokens=state.canvas.gather(1, state.columns),
-        unmask_step=state.unmask_step,
-        logprobs=state.logprobs,
-        entropies=state.entropies,
-        support_ids=support if support.shape[-1] else None,
-        num_steps=state.step,
-        rollout_ids=state.rollout_ids,
-        sampling=sampling,
-        weights_version=weights_version,
-    )
-
-
-def _tell(
-    ended: Callable[[list[int], Tensor], None] | None, state: Canvas, rows: list[int]
-) -> None:
-    if ended is not None and rows:
-        ended(rows, state.canvas[rows].gather(1, state.columns[rows]))
+def _drain(in_flight: deque[_Group], forward: Forward) -> None:
+    """Receive all draws that other pipeline stages still send."""
+    for group in in_flight:
+        group.draws()
+    forward.close()
 
 
 def _fill(
@@ -152,7 +131,7 @@ def _fill(
     free: int,
     context: SamplerContext,
 ) -> list[int]:
-    """Take rows that wait: a fair share for each of the `free` groups, within the budget."""
+    """Take waiting rows: a fair share for each of the `free` groups, within the budget."""
     most = len(lengths) if context.most_rows is None else context.most_rows
     share = sum(lengths[row] for row in waiting) / free
     used, taken = sum(lengths[row] for row in live), 0
@@ -168,18 +147,18 @@ def _fill(
     return rows
 
 
-def _scheduled(state: Canvas, rows: Tensor, sampling: SamplingSettings) -> Tensor:
+def _scheduled(state: SamplerState, rows: Tensor, sampling: SamplingSettings) -> Tensor:
     """Return how many tokens the schedule fixes in this step, [n, 1]."""
     table = torch.tensor(step_counts(sampling), device=rows.device)
     return table[state.step_in_block[rows]][:, None]
 
 
 def _wanted_positions(
-    state: Canvas, rows: Tensor, *, context: SamplerContext, sampling: SamplingSettings
+    state: SamplerState, rows: Tensor, *, context: SamplerContext, sampling: SamplingSettings
 ) -> Tensor:
     """Mark the positions [n, block length] of each row's block that this step must score.
 
-    Random unmasking knows beforehand what it will fix, so it scores nothing else.
+    Random unmasking chooses its positions before the forward, so it scores no others.
     """
     positions = block_positions(state, rows, sampling)
     if state.plan is not None:
@@ -191,7 +170,9 @@ def _wanted_positions(
     return _best(chance.masked_fill(~masked, -1.0), _scheduled(state, rows, sampling)) & masked
 
 
-def _step_uniforms(state: Canvas, context: SamplerContext, sampling: SamplingSettings) -> Tensor:
+def _step_uniforms(
+    state: SamplerState, context: SamplerContext, sampling: SamplingSettings
+) -> Tensor:
     """Return a number for every step, row and position [steps, R, C]."""
     if context.uniforms is not None:
         return context.uniforms
@@ -203,7 +184,7 @@ def _step_uniforms(state: Canvas, context: SamplerContext, sampling: SamplingSet
 
 
 def _position_noise(
-    state: Canvas, rows: Tensor, positions: Tensor, context: SamplerContext
+    state: SamplerState, rows: Tensor, positions: Tensor, context: SamplerContext
 ) -> Tensor:
     rollouts, steps = state.rollout_ids[rows, None], state.step[rows, None]
     key = noise.noise_key(context.seed, noise.POSITIONS, rollouts, steps, positions)
@@ -211,7 +192,7 @@ def _position_noise(
 
 
 def _launch(
-    state: Canvas, rows: Tensor, *, context: SamplerContext, sampling: SamplingSettings
+    state: SamplerState, rows: Tensor, *, context: SamplerContext, sampling: SamplingSettings
 ) -> _Group:
     """Send rows into their next denoising step."""
     wanted = _wanted_positions(state, rows, context=context, sampling=sampling)
@@ -233,19 +214,19 @@ def _launch(
 
 
 def _finish(
-    state: Canvas, group: _Group, *, context: SamplerContext, sampling: SamplingSettings
+    state: SamplerState, group: _Group, *, context: SamplerContext, sampling: SamplingSettings
 ) -> list[int]:
-    """Fix the best of a group's draws and end its step; returns the rows that go on."""
+    """Fix the best of a group's draws and end its step; returns the rows still live."""
     rows, wanted, draw = group.rows, group.wanted, group.draws()
     positions = block_positions(state, rows, sampling)
     fixed = _select(state, rows, positions, wanted, draw, context=context, sampling=sampling)
     kept = fixed[wanted]
-    commit(state, group.owners[kept], positions[wanted][kept], _keep(draw, kept))
+    commit(state, group.owners[kept], positions[wanted][kept], map_tensors(draw, lambda t: t[kept]))
     return advance(state, rows, eos_id=context.eos_id, sampling=sampling)
 
 
 def _select(
-    state: Canvas,
+    state: SamplerState,
     rows: Tensor,
     positions: Tensor,
     wanted: Tensor,
@@ -277,14 +258,3 @@ def _best(rank: Tensor, counts: Tensor) -> Tensor:
     places = torch.empty_like(order)
     places.scatter_(1, order, torch.arange(rank.shape[1], device=rank.device).expand_as(order))
     return places < counts
-
-
-def _keep(draw: Draw, kept: Tensor) -> Draw:
-    support = draw.support_ids
-    return replace(
-        draw,
-        tokens=draw.tokens[kept],
-        logprobs=draw.logprobs[kept],
-        entropies=draw.entropies[kept],
-        support_ids=support[kept] if support is not None else None,
-    )

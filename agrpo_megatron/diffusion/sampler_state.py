@@ -1,6 +1,7 @@
 """The rows that the sampler writes, and the bookkeeping of their blocks and steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,19 +9,25 @@ from torch import Tensor
 from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion.draw import Draw
 from agrpo_megatron.diffusion.packing import completion_columns, make_canvas
+from agrpo_megatron.trajectories import SUPPORT
+from agrpo_megatron.types import Trajectory
+
+_DRAWN = {field.name for field in fields(Draw)} - {"tokens", SUPPORT}
+# What a trajectory keeps of a draw, as float32, besides its token and its support.
+RECORDED = tuple(field.name for field in fields(Trajectory) if field.name in _DRAWN)
 
 
 @dataclass
-class Canvas:
-    """The rows being written; mutated step by step, its trajectory handed out at the end."""
+class SamplerState:
+    """R rows under construction; changed in place, step by step."""
 
+    prompts: tuple[Tensor, ...]
     canvas: Tensor  # [R, longest] prompts and completions
     prompt_lengths: Tensor  # [R]
     columns: Tensor  # [R, C] canvas columns of the completion
     rollout_ids: Tensor  # [R]
     unmask_step: Tensor  # [R, C]; -1 where still masked
-    logprobs: Tensor  # [R, C]
-    entropies: Tensor  # [R, C]
+    recorded: dict[str, Tensor]  # `RECORDED`, each [R, C]; 0 where nothing was drawn
     support_ids: Tensor  # [R, C, K]; K grows to the widest support seen
     step: Tensor  # [R] denoising steps done
     block: Tensor  # [R] block being decoded
@@ -30,20 +37,20 @@ class Canvas:
 
 def start(
     prompts: tuple[Tensor, ...], rollout_ids: Tensor, *, mask_id: int, sampling: SamplingSettings
-) -> Canvas:
+) -> SamplerState:
     """Lay out the prompts with fully masked completions."""
     rows, width, device = len(prompts), sampling.completion_length, rollout_ids.device
     masks = torch.full((rows, width), mask_id, dtype=torch.int64, device=device)
     canvas, prompt_lengths = make_canvas(prompts, masks)
     zeros = torch.zeros(rows, dtype=torch.int64, device=device)
-    return Canvas(
+    return SamplerState(
+        prompts=prompts,
         canvas=canvas,
         prompt_lengths=prompt_lengths,
         columns=completion_columns(prompt_lengths, width),
         rollout_ids=rollout_ids,
         unmask_step=torch.full((rows, width), -1, dtype=torch.int64, device=device),
-        logprobs=torch.zeros(rows, width, device=device),
-        entropies=torch.zeros(rows, width, device=device),
+        recorded={name: torch.zeros(rows, width, device=device) for name in RECORDED},
         support_ids=torch.zeros(rows, width, 0, dtype=torch.int32, device=device),
         step=zeros,
         block=zeros.clone(),
@@ -51,18 +58,18 @@ def start(
     )
 
 
-def block_positions(state: Canvas, rows: Tensor, sampling: SamplingSettings) -> Tensor:
+def block_positions(state: SamplerState, rows: Tensor, sampling: SamplingSettings) -> Tensor:
     """Return the completion positions [n, block length] of the rows' current blocks."""
     offsets = torch.arange(sampling.block_length, device=rows.device)
     return state.block[rows, None] * sampling.block_length + offsets
 
 
-def commit(state: Canvas, rows: Tensor, positions: Tensor, draw: Draw) -> None:
-    """Write fixed tokens and what is recorded of them."""
+def commit(state: SamplerState, rows: Tensor, positions: Tensor, draw: Draw) -> None:
+    """Write the tokens that a step fixes, and what is recorded of each."""
     state.canvas[rows, state.columns[rows, positions]] = draw.tokens
     state.unmask_step[rows, positions] = state.step[rows]
-    state.logprobs[rows, positions] = draw.logprobs.float()
-    state.entropies[rows, positions] = draw.entropies.float()
+    for name, values in state.recorded.items():
+        values[rows, positions] = getattr(draw, name).float()
     if draw.support_ids is None:
         return
     missing = draw.support_ids.shape[-1] - state.support_ids.shape[-1]
@@ -73,7 +80,7 @@ def commit(state: Canvas, rows: Tensor, positions: Tensor, draw: Draw) -> None:
 
 
 def advance(
-    state: Canvas, rows: Tensor, *, eos_id: int | None, sampling: SamplingSettings
+    state: SamplerState, rows: Tensor, *, eos_id: int | None, sampling: SamplingSettings
 ) -> list[int]:
     """Count the step, move finished blocks on, end rows, and return the rows still live."""
     blocks = sampling.completion_length // sampling.block_length
@@ -93,8 +100,24 @@ def advance(
     return rows[~over].tolist()
 
 
-def _fill_tail(state: Canvas, rows: Tensor, eos_id: int) -> None:
-    """End rows: what is still masked becomes end-of-text, at a step that never ran."""
+def trajectory(state: SamplerState, rows: list[int], sampling: SamplingSettings) -> Trajectory:
+    """Return the trajectory of complete rows."""
+    of_rows: dict[str, Any] = {name: values[rows] for name, values in state.recorded.items()}
+    support = state.support_ids
+    return Trajectory(
+        prompts=tuple(state.prompts[row] for row in rows),
+        tokens=state.canvas[rows].gather(1, state.columns[rows]),
+        unmask_step=state.unmask_step[rows],
+        support_ids=support[rows] if support.shape[-1] else None,
+        num_steps=state.step[rows],
+        rollout_ids=state.rollout_ids[rows],
+        sampling=sampling,
+        **of_rows,
+    )
+
+
+def _fill_tail(state: SamplerState, rows: Tensor, eos_id: int) -> None:
+    """End rows: positions still masked become end-of-text, at a step that never ran."""
     tail = state.unmask_step[rows] < 0
     owners = rows[:, None].expand_as(tail)[tail]
     state.canvas[owners, state.columns[rows][tail]] = eos_id

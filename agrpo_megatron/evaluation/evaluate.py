@@ -10,17 +10,19 @@ import torch.distributed as dist
 
 from agrpo_megatron.config.settings import evaluation_sampling
 from agrpo_megatron.evaluation.grid import Progress, cell_sampling
-from agrpo_megatron.evaluation.plan import Batch, Plan, asked_split
+from agrpo_megatron.evaluation.plan import Batch, Plan
 from agrpo_megatron.evaluation.results import Line, ResultStore
 from agrpo_megatron.evaluation.scores import scores
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.rollout.generate import answer, sample_records, shown_prompt
+from agrpo_megatron.rollout.generate import Request, generate, sample_records
 from agrpo_megatron.rollout.metrics import failure_warning, reward_metrics
-from agrpo_megatron.rollout.session import EVALUATION_IDS, Session
+from agrpo_megatron.rollout.session import Run, Session
 from agrpo_megatron.scaling.flops import completion_flops
 from agrpo_megatron.tasks.base import task_prompts
-from agrpo_megatron.types import Answers, Problem, Reward
+from agrpo_megatron.text.chat import shown_prompt
+from agrpo_megatron.types import GradedRollouts, Problem, Reward
 
+EVALUATION_IDS = 1 << 40  # noise indices of evaluation, far from those of training
 SAMPLE_IDS = 1 << 24  # noise indices from one sample of a problem to the next
 
 
@@ -33,34 +35,35 @@ def evaluate(session: Session, network: Network, *, iteration: int, stage: str) 
         stage: "before", "interval" or "after" the reinforcement learning.
 
     Raises:
-        Stopped: the ranks agreed to stop; what was sampled is kept.
+        Stopped: the ranks agreed to stop; complete completions are cached.
     """
     started = time.perf_counter()
-    problems = session.task.problems("eval")
+    run, output = session.run, session.output
+    problems = run.task.problems("eval")
     ids = torch.tensor(_rollout_ids(problems), device=network.ranks.device)
-    sampling = evaluation_sampling(session.settings)
-    kept = f"evaluation-{iteration:06d}"
-    answers = answer(session, network, problems, ids, sampling=sampling, split="eval", kept=kept)
-    found = scores(session.task, problems, [[reward] for reward in answers.rewards])
+    sampling, name = evaluation_sampling(run.settings), f"evaluation-{iteration:06d}"
+    request = Request(problems, ids, sampling, split="eval", name=name)
+    graded = generate(session, network, request)
+    found = scores(run.task, problems, [[reward] for reward in graded.rewards])
     low, high = found["accuracy_interval"]
     record = {
         "phase": "eval",
         "iteration": iteration,
         "stage": stage,
         "problems": len(problems),
-        **reward_metrics(answers.rewards, problems),
+        **reward_metrics(graded.rewards, problems),
         "accuracy_low": low,
         "accuracy_high": high,
         **{f"summary/{name}": value for name, value in found["summary"].items()},
         "time/evaluation": time.perf_counter() - started,
     }
-    session.log.metrics(record)
-    samples = sample_records(session, problems, answers, split="eval")
-    session.log.samples(samples, phase="eval", iteration=iteration, stage=stage)
-    session.view.evaluation(record)
-    warning = failure_warning(answers.rewards, session.settings.task.grader.failed_score)
+    output.log.metrics(record)
+    samples = sample_records(run, problems, graded, split="eval")
+    output.log.samples(samples, phase="eval", iteration=iteration, stage=stage)
+    output.view.evaluation(record)
+    warning = failure_warning(graded.rewards, run.settings.task.grader.failed_score)
     if warning is not None:
-        session.view.warn(f"evaluation after iteration {iteration}: {warning}")
+        output.view.warn(f"evaluation after iteration {iteration}: {warning}")
     return record
 
 
@@ -81,18 +84,18 @@ def evaluate_grid(
     store: ResultStore,
     show: Callable[[Progress], None],
 ) -> dict[str, Any]:
-    """Answer what is left of a plan and write it down; called by every rank.
+    """Complete what is left of a plan and store it; called by every rank.
 
     Returns the results, on the main rank. A completion depends on its problem, its sample number
-    and the seed alone, so an evaluation that was cut off ends with the numbers it would have had.
+    and the seed alone, so an interrupted evaluation ends with the results of an undisturbed one.
 
     Args:
         show: called on the main rank after every batch.
 
     Raises:
-        ValueError: on every rank, where the completions in the store are not what was written.
+        ValueError: on every rank, where the stored completions are not those of the plan.
     """
-    is_main, batches = session.ranks.is_main, plan.batches()
+    is_main, batches = session.run.ranks.is_main, plan.batches()
     earlier, done = _resumed(session, plan, batches, store)
     progress = _Meter(plan, batches, done)
     results: dict[str, Any] = {"label": plan.evaluation["label"], "finished": False, "cells": []}
@@ -118,27 +121,27 @@ def evaluate_grid(
 def _resumed(
     session: Session, plan: Plan, batches: Sequence[Batch], store: ResultStore
 ) -> tuple[list[list[Line]], int]:
-    """Return what `_earlier` does, on the main rank, and on every rank its number of batches."""
+    """Return the batches in the store, on the main rank, and on every rank their number."""
     earlier: list[list[Line]] = []
-    told: list[int | ValueError] = [0]
-    if session.ranks.is_main:
+    shared: list[int | ValueError] = [0]
+    if session.run.ranks.is_main:
         try:
             earlier = _earlier(plan, batches, store)
-            told = [len(earlier)]
+            shared = [len(earlier)]
         except ValueError as error:  # the other ranks would wait for this one
-            told = [error]
-    dist.broadcast_object_list(told, src=0)
-    (done,) = told
+            shared = [error]
+    dist.broadcast_object_list(shared, src=0)
+    (done,) = shared
     if isinstance(done, ValueError):
         raise done
     return earlier, done
 
 
 def _earlier(plan: Plan, batches: Sequence[Batch], store: ResultStore) -> list[list[Line]]:
-    """Return the whole batches that stand in the store, and cut it back to them.
+    """Return the complete batches of the store, and cut the store back to them.
 
     Raises:
-        ValueError: what stands there is not what the plan would have written.
+        ValueError: the stored completions are not those of the plan.
     """
     store.begin(plan.evaluation)
     lines, found, start = store.lines(), [], 0
@@ -160,38 +163,38 @@ def _earlier(plan: Plan, batches: Sequence[Batch], store: ResultStore) -> list[l
 
 
 def _complete(session: Session, network: Network, plan: Plan, batch: Batch) -> list[Line]:
-    """Answer a batch and describe its completions; called by every rank."""
-    chosen = session.settings.evaluation
+    """Complete a batch and describe its completions; called by every rank."""
+    settings = session.run.settings
     problems = plan.problems[batch.label]
-    asked = [(place, sample) for place in batch.places for sample in range(chosen.samples)]
+    asked = [(place, sample) for place in batch.places for sample in range(plan.samples)]
     ids = [EVALUATION_IDS + place + sample * SAMPLE_IDS for place, sample in asked]
     repeated = [problems[place] for place, _ in asked]
-    answers = answer(
-        session,
-        network,
+    request = Request(
         repeated,
         torch.tensor(ids, device=network.ranks.device),
-        sampling=cell_sampling(session.settings, batch.cell),
-        split=asked_split(session.settings),
+        cell_sampling(settings, batch.cell),
+        split=plan.split,
     )
-    return _lines(session, batch, repeated, [sample for _, sample in asked], answers)
+    graded = generate(session, network, request)
+    return _lines(session.run, plan, batch, [sample for _, sample in asked], request, graded)
 
 
 def _lines(
-    session: Session,
+    run: Run,
+    plan: Plan,
     batch: Batch,
-    problems: Sequence[Problem],
     samples: Sequence[int],
-    answers: Answers,
+    request: Request,
+    graded: GradedRollouts,
 ) -> list[Line]:
-    """Return what completions.jsonl holds of each completion."""
-    tokenizer, trajectory = session.tokenizer, answers.trajectory
-    prompts = task_prompts(session.task, problems, split=asked_split(session.settings))
-    flops = completion_flops(trajectory, session.settings.model)
+    """Return the lines of completions.jsonl, one for each completion."""
+    tokenizer, trajectory = run.tokenizer, graded.trajectory
+    prompts = task_prompts(run.task, request.problems, split=plan.split)
+    flops = completion_flops(trajectory, run.settings.model)
     steps, rows = trajectory.num_steps.tolist(), trajectory.tokens.tolist()
     lines = []
-    for row, (problem, ids) in enumerate(zip(problems, rows, strict=True)):
-        reward = answers.rewards[row]
+    for row, (problem, ids) in enumerate(zip(request.problems, rows, strict=True)):
+        reward = graded.rewards[row]
         text = (token in tokenizer.stop_ids for token in ids)
         lines.append(
             {
@@ -216,12 +219,12 @@ def _lines(
 
 
 def _cell_results(plan: Plan, batch: Batch, lines: Sequence[Line]) -> dict[str, Any]:
-    """Return the metrics of a task at a cell, from its completions as they were written."""
-    verdicts = [
+    """Return the metrics of a task at a cell, from its stored completions."""
+    rewards = [
         Reward(line["score"], line["correct"], line["parts"], line["failure"]) for line in lines
     ]
     samples = plan.samples
-    by_problem = [verdicts[i : i + samples] for i in range(0, len(verdicts), samples)]
+    by_problem = [rewards[i : i + samples] for i in range(0, len(rewards), samples)]
     means = {
         name: sum(line[key] for line in lines) / len(lines)
         for name, key in (
@@ -240,7 +243,7 @@ def _cell_results(plan: Plan, batch: Batch, lines: Sequence[Line]) -> dict[str, 
 
 
 class _Meter:
-    """Measures how far the plan has come, by the tokens that its denoising steps run over."""
+    """Measures progress by the tokens that the denoising steps process."""
 
     def __init__(self, plan: Plan, batches: Sequence[Batch], start: int):
         self._plan, self._batches = plan, batches
@@ -252,7 +255,7 @@ class _Meter:
         self._work, self._start = work, start
 
     def at(self, number: int, of_cell: Sequence[Line]) -> Progress:
-        """Describe the state after a batch, given the completions of its cell so far."""
+        """Describe the progress after a batch, given the completions of its cell so far."""
         batch, whole = self._batches[number], sum(self._work)
         return Progress(
             task=batch.label,

@@ -12,15 +12,11 @@ from agrpo_megatron.checkpoint.sharded import load_weights
 from agrpo_megatron.checkpoint.start import load_start_weights
 from agrpo_megatron.config.parallel import rollout_parallel
 from agrpo_megatron.config.settings import evaluation_sampling
+from agrpo_megatron.evaluation.evaluate import EVALUATION_IDS
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
-from agrpo_megatron.rollout.session import (
-    EVALUATION_IDS,
-    Session,
-    View,
-    encode_prompts,
-    sample_prompts,
-)
+from agrpo_megatron.rollout.generate import encode_prompts, sample_prompts
+from agrpo_megatron.rollout.session import Output, Run, Session
 from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.runs.resolve import Resolved
 from agrpo_megatron.tasks.grading import Grader
@@ -28,10 +24,8 @@ from agrpo_megatron.types import Prompt, Trajectory
 
 
 @contextmanager
-def opened(
-    resolved: Resolved, view: View, checkpoint: Path | None
-) -> Iterator[tuple[Session, Network]]:
-    """Yield a session that writes no files, and a network in the layout of the rollouts.
+def opened(resolved: Resolved, checkpoint: Path | None) -> Iterator[tuple[Session, Network]]:
+    """Yield a session that writes and shows nothing, and a network in the rollout layout.
 
     Called by every rank.
 
@@ -56,20 +50,18 @@ def opened(
             load_start_weights(network, settings)
         grader = Grader(resolved.task, settings.task)
         try:
-            yield (
-                Session(settings, ranks, resolved.task, resolved.tokenizer, log, view, grader),
-                network,
-            )
+            run = Run(settings, ranks, resolved.task, resolved.tokenizer, grader)
+            yield Session(run, Output(log)), network
         finally:
             grader.close()
     finally:
         stop_ranks()
 
 
-def complete(session: Session, network: Network, prompts: list[Prompt]) -> Trajectory:
-    """Complete prompts with the sampler of `evaluation`; every rank does all of them."""
-    ids = EVALUATION_IDS + torch.arange(len(prompts), device=session.ranks.device)
-    sampling = evaluation_sampling(session.settings)
-    encoded = encode_prompts(session, prompts)
-    trajectory, _ = sample_prompts(session, network, encoded, ids, sampling=sampling)
+def complete(run: Run, network: Network, prompts: list[Prompt]) -> Trajectory:
+    """Complete prompts with the sampler of `evaluation`; every rank completes all of them."""
+    ids = EVALUATION_IDS + torch.arange(len(prompts), device=run.ranks.device)
+    sampling = evaluation_sampling(run.settings)
+    encoded = encode_prompts(run, prompts)
+    trajectory, _ = sample_prompts(run, network, encoded, ids, sampling=sampling)
     return trajectory

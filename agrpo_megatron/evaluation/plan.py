@@ -1,4 +1,4 @@
-"""What `agrpo evaluate` will do, laid out and checked before a rank starts."""
+"""The plan of `agrpo evaluate`, checked before a rank starts."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from agrpo_megatron.checkpoint.integrity import MANIFEST
 from agrpo_megatron.config.parallel import model_ranks, rollout_parallel
-from agrpo_megatron.config.settings import Settings, TaskSettings
+from agrpo_megatron.config.settings import EvaluationSettings, ModelSettings, Settings, TaskSettings
 from agrpo_megatron.evaluation.grid import Cell, cell_sampling, evaluation_grid
 from agrpo_megatron.runs.progress import checkpoint_path
 from agrpo_megatron.runs.resolve import RUN_SETTINGS, Resolved, problems_by_task, resolve
@@ -28,7 +28,7 @@ NOT_IDENTITY = ("load", "megatron", "init_std")
 
 @dataclass(frozen=True)
 class Batch:
-    """Problems that are answered together."""
+    """Problems that are completed together."""
 
     label: str
     cell: Cell
@@ -38,7 +38,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that an evaluation answers, in the order in which it does."""
+    """All problems that an evaluation completes, in order."""
 
     resolved: Resolved
     checkpoint: Path | None  # None: the weights that `model.load` names
@@ -52,6 +52,11 @@ class Plan:
     def samples(self) -> int:
         """Return the completions of each problem."""
         return self.resolved.settings.evaluation.samples
+
+    @property
+    def split(self) -> Split:
+        """Return the split that `evaluation.split` names."""
+        return _split(self.resolved.settings.evaluation)
 
     def batches(self) -> list[Batch]:
         """Return all batches: task by task, cell by cell."""
@@ -75,15 +80,15 @@ def plan_evaluation(
     is_sweep: bool = False,
     stored: dict[str, Any] | None = None,
 ) -> Plan:
-    """Lay out an evaluation.
+    """Plan an evaluation.
 
     Args:
         checkpoint: of a run; None takes what `model.load` names.
         label: what figures call the model.
-        stored: what evaluation.json of an earlier attempt holds; batches stay what they were.
+        stored: evaluation.json of an earlier attempt; batches stay the same.
 
     Raises:
-        ValueError: anything the user wrote is wrong.
+        ValueError: a setting or an argument is wrong.
     """
     cells = evaluation_grid(settings, is_sweep=is_sweep)
     try:
@@ -98,7 +103,7 @@ def plan_evaluation(
     tasks, problems = _tasks(resolved)
     size = settings.evaluation.batch_size or (stored or {}).get("evaluates", {}).get("batch_size")
     size = size or _batch_size(resolved, world_size)
-    weights = checkpoint or _weights(settings)
+    weights = checkpoint or _weights(settings.model)
     evaluation = {
         "label": label,
         "weights": str(weights),
@@ -114,13 +119,12 @@ def plan_evaluation(
     return Plan(resolved, checkpoint, cells, tasks, problems, size, evaluation)
 
 
-def asked_split(settings: Settings) -> Split:
-    """Return the split that `evaluation.split` names."""
-    return "train" if settings.evaluation.split == "train" else "eval"
+def _split(settings: EvaluationSettings) -> Split:
+    return "train" if settings.split == "train" else "eval"
 
 
 def fingerprint(weights: Path) -> str:
-    """Return a digest of a checkpoint: of its checksums, or of all names, sizes and file ends."""
+    """Return a digest of a checkpoint: of its checksums, or of names, sizes and both file ends."""
     manifest = weights / MANIFEST
     if manifest.exists():
         return hashlib.sha256(manifest.read_bytes()).hexdigest()
@@ -137,7 +141,7 @@ def fingerprint(weights: Path) -> str:
 
 
 def _prepared(settings: Settings, cells: Sequence[Cell]) -> Settings:
-    """Return settings whose sampler is that of the longest cell, for all other checks."""
+    """Return settings whose sampler is that of the longest cell, for the other checks."""
     longest = max(cells)
     sampling = cell_sampling(settings, longest)
     settings = replace(
@@ -162,7 +166,7 @@ def _prepared(settings: Settings, cells: Sequence[Cell]) -> Settings:
 
 
 def _held_out_alone(settings: TaskSettings) -> TaskSettings:
-    """Leave out training problems where the held-out ones are read: they need not be there."""
+    """Leave out training problems where only held-out ones are read: they may be missing."""
     task = build_task(settings)
     if isinstance(task, Mixture):
         alone = {label: _held_out_alone(part.settings) for label, (part, _) in task.parts.items()}
@@ -183,7 +187,7 @@ def _tasks(resolved: Resolved) -> tuple[dict[str, Task], dict[str, list[Problem]
         tasks = {label: part for label, (part, _) in task.parts.items()}
     else:
         tasks = {task.name: task}
-    problems = problems_by_task(task, asked_split(settings))
+    problems = problems_by_task(task, _split(settings.evaluation))
     sorted_out = dict(zip(tasks, problems.values(), strict=True))
     for label, found in sorted_out.items():
         if not found:
@@ -195,7 +199,7 @@ def _tasks(resolved: Resolved) -> tuple[dict[str, Task], dict[str, list[Problem]
 
 
 def _batch_size(resolved: Resolved, world_size: int) -> int:
-    """Return problems per batch: some forwards full, so that few rows run alone at its end."""
+    """Return problems per batch: several full forwards, so that few rows run alone at its end."""
     settings = resolved.settings
     replicas = max(1, world_size // model_ranks(rollout_parallel(settings)))
     row = 2 * settings.sampling.completion_length
@@ -203,14 +207,14 @@ def _batch_size(resolved: Resolved, world_size: int) -> int:
     return max(1, completions // settings.evaluation.samples)
 
 
-def _weights(settings: Settings) -> Path:
-    assert settings.model.load is not None
-    source = Path(settings.model.load)
+def _weights(model: ModelSettings) -> Path:
+    assert model.load is not None
+    source = Path(model.load)
     return checkpoint_path(source) if (source / RUN_SETTINGS).exists() else source
 
 
 def _identity(resolved: Resolved, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Return the settings that decide about a completion, and which are asked for."""
+    """Return the settings that determine completions, and which completions are requested."""
     settings = resolved.settings
     model = {k: v for k, v in asdict(settings.model).items() if k not in NOT_IDENTITY}
     sampling = asdict(cell_sampling(settings, cells[0]))
@@ -232,8 +236,8 @@ def _identity(resolved: Resolved, cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _task_identity(resolved: Resolved, task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
-    """Return what is asked, and what decides about the verdicts: golds, and a file's code."""
-    written = task_prompts(task, problems, split=asked_split(resolved.settings))
+    """Return digests of prompts, and of what determines rewards: solutions and a task file."""
+    written = task_prompts(task, problems, split=_split(resolved.settings.evaluation))
     prompts = resolved.tokenizer.encode_prompts(written)
     asked = json.dumps([[problem.key for problem in problems], prompts])
     graded = _canonical([[p.key, p.fields, p.solution] for p in problems])

@@ -30,6 +30,10 @@ from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.megatron.precision import kernel_values
 from agrpo_megatron.types import PackedRows
 
+# A matrix of fewer rows takes another CPU kernel, which sums in another order: a token's logits
+# would depend on how many tokens share its forward pass.
+LEAST_ROWS = 4
+
 
 class MaskedDiffusionModel(LanguageModule):
     """A bidirectional transformer over packed rows; the head sees the scored tokens only.
@@ -135,8 +139,10 @@ class MaskedDiffusionModel(LanguageModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        logits, _ = self.output_layer(hidden[places])
-        return logits.squeeze(1)
+        count = len(places)
+        filled = F.pad(places, (0, max(0, LEAST_ROWS - count))) if count else places
+        logits, _ = self.output_layer(hidden[filled])
+        return logits[:count].squeeze(1)
 
 
 class _StageLayout(PipelineParallelLayerLayout):

@@ -3,6 +3,7 @@
 import datetime
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,6 +93,13 @@ def stop_ranks() -> None:
         dist.destroy_process_group()
 
 
+def gather_objects[Item](mine: Item, group: dist.ProcessGroup | None = None) -> list[Item]:
+    """Return what each rank of a group passes, by rank; called by all of them."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
 def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.device) -> Ranks:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -137,8 +145,7 @@ def _same_ranks(group: dist.ProcessGroup | None, limit: datetime.timedelta) -> d
 
 def _replica(number: int, limit: datetime.timedelta) -> dist.ProcessGroup:
     """Return the group of all ranks that say the same number; called by all ranks."""
-    numbers: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(numbers, number)
+    numbers = gather_objects(number)
     members = tuple(rank for rank, other in enumerate(numbers) if other == number)
     return _new_groups(members, limit, backend="gloo")
 
@@ -147,11 +154,9 @@ def _new_groups(
     members: tuple[int, ...], limit: datetime.timedelta, *, backend: str | None = None
 ) -> dist.ProcessGroup:
     """Make the groups that the ranks are members of, and return this rank's; called by all."""
-    everyone: list[tuple[int, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(everyone, members)
     made = {
         group: dist.new_group(list(group), timeout=limit, backend=backend)
-        for group in sorted({*everyone})
+        for group in sorted({*gather_objects(members)})
     }
     mine = made[members]
     assert isinstance(mine, dist.ProcessGroup)

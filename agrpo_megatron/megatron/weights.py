@@ -14,7 +14,7 @@ from agrpo_megatron.families.files import HfWeights
 from agrpo_megatron.families.tensors import hf_shapes, lines
 from agrpo_megatron.families.transforms import Part, Split, from_megatron, to_megatron
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.megatron.parallel import Ranks, gather_objects
 
 
 def load_hf(network: Network, settings: ModelSettings, directory: str | Path) -> dict[str, Tensor]:
@@ -115,8 +115,7 @@ def _from_all_stages(
     """Add the tensors that other pipeline stages hold, in the order of the family's table."""
     if ranks.pipeline.size == 1:
         return mine
-    held: list[list[str]] = [[] for _ in range(ranks.pipeline.size)]
-    dist.all_gather_object(held, list(mine), group=ranks.pipeline.group)
+    held = gather_objects(list(mine), ranks.pipeline.group)
     members = dist.get_process_group_ranks(ranks.pipeline.group)
     owners = {name: members[stage] for stage, names in enumerate(held) for name in names}
     like, result = next(iter(mine.values())), {}

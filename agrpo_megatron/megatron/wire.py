@@ -3,6 +3,7 @@
 Token ids and float32 log-probs are exact in float64.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from agrpo_megatron.diffusion.draw import Draw
 from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.trajectories import SUPPORT
 
-_FIXED = 4  # tokens, logprobs, entropies, confidences; then the support ids
+COLUMNS = tuple(field.name for field in fields(Draw) if field.name != SUPPORT)  # one each
 
 
 def send_draw(draw: Draw, receiver: int, ranks: Ranks) -> list[tuple[Any, Tensor]]:
@@ -66,18 +68,13 @@ def _empty(count: int, width: int, ranks: Ranks) -> Tensor:
 
 
 def _encode(draw: Draw) -> Tensor:
-    fixed = (draw.tokens, draw.logprobs, draw.entropies, draw.confidences)
-    fixed = torch.stack([tensor.double() for tensor in fixed], 1)
-    return fixed if draw.support_ids is None else torch.cat([fixed, draw.support_ids], 1)
+    columns = torch.stack([getattr(draw, name).double() for name in COLUMNS], 1)
+    return columns if draw.support_ids is None else torch.cat([columns, draw.support_ids], 1)
 
 
 def _decode(content: Tensor) -> Draw:
-    tokens, logprobs, entropies, confidences = content[:, :_FIXED].unbind(1)
-    support = content[:, _FIXED:].long()
-    return Draw(
-        tokens=tokens.long(),
-        logprobs=logprobs.float(),
-        entropies=entropies.float(),
-        confidences=confidences.float(),
-        support_ids=support if support.shape[1] else None,
-    )
+    columns = dict(zip(COLUMNS, content[:, : len(COLUMNS)].unbind(1), strict=True))
+    support = content[:, len(COLUMNS) :].long()
+    values = {name: column.float() for name, column in columns.items()}
+    values["tokens"] = columns["tokens"].long()
+    return Draw(**values, support_ids=support if support.shape[1] else None)

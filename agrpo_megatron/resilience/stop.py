@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.megatron.parallel import Ranks, gather_objects
 from agrpo_megatron.resilience.sections import NAMES, Sections
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -26,6 +26,12 @@ LEAST_MARGIN = 10.0  # seconds
 
 class Stopped(Exception):
     """The ranks agreed to stop; says why. What was done is saved by whoever catches it."""
+
+
+class NoStop:
+    """A run that is never asked to stop."""
+
+    reason = None
 
 
 class Stop:
@@ -76,7 +82,7 @@ class Stop:
         self._asked = self._asked or f"asked by {signal.Signals(number).name}"
 
 
-def agree(stop: Stop, sections: Sections, ranks: Ranks) -> str | None:
+def agree(stop: Stop | NoStop, sections: Sections, ranks: Ranks) -> str | None:
     """Return why to stop, if any rank was asked; the same on every rank, called by all.
 
     They also learn from each other how long each section took at most.
@@ -88,9 +94,7 @@ def agree(stop: Stop, sections: Sections, ranks: Ranks) -> str | None:
     sections.learn({name: took for name, took in zip(NAMES, longest, strict=True) if took > 0})
     if not asked:
         return None
-    reasons: list[str | None] = [None] * ranks.world_size
-    dist.all_gather_object(reasons, stop.reason)
-    return next(reason for reason in reasons if reason is not None)
+    return next(reason for reason in gather_objects(stop.reason) if reason is not None)
 
 
 class Turns:
@@ -100,7 +104,7 @@ class Turns:
     it has arrived, and no pipeline stage waits for one behind it.
     """
 
-    def __init__(self, stop: Stop, ranks: Ranks):
+    def __init__(self, stop: Stop | NoStop, ranks: Ranks):
         self._stop, self._group = stop, ranks.replica
         self._lag = 2 * ranks.pipeline.size
         self._under_way: deque[tuple[torch.Tensor, dist.Work]] = deque()

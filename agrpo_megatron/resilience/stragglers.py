@@ -8,6 +8,7 @@ slow, only the times of its kernels tell.
 """
 
 import statistics
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -65,3 +66,18 @@ class Stragglers:
         count = count + 1 if rank == last else 1
         self._streaks[name] = (rank, count if ratio > SLOW else 0)
         return ratio > SLOW and count == STREAK
+
+
+def compare_ranks(
+    stragglers: Stragglers,
+    seconds: dict[str, float],
+    ranks: Ranks,
+    warn: Callable[[str], None],
+) -> dict[str, float]:
+    """Return the metrics of a report, none for one rank; `warn` takes its sentences."""
+    if ranks.world_size == 1:
+        return {}
+    metrics, warnings = stragglers.report(seconds, ranks)
+    for warning in warnings:
+        warn(warning)
+    return metrics

@@ -1,15 +1,18 @@
-"""Rollouts on disk until a checkpoint has learned from them: a restart samples none again.
+"""The rollout cache: rollouts on disk until a checkpoint has learned from them.
 
-One file for each round of an iteration: what was sampled and how it was graded. Under the same
-settings the same is sampled again, so a file is right for whichever attempt of its run comes across
-it; one of other settings, or of more or fewer rollouts than are asked for, is not taken.
+A completion goes into the cache as soon as it is complete, and a round of an iteration once it is
+graded. A restart reads them and samples only what is missing: the noise of a completion follows
+from its rollout id, so each comes out to the same bits whenever it is sampled. Files name the
+run (a digest of its settings and problems); those of another run, or damaged, are ignored.
 """
 
 import json
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,22 +20,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
-from agrpo_megatron.megatron.parallel import Ranks
-from agrpo_megatron.resilience.stop import Stop
-from agrpo_megatron.rollout.partial import SUFFIX, WRITING, PartialRollout, progress_in
-from agrpo_megatron.trajectories import moved
-from agrpo_megatron.types import Answers, Reward, Trajectory
+from agrpo_megatron.megatron.parallel import Ranks, gather_objects
+from agrpo_megatron.trajectories import join, moved, tensors
+from agrpo_megatron.types import GradedRollouts, Reward, Trajectory
 
-TENSORS = ("tokens", "unmask_step", "logprobs", "entropies", "num_steps", "rollout_ids")
+ROUND, PART, WRITING = ".safetensors", ".part", ".writing"
 DIGITS = 6  # of a round's number
+SHARE = 0.2  # of the time of a rollout that writing completions may take
+UNREADABLE = (OSError, SafetensorError, ValueError, LookupError, TypeError)
 
 
 def sampling_number(iteration: int, resampling: int, algorithm: AlgorithmSettings) -> int:
-    """Count the rounds of sampling through a run, also those that may not be needed.
+    """Return the number of a sampling round, counted through the run.
 
     Args:
-        iteration: those finished before.
-        resampling: 0 is the first round of the iteration.
+        iteration: iterations finished before.
+        resampling: 0 is the iteration's first round; each possible further round counts.
     """
     return iteration * (1 + algorithm.resample_rounds) + resampling
 
@@ -42,147 +45,194 @@ def round_name(number: int) -> str:
     return f"{number:0{DIGITS}d}"
 
 
-class RolloutBank:
+class NoCache:
+    """A cache that keeps nothing."""
+
+    def find(self, *_: object, **__: object) -> None:
+        """Return None: no round is kept."""
+
+    def find_completions(self, *_: object, **__: object) -> None:
+        """Return None: no completion is kept."""
+
+    def writer(self, *_: object, **__: object) -> None:
+        """Return None: completions are not written."""
+
+    def keep(self, *_: object) -> None:
+        """Keep nothing."""
+
+    def forget(self, number: int) -> None:
+        """Remove nothing."""
+
+    drop = forget
+
+    def progress(self) -> list[str]:
+        """Return nothing."""
+        return []
+
+
+class RolloutCache:
     """The rollouts of a run since its last checkpoint; every call is made by every rank.
 
     Args:
-        folder: None keeps nothing.
-        run: says which settings and problems the rollouts are of.
+        run: digest of the settings and problems that the rollouts belong to.
         check: called before files appear or go; raises where this attempt must not touch them.
     """
 
     def __init__(
-        self,
-        folder: Path | None,
-        ranks: Ranks,
-        *,
-        run: str,
-        check: Callable[[], None] = lambda: None,
+        self, folder: Path, ranks: Ranks, *, run: str, check: Callable[[], None] = lambda: None
     ):
         self._folder, self._ranks, self._run, self._check = folder, ranks, run, check
-        if folder is not None and ranks.is_main:
+        if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f"*{WRITING}"):
                 left.unlink(missing_ok=True)
 
     def find(
         self, number: int, rollout_ids: Tensor, *, sampling: SamplingSettings
-    ) -> Answers | None:
-        """Return what a round sampled in an earlier attempt, if just that is on disk."""
-        path = self._path(number)
-        found = None if path is None or not path.exists() else _read(path, sampling, self._run)
+    ) -> GradedRollouts | None:
+        """Return a round that an earlier attempt sampled and graded, if it is on disk."""
+        found = _read_round(self._round(number), sampling, self._run)
         if found and not torch.equal(found.trajectory.rollout_ids, rollout_ids.cpu()):
             found = None
-        # Every rank must go the same way, whatever its view of the disk.
-        count = torch.tensor(int(found is not None), device=self._ranks.device)
-        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN)
-        if found is None or not int(count):
+        # Every rank must decide alike, whatever its view of the disk.
+        if not all(gather_objects(found is not None)):
             return None
-        return Answers(
-            moved(found.trajectory, self._ranks.device),
-            found.rewards,
-            found.tokens,
-            found.bubble,
-            found.seconds,
-        )
+        assert found is not None
+        trajectory = moved(found.trajectory, self._ranks.device)
+        return GradedRollouts(trajectory, found.rewards, found.tokens, found.bubble, found.seconds)
 
-    def keep(self, number: int, answers: Answers) -> None:
-        """Write what a round sampled; it appears when it is whole, and its parts go."""
-        path = self._path(number)
-        if path is None or not self._ranks.is_main:
-            return
-        writing = path.with_suffix(f".{secrets.token_hex(4)}{WRITING}")
-        _write(writing, answers, self._run)
-        self._check()
-        writing.rename(path)
-        for part in path.parent.glob(f"{path.stem}-*{SUFFIX}"):
-            part.unlink()
+    def find_completions(
+        self, name: str, rollout_ids: Tensor, *, sampling: SamplingSettings
+    ) -> Trajectory | None:
+        """Return the completions of a rollout that earlier attempts left, in the order of ids."""
+        parts = [_read_part(path, sampling, self._run) for path in self._parts(name)]
+        kept = [part for part in parts if part is not None]
+        wanted = rollout_ids.tolist()
+        places = {n: i for i, n in enumerate(n for p in kept for n in p.rollout_ids.tolist())}
+        seen_by_all = set.intersection(*gather_objects(set(places) & set(wanted)))
+        if not seen_by_all:
+            return None
+        order = [places[number] for number in wanted if number in seen_by_all]
+        return moved(join(kept, torch.tensor(order)), self._ranks.device)
 
-    def partial(
-        self, name: str, rollout_ids: Tensor, *, ranks: Ranks, stop: Stop
-    ) -> PartialRollout:
-        """Return what ends and keeps one replica's part of a rollout, whole or not.
+    def writer(self, name: str, ranks: Ranks) -> "CompletionWriter | None":
+        """Return what keeps a replica's completions; None on ranks that write nothing.
 
         Args:
-            rollout_ids: of that part.
             ranks: the layout that samples.
         """
-        path = None if self._folder is None else self._folder / name
-        return PartialRollout(
-            path, rollout_ids, run=self._run, ranks=ranks, stop=stop, check=self._check
-        )
+        if not ranks.speaks_for_replica:
+            return None
+        return CompletionWriter(self._folder, name, run=self._run, check=self._check)
+
+    def keep(self, number: int, rollouts: GradedRollouts) -> None:
+        """Write a graded round and remove the completions that it was made of."""
+        if not self._ranks.is_main:
+            return
+        path = self._round(number)
+        trajectory = moved(rollouts.trajectory, "cpu")
+        notes = {name: getattr(rollouts, name) for name in ("tokens", "bubble", "seconds")}
+        notes["rewards"] = [asdict(reward) for reward in rollouts.rewards]
+        _write(path, trajectory, {**notes, "run": self._run}, self._check)
+        for part in self._parts(path.stem):
+            part.unlink()
 
     def forget(self, number: int) -> None:
-        """Remove the rollouts of rounds before this one; a checkpoint has learned from them.
-
-        So it has of evaluations: those come before it.
-        """
+        """Remove evaluations, and rounds before this one: a checkpoint has learned from them."""
         self._remove(lambda round_number: round_number < number)
 
     def drop(self, number: int) -> None:
-        """Remove the rollouts of rounds from this one on: they may be spoilt."""
+        """Remove evaluations, and rounds from this one on: they may be invalid."""
         self._remove(lambda round_number: round_number >= number)
-        torch.distributed.barrier()  # no rank finds what is about to go
+        torch.distributed.barrier()  # no rank finds a file that is about to go
 
     def progress(self) -> list[str]:
-        """Describe what is kept, so that a change shows that something was sampled."""
-        if self._folder is None:
-            return []
-        whole = [path.name for path in self._folder.glob("*.safetensors")]
-        parts = self._folder.glob(f"*{SUFFIX}")
-        said = ("{}: {} rows, {} steps".format(path.name, *progress_in(path)) for path in parts)
-        return sorted([*whole, *said])
+        """Return the names of all files: they change whenever something was sampled."""
+        return sorted(path.name for path in self._folder.iterdir())
 
     def _remove(self, is_chosen: Callable[[int], bool]) -> None:
-        """Remove the files of some rounds, and of evaluations."""
-        if self._folder is None or not self._ranks.is_main:
+        if not self._ranks.is_main:
             return
         self._check()
-        for path in (*self._folder.glob("*.safetensors"), *self._folder.glob(f"*{SUFFIX}")):
+        for path in (*self._folder.glob(f"*{ROUND}"), *self._parts("")):
             first = path.name[:DIGITS]
             if not first.isdigit() or is_chosen(int(first)):
                 path.unlink()
 
-    def _path(self, number: int) -> Path | None:
-        return None if self._folder is None else self._folder / f"{round_name(number)}.safetensors"
+    def _round(self, number: int) -> Path:
+        return self._folder / f"{round_name(number)}{ROUND}"
+
+    def _parts(self, name: str) -> list[Path]:
+        return sorted(self._folder.glob(f"{name}*{PART}"))
 
 
-def _write(path: Path, answers: Answers, run: str) -> None:
-    trajectory = moved(answers.trajectory, "cpu")
-    tensors = {name: getattr(trajectory, name).contiguous() for name in TENSORS}
-    if trajectory.support_ids is not None:
-        tensors["support_ids"] = trajectory.support_ids.contiguous()
-    lengths = [len(prompt) for prompt in trajectory.prompts]
-    tensors["prompts"] = torch.cat(trajectory.prompts)
-    tensors["prompt_lengths"] = torch.tensor(lengths)
-    notes = {
-        "run": run,
-        "rewards": [asdict(reward) for reward in answers.rewards],
-        "tokens": answers.tokens,
-        "bubble": answers.bubble,
-        "seconds": answers.seconds,
-        "weights_version": trajectory.weights_version,
-    }
-    save_file(tensors, path, metadata={"notes": json.dumps(notes)})
+class CompletionWriter:
+    """Writes one replica's completions, several in a file where writing would take long."""
+
+    def __init__(self, folder: Path, name: str, *, run: str, check: Callable[[], None]):
+        self._folder, self._name, self._run, self._check = folder, name, run, check
+        self._waiting: list[Trajectory] = []
+        self._free_at = 0.0  # when the next write takes no more than its share of the time
+
+    def add(self, part: Trajectory) -> None:
+        """Keep complete rows: now, or along with later ones."""
+        self._waiting.append(moved(part, "cpu"))
+        if time.monotonic() >= self._free_at:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write all rows that wait."""
+        if not self._waiting:
+            return
+        started = time.monotonic()
+        rows = range(sum(len(part.prompts) for part in self._waiting))
+        part, self._waiting = join(self._waiting, torch.tensor(rows)), []
+        path = self._folder / f"{self._name}-{secrets.token_hex(4)}{PART}"
+        _write(path, part, {"run": self._run}, self._check)
+        now = time.monotonic()
+        self._free_at = now + (now - started) / SHARE
 
 
-def _read(path: Path, sampling: SamplingSettings, run: str) -> Answers | None:
-    """Read a file; None where it is damaged or of other settings: sampling again is possible."""
+def _write(
+    path: Path, trajectory: Trajectory, notes: dict[str, Any], check: Callable[[], None]
+) -> None:
+    """Write a trajectory with notes; the file appears when it is complete."""
+    stored = {name: tensor.contiguous() for name, tensor in tensors(trajectory).items()}
+    stored["prompts"] = torch.cat(trajectory.prompts)
+    stored["prompt_lengths"] = torch.tensor([len(prompt) for prompt in trajectory.prompts])
+    notes = {**notes, "weights_version": trajectory.weights_version}
+    writing = path.with_name(f"{path.stem}.{secrets.token_hex(4)}{WRITING}")
+    save_file(stored, writing, metadata={"notes": json.dumps(notes)})
+    check()
+    writing.replace(path)
+
+
+def _read(path: Path, sampling: SamplingSettings, run: str) -> tuple[Trajectory, dict[str, Any]]:
+    """Read a file of `_write`; raises one of `UNREADABLE` where it is not this run's."""
+    with safe_open(path, framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        notes = json.loads(file.metadata()["notes"])
+    if notes["run"] != run:
+        raise ValueError("the file belongs to another run")
+    lengths = stored.pop("prompt_lengths").tolist()
+    prompts = tuple(stored.pop("prompts").split(lengths))
+    version = notes["weights_version"]
+    stored.setdefault("support_ids", None)
+    return Trajectory(prompts, sampling=sampling, weights_version=version, **stored), notes
+
+
+def _read_round(path: Path, sampling: SamplingSettings, run: str) -> GradedRollouts | None:
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            notes = json.loads(file.metadata()["notes"])
-        if notes["run"] != run:
-            return None
-        lengths = tensors["prompt_lengths"].tolist()
-        trajectory = Trajectory(
-            prompts=tuple(tensors["prompts"].split(lengths)),
-            support_ids=tensors.get("support_ids"),
-            sampling=sampling,
-            weights_version=notes["weights_version"],
-            **{name: tensors[name] for name in TENSORS},
-        )
+        trajectory, notes = _read(path, sampling, run)
         rewards = [Reward(**reward) for reward in notes["rewards"]]
-        return Answers(trajectory, rewards, notes["tokens"], notes["bubble"], notes["seconds"])
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+        tokens, bubble, seconds = (notes[name] for name in ("tokens", "bubble", "seconds"))
+        return GradedRollouts(trajectory, rewards, tokens, bubble, seconds)
+    except UNREADABLE:
+        return None
+
+
+def _read_part(path: Path, sampling: SamplingSettings, run: str) -> Trajectory | None:
+    try:
+        return _read(path, sampling, run)[0]
+    except UNREADABLE:
         return None

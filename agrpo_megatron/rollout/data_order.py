@@ -1,7 +1,7 @@
-"""Which problem comes next: every task its share, every epoch its own order.
+"""The data order: each task gets its share of problems, each epoch its own order.
 
-An iteration has a range of places; which problem stands at a place follows from the place and the
-seed alone, so a resumed run and any layout pick the same.
+An iteration has a range of places. The problem at a place follows from the place and the seed
+alone, so a resumed run and any layout pick the same problems.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ type Shares = Sequence[tuple[int, float]]  # problems and weight of each task, o
 def pick_problems(shares: Shares, places: range, *, seed: int) -> list[int]:
     """Return the index of the problem at each place; places count from 0 through a phase.
 
-    Tasks alternate by smooth weighted round robin, and each walks through its own problems: every
-    one once in an epoch, each epoch in an order of its own. A caller that leaves places out, as
-    `resample_rounds` does with rounds that are not needed, leaves out the problems there.
+    Tasks alternate by smooth weighted round robin. Each task visits every problem once per epoch,
+    in an order that differs between epochs. A caller that skips places, as `resample_rounds` does
+    with rounds that are not needed, skips the problems there.
     """
     counts = tuple(count for count, _ in shares)
     weights = tuple(weight if count else 0.0 for count, weight in shares)
@@ -36,7 +36,7 @@ _orders: dict[tuple[int, int, int], tuple[int, list[int]]] = {}
 
 
 def _turn(weights: tuple[float, ...], place: int) -> tuple[int, int]:
-    """Return whose turn a place is, and how many turns that task had before."""
+    """Return the task of a place, and how many places that task had before."""
     if len(weights) == 1:
         return 0, place
     turns, had = _turns.setdefault(weights, ([], [0] * len(weights)))
@@ -51,7 +51,7 @@ def _turn(weights: tuple[float, ...], place: int) -> tuple[int, int]:
 
 
 def _epoch_order(start: int, count: int, epoch: int, seed: int) -> list[int]:
-    """Return one epoch's order of the problems from `start` on; each task's last one is kept."""
+    """Return one epoch's order of the problems from `start` on; caches each task's last."""
     key = (start, count, seed)
     if key not in _orders or _orders[key][0] != epoch:
         numbers = torch.arange(start, start + count)

@@ -1,101 +1,214 @@
-"""Completions of problems, sampled by all ranks and graded; and what is shown of them."""
+"""Completions of problems: sampled by all ranks, and graded."""
 
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from agrpo_megatron.config.settings import SamplingSettings
-from agrpo_megatron.diffusion.snapshot import Interrupted
+from agrpo_megatron.diffusion.sampler import SamplerContext, SamplerHooks, SamplingStopped, sample
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.megatron.pipeline import RolloutForward
-from agrpo_megatron.resilience.stop import Stopped
-from agrpo_megatron.rollout.session import Session, encode_prompts, sample_prompts
+from agrpo_megatron.megatron.parallel import gather_objects
+from agrpo_megatron.megatron.pipeline import RolloutForward, make_forward
+from agrpo_megatron.resilience.stop import Stopped, Turns
+from agrpo_megatron.rollout.session import Run, Safety, Session
 from agrpo_megatron.tasks.base import Split, task_prompts
 from agrpo_megatron.tasks.grading import Call
-from agrpo_megatron.trajectories import join, moved
-from agrpo_megatron.types import Answers, Problem, Prompt, Reward, Trajectory
+from agrpo_megatron.text.chat import shown_prompt
+from agrpo_megatron.trajectories import join, moved, select
+from agrpo_megatron.types import GradedRollouts, Problem, Prompt, Reward, Trajectory
 
 
-def answer(
-    session: Session,
-    network: Network,
-    problems: Sequence[Problem],
-    rollout_ids: Tensor,
-    *,
-    sampling: SamplingSettings,
-    weights_version: int = 0,
-    split: Split = "train",
-    kept: str | None = None,
-) -> Answers:
+@dataclass(frozen=True)
+class Request:
+    """R completions to sample and grade; the same on every rank."""
+
+    problems: Sequence[Problem]  # one for each completion
+    rollout_ids: Tensor  # [R]
+    sampling: SamplingSettings
+    split: Split = "train"  # prompts and rewards of training, or of evaluation
+    weights_version: int = 0
+    name: str = ""  # in the rollout cache; without one nothing is cached
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A replica's part of a request: which completions are cached, which it samples."""
+
+    cached: Trajectory | None
+    places: list[int]  # in the request: of the cached completions, then of those to sample
+    prompts: list[Tensor]  # of the completions to sample
+    rollout_ids: Tensor  # likewise
+
+
+def generate(session: Session, network: Network, request: Request) -> GradedRollouts:
     """Complete and grade problems; called by every rank, data-parallel ranks share the work.
 
-    Each completion is graded once, on the first rank of the replica that wrote it. A grader with
-    workers begins with a completion as soon as it is written, while others still are.
-
-    Args:
-        split: train gives prompts and rewards of training, eval those of evaluation.
-        kept: names the file with what was sampled so far, in a run that can be stopped.
+    Completions that the rollout cache holds are not sampled again. Each completion is graded
+    once, on the first rank of its replica. A grader with workers starts on a completion as soon
+    as it is complete, while other rows are still sampled.
 
     Returns:
-        In `seconds`: time/rollout of sampling; time/reward from there until all have graded;
-        time/reward_hidden, in which workers graded while this rank sampled.
+        `seconds` holds time/rollout (sampling), time/reward (from there until all ranks have
+        graded) and time/reward_hidden (grading by workers while this rank sampled).
 
     Raises:
-        Stopped: the ranks agreed to stop; what was sampled is kept.
+        Stopped: the ranks agreed to stop; completions that are complete are cached.
     """
-    started, grader, is_training = time.perf_counter(), session.grader, split == "train"
-    ranks, busy = network.ranks, grader.busy
-    prompts = encode_prompts(session, task_prompts(session.task, problems, split=split))
-    by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    mine = by_length[ranks.data.rank :: ranks.data.size]
-    hand_in = _HandIn(session, [problems[place] for place in mine], split)
-    is_beside = ranks.speaks_for_replica and grader.has_workers
-    with session.sections("rollout" if is_training else "evaluation"):
-        trajectory, forward = _sample_or_stop(
-            session,
-            network,
-            [prompts[place] for place in mine],
-            rollout_ids[mine],
-            kept=kept,
-            sampling=sampling,
-            weights_version=weights_version,
-            ended=hand_in if is_beside else None,
+    run, safety, grader = session.run, session.safety, session.run.grader
+    is_training, ranks = request.split == "train", network.ranks
+    started, busy = time.perf_counter(), grader.busy
+    is_parallel = ranks.speaks_for_replica and grader.has_workers
+    with safety.sections("rollout" if is_training else "evaluation"):
+        share = _share(run, safety, network, request)
+        grading = _Grading(run, [request.problems[place] for place in share.places], request.split)
+        trajectory, forward = _sample_share(
+            run, safety, network, request, share, grading if is_parallel else None
         )
     sampled = time.perf_counter()
-    with session.sections("reward" if is_training else "evaluation"):
+    with safety.sections("reward" if is_training else "evaluation"):
         part = None
         if ranks.speaks_for_replica:
-            if not is_beside:
-                hand_in(list(range(len(mine))), trajectory.tokens)
-            rewards = hand_in.rewards()
-            part = (mine, moved(trajectory, "cpu"), rewards, forward.tokens, forward.slots.bubble)
+            if not is_parallel:
+                grading(range(len(share.places)), trajectory.tokens)
+            rewards, on_cpu = grading.rewards(), moved(trajectory, "cpu")
+            part = (share.places, on_cpu, rewards, forward.tokens, forward.slots.bubble)
         waited = time.perf_counter() - sampled
-        parts = _from_replicas(part)
+        parts = [part for part in gather_objects(part) if part is not None]
     seconds = {"time/rollout": sampled - started, "time/reward": time.perf_counter() - sampled}
-    if is_beside:
+    if is_parallel:
         seconds["time/reward_hidden"] = max(0.0, grader.busy - busy - waited)
     return _joined(parts, ranks.device, seconds)
 
 
-class _HandIn:
-    """Hands a replica's completions to the grader as they end."""
+def encode_prompts(run: Run, prompts: Sequence[Prompt]) -> list[Tensor]:
+    """Return the ids of each prompt, int64."""
+    device, encode = run.ranks.device, run.tokenizer.encode_prompt
+    return [torch.tensor(encode(prompt), dtype=torch.int64, device=device) for prompt in prompts]
 
-    def __init__(self, session: Session, problems: Sequence[Problem], split: Split):
-        self._session, self._problems = session, problems
+
+def sample_prompts(
+    run: Run,
+    network: Network,
+    prompts: Sequence[Tensor],
+    rollout_ids: Tensor,
+    *,
+    sampling: SamplingSettings,
+    hooks: SamplerHooks | None = None,
+) -> tuple[Trajectory, RolloutForward]:
+    """Sample one completion per prompt; also returns the forward, which counts tokens and slots.
+
+    Called by every rank of a replica with the same prompts.
+    """
+    settings = run.settings
+    forward = make_forward(network, settings.rollout)
+    context = SamplerContext(
+        forward=forward,
+        vocab=network.vocab,
+        mask_id=run.mask_id,
+        eos_id=run.eos_id,
+        seed=settings.run.seed,
+        token_budget=settings.train.token_budget,
+        shift=settings.model.shift,
+        most_rows=settings.rollout.rows,
+    )
+    sampled = sample(prompts, rollout_ids, context=context, sampling=sampling, hooks=hooks)
+    return sampled, forward
+
+
+def _share(run: Run, safety: Safety, network: Network, request: Request) -> _Share:
+    """Deal cached completions and those to sample out to the replicas, long prompts first."""
+    data, ids = network.ranks.data, request.rollout_ids
+    prompts = encode_prompts(run, task_prompts(run.task, request.problems, split=request.split))
+    cached = None
+    if request.name:
+        cached = safety.cache.find_completions(request.name, ids, sampling=request.sampling)
+    known = set(cached.rollout_ids.tolist()) if cached is not None else set()
+    numbers = ids.tolist()
+    missing = [place for place, number in enumerate(numbers) if number not in known]
+    by_length = sorted(missing, key=lambda place: -len(prompts[place]))
+    mine = by_length[data.rank :: data.size]
+    there = [place for place, number in enumerate(numbers) if number in known]
+    if cached is not None:
+        rows = list(range(len(there)))[data.rank :: data.size]
+        cached = select(cached, torch.tensor(rows, dtype=torch.int64, device=ids.device))
+    return _Share(
+        cached,
+        there[data.rank :: data.size] + mine,
+        [prompts[place] for place in mine],
+        ids[mine],
+    )
+
+
+def _sample_share(
+    run: Run,
+    safety: Safety,
+    network: Network,
+    request: Request,
+    share: _Share,
+    grading: "_Grading | None",
+) -> tuple[Trajectory, RolloutForward]:
+    """Return the share's trajectory, cached completions first; where one rank stops, all do.
+
+    Args:
+        grading: takes completions as they are complete; None where they are graded at the end.
+    """
+    cached, count = share.cached, len(share.places) - len(share.prompts)
+    if grading is not None and cached is not None and count:
+        grading(range(count), cached.tokens)
+    writer = safety.cache.writer(request.name, network.ranks) if request.name else None
+
+    def on_complete(rows: list[int], part: Trajectory) -> None:
+        if grading is not None:
+            grading([count + row for row in rows], part.tokens)
+        if writer is not None:
+            writer.add(replace(part, weights_version=request.weights_version))
+
+    turns = Turns(safety.stop, network.ranks)
+    hooks = SamplerHooks(on_complete, turns.is_asked if request.name else lambda: False)
+    sampled = None
+    try:
+        sampled = sample_prompts(
+            run, network, share.prompts, share.rollout_ids, sampling=request.sampling, hooks=hooks
+        )
+    except SamplingStopped:
+        if writer is not None:
+            writer.flush()
+    turns.close()
+    if request.name:
+        _stop_together(safety, is_stopped=sampled is None)
+    assert sampled is not None
+    trajectory = replace(sampled[0], weights_version=request.weights_version)
+    if cached is not None:
+        rows = torch.arange(len(share.places), device=share.rollout_ids.device)
+        trajectory = join([cached, trajectory], rows)
+    return trajectory, sampled[1]
+
+
+def _stop_together(safety: Safety, *, is_stopped: bool) -> None:
+    """Raise `Stopped` on every rank where sampling stopped on any."""
+    reasons = gather_objects(safety.stop.reason or "" if is_stopped else None)
+    given = [reason for reason in reasons if reason is not None]
+    if given:
+        raise Stopped(max(given))
+
+
+class _Grading:
+    """Hands a replica's completions to the grader, in parts."""
+
+    def __init__(self, run: Run, problems: Sequence[Problem], split: Split):
+        self._run, self._problems = run, problems
         self._split: Split = split
-        self._parts: list[tuple[list[int], Future[list[Reward]]]] = []
+        self._parts: list[tuple[Sequence[int], Future[list[Reward]]]] = []
 
-    def __call__(self, rows: list[int], tokens: Tensor) -> None:
-        """Let the grader begin on completions [n, C] of some of the problems."""
+    def __call__(self, rows: Sequence[int], tokens: Tensor) -> None:
+        """Let the grader start on completions [n, C] of some of the problems."""
         chosen = [self._problems[row] for row in rows]
-        calls = to_grade(self._session, chosen, tokens, split=self._split)
-        self._parts.append((rows, self._session.grader.start(calls)))
+        calls = grading_calls(self._run, chosen, tokens, split=self._split)
+        self._parts.append((rows, self._run.grader.start(calls)))
 
     def rewards(self) -> list[Reward]:
         """Wait for the rewards of all problems, in their order."""
@@ -107,40 +220,12 @@ class _HandIn:
         return [graded[row] for row in range(len(self._problems))]
 
 
-def _sample_or_stop(
-    session: Session,
-    network: Network,
-    prompts: Sequence[Tensor],
-    rollout_ids: Tensor,
-    *,
-    kept: str | None,
-    **options: Any,
-) -> tuple[Trajectory, RolloutForward]:
-    """Sample this replica's share; where any replica ends early, all ranks stop."""
-    if kept is None or session.bank is None:
-        return sample_prompts(session, network, prompts, rollout_ids, **options)
-    interruption = session.bank.partial(kept, rollout_ids, ranks=network.ranks, stop=session.stop)
-    sampled = None
-    with suppress(Interrupted):
-        sampled = sample_prompts(
-            session, network, prompts, rollout_ids, interruption=interruption, **options
-        )
-    interruption.close()
-    reasons: list[str | None] = [None] * session.ranks.world_size
-    dist.all_gather_object(reasons, None if sampled is not None else session.stop.reason or "")
-    said = [reason for reason in reasons if reason is not None]
-    if said:
-        raise Stopped(max(said))
-    assert sampled is not None
-    return sampled
-
-
-def _joined(parts: list[tuple], device: torch.device, seconds: dict[str, float]) -> Answers:
-    """Put what the replicas did into the order of the problems."""
+def _joined(parts: list[tuple], device: torch.device, seconds: dict[str, float]) -> GradedRollouts:
+    """Put the replicas' parts into the order of the request."""
     places, trajectories, rewards, tokens, bubbles = zip(*parts, strict=True)
     order = torch.tensor([place for part in places for place in part]).argsort()
     graded = [reward for part in rewards for reward in part]
-    return Answers(
+    return GradedRollouts(
         moved(join(trajectories, order), device),
         [graded[i] for i in order.tolist()],
         sum(tokens),
@@ -149,18 +234,11 @@ def _joined(parts: list[tuple], device: torch.device, seconds: dict[str, float])
     )
 
 
-def _from_replicas(part: tuple | None) -> list[tuple]:
-    """Return the parts of all replicas on every rank; those that speak for none pass None."""
-    parts: list[tuple | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, part)
-    return [part for part in parts if part is not None]
-
-
-def to_grade(
-    session: Session, problems: Sequence[Problem], tokens: Tensor, *, split: Split
+def grading_calls(
+    run: Run, problems: Sequence[Problem], tokens: Tensor, *, split: Split
 ) -> list[Call]:
-    """Return what the grader takes: completions [n, C] as text, in evaluation also as they are."""
-    decode, decode_raw = session.tokenizer.decode, session.tokenizer.decode_raw
+    """Return the grader's input: completions [n, C] as text; in evaluation also the raw text."""
+    decode, decode_raw = run.tokenizer.decode, run.tokenizer.decode_raw
     return [
         Call(problem, decode(ids), decode_raw(ids) if split == "eval" else None)
         for problem, ids in zip(problems, tokens.tolist(), strict=True)
@@ -168,29 +246,24 @@ def to_grade(
 
 
 def sample_records(
-    session: Session, problems: Sequence[Problem], answers: Answers, *, split: Split
+    run: Run, problems: Sequence[Problem], rollouts: GradedRollouts, *, split: Split
 ) -> list[dict]:
     """Describe the first completions for samples.jsonl, `logging.samples` of them."""
-    records, trajectory = [], answers.trajectory
-    chosen = problems[: session.settings.logging.samples]
-    prompts = task_prompts(session.task, chosen, split=split)
+    records, trajectory = [], rollouts.trajectory
+    chosen = problems[: run.settings.logging.samples]
+    prompts = task_prompts(run.task, chosen, split=split)
     for row, prompt in enumerate(prompts):
         ids = trajectory.tokens[row].tolist()
         records.append(
             {
                 "prompt": shown_prompt(prompt),
-                "completion": session.tokenizer.decode(ids),
-                "pieces": session.tokenizer.pieces(ids),
+                "completion": run.tokenizer.decode(ids),
+                "pieces": run.tokenizer.pieces(ids),
                 "unmask_step": trajectory.unmask_step[row].tolist(),
                 "num_steps": int(trajectory.num_steps[row]),
-                "reward": answers.rewards[row].score,
-                "correct": answers.rewards[row].correct,
+                "reward": rollouts.rewards[row].score,
+                "correct": rollouts.rewards[row].correct,
                 "solution": problems[row].solution,
             }
         )
     return records
-
-
-def shown_prompt(prompt: Prompt) -> str:
-    """Return a prompt as people read it: the last message of a chat, and the prefill."""
-    return prompt if isinstance(prompt, str) else prompt.messages[-1].content + prompt.prefill

@@ -1,4 +1,4 @@
-"""What is said of graded completions: means, accuracies, and which rewards failed."""
+"""Metrics of graded completions: means, accuracies, and rewards that failed."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def means(verdicts: Sequence[Reward]) -> dict[str, Any]:
 def reward_metrics(rewards: Sequence[Reward], problems: Sequence[Problem]) -> dict[str, float]:
     """Return mean and spread of the score, the accuracy, and the mean of each named part.
 
-    The tasks of a mixture are told apart by their labels as well.
+    A mixture also has the metrics of each task, by its label.
     """
     found = means(rewards)
     scores = torch.tensor([reward.score for reward in rewards], dtype=torch.float64)
@@ -42,7 +42,7 @@ def reward_metrics(rewards: Sequence[Reward], problems: Sequence[Problem]) -> di
 
 
 def failure_warning(rewards: Sequence[Reward], score: float) -> str | None:
-    """Say how many rewards failed, and why; None where none did."""
+    """Return a sentence on how many rewards failed, and why; None where none did."""
     kinds = Counter(reward.failure[:LONGEST] for reward in rewards if reward.failure is not None)
     if not kinds:
         return None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.types import Chat, Message
+from agrpo_megatron.types import Chat, Message, Prompt
 
 type Template = Callable[[Chat], str]
 
@@ -141,3 +141,8 @@ def _by_tokens(vocabulary: Container[str]) -> Template:
         )
 
     return refuse
+
+
+def shown_prompt(prompt: Prompt) -> str:
+    """Return a prompt as people read it: the last message of a chat, and the prefill."""
+    return prompt if isinstance(prompt, str) else prompt.messages[-1].content + prompt.prefill

@@ -1,9 +1,11 @@
-"""Alarms: states of a run that seldom end well, each a metric, a warning and a wandb alert."""
+"""Alarms: signs of a run that goes wrong; each is a metric, a warning and a wandb alert."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
-from agrpo_megatron.rollout.session import Session
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.rollout.session import Output
 
 
 @dataclass(frozen=True)
@@ -37,24 +39,24 @@ ALARMS = (
         "entropy",
         "resilience.entropy_alarm",
         lambda value, level: value < level,
-        "the mean entropy of a rollout is {value:.3g} nats; the policy hardly varies any more",
+        "the mean entropy of a rollout is {value:.3g} nats; the policy has nearly collapsed",
     ),
     Alarm(
         "zero_variance",
         "zero_advantage_fraction",
         "resilience.zero_variance_alarm",
         lambda value, level: value >= level > 0,
-        "{value:.0%} of rollouts have no advantage, as their groups have equal rewards; "
-        "they teach nothing",
+        "{value:.0%} of rollouts have no advantage, as the rewards of their groups are equal",
     ),
 )
 
 
 class Alarms:
-    """The alarms of a run; they speak as they begin, and again only after they had ended."""
+    """The alarms of a run; each warns when it turns on, not again while it stays on."""
 
-    def __init__(self, session: Session):
-        self._session, self._on = session, set[str]()
+    def __init__(self, settings: Settings, output: Output):
+        self._levels = {alarm.name: attrgetter(alarm.key)(settings) for alarm in ALARMS}
+        self._output, self._on = output, set[str]()
 
     def check(self, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return `alarm/NAME` of each alarm: 1 where it is on, else 0; called by every rank.
@@ -64,17 +66,12 @@ class Alarms:
         return {f"alarm/{a.name}": float(self._is_on(a, iteration, metrics)) for a in ALARMS}
 
     def _is_on(self, alarm: Alarm, iteration: int, metrics: Mapping[str, float]) -> bool:
-        value, level = metrics.get(alarm.metric), _level(self._session, alarm)
+        value, level = metrics.get(alarm.metric), self._levels[alarm.name]
         is_on = value is not None and alarm.is_past(value, level)
         if is_on and alarm.name not in self._on:
             said = alarm.text.format(value=value)
             text = f"iteration {iteration}: {said} ({alarm.key}={level})"
-            self._session.view.warn(text)
-            self._session.log.alert(f"{alarm.name} alarm", text)
+            self._output.view.warn(text)
+            self._output.log.alert(f"{alarm.name} alarm", text)
         (self._on.add if is_on else self._on.discard)(alarm.name)
         return is_on
-
-
-def _level(session: Session, alarm: Alarm) -> float:
-    section, _, key = alarm.key.partition(".")
-    return getattr(getattr(session.settings, section), key)

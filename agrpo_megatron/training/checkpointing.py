@@ -1,4 +1,4 @@
-"""What a run keeps: its checkpoints, the best of them, and the rollouts since the last one."""
+"""When a run saves checkpoints: at intervals, the best one, at its end, and when it stops."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +13,14 @@ from agrpo_megatron.rollout.cache import sampling_number
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.runs.progress import CHECKPOINTS, HF, MODEL_FILE, RUN_FILE, Progress
 from agrpo_megatron.text.tokenizer import CHARACTERS
-from agrpo_megatron.training.early_stopping import judged, metric
-from agrpo_megatron.training.nan_guard import refuse_spoilt
+from agrpo_megatron.training.early_stopping import metric, with_early_stop
+from agrpo_megatron.training.nan_guard import refuse_nonfinite_weights
 
-MODEL_FILES = "model"  # below the run directory: what each checkpoint holds beside its tensors
+MODEL_FILES = "model"  # below the run directory: files that go into each checkpoint
 
 
-class Keeper:
-    """Saves one phase of a run; every call is made by every rank.
+class Checkpointer:
+    """Saves the checkpoints of one phase of a run; every call is made by every rank.
 
     Args:
         last: the phase's last iteration, which is always saved.
@@ -28,27 +28,28 @@ class Keeper:
     """
 
     def __init__(self, session: Session, engine: Engine, phase: str, last: int, done: Progress):
-        settings, directory = session.settings, Path(session.settings.run.dir)
+        settings = session.run.settings
         self._session, self._phase, self._last, self._done = session, phase, last, done
         self._settings, self._is_best, self._engine = settings.checkpoint, False, engine
+        directory = Path(settings.run.dir)
         self._saver = Saver(
             directory / CHECKPOINTS,
             engine,
             keep=settings.checkpoint.keep,
             is_async=settings.checkpoint.background,
             files=directory / MODEL_FILES,
-            check=session.log.check,
+            check=session.output.log.check,
         )
         self._iteration = done.iteration  # finished
         self._saved = done.iteration if done.offsets else None  # in the newest checkpoint
 
-    def reach(self, iteration: int, *, is_evaluated: bool) -> None:
-        """Hear that an iteration is finished, but for an evaluation that is still to come."""
+    def on_iteration_end(self, iteration: int, *, is_evaluated: bool) -> None:
+        """Record an iteration after its updates, before its evaluation if one is due."""
         self._iteration = iteration
         self._done = replace(self._done, is_evaluated=is_evaluated)
 
-    def judge(self, scores: dict) -> str | None:
-        """Remember the metrics of an evaluation; returns why the run should end early."""
+    def on_evaluation(self, scores: dict) -> str | None:
+        """Record the metrics of an evaluation; returns the reason for early stopping, if any."""
         self._done = replace(self._done, is_evaluated=True)
         name, best = self._settings.best, self._done.best
         kept = {
@@ -61,11 +62,11 @@ class Keeper:
             value = metric(scores, name, key="checkpoint.best")
             self._is_best = best is None or value > best
             self._done = replace(self._done, best=value if self._is_best else best)
-        self._done = judged(self._done, scores, self._session.settings.train)
+        self._done = with_early_stop(self._done, scores, self._session.run.settings.train)
         return self._done.stopped
 
-    def after(self, iteration: int) -> None:
-        """Save after an iteration where one is due, is the best so far, or the run's end."""
+    def save_if_due(self, iteration: int) -> None:
+        """Save after an iteration that is due, is the best so far, or ends the run."""
         self._iteration = iteration
         self._saver.poll()
         every, is_best, self._is_best = self._settings.interval, self._is_best, False
@@ -74,30 +75,30 @@ class Keeper:
         if not is_due or not (self._has_learned or is_end):
             return
         self._save(is_best=is_best)
-        algorithm = self._session.settings.algorithm
-        if self._session.bank is not None and self._phase == "rl":
-            self._session.bank.forget(sampling_number(iteration, 0, algorithm))
+        if self._phase == "rl":
+            algorithm = self._session.run.settings.algorithm
+            self._session.safety.cache.forget(sampling_number(iteration, 0, algorithm))
 
-    def stop(self) -> None:
-        """Save what is finished, if it is not saved yet, and wait for it."""
+    def on_stop(self) -> None:
+        """Save the finished iteration, if it is not saved yet, and wait for the save."""
         if self._has_learned and self._iteration != self._saved:
             self._save(is_best=False)
-        self.finish()
+        self.wait()
 
     @property
     def _has_learned(self) -> bool:
-        """Say whether a phase has made an update: before, there is nothing beyond its start."""
+        """Return whether a phase has made an update; before, it only has its start weights."""
         return self._engine.scheduler.num_steps > 0
 
-    def finish(self) -> None:
-        """Wait until all is saved."""
-        with self._session.sections("checkpoint"):
+    def wait(self) -> None:
+        """Wait until all checkpoints are on disk."""
+        with self._session.safety.sections("checkpoint"):
             self._saver.finish()
 
     def _save(self, *, is_best: bool) -> None:
-        log, iteration = self._session.log, self._iteration
+        run, log, iteration = self._session.run, self._session.output.log, self._iteration
         log.check()
-        refuse_spoilt(self._session, self._engine, phase=self._phase, iteration=iteration)
+        refuse_nonfinite_weights(run, self._engine, phase=self._phase, iteration=iteration)
         self._done = replace(
             self._done,
             phase=self._phase,
@@ -106,13 +107,13 @@ class Keeper:
             is_best=is_best,
             wandb=log.wandb_id,
         )
-        with self._session.sections("checkpoint"):
+        with self._session.safety.sections("checkpoint"):
             self._saver.save(self._done)
         self._saved = iteration
 
 
 def describe_model(folder: Path, settings: Settings) -> None:
-    """Write what checkpoints hold beside their tensors; one rank.
+    """Write the files that checkpoints hold besides their tensors; one rank.
 
     The tokenizer, and the files of the Hugging Face model that the run starts from.
     """

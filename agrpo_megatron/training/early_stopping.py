@@ -1,17 +1,17 @@
-"""Ending a run early, by a metric of its evaluations."""
+"""Early stopping, by a metric of evaluations."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from agrpo_megatron.config.settings import Settings, TrainSettings
+from agrpo_megatron.config.settings import TrainSettings
 from agrpo_megatron.runs.progress import Progress
 
 
-def judged(done: Progress, scores: Mapping[str, Any], settings: TrainSettings) -> Progress:
-    """Return the progress with an evaluation taken into account; `stopped` says why to end.
+def with_early_stop(done: Progress, scores: Mapping[str, Any], settings: TrainSettings) -> Progress:
+    """Return the progress after an evaluation; `stopped` is the reason to end the run, if any.
 
-    It follows from the metrics alone, which are the same on every rank.
+    It depends on the metrics alone, which are the same on every rank.
 
     Raises:
         ValueError: the evaluation has no metric `train.stop_metric`.
@@ -32,17 +32,13 @@ def judged(done: Progress, scores: Mapping[str, Any], settings: TrainSettings) -
     return replace(done, stopped=why)
 
 
-def check_metrics(scores: Mapping[str, Any], settings: Settings) -> None:
-    """Check, before anything is trained, that evaluations have the metrics they are judged by.
+def check_metrics(scores: Mapping[str, Any], *, best: str | None, stop_metric: str | None) -> None:
+    """Check, before training, that evaluations have the metrics that the settings name.
 
     Raises:
         ValueError: an evaluation lacks `checkpoint.best` or `train.stop_metric`.
     """
-    names = {
-        "checkpoint.best": settings.checkpoint.best,
-        "train.stop_metric": settings.train.stop_metric,
-    }
-    for key, name in names.items():
+    for key, name in (("checkpoint.best", best), ("train.stop_metric", stop_metric)):
         if name is not None:
             metric(scores, name, key=key)
 
@@ -51,7 +47,7 @@ def metric(scores: Mapping[str, Any], name: str, *, key: str) -> float:
     """Return a metric of an evaluation by its name.
 
     Raises:
-        ValueError: there is none of this name; names those there are.
+        ValueError: there is none of this name; the message lists the metrics.
     """
     if name not in scores:
         known = ", ".join(key for key, value in scores.items() if isinstance(value, float))

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.megatron.parallel import gather_objects
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.types import SftBatch, TimestepBatch
 
@@ -52,7 +52,7 @@ def find_in_loss[Batch: (SftBatch, TimestepBatch)](
         computed: the loss and the metrics of each, where this rank has them.
     """
     data, bad = engine.ranks.data.rank, [n for n, m in enumerate(computed) if not _all_finite(m)]
-    found: list[tuple[int, list[int]]] = _from_all((data, bad))
+    found: list[tuple[int, list[int]]] = gather_objects((data, bad))
     places = {rank: _micro_batches(mine, len(batches)) for rank, (_, mine) in enumerate(found)}
     again = sorted({number for other, mine in found if other == data for number in mine})
 
@@ -63,7 +63,7 @@ def find_in_loss[Batch: (SftBatch, TimestepBatch)](
 
     engine.finish_parameters()
     results = forward_rows(engine.network, [batches[number].rows for number in again], rows_of)
-    rows = sorted({row for mine in _from_all(results) for rows in mine for row in rows})
+    rows = sorted({row for mine in gather_objects(results) for rows in mine for row in rows})
     guilty = rows or _from_batches([batches[number] for number in bad])
     return Finding("loss", _said(places), guilty, bool(rows), _bad_weights(engine))
 
@@ -71,7 +71,7 @@ def find_in_loss[Batch: (SftBatch, TimestepBatch)](
 def find_in_gradient(engine: Engine, batches: Sequence[SftBatch | TimestepBatch]) -> Finding:
     """Find the parameters whose gradient is not finite; called by every rank."""
     grads = ((name, p.main_grad) for name, p in engine.network.named_parameters())  # type: ignore[attr-defined]
-    places = dict(enumerate(_from_all(_bad_names(grads))))
+    places = dict(enumerate(gather_objects(_bad_names(grads))))
     return Finding("gradient", _said(places), _from_batches(batches), True, _bad_weights(engine))
 
 
@@ -103,11 +103,11 @@ def _rows(batch: SftBatch | TimestepBatch) -> list[int]:
 def _from_batches(batches: Sequence[SftBatch | TimestepBatch]) -> list[int]:
     """Return the rows of these micro-batches of all ranks."""
     mine = {row for batch in batches for row in _rows(batch)}
-    return sorted(set().union(*_from_all(mine)))
+    return sorted(set().union(*gather_objects(mine)))
 
 
 def _bad_weights(engine: Engine) -> dict[int, str]:
-    return _said(dict(enumerate(_from_all(_bad_names(engine.network.named_parameters())))))
+    return _said(dict(enumerate(gather_objects(_bad_names(engine.network.named_parameters())))))
 
 
 def _bad_names(tensors: Any) -> str:
@@ -130,10 +130,3 @@ def _said(places: dict[int, str]) -> dict[int, str]:
 
 def _all_finite(metrics: Metrics) -> bool:
     return all(math.isfinite(float(value)) for value in metrics.values())
-
-
-def _from_all(mine: Any) -> list[Any]:
-    """Return what every rank has, by rank."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone

@@ -1,4 +1,4 @@
-"""AGRPO: roll out, grade, draw denoising steps, update. One iteration, top to bottom."""
+"""AGRPO: roll out, grade, draw denoising steps, update; one iteration, top to bottom."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import forward_rows
-from agrpo_megatron.resilience.stragglers import Stragglers
+from agrpo_megatron.resilience.stragglers import Stragglers, compare_ranks
 from agrpo_megatron.rollout.dynamic_sampling import sample_groups
 from agrpo_megatron.rollout.generate import sample_records
-from agrpo_megatron.rollout.session import Session, compare_ranks
+from agrpo_megatron.rollout.session import Run, Session
 from agrpo_megatron.training.alarms import Alarms
-from agrpo_megatron.training.nan_guard import Guard, Update, rollout_keys
+from agrpo_megatron.training.nan_guard import NanGuard, Update, rollout_keys
 from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import Rollout, StepDraws, TimestepBatch
 
@@ -32,25 +32,27 @@ def run_rl(
     reference: Network | None,
     *,
     start: int,
-    after: Callable[[int], bool],
+    on_iteration_end: Callable[[int], bool],
 ) -> None:
-    """Iterate from `start` (finished so far) to `train.iterations`; called by every rank.
+    """Iterate from `start` (iterations finished) to `train.iterations`; called by every rank.
 
     Args:
-        reference: the frozen reference policy, where `kl_coefficient` asks for one.
-        after: called after each iteration with the number finished: evaluates, saves, and says
-            whether to go on.
+        reference: the frozen reference policy, where `kl_coefficient` needs one.
+        on_iteration_end: called after each iteration with the number finished: evaluates, saves,
+            and returns whether to continue.
 
     Raises:
-        Stopped: the ranks agreed to stop, within a rollout or in `after`.
+        Stopped: the ranks agreed to stop, within a rollout or in `on_iteration_end`.
     """
-    guard, alarms, stragglers = Guard(session, "rl"), Alarms(session), Stragglers()
-    for iteration in range(start, session.settings.train.iterations):
+    run, output, sections = session.run, session.output, session.safety.sections
+    guard, stragglers = NanGuard(session, "rl"), Stragglers()
+    alarms = Alarms(run.settings, output)
+    for iteration in range(start, run.settings.train.iterations):
         started = time.perf_counter()
-        session.sections.at("rl", iteration + 1)
+        sections.at("rl", iteration + 1)
         rollout, rollout_metrics = collect_rollout(session, engine, iteration)
         update_started = time.perf_counter()
-        with session.sections("update"):
+        with sections("update"):
             metrics, tokens = update_policy(session, engine, rollout, reference, guard=guard)
         now = time.perf_counter()
         tokens += rollout_metrics.pop("tokens")
@@ -60,14 +62,14 @@ def run_rl(
             **rollout_metrics,
             **metrics,
             **alarms.check(iteration + 1, {**rollout_metrics, **metrics}),
-            **compare_ranks(session, stragglers),
+            **compare_ranks(stragglers, sections.take(), run.ranks, output.view.warn),
             "time/update": now - update_started,
             "time/iteration": now - started,
             "tokens_per_second": tokens / (now - started),
         }
-        session.log.metrics(record)
-        session.view.rl(record)
-        if not after(iteration + 1):
+        output.log.metrics(record)
+        output.view.rl(record)
+        if not on_iteration_end(iteration + 1):
             break
 
 
@@ -76,31 +78,28 @@ def collect_rollout(
 ) -> tuple[Rollout, dict[str, float]]:
     """Sample and grade a group of completions of each problem; the same on every rank.
 
-    What the session's bank has of an earlier attempt is not sampled again.
+    Completions that the rollout cache holds are not sampled again.
     """
-    algorithm, groups = session.settings.algorithm, sample_groups(session, engine, iteration)
-    answers = groups.answers
-    scores = torch.tensor([r.score for r in answers.rewards], device=session.ranks.device)
+    run, groups = session.run, sample_groups(session, engine, iteration)
+    algorithm, graded, device = run.settings.algorithm, groups.rollouts, run.ranks.device
+    scores = torch.tensor([reward.score for reward in graded.rewards], device=device)
     advantages = estimators.advantages(
         scores,
         group_size=algorithm.group_size,
         baseline=algorithm.baseline,
         scale_by_std=algorithm.scale_by_std,
     )
-    correct = torch.tensor([r.correct for r in answers.rewards], device=session.ranks.device)
-    rollout = Rollout(answers.trajectory, rewards=scores, correct=correct, advantages=advantages)
-    records = sample_records(session, groups.problems, answers, split="train")
-    session.log.samples(records, phase="rl", iteration=iteration + 1)
+    correct = torch.tensor([reward.correct for reward in graded.rewards], device=device)
+    rollout = Rollout(graded.trajectory, rewards=scores, correct=correct, advantages=advantages)
+    records = sample_records(run, groups.problems, graded, split="train")
+    session.output.log.samples(records, phase="rl", iteration=iteration + 1)
+    has_pipeline = engine.ranks.for_rollouts.pipeline.size > 1
     return rollout, {
         **groups.metrics,
-        **_rollout_metrics(session, rollout),
-        **(
-            {"rollout/bubble": answers.bubble}
-            if engine.ranks.for_rollouts.pipeline.size > 1
-            else {}
-        ),
-        **answers.seconds,
-        "tokens": answers.tokens,
+        **_rollout_metrics(run, rollout),
+        **({"rollout/bubble": graded.bubble} if has_pipeline else {}),
+        **graded.seconds,
+        "tokens": graded.tokens,
     }
 
 
@@ -110,28 +109,30 @@ def update_policy(
     rollout: Rollout,
     reference: Network | None,
     *,
-    guard: Guard | None = None,
+    guard: NanGuard | None = None,
 ) -> tuple[dict[str, float], int]:
     """Update the weights on one batch of rollouts; returns metrics and the tokens of all ranks.
 
     Args:
-        guard: knows which updates were left out before, for not being finite.
+        guard: counts skipped updates over iterations; None starts anew.
     """
-    guard = guard or Guard(session, "rl")
+    run, guard = session.run, guard or NanGuard(session, "rl")
     iteration = rollout.trajectory.weights_version + 1
-    key = rollout_keys(session, rollout.trajectory)
-    settings, algorithm, ranks = session.settings, session.settings.algorithm, engine.ranks
+    key = rollout_keys(run, rollout.trajectory)
+    settings, algorithm, ranks = run.settings, run.settings.algorithm, engine.ranks
     results = []
     for update in range(algorithm.updates_per_iteration):
         context = estimators.DrawContext(
-            algorithm, eos_id=session.eos_id, seed=settings.run.seed + 7919 * update
+            algorithm, eos_id=run.eos_id, seed=settings.run.seed + 7919 * update
         )
         draws = estimators.ESTIMATORS[algorithm.name](rollout.trajectory, context)
         draws = useful_draws(draws, rollout, algorithm)
         lengths = row_lengths(rollout, draws)
-        micro_batches = my_micro_batches(lengths, settings, ranks)
+        micro_batches = my_micro_batches(
+            lengths, settings.model, ranks, budget=settings.train.token_budget
+        )
         batches = timestep_batches(
-            rollout, draws, micro_batches, mask_id=session.mask_id, shift=settings.model.shift
+            rollout, draws, micro_batches, mask_id=run.mask_id, shift=settings.model.shift
         )
         batches = [local_part(batch, ranks) for batch in batches]
         if reference is not None:
@@ -189,13 +190,13 @@ def with_reference(
     return [replace(b, reference_logprobs=s) for b, s in zip(batches, scored, strict=True)]
 
 
-def _rollout_metrics(session: Session, rollout: Rollout) -> dict[str, float]:
+def _rollout_metrics(run: Run, rollout: Rollout) -> dict[str, float]:
     trajectory = rollout.trajectory
-    stops = torch.tensor(sorted(session.tokenizer.stop_ids), device=trajectory.tokens.device)
+    stops = torch.tensor(sorted(run.tokenizer.stop_ids), device=trajectory.tokens.device)
     text = torch.isin(trajectory.tokens, stops).long().cumsum(1) == 0
     sampled = trajectory.unmask_step < trajectory.num_steps[:, None]
-    rule = session.settings.algorithm.live_steps
-    live = timesteps.live_steps(trajectory, eos_id=session.eos_id, rule=rule)
+    rule = run.settings.algorithm.live_steps
+    live = timesteps.live_steps(trajectory, eos_id=run.eos_id, rule=rule)
     return {
         "entropy": float(trajectory.entropies.sum()) / max(1.0, float(sampled.sum())),
         "live_steps/mean": float(live.double().mean()),
@@ -208,8 +209,7 @@ def _rollout_metrics(session: Session, rollout: Rollout) -> dict[str, float]:
 def _update_metrics(results: list[dict[str, float]]) -> dict[str, float]:
     """Combine the updates of an iteration; the ratio's error is the first update's.
 
-    Those that were left out have no loss, no gradient and no ratio. Where no token was scored the
-    ratio is 1: nothing differs from the rollout.
+    Skipped updates are excluded from the means. Where no token was scored the ratio is 1.
     """
     made = [r for r in results if not r["skipped_updates"]]
     return {

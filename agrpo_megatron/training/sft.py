@@ -12,64 +12,67 @@ from agrpo_megatron.diffusion.losses import sft_loss
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.parallel import Ranks
-from agrpo_megatron.resilience.stragglers import Stragglers
+from agrpo_megatron.resilience.stragglers import Stragglers, compare_ranks
 from agrpo_megatron.rollout.data_order import pick_problems
-from agrpo_megatron.rollout.session import Session, compare_ranks, encode_prompts
+from agrpo_megatron.rollout.generate import encode_prompts
+from agrpo_megatron.rollout.session import Run, Session
 from agrpo_megatron.tasks.base import task_prompts
 from agrpo_megatron.tasks.curriculum import solved_problems
-from agrpo_megatron.training.nan_guard import Guard, Update
+from agrpo_megatron.training.nan_guard import NanGuard, Update
 from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import Problem, SftBatch
 
 
-def run_sft(session: Session, engine: Engine, *, start: int, after: Callable[[int], None]) -> None:
-    """Train from iteration `start` (finished so far) to `sft.iterations`; called by every rank.
+def run_sft(
+    session: Session, engine: Engine, *, start: int, on_iteration_end: Callable[[int], None]
+) -> None:
+    """Train from `start` (iterations finished) to `sft.iterations`; called by every rank.
 
     Args:
-        after: called after each iteration with the number finished; it saves checkpoints.
+        on_iteration_end: called after each iteration with the number finished; saves checkpoints.
     """
-    settings = session.settings.sft
-    loss = _loss(engine.network.vocab)
-    problems, shares = solved_problems(session.task, settings)
-    size, guard, stragglers = settings.batch_size, Guard(session, "sft"), Stragglers()
+    run, output, sections = session.run, session.output, session.safety.sections
+    settings, loss = run.settings.sft, _loss(engine.network.vocab)
+    problems, shares = solved_problems(run.task, settings)
+    size, guard, stragglers = settings.batch_size, NanGuard(session, "sft"), Stragglers()
     for iteration in range(start, settings.iterations):
         started = time.perf_counter()
-        session.sections.at("sft", iteration + 1)
+        sections.at("sft", iteration + 1)
         places = range(iteration * size, (iteration + 1) * size)
-        picked = pick_problems(shares, places, seed=session.settings.run.seed)
+        picked = pick_problems(shares, places, seed=run.settings.run.seed)
         chosen = [problems[place] for place in picked]
-        batches, tokens = _batches(session, engine.ranks, chosen, iteration)
+        batches, tokens = _batches(run, engine.ranks, chosen, iteration)
         update = Update(iteration + 1, "examples", lambda row, chosen=chosen: chosen[row].key)
-        with session.sections("update"):
+        with sections("update"):
             metrics = guard.step(engine, batches, loss=loss, examples=size, update=update)
         seconds = time.perf_counter() - started
         record = {
             "phase": "sft",
             "iteration": iteration + 1,
             **metrics,
-            **compare_ranks(session, stragglers),
+            **compare_ranks(stragglers, sections.take(), run.ranks, output.view.warn),
             "time/iteration": seconds,
             "tokens_per_second": tokens / seconds,
         }
-        session.log.metrics(record)
-        session.view.sft(record)
-        after(iteration + 1)
+        output.log.metrics(record)
+        output.view.sft(record)
+        on_iteration_end(iteration + 1)
 
 
 def _batches(
-    session: Session, ranks: Ranks, problems: list[Problem], iteration: int
+    run: Run, ranks: Ranks, problems: list[Problem], iteration: int
 ) -> tuple[list[SftBatch], int]:
     """Return this rank's micro-batches, and the tokens of all ranks."""
-    settings, size = session.settings, len(problems)
-    prompts = encode_prompts(session, task_prompts(session.task, problems, split="train"))
-    responses = _padded(session, [problem.solution for problem in problems])
+    settings, size = run.settings, len(problems)
+    prompts = encode_prompts(run, task_prompts(run.task, problems, split="train"))
+    responses = _padded(run, [problem.solution for problem in problems])
     lengths = torch.tensor([len(prompt) + responses.shape[1] for prompt in prompts])
     batches = sft_batches(
         prompts,
         responses,
         torch.arange(size, device=ranks.device) + iteration * size,
-        my_micro_batches(lengths, settings, ranks),
-        mask_id=session.mask_id,
+        my_micro_batches(lengths, settings.model, ranks, budget=settings.train.token_budget),
+        mask_id=run.mask_id,
         mask_epsilon=settings.sft.mask_epsilon,
         seed=settings.run.seed,
         shift=settings.model.shift,
@@ -77,12 +80,12 @@ def _batches(
     return [local_part(batch, ranks) for batch in batches], int(lengths.sum())
 
 
-def _padded(session: Session, texts: list[str]) -> Tensor:
-    """Return solutions as [B, completion length], filled up with end-of-text."""
-    width = session.settings.sampling.completion_length
-    rows = [session.tokenizer.encode(text) for text in texts]
-    filled = [row + [session.eos_id] * (width - len(row)) for row in rows]
-    return torch.tensor(filled, dtype=torch.int64, device=session.ranks.device).view(-1, width)
+def _padded(run: Run, texts: list[str]) -> Tensor:
+    """Return solutions as [B, completion length], padded with end-of-text."""
+    width = run.settings.sampling.completion_length
+    rows = [run.tokenizer.encode(text) for text in texts]
+    filled = [row + [run.eos_id] * (width - len(row)) for row in rows]
+    return torch.tensor(filled, dtype=torch.int64, device=run.ranks.device).view(-1, width)
 
 
 def _loss(vocab: Vocabulary):

@@ -30,7 +30,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from agrpo_megatron.config.parallel import attention_cost
-from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.diffusion.packing import assign_rows
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import for_schedule
@@ -63,7 +63,7 @@ def optimizer_step[Batch: (SftBatch, TimestepBatch)](
         The metrics, `loss` (mean over examples), `grad_norm` and `learning_rate`.
 
     Raises:
-        NotFinite: the loss or the gradient is not; says where, and no weights were changed.
+        NotFinite: the loss or the gradient is not finite; no weights were changed.
     """
     computed = _forward_and_backward(engine, batches, loss=loss, examples=examples)
     metrics = _combined(computed, engine.ranks, examples=examples)
@@ -95,7 +95,7 @@ def accumulate_gradients[Batch: (SftBatch, TimestepBatch)](
 
 
 def drop_gradients(engine: Engine) -> None:
-    """Leave no gradient behind: the weights stay as they are."""
+    """Set all gradients to zero; the weights stay as they are."""
     for ddp in engine.ddp:
         ddp.zero_grad_buffer()
     engine.optimizer.zero_grad()
@@ -142,23 +142,25 @@ def _forward_and_backward[Batch: (SftBatch, TimestepBatch)](
     return collected
 
 
-def my_micro_batches(lengths: Tensor, settings: Settings, ranks: Ranks) -> list[Tensor]:
+def my_micro_batches(
+    lengths: Tensor, model: ModelSettings, ranks: Ranks, *, budget: int
+) -> list[Tensor]:
     """Share rows of these lengths [N] among the data-parallel ranks; returns this rank's part.
 
     Every rank computes the same plan: equal FLOPs, equal numbers of micro-batches.
     """
     plan = assign_rows(
         lengths,
-        budget=settings.train.token_budget,
+        budget=budget,
         ranks=ranks.data.size,
-        attention=attention_cost(settings.model),
+        attention=attention_cost(model),
         multiple=ranks.parallel.pipeline if ranks.parallel.virtual > 1 else 1,
     )
     return plan[ranks.data.rank]
 
 
 def _gradient_is_finite(engine: Engine) -> bool:
-    """Say whether this rank's gradient is finite: a sum of finite numbers tells, cheaply."""
+    """Return whether this rank's gradient is finite, by the cheap test that its sum is."""
     ddps: list[Any] = engine.ddp
     buffers = [b for ddp in ddps for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
     grads = [buffer.grad_data for buffer in buffers]
@@ -167,7 +169,7 @@ def _gradient_is_finite(engine: Engine) -> bool:
 
 
 def _on_all_ranks(first: bool, second: bool, ranks: Ranks) -> tuple[bool, bool]:  # noqa: FBT001
-    """Say of two facts whether each holds on every rank."""
+    """Return for two facts whether each holds on every rank."""
     both = torch.tensor([first, second], dtype=torch.int, device=ranks.device)
     dist.all_reduce(both, op=dist.ReduceOp.MIN)
     return bool(both[0]), bool(both[1])

@@ -33,13 +33,13 @@ def _open(overrides: list[str]) -> tuple[Session, Engine]:
 
 def _weights(session, network):
     weights = {name: p.detach() for name, p in network.named_parameters()}
-    return export_hf(weights, session.settings.model, session.ranks)
+    return export_hf(weights, session.run.settings.model, session.run.ranks)
 
 
 def _outcome(session, engine):
     """Return what two runs are compared by: metrics without times, and weights."""
     keys = ("loss", "grad_norm", "learning_rate", "scored_tokens")
-    records = [{key: record[key] for key in keys} for record in session.log.records]
+    records = [{key: record[key] for key in keys} for record in session.output.log.records]
     return records, _weights(session, engine.network)
 
 
@@ -55,7 +55,10 @@ def _train_and_save_halfway(root, overrides):
     """Train four iterations, saving after two and at the end; returns records 3, 4 and weights."""
     session, engine = _open(overrides)
     run_sft(
-        session, engine, start=0, after=lambda i: _save(root, engine, i) if i in (2, 4) else None
+        session,
+        engine,
+        start=0,
+        on_iteration_end=lambda i: _save(root, engine, i) if i in (2, 4) else None,
     )
     records, weights = _outcome(session, engine)
     return records[2:], weights
@@ -71,7 +74,7 @@ def _load_and_save(source, root, overrides):
 def _continue(source, overrides):
     session, engine = _open([*overrides, "run.seed=0", "model.init_std=0.1"])
     load_checkpoint(Path(source), engine)
-    run_sft(session, engine, start=2, after=lambda _: None)
+    run_sft(session, engine, start=2, on_iteration_end=lambda _: None)
     return _outcome(session, engine)
 
 
@@ -98,7 +101,7 @@ def test_a_loaded_run_continues_bit_for_bit(tmp_path, world_size, overrides):
 def _weights_alone(source, overrides):
     """Load the weights without an optimizer, as evaluation does."""
     session, engine = _open([*overrides, "run.seed=5"])
-    network = build_network(session.settings, session.ranks)
+    network = build_network(session.run.settings, session.run.ranks)
     load_weights(Path(source), network)
     return _weights(session, network)
 
@@ -130,7 +133,7 @@ def _kill_saves(root):
 
     root = Path(root)
     session, engine = _open(["sft.iterations=1"])
-    run_sft(session, engine, start=0, after=lambda i: _save(root, engine, i))
+    run_sft(session, engine, start=0, on_iteration_end=lambda i: _save(root, engine, i))
     seen = []
 
     def look(stage):
@@ -202,7 +205,7 @@ def _read_with_megatron_alone(root):
     assert listed.keys() <= plain.keys()
     embedding = engine.network.chunks[0].embedding.word_embeddings.weight
     assert torch.equal(plain["embedding.word_embeddings.weight"], embedding)
-    model = session.settings.model
+    model = session.run.settings.model
     theirs = GPTModel(
         config=engine.network.config,
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),

@@ -81,7 +81,7 @@ def _evaluate(run_dir, output, overrides, kill=None):
     )
     store.check(plan.evaluation)
     shown = []
-    with opened(plan.resolved, silent_view(), plan.checkpoint) as (session, network):
+    with opened(plan.resolved, plan.checkpoint) as (session, network):
         results = evaluate_grid(session, network, plan, store, shown.append)
     return shown, results
 

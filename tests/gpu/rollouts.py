@@ -44,7 +44,8 @@ def mismatch(engine: Engine, settings: Settings) -> Tensor:
     ones = torch.ones(count, device=device)
     rollout = Rollout(trajectory, rewards=ones, correct=ones > 0, advantages=ones)
     draws = full_trajectory(trajectory, DrawContext(settings.algorithm, eos_id=None, seed=0))
-    order = my_micro_batches(row_lengths(rollout, draws), settings, engine.ranks)
+    lengths, budget = row_lengths(rollout, draws), settings.train.token_budget
+    order = my_micro_batches(lengths, settings.model, engine.ranks, budget=budget)
     assert settings.model.mask_token_id is not None
     batches = timestep_batches(rollout, draws, order, mask_id=settings.model.mask_token_id)
     found: list[Tensor] = []

@@ -31,8 +31,8 @@ def _losses(*overrides):
     prepare()
     skip_unless_possible(tiny(*LEARNED, *overrides))
     session, engine = open_session(*LEARNED, *overrides, phase="sft")
-    run_sft(session, engine, start=0, after=lambda _: None)
-    losses = [record["loss"] for record in session.log.records]  # type: ignore[attr-defined]
+    run_sft(session, engine, start=0, on_iteration_end=lambda _: None)
+    losses = [record["loss"] for record in session.output.log.records]  # type: ignore[attr-defined]
     assert len(losses) == ITERATIONS
     return losses
 

@@ -12,7 +12,7 @@ import time
 import torch
 
 from agrpo_megatron.cli import main as cli
-from agrpo_megatron.rollout import generate as answers
+from agrpo_megatron.rollout import generate
 
 RANK = int(os.environ["RANK"])
 CALLS = 3  # samplings: evaluation before, first iteration, second iteration
@@ -49,16 +49,16 @@ FAULTS = {fault.__name__: fault for fault in (broken_code, out_of_memory, killed
 
 def main(name: str, arguments: list[str]) -> int:
     """Run the command, with the fault after one sampling."""
-    to_grade, calls = answers.to_grade, []
+    grading_calls, calls = generate.grading_calls, []
 
     def faulty(*args, **options):
         calls.append(time.time())
         if len(calls) == CALLS:
             print(f"fault at {time.time()}", flush=True)
             FAULTS[name]()
-        return to_grade(*args, **options)
+        return grading_calls(*args, **options)
 
-    answers.to_grade = faulty
+    generate.grading_calls = faulty
     return cli.main(arguments)
 
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.resilience import attempts, outcome
 from agrpo_megatron.resilience.attempts import Stuck, begin, claim, read_attempts
-from agrpo_megatron.rollout.cache import RolloutBank
+from agrpo_megatron.rollout.cache import RolloutCache
+from agrpo_megatron.rollout.session import Safety
 from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.training.rl import collect_rollout
 from tests.cli.test_main import call_all, write_settings
@@ -56,12 +57,12 @@ def test_somebody_who_looks_on_may_try_as_often_as_wanted(tmp_path):
 def _write_after_a_claim(folder):
     """Write a line and a rollout; then another attempt begins. Says what it refuses and leaves."""
     session, engine = open_session(world_size=dist.get_world_size())
-    ranks, is_main = session.ranks, session.ranks.is_main
+    ranks, is_main = session.run.ranks, session.run.ranks.is_main
     first = claim(folder, ranks)
     silent = tiny("logging.wandb=disabled")
     log = RunLog(folder, settings=silent, is_main=is_main, check=first.check)
-    bank = RolloutBank(folder / "rollouts", ranks, run="this", check=first.check)
-    session = replace(session, bank=bank)
+    cache = RolloutCache(folder / "rollouts", ranks, run="this", check=first.check)
+    session = replace(session, safety=Safety(cache=cache))
     log.metrics({"phase": "rl", "iteration": 1})
     collect_rollout(session, engine, 0)
     before = sorted(path.read_bytes() for path in folder.rglob("*.*"))
@@ -70,7 +71,7 @@ def _write_after_a_claim(folder):
     for write in (
         lambda: log.metrics({"phase": "rl", "iteration": 2}),
         lambda: collect_rollout(session, engine, 1),
-        lambda: bank.forget(1),
+        lambda: cache.forget(1),
     ):
         with pytest.raises(RuntimeError, match="another attempt at .* has begun"):
             write()

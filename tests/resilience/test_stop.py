@@ -1,4 +1,4 @@
-"""Ranks that are asked to stop do so at one point, save, and go on to the same bits."""
+"""Ranks that are asked to stop do so at one point and save; a restart ends in the same bits."""
 
 import os
 import signal
@@ -6,11 +6,12 @@ import time
 
 import pytest
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from agrpo_megatron.resilience.sections import Sections
 from agrpo_megatron.resilience.stop import JOB_END, LEAST_MARGIN, Stop, Turns
-from agrpo_megatron.rollout import partial
-from agrpo_megatron.rollout.partial import progress_in
+from agrpo_megatron.rollout import generate
+from agrpo_megatron.rollout.cache import CompletionWriter, RolloutCache
 from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.runs.progress import latest_checkpoint
 from agrpo_megatron.training.run import train
@@ -76,23 +77,23 @@ def _signal_after_line(number):
 
 
 def _train(run_dir, overrides, moment=None):
-    """Train; return why it stopped, and the completions that were complete and are sampled."""
+    """Train; return why it stopped, and the cached completions that each sampling found."""
     if isinstance(moment, str):
         _signal_after_line(int(moment.split()[1]))
     elif moment is not None:
         AskedTurns.when = moment
-        partial.Turns = AskedTurns
-    begun: list[tuple[str, int]] = []
-    own = partial.PartialRollout.begun
+        generate.Turns = AskedTurns
+    found: list[tuple[str, int]] = []
+    own = RolloutCache.find_completions
 
-    def noted(self):
-        found = own(self)
-        begun.append((self._path.name, -1 if found is None else progress_in(self._path)[0]))
-        return found
+    def find(self, name, rollout_ids, *, sampling):
+        cached = own(self, name, rollout_ids, sampling=sampling)
+        found.append((name, 0 if cached is None else len(cached.prompts)))
+        return cached
 
-    partial.PartialRollout.begun = noted
+    RolloutCache.find_completions = find
     resolved = resolved_run(run_dir, *RUN, *overrides, world_size=dist.get_world_size())
-    return train(resolved, silent_view()), begun
+    return train(resolved, silent_view()), found
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,17 @@ def _check(run, whole):
     assert not list((run / "rollouts").iterdir())
 
 
+def _check_tokens(run, whole):
+    """Compare what was sampled; sums over ranks of another layout round differently."""
+    ours, theirs = read(run / "samples.jsonl"), read(whole / "samples.jsonl")
+    assert ours[-1]["iteration"] == theirs[-1]["iteration"]
+    first = [record for record in theirs if record.get("iteration", 0) <= 2]
+    keys = ("phase", "iteration", "prompt", "completion", "unmask_step", "reward")
+    assert [[r[k] for k in keys] for r in ours[: len(first)]] == [
+        [r[k] for k in keys] for r in first
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -132,26 +144,33 @@ def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_bits(
     signal_name = "SIGTERM" if isinstance(when, str) else "SIGUSR1"
     assert reasons == {f"asked by {signal_name}"}
     assert len(read(run / "metrics.jsonl")) < LINES
+    samplings = [name for name, _ in stopped[0][1]]
+    kept = _written(run / "rollouts", samplings[-1])[0] if samplings else 0
     again = run_ranks(ranks, _train, run, overrides)
     assert {why for why, _ in again} == {None}
     _check(run, undisturbed(layout))
-    if not isinstance(when, str):  # the sampling that was ended is gone on with, complete rows kept
-        name, _ = stopped[0][1][-1]
-        assert dict(again[0][1])[name] >= 0
+    if not isinstance(when, str):  # only the missing completions of that sampling are sampled
+        assert dict(again[0][1])[samplings[-1]] == kept
 
 
-def _sampled_rows(run_dir, line):
-    """Kill the process without a word in the middle of a rollout: after its n-th complete rows."""
-    own, kept = partial.PartialRollout.keep, []
+def _written(folder, name):
+    """Return how many completions of a sampling are on disk, and their rollout ids."""
+    parts = [load_file(part) for part in folder.glob(f"{name}-*.part")]
+    ids = [number for part in parts for number in part["rollout_ids"].tolist()]
+    return len(ids), sorted(ids)
 
-    def keep(self, snapshot, *, is_last):
+
+def _killed_when_written(run_dir, count):
+    """Kill the process without a word in the middle of a rollout, once so many are on disk."""
+    own = CompletionWriter.add
+
+    def add(self, part):
         self._free_at = 0.0
-        own(self, snapshot, is_last=is_last)
-        kept.append(self._path.name)
-        if kept.count("000001-0.part") == line:
+        own(self, part)
+        if self._name == "000001" and _written(self._folder, self._name)[0] >= count:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    partial.PartialRollout.keep = keep
+    CompletionWriter.add = add
     return _train(run_dir, [])
 
 
@@ -159,23 +178,25 @@ def _sampled_rows(run_dir, line):
 def test_a_kill_within_a_rollout_costs_no_complete_row(undisturbed, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(AssertionError, match="killed by signal 9"):
-        run_ranks(1, _sampled_rows, run, 2)
-    complete = progress_in(run / "rollouts" / "000001-0.part")[0]
-    assert 0 < complete < 12
-    ((why, begun),) = run_ranks(1, _train, run, [])
-    assert why is None and ("000001-0.part", complete) in begun
+        run_ranks(1, _killed_when_written, run, 2)
+    complete, ids = _written(run / "rollouts", "000001")
+    assert 2 <= complete < 12 and len(set(ids)) == complete
+    ((why, found),) = run_ranks(1, _train, run, [])
+    assert why is None and ("000001", complete) in found
     _check(run, undisturbed("one rank"))
 
 
 @pytest.mark.slow
-def test_another_layout_samples_anew_and_a_damaged_file_too(undisturbed, tmp_path):
+def test_a_damaged_file_is_sampled_again_and_another_layout_takes_the_rest(undisturbed, tmp_path):
     run, when = tmp_path / "run", MOMENTS["within the second rollout"]
     run_ranks(2, _train, run, [], when)
-    for part in (run / "rollouts").glob("*.part"):
-        part.write_bytes(part.read_bytes()[:-9])
-    again = run_ranks(2, _train, run, [])
-    assert [rows for name, rows in again[0][1]][0] == -1
-    _check(run, undisturbed("dp2"))
+    count, _ = _written(run / "rollouts", "000001")
+    parts = sorted((run / "rollouts").glob("000001-*.part"))
+    damaged = len(load_file(parts[0])["rollout_ids"])
+    parts[0].write_bytes(parts[0].read_bytes()[:-9])
+    ((_, found),) = run_ranks(1, _train, run, [])
+    assert ("000001", count - damaged) in found and damaged > 0
+    _check_tokens(run, undisturbed("one rank"))
 
 
 def _time_is_up(run_dir):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.rollout import dynamic_sampling as groups
+from agrpo_megatron.rollout import dynamic_sampling
 from agrpo_megatron.training.rl import collect_rollout
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
@@ -21,7 +21,7 @@ ITERATIONS = 3
 
 def _open(*overrides):
     session, engine = open_session(*PAIRS, *overrides, world_size=dist.get_world_size())
-    session.task.levels = 2
+    session.run.task.levels = 2
     return session, engine
 
 
@@ -88,14 +88,14 @@ def test_what_had_something_to_teach_stays_where_it_was(plain, replaced):
 def _all_sampled():
     """Return metrics of an iteration beside the rewards of all that was sampled for it."""
     session, engine = _open(ROUNDS)
-    own, rewards = groups.answer, []
+    own, rewards = dynamic_sampling.generate, []
 
-    def answer(*args, **kwargs):
-        answers = own(*args, **kwargs)
-        rewards.extend(answers.rewards)
-        return answers
+    def generate(*args):
+        rollouts = own(*args)
+        rewards.extend(rollouts.rewards)
+        return rollouts
 
-    groups.answer = answer
+    dynamic_sampling.generate = generate
     rollout, metrics = collect_rollout(session, engine, 0)
     return rollout.rewards, rewards, metrics
 
@@ -119,7 +119,7 @@ def test_the_layout_changes_no_group(replaced, layout):
 def _hopeless(rounds):
     """Every reward is the same: shapes stay, and no round is skipped."""
     session, engine = _open(f"algorithm.resample_rounds={rounds}")
-    session.task.constant = 0.5
+    session.run.task.constant = 0.5
     rollout, metrics = collect_rollout(session, engine, 0)
     return len(rollout.rewards), rollout.trajectory.rollout_ids.tolist(), metrics
 
@@ -137,13 +137,13 @@ def _train(run_dir, line=None):
     """Train; return which rounds were sampled."""
     if line is not None:
         _kill_after_line(line)
-    own, sampled = groups.answer, []
+    own, sampled = dynamic_sampling.generate, []
 
-    def answer(*args, **kwargs):
-        sampled.append(int(args[3][0]) // 16)
-        return own(*args, **kwargs)
+    def generate(session, network, request):
+        sampled.append(int(request.rollout_ids[0]) // 16)
+        return own(session, network, request)
 
-    groups.answer = answer
+    dynamic_sampling.generate = generate
     resolved = resolved_run(run_dir, *RUN)
     resolved.task.levels = 2
     train(resolved, silent_view())

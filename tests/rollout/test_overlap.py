@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.rollout.generate import answer
+from agrpo_megatron.rollout.generate import Request, generate
 from agrpo_megatron.tasks.grading import Grader
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
@@ -25,10 +25,10 @@ LAYOUTS = {"dp1": 1, "dp2": 2, "pp2": 2, "tp2": 2}
 def _answer(overrides, is_bounded):
     """Return answers to the first problems, and how many rows were handed in at each time."""
     session, engine = open_session(*RAGGED, *overrides, world_size=dist.get_world_size())
-    task = session.task.task  # its own reward: the workers build it from the settings
+    task = session.run.task.task  # its own reward: the workers build it from the settings
     task.is_bounded = is_bounded
-    grader = Grader(task, session.settings.task)
-    session = replace(session, task=task, grader=grader)
+    grader = Grader(task, session.run.settings.task)
+    session = replace(session, run=replace(session.run, task=task, grader=grader))
     own, handed_in = grader.start, []
 
     def start(calls):
@@ -37,15 +37,10 @@ def _answer(overrides, is_bounded):
 
     grader.start = start
     problems = list(task.problems("train")[:ROWS])
-    answers = answer(
-        session,
-        engine.rollout_network(),
-        problems,
-        torch.arange(ROWS),
-        sampling=session.settings.sampling,
-    )
+    request = Request(problems, torch.arange(ROWS), session.run.settings.sampling)
+    rollouts = generate(session, engine.rollout_network(), request)
     grader.close()
-    return answers, handed_in
+    return rollouts, handed_in
 
 
 def _both(layout):

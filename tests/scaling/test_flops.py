@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.rollout.session import sample_prompts
+from agrpo_megatron.rollout.generate import sample_prompts
 from agrpo_megatron.scaling.flops import completion_flops, row_flops
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
@@ -39,11 +39,11 @@ def _count():
     session, engine = open_session("train.token_budget=200")
     prompts = [torch.arange(3, 7 + row % 5) for row in range(PROMPTS)]
     for name, changes in SAMPLERS.items():
-        sampling = replace(session.settings.sampling, **changes)
-        model = replace(session.settings.model, shift="schedule" in changes)
+        sampling = replace(session.run.settings.sampling, **changes)
+        model = replace(session.run.settings.model, shift="schedule" in changes)
         if changes.get("block_length") == 1:  # the likeliest token ends the text
             model = replace(model, eos_token_id=likeliest)
-        inner = replace(session, settings=replace(session.settings, model=model))
+        inner = replace(session.run, settings=replace(session.run.settings, model=model))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             trajectory, _ = sample_prompts(
                 inner, engine.network, prompts, torch.arange(PROMPTS), sampling=sampling

@@ -81,7 +81,7 @@ def _tiny(overrides):
         "tensors": len(named),
     }
     stage = engine.ranks.pipeline.rank
-    return held, rank_memory(session.settings, dist.get_world_size(), stage=stage)
+    return held, rank_memory(session.run.settings, dist.get_world_size(), stage=stage)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -126,7 +126,7 @@ def _saved_bytes(overrides):
     chunk.register_forward_hook(lambda *_: held.append(sum(kept.values())))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         update_policy(session, engine, rollout, None)
-    return max(held), rank_memory(session.settings, 1, stage=0).activations
+    return max(held), rank_memory(session.run.settings, 1, stage=0).activations
 
 
 def test_activations_are_estimated_within_a_half():

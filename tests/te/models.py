@@ -46,7 +46,7 @@ def opened(
     session, engine = open_session(*SMALL, *overrides, world_size=world_size, phase=phase)
     if weights is not None:
         saved = torch.load(weights)
-        load_named(engine.network, session.settings.model, saved.__getitem__)
+        load_named(engine.network, session.run.settings.model, saved.__getitem__)
         engine.optimizer.reload_model_params()
     return session, engine
 
@@ -69,7 +69,7 @@ def save(path: Path, session: Session, engine: Engine) -> None:
 def whole_weights(session: Session, engine: Engine) -> dict[str, Tensor]:
     """Return the weights of all ranks, by Hugging Face names."""
     named = {name: p.detach() for name, p in engine.network.named_parameters()}
-    return export_hf(named, session.settings.model, session.ranks)
+    return export_hf(named, session.run.settings.model, session.run.ranks)
 
 
 def sft_gradient(session: Session, engine: Engine) -> tuple[float, dict[str, Tensor]]:
@@ -78,13 +78,13 @@ def sft_gradient(session: Session, engine: Engine) -> tuple[float, dict[str, Ten
 
     def step() -> tuple[bool, float, None]:
         named = {n: p.main_grad.clone() for n, p in engine.network.named_parameters()}
-        caught.update(export_hf(named, session.settings.model, session.ranks))
+        caught.update(export_hf(named, session.run.settings.model, session.run.ranks))
         return True, 0.0, None
 
     engine.optimizer.step = step  # type: ignore[method-assign]
-    run_sft(session, engine, start=0, after=lambda _: None)
+    run_sft(session, engine, start=0, on_iteration_end=lambda _: None)
     del engine.optimizer.step
-    return session.log.records[-1]["loss"], caught
+    return session.output.log.records[-1]["loss"], caught
 
 
 def random_rows(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:

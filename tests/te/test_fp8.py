@@ -143,8 +143,8 @@ def test_a_rollout_after_an_update_has_the_new_weights(tmp_path, recipe):
 
 def _losses(overrides):
     session, engine = opened("sft.iterations=30", "sft.optimizer.learning_rate=3e-3", *overrides)
-    run_sft(session, engine, start=0, after=lambda _: None)
-    return [record["loss"] for record in session.log.records]
+    run_sft(session, engine, start=0, on_iteration_end=lambda _: None)
+    return [record["loss"] for record in session.output.log.records]
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def _rollouts():
 
     install()
     from agrpo_megatron.megatron import graphs
-    from agrpo_megatron.rollout.session import encode_prompts, sample_prompts
+    from agrpo_megatron.rollout.generate import encode_prompts, sample_prompts
     from tests.training.tiny import open_session
 
     recorded = []
@@ -39,17 +39,19 @@ def _rollouts():
 
     graphs.record_on_gpu = lambda: record
     session, engine = open_session(*RUN)
-    problems = session.task.problems("train")[:6]
-    prompts = encode_prompts(session, [session.task.prompt(problem) for problem in problems])
+    problems = session.run.task.problems("train")[:6]
+    prompts = encode_prompts(
+        session.run, [session.run.task.prompt(problem) for problem in problems]
+    )
     found = []
     for has_graphs in (False, True):
         object.__setattr__(engine.network, "has_graphs", has_graphs)
         trajectory, forward = sample_prompts(
-            session,
+            session.run,
             engine.rollout_network(),
             prompts,
             torch.arange(len(prompts)),
-            sampling=session.settings.sampling,
+            sampling=session.run.settings.sampling,
         )
         found.append((trajectory.tokens, trajectory.logprobs, trajectory.unmask_step))
     return found, len(recorded), forward.slots.busy

@@ -108,7 +108,7 @@ def _states(overrides):
     """Return what updates the weights, and the dtypes of what it keeps of each."""
     _install(overrides)
     session, engine = plain._open(overrides)
-    run_sft(session, engine, start=3, after=lambda _: None)
+    run_sft(session, engine, start=3, on_iteration_end=lambda _: None)
     (part,) = engine.optimizer.chained_optimizers
     inner = getattr(part.optimizer, "sub_optimizers", [part.optimizer])
     kept = [state for adam in inner for state in adam.state.values()]
@@ -194,7 +194,7 @@ def _beginning(overrides):
 
     _install(overrides)
     session, engine = plain._open(overrides)
-    given = initialise(engine.network, session.settings.model, session.settings.run.seed)
+    given = initialise(engine.network, session.run.settings.model, session.run.settings.run.seed)
     off = []
     (part,) = engine.optimizer.chained_optimizers
     for name, weight in engine.network.named_parameters():

@@ -83,7 +83,7 @@ def test_rollouts_in_a_layout_of_their_own_differ_by_rounding(tmp_path, precisio
 def _save(root, overrides):
     """Train a step, save, and return the weights."""
     session, engine = opened(*overrides, world_size=dist.get_world_size())
-    run_sft(session, engine, start=0, after=lambda _: None)
+    run_sft(session, engine, start=0, on_iteration_end=lambda _: None)
     saver = Saver(Path(root), engine, keep=9, is_async=False, files=None)
     return str(saver.save(Progress("sft", 1, {}))), whole_weights(session, engine)
 
@@ -95,8 +95,8 @@ def _load(path, overrides):
     )
     load_checkpoint(Path(path), engine)
     weights = whole_weights(session, engine)
-    run_sft(session, engine, start=1, after=lambda _: None)
-    return weights, session.log.records[-1]["loss"]
+    run_sft(session, engine, start=1, on_iteration_end=lambda _: None)
+    return weights, session.output.log.records[-1]["loss"]
 
 
 @pytest.mark.parametrize(
@@ -123,13 +123,13 @@ def test_a_checkpoint_of_one_spec_loads_under_the_other(tmp_path, saved, loaded,
 def _through_hf(folder, overrides):
     """Load a Hugging Face directory and return what is exported again."""
     session, engine = opened(*overrides, world_size=dist.get_world_size())
-    load_hf(engine.network, session.settings.model, folder)
+    load_hf(engine.network, session.run.settings.model, folder)
     return whole_weights(session, engine)
 
 
 def _export(folder):
     session, engine = opened(BF16, LOCAL)
-    model = session.settings.model
+    model = session.run.settings.model
     save_file(whole_weights(session, engine), Path(folder) / "model.safetensors")
     (Path(folder) / "config.json").write_text(json.dumps(FAMILIES[model.family].config(model)))
 

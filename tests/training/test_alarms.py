@@ -38,8 +38,8 @@ def _go_through(overrides, values):
     """Check one metric after the other; return what was on, and what was said at each."""
     session, _ = open_session(*overrides)
     log, told, found = _Alerts(), [], []
-    session.view.warn = told.append  # type: ignore[method-assign]
-    alarms = Alarms(replace(session, log=log))  # type: ignore[arg-type]
+    session.output.view.warn = told.append  # type: ignore[method-assign]
+    alarms = Alarms(session.run.settings, replace(session.output, log=log))  # type: ignore[arg-type]
     for iteration, metrics in enumerate(values, start=1):
         before = len(told)
         found.append((alarms.check(iteration, metrics), told[before:]))
@@ -86,8 +86,8 @@ def _learn_to_say_nothing():
     """Let every solution be empty: all end-of-text."""
 
     def nothing(session, texts):
-        shape = (len(texts), session.settings.sampling.completion_length)
-        return torch.full(shape, session.eos_id)
+        shape = (len(texts), session.run.settings.sampling.completion_length)
+        return torch.full(shape, session.run.eos_id)
 
     sft._padded = nothing
 

@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from agrpo_megatron.checkpoint.saving import Saver
 from agrpo_megatron.checkpoint.sharded import load_checkpoint
-from agrpo_megatron.rollout import dynamic_sampling as groups
-from agrpo_megatron.rollout.cache import RolloutBank
+from agrpo_megatron.rollout import dynamic_sampling
+from agrpo_megatron.rollout.cache import RolloutCache
+from agrpo_megatron.rollout.session import Safety
 from agrpo_megatron.runs.progress import Progress, read_progress
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.run import train
@@ -31,13 +32,13 @@ def _train(run_dir, overrides, line=None):
     """Train; return how often completions were sampled for training, and what was warned of."""
     if line is not None:
         _kill_after_line(line)
-    own, sampled, warned = groups.answer, [], []
+    own, sampled, warned = dynamic_sampling.generate, [], []
 
-    def answer(*args, **kwargs):
-        sampled.append(kwargs["weights_version"])
-        return own(*args, **kwargs)
+    def generate(session, network, request):
+        sampled.append(request.weights_version)
+        return own(session, network, request)
 
-    groups.answer = answer
+    dynamic_sampling.generate = generate
     view = silent_view()
     view.warn = warned.append
     train(resolved_run(run_dir, *RUN, *overrides, world_size=dist.get_world_size()), view)
@@ -114,8 +115,8 @@ def test_the_best_checkpoint_is_kept_with_its_score(whole):
 
 def _keep_and_find(folder):
     session, engine = open_session("sampling.top_k=9", world_size=dist.get_world_size())
-    bank = RolloutBank(folder, session.ranks, run="this")
-    session = replace(session, bank=bank)
+    cache = RolloutCache(folder, session.run.ranks, run="this")
+    session = replace(session, safety=Safety(cache=cache))
     first, metrics = collect_rollout(session, engine, 0)
     dist.barrier()
     second, again = collect_rollout(session, engine, 0)
@@ -134,13 +135,15 @@ def test_the_bank_gives_back_what_it_was_given(tmp_path, size):
 def _find_others(folder):
     """Say what is found by the ids that were kept, by fewer or others, and for another run."""
     session, engine = open_session(world_size=dist.get_world_size())
-    sampling, bank = session.settings.sampling, RolloutBank(folder, session.ranks, run="this")
-    ids = collect_rollout(replace(session, bank=bank), engine, 0)[0].trajectory.rollout_ids
+    sampling, ranks = session.run.settings.sampling, session.run.ranks
+    cache = RolloutCache(folder, ranks, run="this")
+    session = replace(session, safety=Safety(cache=cache))
+    ids = collect_rollout(session, engine, 0)[0].trajectory.rollout_ids
     dist.barrier()
     # A rank that alone is asked for others: all must go the same way.
-    mine = ids[:-4] if session.ranks.is_main else ids
-    found = [bank.find(0, asked, sampling=sampling) for asked in (ids, ids[:-4], ids + 4, mine)]
-    other = RolloutBank(folder, session.ranks, run="other")
+    mine = ids[:-4] if session.run.ranks.is_main else ids
+    found = [cache.find(0, asked, sampling=sampling) for asked in (ids, ids[:-4], ids + 4, mine)]
+    other = RolloutCache(folder, session.run.ranks, run="other")
     found.append(other.find(0, ids, sampling=sampling))
     return [answers is not None for answers in found]
 

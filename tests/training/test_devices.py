@@ -71,12 +71,12 @@ class BackwardAlone:
 def _elsewhere(*overrides):
     """Return a session and an engine whose weights are on the other device."""
     session, engine = open_session(*overrides)
-    ranks = replace(session.ranks, device=DEVICE)
+    ranks = replace(session.run.ranks, device=DEVICE)
     for chunk in engine.network.chunks:
         move(chunk)
         chunk.ranks = ranks
     network = replace(engine.network, ranks=ranks)
-    return replace(session, ranks=ranks), replace(engine, network=network)
+    return replace(session, run=replace(session.run, ranks=ranks)), replace(engine, network=network)
 
 
 def _iterate_all():
@@ -91,7 +91,7 @@ def iterations():
 
 def _iterate(overrides):
     session, engine = _elsewhere(*overrides)
-    reference = engine.network if session.settings.algorithm.kl_coefficient else None
+    reference = engine.network if session.run.settings.algorithm.kl_coefficient else None
     with OtherDevice():
         rollout, _ = collect_rollout(session, engine, 0)
         guard: Any = BackwardAlone()
@@ -106,7 +106,7 @@ def _supervise():
     losses = []
     sft.Guard = BackwardAlone
     with OtherDevice():
-        run_sft(session, engine, start=0, after=losses.append)
+        run_sft(session, engine, start=0, on_iteration_end=losses.append)
     return losses
 
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from agrpo_megatron.config.settings import TrainSettings
 from agrpo_megatron.runs.directory import is_finished
 from agrpo_megatron.runs.progress import Progress, read_progress
-from agrpo_megatron.training.early_stopping import judged
+from agrpo_megatron.training.early_stopping import with_early_stop
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
 from tests.training.test_resume import _kill_after_line
@@ -21,7 +21,7 @@ def _judge(values, **settings):
     done, chosen = START, TrainSettings(stop_metric="accuracy", **settings)
     for number, value in enumerate(values):
         assert done.stopped is None, f"stopped before evaluation {number}"
-        done = judged(done, {"accuracy": value}, chosen)
+        done = with_early_stop(done, {"accuracy": value}, chosen)
     return done
 
 
@@ -37,14 +37,14 @@ def test_patience_counts_evaluations_since_the_best():
     assert (ended.stop_best, ended.stop_waited) == (0.6, 2)
 
 
-def test_without_a_metric_nothing_is_judged():
-    assert judged(START, {"accuracy": 1.0}, TrainSettings()) is START
+def test_without_a_metric_nothing_is_with_early_stop():
+    assert with_early_stop(START, {"accuracy": 1.0}, TrainSettings()) is START
 
 
 def test_an_unknown_metric_names_those_there_are():
     settings = TrainSettings(stop_metric="reward/nothing", stop_patience=1)
     with pytest.raises(ValueError, match=r"train\.stop_metric=reward/nothing: .* use accuracy"):
-        judged(START, {"accuracy": 0.5, "problems": 3}, settings)
+        with_early_stop(START, {"accuracy": 0.5, "problems": 3}, settings)
 
 
 RUN = [

@@ -65,9 +65,9 @@ MORE = {
 def _write_start(folder):
     """Write random weights as a Hugging Face directory."""
     session, engine = open_session(FOUR_LAYERS)
-    model = session.settings.model
+    model = session.run.settings.model
     named = {n: p.detach() for n, p in engine.network.named_parameters()}
-    save_file(export_hf(named, model, session.ranks), Path(folder) / "model.safetensors")
+    save_file(export_hf(named, model, session.run.ranks), Path(folder) / "model.safetensors")
     config = FAMILIES[model.family].config(model)
     (Path(folder) / "config.json").write_text(json.dumps(config))
 
@@ -77,8 +77,8 @@ def _train(folder, overrides):
     world_size = dist.get_world_size()
     load = f"model.load={folder}"
     session, engine = open_session(*COMMON, load, *overrides, world_size=world_size)
-    run_sft(session, engine, start=0, after=lambda _: None)
-    tokens, numbers = [], [session.log.records[0]]
+    run_sft(session, engine, start=0, on_iteration_end=lambda _: None)
+    tokens, numbers = [], [session.output.log.records[0]]
     for iteration in range(3):
         rollout, _ = collect_rollout(session, engine, iteration)
         metrics, _ = update_policy(session, engine, rollout, None)
@@ -91,7 +91,7 @@ def _train(folder, overrides):
         "loss": [record["loss"] for record in numbers],
         "grad_norm": [record["grad_norm"] for record in numbers],
         "ratio error": max(record.get("ratio/max_error", 0.0) for record in numbers),
-        "weights": export_hf(weights, session.settings.model, session.ranks),
+        "weights": export_hf(weights, session.run.settings.model, session.run.ranks),
     }
 
 
@@ -135,7 +135,7 @@ def test_what_layouts_are_compared_by_is_not_trivial(start, alone):
 def _untrained(folder):
     session, engine = open_session(*COMMON, f"model.load={folder}")
     named = {n: p.detach() for n, p in engine.network.named_parameters()}
-    return export_hf(named, session.settings.model, session.ranks)
+    return export_hf(named, session.run.settings.model, session.run.ranks)
 
 
 def _bf16(folder, layout):

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.rollout import dynamic_sampling as groups
+from agrpo_megatron.rollout import dynamic_sampling
 from agrpo_megatron.training import rl, sft
-from agrpo_megatron.training.nan_guard import NONFINITE, Guard, rollout_keys
+from agrpo_megatron.training.nan_guard import NONFINITE, NanGuard, rollout_keys
 from agrpo_megatron.training.nonfinite import NotFinite
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.run import train
@@ -52,18 +52,18 @@ def _state(engine):
 def _name_rows(overrides):
     """Spoil two rollouts; return what was found, and which ranks held them."""
     session, engine = open_session(*overrides, world_size=dist.get_world_size())
-    session.view.warn = pytest.fail  # type: ignore[method-assign]
+    session.output.view.warn = pytest.fail  # type: ignore[method-assign]
     rollout, _ = collect_rollout(session, engine, 2)
     bad = _useful(rollout)[1:3]
     held = []
-    plain = Guard.step
+    plain = NanGuard.step
 
     def watched(self, engine, batches, **options):
         if engine.ranks.is_last_stage:
             held.extend(row for batch in batches for row in batch.sources.tolist() if row in bad)
         return plain(self, engine, batches, **options)
 
-    Guard.step = watched  # type: ignore[method-assign]
+    NanGuard.step = watched  # type: ignore[method-assign]
     with pytest.raises(NotFinite) as error:
         update_policy(session, engine, _spoilt(rollout, bad), None)
     keys = [rollout_keys(session, rollout.trajectory)(row) for row in bad]
@@ -139,7 +139,7 @@ def test_a_passing_fault_is_told_from_one_that_comes_again(layout, tmp_path):
 def _break_a_weight_or_gradient(part, overrides):
     session, engine = open_session(*overrides, world_size=dist.get_world_size())
     rollout, _ = collect_rollout(session, engine, 0)
-    if session.ranks.rank == session.ranks.world_size - 1:
+    if session.run.ranks.rank == session.run.ranks.world_size - 1:
         weight = dict(engine.network.named_parameters())["decoder.layers.1.mlp.linear_fc2.weight"]
         if part == "weight":
             weight.data[0, 0] = NAN
@@ -177,8 +177,8 @@ def _leave_out_some(overrides):
     """Make a good, a spoilt and a good update under a guard; then only the good ones."""
     session, engine = open_session(*overrides, world_size=dist.get_world_size())
     told: list[str] = []
-    session.view.warn = told.append  # type: ignore[method-assign]
-    guard = Guard(session, "rl")
+    session.output.view.warn = told.append  # type: ignore[method-assign]
+    guard = NanGuard(session, "rl")
     rollouts = [collect_rollout(session, engine, number)[0] for number in range(2)]
     made = [update_policy(session, engine, rollouts[0], None, guard=guard)[0]]
     before = _state(engine)
@@ -220,7 +220,7 @@ def test_an_update_that_is_left_out_leaves_no_trace(more, tmp_path):
 
 def _in_a_row(overrides):
     session, engine = open_session(*overrides)
-    guard, actions = Guard(session, "rl"), []
+    guard, actions = NanGuard(session, "rl"), []
     rollout, _ = collect_rollout(session, engine, 0)
     spoilt = _spoilt(rollout, _useful(rollout)[:1])
     for made in (spoilt, rollout, spoilt, spoilt):
@@ -323,24 +323,24 @@ def test_what_comes_again_after_going_back_ends_the_run_and_says_so(tmp_path):
     [(told, error)] = run_ranks(1, _train, run_dir, changes, ("rl", 3), 9)
     assert len(told) == 1 and error is not None
     assert error.startswith("rl iteration 3: the loss is not finite on rank 0")
-    assert "no passing fault of the hardware" in error
+    assert "no transient hardware fault" in error
     assert [r["action"] for r in read(run_dir / NONFINITE)] == ["ended", "ended"]
 
 
 def _spoil_sampling(iteration):
     """Let what an iteration samples be spoilt, once, before it is kept on disk."""
-    plain, struck = groups.answer, []
+    plain, struck = dynamic_sampling.generate, []
 
-    def faulty(*args, **options):
-        found = plain(*args, **options)
-        if options["weights_version"] != iteration - 1 or struck:
+    def faulty(session, network, request):
+        found = plain(session, network, request)
+        if request.weights_version != iteration - 1 or struck:
             return found
         struck.append(1)
         trajectory = found.trajectory
         logprobs = trajectory.logprobs.masked_fill(trajectory.logprobs != 0, NAN)
         return replace(found, trajectory=replace(trajectory, logprobs=logprobs))
 
-    groups.answer = faulty
+    dynamic_sampling.generate = faulty
 
 
 def _train_with_spoilt_sampling(run_dir, overrides, iteration):
@@ -365,7 +365,7 @@ def _spoil_weights(iteration):
     def faulty(session, engine, rollout, *args, **options):
         result = plain(session, engine, rollout, *args, **options)
         is_it = rollout.trajectory.weights_version == iteration - 1 and not struck
-        if is_it and session.ranks.rank == session.ranks.world_size - 1:
+        if is_it and session.run.ranks.rank == session.run.ranks.world_size - 1:
             weight = dict(engine.network.named_parameters())["decoder.final_layernorm.weight"]
             weight.data[0] = NAN
         struck.extend([1] * is_it)

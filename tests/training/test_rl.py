@@ -55,14 +55,14 @@ def _perturb(network):
 
 
 def _reference(session):
-    reference = build_network(session.settings, session.ranks)
-    load_start_weights(reference, session.settings)
+    reference = build_network(session.run.settings, session.run.ranks)
+    load_start_weights(reference, session.run.settings)
     return reference
 
 
 def _tensors(session, network, dtype=torch.float64):
     weights = {name: p.detach() for name, p in network.named_parameters()}
-    exported = export_hf(weights, session.settings.model, session.ranks)
+    exported = export_hf(weights, session.run.settings.model, session.run.ranks)
     return {name: tensor.to(dtype) for name, tensor in exported.items()}
 
 
@@ -83,9 +83,9 @@ def _literal_advantages(rewards, algorithm):
 
 def _literal_logprobs(session, tensors, rollout, number, step):
     """Return the log-probs of the tokens fixed at a step, from one unpacked row."""
-    trajectory, settings = rollout.trajectory, session.settings
+    trajectory, settings = rollout.trajectory, session.run.settings
     tokens, when = trajectory.tokens[number].tolist(), trajectory.unmask_step[number].tolist()
-    state = [t if w < step else session.mask_id for t, w in zip(tokens, when, strict=True)]
+    state = [t if w < step else session.run.mask_id for t, w in zip(tokens, when, strict=True)]
     prompt = trajectory.prompts[number]
     row = torch.cat([prompt, torch.tensor(state)])
     first = len(prompt) - settings.model.shift  # the state that predicts the first token
@@ -93,7 +93,7 @@ def _literal_logprobs(session, tensors, rollout, number, step):
     logits = logits / settings.sampling.temperature
     result = []
     for place in (place for place, w in enumerate(when) if w == step):
-        allowed = [v for v in range(logits.shape[1]) if v != session.mask_id]
+        allowed = [v for v in range(logits.shape[1]) if v != session.run.mask_id]
         if trajectory.support_ids is not None:
             allowed = [v for v in trajectory.support_ids[number, place].tolist() if v >= 0]
         result.append(logits[place, tokens[place]] - logits[place, allowed].logsumexp(0))
@@ -102,7 +102,7 @@ def _literal_logprobs(session, tensors, rollout, number, step):
 
 def _literal_loss(session, tensors, start, rollout, draws):
     """Return the loss as its definition reads: row by row."""
-    algorithm, trajectory = session.settings.algorithm, rollout.trajectory
+    algorithm, trajectory = session.run.settings.algorithm, rollout.trajectory
     advantages = _literal_advantages(rollout.rewards.tolist(), algorithm)
     total = torch.zeros((), dtype=torch.float64)
     for number, step, weight in zip(draws.rollout, draws.step, draws.weight, strict=True):
@@ -127,8 +127,8 @@ def _compare_with_literal(overrides):
     reference = _reference(session)
     start = _tensors(session, reference)
     _perturb(engine.network)
-    algorithm = session.settings.algorithm
-    context = DrawContext(algorithm, eos_id=session.eos_id, seed=session.settings.run.seed)
+    algorithm = session.run.settings.algorithm
+    context = DrawContext(algorithm, eos_id=session.run.eos_id, seed=session.run.settings.run.seed)
     draws = ESTIMATORS[algorithm.name](rollout.trajectory, context)
     metrics, grads = gradient(
         session, engine, rollout, reference if algorithm.kl_coefficient > 0 else None
@@ -166,9 +166,10 @@ def _completion_tokens():
     """Return the tokens of a rollout, what ends a text, and the mean length that is logged."""
     session, engine = open_session()
     tokens = collect_rollout(session, engine, 0)[0].trajectory.tokens
-    common = int(tokens[tokens != session.eos_id].mode().values)
-    stops = frozenset({session.eos_id, common})
-    session = replace(session, tokenizer=replace(session.tokenizer, stop_ids=stops))
+    common = int(tokens[tokens != session.run.eos_id].mode().values)
+    stops = frozenset({session.run.eos_id, common})
+    tokenizer = replace(session.run.tokenizer, stop_ids=stops)
+    session = replace(session, run=replace(session.run, tokenizer=tokenizer))
     rollout, metrics = collect_rollout(session, engine, 0)
     return rollout.trajectory.tokens.tolist(), stops, metrics["completion_tokens/mean"]
 
@@ -184,14 +185,14 @@ def _train_on_empty_completions(rule):
     session, engine = open_session(
         f"algorithm.live_steps={rule}", "algorithm.baseline=none", "optimizer.weight_decay=0"
     )
-    _always_end_of_text(engine.network, session.eos_id)
+    _always_end_of_text(engine.network, session.run.eos_id)
     engine.optimizer.reload_model_params()
     before = [p.detach().clone() for _, p in engine.network.named_parameters()]
     rollout, _ = collect_rollout(session, engine, 0)
     metrics, _ = update_policy(session, engine, rollout, None)
     after = [p for _, p in engine.network.named_parameters()]
     return {
-        "tokens": set(rollout.trajectory.tokens.unique().tolist()) - {session.eos_id},
+        "tokens": set(rollout.trajectory.tokens.unique().tolist()) - {session.run.eos_id},
         "steps": set(rollout.trajectory.num_steps.tolist()),
         "finite": all(bool(p.isfinite().all()) for p in after),
         "moved": any(not torch.equal(p, q) for p, q in zip(after, before, strict=True)),
@@ -262,10 +263,10 @@ def _update_with_a_broken(part, overrides):
     session, engine = open_session(*overrides, world_size=dist.get_world_size())
     rollout, _ = collect_rollout(session, engine, 0)
     weight = engine.network.chunks[0].output_layer.weight
-    if session.ranks.rank == session.ranks.world_size - 1 and part == "weight":
+    if session.run.ranks.rank == session.run.ranks.world_size - 1 and part == "weight":
         with torch.no_grad():
             weight[3, 0] = float("nan")
-    elif session.ranks.rank == session.ranks.world_size - 1:
+    elif session.run.ranks.rank == session.run.ranks.world_size - 1:
         weight.register_hook(lambda grad: grad * float("inf"))
     before = [p.detach().clone() for _, p in engine.network.named_parameters()]
     with pytest.raises(RuntimeError) as error:

@@ -87,7 +87,7 @@ def _fresh():
 
 def _rebuilt(session, rollout):
     """Return every (row, scored places) of every step that ran, by rollout."""
-    trajectory, mask = rollout.trajectory, session.mask_id
+    trajectory, mask = rollout.trajectory, session.run.mask_id
     result = []
     for number, prompt in enumerate(trajectory.prompts):
         steps = torch.arange(int(trajectory.num_steps[number]))
@@ -177,8 +177,8 @@ def _supervised():
     session, engine = open_session("sft.iterations=1", phase="sft")
     seen = _fresh()
     _watch(engine.network.chunks[0], seen)
-    run_sft(session, engine, start=0, after=lambda _: None)
-    return seen, session.mask_id, session.log.records[0]["scored_tokens"]
+    run_sft(session, engine, start=0, on_iteration_end=lambda _: None)
+    return seen, session.run.mask_id, session.output.log.records[0]["scored_tokens"]
 
 
 def test_the_head_sees_the_masked_tokens_only_in_supervised_training():

@@ -14,8 +14,7 @@ from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.weights import export_hf
-from agrpo_megatron.reports.terminal import LiveView
-from agrpo_megatron.rollout.session import Session
+from agrpo_megatron.rollout.session import NoView, Output, Run, Session
 from agrpo_megatron.runs.resolve import Resolved, resolve
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.base import Splits
@@ -86,9 +85,9 @@ class HashedReward(Task):
         return Reward(score, score == 1.0, {"hash": score})
 
 
-def silent_view() -> LiveView:
-    """Return a view that shows nothing."""
-    return LiveView(sft_iterations=0, rl_iterations=0, live=False, is_main=False)
+def silent_view() -> NoView:
+    """Return a view that shows nothing; a test may replace its methods."""
+    return NoView()
 
 
 def resolved_run(run_dir: str | Path, *overrides: str, world_size: int = 1) -> Resolved:
@@ -124,15 +123,9 @@ def open_session(
     resolved = resolved_run("unused", *overrides, world_size=world_size)
     settings = resolved.settings
     ranks = start_ranks(settings)
-    session = Session(
-        settings,
-        ranks,
-        resolved.task,
-        resolved.tokenizer,
-        Recorder(),  # type: ignore[arg-type]
-        silent_view(),
-        Grader(resolved.task, settings.task),
-    )
+    grader = Grader(resolved.task, settings.task)
+    run = Run(settings, ranks, resolved.task, resolved.tokenizer, grader)
+    session = Session(run, Output(Recorder(), silent_view()))  # type: ignore[arg-type]
     optimizer = settings.optimizer if phase == "rl" else settings.sft.optimizer
     engine = build_engine(settings, optimizer, iterations=10, ranks=ranks)
     engine.begin(fill(engine.network, settings) or {})
@@ -153,7 +146,7 @@ def gradient(
 
     def step():
         grads = {n: p.main_grad.clone() for n, p in engine.network.named_parameters()}
-        caught.update(export_hf(grads, session.settings.model, session.ranks))
+        caught.update(export_hf(grads, session.run.settings.model, session.run.ranks))
         return own() if is_applied else (True, 0.0, None)
 
     engine.optimizer.step = step  # type: ignore[method-assign]
