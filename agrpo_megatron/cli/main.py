@@ -24,7 +24,13 @@ from agrpo_megatron.cli.evaluate import add_evaluate, add_report
 from agrpo_megatron.cli.launch import add_launch
 from agrpo_megatron.config.schema import describe, load, to_yaml
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.resilience.outcome import REQUEUE, STUCK, exit_status, is_told, tell_outcome
+from agrpo_megatron.resilience.exit_status import (
+    REQUEUE,
+    STUCK,
+    launcher_status,
+    main_rank_reported,
+    report_outcome,
+)
 
 UNREAD = 141  # as a shell says of a process that SIGPIPE ended
 EPILOG = """\
@@ -62,11 +68,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if is_main():
             print(f"agrpo: error: {error}", file=sys.stderr)
-            tell_outcome("refused", str(error))
-        elif not is_told("refused"):  # what only this rank refuses would end nobody, with a 0
+            report_outcome("refused", str(error))
+        elif not main_rank_reported(
+            "refused"
+        ):  # what only this rank refuses would end nobody, with a 0
             print(f"agrpo: rank {os.environ['RANK']}: error: {error}", file=sys.stderr)
             return 2
-        return exit_status(2)
+        return launcher_status(2)
     except (BrokenPipeError, SystemExit) as error:
         if not _is_unread(error):
             raise
@@ -137,8 +145,8 @@ def _end(outcome: str, reason: str, status: int) -> int:
     if is_main():
         if reason:
             print(f"agrpo: {outcome}: {reason}", file=sys.stderr)
-        tell_outcome(outcome, reason)
-    return exit_status(status)
+        report_outcome(outcome, reason)
+    return launcher_status(status)
 
 
 def sample(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agrpo_megatron.config.settings import LaunchSettings
 from agrpo_megatron.launch.cluster import parse_time
-from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
+from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 
 # What stands in every command already, and the key that says it.
 OWN_OPTIONS = {

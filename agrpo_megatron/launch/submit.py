@@ -15,7 +15,7 @@ from agrpo_megatron.launch.cluster import PATIENCE, ask_cluster, check_cluster, 
 from agrpo_megatron.launch.job import Job, command, run_job, shell_script, wrapped_job
 from agrpo_megatron.launch.plan import Plan, notes, plan_run, refuse_finished
 from agrpo_megatron.launch.sweep import SWEEP, Sweep, check_directory, flow, make_sweep, read_grid
-from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
+from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 from agrpo_megatron.runs.directory import free_name
 
 END = "END_OF_SWEEP"  # of the text of a sweep's file within the script

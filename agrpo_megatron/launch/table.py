@@ -14,7 +14,7 @@ from agrpo_megatron.launch.sweep import flow, read_sweep
 from agrpo_megatron.reports.read import Row, after, before, read_run
 from agrpo_megatron.reports.tables import overview_table
 from agrpo_megatron.reports.text import number, percent
-from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
+from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 from agrpo_megatron.runs.directory import is_finished
 from agrpo_megatron.runs.files import write_whole
 from agrpo_megatron.runs.progress import CHECKPOINTS, latest_checkpoint

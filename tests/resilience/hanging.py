@@ -51,8 +51,8 @@ def disagrees() -> None:
 def comes_back() -> None:
     """Go on as soon as this rank has been found to hang, when others may finish at once."""
     current = command()
-    assert current is not None and current.board is not None
-    while not current.board.has(FAILED):
+    assert current is not None and current.store is not None
+    while not current.store.has(FAILED):
         time.sleep(0.001)
 
 

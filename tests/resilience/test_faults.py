@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agrpo_megatron.resilience.faults import FOLDER, TEXT, Faults, parse_faults
+from agrpo_megatron.resilience import FAULTS
+from agrpo_megatron.resilience.faults import FOLDER, Faults, parse_faults
 from agrpo_megatron.resilience.sections import Sections
 
 ROOT = Path(__file__).parent.parent.parent
@@ -39,7 +40,7 @@ print("finished", flush=True)
 
 def _environment(tmp_path, faults, **more):
     plain = {key: v for key, v in os.environ.items() if not key.startswith(("SLURM", "TORCHEL"))}
-    plain |= {"PYTHONPATH": str(ROOT), TEXT: faults, FOLDER: str(tmp_path / "struck")}
+    plain |= {"PYTHONPATH": str(ROOT), FAULTS: faults, FOLDER: str(tmp_path / "struck")}
     return {**plain, **more}
 
 
@@ -58,7 +59,7 @@ def faults(monkeypatch, tmp_path):
     """Return a maker of one rank's sections under a text of faults."""
 
     def make(text, rank=0):
-        monkeypatch.setenv(TEXT, text)
+        monkeypatch.setenv(FAULTS, text)
         monkeypatch.setenv(FOLDER, str(tmp_path / "struck"))
         return Sections([Faults.from_environment(rank)])
 
@@ -80,7 +81,7 @@ def _go_through(sections, phase="rl", iterations=3):
 
 
 def test_without_the_variable_nothing_strikes(monkeypatch, tmp_path):
-    monkeypatch.delenv(TEXT, raising=False)
+    monkeypatch.delenv(FAULTS, raising=False)
     monkeypatch.delenv(FOLDER, raising=False)
     assert _go_through(Sections([Faults.from_environment(0)])) == []
 
@@ -212,18 +213,18 @@ def test_without_slurm_a_lost_node_is_the_launcher_and_its_ranks(tmp_path):
 
 
 WRONG = {
-    "kil:rank=1,section=update": "'kil' is no kind of fault; use kill, hang",
+    "kil:rank=1,section=update": "'kil' is not a kind of fault; use kill, hang",
     "kill:rank=1,section=updat": "there is no section 'updat'; use setup, rollout",
     "kill:rank=1,section=update,phase=ppo": "there is no phase 'ppo'; use sft, rl",
-    "kill:rank=one,section=update": "rank=one is no number; use rank=1",
+    "kill:rank=one,section=update": "rank=one is not a number; use rank=1",
     "kill:rank=1,section=update,times=0": "times=0 is out of range; use times=1 or more",
-    "kill:rank=1,section=update,round=2": "'round' is no option; use rank, section",
+    "kill:rank=1,section=update,round=2": "'round' is not an option; use rank, section",
     "kill:section=update": "it has no rank; use rank=...",
     "kill:rank=1": "it has no section; use section=...",
-    "slow:rank=1,section=update": "it does not say how slow; use seconds=...",
+    "slow:rank=1,section=update": "seconds are missing; use seconds=...",
     "hang:rank=1,section=update,after=1": "hang strikes as its section begins; use after=... with",
-    "fail_save:rank=1,section=update": "nothing is saved there; use section=checkpoint",
-    "kill:rank=1,section=update,seconds=1": "only slow has seconds; use after=...",
+    "fail_save:rank=1,section=update": "no save happens there; use section=checkpoint",
+    "kill:rank=1,section=update,seconds=1": "only slow takes seconds; use after=...",
 }
 
 
@@ -235,7 +236,7 @@ def test_what_is_malformed_is_named_with_its_rule_and_a_fix(part):
 
 
 def test_faults_need_a_folder(monkeypatch):
-    monkeypatch.setenv(TEXT, "kill:rank=0,section=update")
+    monkeypatch.setenv(FAULTS, "kill:rank=0,section=update")
     monkeypatch.delenv(FOLDER, raising=False)
     with pytest.raises(ValueError, match="AGRPO_FAULTS needs AGRPO_FAULTS_DIR"):
         Faults.from_environment(1)
