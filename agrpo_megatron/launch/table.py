@@ -25,7 +25,7 @@ CAUSES = (
     re.compile(r"agrpo: error: |\brank \d+ failed: "),
     re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b"),
     re.compile(r"\berror: |\bkilled\b", re.IGNORECASE),
-    re.compile(r"^agrpo: (?!job |node |finished|queued again|cancelled)"),  # of the batch script
+    re.compile(r"^agrpo: (?!job |node |finished|requeued|cancelled)"),  # of the batch script
 )
 RANK = re.compile(r"^\[rank\d+\]: ")  # torch's prefix of a traceback's lines
 BEGUN = "agrpo: job "  # printed by a batch script at the start of each attempt

@@ -18,7 +18,7 @@ from tests.slurm.jobs import (
 )
 
 pytestmark = pytest.mark.slow
-ANEW = "ranks are started anew, 1 of 3"  # within the job
+RESTARTED = "ranks restart, 1 of 3"  # within the job
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_job_goes_on_after_each_disturbance(cluster, folder, expected):
     disturbances = len(DISTURBANCES)
     check_finished(cluster, folder, expected, "disturbed", number, disturbances=disturbances)
     assert int(cluster.job(number)["Restarts"]) >= disturbances - 1
-    assert ANEW in read_log(folder, number), "the killed rank needed no new attempt"
+    assert RESTARTED in read_log(folder, number), "the killed rank needed no new attempt"
 
 
 def test_a_hung_rank_shows_its_stack_and_the_job_goes_on(cluster, folder, expected):
@@ -71,7 +71,7 @@ def test_a_hung_rank_shows_its_stack_and_the_job_goes_on(cluster, folder, expect
     assert log.count("fault hang: rank 1, section rollout, rl iteration 3") == 1
     assert "rank 1 hangs in section rollout (rl iteration 3)" in log
     assert re.search(r'faults.py", line [0-9]+ in _hang$', log, re.MULTILINE), "its stack"
-    assert ANEW in log
+    assert RESTARTED in log
 
 
 def test_a_job_that_was_stopped_for_good_goes_on_as_another(cluster, folder, expected):
@@ -81,7 +81,7 @@ def test_a_job_that_was_stopped_for_good_goes_on_as_another(cluster, folder, exp
     cluster.run("scontrol", "update", f"jobid={first}", "requeue=0")
     cluster.run("scancel", "--signal=USR1", first)
     cluster.wait(first, "COMPLETED", timeout=PATIENCE)
-    assert "not queued again, as the job was told (Requeue=0)" in read_log(folder, first)
+    assert "not requeued, since the job has Requeue=0" in read_log(folder, first)
     second = submit_slow(cluster, folder, name)
     await_update(folder, name, second, iteration=3)
     cluster.run("scancel", second)
