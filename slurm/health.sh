@@ -28,8 +28,8 @@ free=$(df -Pk "$temporary" 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }')
 ((free >= AGRPO_HEALTH_DISK)) \
     || bad "has $free MiB free in $temporary, but AGRPO_HEALTH_DISK=$AGRPO_HEALTH_DISK are needed"
 
-said=$("$AGRPO_PYTHON" -c 'import agrpo_megatron' 2>&1) \
-    || bad "$AGRPO_PYTHON cannot import agrpo_megatron: ${said##*$'\n'}"
+output=$("$AGRPO_PYTHON" -c 'import agrpo_megatron' 2>&1) \
+    || bad "$AGRPO_PYTHON cannot import agrpo_megatron: ${output##*$'\n'}"
 
 gpus() { # all requested GPUs answer, and no other process uses them
     local wanted=${AGRPO_RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE} answering others
@@ -47,7 +47,7 @@ if ((${SLURM_GPUS_ON_NODE:-0} > 0)) && command -v nvidia-smi >/dev/null; then
 fi
 
 if [[ -n $AGRPO_HEALTH_COMMAND ]]; then
-    said=$(bash -c "$AGRPO_HEALTH_COMMAND" 2>&1) \
-        || bad "fails AGRPO_HEALTH_COMMAND: ${said##*$'\n'}"
+    output=$(bash -c "$AGRPO_HEALTH_COMMAND" 2>&1) \
+        || bad "fails AGRPO_HEALTH_COMMAND: ${output##*$'\n'}"
 fi
 printf '%s ok\n' "$node"
