@@ -63,9 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         if is_main():
             print(f"agrpo: error: {error}", file=sys.stderr)
             exit_status.report_outcome("refused", str(error))
-        elif not exit_status.main_rank_reported(
-            "refused"
-        ):  # what only this rank refuses would end nobody, with a 0
+        elif not exit_status.main_rank_reported("refused"):  # only this rank fails: not status 0
             print(f"agrpo: rank {os.environ['RANK']}: error: {error}", file=sys.stderr)
             return 2
         return exit_status.launcher_status(2)
