@@ -1,4 +1,4 @@
-"""Attempts that get nowhere end, one at a time writes, and each tells how it ended."""
+"""Attempts without progress end, only one attempt writes, and each reports how it ended."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_a_line_that_a_kill_cut_off_is_passed_over(tmp_path):
 def test_what_one_rank_alone_refuses_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(exit_status, "MAIN_RANK_TIMEOUT", 0.3)
     monkeypatch.delenv(exit_status.OUTCOME, raising=False)
-    assert exit_status.main_rank_reported("refused")  # nobody reads it
+    assert exit_status.main_rank_reported("refused")  # no script reads it
     monkeypatch.setenv(exit_status.OUTCOME, str(tmp_path / "outcome"))
     assert not exit_status.main_rank_reported("refused")
     exit_status.report_outcome("refused", "why")
@@ -173,8 +173,8 @@ def test_a_stuck_run_says_so_and_trains_nothing(tmp_path):
     (run / "launch").mkdir(parents=True)
     line = json.dumps({"attempt": 0, "progress": ["the start"]}) + "\n"
     (run / "launch" / "attempts.jsonl").write_text(2 * line)
-    status, printed, told = run_ranks(1, _stuck, file, tmp_path)[0]
+    status, printed, outcome = run_ranks(1, _stuck, file, tmp_path)[0]
     assert status == exit_status.STUCK
-    assert told.startswith("stuck 2 attempts in a row made no progress")
+    assert outcome.startswith("stuck 2 attempts in a row made no progress")
     assert "agrpo: stuck: 2 attempts in a row made no progress after the start" in printed
     assert not (run / "metrics.jsonl").exists()

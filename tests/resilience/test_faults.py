@@ -1,4 +1,4 @@
-"""Injected faults strike where they are told to, once over all attempts, and nowhere else."""
+"""Injected faults strike at their place, once over all attempts, and nowhere else."""
 
 import errno
 import os
@@ -23,10 +23,10 @@ import os, signal, sys, time
 from agrpo_megatron.resilience.faults import Faults
 from agrpo_megatron.resilience.sections import Sections
 
-def told(number, frame):
-    print("was told to stop", flush=True)
+def on_signal(number, frame):
+    print("got a stop signal", flush=True)
 
-signal.signal(signal.SIGUSR1, told)
+signal.signal(signal.SIGUSR1, on_signal)
 sections = Sections([Faults.from_environment(int(os.environ.get("RANK", 0)))])
 for iteration in (1, 2, 3):
     sections.at("rl", iteration)
@@ -155,8 +155,8 @@ def test_a_section_that_ends_before_its_fault_is_spared(tmp_path):
 
 def test_a_rank_is_asked_to_stop_as_a_job_asks_it(tmp_path):
     done = _run(tmp_path, "stop:rank=0,section=update,iteration=2")
-    assert done.stdout.count("was told to stop\n") == 1
-    assert done.stdout.index("checkpoint 1") < done.stdout.index("was told to stop")
+    assert done.stdout.count("got a stop signal\n") == 1
+    assert done.stdout.index("checkpoint 1") < done.stdout.index("got a stop signal")
     assert done.returncode == 0
 
 
@@ -168,7 +168,7 @@ def test_a_hung_rank_stays_where_it_is_and_no_request_to_stop_frees_it(tmp_path)
         try:
             assert rank.stdout.readline() == "rollout 1\n"
             rank.send_signal(signal.SIGUSR1)
-            assert rank.stdout.readline() == "was told to stop\n"
+            assert rank.stdout.readline() == "got a stop signal\n"
             time.sleep(0.3)
             assert rank.poll() is None
         finally:
@@ -179,9 +179,9 @@ def test_a_hung_rank_stays_where_it_is_and_no_request_to_stop_frees_it(tmp_path)
 def test_a_lost_node_takes_all_of_the_job_there_and_nothing_else(tmp_path):
     job = {"SLURM_JOB_ID": f"test-{os.getpid()}", "SLURMD_NODENAME": "n1"}
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-    nobody = _environment(tmp_path, "")
+    no_job = _environment(tmp_path, "")
     here, there = (
-        subprocess.Popen(sleep, env={**nobody, **job, "SLURMD_NODENAME": node})
+        subprocess.Popen(sleep, env={**no_job, **job, "SLURMD_NODENAME": node})
         for node in ("n1", "n2")
     )
     try:

@@ -1,4 +1,4 @@
-"""Under ft_launcher, a hung rank's stack is told, the ranks start anew, and the run is the same."""
+"""Under ft_launcher, a hung rank's stack is printed, the ranks restart, and the run is the same."""
 
 import json
 import os

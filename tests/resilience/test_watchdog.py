@@ -158,14 +158,14 @@ def test_a_limit_that_is_set_is_the_limit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "timeouts, told",
+    "timeouts, message",
     [({"rolout": 5}, "rolout=5 names no section"), ({"rollout": "x"}, "x is not a time limit")],
 )
-def test_a_limit_that_makes_no_sense_is_refused(tmp_path, timeouts, told):
+def test_a_limit_that_makes_no_sense_is_refused(tmp_path, timeouts, message):
     settings = Settings(
         run=RunSettings(dir=str(tmp_path)), resilience=ResilienceSettings(timeouts=timeouts)
     )
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         Limits(settings, world_size=1, is_main=True)
 
 

@@ -1,4 +1,4 @@
-"""Training jobs that are disturbed all end up finished, and no bit of their metrics differs."""
+"""Disturbed training jobs all finish, and their metrics are bit-identical."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def _stop_kindly(cluster, number):
     cluster.run("scancel", "--signal=USR1", number)
 
 
-def _queue_again(cluster, number):
+def _requeue(cluster, number):
     cluster.run("scontrol", "requeue", number)
 
 
@@ -42,7 +42,7 @@ def _kill_script(cluster, number):
     os.kill(script_of(cluster, number), signal.SIGKILL)
 
 
-DISTURBANCES = [_kill_rank, _stop_kindly, _queue_again, _kill_script]  # in an iteration each
+DISTURBANCES = [_kill_rank, _stop_kindly, _requeue, _kill_script]  # in an iteration each
 
 
 def test_a_job_goes_on_after_each_disturbance(cluster, folder, expected):
@@ -89,4 +89,4 @@ def test_a_job_that_was_stopped_for_good_goes_on_as_another(cluster, folder, exp
     third = submit_slow(cluster, folder, name)
     check_finished(cluster, folder, expected, name, third, disturbances=2)
     assert cluster.job(first)["Restarts"] == "0"
-    assert cluster.job(second)["JobState"] == "CANCELLED", "nor was it queued again later"
+    assert cluster.job(second)["JobState"] == "CANCELLED", "nor was it requeued later"

@@ -1,4 +1,4 @@
-"""Each job script runs on a cluster and finishes; wrong input and broken nodes are told."""
+"""Each job script runs on a cluster and finishes; wrong input and broken nodes are reported."""
 
 import os
 import shutil
@@ -42,7 +42,7 @@ def _run(cluster, folder, script, *words, **environment):
 
 
 def _close(ours, theirs):
-    """Say whether numbers agree to 1e-5, and all else is the same; times are left out."""
+    """Return whether numbers agree to 1e-5, and all else is equal; times are ignored."""
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
         for name in {name for name in other if not name.startswith(TIMED)} - LAYOUT:
@@ -106,8 +106,8 @@ def test_a_broken_node_is_named_and_left_out(cluster, folder):
 
 @pytest.mark.slow
 def test_a_wish_to_stop_during_the_checks_blames_no_node(cluster, folder):
-    """Both nodes are told while they are checked: the job queues again, and then finishes."""
-    run, checked = folder / "told", folder / "checked"
+    """Both nodes get a signal while they are checked: the job requeues, and then finishes."""
+    run, checked = folder / "signalled", folder / "checked"
     checked.mkdir()
     wait = (
         f'[ -e "{checked}/$SLURMD_NODENAME" ] || {{ touch "{checked}/$SLURMD_NODENAME"; sleep 9; }}'
