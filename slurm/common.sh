@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the job scripts share. Reads env.sh; `root` is the directory that holds slurm/.
+# Functions of the job scripts. Reads env.sh; `root` is the directory that holds slurm/.
 # Each job script calls one of the functions at the end.
 
 : "${root:?}"
@@ -7,7 +7,7 @@
 . "$root/slurm/env.sh"
 export AGRPO_ROOT=$root AGRPO_PYTHON
 
-# Members of an array are named so, since the number of its last member is also that of the array.
+# ARRAY_MEMBER, since the last member of an array has the job number of the array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-${SLURM_JOB_ID:?a job script: submit it with sbatch}}
 restarts=${SLURM_RESTART_COUNT:-0}
@@ -20,13 +20,13 @@ die() { # STATUS TEXT
     exit "$1"
 }
 
-job_fact() { # NAME: one value of what SLURM knows of this job; nothing while it does not answer
+job_fact() { # NAME: one field of this job in SLURM; empty while SLURM does not answer
     local all
     all=$(SLURM_TIME_FORMAT=standard scontrol show job "$job" 2>/dev/null) || return 0
     sed -nE "/(^| )$1=/ { s/^(.* )?$1=([^ ]*).*/\2/p; q }" <<<"$all"
 }
 
-absolute() { # PATH, that need not exist
+absolute() { # PATH, which need not exist
     case $1 in
         /*) printf '%s\n' "$1" ;;
         *) printf '%s/%s\n' "$PWD" "$1" ;;
@@ -57,22 +57,22 @@ container() { # sets `options` of srun, and `inside`: words before a command
     esac
 }
 
-# Words before what runs ahead of the ranks, or in their place: a wish to stop that is sent to all
-# steps is not for it, and would kill it. The guard hears it.
+# Prefix of commands other than the ranks: a stop signal reaches all steps, and would kill these
+# commands. The guard handles the signal.
 deaf=(bash -c 'trap "" USR1 USR2; exec "$@"' deaf)
 
-on_first_node() { # COMMAND...: run it where ranks run, once
+on_first_node() { # COMMAND...: run it once, in the environment of the ranks
     srun "${options[@]}" --nodes=1 --ntasks=1 --quiet "${deaf[@]}" "${inside[@]}" "$@"
 }
 
-await() { # PID: wait for a process, through signals; returns its status
+await() { # PID: wait for a process despite signals; returns its status
     local status again
     while :; do
         status=0
         wait "$1" || status=$?
         kill -0 "$1" 2>/dev/null || break
     done
-    if ((status > 128)); then # perhaps that of a signal, and the process has ended since
+    if ((status > 128)); then # perhaps of a signal, and the process has ended since
         again=0
         wait "$1" 2>/dev/null || again=$?
         ((again == 127)) || status=$again
@@ -82,7 +82,7 @@ await() { # PID: wait for a process, through signals; returns its status
 
 # --- The end of an attempt ------------------------------------------------------------------------
 
-is_over() { # says whether a later attempt has begun, or is queued: this one must not interfere
+is_over() { # whether a later attempt runs or is queued: this attempt must not interfere
     local now
     now=$(job_fact Restarts)
     [[ -n $now && $now != "$restarts" ]]
@@ -93,7 +93,7 @@ is_out_of_time() {
         || { [[ -n ${AGRPO_JOB_END:-} ]] && (($(date +%s) >= AGRPO_JOB_END)); }
 }
 
-is_cancelled() { # waits for SLURM's controller, whose silence says nothing
+is_cancelled() { # waits until SLURM's controller answers
     local state tries
     [[ -n $terminated ]] || return 1
     for ((tries = 0; tries < 20; tries++)); do
@@ -101,44 +101,44 @@ is_cancelled() { # waits for SLURM's controller, whose silence says nothing
         [[ -z $state ]] || break
         sleep 5
     done
-    # COMPLETING until the job's processes have ended, and CANCELLED only then.
+    # COMPLETING until the job's processes have ended, then CANCELLED.
     [[ -n $state && $state != RUNNING ]] && ! is_out_of_time
 }
 
-queue_again() { # REASON: put the job back into the queue, as far as it may be
+requeue() { # REASON: requeue the job, unless something forbids that
     if is_over; then
-        say "SLURM has queued the job again already"
+        say "SLURM has already requeued the job"
         exit 0
     fi
     if [[ $(job_fact Requeue) == 0 ]]; then
-        say "not queued again, as the job was told (Requeue=0); the same command goes on: $1"
+        say "not requeued, since the job has Requeue=0; the same command resumes the run: $1"
         exit 0
     fi
     if ((restarts >= AGRPO_MAX_REQUEUES)); then
-        die $STUCK "not queued again, AGRPO_MAX_REQUEUES=$AGRPO_MAX_REQUEUES is reached: $1"
+        die $STUCK "not requeued, AGRPO_MAX_REQUEUES=$AGRPO_MAX_REQUEUES is reached: $1"
     fi
     if is_cancelled; then
-        say "cancelled; the same command goes on"
+        say "cancelled; the same command resumes the run"
         exit 0
     fi
-    say "queued again: $1"
+    say "requeued: $1"
     local tries
-    for ((tries = 0; tries < 20; tries++)); do # SLURM's controller may be starting anew
+    for ((tries = 0; tries < 20; tries++)); do # SLURM's controller may be restarting
         scontrol requeue "$job" && return
         sleep 5
     done
-    die 1 "scontrol requeue failed; submit the job again to go on"
+    die 1 "scontrol requeue failed; submit the job again to resume the run"
 }
 
 terminated=
-on_term() { # the job is being ended: cancelled, queued again from outside, or out of time
+on_term() { # SLURM ends the job: cancelled, requeued by a user, or out of time
     terminated=1
     if ! is_over && is_out_of_time; then
-        queue_again "out of time"
+        requeue "out of time"
     fi
 }
 
-conclude() { # STATUS of srun: do what the ranks asked for
+conclude() { # STATUS of srun: act on the outcome that the ranks reported
     local outcome=
     [[ ! -s $AGRPO_OUTCOME ]] || outcome=$(<"$AGRPO_OUTCOME")
     case $outcome in
@@ -146,16 +146,16 @@ conclude() { # STATUS of srun: do what the ranks asked for
             say "finished"
             exit 0
             ;;
-        refused*) die $REFUSED "not queued again, the input is wrong: ${outcome#refused }" ;;
-        stuck*) die $STUCK "not queued again: ${outcome#stuck }" ;;
-        requeue*) queue_again "${outcome#requeue }" ;;
-        *) queue_again "ended without a word (srun: $1); $attempt has a log of each rank" ;;
+        refused*) die $REFUSED "not requeued, the input is wrong: ${outcome#refused }" ;;
+        stuck*) die $STUCK "not requeued: ${outcome#stuck }" ;;
+        requeue*) requeue "${outcome#requeue }" ;;
+        *) requeue "no outcome was reported (srun: $1); $attempt has a log of each rank" ;;
     esac
 }
 
 # --- Before the start -----------------------------------------------------------------------------
 
-prepare() { # sets and makes the directory of this attempt; AGRPO_RUN_DIR is set
+prepare() { # creates the directory of this attempt below AGRPO_RUN_DIR
     AGRPO_RUN_DIR=$(absolute "$AGRPO_RUN_DIR")
     attempt=$AGRPO_RUN_DIR/launch/$job/attempt-$restarts
     mkdir -p "$attempt" || die $REFUSED "cannot write below $AGRPO_RUN_DIR"
@@ -172,13 +172,13 @@ prepare() { # sets and makes the directory of this attempt; AGRPO_RUN_DIR is set
     : "${TORCH_FR_DUMP_TEMP_FILE:=$attempt/collectives-}"
     export TORCH_FR_DUMP_TEMP_FILE
     trap on_term TERM
-    # A signal for this script alone: the ranks have to hear it, and the guard tells them.
+    # This script alone gets the signal; the guard passes it on to the ranks.
     trap 'touch "$attempt/stop"' USR1
     say "job $job, attempt $restarts, on $SLURM_JOB_NODELIST, logs in $attempt"
     container
 }
 
-check_nodes() { # leave out nodes that cannot run ranks, and queue the job again without them
+check_nodes() { # exclude nodes that cannot run ranks, and requeue the job without them
     [[ $AGRPO_HEALTH != 0 ]] || return 0
     local found=$attempt/health node verdict reason bad=() nodes
     timeout --kill-after=5 "$((AGRPO_HEALTH_PATIENCE + 15))" \
@@ -186,8 +186,8 @@ check_nodes() { # leave out nodes that cannot run ranks, and queue the job again
         "${inside[@]}" timeout "$AGRPO_HEALTH_PATIENCE" bash "$root/slurm/health.sh" "$attempt" \
         >"$found" &
     await $! || true
-    if [[ -n $terminated || -e $attempt/stop ]]; then # which says nothing of the nodes
-        queue_again "ended or stopped while nodes were checked"
+    if [[ -n $terminated || -e $attempt/stop ]]; then # no verdict on the nodes
+        requeue "ended or stopped during the node check"
         exit 0
     fi
     nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -203,13 +203,13 @@ check_nodes() { # leave out nodes that cannot run ranks, and queue the job again
             >>"$AGRPO_RUN_DIR/launch/bad_nodes"
         bad+=("$node")
     done
-    ((${#bad[@]} == 0)) || leave_out "${bad[@]}"
+    ((${#bad[@]} == 0)) || exclude_nodes "${bad[@]}"
 }
 
-leave_out() { # NODE...: queue the job again without these nodes, and end
+exclude_nodes() { # NODE...: requeue the job without these nodes, and exit
     local excluded most
     if ((SLURM_JOB_NUM_NODES > 1 && $# == SLURM_JOB_NUM_NODES)); then
-        die $REFUSED "no node can run this job: that is not for the nodes to mend"
+        die $REFUSED "every node fails the check: the cause is likely not in the nodes"
     fi
     excluded=$(job_fact ExcNodeList)
     [[ $excluded != "(null)" ]] || excluded=
@@ -219,13 +219,13 @@ leave_out() { # NODE...: queue the job again without these nodes, and end
     if ((most < SLURM_JOB_NUM_NODES)); then
         die $STUCK "without $excluded, partition $SLURM_JOB_PARTITION has too few nodes: $most"
     fi
-    queue_again "without $excluded"
+    requeue "without $excluded"
     local tries
-    for ((tries = 0; tries < 40; tries++)); do # only a job that waits can be changed
+    for ((tries = 0; tries < 40; tries++)); do # only a pending job can be changed
         scontrol update JobId="$job" ExcNodeList="$excluded" 2>/dev/null && exit 0
         sleep 0.25
     done
-    die 1 "nodes $excluded could not be left out"
+    die 1 "nodes $excluded could not be excluded"
 }
 
 # --- Jobs -----------------------------------------------------------------------------------------
@@ -234,15 +234,15 @@ choose_launcher() { # sets AGRPO_LAUNCHER
     if [[ ${AGRPO_LAUNCHER:-auto} == auto ]]; then
         AGRPO_LAUNCHER=$(on_first_node "$AGRPO_PYTHON" -c 'from importlib.util import find_spec
 print("ft_launcher" if find_spec("nvidia_resiliency_ext") else "torchrun")') || {
-            queue_if_ended
+            requeue_if_ended
             die 1 "no launcher could be chosen"
         }
     fi
     export AGRPO_LAUNCHER
 }
 
-# A step that outlives this script, and puts the job back into the queue then.
-start_guard() { # WHOM a wish to stop is passed on to: ranks, or script
+# The guard is a step that outlives this script, and requeues the job if the script dies.
+start_guard() { # WHOM to signal on a stop request: ranks, or script
     srun --overlap --nodes=1 --ntasks=1 --quiet bash "$root/slurm/guard.sh" "$$" "$1" 2>/dev/null &
     guard=$!
     trap end_guard EXIT
@@ -258,22 +258,22 @@ run_ranks() { # ARGUMENTS of agrpo: run it on every node; returns the status of 
     local status first most tries
     export AGRPO_RESTARTS=${AGRPO_RESTARTS:-3} AGRPO_RENDEZVOUS AGRPO_TRY
     most=$AGRPO_RESTARTS
-    [[ $AGRPO_LAUNCHER != ft_launcher ]] || most=0 # it starts ranks anew by itself
+    [[ $AGRPO_LAUNCHER != ft_launcher ]] || most=0 # it restarts ranks itself
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     for ((tries = 0; ; tries++)); do
-        # Below the ports that are handed out for connections; each start has its own, since ranks
-        # of a node that was given up may still be running.
+        # Below the ephemeral ports; each start has its own port, since ranks on a lost node may
+        # still be running.
         AGRPO_RENDEZVOUS=$first:$((20000 + (SLURM_JOB_ID * 61 + restarts * 7 + tries) % 12000))
         AGRPO_TRY=$tries status=0
         srun "${options[@]}" --ntasks-per-node=1 --kill-on-bad-exit=1 "${inside[@]}" \
             bash "$root/slurm/node.sh" "$attempt" "$@" &
         await $! || status=$?
         ((status && tries < most)) && is_crashed || return "$status"
-        say "ended without a word (srun: $status): ranks are started anew, $((tries + 1)) of $most"
+        say "no outcome was reported (srun: $status): ranks restart, $((tries + 1)) of $most"
     done
 }
 
-is_crashed() { # says whether ranks ended, though nobody asked, and the job goes on
+is_crashed() { # whether ranks ended without a stop request while the job still runs
     [[ ! -s $AGRPO_OUTCOME && -z $terminated && $(job_fact JobState) == RUNNING ]] && ! is_over
 }
 
@@ -308,7 +308,7 @@ sweep_job() { # DIR
     mapfile -d '' -t words < <(on_first_node "$AGRPO_PYTHON" -m agrpo_megatron.launch \
         "$AGRPO_RUN_DIR" "$SLURM_ARRAY_TASK_ID")
     ((${#words[@]})) || die $REFUSED "$1 has no member $SLURM_ARRAY_TASK_ID"
-    unset AGRPO_RUN_DIR # each member has its own, as its settings say
+    unset AGRPO_RUN_DIR # each member sets its own run.dir
     train_job "${words[@]}"
 }
 
@@ -316,17 +316,17 @@ evaluate_job() { # TARGET [ARGUMENTS ...]
     (($# >= 1)) || die $REFUSED "usage: sbatch [OPTIONS] slurm/evaluate.sbatch TARGET [...]"
     local status=0
     if [[ -z ${AGRPO_RUN_DIR:-} ]]; then
-        AGRPO_RUN_DIR=$PWD # logs of an evaluation of a run are with the run
+        AGRPO_RUN_DIR=$PWD # the logs of a run's evaluation are in its run directory
         [[ ! -e $1/config.yaml ]] || AGRPO_RUN_DIR=$1
     fi
     prepare
-    # An evaluation keeps what is done at any moment: it need not be asked to stop.
-    trap 'queue_again "asked to stop, or the time is nearly up"; exit 0' USR1
+    # An evaluation saves each finished batch, so it needs no stop signal.
+    trap 'requeue "asked to stop, or the time is nearly up"; exit 0' USR1
     start_guard script
     check_nodes
     choose_launcher
     run_ranks evaluate "$@" || status=$?
-    ((status == 0)) || queue_if_ended
+    ((status == 0)) || requeue_if_ended
     [[ ! -s $AGRPO_OUTCOME ]] || conclude "$status"
     exit "$status"
 }
@@ -334,18 +334,18 @@ evaluate_job() { # TARGET [ARGUMENTS ...]
 convert_job() { # ARGUMENTS of agrpo convert
     (($# >= 1)) || die $REFUSED "usage: sbatch [OPTIONS] slurm/convert.sbatch to-megatron|to-hf ..."
     local status=0
-    : "${AGRPO_RUN_DIR:=${TMPDIR:-/tmp}/agrpo-$UID}" # notes of one node; no ranks, no logs of them
+    : "${AGRPO_RUN_DIR:=${TMPDIR:-/tmp}/agrpo-$UID}" # on one node; no ranks, no rank logs
     prepare
-    trap 'queue_again "asked to stop, or the time is nearly up"; exit 0' USR1
+    trap 'requeue "asked to stop, or the time is nearly up"; exit 0' USR1
     start_guard script
     on_first_node "$AGRPO_PYTHON" -m agrpo_megatron convert "$@" &
     await $! || status=$?
-    ((status == 0)) || queue_if_ended
+    ((status == 0)) || requeue_if_ended
     exit "$status"
 }
 
-queue_if_ended() { # the job is being ended from outside, and what it does can go on later
+requeue_if_ended() { # requeue if SLURM ends the job: its work can resume later
     [[ -n $terminated ]] || return 0
-    queue_again "ended from outside"
+    requeue "ended by SLURM"
     exit 0
 }

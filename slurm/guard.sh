@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# A step beside the ranks, on the job's first node: guard.sh PID WHOM, of the job's script.
-# - SIGUSR1 asks to stop: the ranks, or where WHOM is `script`, the script alone. It is sent again
-#   and again, since a rank that is still starting does not hear it. A file ATTEMPT/stop asks for
-#   the same.
-# - When the job's script dies, SLURM ends the job as failed; this step is told, and puts the job
-#   back into the queue.
+# A separate step on the job's first node: guard.sh PID WHOM, with the PID of the job's script.
+# - SIGUSR1, or a file ATTEMPT/stop, is a stop request. The guard sends SIGUSR1 to the ranks, or to
+#   the script if WHOM is `script`, every 5 seconds, since a rank that still starts ignores it.
+# - When the job's script dies, SLURM ends the job as failed; this step gets SIGTERM and requeues
+#   the job.
 set -uo pipefail
 root=$AGRPO_ROOT
 script=$1 whom=$2
@@ -21,7 +20,7 @@ on_term() {
     fi
     case $([[ ! -s $AGRPO_OUTCOME ]] || cat "$AGRPO_OUTCOME") in
         finished* | stuck* | refused*) exit 0 ;;
-        *) queue_again "the job's script has died" ;;
+        *) requeue "the job's script has died" ;;
     esac
     exit 0
 }

@@ -3,14 +3,14 @@
 set -euo pipefail
 attempt=$1
 shift
-# The ranks take these as a wish to stop; what starts them must outlive that. Ignored signals stay
-# ignored in what is started, until it says otherwise.
+# The ranks take these signals as a stop request; their launcher must survive them. A child process
+# inherits ignored signals until it sets its own handlers.
 trap '' TERM USR1 USR2
 ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
 
 is_first=0
 ((SLURM_NODEID)) || is_first=1
-# The signal handlers that either launcher would set by itself end it at a job's SIGTERM.
+# By default either launcher handles SIGTERM, and would end at the job's SIGTERM.
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT
 options=(
     --nnodes="$SLURM_NNODES"
@@ -25,14 +25,14 @@ options=(
 ranks=(bash "$AGRPO_ROOT/slurm/rank.sh" "$attempt" "$AGRPO_PYTHON" -m agrpo_megatron "$@")
 if [[ $AGRPO_LAUNCHER == ft_launcher ]]; then
     options+=(--max-restarts="$AGRPO_RESTARTS")
-    if [[ $1 == train ]]; then # whose ranks tell it what they do
+    if [[ $1 == train ]]; then # its ranks report their sections
         mapfile -t limits < <("$AGRPO_PYTHON" -m agrpo_megatron.resilience.nvrx "${@:2}")
         options+=("${limits[@]}")
     fi
     start='from nvidia_resiliency_ext.fault_tolerance.launcher import main; main()'
     exec "$AGRPO_PYTHON" -c "$start" "${options[@]}" "${ranks[@]}"
 fi
-# Over several nodes torchrun's own restart can meet addresses of the ranks before: a new start does
-# not, and the job's script makes one.
+# On several nodes, torchrun's own restart can connect to addresses of the ranks before; the job's
+# script starts torchrun again instead.
 options+=(--max-restarts=0 --signals-to-handle="$TORCHELASTIC_SIGNALS_TO_HANDLE")
 exec "$AGRPO_PYTHON" -m torch.distributed.run "${options[@]}" "${ranks[@]}"

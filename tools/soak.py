@@ -1,13 +1,13 @@
-"""Train under SLURM with a random fault every so often, and compare with an undisturbed run.
+"""Train under SLURM with random faults, and compare with an undisturbed run.
 
-    . CLUSTER/env.sh    # where sbatch is not set up yet
+    . CLUSTER/env.sh    # if sbatch is not set up yet
     python tools/soak.py examples/tiny.yaml --minutes 30 --every 45 sft.iterations=20
 
-Both runs go through `agrpo launch` on CPU nodes. Faults from within (a rank killed, a rank that
-hangs, a save that fails) strike at the first section of their kind after their time; faults from
-outside are a requeued job, a stop signal and a killed batch script. Every iteration is slowed
-down, so that the run is as long as asked for. Writes soak.json beside the runs; exit status 0 if
-the run finished with the metrics of the undisturbed one, bit for bit.
+Both runs use `agrpo launch` on CPU nodes. Injected faults (a rank killed, a rank that hangs, a
+failed save) strike at the first section of their kind after their time; outside faults are a
+requeued job, a stop signal and a killed batch script. Every iteration is slowed down, to reach the
+requested length. Writes soak.json into the folder of the runs; exit status 0 if the run finished
+with metrics bit-identical to the undisturbed run's.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from rich.table import Table
 
 INSIDE = {"kill": ("rollout", "update"), "hang": ("rollout", "update"), "fail_save": None}
 OUTSIDE = ("requeue", "signal", "kill_batch")
-TIMED = ("time/", "tokens_per_second", "section/", "straggler/")  # metrics that a clock measured
-POLL, PATIENCE = 1.0, 3600.0  # seconds: between looks at a job, and for a job without faults
+TIMED = ("time/", "tokens_per_second", "section/", "straggler/")  # metrics measured by a clock
+POLL, JOB_TIMEOUT = 1.0, 3600.0  # seconds: between two checks of a job, and for an undisturbed job
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"}
 
 
@@ -44,13 +44,13 @@ class Fault:
 
 
 def main() -> int:
-    """Run both, compare, and print what struck; returns the exit status."""
+    """Run both, compare them, and print the faults; returns the exit status."""
     arguments = _arguments()
     folder = Path(arguments.folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     whole, disturbed = folder / "undisturbed", folder / "disturbed"
     print(f"undisturbed run in {whole}", flush=True)
-    state, _ = _follow(_launch(arguments, whole, {}), [], PATIENCE)
+    state, _ = _follow(_launch(arguments, whole, {}), [], JOB_TIMEOUT)
     if state != "COMPLETED":
         print(f"soak: error: the undisturbed run ended as {state}", file=sys.stderr)
         return 1
@@ -63,7 +63,7 @@ def main() -> int:
     }
     job = _launch(arguments, disturbed, faults)
     outside = [fault for fault in plan if fault.kind in OUTSIDE]
-    state, struck = _follow(job, outside, PATIENCE * 6)
+    state, struck = _follow(job, outside, JOB_TIMEOUT * 6)
     struck += _struck(folder / "faults")
     times = sorted([began, *(at for at, _ in struck)])
     found = {
@@ -89,7 +89,7 @@ def make_plan(arguments: argparse.Namespace) -> list[Fault]:
     plan, at = [], 0.0
     while at < arguments.minutes * 60:
         at += arguments.every * draw.uniform(0.6, 1.0)
-        # A shuffled round of all kinds before any comes again.
+        # Every kind once, in random order, before any kind repeats.
         if len(plan) % len(kinds) == 0:
             draw.shuffle(kinds)
         kind = kinds[len(plan) % len(kinds)]
@@ -98,7 +98,7 @@ def make_plan(arguments: argparse.Namespace) -> list[Fault]:
 
 
 def fault_text(plan: list[Fault], began: float, slow: float) -> str:
-    """Return AGRPO_FAULTS for the faults from within, and for the pace."""
+    """Return AGRPO_FAULTS for the injected faults and the slowdown."""
     draw = random.Random(len(plan))
     parts = [f"slow:rank=0,section=rollout,seconds={slow}"]
     for fault in plan:
@@ -115,7 +115,7 @@ def _launch(arguments: argparse.Namespace, run: Path, environment: dict[str, str
     words += ["--nodes", str(arguments.nodes), f"run.dir={run}", *arguments.overrides]
     words += ["launch.gpus_per_node=0", "launch.ranks_per_node=1", "logging.wandb=disabled"]
     words += ["launch.cpus_per_task=1", "run.threads=1"]
-    # A fault may strike before an attempt got anywhere, and that many times in a row.
+    # Faults may strike before an attempt makes progress, several times in a row.
     words += ["resilience.idle_attempts=20"]
     done = subprocess.run(
         words, capture_output=True, text=True, env={**os.environ, **environment}, check=False
@@ -127,16 +127,16 @@ def _launch(arguments: argparse.Namespace, run: Path, environment: dict[str, str
 
 
 def _follow(job: str, outside: list[Fault], patience: float) -> tuple[str, list[tuple[float, str]]]:
-    """Wait for a job's end, doing the faults from outside meanwhile.
+    """Wait for a job's end, and cause the outside faults meanwhile.
 
     Returns:
-        Its last state, and when which fault was done.
+        Its last state, and the time and kind of each fault.
     """
     began, waiting, struck = time.time(), list(outside), []
     while time.time() - began < patience:
         state = _state(job)
         if state in ENDED:
-            time.sleep(2 * POLL)  # a killed batch script fails the job before it is queued again
+            time.sleep(2 * POLL)  # a killed batch script fails the job before its requeue
             if (state := _state(job)) in ENDED:
                 return state, struck
         due = [fault for fault in waiting if time.time() - began >= fault.at]
@@ -149,7 +149,7 @@ def _follow(job: str, outside: list[Fault], patience: float) -> tuple[str, list[
 
 
 def _strike(kind: str, job: str) -> bool:
-    """Do a fault from outside; says whether it could be done."""
+    """Cause an outside fault; returns whether that succeeded."""
     if kind == "requeue":
         return subprocess.run(["scontrol", "requeue", job], capture_output=True).returncode == 0
     if kind == "signal":
@@ -161,7 +161,7 @@ def _strike(kind: str, job: str) -> bool:
 
 
 def _is_batch(process: psutil.Process, job: str) -> bool:
-    """Say whether a process is the shell of a job's batch script."""
+    """Return whether a process is the shell of a job's batch script."""
     try:
         command = " ".join(process.cmdline())
         return f"job{int(job):05d}/slurm_script" in command
@@ -176,12 +176,12 @@ def _state(job: str) -> str:
 
 
 def _struck(folder: Path) -> list[tuple[float, str]]:
-    """Return when which fault from within left its note."""
+    """Return the time and kind of each injected fault that struck."""
     return [(note.stat().st_mtime, note.name.split("-")[1]) for note in folder.glob("*")]
 
 
 def _compare(ours: Path, theirs: Path) -> dict:
-    """Compare two runs' metrics without those that a clock measured."""
+    """Compare two runs' metrics, except those measured by a clock."""
     mine, expected = (_metrics(path / "metrics.jsonl") for path in (ours, theirs))
     attempts = (ours / "launch" / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
     return {
@@ -203,9 +203,9 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", metavar="FILE", help="settings file")
-    parser.add_argument("--folder", default="runs/soak", help="where both runs go (runs/soak)")
+    parser.add_argument("--folder", default="runs/soak", help="folder of both runs (runs/soak)")
     parser.add_argument("--nodes", type=int, default=2, help="nodes of one rank each (2)")
-    parser.add_argument("--minutes", type=float, default=30.0, help="faults for so long (30)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="minutes with faults (30)")
     parser.add_argument("--every", type=float, default=45.0, help="seconds between faults (45)")
     parser.add_argument("--slow", type=float, default=1.5, help="seconds added to a rollout (1.5)")
     parser.add_argument("--seed", type=int, default=0, help="of the plan (0)")

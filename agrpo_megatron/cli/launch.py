@@ -3,7 +3,7 @@
 import argparse
 
 from agrpo_megatron.cli.common import add_overrides
-from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
+from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 
 EXAMPLES = """\
 what it does:

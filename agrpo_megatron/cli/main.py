@@ -23,7 +23,7 @@ from agrpo_megatron.cli.evaluate import add_evaluate, add_report
 from agrpo_megatron.cli.launch import add_launch
 from agrpo_megatron.config.schema import describe, load, to_yaml
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.resilience.outcome import REQUEUE, STUCK, exit_status, is_told, tell_outcome
+from agrpo_megatron.resilience import exit_status
 
 UNREAD = 141  # as a shell says of a process that SIGPIPE ended
 EPILOG = """\
@@ -61,11 +61,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if is_main():
             print(f"agrpo: error: {error}", file=sys.stderr)
-            tell_outcome("refused", str(error))
-        elif not is_told("refused"):  # what only this rank refuses would end nobody, with a 0
+            exit_status.report_outcome("refused", str(error))
+        elif not exit_status.main_rank_reported("refused"):  # only this rank fails: not status 0
             print(f"agrpo: rank {os.environ['RANK']}: error: {error}", file=sys.stderr)
             return 2
-        return exit_status(2)
+        return exit_status.launcher_status(2)
     except (BrokenPipeError, SystemExit) as error:
         if not _is_unread(error):
             raise
@@ -123,9 +123,9 @@ def train(arguments: argparse.Namespace) -> int:
         except Stuck as error:
             stuck = str(error)
     if stuck is not None:
-        return _end("stuck", stuck, STUCK)
+        return _end("stuck", stuck, exit_status.STUCK)
     if stopped is not None:
-        return _end("requeue", f"{stopped}; saved, the same command goes on", REQUEUE)
+        return _end("requeue", f"{stopped}; saved, the same command goes on", exit_status.REQUEUE)
     if is_main():
         conclude(Path(settings.run.dir))
     return _end("finished", "", 0)
@@ -136,8 +136,8 @@ def _end(outcome: str, reason: str, status: int) -> int:
     if is_main():
         if reason:
             print(f"agrpo: {outcome}: {reason}", file=sys.stderr)
-        tell_outcome(outcome, reason)
-    return exit_status(status)
+        exit_status.report_outcome(outcome, reason)
+    return exit_status.launcher_status(status)
 
 
 def sample(arguments: argparse.Namespace) -> int:

@@ -1,1 +1,1 @@
-"""Jobs of a SLURM cluster: what they would run, what the cluster would refuse, sweeps."""
+"""SLURM jobs: plan a run, check it against the cluster, submit it; also sweeps."""

@@ -1,4 +1,4 @@
-"""What the job scripts of a sweep call: a member's arguments, or the table of all members.
+"""Called by the job scripts of a sweep: a member's arguments, or the table of all members.
 
 python -m agrpo_megatron.launch DIR I         the arguments of `agrpo train` for member I:
                                               FILE and KEY=VALUE ..., each ended by a NUL;
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     directory = arguments.directory.absolute()
     try:
         if arguments.table:
-            from agrpo_megatron.launch.table import show_table  # jobs ask for words without it
+            from agrpo_megatron.launch.table import show_table  # a member's job does not need it
 
             show_table(directory)
             return 0

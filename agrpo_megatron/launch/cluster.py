@@ -1,6 +1,6 @@
-"""What a cluster has, as `sinfo` tells it, and what it would refuse of a job.
+"""The partitions of a cluster, as `sinfo` prints them, and whether they can run a job.
 
-The facts come as text and are checked by pure functions; only `ask_cluster` talks to SLURM.
+Pure functions read and check the text; only `ask_cluster` and `jobs_of` call SLURM.
 """
 
 import difflib
@@ -12,14 +12,14 @@ from agrpo_megatron.config.settings import LaunchSettings
 
 SINFO = ("sinfo", "--noheader", "--all", "--exact", "--format=%P|%D|%c|%G|%l|%L")
 SQUEUE = ("squeue", "--noheader", "--format=%F %k")
-PATIENCE = 30.0  # seconds that SLURM's commands may take
+SLURM_TIMEOUT = 30.0  # seconds for one SLURM command
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _GPUS = re.compile(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)")
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Nodes of a partition that are alike."""
+    """Equal nodes of a partition."""
 
     count: int
     cpus: int  # of each
@@ -32,8 +32,8 @@ class Partition:
 
     name: str
     is_default: bool
-    time_limit: int | None  # seconds; None: none
-    default_time: int | None  # seconds of a job that names no limit; None: the partition's own
+    time_limit: int | None  # seconds; None: no limit
+    default_time: int | None  # seconds of a job without a limit; None: the partition's limit
     nodes: tuple[Nodes, ...]
 
 
@@ -41,26 +41,26 @@ def ask_cluster() -> list[Partition]:
     """Return the cluster's partitions.
 
     Raises:
-        RuntimeError: SLURM is not installed here, or does not answer; says why in one line.
+        RuntimeError: SLURM is not installed here or does not answer; the reason in one line.
     """
-    return read_partitions(_ask(SINFO))
+    return read_partitions(_run(SINFO))
 
 
 def jobs_of(comment: str) -> list[str]:
-    """Return the numbers of the jobs, waiting or running, that carry a comment.
+    """Return the numbers of the pending or running jobs with this comment.
 
     Raises:
         RuntimeError: as `ask_cluster`.
     """
-    rows = (row.strip().partition(" ") for row in _ask(SQUEUE).splitlines())
-    return list(dict.fromkeys(number for number, _, said in rows if said == comment))
+    rows = (row.strip().partition(" ") for row in _run(SQUEUE).splitlines())
+    return list(dict.fromkeys(number for number, _, found in rows if found == comment))
 
 
 def read_partitions(text: str) -> list[Partition]:
-    """Read what `SINFO` prints: a row for each kind of nodes of each partition.
+    """Read the output of `SINFO`: a row for each kind of node of each partition.
 
     Raises:
-        RuntimeError: a row is not of that form.
+        RuntimeError: a row has another form.
     """
     found: dict[str, Partition] = {}
     for row in text.splitlines():
@@ -80,7 +80,7 @@ def parse_time(text: str | int) -> int | None:
     """Return a time limit in seconds, None for no limit; a number alone is minutes.
 
     Raises:
-        ValueError: SLURM would not take it.
+        ValueError: SLURM would not accept it.
     """
     written = str(text)
     if written.lower() in ("infinite", "unlimited"):
@@ -108,10 +108,10 @@ def write_time(seconds: int) -> str:
 
 
 def check_cluster(launch: LaunchSettings, nodes: int, partitions: list[Partition]) -> None:
-    """Compare a job with the partitions it names, or with the default one, if there is one.
+    """Check a job against its partitions, or the default partition, if there is one.
 
     Raises:
-        ValueError: there is no such partition, or none of those named can ever run the job.
+        ValueError: there is no such partition, or no named partition can ever run the job.
     """
     if launch.partition is None:
         chosen = [partition for partition in partitions if partition.is_default]
@@ -122,16 +122,16 @@ def check_cluster(launch: LaunchSettings, nodes: int, partitions: list[Partition
         raise ValueError(problems[0])
 
 
-def _ask(words: tuple[str, ...]) -> str:
+def _run(words: tuple[str, ...]) -> str:
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=SLURM_TIMEOUT)
     except FileNotFoundError:
         raise RuntimeError(f"{words[0]} is not on PATH") from None
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{words[0]} did not answer in {PATIENCE:g} seconds") from None
+        raise RuntimeError(f"{words[0]} did not answer in {SLURM_TIMEOUT:g} seconds") from None
     if done.returncode != 0:
-        said = done.stderr.strip() or f"{words[0]} ended with status {done.returncode}"
-        raise RuntimeError(said.splitlines()[0])
+        reason = done.stderr.strip() or f"{words[0]} ended with status {done.returncode}"
+        raise RuntimeError(reason.splitlines()[0])
     return done.stdout
 
 
@@ -148,7 +148,7 @@ def _named(name: str, partitions: list[Partition]) -> Partition:
 
 
 def _problem(launch: LaunchSettings, nodes: int, partition: Partition) -> str | None:
-    """Say why a partition can never run a job; None where it can."""
+    """Return why a partition can never run a job, or None if it can."""
     name = f"partition {partition.name}"
     real = [group for group in partition.nodes if group.count > 0]
     for key, value, most in (
@@ -160,8 +160,8 @@ def _problem(launch: LaunchSettings, nodes: int, partition: Partition) -> str | 
     fit = [g for g in real if g.gpus >= launch.gpus_per_node and g.cpus >= _cpus(launch)]
     count = sum(group.count for group in fit)
     if nodes > count:
-        such = f" with {launch.gpus_per_node} GPUs" if launch.gpus_per_node else ""
-        return f"--nodes {nodes}: {name} has {count} nodes{such}; use at most {count}"
+        having = f" with {launch.gpus_per_node} GPUs" if launch.gpus_per_node else ""
+        return f"--nodes {nodes}: {name} has {count} nodes{having}; use at most {count}"
     return _time_problem(launch, partition)
 
 
@@ -178,11 +178,11 @@ def _time_problem(launch: LaunchSettings, partition: Partition) -> str | None:
                 f"launch.time={launch.time} is over the limit of {name}; "
                 f"use at most {write_time(most)}"
             )
-        return None  # its grace was compared with it without a cluster
-    given = partition.default_time or most
-    if given is not None and launch.grace >= given:
+        return None  # check_launch has compared grace with launch.time
+    limit = partition.default_time or most
+    if limit is not None and launch.grace >= limit:
         return (
-            f"launch.grace={launch.grace} is not shorter than the {given} seconds that {name} "
+            f"launch.grace={launch.grace} is not shorter than the {limit} seconds that {name} "
             "gives; lower it, or set launch.time"
         )
     return None

@@ -1,4 +1,4 @@
-"""A job as `sbatch` takes it: options, script, arguments, environment; and as a shell script."""
+"""A job for `sbatch`: options, script, arguments and environment; also as a shell script."""
 
 import shlex
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from agrpo_megatron.config.settings import LaunchSettings
 from agrpo_megatron.launch.cluster import parse_time
-from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
+from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 
-# What stands in every command already, and the key that says it.
+# Options that every command sets itself, and the key that sets them.
 OWN_OPTIONS = {
     "--nodes": "--nodes N",
     "--partition": "launch.partition",
@@ -26,37 +26,37 @@ OWN_OPTIONS = {
     "--array": "--sweep",
     "--comment": "run.dir",
 }
-LITERAL = "# shellcheck disable=SC1003,SC2016 # every word is meant as it stands"
+LITERAL = "# shellcheck disable=SC1003,SC2016 # every word is literal"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one call of `sbatch` submits."""
+    """One call of `sbatch`."""
 
     words: tuple[str, ...]  # options, then script and its arguments
-    environment: dict[str, str]  # handed on to the job by --export=ALL
+    environment: dict[str, str]  # passed to the job by --export=ALL
 
 
 def scripts_root() -> Path:
-    """Return the directory that holds `slurm/`: the package where it is installed, or its parent.
+    """Return the directory of `slurm/`: the installed package, or its parent.
 
     Raises:
-        RuntimeError: the scripts are in neither.
+        RuntimeError: neither has the scripts.
     """
     package = Path(__file__).resolve().parent.parent
     for root in (package, package.parent):
         if (root / "slurm" / "train.sbatch").is_file():
             return root
-    raise RuntimeError(f"{package.parent} holds no slurm/train.sbatch; install the package anew")
+    raise RuntimeError(f"{package.parent} holds no slurm/train.sbatch; reinstall the package")
 
 
 def ranks_per_node(launch: LaunchSettings) -> int:
-    """Return the ranks of each node: one per GPU unless set, one on CPUs."""
+    """Return the ranks per node: as set, else one per GPU, or one on CPUs."""
     return launch.ranks_per_node or launch.gpus_per_node or 1
 
 
 def check_launch(launch: LaunchSettings, nodes: int) -> None:
-    """Check what needs no cluster to be told.
+    """Check the settings of a job that need no cluster.
 
     Raises:
         ValueError: the first rule broken, with key, value, rule and fix.
@@ -67,7 +67,7 @@ def check_launch(launch: LaunchSettings, nodes: int) -> None:
     if gpus and ranks > gpus:
         raise ValueError(
             f"launch.ranks_per_node={ranks} is over launch.gpus_per_node={gpus}, and each rank "
-            f"needs a GPU of its own; use at most {gpus}, or launch.gpus_per_node=0 for CPUs"
+            f"needs its own GPU; use at most {gpus}, or launch.gpus_per_node=0 for CPUs"
         )
     if launch.time is not None:
         try:
@@ -99,7 +99,7 @@ def run_job(
     """Return the job of a run, or of an array of runs.
 
     Args:
-        directory: absolute; of the run, or of the sweep.
+        directory: absolute path of the run or of the sweep.
         script: name of a file in `slurm/`.
         array: indices of its members as SLURM writes them; None for a single job.
     """
@@ -134,10 +134,10 @@ def wrapped_job(launch: LaunchSettings, directory: Path, *, name: str, words: Se
 
 
 def command(job: Job, *, extra: Sequence[str] = ()) -> str:
-    """Return the shell command that submits a job, an option a line.
+    """Return the shell command that submits a job, one option per line.
 
     Args:
-        extra: options of a wrapped job that are shell text already; they win over its own.
+        extra: options as shell text; they override the options of the job.
     """
     lines = [f"{name}={shlex.quote(value)}" for name, value in job.environment.items()]
     words = [*(shlex.quote(word) for word in job.words), *extra]
@@ -161,7 +161,7 @@ def _common(launch: LaunchSettings, directory: Path, suffix: str, number: str) -
         "--parsable",
         "--export=ALL",
         f"--job-name=agrpo-{directory.name}{suffix}",
-        f"--comment={directory}",  # tells whose job it is
+        f"--comment={directory}",  # identifies the run of a job
         f"--chdir={Path.cwd()}",
         f"--output={folder}/{number}.log",
         "--open-mode=append",

@@ -1,4 +1,4 @@
-"""What a job would run: settings checked as the job will check them, and what to know of it."""
+"""The plan of a job: settings, checked as the job will check them, and notes on the run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ GIB, MIB = 2**30, 2**20
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run that is to be submitted."""
+class JobPlan:
+    """A run before its submission."""
 
     settings: Settings  # complete, and checked for the ranks of the job
     nodes: int
-    state: str  # whether the run is new, goes on, or is finished
+    state: str  # new, resumes, or finished
     is_finished: bool
-    memory: Memory  # of the rank that needs most
+    memory: Memory  # of the rank that needs the most
 
     @property
     def directory(self) -> Path:
@@ -34,21 +34,23 @@ class Plan:
 
     @property
     def layout(self) -> str:
-        """Return the layout, and how it lies on the nodes."""
+        """Return the layout, with its nodes and ranks."""
         ranks = ranks_per_node(self.settings.launch)
         name = layout_name(self.settings.parallel, self.nodes * ranks)
         return f"{name} on {_count(self.nodes, 'node')} x {_count(ranks, 'rank')}"
 
 
-def plan_run(file: str | Path, overrides: Sequence[str], *, nodes: int, is_restart: bool) -> Plan:
+def plan_run(
+    file: str | Path, overrides: Sequence[str], *, nodes: int, is_restart: bool
+) -> JobPlan:
     """Load and check the settings of a run at the ranks of its job.
 
     Args:
-        is_restart: an earlier run in the directory will have been moved away.
+        is_restart: whether an earlier run in the directory is moved away first.
 
     Raises:
         ValueError: wrong settings, missing data, an impossible layout, too little memory, or a
-            directory that holds something else.
+            directory with another run or a sweep.
     """
     settings = load(Settings, file, overrides)
     check_launch(settings.launch, nodes)
@@ -65,11 +67,11 @@ def plan_run(file: str | Path, overrides: Sequence[str], *, nodes: int, is_resta
         state = "finished"
     elif done is not None:
         of = settings.train.iterations if done.phase == "rl" else settings.sft.iterations
-        state = f"goes on after {done.phase} iteration {done.iteration} of {of}"
-    return Plan(settings, nodes, state, is_over, memory)
+        state = f"resumes after {done.phase} iteration {done.iteration} of {of}"
+    return JobPlan(settings, nodes, state, is_over, memory)
 
 
-def refuse_finished(plan: Plan) -> None:
+def refuse_finished(plan: JobPlan) -> None:
     """Refuse to submit a job that has nothing to do.
 
     Raises:
@@ -82,8 +84,8 @@ def refuse_finished(plan: Plan) -> None:
         )
 
 
-def notes(plan: Plan) -> list[str]:
-    """Return what to know of a run before it is submitted."""
+def notes(plan: JobPlan) -> list[str]:
+    """Return notes on a run: directory, layout, memory, time and warnings."""
     found = [
         f"run       {plan.directory} ({plan.state})",
         f"layout    {plan.layout}",
@@ -111,14 +113,14 @@ def _check_memory(settings: Settings, memory: Memory, world_size: int) -> None:
 def _memory_text(memory: Memory, launch: LaunchSettings) -> str:
     unit, name = (GIB, "GiB") if memory.total >= GIB else (MIB, "MiB")
     parts = [(part.replace("_", " "), getattr(memory, part) / unit) for part in PARTS]
-    said = ", ".join(f"{part} {size:.1f}" for part, size in parts if size)
+    detail = ", ".join(f"{part} {size:.1f}" for part, size in parts if size)
     total = f"{memory.total / unit:.1f} {name} in the fullest rank"
     if launch.gpus_per_node:
         share = memory.total / launch.gpu_memory / GIB
         total += f", {100 * share:.0f} % of {launch.gpu_memory:g} GiB"
     if memory.host:
-        said += f"; {memory.host / unit:.1f} {name} of the host for each rank"
-    return f"{total}: {said}"
+        detail += f"; {memory.host / unit:.1f} {name} of the host for each rank"
+    return f"{total}: {detail}"
 
 
 def _time_text(launch: LaunchSettings) -> str:
@@ -126,11 +128,11 @@ def _time_text(launch: LaunchSettings) -> str:
     if launch.time is not None:
         seconds = parse_time(launch.time)
         limit = "no limit" if seconds is None else f"limit {write_time(seconds)}"
-    told = f"told {launch.grace} s before, to save and be queued again" if launch.grace else ""
-    return f"{limit}, {told or 'not told before it ends'}"
+    signal = f"a signal {launch.grace} s before, to save and requeue" if launch.grace else ""
+    return f"{limit}, {signal or 'no signal before it ends'}"
 
 
-def _warnings(plan: Plan) -> list[str]:
+def _warnings(plan: JobPlan) -> list[str]:
     launch, found = plan.settings.launch, []
     if launch.gpus_per_node and plan.memory.total > SPARE * launch.gpu_memory * GIB:
         found.append(

@@ -1,4 +1,4 @@
-"""From a run or a sweep to the script that submits it, its last checks, and its submission."""
+"""Make the script that submits a run or a sweep, check it with the cluster, and run it."""
 
 import re
 import shlex
@@ -11,21 +11,21 @@ from pathlib import Path
 
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import LaunchSettings, Settings
-from agrpo_megatron.launch.cluster import PATIENCE, ask_cluster, check_cluster, jobs_of
+from agrpo_megatron.launch.cluster import SLURM_TIMEOUT, ask_cluster, check_cluster, jobs_of
 from agrpo_megatron.launch.job import Job, command, run_job, shell_script, wrapped_job
-from agrpo_megatron.launch.plan import Plan, notes, plan_run, refuse_finished
+from agrpo_megatron.launch.plan import JobPlan, notes, plan_run, refuse_finished
 from agrpo_megatron.launch.sweep import SWEEP, Sweep, check_directory, flow, make_sweep, read_grid
-from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
+from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 from agrpo_megatron.runs.directory import free_name
 
-END = "END_OF_SWEEP"  # of the text of a sweep's file within the script
-# Said by `sbatch --test-only` of a job that would only have to wait.
+END = "END_OF_SWEEP"  # ends the text of a sweep's file within the script
+# Printed by `sbatch --test-only` for a job that would only have to wait.
 WAITS = re.compile(r"busy|not available now|down, drained", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What is to be submitted."""
+    """A run or a sweep, ready to be submitted."""
 
     directory: Path  # absolute
     settings: LaunchSettings
@@ -33,9 +33,9 @@ class Launch:
     notes: list[str]
     preparations: list[str]  # shell commands
     job: Job
-    table: Job | None = None  # of a sweep: runs when the array has ended
+    table: Job | None = None  # of a sweep: runs after the array has ended
 
-    def script(self, told: Sequence[str]) -> str:
+    def script(self, more_notes: Sequence[str]) -> str:
         """Return the shell script that prints the numbers of the jobs it submits."""
         commands = [*self.preparations, command(self.job)]
         if self.table is not None:
@@ -43,11 +43,11 @@ class Launch:
             after = '--dependency="afterany:${array%%;*}"'
             array = f'array=$(\n{command(self.job)}\n)\necho "$array"'
             commands[-1:] = [array, command(self.table, extra=[after])]
-        return shell_script([*self.notes, *told], commands)
+        return shell_script([*self.notes, *more_notes], commands)
 
 
 def launch_run(file: str, overrides: Sequence[str], *, nodes: int, is_restart: bool) -> Launch:
-    """Return what submits a run.
+    """Return the submission of a run.
 
     Raises:
         ValueError: as `plan_run`, or the run is finished.
@@ -64,11 +64,11 @@ def launch_run(file: str, overrides: Sequence[str], *, nodes: int, is_restart: b
 def launch_sweep(
     file: str, overrides: Sequence[str], texts: Sequence[str], *, nodes: int, is_restart: bool
 ) -> Launch:
-    """Return what submits a sweep: those members that are not finished, and its table.
+    """Return the submission of a sweep: its unfinished members, and its table.
 
     Raises:
-        ValueError: as `launch_run` for any member, which is named; or the directory holds
-            something else.
+        ValueError: as `launch_run`, with the member's name; or the directory holds another run
+            or sweep.
     """
     directory = Path(load(Settings, file, overrides).run.dir).absolute()
     sweep = make_sweep(file, overrides, read_grid(texts))
@@ -94,24 +94,24 @@ def launch_sweep(
     table = wrapped_job(settings, directory, name="table", words=words)
     prepared = _prepare(directory, is_restart=is_restart)
     file_text = f"cat > {shlex.quote(str(directory / SWEEP))} <<'{END}'\n{sweep.text()}{END}"
-    told = [f"sweep     {directory}: {len(plans)} members, {len(left)} of them to run"]
-    told += [
+    found = [f"sweep     {directory}: {len(plans)} members, {len(left)} of them to run"]
+    found += [
         f"  {_named(sweep, name)}: {plan.state}"
         for name, plan in zip(sweep.members, plans, strict=True)
     ]
     largest = max(plans, key=lambda plan: plan.memory.total)
-    told += notes(largest)[1:]
-    return Launch(directory, settings, nodes, told, [*prepared, file_text], job, table)
+    found += notes(largest)[1:]
+    return Launch(directory, settings, nodes, found, [*prepared, file_text], job, table)
 
 
 def check_job(launch: Launch, *, is_dry: bool) -> list[str]:
-    """Ask the cluster whether it takes the job; returns notes.
+    """Ask the cluster whether it accepts the job; returns notes.
 
     Args:
-        is_dry: a cluster that cannot be asked is told in a note.
+        is_dry: whether an unreachable cluster is only a note.
 
     Raises:
-        ValueError: it refuses the job, or cannot be asked.
+        ValueError: the cluster refuses the job or is unreachable.
     """
     try:
         if shutil.which("sbatch") is None:
@@ -124,56 +124,56 @@ def check_job(launch: Launch, *, is_dry: bool) -> list[str]:
             f"{error}; submit from a machine of the cluster, or add --dry-run to see the job"
         ) from None
     check_cluster(launch.settings, launch.nodes, partitions)
-    told = [f"cluster   {_test(launch.job)}"]
+    found = [f"cluster   {_test(launch.job)}"]
     is_ordered = any(o.startswith("--dependency") for o in launch.settings.options or [])
     if jobs and not is_ordered:
-        said = f"run.dir={launch.directory}: job {jobs[0]} of it waits or runs"
+        problem = f"run.dir={launch.directory}: its job {jobs[0]} is pending or running"
         if not is_dry:
-            raise ValueError(f"{said}; let it end, or stop it by scancel {jobs[0]}")
-        told.append(f"warning   {said}")
-    return told
+            raise ValueError(f"{problem}; let it end, or stop it by scancel {jobs[0]}")
+        found.append(f"warning   {problem}")
+    return found
 
 
 def submit(script: str) -> list[str]:
     """Run a script that submits jobs; returns their numbers.
 
     Raises:
-        ValueError: a command of it failed; says what that printed.
+        ValueError: a command failed; the message has its output.
     """
     done = subprocess.run(["bash"], input=script, capture_output=True, text=True)
     numbers = [line.partition(";")[0] for line in done.stdout.split()]
     if done.returncode != 0:
         so_far = f" (submitted before that: {', '.join(numbers)})" if numbers else ""
-        raise ValueError(f"nothing more was submitted: {_first_line(done.stderr)}{so_far}")
+        raise ValueError(f"nothing more was submitted: {_reason(done.stderr)}{so_far}")
     return numbers
 
 
 def _test(job: Job) -> str:
-    """Return what `sbatch --test-only` says of a job that it takes.
+    """Return the answer of `sbatch --test-only` for a job that it accepts.
 
     Raises:
-        ValueError: it refuses the job.
+        ValueError: sbatch refuses the job.
     """
     words = ["sbatch", "--test-only", *job.words]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=SLURM_TIMEOUT)
     except subprocess.TimeoutExpired:
-        return f"did not answer `sbatch --test-only` in {PATIENCE:g} seconds"
-    said = _first_line(done.stderr or done.stdout)
+        return f"did not answer `sbatch --test-only` in {SLURM_TIMEOUT:g} seconds"
+    answer = _reason(done.stderr or done.stdout)
     if done.returncode == 0:
-        return f"takes it: {said}"
-    if WAITS.search(said):
-        return f"takes it, but it has to wait: {said}"
-    raise ValueError(f"sbatch refuses the job: {said}")
+        return f"accepted: {answer}"
+    if WAITS.search(answer):
+        return f"accepted, but it has to wait: {answer}"
+    raise ValueError(f"sbatch refuses the job: {answer}")
 
 
-def _first_line(text: str) -> str:
+def _reason(text: str) -> str:
     lines = text.strip().splitlines() or ["no reason was given"]
     return lines[0].removeprefix("sbatch: ").removeprefix("error: ")
 
 
 def _prepare(directory: Path, *, is_restart: bool) -> list[str]:
-    """Return the commands that make room for a run; SLURM does not make the folder of its logs."""
+    """Return the commands that prepare a run's directory; SLURM does not create the log folder."""
     here = shlex.quote(str(directory))
     moves = []
     if is_restart and directory.exists():
@@ -181,7 +181,9 @@ def _prepare(directory: Path, *, is_restart: bool) -> list[str]:
     return [*moves, f"mkdir -p -- {shlex.quote(str(directory / LAUNCH_FOLDER))}"]
 
 
-def _plan_member(sweep: Sweep, directory: Path, name: str, *, nodes: int, is_restart: bool) -> Plan:
+def _plan_member(
+    sweep: Sweep, directory: Path, name: str, *, nodes: int, is_restart: bool
+) -> JobPlan:
     file, *overrides = sweep.arguments(directory, name)
     try:
         return plan_run(file, overrides, nodes=nodes, is_restart=is_restart)

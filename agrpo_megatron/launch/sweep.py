@@ -1,6 +1,6 @@
-"""A sweep: one run for each combination of settings, in directories of their own below one.
+"""A sweep: one run for each combination of settings, each in a subdirectory.
 
-DIR/sweep.yaml    the settings file, overrides for all, and what each member sets itself
+DIR/sweep.yaml    the settings file, overrides for all, and the settings of each member
 DIR/00, DIR/01    the members' run directories
 """
 
@@ -24,14 +24,14 @@ Grid = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `DIR/sweep.yaml` holds."""
+    """The content of `DIR/sweep.yaml`."""
 
     file: str
     overrides: tuple[str, ...]  # of all members
-    members: dict[str, dict[str, Any]]  # by name: what each sets itself
+    members: dict[str, dict[str, Any]]  # by name: the settings of each
 
     def arguments(self, directory: Path, name: str) -> list[str]:
-        """Return what `agrpo train` takes for a member of the sweep in `directory`."""
+        """Return the arguments of `agrpo train` for a member of the sweep in `directory`."""
         own = [f"{key}={flow(value)}" for key, value in self.members[name].items()]
         return [self.file, *self.overrides, *own, f"run.dir={flow(str(directory / name))}"]
 
@@ -42,10 +42,10 @@ class Sweep:
 
 
 def read_grid(texts: Sequence[str]) -> Grid:
-    """Read what `--sweep` is given: key=[value, ...], or YAML files of such keys.
+    """Read the values of `--sweep`: key=[value, ...], or YAML files of such keys.
 
     Raises:
-        ValueError: a key without a list of values, or one that cannot differ between members.
+        ValueError: a key has no list of values, or cannot differ between members.
     """
     grid: Grid = {}
     for text in texts:
@@ -79,7 +79,7 @@ def read_sweep(directory: Path) -> Sweep:
     """Read the sweep of a directory.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: it holds no sweep.
     """
     path = directory / SWEEP
     if not path.is_file():
@@ -92,10 +92,10 @@ def read_sweep(directory: Path) -> Sweep:
 
 
 def check_directory(directory: Path, sweep: Sweep) -> None:
-    """Compare a sweep with what its directory holds, if it holds anything.
+    """Check that a directory is free, or already holds this sweep.
 
     Raises:
-        ValueError: it holds a run, or other members.
+        ValueError: it holds a run or another sweep.
     """
     if (directory / SWEEP).is_file():
         if read_sweep(directory).members != sweep.members:
@@ -104,7 +104,7 @@ def check_directory(directory: Path, sweep: Sweep) -> None:
                 "away with --restart"
             )
         return
-    from agrpo_megatron.runs.resolve import RUN_SETTINGS  # jobs ask for words without it
+    from agrpo_megatron.runs.resolve import RUN_SETTINGS  # a member's job does not need it
 
     if (directory / RUN_SETTINGS).exists():
         raise ValueError(f"run.dir={directory} holds a run, not a sweep; choose another run.dir")

@@ -1,4 +1,4 @@
-"""The table of a sweep: a row for each member, best first, whatever became of it."""
+"""The table of a sweep: a row for each member, best first, also for failed members."""
 
 import json
 import re
@@ -14,44 +14,44 @@ from agrpo_megatron.launch.sweep import flow, read_sweep
 from agrpo_megatron.reports.read import Row, after, before, read_run
 from agrpo_megatron.reports.tables import overview_table
 from agrpo_megatron.reports.text import number, percent
-from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
+from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 from agrpo_megatron.runs.directory import is_finished
 from agrpo_megatron.runs.files import write_whole
 from agrpo_megatron.runs.progress import CHECKPOINTS, latest_checkpoint
 from agrpo_megatron.runs.resolve import RUN_SETTINGS
 
-# What a log says of a failure: the best of these patterns that some line has, its last such line.
+# The cause of a failure in a log: the last line that matches the first pattern with any match.
 CAUSES = (
     re.compile(r"agrpo: error: |\brank \d+ failed: "),
     re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b"),
     re.compile(r"\berror: |\bkilled\b", re.IGNORECASE),
-    re.compile(r"^agrpo: (?!job |node |finished|queued again|cancelled)"),  # of the batch script
+    re.compile(r"^agrpo: (?!job |node |finished|requeued|cancelled)"),  # of the batch script
 )
-RANK = re.compile(r"^\[rank\d+\]: ")  # which torch puts before the lines of a traceback
-BEGUN = "agrpo: job "  # said by a batch script at the start of each attempt
+RANK = re.compile(r"^\[rank\d+\]: ")  # torch's prefix of a traceback's lines
+BEGUN = "agrpo: job "  # printed by a batch script at the start of each attempt
 TAIL = 1 << 20  # bytes at the end of a log that are searched
 NUMERIC = ("accuracy before", "accuracy after", "gain")
 
 
 @dataclass(frozen=True)
 class Member:
-    """What became of a member of a sweep."""
+    """The result of a member of a sweep."""
 
     name: str
     directory: str
     settings: dict[str, Any]
     state: str  # finished, stopped (or still running), failed, not begun
-    iterations: str  # of the phase that it has come to
+    iterations: str  # of its current phase
     before: float | None = None  # held-out accuracies, and their 95 % intervals
     before_interval: list[float] | None = None
     after: float | None = None
     after_interval: list[float] | None = None
-    error: str | None = None  # the last one that its log tells
+    error: str | None = None  # the last error in its log
     log: str | None = None
 
 
 def show_table(directory: Path) -> None:
-    """Write the table of a sweep beside its members, and print it.
+    """Write the table of a sweep into its directory, and print it.
 
     Raises:
         ValueError: the directory holds no sweep.
@@ -71,7 +71,7 @@ def show_table(directory: Path) -> None:
 
 
 def summarise(directory: Path) -> list[Member]:
-    """Return all members of a sweep, best first; one that cannot be read hurts no other.
+    """Return all members of a sweep, best first; an unreadable member does not affect the others.
 
     Raises:
         ValueError: the directory holds no sweep.
@@ -91,12 +91,12 @@ def _member(number: int, directory: Path, settings: dict[str, Any]) -> Member:
         finished, iterations, problem = False, "", str(error)
     attempts = _attempts(directory)
     outcome = _outcome(attempts[-1]) if attempts else ""
-    # Only the newest attempt counts: what earlier ones died of has been overcome. But one that
-    # merely says that the last one got nowhere does not say why.
+    # Only the newest attempt counts: the run has survived earlier errors. But a stuck attempt
+    # does not name the cause; the attempt before it does.
     at = -2 if outcome.startswith("stuck") and len(attempts) > 1 else -1
-    log, said = _last_error(_logs(directory, number, attempts[at] if attempts else None))
+    log, line = _last_error(_logs(directory, number, attempts[at] if attempts else None))
     is_paused = outcome.startswith("requeue")
-    error = None if finished or is_paused else said or problem
+    error = None if finished or is_paused else line or problem
     if finished:
         state = "finished"
     elif error is not None:
@@ -116,7 +116,7 @@ def _member(number: int, directory: Path, settings: dict[str, Any]) -> Member:
 
 
 def _progress(directory: Path) -> tuple[bool, str]:
-    """Say whether a run is finished, and after which iteration it was saved last."""
+    """Return whether a run is finished, and its last saved iteration."""
     found = latest_checkpoint(directory / CHECKPOINTS)
     if found is None:
         return False, ""
@@ -127,7 +127,7 @@ def _progress(directory: Path) -> tuple[bool, str]:
 
 
 def _accuracies(directory: Path) -> tuple[Any, ...]:
-    """Return held-out accuracy and its interval, before and after, as far as a run has them."""
+    """Return held-out accuracy and interval, before and after training; None where missing."""
     try:
         run = read_run(directory)
     except (ValueError, OSError):
@@ -143,10 +143,10 @@ def _accuracy(row: Row | None) -> tuple[float | None, list[float] | None]:
 
 
 def _last_error(logs: list[Path]) -> tuple[Path | None, str | None]:
-    """Return the log that tells of an error, and the error's line; the first log where none does.
+    """Return the log with an error and the error's line; the first log if no log has one.
 
     Args:
-        logs: the newest first.
+        logs: newest first.
     """
     for cause in CAUSES:
         for log in logs:
@@ -157,7 +157,7 @@ def _last_error(logs: list[Path]) -> tuple[Path | None, str | None]:
 
 
 def _attempts(directory: Path) -> list[Path]:
-    """Return the attempts at a run in their order."""
+    """Return the attempts of a run in order."""
     found = (directory / LAUNCH_FOLDER).glob("*/attempt-*")
     return sorted(found, key=lambda path: [*_numbers(path.parent.name), *_numbers(path.name)])
 
@@ -172,7 +172,7 @@ def _outcome(attempt: Path) -> str:
 
 
 def _logs(directory: Path, number: int, attempt: Path | None) -> list[Path]:
-    """Return the logs of an attempt's ranks, newest first, then that of its batch script."""
+    """Return the logs of an attempt's ranks, newest first, then its batch script's log."""
     ranks = list(attempt.glob("rank-*.log")) if attempt is not None else []
     batch = list((directory.parent / LAUNCH_FOLDER).glob(f"*_{number}.log"))
     return sorted(ranks, key=_age, reverse=True) + sorted(batch, key=_age, reverse=True)[:1]
@@ -183,7 +183,7 @@ def _age(path: Path) -> float:
 
 
 def _tail(path: Path) -> list[str]:
-    """Return the last lines of a log; of a batch script's, those of its last attempt."""
+    """Return the last lines of a log; for a batch script, of its last attempt."""
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - TAIL))
         lines = stream.read().decode(errors="replace").splitlines()

@@ -1,1 +1,3 @@
-"""A run that goes on: failures that end all ranks, hangs, preemption, attempts, injected faults."""
+"""Fault tolerance: failures that end all ranks, hangs, preemption, restarts, injected faults."""
+
+FAULTS = "AGRPO_FAULTS"  # the environment variable that asks for injected faults

@@ -1,9 +1,9 @@
-"""Faults on purpose, for tests: at a named section and iteration, once over all attempts.
+"""Injected faults, for tests: at a named section and iteration, once over all attempts.
 
     AGRPO_FAULTS="kill:rank=1,section=rollout,iteration=3; fail_save:rank=0,iteration=4"
-    AGRPO_FAULTS_DIR=folder, shared by all ranks and attempts; a fault is noted there as it strikes
+    AGRPO_FAULTS_DIR=folder, shared by all ranks and attempts; each strike leaves a file there
 
-docs/reliability.md has the kinds and their options.
+docs/reliability.md lists the kinds and their options.
 """
 
 import contextlib
@@ -20,10 +20,11 @@ from typing import Any
 
 import psutil
 
-from agrpo_megatron.resilience.outcome import LAUNCHERS
+from agrpo_megatron.resilience import FAULTS
+from agrpo_megatron.resilience.exit_status import LAUNCHERS
 from agrpo_megatron.resilience.sections import NAMES
 
-TEXT, FOLDER = "AGRPO_FAULTS", "AGRPO_FAULTS_DIR"
+FOLDER = "AGRPO_FAULTS_DIR"
 NODE = ("SLURM_JOB_ID", "SLURMD_NODENAME")
 OPTIONS: dict[str, Callable[[str], Any]] = {
     "rank": int,
@@ -40,21 +41,21 @@ CHOICES = {"section": NAMES, "phase": ("sft", "rl")}
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault of the text."""
+    """One fault of AGRPO_FAULTS."""
 
-    number: int  # its place in the text, from 1
+    number: int  # its position in the text, from 1
     kind: str
     rank: int
     section: str
-    phase: str = "rl"  # of no account in setup, which is before both
-    iteration: int | None = None  # any where it is None
-    times: int = 1  # that it strikes, over all attempts; `slow` strikes every time
+    phase: str = "rl"  # ignored in setup, which is before both
+    iteration: int | None = None  # None: any
+    times: int = 1  # number of strikes over all attempts; `slow` strikes every time
     after: float = 0.0  # seconds into the section
-    seconds: float = 0.0  # that `slow` takes
-    at: float = 0.0  # seconds since the epoch before which it does not strike
+    seconds: float = 0.0  # of the sleep of `slow`
+    at: float = 0.0  # seconds since the epoch; it strikes only after that
 
     def is_due(self, section: str, phase: str, iteration: int) -> bool:
-        """Say whether it strikes in a section that begins."""
+        """Return whether it strikes in a section that begins."""
         if section != self.section or self.iteration not in (None, iteration):
             return False
         if time.time() < self.at:
@@ -63,7 +64,7 @@ class Fault:
 
 
 class Faults:
-    """The faults of one rank; a Monitor. Strikes in `start`, or from a thread where it is later."""
+    """The faults of one rank; a Monitor. They strike in `start`, or later from a thread."""
 
     def __init__(self, faults: tuple[Fault, ...], folder: Path):
         self._faults, self._folder = faults, folder
@@ -71,19 +72,19 @@ class Faults:
 
     @classmethod
     def from_environment(cls, rank: int) -> "Faults":
-        """Read this rank's faults; none where there is no text.
+        """Read this rank's faults.
 
         Raises:
-            ValueError: the text is malformed, or there is no folder for notes.
+            ValueError: AGRPO_FAULTS is malformed, or AGRPO_FAULTS_DIR is not set.
         """
-        faults = parse_faults(os.environ.get(TEXT, ""))
+        faults = parse_faults(os.environ.get(FAULTS, ""))
         folder = os.environ.get(FOLDER)
         if faults and not folder:
-            raise ValueError(f"{TEXT} needs {FOLDER}; set it to a folder that all ranks share")
+            raise ValueError(f"{FAULTS} needs {FOLDER}; set it to a folder that all ranks share")
         return cls(tuple(fault for fault in faults if fault.rank == rank), Path(folder or "."))
 
     def start(self, section: str, phase: str, iteration: int) -> None:
-        """Strike where a fault is due.
+        """Strike with every fault that is due.
 
         Raises:
             RuntimeError: `raise` struck.
@@ -101,14 +102,14 @@ class Faults:
                 self._strike(fault, phase, iteration)
 
     def end(self, section: str, *, is_whole: bool) -> None:
-        """Let faults that were to come later in the section go."""
+        """Cancel the faults that would strike later in the section."""
         self.close()
 
     def learn(self, longest: dict[str, float]) -> None:
-        """Take no interest."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Strike no longer."""
+        """Cancel all pending faults."""
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
@@ -135,24 +136,24 @@ def _fault(number: int, part: str) -> Fault:
     kind, _, rest = part.partition(":")
     kind = kind.strip()
     if kind not in STRIKES:
-        raise _malformed(part, f"{kind!r} is no kind of fault", ", ".join(STRIKES))
-    given: dict[str, Any] = {}
+        raise _malformed(part, f"{kind!r} is not a kind of fault", ", ".join(STRIKES))
+    options: dict[str, Any] = {}
     for word in filter(None, map(str.strip, rest.split(","))):
         key, _, value = word.partition("=")
         if key not in OPTIONS:
-            raise _malformed(part, f"{key!r} is no option", ", ".join(OPTIONS))
-        given[key] = _value(part, key, value)
+            raise _malformed(part, f"{key!r} is not an option", ", ".join(OPTIONS))
+        options[key] = _value(part, key, value)
     if kind == "fail_save":
-        given.setdefault("section", "checkpoint")
-    _check(part, kind, given)
-    return Fault(number, kind, **given)
+        options.setdefault("section", "checkpoint")
+    _check(part, kind, options)
+    return Fault(number, kind, **options)
 
 
 def _value(part: str, key: str, text: str) -> Any:
     try:
         value = OPTIONS[key](text)
     except ValueError:
-        raise _malformed(part, f"{key}={text} is no number", f"{key}=1") from None
+        raise _malformed(part, f"{key}={text} is not a number", f"{key}=1") from None
     if key in CHOICES and value not in CHOICES[key]:
         raise _malformed(part, f"there is no {key} {text!r}", ", ".join(CHOICES[key]))
     least = 1 if key == "times" else 0
@@ -161,28 +162,28 @@ def _value(part: str, key: str, text: str) -> Any:
     return value
 
 
-def _check(part: str, kind: str, given: dict[str, Any]) -> None:
-    """Refuse options that are missing, or that the kind cannot have."""
+def _check(part: str, kind: str, options: dict[str, Any]) -> None:
+    """Raise for options that are missing or that the kind does not take."""
     for key in ("rank", "section"):
-        if key not in given:
+        if key not in options:
             raise _malformed(part, f"it has no {key}", f"{key}=...")
-    if kind == "slow" and "seconds" not in given:
-        raise _malformed(part, "it does not say how slow", "seconds=...")
-    if kind != "slow" and "seconds" in given:
-        raise _malformed(part, "only slow has seconds", "after=... for a later moment")
-    if kind == "fail_save" and given["section"] != "checkpoint":
-        raise _malformed(part, "nothing is saved there", "section=checkpoint")
-    if "after" in given and kind not in LATER:
+    if kind == "slow" and "seconds" not in options:
+        raise _malformed(part, "seconds are missing", "seconds=...")
+    if kind != "slow" and "seconds" in options:
+        raise _malformed(part, "only slow takes seconds", "after=... for a later strike")
+    if kind == "fail_save" and options["section"] != "checkpoint":
+        raise _malformed(part, "no save happens there", "section=checkpoint")
+    if "after" in options and kind not in LATER:
         later = ", ".join(LATER)
         raise _malformed(part, f"{kind} strikes as its section begins", f"after=... with {later}")
 
 
 def _malformed(part: str, rule: str, fix: str) -> ValueError:
-    return ValueError(f"{TEXT}: in {part!r}, {rule}; use {fix}")
+    return ValueError(f"{FAULTS}: in {part!r}, {rule}; use {fix}")
 
 
 def _claim(fault: Fault, folder: Path) -> bool:
-    """Note that a fault strikes; False where it has struck often enough."""
+    """Record a strike; returns False if the fault has struck often enough."""
     folder.mkdir(parents=True, exist_ok=True)
     for strike in range(1, fault.times + 1):
         name = f"{fault.number:03d}-{fault.kind}-rank{fault.rank}-{fault.section}-{strike}"
@@ -218,7 +219,7 @@ def _fail_save(_: Fault) -> None:
 
 
 def _lose_node(_: Fault) -> None:
-    """Kill all that this job runs on this node, the launcher first and this process last."""
+    """Kill all processes of the job on this node, the launcher first and this process last."""
     for process in (process for process in _of_this_node() if process.pid != os.getpid()):
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -226,7 +227,7 @@ def _lose_node(_: Fault) -> None:
 
 
 def _of_this_node() -> list[psutil.Process]:
-    """Return the job's processes here; without SLURM, the launcher and its children."""
+    """Return the job's processes on this node; without SLURM, the launcher and its children."""
     node = {key: os.environ[key] for key in NODE if key in os.environ}
     if len(node) == len(NODE):
         running = sorted(psutil.process_iter(), key=lambda process: process.pid)
@@ -238,7 +239,7 @@ def _of_this_node() -> list[psutil.Process]:
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
-    """Return what a process was started with; nothing where it is not ours to read."""
+    """Return a process's environment; empty if this process may not read it."""
     try:
         return process.environ()
     except psutil.Error:

@@ -1,28 +1,29 @@
-"""How long each section of a run may take: as set, or else learned from how long it took."""
+"""The time limit of each section of a run: as set, or learned from its longest time."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.resilience.outcome import LAUNCH_FOLDER
+from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 from agrpo_megatron.resilience.sections import NAMES
+from agrpo_megatron.runs.files import write_whole
 
-LEARNED = "sections.json"  # in the folder `launch` of a run: what its next attempt begins with
+LEARNED = "sections.json"  # in the folder `launch` of a run, read by its next attempt
 
 
 class Limits:
-    """The limits of one rank, the same on every rank that went through the same sections.
+    """The limits of one rank; equal on all ranks that have been through the same sections.
 
-    A section's learned limit holds in a phase once the section has ended in it: an update of the
-    supervised phase says little about one of the reinforcement learning.
+    A section's learned limit holds in a phase once the section has ended in that phase: a
+    supervised update says little about the time of a reinforcement-learning update.
 
     Args:
-        world_size: what an attempt with another number of ranks learned is forgotten.
-        is_main: keeps what is learned with the run.
+        world_size: times learned with another number of ranks are ignored.
+        is_main: whether this rank saves the learned times with the run.
 
     Raises:
-        ValueError: `resilience.timeouts` is not seconds by section.
+        ValueError: `resilience.timeouts` does not map sections to seconds.
     """
 
     def __init__(self, settings: Settings, *, world_size: int, is_main: bool):
@@ -44,16 +45,20 @@ class Limits:
 
     @property
     def outside(self) -> float:
-        """Return how long a run may be between two sections, in seconds."""
+        """Return the limit between two sections, in seconds."""
         return self._settings.first_timeout
 
     def ended(self, section: str, phase: str) -> None:
-        """Hear that a section ended, whole."""
+        """Record that a section ended without an exception."""
         self._seen.add(f"{phase}/{section}")
 
     def learn(self, longest: dict[str, float]) -> None:
-        """Hear how long each section took at most on any rank of this attempt, in seconds."""
-        # Earlier attempts may have taken longer: the first rollout of this one was in part kept.
+        """Update the limits.
+
+        Args:
+            longest: seconds of each section, the maximum over all ranks of this attempt.
+        """
+        # Earlier attempts may have taken longer: this one may have resumed inside a rollout.
         most = self._longest | {
             name: max(took, self._longest.get(name, 0.0)) for name, took in longest.items()
         }
@@ -67,14 +72,12 @@ class Limits:
                 "seen": sorted(self._seen),
             }
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._file.with_suffix(".partial")
-            partial.write_text(json.dumps(learned, indent=1), encoding="utf-8")
-            partial.replace(self._file)
+            write_whole(self._file, json.dumps(learned, indent=1))
 
     def _read(self) -> None:
         try:
             learned = json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none yet, or cut short as a disk ran full: learn anew
+        except (OSError, ValueError):  # no file yet, or a damaged one: learn again
             return
         if learned["world_size"] == self._world_size:
             self._longest, self._seen = learned["longest"], set(learned["seen"])
@@ -87,4 +90,4 @@ def _check(timeouts: dict[str, Any]) -> None:
             raise ValueError(f"resilience.timeouts.{section}={limit} names no section; {fix}")
         if not isinstance(limit, int | float) or not limit > 0:
             fix = "use a number of seconds"
-            raise ValueError(f"resilience.timeouts.{section}={limit} is no time limit; {fix}")
+            raise ValueError(f"resilience.timeouts.{section}={limit} is not a time limit; {fix}")

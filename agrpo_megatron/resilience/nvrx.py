@@ -2,10 +2,9 @@
 
     python -m agrpo_megatron.resilience.nvrx FILE [KEY=VALUE ...]
 
-prints what `ft_launcher` is given for a run, a word per line. Rank by rank, the launcher has a
-process that kills a rank whose section is open for too long, and it starts all ranks anew, within
-the job. Limits are those of the built-in watchdog and a little more, so that it has told by then
-who hangs.
+prints the options of `ft_launcher` for a run, one per line. The launcher has one process per rank,
+which kills the rank if a section exceeds its limit; it then restarts all ranks within the job. Its
+limits are longer than the built-in watchdog's, which names the hung rank first.
 """
 
 import os
@@ -15,60 +14,60 @@ from typing import TYPE_CHECKING
 
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.resilience.outcome import FT_SOCKET
+from agrpo_megatron.resilience.exit_status import FT_SOCKET
 from agrpo_megatron.resilience.sections import NAMES
 
-if TYPE_CHECKING:  # job scripts ask for the words where nobody waits for torch
+if TYPE_CHECKING:  # job scripts print the options without loading torch
     from agrpo_megatron.resilience.limits import Limits
 
 PACKAGE = "nvidia_resiliency_ext"
-LATER = 20.0  # seconds after the built-in watchdog's limit: more than its PATIENCE and MARGIN
-CHECK = 1.0  # seconds between two looks
-# Without a section of this name, 0.7.0 does not watch what is between sections.
+LATER = 20.0  # seconds after the watchdog's limit: over its REPLY_TIMEOUT and HARD_EXIT_DELAY
+CHECK_INTERVAL = 1.0  # seconds
+# Without a section of this name, 0.7.0 does not watch the time between sections.
 BETWEEN = "warmup"
 
 
 def is_under_ft_launcher() -> bool:
-    """Say whether ft_launcher watches this rank."""
+    """Return whether ft_launcher watches this rank."""
     return FT_SOCKET in os.environ
 
 
 class RankMonitor:
-    """Tells ft_launcher of this rank's sections and of their limits; a Monitor."""
+    """Reports this rank's sections and their limits to ft_launcher; a Monitor."""
 
     def __init__(self, limits: "Limits"):
         self._limits = limits
-        self._told = {name: limits.of(name, "setup") for name in NAMES}
+        self._sent = {name: limits.of(name, "setup") for name in NAMES}
         self._client = import_module(f"{PACKAGE}.fault_tolerance").RankMonitorClient()
-        self._tell()
+        self._send_limits()
         self._client.init_workload_monitoring(num_warmup_iters=0)
 
     def start(self, section: str, phase: str, iteration: int) -> None:
-        """Have a section watched, with the limit that it has now."""
+        """Open a section with its current limit."""
         limit = self._limits.of(section, phase)
-        if self._told[section] != limit:
-            self._told[section] = limit
-            self._tell()
+        if self._sent[section] != limit:
+            self._sent[section] = limit
+            self._send_limits()
         self._client.start_section(section)
 
     def end(self, section: str, *, is_whole: bool) -> None:
-        """Have it watched no longer."""
+        """Close a section."""
         self._client.end_section(section)
 
     def learn(self, longest: dict[str, float]) -> None:
-        """Leave it to the built-in watchdog, whose limits these are."""
+        """Do nothing: the built-in watchdog updates the shared limits."""
 
     def close(self) -> None:
-        """Have nothing watched any more."""
+        """Stop monitoring this rank."""
         self._client.shutdown_workload_monitoring()
 
-    def _tell(self) -> None:
-        """Set the limits, as the package does for those that it has calculated itself.
+    def _send_limits(self) -> None:
+        """Set the limits, as the package sets the limits that it calculates itself.
 
-        Its own calculation knows no least limit: a section of milliseconds would get one of
+        Its own calculation has no minimum: a section of milliseconds would get a limit of
         milliseconds.
         """
-        limits = {name: limit + LATER for name, limit in self._told.items()}
+        limits = {name: limit + LATER for name, limit in self._sent.items()}
         outside = self._limits.outside + LATER
         section = {
             "section": {**limits, BETWEEN: outside},
@@ -79,8 +78,8 @@ class RankMonitor:
         self._client.load_state_dict({"current_timeouts": {"section": section}})
 
 
-def launcher_words(settings: Settings) -> list[str]:
-    """Return what ft_launcher is given, until its ranks tell it what they learned."""
+def launcher_options(settings: Settings) -> list[str]:
+    """Return the options of ft_launcher; its ranks update the limits later."""
     resilience = settings.resilience
     if resilience.watchdog == "never":
         return []
@@ -90,13 +89,13 @@ def launcher_words(settings: Settings) -> list[str]:
     return [
         "--ft-rank-section-timeouts=" + ",".join(f"{name}:{s:g}" for name, s in limits.items()),
         f"--ft-rank-out-of-section-timeout={first + LATER:g}",
-        f"--ft-workload-check-interval={CHECK:g}",
-        "--ft-max-no-progress-cycles=0",  # a run counts its idle attempts itself
+        f"--ft-workload-check-interval={CHECK_INTERVAL:g}",
+        "--ft-max-no-progress-cycles=0",  # a run counts attempts without progress itself
     ]
 
 
 def main(arguments: list[str]) -> int:
-    """Print ft_launcher's words for what `agrpo train` is given; returns the exit status."""
+    """Print the options of ft_launcher for a run; returns the exit status."""
     words = [word for word in arguments if not word.startswith("-")]
     if not words:
         print("usage: python -m agrpo_megatron.resilience.nvrx FILE [KEY=VALUE ...]")
@@ -106,8 +105,8 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"agrpo: error: {error}", file=sys.stderr)
         return 2
-    for word in launcher_words(settings):
-        print(word)
+    for option in launcher_options(settings):
+        print(option)
     return 0
 
 

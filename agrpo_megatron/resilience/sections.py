@@ -1,4 +1,4 @@
-"""What a rank is doing: the named parts of a run, timed, and watched by whoever wants to know."""
+"""The sections of a run on one rank: named phases of the work, timed and monitored."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -9,37 +9,37 @@ NAMES: tuple[str, ...] = ("setup", "rollout", "reward", "update", "checkpoint", 
 
 
 class Monitor(Protocol):
-    """What is told of every section, on this rank."""
+    """An observer of every section of this rank."""
 
     def start(self, section: str, phase: str, iteration: int) -> None:
-        """Hear that a section begins."""
+        """Handle the start of a section."""
 
     def end(self, section: str, *, is_whole: bool) -> None:
-        """Hear that it ended; whole, or left by an exception."""
+        """Handle the end of a section; `is_whole` is False after an exception."""
 
     def learn(self, longest: dict[str, float]) -> None:
-        """Hear how long each section took at most, in seconds, on any rank so far."""
+        """Handle the longest time of each section over all ranks so far, in seconds."""
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop monitoring."""
 
 
 class Sections:
-    """The sections of one rank; they follow each other, and none lies within another.
+    """The sections of one rank, one after another and never nested.
 
     Args:
-        monitors: told in this order when a section begins, backwards when it ends.
+        monitors: called in this order when a section begins, in reverse when it ends.
     """
 
     def __init__(self, monitors: Sequence[Monitor] = ()):
         self._monitors = tuple(monitors)
         self._taken = dict.fromkeys(NAMES, 0.0)
-        self.phase, self.iteration = "setup", 0  # under way; the loops count from 1
+        self.phase, self.iteration = "setup", 0  # the current ones; the loops count from 1
         self.longest: dict[str, float] = {}  # seconds of each whole section, on this rank
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Be in a section."""
+        """Run the body as a section."""
         started, is_whole = time.perf_counter(), False
         try:
             for monitor in self._monitors:
@@ -55,7 +55,7 @@ class Sections:
                 self.longest[name] = max(seconds, self.longest.get(name, 0.0))
 
     def at(self, phase: str, iteration: int) -> None:
-        """Say which iteration is under way."""
+        """Set the current phase and iteration."""
         self.phase, self.iteration = phase, iteration
 
     def take(self) -> dict[str, float]:
@@ -64,12 +64,12 @@ class Sections:
         return taken
 
     def learn(self, longest: dict[str, float]) -> None:
-        """Tell the monitors how long each section took at most, on any rank."""
+        """Pass the longest time of each section over all ranks to the monitors."""
         self.longest |= longest
         for monitor in self._monitors:
             monitor.learn(longest)
 
     def close(self) -> None:
-        """Let nobody watch any longer."""
+        """Stop all monitors."""
         for monitor in self._monitors:
             monitor.close()

@@ -1,7 +1,7 @@
-"""Being asked to stop, by a signal or because the job's time is nearly up; ranks agree on it.
+"""Preemption: stop on a signal or near the job's time limit, at the same point on all ranks.
 
-Whatever asks reaches some ranks first. A rank only notes that it was asked; all of them stop at a
-point on which they agreed: after an iteration, or in the same turn of a rollout.
+A request reaches some ranks first. Each rank only records it; all ranks then stop at an agreed
+point: after an iteration, or in the same turn of a rollout.
 """
 
 import os
@@ -20,12 +20,12 @@ from agrpo_megatron.resilience.sections import NAMES, Sections
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 JOB_END = "AGRPO_JOB_END"  # seconds since the epoch at which the job is killed
-SPARE = 1.5  # of the longest reward, update and checkpoint: what a learned margin is
+SPARE = 1.5  # the learned margin, as a multiple of the longest reward, update and checkpoint
 LEAST_MARGIN = 10.0  # seconds
 
 
 class Stopped(Exception):
-    """The ranks agreed to stop; says why. What was done is saved by whoever catches it."""
+    """The ranks agreed to stop, for this reason. The handler saves the finished work."""
 
 
 class NoStop:
@@ -38,7 +38,7 @@ class Stop:
     """Whether this rank was asked to stop.
 
     Args:
-        margin: seconds before the job's end at which it counts as asked; None learns them.
+        margin: seconds before the job's end at which to stop; None learns the margin.
     """
 
     def __init__(self, sections: Sections, *, margin: float | None = None):
@@ -49,11 +49,11 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals as a question; only a main thread can."""
+        """Take signals as stop requests; only a main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
             yield
         finally:
@@ -62,7 +62,7 @@ class Stop:
 
     @property
     def reason(self) -> str | None:
-        """Return why to stop; None while nobody asked."""
+        """Return why to stop, or None without a request."""
         if self._asked is None and self._end is not None:
             left = self._end - time.time()
             if left < self.margin:
@@ -71,21 +71,21 @@ class Stop:
 
     @property
     def margin(self) -> float:
-        """Return how long before the job's end to stop: what cannot be cut and a save fit in."""
+        """Return how many seconds before the job's end to stop: enough for an update and a save."""
         if self._margin is not None:
             return self._margin
         longest = self._sections.longest
         needed = sum(longest.get(name, 0.0) for name in ("reward", "update", "checkpoint"))
         return LEAST_MARGIN + SPARE * needed
 
-    def _hear(self, number: int, _frame: object) -> None:
+    def _on_signal(self, number: int, _frame: object) -> None:
         self._asked = self._asked or f"asked by {signal.Signals(number).name}"
 
 
 def agree(stop: Stop | NoStop, sections: Sections, ranks: Ranks) -> str | None:
-    """Return why to stop, if any rank was asked; the same on every rank, called by all.
+    """Return why to stop, if any rank has a request; equal on all ranks, called by every rank.
 
-    They also learn from each other how long each section took at most.
+    The ranks also share the longest time of each section.
     """
     longest = [sections.longest.get(name, 0.0) for name in NAMES]
     values = torch.tensor([float(stop.reason is not None), *longest], device=ranks.device)
@@ -100,32 +100,32 @@ def agree(stop: Stop | NoStop, sections: Sections, ranks: Ranks) -> str | None:
 class Turns:
     """Let the ranks of a replica agree, turn by turn, whether to end a rollout.
 
-    The answer to a turn's question is read some turns later, in the same one everywhere: by then
-    it has arrived, and no pipeline stage waits for one behind it.
+    The answer of a turn is read a fixed number of turns later, equal on all ranks: by then it has
+    arrived, and no pipeline stage waits for a later stage.
     """
 
     def __init__(self, stop: Stop | NoStop, ranks: Ranks):
         self._stop, self._group = stop, ranks.replica
         self._lag = 2 * ranks.pipeline.size
-        self._under_way: deque[tuple[torch.Tensor, dist.Work]] = deque()
+        self._pending: deque[tuple[torch.Tensor, dist.Work]] = deque()
 
     def is_asked(self) -> bool:
-        """Ask in this turn; says what was answered to an earlier one."""
+        """Ask in this turn; returns the answer of an earlier turn."""
         is_asked = self._stop.reason is not None
         if self._group is None:
             return is_asked
         value = torch.tensor([int(is_asked)])
         work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
-        self._under_way.append((value, work))
-        return len(self._under_way) > self._lag and self._answer()
+        self._pending.append((value, work))
+        return len(self._pending) > self._lag and self._answer()
 
     def close(self) -> None:
-        """Wait for the answers that nobody needs any more; the same number on every rank."""
-        while self._under_way:
+        """Wait for the remaining answers; every rank has the same number of them."""
+        while self._pending:
             self._answer()
 
     def _answer(self) -> bool:
-        value, work = self._under_way.popleft()
+        value, work = self._pending.popleft()
         work.wait()
         return bool(value)

@@ -1,10 +1,9 @@
 """Which rank is slow, and in which section of a run.
 
-A rank's time in a section is its own work and what it waits for others within the section. Ranks
-that work on the same tokens (tensor, context and pipeline parallelism), or that add their
-gradients up (data parallelism, in an update), wait for each other, and so look equally slow.
-Rollouts and rewards are each replica's own: they tell replicas apart. Which rank of a replica is
-slow, only the times of its kernels tell.
+A rank's time in a section is its work plus its waits for other ranks. Ranks that share tokens
+(tensor, context and pipeline parallelism) or sum their gradients (data parallelism, in an update)
+wait for each other and so look equally slow. Rollouts and rewards are separate for each replica,
+so they show which replica is slow. Only kernel times show which rank of a replica is slow.
 """
 
 import statistics
@@ -16,13 +15,13 @@ import torch.distributed as dist
 from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.resilience.sections import NAMES
 
-LEAST = 0.01  # seconds; what is shorter is not compared
-SLOW = 1.5  # times the median, from which a rank is a straggler
-STREAK = 5  # reports in a row after which one is spoken of
+LEAST = 0.01  # seconds; shorter sections are not compared
+SLOW = 1.5  # a straggler takes over this multiple of the median
+STREAK = 5  # reports in a row after which a straggler is reported
 
 
 class Stragglers:
-    """Compares ranks, report by report; every call is made by every rank."""
+    """Compares ranks, report by report; every rank makes every call."""
 
     def __init__(self) -> None:
         self._streaks: dict[str, tuple[int, int]] = {}  # section: rank, and reports in a row
@@ -31,12 +30,12 @@ class Stragglers:
         """Compare the ranks; the same on every rank.
 
         Args:
-            seconds: in each section since the last report, on this rank.
+            seconds: time in each section since the last report, on this rank.
 
         Returns:
             Metrics: `section/NAME` (seconds of the slowest rank), `straggler/NAME` (these over the
-            median, 1 where ranks are even), `straggler/NAME_rank` (which). And sentences on a rank
-            that was a straggler for so many reports in a row.
+            median; 1 if all ranks are equal), `straggler/NAME_rank` (the slowest rank). And one
+            sentence for each rank that was a straggler for STREAK reports in a row.
         """
         mine = torch.tensor([seconds.get(name, 0.0) for name in NAMES], device=ranks.device)
         gathered = [torch.empty_like(mine) for _ in range(ranks.world_size)]
@@ -61,7 +60,7 @@ class Stragglers:
         return metrics, warnings
 
     def _is_straggler(self, name: str, rank: int, ratio: float) -> bool:
-        """Say whether a rank has just been slow often enough."""
+        """Return whether a rank has just been slow STREAK times in a row."""
         last, count = self._streaks.get(name, (rank, 0))
         count = count + 1 if rank == last else 1
         self._streaks[name] = (rank, count if ratio > SLOW else 0)

@@ -103,7 +103,7 @@ def test_every_setting_of_the_job_becomes_its_option(launch, record, shellcheck,
     assert (status, errors) == (0, "")
     shellcheck(script)
     assert "# warning   2 GPUs of each node would be idle: launch.ranks_per_node\n" in script
-    assert "# time      limit 10:00:00, not told before it ends\n" in script
+    assert "# time      limit 10:00:00, no signal before it ends\n" in script
     (words,), _ = record(script)
     expected = ["--partition=gpu", "--account=me", "--qos=high", "--time=10:00:00", "--mem=0"]
     expected += ["--gpus-per-node=4", "--cpus-per-task=6", "--exclude=n[1-2]", "--reservation=x y"]
@@ -122,7 +122,7 @@ def test_notes_tell_directory_layout_memory_and_what_was_not_checked(launch, no_
         f"# run       {run} (new)",
         "# layout    tp2-pp1-cp1-dp4 on 2 nodes x 4 ranks",
         f"# memory    {memory.total / 2**20:.1f} MiB in the fullest rank: weights ",
-        "# time      the partition's limit, told 300 s before, to save and be queued again",
+        "# time      the partition's limit, a signal 300 s before, to save and requeue",
         "# cluster   not checked: sbatch is not on PATH",
     ):
         assert f"\n{note}" in script
@@ -140,7 +140,7 @@ def test_a_run_goes_on_and_one_that_is_finished_is_refused(launch, record, tmp_p
     file = write_settings(tmp_path / "s.yaml", run={"dir": str(run)})
     leave_run(file, [], iteration=2)
     _, script, _ = launch(file, "--nodes", 1, "--dry-run", *CPU)
-    assert f"# run       {run} (goes on after rl iteration 2 of 3)\n" in script
+    assert f"# run       {run} (resumes after rl iteration 2 of 3)\n" in script
     status, printed, errors = launch(file, "--nodes", 1, "--dry-run", *CPU, "run.seed=1")
     assert (status, printed) == (2, "")
     assert f"run.dir={run} holds a run with run.seed=0, not 1; choose another run.dir" in errors
@@ -161,7 +161,7 @@ def test_a_run_goes_on_and_one_that_is_finished_is_refused(launch, record, tmp_p
 
 WRONG = {
     "--nodes 0 is below 1; give the number of nodes": ["--nodes", 0],
-    "launch.ranks_per_node=9 is over launch.gpus_per_node=8, and each rank needs a GPU of its own; "
+    "launch.ranks_per_node=9 is over launch.gpus_per_node=8, and each rank needs its own GPU; "
     "use at most 8, or launch.gpus_per_node=0 for CPUs": ["launch.ranks_per_node=9"],
     "launch.time=soon is not a time; write minutes, hours:minutes:seconds such as 04:00:00, or "
     "days-hours:minutes:seconds": ["launch.time=soon"],
@@ -206,7 +206,7 @@ def test_memory_that_is_nearly_full_is_warned_of(launch, no_slurm, tmp_path):
     assert "GiB in the fullest rank, 96 % of 4.2 GiB: weights" in script
     assert "# warning   memory is over 90 % of launch.gpu_memory, and" in script
     _, script, _ = launch(file, "--nodes", 1, "--dry-run", *big, *CPU)
-    assert "warning" not in script, "without GPUs nobody knows the limit"
+    assert "warning" not in script, "without GPUs there is no limit"
 
 
 GRID = ("--sweep", "optimizer.learning_rate=[1e-4, 3e-4]", "run.seed=[0, 1]")
@@ -247,7 +247,7 @@ def test_a_sweep_goes_on_with_the_members_that_are_not_finished(launch, record, 
     for name in ("00", "02"):
         leave_run(*_split(sweep.arguments(directory, name)), iteration=3)
     (_, state, array), _ = _launch_again(launch, file)
-    assert (state, array) == ("goes on after rl iteration 2 of 3", "3")
+    assert (state, array) == ("resumes after rl iteration 2 of 3", "3")
 
 
 def _split(words):

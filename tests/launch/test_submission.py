@@ -93,7 +93,7 @@ def test_a_controller_that_does_not_answer_is_told(launch, monkeypatch, tmp_path
     conf = tmp_path / "slurm.conf"
     conf.write_text("ClusterName=x\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=9\n")
     monkeypatch.setenv("SLURM_CONF", str(conf))
-    monkeypatch.setattr("agrpo_megatron.launch.cluster.PATIENCE", 5.0)
+    monkeypatch.setattr("agrpo_megatron.launch.cluster.SLURM_TIMEOUT", 5.0)
     status, script, errors = launch(file, "--nodes", 1, "--dry-run", HELD[0])
     assert (status, errors) == (0, "")
     assert "\n# cluster   not checked: " in script
@@ -108,7 +108,7 @@ def test_a_run_is_submitted_as_shown(launch, jobs, tmp_path):
     chosen = ["launch.time=01:30:00", "launch.grace=120", "launch.ranks_per_node=2"]
     status, printed, errors = launch(file, "--nodes", 2, *HELD, *chosen)
     assert (status, errors) == (0, "")
-    assert "\n# cluster   takes it: Job " in printed
+    assert "\n# cluster   accepted: Job " in printed
     number = re.findall(r"(?m)^job     (\d+)$", printed)[0]
     jobs.append(number)
     for line in (f"wait    squeue -j {number}", f"stop    scancel {number} "):
@@ -120,8 +120,8 @@ def test_a_run_is_submitted_as_shown(launch, jobs, tmp_path):
     status, printed, errors = launch(file, "--nodes", 2, *HELD, *chosen)
     assert (status, printed) == (2, "")
     assert errors == (
-        f"agrpo: error: run.dir={run}: job {number} of it waits or runs; let it end, or stop it by "
-        f"scancel {number}\n"
+        f"agrpo: error: run.dir={run}: its job {number} is pending or running; let it end, or "
+        f"stop it by scancel {number}\n"
     )
     after = f"launch.options=[--hold, --dependency=afterany:{number}]"
     status, printed, _ = launch(file, "--nodes", 2, *HELD, after)

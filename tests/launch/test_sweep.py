@@ -1,4 +1,4 @@
-"""Sweeps: the grid as it is written, the members it has, and what their job is told."""
+"""Sweeps: the grid, its members, and the arguments of their job."""
 
 import subprocess
 import sys

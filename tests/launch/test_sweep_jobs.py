@@ -1,4 +1,4 @@
-"""A sweep on a cluster: each member a job of its own, and a table whatever becomes of them."""
+"""A sweep on a cluster: each member is a separate job, and the table covers failed members too."""
 
 import json
 import re

@@ -64,7 +64,7 @@ def sweep(tmp_path):
         "agrpo: error: old\nagrpo: job 7_3, attempt 1\nagrpo: node n1: x\nagrpo: no node can\n",
     )
     paused = leave("04", 1, [0.1]) / "launch/7_4/attempt-0"
-    write_log(paused / "rank-0.log", TRACEBACK + "started anew, and saved\n")
+    write_log(paused / "rank-0.log", TRACEBACK + "restarted, and saved\n")
     write_log(paused / "outcome", "requeue asked to stop\n")
     broken = leave("05", 1, [0.1])
     (broken / "config.yaml").write_text("train: {iterations: many}\n")

@@ -49,15 +49,15 @@ def disagrees() -> None:
 
 
 def comes_back() -> None:
-    """Go on as soon as this rank has been found to hang, when others may finish at once."""
+    """Continue as soon as this rank is reported as hung, when the others may finish at once."""
     current = command()
-    assert current is not None and current.board is not None
-    while not current.board.has(FAILED):
+    assert current is not None and current.store is not None
+    while not current.store.has(FAILED):
         time.sleep(0.001)
 
 
 def is_well() -> None:
-    """Go on."""
+    """Do not hang."""
 
 
 FAULTS = (sleeps_for_ever, holds_the_lock, backtracks, is_stopped, disagrees, comes_back, is_well)

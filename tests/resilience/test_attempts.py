@@ -1,4 +1,4 @@
-"""Attempts that get nowhere end, one at a time writes, and each tells how it ended."""
+"""Attempts without progress end, only one attempt writes, and each reports how it ended."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from agrpo_megatron.megatron.parallel import start_ranks
-from agrpo_megatron.resilience import attempts, outcome
+from agrpo_megatron.resilience import attempts, exit_status
 from agrpo_megatron.resilience.attempts import Stuck, begin, claim, read_attempts
 from agrpo_megatron.rollout.cache import RolloutCache
 from agrpo_megatron.rollout.session import Safety
@@ -44,7 +44,7 @@ def test_two_attempts_without_progress_are_the_last(tmp_path, size):
     refused = run_ranks(size, _begin, tmp_path, marks)
     assert all(found == refused[0] for found in refused)
     ((number, reason),) = refused[0]
-    assert number == 5 and reason.startswith("2 attempts in a row got no further than b;")
+    assert number == 5 and reason.startswith("2 attempts in a row made no progress after b;")
     begun = read_attempts(tmp_path)
     assert [each["progress"] for each in begun] == [m for i, m in enumerate(marks) if i != 5]
     assert [each["attempt"] for each in begun] == list(range(6))
@@ -94,27 +94,27 @@ def test_a_line_that_a_kill_cut_off_is_passed_over(tmp_path):
 
 
 def test_what_one_rank_alone_refuses_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(outcome, "AGREE", 0.3)
-    monkeypatch.delenv(outcome.OUTCOME, raising=False)
-    assert outcome.is_told("refused")  # nobody reads it
-    monkeypatch.setenv(outcome.OUTCOME, str(tmp_path / "outcome"))
-    assert not outcome.is_told("refused")
-    outcome.tell_outcome("refused", "why")
-    assert outcome.is_told("refused") and not outcome.is_told("stuck")
+    monkeypatch.setattr(exit_status, "MAIN_RANK_TIMEOUT", 0.3)
+    monkeypatch.delenv(exit_status.OUTCOME, raising=False)
+    assert exit_status.main_rank_reported("refused")  # no script reads it
+    monkeypatch.setenv(exit_status.OUTCOME, str(tmp_path / "outcome"))
+    assert not exit_status.main_rank_reported("refused")
+    exit_status.report_outcome("refused", "why")
+    assert exit_status.main_rank_reported("refused") and not exit_status.main_rank_reported("stuck")
 
 
-@pytest.mark.parametrize("launcher", [None, *outcome.LAUNCHERS])
+@pytest.mark.parametrize("launcher", [None, *exit_status.LAUNCHERS])
 def test_a_launcher_sees_no_status_that_it_would_restart_for(monkeypatch, launcher):
-    for name in outcome.LAUNCHERS:
+    for name in exit_status.LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     if launcher is not None:
         monkeypatch.setenv(launcher, "x")
-    statuses = [0, 2, outcome.REQUEUE, outcome.STUCK]
-    monkeypatch.delenv(outcome.OUTCOME, raising=False)
-    assert [outcome.exit_status(status) for status in statuses] == statuses
-    monkeypatch.setenv(outcome.OUTCOME, "file")
+    statuses = [0, 2, exit_status.REQUEUE, exit_status.STUCK]
+    monkeypatch.delenv(exit_status.OUTCOME, raising=False)
+    assert [exit_status.launcher_status(status) for status in statuses] == statuses
+    monkeypatch.setenv(exit_status.OUTCOME, "file")
     expected = statuses if launcher is None else [0, 0, 0, 0]
-    assert [outcome.exit_status(status) for status in statuses] == expected
+    assert [exit_status.launcher_status(status) for status in statuses] == expected
 
 
 def _asked_after_a_line(commands, folder):
@@ -126,7 +126,7 @@ def _asked_after_a_line(commands, folder):
         os.kill(os.getpid(), signal.SIGTERM)
 
     RunLog.metrics = metrics
-    os.environ[outcome.OUTCOME] = str(folder / "outcome")
+    os.environ[exit_status.OUTCOME] = str(folder / "outcome")
     os.environ[attempts.UNATTENDED] = "1"
     found = []
     for command in commands:
@@ -150,7 +150,7 @@ def test_the_command_tells_its_outcome_and_stops_trying(tmp_path):
     stopped, refused, finished, again = run_ranks(
         1, _asked_after_a_line, [train, wrong, train, train], tmp_path
     )[0]
-    assert stopped[0] == outcome.REQUEUE
+    assert stopped[0] == exit_status.REQUEUE
     assert stopped[2].startswith("requeue asked by SIGTERM; saved")
     assert refused[0] == 2 and refused[2].startswith("refused parallel.tensor=2 ")
     assert finished[0] == again[0] == 0 and finished[2] == again[2] == "finished\n"
@@ -160,7 +160,7 @@ def test_the_command_tells_its_outcome_and_stops_trying(tmp_path):
 
 
 def _stuck(file, folder):
-    os.environ[outcome.OUTCOME] = str(folder / "outcome")
+    os.environ[exit_status.OUTCOME] = str(folder / "outcome")
     os.environ[attempts.UNATTENDED] = "1"
     status, printed = call_all([["train", file]], folder)[0]
     assert not dist.is_initialized()
@@ -174,7 +174,8 @@ def test_a_stuck_run_says_so_and_trains_nothing(tmp_path):
     (run / "launch").mkdir(parents=True)
     line = json.dumps({"attempt": 0, "progress": ["the start"]}) + "\n"
     (run / "launch" / "attempts.jsonl").write_text(2 * line)
-    status, printed, told = run_ranks(1, _stuck, file, tmp_path)[0]
-    assert status == outcome.STUCK and told.startswith("stuck 2 attempts in a row got no further")
-    assert "agrpo: stuck: 2 attempts in a row got no further than the start" in printed
+    status, printed, outcome = run_ranks(1, _stuck, file, tmp_path)[0]
+    assert status == exit_status.STUCK
+    assert outcome.startswith("stuck 2 attempts in a row made no progress")
+    assert "agrpo: stuck: 2 attempts in a row made no progress after the start" in printed
     assert not (run / "metrics.jsonl").exists()

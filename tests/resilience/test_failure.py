@@ -20,7 +20,7 @@ BOUND = 30.0  # seconds from the fault until every process is gone
 FIRST = {
     "broken_code": "rank 1 failed: ZeroDivisionError: somebody divided by zero",
     "out_of_memory": "rank 1 failed: OutOfMemoryError: CUDA out of memory.",
-    "killed": "rank 0 failed: ",  # all it can tell: it lost a peer
+    "killed": "rank 0 failed: ",  # it only knows that a peer is lost
     "interrupted": "rank 0: ending, because rank 1 was interrupted",
 }
 

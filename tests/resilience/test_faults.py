@@ -1,4 +1,4 @@
-"""Injected faults strike where they are told to, once over all attempts, and nowhere else."""
+"""Injected faults strike at their place, once over all attempts, and nowhere else."""
 
 import errno
 import os
@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agrpo_megatron.resilience.faults import FOLDER, TEXT, Faults, parse_faults
+from agrpo_megatron.resilience import FAULTS
+from agrpo_megatron.resilience.faults import FOLDER, Faults, parse_faults
 from agrpo_megatron.resilience.sections import Sections
 
 ROOT = Path(__file__).parent.parent.parent
@@ -22,10 +23,10 @@ import os, signal, sys, time
 from agrpo_megatron.resilience.faults import Faults
 from agrpo_megatron.resilience.sections import Sections
 
-def told(number, frame):
-    print("was told to stop", flush=True)
+def on_signal(number, frame):
+    print("got a stop signal", flush=True)
 
-signal.signal(signal.SIGUSR1, told)
+signal.signal(signal.SIGUSR1, on_signal)
 sections = Sections([Faults.from_environment(int(os.environ.get("RANK", 0)))])
 for iteration in (1, 2, 3):
     sections.at("rl", iteration)
@@ -39,7 +40,7 @@ print("finished", flush=True)
 
 def _environment(tmp_path, faults, **more):
     plain = {key: v for key, v in os.environ.items() if not key.startswith(("SLURM", "TORCHEL"))}
-    plain |= {"PYTHONPATH": str(ROOT), TEXT: faults, FOLDER: str(tmp_path / "struck")}
+    plain |= {"PYTHONPATH": str(ROOT), FAULTS: faults, FOLDER: str(tmp_path / "struck")}
     return {**plain, **more}
 
 
@@ -58,7 +59,7 @@ def faults(monkeypatch, tmp_path):
     """Return a maker of one rank's sections under a text of faults."""
 
     def make(text, rank=0):
-        monkeypatch.setenv(TEXT, text)
+        monkeypatch.setenv(FAULTS, text)
         monkeypatch.setenv(FOLDER, str(tmp_path / "struck"))
         return Sections([Faults.from_environment(rank)])
 
@@ -80,7 +81,7 @@ def _go_through(sections, phase="rl", iterations=3):
 
 
 def test_without_the_variable_nothing_strikes(monkeypatch, tmp_path):
-    monkeypatch.delenv(TEXT, raising=False)
+    monkeypatch.delenv(FAULTS, raising=False)
     monkeypatch.delenv(FOLDER, raising=False)
     assert _go_through(Sections([Faults.from_environment(0)])) == []
 
@@ -154,8 +155,8 @@ def test_a_section_that_ends_before_its_fault_is_spared(tmp_path):
 
 def test_a_rank_is_asked_to_stop_as_a_job_asks_it(tmp_path):
     done = _run(tmp_path, "stop:rank=0,section=update,iteration=2")
-    assert done.stdout.count("was told to stop\n") == 1
-    assert done.stdout.index("checkpoint 1") < done.stdout.index("was told to stop")
+    assert done.stdout.count("got a stop signal\n") == 1
+    assert done.stdout.index("checkpoint 1") < done.stdout.index("got a stop signal")
     assert done.returncode == 0
 
 
@@ -167,7 +168,7 @@ def test_a_hung_rank_stays_where_it_is_and_no_request_to_stop_frees_it(tmp_path)
         try:
             assert rank.stdout.readline() == "rollout 1\n"
             rank.send_signal(signal.SIGUSR1)
-            assert rank.stdout.readline() == "was told to stop\n"
+            assert rank.stdout.readline() == "got a stop signal\n"
             time.sleep(0.3)
             assert rank.poll() is None
         finally:
@@ -178,9 +179,9 @@ def test_a_hung_rank_stays_where_it_is_and_no_request_to_stop_frees_it(tmp_path)
 def test_a_lost_node_takes_all_of_the_job_there_and_nothing_else(tmp_path):
     job = {"SLURM_JOB_ID": f"test-{os.getpid()}", "SLURMD_NODENAME": "n1"}
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-    nobody = _environment(tmp_path, "")
+    no_job = _environment(tmp_path, "")
     here, there = (
-        subprocess.Popen(sleep, env={**nobody, **job, "SLURMD_NODENAME": node})
+        subprocess.Popen(sleep, env={**no_job, **job, "SLURMD_NODENAME": node})
         for node in ("n1", "n2")
     )
     try:
@@ -212,18 +213,18 @@ def test_without_slurm_a_lost_node_is_the_launcher_and_its_ranks(tmp_path):
 
 
 WRONG = {
-    "kil:rank=1,section=update": "'kil' is no kind of fault; use kill, hang",
+    "kil:rank=1,section=update": "'kil' is not a kind of fault; use kill, hang",
     "kill:rank=1,section=updat": "there is no section 'updat'; use setup, rollout",
     "kill:rank=1,section=update,phase=ppo": "there is no phase 'ppo'; use sft, rl",
-    "kill:rank=one,section=update": "rank=one is no number; use rank=1",
+    "kill:rank=one,section=update": "rank=one is not a number; use rank=1",
     "kill:rank=1,section=update,times=0": "times=0 is out of range; use times=1 or more",
-    "kill:rank=1,section=update,round=2": "'round' is no option; use rank, section",
+    "kill:rank=1,section=update,round=2": "'round' is not an option; use rank, section",
     "kill:section=update": "it has no rank; use rank=...",
     "kill:rank=1": "it has no section; use section=...",
-    "slow:rank=1,section=update": "it does not say how slow; use seconds=...",
+    "slow:rank=1,section=update": "seconds are missing; use seconds=...",
     "hang:rank=1,section=update,after=1": "hang strikes as its section begins; use after=... with",
-    "fail_save:rank=1,section=update": "nothing is saved there; use section=checkpoint",
-    "kill:rank=1,section=update,seconds=1": "only slow has seconds; use after=...",
+    "fail_save:rank=1,section=update": "no save happens there; use section=checkpoint",
+    "kill:rank=1,section=update,seconds=1": "only slow takes seconds; use after=...",
 }
 
 
@@ -235,7 +236,7 @@ def test_what_is_malformed_is_named_with_its_rule_and_a_fix(part):
 
 
 def test_faults_need_a_folder(monkeypatch):
-    monkeypatch.setenv(TEXT, "kill:rank=0,section=update")
+    monkeypatch.setenv(FAULTS, "kill:rank=0,section=update")
     monkeypatch.delenv(FOLDER, raising=False)
     with pytest.raises(ValueError, match="AGRPO_FAULTS needs AGRPO_FAULTS_DIR"):
         Faults.from_environment(1)

@@ -1,4 +1,4 @@
-"""Under ft_launcher, a hung rank's stack is told, the ranks start anew, and the run is the same."""
+"""Under ft_launcher, a hung rank's stack is printed, the ranks restart, and the run is the same."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agrpo_megatron.config.settings import ResilienceSettings, Settings
-from agrpo_megatron.resilience.nvrx import LATER, PACKAGE, launcher_words
+from agrpo_megatron.resilience.nvrx import LATER, PACKAGE, launcher_options
 from agrpo_megatron.resilience.sections import NAMES
 from tests.cli.test_main import write_settings
 from tests.resilience.leftovers import assert_gone
@@ -130,13 +130,13 @@ def test_the_launcher_is_given_the_limits_of_all_sections():
     settings = Settings(
         resilience=ResilienceSettings(first_timeout=100, timeouts={"rollout": 30, "setup": 7})
     )
-    words = dict(word.split("=") for word in launcher_words(settings))
+    words = dict(word.split("=") for word in launcher_options(settings))
     limits = dict(pair.split(":") for pair in words["--ft-rank-section-timeouts"].split(","))
     assert limits.keys() == {*NAMES, "warmup"}  # which turns the watch between sections on
     assert float(limits["rollout"]) == 30 + LATER and float(limits["setup"]) == 7 + LATER
     assert float(limits["update"]) == 100 + LATER
     assert float(words["--ft-rank-out-of-section-timeout"]) == 100 + LATER
-    assert launcher_words(Settings(resilience=ResilienceSettings(watchdog="never"))) == []
+    assert launcher_options(Settings(resilience=ResilienceSettings(watchdog="never"))) == []
 
 
 def test_job_scripts_get_the_words_without_loading_torch(tmp_path):

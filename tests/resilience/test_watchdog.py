@@ -15,8 +15,14 @@ import torch.distributed as dist
 from agrpo_megatron.config.settings import ResilienceSettings, RunSettings, Settings
 from agrpo_megatron.resilience.limits import LEARNED, Limits
 from agrpo_megatron.resilience.sections import Sections
-from agrpo_megatron.resilience.suspects import Stand, culprits, describe, stand_of
-from agrpo_megatron.resilience.watchdog import MARGIN, Watchdog
+from agrpo_megatron.resilience.watchdog import (
+    HARD_EXIT_DELAY,
+    Position,
+    Watchdog,
+    describe,
+    hung_ranks,
+    position_of,
+)
 from tests.ranks import run_ranks
 from tests.resilience.leftovers import assert_gone
 
@@ -75,7 +81,7 @@ def test_a_hung_rank_is_found_and_named_and_all_ranks_end(tmp_path, fault):
     # A rank that was stopped finds it too, but when it is let go to its end.
     took = [seconds for rank, seconds in found if (fault, rank) != ("is_stopped", "1")]
     assert took and all(LIMIT <= float(seconds) < LIMIT + SOON for seconds in took)
-    assert ended - float(struck) < LIMIT + MARGIN + GONE
+    assert ended - float(struck) < LIMIT + HARD_EXIT_DELAY + GONE
     assert_gone(tmp_path)
 
 
@@ -87,7 +93,7 @@ def test_a_single_rank_that_hangs_shows_its_stack_and_fails(tmp_path, fault):
     [struck] = re.findall(r"fault at ([0-9.]+)", done.stdout)
     assert "exitcode: 1)" in done.stderr and done.returncode != 0
     assert re.search(rf"hanging\.py\", line [0-9]+ in {fault}$", done.stderr, re.MULTILINE)
-    assert ended - float(struck) < LIMIT + MARGIN + GONE
+    assert ended - float(struck) < LIMIT + HARD_EXIT_DELAY + GONE
 
 
 @pytest.mark.slow
@@ -152,14 +158,14 @@ def test_a_limit_that_is_set_is_the_limit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "timeouts, told",
-    [({"rolout": 5}, "rolout=5 names no section"), ({"rollout": "x"}, "x is no time limit")],
+    "timeouts, message",
+    [({"rolout": 5}, "rolout=5 names no section"), ({"rollout": "x"}, "x is not a time limit")],
 )
-def test_a_limit_that_makes_no_sense_is_refused(tmp_path, timeouts, told):
+def test_a_limit_that_makes_no_sense_is_refused(tmp_path, timeouts, message):
     settings = Settings(
         run=RunSettings(dir=str(tmp_path)), resilience=ResilienceSettings(timeouts=timeouts)
     )
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         Limits(settings, world_size=1, is_main=True)
 
 
@@ -188,7 +194,7 @@ from agrpo_megatron.resilience.monitors import monitors
 from agrpo_megatron.resilience.sections import Sections
 from agrpo_megatron.config.settings import Settings
 
-watchdog.MARGIN = 1.0
+watchdog.HARD_EXIT_DELAY = 1.0
 settings = load(Settings, sys.argv[1], ["resilience.timeouts={reward: 1, update: 100}"])
 with ending_together():
     sections = Sections(monitors(settings))
@@ -215,26 +221,26 @@ def test_the_last_resort_of_a_section_does_not_strike_in_the_next(tmp_path):
     assert (done.returncode, done.stdout) == (0, "finished\n"), done.stderr
 
 
-def _stand(place, *, waits=False):
-    return Stand("section update (rl iteration 1)", waits, (place,))
+def _position(place, *, waits=False):
+    return Position("section update (rl iteration 1)", waits, (place,))
 
 
 @pytest.mark.parametrize(
-    "stands, guilty",
+    "positions, hung",
     [
-        ([_stand("a", waits=True), _stand("b")], [1]),
-        ([_stand("a"), None, _stand("b", waits=True)], [1]),
-        ([_stand("a"), _stand("a"), _stand("b"), _stand("a")], [2]),
-        ([_stand("a", waits=True), _stand("b", waits=True)], []),
+        ([_position("a", waits=True), _position("b")], [1]),
+        ([_position("a"), None, _position("b", waits=True)], [1]),
+        ([_position("a"), _position("a"), _position("b"), _position("a")], [2]),
+        ([_position("a", waits=True), _position("b", waits=True)], []),
     ],
     ids=["one works", "one is silent", "one is elsewhere", "all wait"],
 )
-def test_who_hangs_follows_from_where_the_ranks_stand(stands, guilty):
-    stands = dict(enumerate(stands))
-    assert culprits(stands) == guilty
-    failure, report = describe(guilty, stands, asker=0, section="section update")
-    assert failure.startswith(f"rank {guilty[0]} hangs in" if guilty else "all ranks wait")
-    assert len(report.splitlines()) <= 1 + len(stands)
+def test_who_hangs_follows_from_where_the_ranks_stand(positions, hung):
+    positions = dict(enumerate(positions))
+    assert hung_ranks(positions) == hung
+    failure, report = describe(hung, positions, asker=0, section="section update")
+    assert failure.startswith(f"rank {hung[0]} hangs in" if hung else "all ranks wait")
+    assert len(report.splitlines()) <= 1 + len(positions)
 
 
 def _where_it_stands():
@@ -242,7 +248,7 @@ def _where_it_stands():
     worker, seen = threading.get_ident(), []
 
     def look():
-        seen.append(stand_of(sys._current_frames()[worker], section="").waits)
+        seen.append(position_of(sys._current_frames()[worker], section="").waits)
 
     looking = threading.Timer(1.0, look)
     looking.start()

@@ -1,11 +1,11 @@
-"""A real SLURM cluster on this machine: several slurmd, each a node of its own name.
+"""A real SLURM cluster on this machine: several slurmd, each a node with its own name.
 
     with running_cluster(folder) as cluster:
         job = cluster.sbatch("job.sbatch")
         cluster.wait(job, "COMPLETED")
 
 All daemons run as root with files below `folder`, on ports and under node names of their own, so
-that several clusters can run side by side. A process beside the tests stops them all at the end,
+that several clusters can run side by side. A separate process stops them all at the end,
 also where the tests are killed:
 
     python -m tests.slurm.cluster FOLDER NODE...    stops a cluster when its standard input ends
@@ -52,7 +52,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
-# Jobs of clusters beside this one meet at other ports, which follow from their numbers.
+# Jobs of other clusters use other ports, which follow from their job numbers.
 FirstJobId={first_job}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -256,7 +256,7 @@ def _write_files(cluster: Cluster, name: str, *, node_timeout: int, kill_wait: i
 
 
 def _gres(root: Path) -> str:
-    """Return the GPUs of every node: device files that nobody opens, or a mere count."""
+    """Return the GPUs of every node: device files that no process opens, or only a count."""
     try:
         for number in range(GPUS):
             os.mknod(root / "dev" / f"gpu{number}", 0o020666, os.makedev(1, 3))
@@ -310,7 +310,7 @@ def _end_jobs(cluster: Cluster) -> None:
 
 
 def _end(pids: list[int]) -> None:
-    """End processes; those that take too long are killed."""
+    """End processes; kill them if they take too long."""
     for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -358,7 +358,7 @@ def _edit_hosts(change) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens at; another cluster begins at another one."""
+    """Return free ports; another cluster begins at another port."""
     start, found = secrets.randbelow(len(PORTS)), []
     for offset in range(len(PORTS)):
         port = PORTS[(start + offset) % len(PORTS)]

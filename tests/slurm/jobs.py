@@ -144,7 +144,7 @@ def check_finished(
     *,
     disturbances: int,
 ) -> None:
-    """Wait for the end of a job: nothing may tell it from one that nobody disturbed."""
+    """Wait for the end of a job: its results must equal those of an undisturbed job."""
     job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=PATIENCE)
     log = read_log(folder, number)
     assert job["JobState"] == "COMPLETED", log

@@ -1,4 +1,4 @@
-"""Training jobs that are disturbed all end up finished, and no bit of their metrics differs."""
+"""Disturbed training jobs all finish, and their metrics are bit-identical."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from tests.slurm.jobs import (
 )
 
 pytestmark = pytest.mark.slow
-ANEW = "ranks are started anew, 1 of 3"  # within the job
+RESTARTED = "ranks restart, 1 of 3"  # within the job
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def _stop_kindly(cluster, number):
     cluster.run("scancel", "--signal=USR1", number)
 
 
-def _queue_again(cluster, number):
+def _requeue(cluster, number):
     cluster.run("scontrol", "requeue", number)
 
 
@@ -42,7 +42,7 @@ def _kill_script(cluster, number):
     os.kill(script_of(cluster, number), signal.SIGKILL)
 
 
-DISTURBANCES = [_kill_rank, _stop_kindly, _queue_again, _kill_script]  # in an iteration each
+DISTURBANCES = [_kill_rank, _stop_kindly, _requeue, _kill_script]  # in an iteration each
 
 
 def test_a_job_goes_on_after_each_disturbance(cluster, folder, expected):
@@ -53,7 +53,7 @@ def test_a_job_goes_on_after_each_disturbance(cluster, folder, expected):
     disturbances = len(DISTURBANCES)
     check_finished(cluster, folder, expected, "disturbed", number, disturbances=disturbances)
     assert int(cluster.job(number)["Restarts"]) >= disturbances - 1
-    assert ANEW in read_log(folder, number), "the killed rank needed no new attempt"
+    assert RESTARTED in read_log(folder, number), "the killed rank needed no new attempt"
 
 
 def test_a_hung_rank_shows_its_stack_and_the_job_goes_on(cluster, folder, expected):
@@ -71,7 +71,7 @@ def test_a_hung_rank_shows_its_stack_and_the_job_goes_on(cluster, folder, expect
     assert log.count("fault hang: rank 1, section rollout, rl iteration 3") == 1
     assert "rank 1 hangs in section rollout (rl iteration 3)" in log
     assert re.search(r'faults.py", line [0-9]+ in _hang$', log, re.MULTILINE), "its stack"
-    assert ANEW in log
+    assert RESTARTED in log
 
 
 def test_a_job_that_was_stopped_for_good_goes_on_as_another(cluster, folder, expected):
@@ -81,7 +81,7 @@ def test_a_job_that_was_stopped_for_good_goes_on_as_another(cluster, folder, exp
     cluster.run("scontrol", "update", f"jobid={first}", "requeue=0")
     cluster.run("scancel", "--signal=USR1", first)
     cluster.wait(first, "COMPLETED", timeout=PATIENCE)
-    assert "not queued again, as the job was told (Requeue=0)" in read_log(folder, first)
+    assert "not requeued, since the job has Requeue=0" in read_log(folder, first)
     second = submit_slow(cluster, folder, name)
     await_update(folder, name, second, iteration=3)
     cluster.run("scancel", second)
@@ -89,4 +89,4 @@ def test_a_job_that_was_stopped_for_good_goes_on_as_another(cluster, folder, exp
     third = submit_slow(cluster, folder, name)
     check_finished(cluster, folder, expected, name, third, disturbances=2)
     assert cluster.job(first)["Restarts"] == "0"
-    assert cluster.job(second)["JobState"] == "CANCELLED", "nor was it queued again later"
+    assert cluster.job(second)["JobState"] == "CANCELLED", "nor was it requeued later"

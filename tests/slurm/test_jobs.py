@@ -1,4 +1,4 @@
-"""Each job script runs on a cluster and finishes; wrong input and broken nodes are told."""
+"""Each job script runs on a cluster and finishes; wrong input and broken nodes are reported."""
 
 import os
 import shutil
@@ -42,7 +42,7 @@ def _run(cluster, folder, script, *words, **environment):
 
 
 def _close(ours, theirs):
-    """Say whether numbers agree to 1e-5, and all else is the same; times are left out."""
+    """Return whether numbers agree to 1e-5, and all else is equal; times are ignored."""
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
         for name in {name for name in other if not name.startswith(TIMED)} - LAYOUT:
@@ -100,14 +100,14 @@ def test_a_broken_node_is_named_and_left_out(cluster, folder):
     assert state == "COMPLETED", log
     reason = f"{broken} fails AGRPO_HEALTH_COMMAND: no heat"
     assert reason in (folder / "broken" / "launch" / "bad_nodes").read_text()
-    assert f"queued again: without {broken}" in log
+    assert f"requeued: without {broken}" in log
     assert "attempt 1, on" in log and "attempt 2, on" not in log
 
 
 @pytest.mark.slow
 def test_a_wish_to_stop_during_the_checks_blames_no_node(cluster, folder):
-    """Both nodes are told while they are checked: the job queues again, and then finishes."""
-    run, checked = folder / "told", folder / "checked"
+    """Both nodes get a signal while they are checked: the job requeues, and then finishes."""
+    run, checked = folder / "signalled", folder / "checked"
     checked.mkdir()
     wait = (
         f'[ -e "{checked}/$SLURMD_NODENAME" ] || {{ touch "{checked}/$SLURMD_NODENAME"; sleep 9; }}'
@@ -122,7 +122,7 @@ def test_a_wish_to_stop_during_the_checks_blames_no_node(cluster, folder):
     state = cluster.wait(number, *ENDS, timeout=PATIENCE)["JobState"]
     log = read_log(folder, number)
     assert state == "COMPLETED", log
-    assert "queued again: ended or stopped while nodes were checked" in log
+    assert "requeued: ended or stopped during the node check" in log
     assert not (run / "launch" / "bad_nodes").exists(), log
 
 
@@ -145,7 +145,7 @@ def test_when_no_node_is_good_the_nodes_are_not_to_blame(cluster, folder):
     given = {"AGRPO_HEALTH_DISK": str(10**12)}
     state, status, log = _run(cluster, folder, "train.sbatch", "--nodes=2", *words, **given)
     assert (state, status) == ("FAILED", "2"), log
-    assert "no node can run this job" in log
+    assert "every node fails the check" in log
     assert "AGRPO_HEALTH_DISK" in log
 
 

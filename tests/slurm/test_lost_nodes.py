@@ -24,7 +24,7 @@ SECONDS = 6.0  # of each part: the job must not be over before that
 
 @pytest.fixture
 def cluster():
-    """Run a cluster of its own, which misses a node sooner than the others do."""
+    """Run a separate cluster, which misses a node sooner than the others do."""
     with cluster_or_skip(node_timeout=MISSED) as cluster:
         yield cluster
 
@@ -40,7 +40,7 @@ def test_a_job_moves_from_lost_nodes_to_others(cluster, folder):
     down = _nodes(cluster, number)[1]
     cluster.run("scontrol", "update", f"nodename={down}", "state=down", "reason=test")
     await_update(folder, "run", number, iteration=2)
-    # What runs on the node goes on: the job's script, a rank and its launcher. Nobody ends them.
+    # The job's script, a rank and its launcher keep running on the node. Nothing ends them.
     deaf = _nodes(cluster, number)[0]
     assert deaf != down
     os.kill(cluster.pid(deaf), signal.SIGKILL)
@@ -48,7 +48,7 @@ def test_a_job_moves_from_lost_nodes_to_others(cluster, folder):
     log = read_log(folder, number)
     assert job["JobState"] == "COMPLETED", log
     restarts = int(job["Restarts"])
-    assert restarts >= 2, log  # a busy machine may lose a node of its own accord
+    assert restarts >= 2, log  # a busy machine may lose a node by itself
     assert not {down, deaf} & set(_nodes(cluster, number))
     assert same_metrics(metrics(folder / "run"), undisturbed(folder, 2)), log
     check_nothing_is_lost(folder / "run", disturbances=restarts)

@@ -1,4 +1,4 @@
-"""A training job whose time runs out is queued again, and ends as one that nobody disturbed."""
+"""A training job whose time runs out is requeued, and ends as an undisturbed one."""
 
 import pytest
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 def test_a_job_out_of_time_goes_on(cluster, folder):
     expected = undisturbed(folder, 2)
     name = "out of time"
-    options = ["--time=2", "--signal=USR1@0"]  # told by the time alone, which does not suffice
+    options = ["--time=2", "--signal=USR1@0"]  # without a signal before the limit
     number = submit_slow(cluster, folder, name, *options, seconds=13.0)
     job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=2 * PATIENCE)
     restarts = int(job["Restarts"])

@@ -1,4 +1,4 @@
-"""Where ranks tell each other of failures: the launcher's store, apart from all collectives."""
+"""The launcher's key-value store, over which ranks report failures without a collective."""
 
 import datetime
 import itertools
@@ -12,71 +12,76 @@ import torch.distributed as dist
 
 from agrpo_megatron.megatron.parallel import world_size
 
-STEP = 0.05  # seconds between two looks while ranks wait for each other's word
-CONNECT = 300.0  # seconds for all ranks to start: on a cluster, imports can take minutes
-ANSWER = 10.0  # seconds that the store may take to answer
+KEY_POLL = 0.05  # seconds between two reads while a rank waits for a key
+START_TIMEOUT = 300.0  # seconds for all ranks to start: on a cluster, imports can take minutes
+STORE_TIMEOUT = 10.0  # seconds for one request to the store
 _uses = itertools.count()  # one process may run several commands: each has its own keys
 
 
 @dataclass(frozen=True)
-class Board:
+class RankStore:
     """The store, as one rank sees it."""
 
-    store: dist.Store
+    client: dist.Store
     rank: int
     world_size: int
 
     def has(self, key: str) -> bool:
-        """Say whether some rank has set a key."""
-        return self.store.check([key])
+        """Return whether some rank has set a key."""
+        return self.client.check([key])
 
     def value(self, key: str) -> str | None:
-        """Return what some rank has set a key to, or None."""
-        return self.store.get(key).decode() if self.has(key) else None
+        """Return the value of a key, or None while no rank has set it."""
+        return self.client.get(key).decode() if self.has(key) else None
 
     def await_key(self, key: str, seconds: float) -> None:
-        """Wait until some rank has set a key, but not longer."""
+        """Wait until some rank has set a key, for at most `seconds`."""
         deadline = time.monotonic() + seconds
         while not self.has(key) and time.monotonic() < deadline:
-            time.sleep(STEP)
+            time.sleep(KEY_POLL)
 
 
-def open_board() -> Board | None:
-    """Meet the other ranks at the launcher's store; None for a single rank or without a store."""
+def open_store() -> RankStore | None:
+    """Connect to the launcher's store; None for a single rank or without a store."""
     if world_size() == 1:
         return None
     rank = int(os.environ["RANK"])
     try:
-        store = _connect(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank)
+        client = _connect(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank)
     except (KeyError, RuntimeError) as error:
-        reason = f"no store at MASTER_ADDR:MASTER_PORT ({str(error).partition(chr(10))[0]})"
+        reason = f"no store at MASTER_ADDR:MASTER_PORT ({first_line(error)})"
         say(f"rank {rank}: a failure of another rank will not end this one: {reason}")
         return None
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     attempt = "/".join(os.environ.get(name, "") for name in names)
     prefix = f"agrpo_megatron/{attempt}/{next(_uses)}"
-    return Board(dist.PrefixStore(prefix, store), rank, world_size())
+    return RankStore(dist.PrefixStore(prefix, client), rank, world_size())
 
 
 @cache
 def _connect(host: str, port: int, rank: int) -> dist.Store:
-    """Connect to the store that torchrun hosts, or else rank 0, in which case it starts here.
+    """Connect to torchrun's store; without torchrun, rank 0 hosts the store in this process.
 
-    The process group started later finds it there. It lives as long as the process.
+    The process group started later uses the same store. It lives as long as the process.
     """
     is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         host,
         port,
         is_master=rank == 0 and not is_hosted,
-        timeout=datetime.timedelta(seconds=CONNECT),
+        timeout=datetime.timedelta(seconds=START_TIMEOUT),
         wait_for_workers=False,
         multi_tenant=True,
     )
-    store.set_timeout(datetime.timedelta(seconds=ANSWER))
+    store.set_timeout(datetime.timedelta(seconds=STORE_TIMEOUT))
     return store
 
 
 def say(line: str) -> None:
     """Print a line to the error stream at once."""
     print(line, file=sys.stderr, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return str(error).partition("\n")[0]
