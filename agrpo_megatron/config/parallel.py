@@ -9,7 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from agrpo_megatron.config.schema import build, from_text
-from agrpo_megatron.config.settings import ModelSettings, ParallelSettings, Settings
+from agrpo_megatron.config.settings import (
+    ModelSettings,
+    ParallelSettings,
+    RolloutSettings,
+    Settings,
+)
 
 
 def parse_layout(text: str, key: str) -> dict[str, Any]:
@@ -57,9 +62,14 @@ def rollout_parallel(settings: Settings) -> ParallelSettings:
     Raises:
         ValueError: the text is not a layout.
     """
-    text, key = settings.rollout.parallel, "rollout.parallel"
+    return rollout_layout(settings.rollout, settings.parallel)
+
+
+def rollout_layout(rollout: RolloutSettings, training: ParallelSettings) -> ParallelSettings:
+    """Return the same from the two sections."""
+    text, key = rollout.parallel, "rollout.parallel"
     if text is None:
-        return settings.parallel
+        return training
     return build(ParallelSettings, parse_layout(text, key), f"{key}.")
 
 
