@@ -1,4 +1,4 @@
-"""Compare two checkpoints, of either format: tensor by tensor, and by the logits they give."""
+"""Compare two checkpoints of either format, by tensors and by logits."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -94,7 +94,7 @@ def _refuse_unequal(model: ModelSettings, other: ModelSettings, first: Path, sec
 
 
 def _architecture(model: ModelSettings) -> dict[str, Any]:
-    """Return what two copies of a model have in common, however it was written."""
+    """Return the settings that two copies of a model share."""
     values = {
         **vars(model),
         "num_query_groups": model.num_query_groups or model.num_attention_heads,

@@ -33,7 +33,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     Raises:
         ValueError: the first rule broken, with key, value, rule and fix.
     """
-    # An architecture that is still to be read from model.load is checked once it was.
+    # An architecture from model.load is checked after it was read.
     if settings.model.load is None or settings.model.vocab_size is not None:
         _validate_model(settings.model)
         validate_layout(settings.model, settings.parallel, world_size=world_size)
@@ -153,7 +153,7 @@ def validate_layout(
 ) -> None:
     """Check that a layout fits the model and the ranks that were started.
 
-    `key` says where it was written: in the section `parallel`, or as the text of another setting.
+    `key` names the setting: the section `parallel`, or another setting's text.
 
     Raises:
         ValueError: the first rule broken, with the nearest layout that fits.
@@ -198,10 +198,10 @@ def nearest_layout(
 
 
 def _distance(near: ParallelSettings, asked: ParallelSettings) -> tuple[Any, ...]:
-    """Return what orders layouts: the sum of |log2 ratio| over tensor, pipeline, context, virtual.
+    """Return a sort key: the sum of |log2 ratio| over tensor, pipeline, context, virtual.
 
-    Written as a product of fractions, so that what is equally far compares equal. Then comes what
-    keeps `sequence`, `data` and, in their order, the sizes.
+    It is a product of fractions, so that equal distances compare equal. Ties go to the layout that
+    keeps `sequence`, `data` and, in order, the sizes.
     """
     names = ("tensor", "pipeline", "context", "virtual")
     pairs = [(getattr(near, name), getattr(asked, name)) for name in names]
@@ -211,7 +211,7 @@ def _distance(near: ParallelSettings, asked: ParallelSettings) -> tuple[Any, ...
 
 
 def _model_misfit(model: ModelSettings, parallel: ParallelSettings, *, at: str = "") -> str:
-    """Say which rule between layout and model is broken, after its key's prefix; empty if none."""
+    """Return the broken rule between layout and model, after its key's prefix; empty if none."""
     tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual
     heads = "num_query_groups" if model.num_query_groups else "num_attention_heads"
     for name in (heads, "ffn_hidden_size"):
@@ -269,8 +269,8 @@ def _validate_rollout(
         flat = replace(parallel, virtual=1)
         near = nearest_layout(model, flat, world_size=world_size)
         raise ValueError(
-            f"{key}={text}: vpp{parallel.virtual} is for training alone, the ring of the rollouts "
-            f"keeps every stage busy without; use {key}={layout_name(near, world_size)}"
+            f"{key}={text}: vpp{parallel.virtual} is for training only, as the rollouts' ring "
+            f"keeps every stage busy; use {key}={layout_name(near, world_size)}"
         )
     validate_layout(model, parallel, world_size=world_size, key=key)
 

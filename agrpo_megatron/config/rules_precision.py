@@ -1,6 +1,6 @@
-"""Rules of precision, kernels and optimizer states that follow from settings alone.
+"""Rules of precision, kernels and optimizer states that need settings only.
 
-What the machine must offer is said by `kernels`. Imports neither torch nor Megatron.
+`hardware/kernels` has those of the machine. Imports neither torch nor Megatron.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ def validate_precision(settings: Settings) -> None:
 
 
 def validate_recipe(settings: Settings, recipe: str | None) -> None:
-    """Check what a recipe asks for: widths it divides, and how weights in FP8 are gathered.
+    """Check the needs of a recipe: divisible widths, and how FP8 weights are gathered.
 
     Raises:
         ValueError: the first rule broken.
@@ -80,7 +80,7 @@ def trained_phases(sft: SftSettings, train: TrainSettings) -> tuple[str, ...]:
 
 
 def optimizers(settings: Settings, phases: Sequence[str]) -> dict[str, OptimizerSettings]:
-    """Return the optimizers of phases, by the section they are written in."""
+    """Return the optimizers of phases, by section name."""
     every = {
         "sft": ("sft.optimizer", settings.sft.optimizer),
         "rl": ("optimizer", settings.optimizer),
@@ -253,7 +253,7 @@ def _bf16_layers_misfit(
 
 
 def _is_known(model: ModelSettings) -> bool:
-    """Say whether the architecture is written, or was read from `model.load`."""
+    """Return whether the architecture is set, or was read from `model.load`."""
     return model.load is None or model.vocab_size is not None
 
 
@@ -282,7 +282,7 @@ def _widths(model: ModelSettings, parallel: ParallelSettings, key: str) -> dict[
 
 
 def _text(value: object) -> str:
-    """Write a value as the user does."""
+    """Return a value as the user writes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
