@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 2 tools/benchmark_checkpoint.py --parallel tp2
 
 A random model in float32 with Adam's moments (three times its bytes are written). `blocked` is the
-time that the training loop waits; the background save then goes on beside it.
+time that the training loop waits; the background save then continues in parallel.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WIDTH = 1024
 
 
 def main() -> int:
-    """Save a few times by both ways; returns the exit status."""
+    """Save a few times in both ways; returns the exit status."""
     arguments = _arguments()
     layer = 4 * (4 * WIDTH**2 + 9 * WIDTH**2)
     overrides = [

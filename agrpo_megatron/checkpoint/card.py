@@ -13,7 +13,7 @@ SHOWN = ("task.name", "algorithm", "sampling", "optimizer", "train.iterations", 
 
 
 def write_card(checkpoint: Path, folder: Path) -> None:
-    """Write the card of a checkpoint of a run; one that was only converted has none to write."""
+    """Write the card of a checkpoint of a run; a converted one gets none."""
     if not (checkpoint / PROGRESS_FILE).exists() or not (checkpoint / RUN_FILE).exists():
         return
     run, progress = read_yaml(checkpoint / RUN_FILE), read_progress(checkpoint)

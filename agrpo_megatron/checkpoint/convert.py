@@ -1,7 +1,7 @@
 """Hugging Face to Megatron and back, as a stream: memory does not grow with the model.
 
-The output appears under its name when it is whole. An interrupted conversion leaves
-`.NAME.partial` beside it, and the same conversion started again goes on from there.
+The output gets its name when it is complete. An interrupted conversion leaves `.NAME.partial` in
+the same folder; the same conversion started again resumes from it.
 """
 
 import json
@@ -43,16 +43,17 @@ from agrpo_megatron.families.files import (
 from agrpo_megatron.families.names import Line
 from agrpo_megatron.families.tensors import hf_shapes, lines, megatron_shape
 from agrpo_megatron.families.transforms import Split, to_megatron
+from agrpo_megatron.runs.files import write_whole
 from agrpo_megatron.runs.progress import HF
 
 SHARD = 5_000_000_000  # bytes of a Hugging Face shard where no index says otherwise
 JOB = "conversion.json"
 
-Progress = Callable[[int, int], Any]  # called with the bytes done, and the bytes in all
+ByteProgress = Callable[[int, int], Any]  # called with the bytes done, and the bytes in all
 
 
 def to_megatron_checkpoint(
-    source: Path, target: Path, *, progress: Progress, dtype: str | None = None
+    source: Path, target: Path, *, progress: ByteProgress, dtype: str | None = None
 ) -> None:
     """Convert a Hugging Face directory to a Megatron checkpoint; one process.
 
@@ -71,7 +72,7 @@ def to_megatron_checkpoint(
 
 
 def to_hf_directory(
-    source: Path, target: Path, *, progress: Progress, dtype: str | None = None
+    source: Path, target: Path, *, progress: ByteProgress, dtype: str | None = None
 ) -> None:
     """Convert a Megatron checkpoint, of any layout, to a Hugging Face directory; one process.
 
@@ -105,7 +106,7 @@ def to_hf_directory(
 
 
 def _pieces(model: ModelSettings, weights: HfWeights, dtype: str | None) -> list[Piece]:
-    """Return what a checkpoint of these weights consists of."""
+    """Return the pieces of a checkpoint of these weights."""
     shapes, pieces = hf_shapes(model), []
     for line in lines(model):
         kinds = {weights.tensors[name].dtype for name in line.parts}
@@ -135,7 +136,7 @@ def _blocks(
     weights: HfWeights,
     kind: torch.dtype,
 ) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
-    """Yield a parameter's blocks of rows and what makes them; one where parts are joined."""
+    """Yield a parameter's blocks of rows and their makers; one block if parts are joined."""
     parts = [weights.part(name) for name in line.parts]
     if len(parts) > 1:
         yield (
@@ -150,7 +151,7 @@ def _blocks(
 
 
 def _shards(tensors: Mapping[str, Stored], carried: Path) -> dict[str, str]:
-    """Return the file of each tensor: as in the index that came with them, or filled in order."""
+    """Return the file of each tensor: from the carried index, or filled in order."""
     index = read_index(carried)
     if index is not None and set(index) == set(tensors):
         return index
@@ -167,7 +168,7 @@ def _shards(tensors: Mapping[str, Stored], carried: Path) -> dict[str, str]:
 
 
 def _write_index(folder: Path, files: Mapping[str, str], tensors: Mapping[str, Stored]) -> None:
-    """Write the index of several shards, unless the one that was carried along is right."""
+    """Write the index of several shards, unless the carried one is right."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     path = folder / INDEX
     carried = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -181,9 +182,9 @@ def _write_index(folder: Path, files: Mapping[str, str], tensors: Mapping[str, S
 
 
 class _Count:
-    """Counts bytes, and says how many there are."""
+    """Counts bytes and reports them with the total."""
 
-    def __init__(self, total: int, progress: Progress):
+    def __init__(self, total: int, progress: ByteProgress):
         self._done, self._total, self._progress = 0, total, progress
 
     def add(self, nbytes: int) -> None:
@@ -201,7 +202,7 @@ class _Count:
 def _unfinished(target: Path, source: Path, dtype: str | None) -> Iterator[Path]:
     """Yield the folder to write to, which becomes the target at the end.
 
-    It keeps what the same conversion left there; that of another conversion is removed.
+    It keeps the files of an earlier attempt of this conversion and removes those of any other.
     """
     if target.exists():
         raise ValueError(f"{target} exists; choose another name, or remove it")
@@ -212,7 +213,7 @@ def _unfinished(target: Path, source: Path, dtype: str | None) -> Iterator[Path]
     if not record.exists() or record.read_text(encoding="utf-8") != job:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        record.write_text(job, encoding="utf-8")
+        write_whole(record, job)
     yield partial
     record.unlink()
     if is_megatron(partial):

@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's files: written when it is whole, compared before it is loaded."""
+"""Checksums of a checkpoint's files: written when it is complete, verified before loading."""
 
 import hashlib
 import json
@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MANIFEST = "checksums.json"
-THREADS = 4  # hashing runs beside reading
+THREADS = 4  # hashing overlaps reading
 
 
 class Damaged(ValueError):
-    """A checkpoint whose files are not those that were written; the message names the first."""
+    """A checkpoint whose files changed after the save; the message names the first."""
 
 
-def digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -24,7 +24,9 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Return the SHA-256 of files below a folder."""
     names = list(names)
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: digest(folder / name), names), strict=True))
+        return dict(
+            zip(names, pool.map(lambda name: file_digest(folder / name), names), strict=True)
+        )
 
 
 def seal(folder: Path, known: dict[str, str] | None = None) -> None:

@@ -1,9 +1,9 @@
-"""What a checkpoint holds beside its tensors: the model's settings, tokenizer, generation files.
+"""The files of a checkpoint besides its tensors: settings, tokenizer, generation files.
 
 model.yaml  settings of the model
-run.yaml    settings of the run, where one trained it
-hf/         every file of the Hugging Face directory but its weights: config.json, tokenizer, chat
-            template, modelling code, index; of a model that came from none: the tokenizer
+run.yaml    settings of the run, if it was trained
+hf/         every file of the Hugging Face directory except weights: config.json, tokenizer, chat
+            template, modelling code, index; without such a directory: the tokenizer
 """
 
 import json
@@ -43,7 +43,7 @@ def read_model(folder: Path) -> ModelSettings:
     """Read the settings of a checkpoint's model.
 
     Raises:
-        ValueError: the checkpoint has none, as one that another tool wrote.
+        ValueError: the checkpoint has none; another tool wrote it.
     """
     if not (folder / MODEL_FILE).exists():
         raise ValueError(
@@ -54,7 +54,7 @@ def read_model(folder: Path) -> ModelSettings:
 
 
 def carry(source: Path, target: Path) -> None:
-    """Copy what stands in a directory beside weights."""
+    """Copy the files of a directory except weights."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix not in WEIGHTS and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
@@ -67,7 +67,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def set_dtype(folder: Path, dtype: str) -> None:
-    """Make config.json name the dtype of the weights beside it."""
+    """Set the weights' dtype in config.json."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     keys = [key for key in DTYPE_KEYS if key in config] or [DTYPE_KEYS[0]]
     if any(config.get(key) != dtype for key in keys):

@@ -1,14 +1,14 @@
 """The optimizer's part of a checkpoint, exchanged between all kinds of optimizers.
 
 Adam's moments are stored in float32 under the names of the weights, whichever optimizer wrote
-them. Kinds differ in where they keep float32 weights, and in what they note beside the tensors:
+them. Kinds differ in where they keep float32 weights and in their non-tensor state:
 
     optimizer.state.param.NAME        distributed optimizer
     optimizer.state.fp32_param.NAME   float32 copies of bf16 weights, not distributed
     NAME                              the weights themselves, where they are float32
 
-Notes of another kind would not be understood, so a loaded optimizer keeps its own: learning rates
-come from the schedule, and the steps are counted by it.
+A loaded optimizer keeps its own non-tensor state, as that of another kind does not fit: the
+schedule gives learning rates and the step count.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def sharded_optimizer(engine: Engine, model: dict[str, Any], *, is_loading: bool
         return engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
 
 
-def ask_for_what_is_stored(wanted: dict[str, Any], stored: set[str]) -> None:
+def use_stored_names(wanted: dict[str, Any], stored: set[str]) -> None:
     """Rename float32 weights to the name that the checkpoint keeps them under; mutates it."""
 
     def renamed(leaf: Any) -> Any:
@@ -53,8 +53,8 @@ def ask_for_what_is_stored(wanted: dict[str, Any], stored: set[str]) -> None:
     dict_list_map_inplace(renamed, wanted)
 
 
-def ask_for_main_weights(wanted: dict[str, Any], stored: set[str]) -> None:
-    """Ask for float32 weights in place of those kept in FP8, where they are stored; mutates it."""
+def use_main_weights(wanted: dict[str, Any], stored: set[str]) -> None:
+    """Load float32 weights instead of FP8 ones where they are stored; mutates it."""
 
     def renamed(leaf: Any) -> Any:
         """Return the leaf, under the best name that the checkpoint has."""
@@ -71,9 +71,8 @@ def fill_optimizer(engine: Engine, loaded: dict[str, Any], steps: int) -> None:
     """Put loaded state in place; called by every rank, the weights being loaded already.
 
     Args:
-        loaded: the tensors that this optimizer asked for, beside what the one that wrote the
-            checkpoint noted.
-        steps: optimizer steps behind it.
+        loaded: the tensors of this optimizer, with the non-tensor state of the checkpoint's.
+        steps: optimizer steps done.
     """
     own: Any = engine.optimizer.state_dict()
     distributed = [part for part in _parts(engine) if isinstance(part, DistributedOptimizer)]
@@ -94,7 +93,7 @@ def fill_optimizer(engine: Engine, loaded: dict[str, Any], steps: int) -> None:
 
 
 def _parts(engine: Engine) -> list[Any]:
-    """Return Megatron's optimizers, each with the one that does its arithmetic inside."""
+    """Return Megatron's optimizers, each wraps the optimizer that does the arithmetic."""
     return getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
 
 
@@ -163,7 +162,7 @@ def _exchangeable() -> Iterator[None]:
         # Torch's Adam has a step for each tensor, which no checkpoint holds.
         tensors.setdefault("step", None)
         if isinstance(self.optimizer, HybridDeviceOptimizer):
-            # It keeps what it is given: here views of tensors that belong to all ranks.
+            # It keeps its arguments: here views of tensors that belong to all ranks.
             tensors = {k: v if v is None else v.clone() for k, v in tensors.items()}
         elif getattr(self.optimizer, "store_param_remainders", False):
             tensors["param"] = lower_halves(_shard(self, model_param), tensors["param"])

@@ -1,4 +1,4 @@
-"""Find the checkpoint to go on from: the newest whose files are those that were written."""
+"""Find the checkpoint to resume from: the newest with intact files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ def find_checkpoint(
 ) -> tuple[Path, Progress] | None:
     """Return the newest checkpoint that is whole, or None for a new run; called by every rank.
 
-    A damaged one is renamed, not deleted, and what is wrong with it is told by `warn`.
+    A damaged one is renamed, not deleted; `warn` gets the reason.
 
     Raises:
         RuntimeError: there are checkpoints, and all of them are damaged.
@@ -55,7 +55,7 @@ def verify_together(path: Path, ranks: Ranks) -> None:
 
 
 def _problem(path: Path, ranks: Ranks) -> str | None:
-    """Say what is wrong with a checkpoint; the same answer on every rank."""
+    """Return the problem of a checkpoint, the same on every rank; None if it is intact."""
     mine = None
     try:
         verify(path, share=ranks.rank, shares=ranks.world_size)

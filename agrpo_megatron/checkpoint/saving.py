@@ -1,7 +1,7 @@
-"""Save checkpoints of a run: whole or not there at all, beside the training where asked to.
+"""Save checkpoints of a run atomically, and in the background if asked to.
 
-A checkpoint is written under another name. When all ranks have written, its checksums are noted,
-it gets its name, and `latest` is moved; a kill at any moment leaves the previous one in place.
+A checkpoint is written under a temporary name. When all ranks have written, it gets checksums and
+its name, and `latest` is moved; a kill at any moment leaves the previous one in place.
 """
 
 import json
@@ -38,7 +38,7 @@ from agrpo_megatron.runs.progress import (
 )
 
 SUMS = ".sums-"
-# Who writes beside the training: the modules of its queue and of its writer.
+# Background writers: the modules of the queue and of the writer.
 STRATEGIES = {
     "nvrx": ("nvidia_resiliency_ext.checkpointing.async_ckpt", "core"),
     "mcore": ("megatron.core.dist_checkpointing.strategies", "async_utils"),
@@ -51,7 +51,7 @@ class Saver:
     Args:
         root: the run's `checkpoints` directory.
         keep: newest checkpoints of a phase that stay; the best and the end of SFT always stay.
-        is_async: write in a process of its own while training goes on.
+        is_async: write in a separate process while training continues.
         files: a folder whose content is copied into each checkpoint, such as the tokenizer.
         check: called before a checkpoint gets its name; raises where this attempt must not write.
     """
@@ -90,7 +90,7 @@ class Saver:
                 async_strategy=self._strategy,
             )
         assert request is not None
-        if request.async_fn is not None:  # else this rank has nothing of its own to write
+        if request.async_fn is not None:  # else this rank has nothing to write
             write = partial(_write, request.async_fn, folder, dist.get_rank())
             request = request._replace(async_fn=write)
         request.add_finalize_fn(partial(self._publish, folder, progress))
@@ -103,7 +103,7 @@ class Saver:
         return self._root / progress.name
 
     def poll(self) -> None:
-        """Publish a checkpoint that was written meanwhile; does not wait for one."""
+        """Publish a checkpoint that is fully written; does not wait for one."""
         self._queue.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:
@@ -151,7 +151,7 @@ class Saver:
 
 
 def _write(own: Callable[..., Any], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
-    """Write this rank's files, as Megatron does it, and note their checksums."""
+    """Write this rank's files, as Megatron does it, and record their checksums."""
     own(*args, **kwargs)
     files = (path.name for path in folder.glob(f"__{rank}_*"))
     text = json.dumps(digests(folder, files))
@@ -159,10 +159,10 @@ def _write(own: Callable[..., Any], folder: Path, rank: int, *args: Any, **kwarg
 
 
 class _FileQueue:
-    """Brings one result back from the writing process; a pipe would fill up and block it.
+    """Returns one result from the writing process; a pipe would fill up and block it.
 
-    Megatron's own queue is held by a manager process, whose start imports everything again: over
-    ten seconds for a tiny model.
+    Megatron's own queue needs a manager process, whose start imports everything again: over ten
+    seconds for a tiny model.
     """
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ def _results_through_files(writer: Any) -> Iterator[None]:
 
 
 def _link(source: str, target: str) -> None:
-    """Give a file a second name: it is the run's own, and no bytes are copied."""
+    """Hard-link a file of the run, so that no bytes are copied; copy it if that fails."""
     try:
         os.link(source, target)
     except OSError:

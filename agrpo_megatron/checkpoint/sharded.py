@@ -9,10 +9,10 @@ from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
 from agrpo_megatron.checkpoint.optimizer_state import (
-    ask_for_main_weights,
-    ask_for_what_is_stored,
     fill_optimizer,
     sharded_optimizer,
+    use_main_weights,
+    use_stored_names,
 )
 from agrpo_megatron.checkpoint.torch_dist import read_metadata
 from agrpo_megatron.megatron.engine import Engine
@@ -36,8 +36,8 @@ def load_checkpoint(path: Path, engine: Engine) -> None:
     with torch.no_grad():
         model = _model_state(engine.network)
         optimizer = sharded_optimizer(engine, model, is_loading=True)
-        ask_for_what_is_stored(optimizer, stored)
-        # By themselves, as both may ask for the weights.
+        use_stored_names(optimizer, stored)
+        # Two loads, as both may read the weights.
         state = _load({"optimizer": optimizer}, path)
         _fill(engine.network, _load(model, path))
         engine.scheduler.load_state_dict(state["scheduler"])
@@ -49,8 +49,8 @@ def load_weights(path: Path, network: Network) -> dict[str, Tensor]:
     """Load the model's weights alone, in place; called by every rank, at any layout.
 
     Returns:
-        What weights that are kept in FP8 were cast from, by Megatron's name: main weights, where
-        the checkpoint has them.
+        The tensors that FP8 weights were cast from, by Megatron's name: main weights, if the
+        checkpoint has them.
 
     Raises:
         ValueError: the checkpoint is damaged, or of another model.
@@ -58,7 +58,7 @@ def load_weights(path: Path, network: Network) -> dict[str, Tensor]:
     stored = set(read_metadata(path).state_dict_metadata)
     with torch.no_grad():
         wanted = _model_state(network)
-        ask_for_main_weights(wanted, stored)
+        use_main_weights(wanted, stored)
         return _fill(network, _load(wanted, path))
 
 
@@ -74,14 +74,14 @@ def _model_state(network: Network) -> dict[str, Any]:
 
 
 def _fill(network: Network, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Fill the network's weights; return what those in FP8 were cast from, by Megatron's name."""
+    """Fill the network's weights; return the sources of FP8 weights, by Megatron's name."""
     parts = [part for name, part in state.items() if name.startswith("model")]
-    names, given = {p: name for name, p in network.named_parameters()}, {}
+    names, sources = {p: name for name, p in network.named_parameters()}, {}
     for chunk, part in zip(network.chunks, parts, strict=True):
         chunk.load_state_dict(part, strict=False)
         in_fp8 = ((name, p) for name, p in chunk.named_parameters() if is_float8tensor(p))
-        given.update({names[p]: part[name] for name, p in in_fp8})
-    return given
+        sources.update({names[p]: part[name] for name, p in in_fp8})
+    return sources
 
 
 def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The weights that a run starts from."""
+"""The start weights of a run."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def load_start_weights(network: Network, settings: Settings) -> dict[str, Tensor
     """Fill a network with what `model.load` names, or with random weights; mutates it.
 
     Returns:
-        What weights in FP8 were cast from, by name.
+        The tensors that FP8 weights were cast from, by name.
 
     Raises:
         ValueError: the directory does not hold weights of this shape.

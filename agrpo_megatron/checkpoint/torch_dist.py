@@ -47,12 +47,14 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from agrpo_megatron.runs.files import write_whole
+
 METADATA, CONFIG = ".metadata", "metadata.json"
-# Written here, as importing Megatron for it takes seconds and half a gigabyte.
+# Repeated here, as importing Megatron for it takes seconds and half a gigabyte.
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 BLOCK = 1 << 26  # bytes held at a time of a tensor that can be cut into blocks of rows
 FILE = 1 << 31  # bytes of tensors in a file
-COMMON = "common_state/shard_0_1"  # where Megatron keeps what is not a tensor
+COMMON = "common_state/shard_0_1"  # where Megatron keeps non-tensors
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # Megatron names the two norms of a layer after the projection that Transformer Engine fuses them
 # with, whichever specification built the layer.
@@ -64,7 +66,7 @@ FUSED = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of rows of a checkpoint tensor, and what makes it."""
+    """A block of rows of a checkpoint tensor, and the function that makes it."""
 
     key: str
     dtype: torch.dtype
@@ -93,8 +95,7 @@ def checkpoint_key(parameter: str) -> tuple[str, int | None]:
 def write_checkpoint(folder: Path, pieces: Sequence[Piece], done: Callable[[int], Any]) -> None:
     """Write pieces as a checkpoint that Megatron loads at any layout; one process.
 
-    Goes on where an earlier call with the same pieces was interrupted: files that it had finished
-    stay.
+    Resumes an interrupted call with the same pieces: finished files stay.
 
     Args:
         done: called with the number of bytes after each piece.
@@ -114,13 +115,12 @@ def write_checkpoint(folder: Path, pieces: Sequence[Piece], done: Callable[[int]
             done(sum(making.piece(item).nbytes for item in plan.items if item.tensor_data))
             continue
         results.append(writer.write_data(plan, making).value())
-        partial = record.with_suffix(".partial")
-        partial.write_text(json.dumps(_encode(results[-1])), encoding="utf-8")
-        partial.rename(record)
+        write_whole(record, json.dumps(_encode(results[-1])))
     (folder / CONFIG).write_text(json.dumps(FORMAT), encoding="utf-8")
     writer.finish(described, results)
-    for record in folder.glob("written-*"):
-        record.unlink()
+    for pattern in ("written-*", ".written-*"):  # also what a kill left of `write_whole`
+        for record in folder.glob(pattern):
+            record.unlink()
 
 
 class TorchDist:
@@ -170,14 +170,14 @@ class TorchDist:
         return result if layer is None else result.squeeze(0)
 
     def row_blocks(self, key: str, layer: int | None) -> Iterator[slice]:
-        """Yield the rows of a tensor as they were saved: reading others would read these whole."""
+        """Yield the saved row blocks of a tensor; reading part of a block reads all of it."""
         stored, dim = self.tensor(key), 0 if layer is None else 1
         starts = {chunk.offsets[dim] for chunk in stored.chunks}
         yield from itertools.starmap(slice, itertools.pairwise([*sorted(starts), stored.size[dim]]))
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Return a checkpoint's metadata, whose pickle may name only what metadata consists of.
+    """Return a checkpoint's metadata; its pickle may name only metadata classes.
 
     Raises:
         ValueError: it is missing, damaged, or names anything else.
@@ -205,7 +205,7 @@ class _OnlyMetadata(pickle.Unpickler):
         """Return a class by name.
 
         Raises:
-            UnpicklingError: it is none that metadata needs.
+            UnpicklingError: metadata does not need it.
         """
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         record = getattr(self.modules.get(module), name, None)
@@ -223,7 +223,7 @@ class _Making(DefaultSavePlanner):
         self._pieces, self._done = pieces, done
 
     def piece(self, item: WriteItem) -> Piece:
-        """Return what a write item stands for."""
+        """Return the piece of a write item."""
         assert item.index.offset is not None
         return self._pieces[item.index.fqn, tuple(item.index.offset)]
 
@@ -241,7 +241,7 @@ class _Making(DefaultSavePlanner):
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
+    """Reads into one tensor."""
 
     def __init__(self, result: Tensor):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Compare two checkpoints, of either format: tensor by tensor, and by the logits they give."""
+"""Compare two checkpoints of either format, by tensors and by logits."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,8 +13,8 @@ from agrpo_megatron.checkpoint.weights import MegatronWeights, open_weights
 from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.families.files import HfWeights
-from agrpo_megatron.megatron.network import build_network
-from agrpo_megatron.megatron.parallel import Ranks, start_ranks, stop_ranks
+from agrpo_megatron.megatron.network import Network, build_network
+from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.megatron.weights import load_named
 
@@ -57,20 +57,19 @@ def compare_logits(first: Path, second: Path) -> Difference:
     settings = Settings(model=model)
     ranks = start_ranks(settings)
     try:
-        a, b = (_logits(settings, ranks, weights) for weights in (ours, theirs))
+        a, b = (_logits(build_network(settings, ranks), model, w) for w in (ours, theirs))
     finally:
         stop_ranks()
     return _difference("logits", a, b)
 
 
-def _logits(settings: Settings, ranks: Ranks, weights: Weights) -> Tensor:
-    model, generator = settings.model, torch.Generator().manual_seed(0)
+def _logits(network: Network, model: ModelSettings, weights: Weights) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
     assert model.vocab_size is not None and model.mask_token_id is not None
     length = min(LENGTH, model.max_sequence_length)
     ids = torch.randint(0, model.vocab_size, (ROWS, length), generator=generator)
     masked = torch.rand(ROWS, length, generator=generator) < torch.linspace(0.1, 0.9, ROWS)[:, None]
     rows = pack(ids.masked_fill(masked, model.mask_token_id), torch.full((ROWS,), length), masked)
-    network = build_network(settings, ranks)
     load_named(network, model, weights.part)
     (logits,) = forward_rows(network, [rows], lambda _, logits: logits)
     return logits.float().cpu()
@@ -95,7 +94,7 @@ def _refuse_unequal(model: ModelSettings, other: ModelSettings, first: Path, sec
 
 
 def _architecture(model: ModelSettings) -> dict[str, Any]:
-    """Return what two copies of a model have in common, however it was written."""
+    """Return the settings that two copies of a model share."""
     values = {
         **vars(model),
         "num_query_groups": model.num_query_groups or model.num_attention_heads,

@@ -43,7 +43,7 @@ class MegatronWeights:
             chosen = DTYPES[dtype] if dtype else stored
             self.tensors[name] = Stored(folder, chosen, shapes[name][0])
         self._refuse_unknown()
-        # One layer's projections, as their parts are asked for one by one.
+        # One layer's projections, as their parts are read one by one.
         self._fused = lru_cache(maxsize=2)(self._read_fused)
 
     def part(self, name: str) -> Tensor:
@@ -91,7 +91,7 @@ class MegatronWeights:
 
 
 def is_megatron(path: Path) -> bool:
-    """Say whether a directory is a Megatron checkpoint."""
+    """Return whether a directory is a Megatron checkpoint."""
     return (path / METADATA).is_file()
 
 

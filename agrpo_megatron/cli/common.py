@@ -1,4 +1,4 @@
-"""What several sub-commands of `agrpo` share: a model to open, overrides, and who speaks."""
+"""Shared by the sub-commands of `agrpo`: the target model, overrides, and the main rank."""
 
 import argparse
 import os
@@ -17,22 +17,22 @@ TARGET = (
 
 @dataclass(frozen=True)
 class Target:
-    """A model that the user named."""
+    """The model of a command."""
 
     settings: Settings
-    checkpoint: Path | None  # of a run; None: what model.load names
+    checkpoint: Path | None  # of a run; None: model.load
     name: str  # of the checkpoint
-    run: str  # name of the run that it belongs to; empty where it belongs to none
+    run: str  # name of its run; empty if it has none
     folder: Path  # where evaluations of it go
 
 
 def add_overrides(command: argparse.ArgumentParser) -> None:
-    """Let a command take settings."""
+    """Add settings to a command's arguments."""
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
 
 
 def add_target(command: argparse.ArgumentParser) -> None:
-    """Let a command take a model."""
+    """Add a model to a command's arguments."""
     command.add_argument("target", metavar="TARGET", help=TARGET)
     command.add_argument(
         "--checkpoint",
@@ -45,7 +45,7 @@ def add_target(command: argparse.ArgumentParser) -> None:
 
 
 def open_target(arguments: argparse.Namespace) -> Target:
-    """Find the model that `TARGET` names, and the settings that go with it.
+    """Find the model that `TARGET` names, and its settings.
 
     Raises:
         ValueError: there is no such model, or the settings are wrong.
@@ -81,12 +81,12 @@ def open_target(arguments: argparse.Namespace) -> Target:
 
 
 def is_main() -> bool:
-    """Say whether this rank speaks to the user."""
+    """Whether this rank prints; from the environment, as `megatron.parallel` loads torch."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def world_size() -> int:
-    """Return how many ranks were started."""
+    """Return how many ranks were started; from the environment, as `is_main`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -22,7 +22,7 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         "convert",
         help=text,
         description="Convert checkpoints from and to Hugging Face's format, as a stream: memory "
-        "does not grow with the model, and an interrupted conversion goes on when it is started "
+        "does not grow with the model, and an interrupted conversion resumes when it is started "
         "again.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,7 +46,7 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
     way.set_defaults(run=verify)
     way.add_argument("first", type=Path, metavar="A")
     way.add_argument("second", type=Path, metavar="B")
-    way.add_argument("--no-logits", action="store_true", help="tensors alone: needs less memory")
+    way.add_argument("--no-logits", action="store_true", help="tensors only: needs less memory")
     way.add_argument(
         "--tolerance", type=float, default=0.0, help="largest relative difference that passes (0)"
     )
@@ -114,7 +114,7 @@ def _checkpoint(path: Path, name: str | None) -> Path:
 
 @contextmanager
 def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield what moves a progress bar, by bytes done and bytes in all."""
+    """Yield the update function of a progress bar: bytes done, bytes in all."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -32,9 +32,9 @@ sampled (pass@1, pass@2, pass@4, ... of 16 completions each):
 pass rates of training problems, for a curriculum (task.pass_rates):
   ... evaluation.split=train evaluation.samples=8 evaluation.temperature=1
 
-An evaluation that was interrupted, even by kill -9, goes on where it was when the same command is
-given again. Every completion is kept with its verdict in OUTPUT/completions.jsonl, the numbers
-with their 95 % intervals in OUTPUT/results.json. `agrpo config --section evaluation` explains
+The same command resumes an evaluation that was interrupted, even by kill -9.
+OUTPUT/completions.jsonl has every completion with its verdict, OUTPUT/results.json the numbers
+with their 95 % intervals. `agrpo config --section evaluation` explains
 every setting; `agrpo report RUN/evaluations/*` draws accuracy against steps and FLOPs.
 """
 REPORT = """\
@@ -65,10 +65,10 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--output", type=Path, metavar="DIR", help="default: RUN/evaluations/CHECKPOINT[-NAME]"
     )
-    command.add_argument("--name", metavar="NAME", help="tells evaluations of a checkpoint apart")
-    command.add_argument("--label", metavar="TEXT", help="what figures call the model")
+    command.add_argument("--name", metavar="NAME", help="distinguishes evaluations of a checkpoint")
+    command.add_argument("--label", metavar="TEXT", help="name of the model in figures")
     command.add_argument(
-        "--restart", action="store_true", help="move an earlier evaluation away, and begin anew"
+        "--restart", action="store_true", help="move an earlier evaluation away, and start again"
     )
     command.add_argument("--json", action="store_true", help="print the results as JSON")
     add_overrides(command)
@@ -89,12 +89,15 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         "targets", nargs="+", metavar="[LABEL=]DIR", help="directory of a run, evaluation or sweep"
     )
     command.add_argument(
-        "--output", type=Path, metavar="PNG", help="where the frontier goes; default: beside them"
+        "--output",
+        type=Path,
+        metavar="PNG",
+        help="where the frontier goes; default: in the same folder",
     )
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Evaluate a model over the grid of `evaluation`, and say how it did."""
+    """Evaluate a model over the grid of `evaluation`, and print the results."""
     target = open_target(arguments)
     from agrpo_megatron.evaluation.plan import plan_evaluation
     from agrpo_megatron.evaluation.results import ResultStore
@@ -117,7 +120,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         moved = move_away(store.directory)
         if moved is not None:
             _say(f"the earlier evaluation is now {moved}")
-    # After a restart there is nothing to look at, though another rank may still be moving it.
+    # After --restart there are no results; another rank may still be moving the old ones.
     results = None
     if not arguments.restart:
         store.check(plan.evaluation)
@@ -163,7 +166,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def _run(plan, store):
-    """Start the ranks and answer what is left; returns the results on the main rank."""
+    """Start the ranks and evaluate what is left; returns the results on the main rank."""
     from agrpo_megatron.evaluation.evaluate import evaluate_grid
     from agrpo_megatron.evaluation.open import opened
     from agrpo_megatron.reports.evaluations import EvaluationView
@@ -182,7 +185,7 @@ def _run(plan, store):
 
 
 def _check_machine(plan) -> None:
-    """Refuse what this machine cannot do, before ranks start or anything is moved."""
+    """Check that this machine can run it, before ranks start or anything is moved."""
     from agrpo_megatron.hardware.kernels import kernels_for
 
     kernels_for(plan.resolved.settings)
@@ -213,7 +216,7 @@ def _frontier(evaluations: list[dict], path: Path) -> None:
 
 
 def _labelled(text: str) -> tuple[Path, str | None]:
-    """Split LABEL=DIR; a directory whose own name has an equals sign is taken as it is."""
+    """Split LABEL=DIR; an existing directory may have an equals sign in its name."""
     label, equals, path = text.partition("=")
     if equals and not Path(text).exists():
         return Path(path), label

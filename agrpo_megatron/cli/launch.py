@@ -9,9 +9,9 @@ EXAMPLES = """\
 what it does:
   It loads and checks the settings as `agrpo train` will, at the ranks of the job, asks the cluster
   whether it can run such a job, shows run directory, layout, memory and the exact sbatch command,
-  and submits it. What can be known to fail is not submitted. The job is told before its time is
-  up, saves, and queues itself again; ranks and nodes that fail are replaced; each time the run
-  goes on from its last checkpoint. `agrpo config --section launch` explains the job's settings.
+  and submits it, unless a check fails. Before its time limit the job gets a signal, saves, and
+  queues itself again; ranks and nodes that fail are replaced; each time the run resumes from its
+  last checkpoint. `agrpo config --section launch` explains the job's settings.
 
 a run on 4 nodes of 8 GPUs:
   agrpo launch examples/llada_8b/gsm8k_4_nodes.yaml --nodes 4 --dry-run
@@ -24,15 +24,15 @@ on CPUs, two ranks on each of two nodes:
 
 where the logs are (ID is the job's number, RUN its run directory):
   squeue -j ID                  whether it waits or runs
-  RUN/launch/ID.log             what the job says: checks, attempts, how it ended
+  RUN/launch/ID.log             the log of the job: checks, attempts, exit status
   RUN/launch/ID/latest/         its newest attempt, a file for each rank
 
 how to stop:
-  scancel ID                    for good; what was saved stays
+  scancel ID                    for good; checkpoints stay
   scancel --signal=USR1 ID      save, and wait in the queue again
 
-how to resume: give the same command again; it says after which iteration the run goes on. A run
-that is finished is refused; --restart moves it away and begins anew.
+how to resume: give the same command again; it shows the iteration the run resumes from. A finished
+run is refused; --restart moves it away and starts again.
 
 a sweep, a run for each combination, in folders 00, 01, ... of the run directory:
   agrpo launch examples/tiny.yaml --nodes 1 launch.gpus_per_node=0 run.dir=runs/sweep \\
@@ -41,8 +41,8 @@ a sweep, a run for each combination, in folders 00, 01, ... of the run directory
       --sweep examples/sweep.yaml
 
   All members are checked before any is submitted. A job array runs them, and a job after it
-  writes summary.md: best member first, with what failed and why; `agrpo report RUN` writes it
-  sooner. The same command again submits those members that are not finished.
+  writes summary.md: best member first, with failures and their causes; `agrpo report RUN` writes it
+  sooner. The same command again submits the unfinished members.
 """
 
 
@@ -67,7 +67,7 @@ def add_launch(commands: argparse._SubParsersAction) -> None:
         "--sweep",
         nargs="+",
         metavar="KEY=[VALUE,...]",
-        help="what members of a sweep differ in, or YAML files of it; all that follow",
+        help="settings in which members of a sweep differ, or YAML files of them",
     )
     add_overrides(command)
 

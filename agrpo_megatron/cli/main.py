@@ -1,7 +1,7 @@
 """The `agrpo` command: thin sub-commands over the library.
 
-Heavy imports happen inside the sub-commands, after the settings were checked, so that `--help`,
-`config` and wrong input answer at once.
+Heavy imports happen inside the sub-commands, after the settings are checked, so that `--help`,
+`config` and wrong input respond at once.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from agrpo_megatron.config.schema import describe, load, to_yaml
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.resilience import exit_status
 
-UNREAD = 141  # as a shell says of a process that SIGPIPE ended
+UNREAD = 141  # exit status after SIGPIPE, as in a shell
 EPILOG = """\
 a first run:
   agrpo train examples/tiny.yaml            train from nothing on the CPU, in minutes
@@ -45,7 +45,7 @@ a SLURM cluster:
 def main(argv: list[str] | None = None) -> int:
     """Run one sub-command; returns the exit status: 2 for wrong input."""
     parser = _parser()
-    # argparse does not take up overrides again after an option: `a.b=1 --restart c.d=2`.
+    # argparse does not accept overrides after an option: `a.b=1 --restart c.d=2`.
     arguments, rest = parser.parse_known_args(argv)
     strange = [r for r in rest if "=" not in r or r.startswith("-")]
     if strange or (rest and not hasattr(arguments, "overrides")):
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Run or resume training, then write the report and say how it went."""
+    """Run or resume training, then write the report and print the result."""
     phases = arguments.phases
     settings = load(Settings, arguments.file, arguments.overrides)
     from agrpo_megatron.hardware.kernels import kernels_for
@@ -85,11 +85,11 @@ def train(arguments: argparse.Namespace) -> int:
 
     resolved = resolve(settings, world_size=world_size())
     settings = resolved.settings
-    # After a restart there is nothing to look at, though another rank may still be moving it.
+    # After --restart there is no progress, though another rank may still be moving the old run.
     done = None if arguments.restart else directory.progress(settings)
     is_finished = directory.is_finished(settings, done)
     if not is_finished:
-        kernels_for(settings, phases=phases)  # what this machine cannot do is said before all else
+        kernels_for(settings, phases=phases)  # check this machine first
     if arguments.restart and is_main():
         moved = directory.move_away(Path(settings.run.dir))
         if moved is not None:
@@ -132,7 +132,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def _end(outcome: str, reason: str, status: int) -> int:
-    """Say how training ended, to the user and to the job's script; returns the exit status."""
+    """Report how training ended, to the user and the job's script; returns the exit status."""
     if is_main():
         if reason:
             print(f"agrpo: {outcome}: {reason}", file=sys.stderr)
@@ -187,7 +187,7 @@ def sample(arguments: argparse.Namespace) -> int:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Print what is installed, and which kernels the settings take with it."""
+    """Print what is installed, and which kernels the settings use with it."""
     from rich.console import Console
 
     from agrpo_megatron.config.rules_precision import trained_phases, validate_precision
@@ -205,7 +205,9 @@ def doctor(arguments: argparse.Namespace) -> int:
     of = " ".join([file or "default settings", *overrides])
     if file is None and not overrides:
         of += "; agrpo doctor FILE, or precision=bf16, shows those of others"
-    print_kernels(kernels_for(settings, phases=trained_phases(settings)), of, console)
+    print_kernels(
+        kernels_for(settings, phases=trained_phases(settings.sft, settings.train)), of, console
+    )
     return 0
 
 
@@ -234,8 +236,8 @@ def config(arguments: argparse.Namespace) -> int:
 
 
 def _is_unread(error: BaseException) -> bool:
-    """Say whether nobody reads the standard output; what is left of it then goes nowhere."""
-    if isinstance(error, SystemExit):  # what rich makes of it
+    """Whether the reader of stdout is gone; the rest of the output is then discarded."""
+    if isinstance(error, SystemExit):  # raised by rich
         return isinstance(error.__context__, BrokenPipeError)
     try:
         print(flush=True)
@@ -275,16 +277,16 @@ def _parser() -> argparse.ArgumentParser:
     add_report(commands)
     add_convert(commands)
     add_launch(commands)
-    text = "what is installed, and which kernels a run takes with it"
+    text = "what is installed, and which kernels a run uses with it"
     command = _command(commands, "doctor", text, doctor)
     command.add_argument("file", nargs="?", metavar="FILE", help="settings of the run (YAML)")
     add_overrides(command)
     command = _command(commands, "config", "explain all settings, or check a file", config)
     command.add_argument("file", nargs="?", metavar="FILE", help="check this and print it resolved")
     command.add_argument(
-        "--ranks", type=int, metavar="N", help="check the layout for so many ranks; default: 1"
+        "--ranks", type=int, metavar="N", help="check the layout for this many ranks; default: 1"
     )
-    command.add_argument("--section", default="", help="only settings that begin so")
+    command.add_argument("--section", default="", help="only settings with this prefix")
     command.add_argument("--tasks", action="store_true", help="explain the options of each task")
     add_overrides(command)
     return parser

@@ -1,6 +1,6 @@
 """Parallel layouts: written as text, counted in ranks, and split into pipeline stages.
 
-The arithmetic only; which layouts are legal is said by `rules`. Imports neither torch nor Megatron.
+The arithmetic only; `rules` checks which layouts are legal. Imports neither torch nor Megatron.
 """
 
 import math
@@ -9,22 +9,27 @@ from dataclasses import replace
 from typing import Any
 
 from agrpo_megatron.config.schema import build, from_text
-from agrpo_megatron.config.settings import ModelSettings, ParallelSettings, Settings
+from agrpo_megatron.config.settings import (
+    ModelSettings,
+    ParallelSettings,
+    RolloutSettings,
+    Settings,
+)
 
 
 def parse_layout(text: str, key: str) -> dict[str, Any]:
     """Read a layout such as tp2-sp-pp2-vpp2-cp1-dp2 as keys of `ParallelSettings`.
 
-    Parts come in any order; what is left out keeps its default. `key` is where the text stands.
+    Parts come in any order; missing parts keep their defaults. `key` names the setting.
 
     Raises:
-        ValueError: a part that is not one, or that is written twice.
+        ValueError: an unknown or repeated part.
     """
     return from_text(ParallelSettings, text, key=key)
 
 
 def layout_name(parallel: ParallelSettings, world_size: int) -> str:
-    """Return the layout's one canonical text; of `layers` it says nothing."""
+    """Return the layout's canonical text, without `layers`."""
     return layout_text(replace(parallel, data=data_ranks(parallel, world_size)))
 
 
@@ -42,7 +47,7 @@ def layout_text(parallel: ParallelSettings) -> str:
 
 
 def model_ranks(parallel: ParallelSettings) -> int:
-    """Return how many ranks hold one copy of the model together."""
+    """Return how many ranks share one copy of the model."""
     return parallel.tensor * parallel.pipeline * parallel.context
 
 
@@ -57,9 +62,14 @@ def rollout_parallel(settings: Settings) -> ParallelSettings:
     Raises:
         ValueError: the text is not a layout.
     """
-    text, key = settings.rollout.parallel, "rollout.parallel"
+    return rollout_layout(settings.rollout, settings.parallel)
+
+
+def rollout_layout(rollout: RolloutSettings, training: ParallelSettings) -> ParallelSettings:
+    """Return the rollout layout from the two sections, as `rollout_parallel`."""
+    text, key = rollout.parallel, "rollout.parallel"
     if text is None:
-        return settings.parallel
+        return training
     return build(ParallelSettings, parse_layout(text, key), f"{key}.")
 
 
@@ -73,16 +83,16 @@ def padded_vocab(settings: Settings) -> int:
 def stage_layers(model: ModelSettings, parallel: ParallelSettings) -> tuple[int, ...]:
     """Return the layers of each virtual stage in order, as Megatron counts them.
 
-    Entry v * pipeline + i is chunk v of pipeline rank i. Unless `parallel.layers` says otherwise,
-    the largest rank is as small as it can be, counted in parameters, then the largest chunk of
-    each rank: the first chunk of the first rank also holds the embedding, the last chunk of the
+    Entry v * pipeline + i is chunk v of pipeline rank i. Without `parallel.layers`, the
+    largest rank is as small as it can be, counted in parameters, then the largest chunk of each
+    rank: the first chunk of the first rank also holds the embedding, the last chunk of the
     last rank the head. The layout was checked by `rules`.
     """
     if parallel.layers is not None:
         return tuple(parallel.layers)
     ranks, chunks = parallel.pipeline, parallel.virtual
     layer, table = _layer_parameters(model), (model.vocab_size or 0) * model.hidden_size
-    held = [[0] * chunks for _ in range(ranks)]  # parameters beside the layers
+    held = [[0] * chunks for _ in range(ranks)]  # parameters outside the layers
     held[0][0] += table
     held[-1][-1] += table
     totals = _spread(model.num_layers, [sum(rank) for rank in held], layer=layer, least=chunks)
@@ -102,7 +112,7 @@ def attention_cost(model: ModelSettings) -> float:
 
 
 def _spread(count: int, held: Sequence[int], *, layer: int, least: int) -> list[int]:
-    """Spread layers over places, each time to the cheapest: no spread has a smaller largest place.
+    """Give each layer to the cheapest place, which minimises the largest place.
 
     Among equals the middle comes before the first and last place, and the earlier one first.
     """

@@ -11,15 +11,18 @@ from agrpo_megatron.config.parallel import (
     layout_name,
     layout_text,
     model_ranks,
-    rollout_parallel,
+    rollout_layout,
     stage_layers,
 )
 from agrpo_megatron.config.rules_precision import validate_precision
 from agrpo_megatron.config.settings import (
     ModelSettings,
     ParallelSettings,
+    RolloutSettings,
     SamplingSettings,
     Settings,
+    TaskSettings,
+    TrainSettings,
     evaluation_sampling,
 )
 
@@ -30,11 +33,13 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     Raises:
         ValueError: the first rule broken, with key, value, rule and fix.
     """
-    # An architecture that is still to be read from model.load is checked once it was.
+    # An architecture from model.load is checked after it was read.
     if settings.model.load is None or settings.model.vocab_size is not None:
         _validate_model(settings.model)
         validate_layout(settings.model, settings.parallel, world_size=world_size)
-        _validate_rollout(settings, world_size)
+        _validate_rollout(
+            settings.rollout, settings.parallel, model=settings.model, world_size=world_size
+        )
     validate_precision(settings)
     validate_sampling(settings.sampling, "sampling")
     validate_sampling(evaluation_sampling(settings), "evaluation")
@@ -47,8 +52,8 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     load = settings.model.load
     if load is not None and not Path(load).is_dir():
         raise ValueError(f"model.load={load} is not a directory; give a Hugging Face or run folder")
-    _validate_metric("checkpoint.best", settings.checkpoint.best, settings)
-    _validate_stop(settings)
+    _validate_metric("checkpoint.best", settings.checkpoint.best, task=settings.task)
+    _validate_stop(settings.train, settings.task, has_evaluations=settings.evaluation.interval > 0)
     rates = settings.task
     if rates.pass_rate_low > rates.pass_rate_high:
         raise ValueError(
@@ -68,9 +73,8 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         )
 
 
-def _validate_metric(key: str, name: str | None, settings: Settings) -> None:
-    """Check that a metric may be one of evaluations; which parts a reward has shows only then."""
-    task = settings.task
+def _validate_metric(key: str, name: str | None, *, task: TaskSettings) -> None:
+    """Check that evaluations can have a metric; the parts of a reward are known only then."""
     labels = [f"accuracy/{label}" for label in task.mixture] if task.name == "mixture" else []
     known = ["accuracy", *labels]
     if name is None or name in known or name.startswith(("reward/", "summary/")):
@@ -81,9 +85,8 @@ def _validate_metric(key: str, name: str | None, settings: Settings) -> None:
     )
 
 
-def _validate_stop(settings: Settings) -> None:
-    train = settings.train
-    _validate_metric("train.stop_metric", train.stop_metric, settings)
+def _validate_stop(train: TrainSettings, task: TaskSettings, *, has_evaluations: bool) -> None:
+    _validate_metric("train.stop_metric", train.stop_metric, task=task)
     for key in ("stop_target", "stop_patience"):
         if train.stop_metric is None and getattr(train, key) is not None:
             raise ValueError(
@@ -97,10 +100,10 @@ def _validate_stop(settings: Settings) -> None:
             f"train.stop_metric={train.stop_metric} needs train.stop_target or "
             "train.stop_patience; use for example train.stop_patience=5"
         )
-    if settings.evaluation.interval == 0:
+    if not has_evaluations:
         raise ValueError(
-            f"train.stop_metric={train.stop_metric} needs evaluations on the way, and "
-            "evaluation.interval=0 makes none; use for example evaluation.interval=25"
+            f"train.stop_metric={train.stop_metric} needs evaluations during training, "
+            "and evaluation.interval=0 makes none; use for example evaluation.interval=25"
         )
 
 
@@ -150,7 +153,7 @@ def validate_layout(
 ) -> None:
     """Check that a layout fits the model and the ranks that were started.
 
-    `key` says where it was written: in the section `parallel`, or as the text of another setting.
+    `key` names the setting: the section `parallel`, or another setting's text.
 
     Raises:
         ValueError: the first rule broken, with the nearest layout that fits.
@@ -195,10 +198,10 @@ def nearest_layout(
 
 
 def _distance(near: ParallelSettings, asked: ParallelSettings) -> tuple[Any, ...]:
-    """Return what orders layouts: the sum of |log2 ratio| over tensor, pipeline, context, virtual.
+    """Return a sort key: the sum of |log2 ratio| over tensor, pipeline, context, virtual.
 
-    Written as a product of fractions, so that what is equally far compares equal. Then comes what
-    keeps `sequence`, `data` and, in their order, the sizes.
+    It is a product of fractions, so that equal distances compare equal. Ties go to the layout that
+    keeps `sequence`, `data` and, in order, the sizes.
     """
     names = ("tensor", "pipeline", "context", "virtual")
     pairs = [(getattr(near, name), getattr(asked, name)) for name in names]
@@ -208,7 +211,7 @@ def _distance(near: ParallelSettings, asked: ParallelSettings) -> tuple[Any, ...
 
 
 def _model_misfit(model: ModelSettings, parallel: ParallelSettings, *, at: str = "") -> str:
-    """Say which rule between layout and model is broken, after its key's prefix; empty if none."""
+    """Return the broken rule between layout and model, after its key's prefix; empty if none."""
     tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual
     heads = "num_query_groups" if model.num_query_groups else "num_attention_heads"
     for name in (heads, "ffn_hidden_size"):
@@ -251,19 +254,25 @@ def _layers_misfit(model: ModelSettings, parallel: ParallelSettings) -> str:
     return ""
 
 
-def _validate_rollout(settings: Settings, world_size: int) -> None:
-    key, text = "rollout.parallel", settings.rollout.parallel
+def _validate_rollout(
+    rollout: RolloutSettings,
+    training: ParallelSettings,
+    *,
+    model: ModelSettings,
+    world_size: int,
+) -> None:
+    key, text = "rollout.parallel", rollout.parallel
     if text is None:
         return
-    parallel = rollout_parallel(settings)
+    parallel = rollout_layout(rollout, training)
     if parallel.virtual > 1:
         flat = replace(parallel, virtual=1)
-        near = nearest_layout(settings.model, flat, world_size=world_size)
+        near = nearest_layout(model, flat, world_size=world_size)
         raise ValueError(
-            f"{key}={text}: vpp{parallel.virtual} is for training alone, the ring of the rollouts "
-            f"keeps every stage busy without; use {key}={layout_name(near, world_size)}"
+            f"{key}={text}: vpp{parallel.virtual} is for training only, as the rollouts' ring "
+            f"keeps every stage busy; use {key}={layout_name(near, world_size)}"
         )
-    validate_layout(settings.model, parallel, world_size=world_size, key=key)
+    validate_layout(model, parallel, world_size=world_size, key=key)
 
 
 def _validate_model(model: ModelSettings) -> None:

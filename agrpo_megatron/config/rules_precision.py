@@ -1,18 +1,22 @@
-"""Rules of precision, kernels and optimizer states that follow from settings alone.
+"""Rules of precision, kernels and optimizer states that need settings only.
 
-What the machine must offer is said by `kernels`. Imports neither torch nor Megatron.
+`hardware/kernels` has those of the machine. Imports neither torch nor Megatron.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from agrpo_megatron.config.parallel import rollout_parallel
+from agrpo_megatron.config.parallel import rollout_layout
 from agrpo_megatron.config.settings import (
     Fp8Settings,
+    KernelSettings,
     ModelSettings,
     OptimizerSettings,
     ParallelSettings,
+    RolloutSettings,
     Settings,
+    SftSettings,
+    TrainSettings,
 )
 
 # Half the distance of neighbouring bf16 numbers is at most 2**-8 of them: with 1 - beta2 below it,
@@ -26,14 +30,17 @@ def validate_precision(settings: Settings) -> None:
     Raises:
         ValueError: the first rule broken, with key, value, rule and fix.
     """
+    precision, fp8, kernels = settings.precision, settings.fp8, settings.kernels
+    layouts = settings.parallel, settings.rollout
+    used = optimizers(settings, trained_phases(settings.sft, settings.train))
     problem = (
-        _fp8_misfit(settings)
-        or _spec_misfit(settings)
-        or _batch_invariant_misfit(settings)
-        or _graphs_misfit(settings)
-        or _optimizer_misfit(settings)
-        or _primary_weights_misfit(settings)
-        or _bf16_layers_misfit(settings)
+        _fp8_misfit(precision, fp8, has_rl=settings.train.iterations > 0)
+        or _spec_misfit(precision, kernels)
+        or (kernels.batch_invariant and _batch_invariant_misfit(precision, *layouts))
+        or (kernels.cuda_graphs and _graphs_misfit(*layouts))
+        or _optimizer_misfit(precision, used)
+        or (fp8.primary_weights and _primary_weights_misfit(settings.rollout, used))
+        or (precision == "fp8" and _bf16_layers_misfit(fp8, settings.model, *layouts))
     )
     if problem:
         raise ValueError(problem)
@@ -42,7 +49,7 @@ def validate_precision(settings: Settings) -> None:
 
 
 def validate_recipe(settings: Settings, recipe: str | None) -> None:
-    """Check what a recipe asks for: widths it divides, and how weights in FP8 are gathered.
+    """Check the needs of a recipe: divisible widths, and how FP8 weights are gathered.
 
     Raises:
         ValueError: the first rule broken.
@@ -57,7 +64,7 @@ def validate_recipe(settings: Settings, recipe: str | None) -> None:
     if not _is_known(settings.model):
         return
     multiple = 32 if recipe == "mxfp8" else 16
-    for key, parallel in _layouts(settings):
+    for key, parallel in _layouts(settings.parallel, settings.rollout):
         for what, width in _widths(settings.model, parallel, key).items():
             if width % multiple:
                 raise ValueError(
@@ -66,14 +73,14 @@ def validate_recipe(settings: Settings, recipe: str | None) -> None:
                 )
 
 
-def trained_phases(settings: Settings) -> tuple[str, ...]:
+def trained_phases(sft: SftSettings, train: TrainSettings) -> tuple[str, ...]:
     """Return the phases that a run has: sft, rl."""
-    counts = {"sft": settings.sft.iterations, "rl": settings.train.iterations}
+    counts = {"sft": sft.iterations, "rl": train.iterations}
     return tuple(phase for phase, iterations in counts.items() if iterations)
 
 
 def optimizers(settings: Settings, phases: Sequence[str]) -> dict[str, OptimizerSettings]:
-    """Return the optimizers of phases, by the section they are written in."""
+    """Return the optimizers of phases, by section name."""
     every = {
         "sft": ("sft.optimizer", settings.sft.optimizer),
         "rl": ("optimizer", settings.optimizer),
@@ -81,18 +88,17 @@ def optimizers(settings: Settings, phases: Sequence[str]) -> dict[str, Optimizer
     return dict(every[phase] for phase in phases)
 
 
-def _fp8_misfit(settings: Settings) -> str:
-    fp8 = settings.fp8
-    given = {key: value for key, value in asdict(fp8).items() if value != asdict(FP8)[key]}
-    if settings.precision != "fp8" and given:
-        key, value = next(iter(given.items()))
+def _fp8_misfit(precision: str, fp8: Fp8Settings, *, has_rl: bool) -> str:
+    changed = {key: value for key, value in asdict(fp8).items() if value != asdict(FP8)[key]}
+    if precision != "fp8" and changed:
+        key, value = next(iter(changed.items()))
         return (
-            f"fp8.{key}={_text(value)} is for precision=fp8, and precision={settings.precision}; "
+            f"fp8.{key}={_text(value)} is for precision=fp8, and precision={precision}; "
             "set precision=fp8 or leave it out"
         )
     if fp8.recipe != "delayed":
         return ""
-    if settings.train.iterations > 0:
+    if has_rl:
         return (
             "fp8.recipe=delayed scales by the values of earlier forwards, so a token's "
             "log-probability would depend on which rollouts came before it; use blockwise or "
@@ -107,8 +113,8 @@ def _fp8_misfit(settings: Settings) -> str:
     return ""
 
 
-def _spec_misfit(settings: Settings) -> str:
-    spec, precision = settings.kernels.layer_spec, settings.precision
+def _spec_misfit(precision: str, kernels: KernelSettings) -> str:
+    spec = kernels.layer_spec
     if spec == "te" and precision == "fp32":
         return (
             "kernels.layer_spec=te has no attention in float32, and precision=fp32; use "
@@ -116,8 +122,8 @@ def _spec_misfit(settings: Settings) -> str:
         )
     wants = {
         "precision=fp8": precision == "fp8",
-        "kernels.batch_invariant=true": settings.kernels.batch_invariant,
-        "kernels.cuda_graphs=true": settings.kernels.cuda_graphs,
+        "kernels.batch_invariant=true": kernels.batch_invariant,
+        "kernels.cuda_graphs=true": kernels.cuda_graphs,
     }
     for key, is_set in wants.items():
         if is_set and spec == "local":
@@ -133,15 +139,15 @@ def _spec_misfit(settings: Settings) -> str:
     return ""
 
 
-def _batch_invariant_misfit(settings: Settings) -> str:
-    if not settings.kernels.batch_invariant:
-        return ""
-    if settings.precision == "fp8":
+def _batch_invariant_misfit(
+    precision: str, training: ParallelSettings, rollout: RolloutSettings
+) -> str:
+    if precision == "fp8":
         return (
             "kernels.batch_invariant=true has products of bfloat16 alone, and precision=fp8; use "
             "precision=bf16"
         )
-    for key, parallel in _layouts(settings):
+    for key, parallel in _layouts(training, rollout):
         if parallel.context > 1:
             return (
                 f"kernels.batch_invariant=true needs rows that no ranks share, and {key} has "
@@ -150,17 +156,15 @@ def _batch_invariant_misfit(settings: Settings) -> str:
     return ""
 
 
-def _graphs_misfit(settings: Settings) -> str:
-    if not settings.kernels.cuda_graphs:
-        return ""
-    rollout = rollout_parallel(settings)
+def _graphs_misfit(training: ParallelSettings, rollout: RolloutSettings) -> str:
+    parallel = rollout_layout(rollout, training)
     for name in ("pipeline", "context"):
-        if getattr(rollout, name) > 1:
+        if getattr(parallel, name) > 1:
             return (
                 "kernels.cuda_graphs=true replays forwards of a whole model, and the rollouts have "
-                f"{name}={getattr(rollout, name)}; use {name}=1, there is rollout.parallel for it"
+                f"{name}={getattr(parallel, name)}; use {name}=1, there is rollout.parallel for it"
             )
-    if rollout.sequence:
+    if parallel.sequence:
         return (
             "kernels.cuda_graphs=true cannot record what sequence parallelism does to the state of "
             "random numbers, and the rollouts have sequence=true; use sequence=false, there is "
@@ -169,8 +173,8 @@ def _graphs_misfit(settings: Settings) -> str:
     return ""
 
 
-def _optimizer_misfit(settings: Settings) -> str:
-    for key, optimizer in optimizers(settings, trained_phases(settings)).items():
+def _optimizer_misfit(precision: str, used: Mapping[str, OptimizerSettings]) -> str:
+    for key, optimizer in used.items():
         low = {
             name: value
             for name in ("moments", "main_gradients")
@@ -183,7 +187,7 @@ def _optimizer_misfit(settings: Settings) -> str:
                     f"{key}.{name}={value} is for the distributed optimizer; set "
                     f"{key}.distributed=true"
                 )
-            if settings.precision == "fp32":
+            if precision == "fp32":
                 plain = "0" if name == "offload" else "fp32"
                 return (
                     f"{key}.{name}={value} saves memory beside bf16 weights, and precision=fp32; "
@@ -203,11 +207,9 @@ def _optimizer_misfit(settings: Settings) -> str:
     return ""
 
 
-def _primary_weights_misfit(settings: Settings) -> str:
-    if not settings.fp8.primary_weights:
-        return ""
+def _primary_weights_misfit(rollout: RolloutSettings, used: Mapping[str, OptimizerSettings]) -> str:
     said = "fp8.primary_weights=true"
-    for key, optimizer in optimizers(settings, trained_phases(settings)).items():
+    for key, optimizer in used.items():
         if not optimizer.distributed:
             return (
                 f"{said} needs the distributed optimizer, which alone turns its main weights into "
@@ -218,17 +220,19 @@ def _primary_weights_misfit(settings: Settings) -> str:
                 f"{said} needs main weights on the GPU, and {key}.offload={optimizer.offload:g}; "
                 f"use {key}.offload=0 or fp8.primary_weights=false"
             )
-    if settings.rollout.parallel is not None:
+    if rollout.parallel is not None:
         return (
             f"{said}: FP8 weights are not cut for another layout, and rollout.parallel="
-            f"{settings.rollout.parallel}; use rollout.parallel=null or fp8.primary_weights=false"
+            f"{rollout.parallel}; use rollout.parallel=null or fp8.primary_weights=false"
         )
     return ""
 
 
-def _bf16_layers_misfit(settings: Settings) -> str:
-    layers, fp8 = settings.model.num_layers, settings.fp8
-    if settings.precision != "fp8" or not _is_known(settings.model):
+def _bf16_layers_misfit(
+    fp8: Fp8Settings, model: ModelSettings, training: ParallelSettings, rollout: RolloutSettings
+) -> str:
+    layers = model.num_layers
+    if not _is_known(model):
         return ""
     if fp8.bf16_first_layers + fp8.bf16_last_layers >= layers:
         return (
@@ -236,7 +240,7 @@ def _bf16_layers_misfit(settings: Settings) -> str:
             f"{fp8.bf16_last_layers} leave none of model.num_layers={layers} in FP8; use fewer, or "
             "precision=bf16"
         )
-    for key, parallel in _layouts(settings):
+    for key, parallel in _layouts(training, rollout):
         most = layers // parallel.pipeline
         for name in ("bf16_first_layers", "bf16_last_layers"):
             if getattr(fp8, name) > most:
@@ -249,15 +253,16 @@ def _bf16_layers_misfit(settings: Settings) -> str:
 
 
 def _is_known(model: ModelSettings) -> bool:
-    """Say whether the architecture is written, or was read from `model.load`."""
+    """Return whether the architecture is set, or was read from `model.load`."""
     return model.load is None or model.vocab_size is not None
 
 
-def _layouts(settings: Settings) -> list[tuple[str, ParallelSettings]]:
-    """Return the layouts of training and rollouts, each with the key it is written under."""
-    rollout = rollout_parallel(settings)
-    same = settings.rollout.parallel is None
-    return [("parallel", settings.parallel), *([] if same else [("rollout.parallel", rollout)])]
+def _layouts(
+    training: ParallelSettings, rollout: RolloutSettings
+) -> list[tuple[str, ParallelSettings]]:
+    """Return the layouts of training and rollouts, each with its setting's key."""
+    parallel, same = rollout_layout(rollout, training), rollout.parallel is None
+    return [("parallel", training), *([] if same else [("rollout.parallel", parallel)])]
 
 
 def _widths(model: ModelSettings, parallel: ParallelSettings, key: str) -> dict[str, int]:
@@ -277,7 +282,7 @@ def _widths(model: ModelSettings, parallel: ParallelSettings, key: str) -> dict[
 
 
 def _text(value: object) -> str:
-    """Write a value as the user does."""
+    """Return a value as the user writes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -86,10 +86,10 @@ def build[T](cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
 def from_text(cls: type, text: str, *, key: str) -> dict[str, Any]:
     """Read a section written as text, such as tp2-sp: short names, with a number unless a switch.
 
-    Returns the settings that are named; what is not named keeps its default.
+    Returns the named settings only; the others keep their defaults.
 
     Raises:
-        ValueError: a part that is not one, or that is written twice; `key` is where it stands.
+        ValueError: an unknown or repeated part; `key` names the setting.
     """
     known, values = _shorts(cls), {}
     for part in text.split("-"):
@@ -168,7 +168,7 @@ def _read_merged(cls: type, path: str | Path) -> dict[str, Any]:
     for file, part in chain:
         try:
             build(cls, part)
-        except ValueError as error:  # with one file there is no doubt which it is
+        except ValueError as error:  # a single file needs no name
             raise ValueError(f"settings file {file}: {error}" if chain[1:] else error) from None
         tree = merge(tree, part, file=file)
     return tree
@@ -193,7 +193,7 @@ def _text_form(cls: type) -> str:
 
 
 def _as_mapping(hint: Any, value: Any, *, key: str) -> Any:
-    """Read a section that stands as text; return everything else as it is."""
+    """Read a section written as text; return other values unchanged."""
     if isinstance(value, str) and dataclasses.is_dataclass(hint) and _shorts(hint):  # type: ignore[arg-type]
         return from_text(hint, value, key=key)  # type: ignore[arg-type]
     return value
@@ -238,7 +238,7 @@ def _checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """Return `value` as `hint`, or None where it is not one (YAML reads 1e-4 as text)."""
+    """Return `value` as `hint`, or None if it does not fit (YAML reads 1e-4 as text)."""
     if hint is bool:
         return value if isinstance(value, bool) else None
     if hint is int:
@@ -262,7 +262,7 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def _with_numbers(value: Any) -> Any:
-    """Read 1e-4 as a number below settings that are passed through, where no type is declared."""
+    """Read 1e-4 as a number in passed-through settings, which declare no type."""
     if isinstance(value, Mapping):
         return {key: _with_numbers(part) for key, part in value.items()}
     is_number = isinstance(value, str) and _EXPONENT.fullmatch(value)

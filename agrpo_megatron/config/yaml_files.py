@@ -1,4 +1,4 @@
-"""YAML files of settings; one may name another as its `base` and hold the differences alone."""
+"""YAML files of settings; a file may name a `base` and hold only the differences."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ type Tree = dict[str, Any]
 
 
 class RepeatedKeyError(ComposerError):
-    """A mapping has a key twice, of which YAML would keep the last without a word."""
+    """A mapping has a key twice; YAML would silently keep the last."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,7 +39,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what a YAML text says.
+    """Parse a YAML text.
 
     Raises:
         RepeatedKeyError: a mapping has a key twice.
@@ -89,7 +89,7 @@ def read_yaml(path: str | Path) -> Tree:
 
 
 def read_chain(path: str | Path) -> list[tuple[Path, Tree]]:
-    """Read a file and those it is based on: the lowest base first, the file itself last.
+    """Read a file and its bases: the lowest base first, the file itself last.
 
     Raises:
         ValueError: as `read_yaml`; a base that does not exist or leads back to its own file.
@@ -111,20 +111,20 @@ def read_chain(path: str | Path) -> list[tuple[Path, Tree]]:
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], *, file: Path) -> Tree:
-    """Return `lower` with what `upper` says; mappings are merged, all else is replaced.
+    """Return `lower` updated by `upper`; mappings are merged, other values replaced.
 
     Args:
-        file: where `upper` stands, for errors.
+        file: the file of `upper`, for errors.
 
     Raises:
-        ValueError: keys for a section that stands as text below, such as parallel: tp2.
+        ValueError: keys for a section that the base writes as text, such as parallel: tp2.
     """
     merged = dict(lower)
     for key, value in upper.items():
         below = lower.get(key)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
             value = merge(below, value, file=file)
-        elif isinstance(below, Mapping) and value is None:  # an empty section says nothing
+        elif isinstance(below, Mapping) and value is None:  # an empty section changes nothing
             value = below
         elif isinstance(below, str) and isinstance(value, Mapping):
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from agrpo_megatron.config.settings import evaluation_sampling
-from agrpo_megatron.evaluation.grid import Progress, cell_sampling
+from agrpo_megatron.evaluation.grid import EvaluationProgress, cell_sampling
 from agrpo_megatron.evaluation.plan import Batch, Plan
 from agrpo_megatron.evaluation.results import Line, ResultStore
 from agrpo_megatron.evaluation.scores import scores
@@ -82,7 +82,7 @@ def evaluate_grid(
     network: Network,
     plan: Plan,
     store: ResultStore,
-    show: Callable[[Progress], None],
+    show: Callable[[EvaluationProgress], None],
 ) -> dict[str, Any]:
     """Complete what is left of a plan and store it; called by every rank.
 
@@ -254,10 +254,10 @@ class _Meter:
         ]
         self._work, self._start = work, start
 
-    def at(self, number: int, of_cell: Sequence[Line]) -> Progress:
+    def at(self, number: int, of_cell: Sequence[Line]) -> EvaluationProgress:
         """Describe the progress after a batch, given the completions of its cell so far."""
         batch, whole = self._batches[number], sum(self._work)
-        return Progress(
+        return EvaluationProgress(
             task=batch.label,
             cell=batch.cell,
             cell_number=1 + sum(earlier.is_last for earlier in self._batches[:number]),

@@ -142,7 +142,7 @@ def _check_samples(settings: Settings) -> None:
 
 
 @dataclass(frozen=True)
-class Progress:
+class EvaluationProgress:
     """How far an evaluation has come, for what shows it."""
 
     task: str

@@ -12,6 +12,7 @@ from agrpo_megatron.checkpoint.integrity import MANIFEST
 from agrpo_megatron.config.parallel import model_ranks, rollout_parallel
 from agrpo_megatron.config.settings import EvaluationSettings, ModelSettings, Settings, TaskSettings
 from agrpo_megatron.evaluation.grid import Cell, cell_sampling, evaluation_grid
+from agrpo_megatron.runs.files import digest
 from agrpo_megatron.runs.progress import checkpoint_path
 from agrpo_megatron.runs.resolve import RUN_SETTINGS, Resolved, problems_by_task, resolve
 from agrpo_megatron.tasks import Task, build_task
@@ -127,7 +128,7 @@ def fingerprint(weights: Path) -> str:
     """Return a digest of a checkpoint: of its checksums, or of names, sizes and both file ends."""
     manifest = weights / MANIFEST
     if manifest.exists():
-        return hashlib.sha256(manifest.read_bytes()).hexdigest()
+        return digest(manifest.read_bytes())
     known = hashlib.sha256()
     for path in sorted(weights.glob("*")):
         if path.suffix in (".safetensors", ".bin", ".distcp") or path.name == "config.json":
@@ -242,19 +243,15 @@ def _task_identity(resolved: Resolved, task: Task, problems: Sequence[Problem]) 
     asked = json.dumps([[problem.key for problem in problems], prompts])
     graded = _canonical([[p.key, p.fields, p.solution] for p in problems])
     file, _, _ = task.settings.name.partition(":")
-    code = {"file": _digest(Path(file).read_bytes())} if file.endswith(".py") else {}
+    code = {"file": digest(Path(file).read_bytes())} if file.endswith(".py") else {}
     return {
         "name": task.settings.name,
         "options": {k: v for k, v in task.settings.options.items() if (k, v) != ("train", NONE)},
         "problems": len(problems),
-        "asked": _digest(asked.encode()),
-        "graded": _digest(graded.encode(errors="backslashreplace")),
+        "asked": digest(asked.encode()),
+        "graded": digest(graded.encode(errors="backslashreplace")),
         **code,
     }
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _canonical(value: Any) -> str:

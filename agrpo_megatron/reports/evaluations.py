@@ -14,7 +14,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from agrpo_megatron.evaluation.grid import EVALUATION, EVALUATIONS, RESULTS, Progress
+from agrpo_megatron.evaluation.grid import EVALUATION, EVALUATIONS, RESULTS, EvaluationProgress
 from agrpo_megatron.reports.text import compact, duration, percent, visible
 
 EVERY = 20.0  # seconds between two lines where there is no terminal
@@ -159,7 +159,7 @@ class EvaluationView:
         if self._is_main:
             self._console.print(Text(visible(text), style="dim"), soft_wrap=True)
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: EvaluationProgress) -> None:
         """Show how far the evaluation has come."""
         now = time.monotonic()
         left = self._remaining(progress, now)
@@ -171,12 +171,12 @@ class EvaluationView:
             self._said = now
             print("  ".join((*_described(progress), left)), file=sys.stderr, flush=True)
 
-    def _remaining(self, progress: Progress, now: float) -> str:
+    def _remaining(self, progress: EvaluationProgress, now: float) -> str:
         done = progress.work_done - progress.work_before
         return f"{duration((now - self._began) / done * (1 - progress.work_done))} left"
 
 
-def _described(progress: Progress) -> tuple[str, str]:
+def _described(progress: EvaluationProgress) -> tuple[str, str]:
     """Return what is being answered, and how far that has come."""
     cell = progress.cell
     return (

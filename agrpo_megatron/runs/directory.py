@@ -1,13 +1,13 @@
-"""The run directory before a run: is it new, does it continue, or is it done?"""
+"""The run directory before a run: new, to be resumed, or finished."""
 
-import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.schema import flatten, load, to_tree
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.runs.files import write_whole
+from agrpo_megatron.runs.files import digest, write_whole
 from agrpo_megatron.runs.progress import CHECKPOINTS, Progress, latest_checkpoint
 from agrpo_megatron.runs.resolve import RUN_SETTINGS, SPLIT_NAMES
 from agrpo_megatron.tasks import Task
@@ -17,14 +17,14 @@ from agrpo_megatron.tasks.mixture import Mixture
 MAY_CHANGE = ("run.dir", "run.threads", "run.timeout", "logging", "checkpoint", "parallel")
 MAY_CHANGE += ("rollout", "ddp", "optimizer.distributed", "sft.optimizer.distributed")
 MAY_CHANGE += ("task.grader.workers", "resilience", "launch")
-# Nothing was judged by these before the reinforcement learning, which may refuse their metric.
+# The supervised phase does not use these; the RL phase may refuse their metric.
 OF_RL = ("train.stop_metric", "train.stop_target", "train.stop_patience")
 DATA = "data.json"  # digests of the problems and of the task's file
 FIX = "choose another run.dir, or move it away with --restart"
 
 
 def progress(settings: Settings) -> Progress | None:
-    """Return how far the run directory has come; None for a new one.
+    """Return the progress of the run directory; None for a new one.
 
     Raises:
         ValueError: it holds a run with other settings; names the first that differs.
@@ -34,8 +34,8 @@ def progress(settings: Settings) -> Progress | None:
     if found is None:
         return None
     may_change = MAY_CHANGE + (OF_RL if found[1].phase == "sft" else ())
-    there = _fixed(load(Settings, directory / RUN_SETTINGS), may_change)
-    here = _fixed(settings, may_change)
+    there = _fixed(to_tree(load(Settings, directory / RUN_SETTINGS)), may_change)
+    here = _fixed(to_tree(settings), may_change)
     for key in [*here, *there]:
         old, new = there.get(key), here.get(key)
         if old != new:
@@ -44,10 +44,10 @@ def progress(settings: Settings) -> Progress | None:
 
 
 def check_data(directory: Path, task: Task, *, is_new: bool, is_main: bool) -> None:
-    """Compare what a run goes on with to what it began with; every rank. A new run is noted down.
+    """Compare the data of a resumed run with its first; every rank. A new run's is recorded.
 
     Raises:
-        ValueError: the problems or the lines of the task's file are others.
+        ValueError: the problems or the task's file changed.
     """
     path, here = directory / DATA, _digests(task)
     if is_new and is_main:
@@ -56,21 +56,21 @@ def check_data(directory: Path, task: Task, *, is_new: bool, is_main: bool) -> N
     if is_new or not path.exists():
         return
     there = json.loads(path.read_text(encoding="utf-8"))
-    for what, digest in here.items():
-        if there.get(what) != digest:
+    for what, value in here.items():
+        if there.get(what) != value:
             raise ValueError(
                 f"run.dir={directory} holds a run whose {what} were others; restore them, {FIX}"
             )
 
 
 def run_digest(settings: Settings, task: Task) -> str:
-    """Return a digest of all that what a run samples may follow from, but for its weights."""
-    everything = [_fixed(settings, MAY_CHANGE), _digests(task)]
-    return _digest(json.dumps(everything, default=str).encode())
+    """Return a digest of everything that determines what a run samples, except its weights."""
+    everything = [_fixed(to_tree(settings), MAY_CHANGE), _digests(task)]
+    return digest(json.dumps(everything, default=str).encode())
 
 
 def is_finished(settings: Settings, done: Progress | None) -> bool:
-    """Say whether nothing is left to do."""
+    """Return whether nothing is left to do."""
     if done is None or done.phase != "rl":
         return False
     is_last = done.iteration == settings.train.iterations and done.is_evaluated
@@ -90,19 +90,19 @@ def free_name(directory: Path) -> Path:
     return target
 
 
-def _fixed(settings: Settings, may_change: tuple[str, ...]) -> dict[str, Any]:
+def _fixed(tree: Mapping[str, Any], may_change: tuple[str, ...]) -> dict[str, Any]:
     """Return the settings that may not change, by dotted name."""
     return {
         key: value
-        for key, value in flatten(to_tree(settings)).items()
+        for key, value in flatten(tree).items()
         if not any(key == name or key.startswith(f"{name}.") for name in may_change)
     }
 
 
 def _digests(task: Task) -> dict[str, str]:
-    """Return digests of both splits' problems, and of the files of tasks of the user's own."""
+    """Return digests of both splits' problems, and of the files of user tasks."""
     found = {
-        f"{name} problems": _digest(
+        f"{name} problems": digest(
             "\0".join(f"{p.key}\0{p.solution}" for p in task.problems(split)).encode()
         )
         for split, name in SPLIT_NAMES.items()
@@ -111,9 +111,5 @@ def _digests(task: Task) -> dict[str, str]:
     for name in (part.settings.name for part in tasks):
         if ".py" in name:
             file = name.partition(":")[0]
-            found[f"lines of {file}"] = _digest(Path(file).read_bytes())
+            found[f"lines of {file}"] = digest(Path(file).read_bytes())
     return found
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.schema import to_tree, to_yaml
-from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.config.settings import LoggingSettings, Settings
 from agrpo_megatron.runs.files import write_whole
 
 METRICS, SAMPLES, NOTES = "metrics.jsonl", "samples.jsonl", "notes.txt"
@@ -17,8 +17,8 @@ METRICS, SAMPLES, NOTES = "metrics.jsonl", "samples.jsonl", "notes.txt"
 class RunLog:
     """Append-only logs of a run, written by the main rank; on others every call does nothing.
 
-    A checkpoint remembers how long the files were, and a resumed run cuts them back to that, so
-    that an iteration never stands there twice.
+    A checkpoint records the lengths of the files. A resumed run truncates the files to them, so
+    no iteration is logged twice.
 
     Args:
         check: called before anything is written; raises where this attempt must not.
@@ -42,10 +42,12 @@ class RunLog:
         for name in (METRICS, SAMPLES):
             self._files[name] = (directory / name).open("a", encoding="utf-8")
         write_whole(directory / "config.yaml", to_yaml(settings))
-        self._wandb = _start_wandb(directory, settings, wandb_id)
+        self._wandb = _start_wandb(
+            directory, settings.logging, config=to_tree(settings), known=wandb_id
+        )
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Write one line of metrics and hand it to wandb, under its phase's name."""
+        """Write one line of metrics and send it to wandb, under its phase's name."""
         self._append(METRICS, record)
         if self._wandb is not None:
             phase = record["phase"]
@@ -58,19 +60,19 @@ class RunLog:
             self._append(SAMPLES, {**common, **record})
 
     def notes(self, lines: Sequence[str]) -> None:
-        """Write what is to be known of the run's problems; each attempt writes it anew."""
+        """Write notes on the run's problems; each attempt replaces the file."""
         if self._files and lines:
             text = "".join(f"{line}\n" for line in lines)
             (self.directory / NOTES).write_text(text, encoding="utf-8")
 
     def alert(self, title: str, text: str) -> None:
-        """Let wandb tell whoever listens."""
+        """Send an alert through wandb."""
         if self._wandb is not None:
             self._wandb.alert(title=title, text=text, level="WARN")
 
     @property
     def wandb_id(self) -> str | None:
-        """Return the wandb run's id; None where wandb is off, and on other ranks."""
+        """Return the wandb run's id; None if wandb is off, and on other ranks."""
         return self._wandb.id if self._wandb is not None else None
 
     def offsets(self) -> dict[str, int]:
@@ -78,13 +80,13 @@ class RunLog:
         return {name: file.tell() for name, file in self._files.items()}
 
     def cut_back(self, offsets: dict[str, int]) -> None:
-        """Drop what was written after a checkpoint."""
+        """Truncate the files to their lengths at a checkpoint."""
         for name, file in self._files.items():
             file.truncate(min(offsets.get(name, 0), file.seek(0, os.SEEK_END)))
             file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
-        """Flush everything; wandb included."""
+        """Close the files and wandb."""
         for file in self._files.values():
             file.close()
         if self._wandb is not None:
@@ -97,9 +99,10 @@ class RunLog:
             self._files[name].flush()
 
 
-def _start_wandb(directory: Path, settings: Settings, known: str | None) -> Any:
-    """Start wandb, under the id of an earlier attempt where there was one."""
-    logging = settings.logging
+def _start_wandb(
+    directory: Path, logging: LoggingSettings, *, config: dict[str, Any], known: str | None
+) -> Any:
+    """Start wandb, under the id of an earlier attempt if there was one."""
     if logging.wandb == "disabled":
         return None
     import wandb
@@ -114,6 +117,6 @@ def _start_wandb(directory: Path, settings: Settings, known: str | None) -> Any:
         id=id_file.read_text(encoding="utf-8"),
         resume="allow",
         dir=str(directory),
-        config=to_tree(settings),
+        config=config,
         settings=wandb.Settings(silent=True, console="off"),
     )

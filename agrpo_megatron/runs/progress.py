@@ -1,4 +1,4 @@
-"""Which checkpoints a run has and how far it had come; reads small files, needs no torch."""
+"""The checkpoints of a run and their progress; reads small files, needs no torch."""
 
 import json
 from dataclasses import dataclass, field
@@ -10,14 +10,14 @@ CHECKPOINTS = "checkpoints"
 PROGRESS_FILE = "progress.json"
 LATEST, BEST = "latest", "best"  # files that name a checkpoint
 PARTIAL, DAMAGED = ".partial-", "damaged-"
-# Beside the tensors: the settings of the model, those of the run, what Hugging Face needs.
+# Besides the tensors: settings of the model, settings of the run, Hugging Face files.
 MODEL_FILE, RUN_FILE, HF = "model.yaml", "run.yaml", "hf"
 PHASES = ("sft", "rl")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run had come when a checkpoint was written."""
+    """The progress of a run at a checkpoint."""
 
     phase: str  # "sft" or "rl"
     iteration: int  # finished iterations of the phase
@@ -54,7 +54,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def point(root: Path, pointer: str, name: str) -> None:
-    """Make `latest` or `best` name a checkpoint, at once or not at all."""
+    """Make `latest` or `best` name a checkpoint, atomically."""
     write_whole(root / pointer, name)
 
 
@@ -93,7 +93,7 @@ def checkpoint_path(run_dir: Path, name: str | None = None) -> Path:
     """Return a checkpoint of a run: the latest, `best`, or the one of this name.
 
     Raises:
-        ValueError: there is none; names those there are.
+        ValueError: there is none; lists the existing ones.
     """
     root = run_dir / CHECKPOINTS
     names = sorted(_names(root))

@@ -214,8 +214,8 @@ def test_rollouts_take_the_training_layout_where_none_is_given():
         ),
         (
             "pp2-vpp2",
-            "rollout.parallel=pp2-vpp2: vpp2 is for training alone, the ring of the rollouts keeps "
-            "every stage busy without; use rollout.parallel=tp1-pp2-cp1-dp2",
+            "rollout.parallel=pp2-vpp2: vpp2 is for training only, as the rollouts' ring keeps "
+            "every stage busy; use rollout.parallel=tp1-pp2-cp1-dp2",
         ),
         (
             "tp2-pp",

@@ -64,7 +64,7 @@ __all__ = [
 class Settings:
     """All settings of a run."""
 
-    run: RunSettings = section(RunSettings, "where a run lives")
+    run: RunSettings = section(RunSettings, "run directory, seed and timeouts")
     precision: str = setting(
         "fp32",
         "weights and activations; bf16 keeps fp32 main weights, fp8 is bf16 with the layers' "
@@ -72,7 +72,7 @@ class Settings:
         choices=PRECISIONS,
     )
     fp8: Fp8Settings = section(Fp8Settings, "precision=fp8")
-    kernels: KernelSettings = section(KernelSettings, "what computes")
+    kernels: KernelSettings = section(KernelSettings, "kernel choices")
     model: ModelSettings = section(ModelSettings, "the transformer")
     tokenizer: TokenizerSettings = section(TokenizerSettings, "text to ids")
     parallel: ParallelSettings = section(ParallelSettings, "layout of the ranks")
@@ -87,12 +87,12 @@ class Settings:
     evaluation: EvaluationSettings = section(EvaluationSettings, "held-out evaluation")
     checkpoint: CheckpointSettings = section(CheckpointSettings, "checkpoints")
     logging: LoggingSettings = section(LoggingSettings, "reports")
-    resilience: ResilienceSettings = section(ResilienceSettings, "what keeps a run going")
+    resilience: ResilienceSettings = section(ResilienceSettings, "failures, preemption and alarms")
     launch: LaunchSettings = section(LaunchSettings, "the job that `agrpo launch` submits")
 
 
 def evaluation_sampling(settings: Settings) -> SamplingSettings:
-    """Return the sampler of evaluation: `sampling` with what `evaluation` overrides."""
+    """Return the sampler of evaluation: `sampling` with the overrides of `evaluation`."""
     sampling, chosen = settings.sampling, settings.evaluation
     return replace(
         sampling,

@@ -1,4 +1,4 @@
-"""Settings of the model, its layout and where a run lives."""
+"""Settings of the model, its layout and the run directory."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from agrpo_megatron.config.schema import setting
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where a run lives and what makes it repeatable."""
+    """The run directory, and what makes a run repeatable."""
 
     dir: str = setting("runs/default", "run directory; everything a run writes goes here")
     seed: int = setting(0, "seed of weights, problems, noise and drawn steps", low=0)
@@ -55,7 +55,8 @@ class TokenizerSettings:
         "sentencepiece .model file or Hugging Face directory; null: the built-in characters",
     )
     chat_template: str | None = setting(
-        None, "llada, dream, plain or a .jinja file; null: the tokenizer's own, else by its tokens"
+        None,
+        "llada, dream, plain or a .jinja file; null: the tokenizer's own, or by its tokens",
     )
 
 
@@ -64,14 +65,16 @@ class ParallelSettings:
     """How the ranks share the work; one text such as tp2-pp2-cp1-dp2 sets all of it."""
 
     tensor: int = setting(1, "tensor-parallel ranks", low=1, short="tp")
-    sequence: bool = setting(False, "sequence parallelism beside tensor parallelism", short="sp")
+    sequence: bool = setting(False, "sequence parallelism with tensor parallelism", short="sp")
     pipeline: int = setting(1, "pipeline stages", low=1, short="pp")
     virtual: int = setting(1, "virtual stages on each pipeline rank", low=1, short="vpp")
     layers: list[int] | None = setting(
         None, "layers of each (virtual) stage in order; null: even, embedding and head counted"
     )
     context: int = setting(1, "ranks that share each row's tokens", low=1, short="cp")
-    data: int | None = setting(None, "data-parallel ranks; null: what is left", low=1, short="dp")
+    data: int | None = setting(
+        None, "data-parallel ranks; null: all remaining ranks", low=1, short="dp"
+    )
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class RolloutSettings:
     )
     rows: int | None = setting(
         None,
-        "rows of a replica in one forward, at most; null: what train.token_budget holds. Fewer "
-        "let rewards in worker processes begin earlier",
+        "most rows of a replica in one forward; null: as many as train.token_budget holds. Fewer "
+        "rows let worker processes start rewards earlier",
         low=1,
     )

@@ -15,23 +15,23 @@ class Fp8Settings:
     recipe: str | None = setting(
         None,
         "how values are scaled: by blocks, by tensor, by the tensor's past (supervised phase "
-        "alone), or by 32 values as Blackwell does; null: blockwise, on Blackwell mxfp8",
+        "only), or by 32 values as Blackwell does; null: blockwise, on Blackwell mxfp8",
         choices=RECIPES,
     )
     bf16_first_layers: int = setting(0, "layers at the start that stay bf16", low=0)
     bf16_last_layers: int = setting(0, "layers at the end that stay bf16", low=0)
     primary_weights: bool = setting(
-        False, "keep the layers' weights themselves in FP8, beside fp32 main weights"
+        False, "keep the layers' weights in FP8, with fp32 main weights"
     )
 
 
 @dataclass(frozen=True)
 class KernelSettings:
-    """Which kernels compute; `agrpo doctor` says what a machine has and what a run takes."""
+    """Which kernels compute; `agrpo doctor` shows what a machine has and what a run uses."""
 
     layer_spec: str = setting(
         "auto",
-        "layers: Transformer Engine's fused ones (te) or torch's (local); auto: te where it and a "
+        "layers: Transformer Engine's fused ones (te) or torch's (local); auto: te if it and a "
         "GPU are found and precision is not fp32",
         choices=("auto", "local", "te"),
     )
@@ -40,9 +40,9 @@ class KernelSettings:
     )
     batch_invariant: bool = setting(
         False,
-        "a row's result does not depend on the rows beside it, so rollout and training agree bit "
-        "by bit; slower; wants te and flash attention 3 or 4",
+        "a row's result does not depend on the other rows, so rollout and training agree bit "
+        "by bit; slower; needs te and flash attention 3 or 4",
     )
     cuda_graphs: bool = setting(
-        False, "replay rollout forwards as CUDA graphs, by length; wants te, pp1 and cp1"
+        False, "replay rollout forwards as CUDA graphs, by length; needs te, pp1 and cp1"
     )

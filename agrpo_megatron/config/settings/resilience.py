@@ -1,4 +1,4 @@
-"""Settings of what keeps a run going, and of the jobs it runs in."""
+"""Settings of failures, preemption and alarms, and of SLURM jobs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,24 +12,24 @@ class ResilienceSettings:
 
     watchdog: str = setting(
         "auto",
-        "who finds a hung rank: ft_launcher where it starts the ranks, else the built-in watchdog",
+        "what detects a hung rank: ft_launcher if it starts the ranks, else the built-in watchdog",
         choices=("auto", "never"),
     )
     first_timeout: float = setting(
-        1800.0, "limit of a section until its own is learned", unit="seconds", low=0.1
+        1800.0, "limit of a section before one is learned", unit="seconds", low=0.1
     )
     least_timeout: float = setting(
         60.0, "no learned limit is shorter than this", unit="seconds", low=0.1
     )
     timeout_factor: float = setting(
-        5.0, "learned limit of a section, as a multiple of the longest it took", low=1
+        5.0, "learned limit of a section, as a multiple of its longest time", low=1
     )
     timeouts: dict[str, Any] = setting(
-        {}, "limits of sections by name, in seconds, instead of learned ones; see docs/reliability"
+        {}, "fixed limits of sections by name, in seconds; see docs/reliability"
     )
     stop_margin: float | None = setting(
         None,
-        "stop so long before the job's time is up; null: 1.5 x longest reward, update and save",
+        "stop this long before the job's time limit; null: 1.5 x longest reward, update and save",
         unit="seconds",
         low=0,
     )
@@ -37,16 +37,14 @@ class ResilienceSettings:
         2, "attempts in a row without progress after which a job is not queued again", low=1
     )
     skip_updates: int = setting(
-        0, "updates in a row that may be left out because loss or gradient is not finite", low=0
+        0, "consecutive updates that may be skipped for a NaN or infinite loss or gradient", low=0
     )
-    roll_backs: int = setting(
-        0, "times that a run goes back to its last good checkpoint for such an update", low=0
-    )
+    roll_backs: int = setting(0, "rollbacks to the last good checkpoint after such updates", low=0)
     entropy_alarm: float = setting(
         0.0, "warn when a rollout's mean entropy is under this; 0: never", unit="nats", low=0
     )
     empty_alarm: float = setting(
-        0.5, "warn when this share of completions is all end-of-text; 0: never", low=0, high=1
+        0.5, "warn when this share of completions is only end-of-text; 0: never", low=0, high=1
     )
     zero_variance_alarm: float = setting(
         1.0, "warn when this share of rollouts has no advantage; 0: never", low=0, high=1
@@ -61,22 +59,26 @@ class LaunchSettings:
     account: str | None = setting(None, "SLURM account")
     qos: str | None = setting(None, "SLURM quality of service")
     time: str | int | None = setting(
-        None, "time limit as SLURM writes it: 04:00:00, 1-12 (days-hours), or minutes alone"
+        None, "time limit as SLURM writes it: 04:00:00, 1-12 (days-hours), or minutes"
     )
     grace: int = setting(
-        300, "a job is told so long before its time is up", unit="seconds", low=0, high=65535
+        300,
+        "SLURM signals the job this long before its time limit",
+        unit="seconds",
+        low=0,
+        high=65535,
     )
     gpus_per_node: int = setting(8, "GPUs of each node; 0 runs on CPUs", low=0)
     ranks_per_node: int | None = setting(
         None, "ranks of each node; null: one per GPU, or one on CPUs", low=1
     )
-    gpu_memory: float = setting(80.0, "of each GPU, for the estimate", unit="GiB", low=1)
+    gpu_memory: float = setting(80.0, "memory of each GPU, for the estimate", unit="GiB", low=1)
     cpus_per_task: int | None = setting(None, "CPUs of each node's task; null: all", low=1)
-    exclude: str | None = setting(None, "nodes that are not used, as SLURM writes them")
+    exclude: str | None = setting(None, "nodes to exclude, as SLURM writes them")
     launcher: str = setting(
         "auto",
-        "starts the ranks of a node; auto: ft_launcher where it is installed",
+        "starts the ranks of a node; auto: ft_launcher if it is installed",
         choices=("auto", "torchrun", "ft_launcher"),
     )
-    restarts: int = setting(3, "times that ranks are started anew within a job", low=0)
+    restarts: int = setting(3, "restarts of the ranks within a job", low=0)
     options: list[str] | None = setting(None, "further options of sbatch, such as --reservation=x")

@@ -12,7 +12,7 @@ STEP_SAMPLERS = ("systematic", "stratified", "batch", "independent")
 
 @dataclass(frozen=True)
 class GraderSettings:
-    """Worker processes that grade, beside the sampler; a task that bounds itself needs none."""
+    """Worker processes that grade in parallel with the sampler; tasks with limits need none."""
 
     workers: int = setting(2, "processes of each rank that grades", low=1)
     seconds: float = setting(10.0, "wall time of one reward", unit="seconds", low=0.1)
@@ -24,12 +24,12 @@ class GraderSettings:
 class TaskSettings:
     """The problems, their prompts and their reward."""
 
-    name: str = setting("sudoku", "built-in task, FILE.py of your own, or mixture")
+    name: str = setting("sudoku", "built-in task, your FILE.py, or mixture")
     train_problems: int | None = setting(
-        None, "training problems, at most; null: all of a file, 20000 generated ones", low=1
+        None, "most training problems; null: all of a file, 20000 generated ones", low=1
     )
     eval_problems: int | None = setting(
-        None, "held-out problems, at most; null: all of a file, 256 generated ones", low=1
+        None, "most held-out problems; null: all of a file, 256 generated ones", low=1
     )
     seed: int = setting(0, "seed of generated problems and of drawn subsets, not run.seed", low=0)
     options: dict[str, Any] = setting({}, "passed to the task by name; see `agrpo config --tasks`")
@@ -37,13 +37,15 @@ class TaskSettings:
         {}, "tasks of a mixture by label: each has name, weight, options, problems as here"
     )
     leaks: str = setting(
-        "drop", "training problems that are also held out", choices=("drop", "refuse", "keep")
+        "drop",
+        "what to do with training problems that are also held out",
+        choices=("drop", "refuse", "keep"),
     )
     prompt_tokens: int | None = setting(
-        None, "longest prompt; null: what the row leaves beside the completion", low=1
+        None, "longest prompt; null: what the completion leaves of the row", low=1
     )
     long_prompts: str = setting(
-        "refuse", "problems whose prompt is longer", choices=("refuse", "drop")
+        "refuse", "what to do with longer prompts", choices=("refuse", "drop")
     )
     pass_rates: str | None = setting(
         None, "completions.jsonl of an evaluation of training problems: a curriculum's filter"
@@ -72,19 +74,19 @@ class OptimizerSettings:
     distributed: bool = setting(False, "shard optimizer state over the data-parallel ranks")
     moments: str = setting(
         "fp32",
-        "Adam's two moments, under fp8 the second in bf16; less than fp32 wants Transformer Engine "
+        "Adam's two moments, under fp8 the second in bf16; less than fp32 needs Transformer Engine "
         "and distributed",
         choices=("fp32", "bf16", "fp8"),
     )
     main_gradients: str = setting(
         "fp32",
-        "gradients as they are summed and as the optimizer takes them; bf16 wants Transformer "
+        "summed gradients, as the optimizer takes them; bf16 needs Transformer "
         "Engine and distributed",
         choices=("fp32", "bf16"),
     )
     offload: float = setting(
         0.0,
-        "share of the optimizer's states that is kept and updated on the CPU; wants distributed",
+        "share of the optimizer's states kept and updated on the CPU; needs distributed",
         low=0,
         high=1,
     )
@@ -98,7 +100,7 @@ class SftSettings:
     iterations: int = setting(0, "optimizer steps; 0 skips the phase", low=0)
     batch_size: int = setting(128, "examples per optimizer step, all ranks together", low=1)
     problems: int | None = setting(
-        None, "training problems whose solutions are shown; null: all of them", low=1
+        None, "training problems whose solutions are used; null: all of them", low=1
     )
     mask_epsilon: float = setting(1e-3, "lowest masking rate t", low=0, high=1)
     optimizer: OptimizerSettings = section(OptimizerSettings, "optimizer of this phase")
@@ -110,7 +112,7 @@ class SamplingSettings:
 
     completion_length: int = setting(256, "length of every completion", unit="tokens", low=1)
     block_length: int = setting(32, "block length of semi-autoregressive decoding", low=1)
-    denoising_steps: int = setting(128, "forward passes per completion, at most", low=1)
+    denoising_steps: int = setting(128, "most forward passes per completion", low=1)
     schedule: str = setting(
         "uniform",
         "tokens per step: equal (LLaDA), or by Dream's time",
@@ -187,7 +189,7 @@ class AlgorithmSettings:
     updates_per_iteration: int = setting(1, "optimizer steps on each batch of rollouts", low=1)
     resample_rounds: int = setting(
         0,
-        "times that groups of equal rewards are replaced by those of other problems (published: 0)",
+        "rounds that replace groups of equal rewards by groups of other problems (published: 0)",
         low=0,
     )
 
@@ -202,11 +204,11 @@ class TrainSettings:
         1e-3, "warn when a first update's policy ratio is further from 1 than this", low=0
     )
     stop_metric: str | None = setting(
-        None, "end early by this metric of the evaluations; null: after train.iterations"
+        None, "end early by this evaluation metric; null: after train.iterations"
     )
     stop_target: float | None = setting(None, "end once train.stop_metric is this high")
     stop_patience: int | None = setting(
-        None, "end after so many evaluations without a higher train.stop_metric", low=1
+        None, "end after this many evaluations without a higher train.stop_metric", low=1
     )
 
 
@@ -221,7 +223,7 @@ class EvaluationSettings:
     block_length: int | None = setting(None, "as in sampling", low=1)
     top_k: int | None = setting(None, "as in sampling", low=1)
     top_p: float = setting(1.0, "as in sampling", low=0, high=1)
-    # What follows is for `agrpo evaluate` alone.
+    # The rest is for `agrpo evaluate` only.
     completion_lengths: list[int] | None = setting(
         None, "`agrpo evaluate` at each of these; null: that of sampling", unit="tokens"
     )
@@ -252,17 +254,18 @@ class CheckpointSettings:
     interval: int = setting(50, "iterations between checkpoints; 0: last only", low=0)
     keep: int = setting(2, "newest checkpoints kept", low=1)
     best: str | None = setting(
-        "accuracy", "also save and keep the highest of this metric of the evaluations; null: none"
+        "accuracy",
+        "also save and keep the highest of this evaluation metric; null: none",
     )
-    background: bool = setting(False, "write in a process of its own while training goes on")
+    background: bool = setting(False, "write in a separate process while training continues")
     rollouts: bool = setting(
-        True, "keep rollouts until a checkpoint has them, so that a restart samples none again"
+        True, "keep rollouts until a checkpoint includes them, so a restart reuses them"
     )
 
 
 @dataclass(frozen=True)
 class LoggingSettings:
-    """What is reported, and where to."""
+    """Reports and wandb."""
 
     wandb: str = setting("offline", "wandb mode", choices=("offline", "online", "disabled"))
     project: str = setting("agrpo", "wandb project")
