@@ -3,12 +3,17 @@
 What follows from settings alone is said by `rules_precision`, what each kernel needs by `machine`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from agrpo_megatron.config.rules_precision import optimizers, validate_recipe
-from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.config.settings import (
+    Fp8Settings,
+    KernelSettings,
+    OptimizerSettings,
+    Settings,
+)
 from agrpo_megatron.hardware.machine import (
     BLACKWELL,
     HOPPER,
@@ -64,23 +69,26 @@ def choose(settings: Settings, machine: Machine, *, phases: Sequence[str] = ()) 
     Raises:
         ValueError: the machine cannot do what the settings ask, with key, value, rule and fix.
     """
-    recipe, precision = _precision(settings, machine)
-    layers = _layers(settings, machine)
+    switches = settings.kernels
+    recipe, precision = _precision(settings.precision, settings.fp8, machine)
+    if recipe is not None:
+        validate_recipe(settings, recipe)
+    layers = _layers(settings.precision, switches, machine)
     spec = layers.chosen
-    optimizer, adam = _optimizer(settings, machine, phases)
-    flash, invariant = _batch_invariant(settings, machine)
-    in_layers, in_head = _layer_gradients(settings, machine, spec), _head_gradient(machine)
+    optimizer, adam = _optimizer(optimizers(settings, phases), machine)
+    flash, invariant = _batch_invariant(switches, machine)
+    in_layers, in_head = _layer_gradients(switches, machine, spec), _head_gradient(machine)
     notes = (
         layers,
-        _attention(settings, machine, spec),
+        _attention(switches, machine, spec),
         _products(spec),
         precision,
         in_layers,
         in_head,
         adam,
         invariant,
-        _deterministic(settings, machine, spec),
-        _graphs(settings, machine),
+        _deterministic(switches, machine, spec),
+        _graphs(switches, machine),
     )
     fused = in_layers.chosen == FUSED, in_head.chosen == FUSED
     return Kernels(spec, recipe, *fused, flash, optimizer, notes)
@@ -95,49 +103,47 @@ def in_one_line(kernels: Kernels) -> str:
     return f"kernels: layers {layers.chosen}{why}, {', '.join(parts)}"
 
 
-def _layers(settings: Settings, machine: Machine) -> Note:
-    kernels, part = settings.kernels, "layers"
-    if settings.precision == "fp32":
+def _layers(precision: str, switches: KernelSettings, machine: Machine) -> Note:
+    part = "layers"
+    if precision == "fp32":
         return Note(part, "local", "te has no attention for precision=fp32")
-    if kernels.layer_spec == "local":
+    if switches.layer_spec == "local":
         return Note(part, "local", "kernels.layer_spec=local")
     missing = te_missing(machine)
     if missing is None:
         return Note(part, "te", f"Transformer Engine {machine.te} on {machine.gpu}")
-    if kernels.layer_spec == "te":
+    if switches.layer_spec == "te":
         raise _refusal("kernels.layer_spec=te", missing, "kernels.layer_spec=auto")
-    if kernels.cuda_graphs:
+    if switches.cuda_graphs:
         raise _refusal("kernels.cuda_graphs=true", missing, "kernels.cuda_graphs=false")
     return Note(part, "local", f"te needs {missing}")
 
 
-def _precision(settings: Settings, machine: Machine) -> tuple[str | None, Note]:
+def _precision(precision: str, fp8: Fp8Settings, machine: Machine) -> tuple[str | None, Note]:
     """Return the recipe of FP8, and the note on how matrix products are computed."""
-    part, precision = "precision", settings.precision
-    missing, asked = fp8_missing(machine), settings.fp8.recipe
+    part, missing, asked = "precision", fp8_missing(machine), fp8.recipe
     recipe = asked or default_recipe(machine)
     if precision != "fp8":
         lacks = missing or recipe_missing(recipe, machine)
-        fp8 = f"fp8 needs {lacks.what}" if lacks else f"fp8 would be {recipe}"
+        why = f"fp8 needs {lacks.what}" if lacks else f"fp8 would be {recipe}"
         name = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-        return None, Note(part, name, f"precision={precision}; {fp8}")
+        return None, Note(part, name, f"precision={precision}; {why}")
     if missing:
         raise _refusal("precision=fp8", missing, "precision=bf16")
     said = f"fp8.recipe={asked}" if asked else f"fp8.recipe=null, here {recipe},"
     if lacks := recipe_missing(recipe, machine):
         raise ValueError(f"{said} needs {lacks}; {lacks.fix}")
-    validate_recipe(settings, recipe)
     why = "products of the layers; all else is bfloat16"
     if recipe == "blockwise" and machine.capability >= BLACKWELL:
         why += "; emulated on Blackwell, where mxfp8 is native"
     return recipe, Note(part, f"FP8 {recipe}", why)
 
 
-def _attention(settings: Settings, machine: Machine, spec: str) -> Note:
+def _attention(switches: KernelSettings, machine: Machine, spec: str) -> Note:
     part, flash = "attention", "flash attention"
     if spec == "local":
         return Note(part, "torch SDPA", "that of the local layers")
-    if settings.kernels.batch_invariant:
+    if switches.batch_invariant:
         return Note(part, flash, "kernels.batch_invariant=true; cuDNN's is not")
     if machine.capability >= HOPPER:
         return Note(part, "cuDNN fused", "what Transformer Engine takes from Hopper on")
@@ -153,11 +159,11 @@ def _products(spec: str) -> Note:
     return Note(part, "torch", "those of the local layers")
 
 
-def _layer_gradients(settings: Settings, machine: Machine, spec: str) -> Note:
+def _layer_gradients(switches: KernelSettings, machine: Machine, spec: str) -> Note:
     part = "gradients of layers"
     if spec == "local":
         return _head_gradient(machine)._replace(part=part)
-    if settings.kernels.batch_invariant:
+    if switches.batch_invariant:
         # Megatron's batch-invariant product overwrites the sum that it is to be added to.
         return Note(part, SEPARATE, "batch-invariant products cannot add")
     return Note(part, FUSED, "by Transformer Engine")
@@ -173,10 +179,14 @@ def _head_gradient(machine: Machine) -> Note:
     return Note(part, FUSED, "by NVIDIA Apex")
 
 
-def _optimizer(settings: Settings, machine: Machine, phases: Sequence[str]) -> tuple[str, Note]:
-    """Return who updates the weights, as Megatron-Core chooses too, and the note."""
+def _optimizer(trained: Mapping[str, OptimizerSettings], machine: Machine) -> tuple[str, Note]:
+    """Return what updates the weights, as Megatron-Core chooses too, and the note.
+
+    Args:
+        trained: the optimizer of each phase, by the section it is written in.
+    """
     missing = fused_adam_missing(machine)
-    for key, optimizer in optimizers(settings, phases).items():
+    for key, optimizer in trained.items():
         if optimizer.offload and machine.gpu is None:
             needs = Missing(
                 "a GPU to move states from", "torch sees none", "run where there is one"
@@ -198,11 +208,11 @@ def _optimizer(settings: Settings, machine: Machine, phases: Sequence[str]) -> t
     return taken, Note("optimizer", OPTIMIZERS[taken], why)
 
 
-def _batch_invariant(settings: Settings, machine: Machine) -> tuple[int | None, Note]:
+def _batch_invariant(switches: KernelSettings, machine: Machine) -> tuple[int | None, Note]:
     """Return the flash attention that batch-invariant attention is pinned to, and the note."""
     part, said = "batch-invariant", "kernels.batch_invariant"
     found = invariant_flash(machine)
-    if not settings.kernels.batch_invariant:
+    if not switches.batch_invariant:
         missing = found if isinstance(found, Missing) else None
         return None, Note(part, "no", _off(said, missing))
     if isinstance(found, Missing):
@@ -210,11 +220,11 @@ def _batch_invariant(settings: Settings, machine: Machine) -> tuple[int | None, 
     return found, Note(part, "yes", f"{said}=true, by flash attention {found}")
 
 
-def _deterministic(settings: Settings, machine: Machine, spec: str) -> Note:
+def _deterministic(switches: KernelSettings, machine: Machine, spec: str) -> Note:
     part = "deterministic"
     if machine.gpu is None:
         return Note(part, "yes", "a CPU repeats bit by bit")
-    if not settings.kernels.deterministic:
+    if not switches.deterministic:
         return Note(part, "no", _off("kernels.deterministic", None))
     why = "kernels.deterministic=true"
     # cuDNN's deterministic backward of packed rows wants 128 bytes for each score there.
@@ -227,9 +237,9 @@ def _deterministic(settings: Settings, machine: Machine, spec: str) -> Note:
     return Note(part, "yes", why)
 
 
-def _graphs(settings: Settings, machine: Machine) -> Note:
+def _graphs(switches: KernelSettings, machine: Machine) -> Note:
     part, said = "CUDA graphs", "kernels.cuda_graphs"
-    if settings.kernels.cuda_graphs:
+    if switches.cuda_graphs:
         return Note(part, "rollout", f"{said}=true, one for each length")
     return Note(part, "no", _off(said, te_missing(machine)))
 

@@ -159,7 +159,7 @@ def transformer_config(
     Raises:
         ValueError: Megatron refuses a value or does not know a key of `model.megatron`.
     """
-    model = settings.model
+    model, precision, fp8 = settings.model, settings.precision, settings.fp8
     values = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -183,7 +183,7 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "perform_initialization": False,  # weights come by name, see `families`
         "use_cpu_initialization": not torch.cuda.is_available(),
-        **kernel_values(settings, kernels_for(settings)),
+        **kernel_values(precision, fp8, settings.kernels, kernels_for(settings)),
         **_layout_values(model, parallel, stage),
     }
     try:

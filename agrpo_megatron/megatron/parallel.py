@@ -118,7 +118,7 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
         data_context=_axis(groups.dp_cp),
         returning=_same_ranks(groups.pp, limit),
         replica=None if is_one_rank else _replica(groups.dp.rank(), limit),
-        token_multiple=token_multiple(settings),
+        token_multiple=token_multiple(settings.precision),
     )
 
 

@@ -14,10 +14,13 @@ from agrpo_megatron.config.parallel import (
     stage_layers,
 )
 from agrpo_megatron.config.settings import (
+    Fp8Settings,
     ModelSettings,
     OptimizerSettings,
     ParallelSettings,
+    SamplingSettings,
     Settings,
+    SftSettings,
 )
 
 SPARE = 0.9  # of a GPU's memory: what arithmetic does not see needs the rest
@@ -46,6 +49,16 @@ class Memory:
         return sum(getattr(self, part) for part in PARTS)
 
 
+@dataclass(frozen=True)
+class WeightSpec:
+    """What determines the stored weights under any layout."""
+
+    model: ModelSettings
+    vocab_rows: int  # of embedding and head, padding included
+    precision: str
+    fp8: Fp8Settings
+
+
 PARTS = tuple(part.name for part in fields(Memory) if part.name != "host")
 
 
@@ -59,8 +72,16 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
     """Return what a rank of a pipeline stage holds; the layout was checked by `rules`."""
     parallel, optimizer = settings.parallel, settings.optimizer
     is_float32 = settings.precision == "fp32"
-    count = stage_parameters(settings, parallel, stage=stage)
-    weights, copies = _weights(settings, parallel, stage=stage)
+    spec = WeightSpec(settings.model, padded_vocab(settings), settings.precision, settings.fp8)
+    count = stage_parameters(spec, parallel, stage=stage)
+    weights, copies = _weights(spec, parallel, stage=stage)
+    activations = _activations(
+        spec,
+        parallel,
+        tokens=settings.train.token_budget // parallel.context,
+        scored_share=_scored_share(settings.sft, settings.sampling),
+        stage=stage,
+    )
     replicas = data_ranks(parallel, world_size) * parallel.context
     own = -(-count // (replicas if optimizer.distributed else 1))
     moved = round(optimizer.offload * own)
@@ -69,17 +90,16 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
         weights=weights,
         fp8_copies=copies,
         gradients=count * (BFLOAT16 if is_short else FLOAT32),
-        main_weights=0 if is_float32 else (own - moved) * _main_width(settings, optimizer),
+        main_weights=0 if is_float32 else (own - moved) * _main_width(settings.fp8, optimizer),
         moments=(own - moved) * MOMENTS[optimizer.moments],
-        rollout_copy=_rollout_copy(settings),
-        activations=_activations(settings, settings.model, parallel, stage=stage)
-        * (FLOAT32 if is_float32 else BFLOAT16),
+        rollout_copy=_rollout_copy(spec, parallel, rollout_parallel(settings)),
+        activations=activations * (FLOAT32 if is_float32 else BFLOAT16),
         # Main weights, their gradients and both moments, all float32 there.
         host=moved * 4 * FLOAT32,
     )
 
 
-def _main_width(settings: Settings, optimizer: OptimizerSettings) -> int:
+def _main_width(fp8: Fp8Settings, optimizer: OptimizerSettings) -> int:
     """Return the bytes of a main weight.
 
     Transformer Engine's Adam, where it keeps them itself, keeps only the half of a float32 number
@@ -87,11 +107,11 @@ def _main_width(settings: Settings, optimizer: OptimizerSettings) -> int:
     weights in FP8 nor beside offloading. Source: `store_param_remainders` of its FusedAdam.
     """
     is_plain = (optimizer.moments, optimizer.main_gradients) == ("fp32", "fp32")
-    is_whole = is_plain or optimizer.offload > 0 or settings.fp8.primary_weights
+    is_whole = is_plain or optimizer.offload > 0 or fp8.primary_weights
     return FLOAT32 if is_whole else BFLOAT16
 
 
-def _weights(settings: Settings, parallel: ParallelSettings, *, stage: int) -> tuple[int, int]:
+def _weights(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> tuple[int, int]:
     """Return the bytes of a rank's weights, and of the FP8 copies of them.
 
     A weight in FP8 is held twice, once for each direction it is multiplied in: along rows for the
@@ -99,41 +119,40 @@ def _weights(settings: Settings, parallel: ParallelSettings, *, stage: int) -> t
     and kept (`TransformerEngineBaseModule.quantize_weight`); weights that are in FP8 themselves
     (`fp8.primary_weights`) have no copies.
     """
-    count = stage_parameters(settings, parallel, stage=stage)
-    if settings.precision == "fp32":
+    count = stage_parameters(spec, parallel, stage=stage)
+    if spec.precision == "fp32":
         return count * FLOAT32, 0
-    in_fp8 = fp8_parameters(settings, parallel, stage=stage)
-    both = 2 * (in_fp8 + _scales(settings, in_fp8))
-    if settings.fp8.primary_weights:
+    in_fp8 = fp8_parameters(spec, parallel, stage=stage)
+    both = 2 * (in_fp8 + _scales(spec.fp8.recipe, in_fp8))
+    if spec.fp8.primary_weights:
         return (count - in_fp8) * BFLOAT16 + both, 0
     return count * BFLOAT16, both
 
 
-def _scales(settings: Settings, count: int) -> int:
+def _scales(recipe: str | None, count: int) -> int:
     """Return the bytes of the scales of FP8 weights in one direction.
 
     One byte for 32 weights (mxfp8), or one float32 for a block of 128 x 128 (blockwise); other
     recipes have one for each tensor.
     """
-    return count // 32 if settings.fp8.recipe == "mxfp8" else count * FLOAT32 // 128**2
+    return count // 32 if recipe == "mxfp8" else count * FLOAT32 // 128**2
 
 
-def _rollout_copy(settings: Settings) -> int:
+def _rollout_copy(spec: WeightSpec, training: ParallelSettings, rollout: ParallelSettings) -> int:
     """Return the bytes of the weights of a rollout layout, on the stage that needs most."""
-    rollout = rollout_parallel(settings)
-    if rollout == settings.parallel:
+    if rollout == training:
         return 0
     stages = range(rollout.pipeline)
     # Nothing is differentiated there, so a copy in FP8 needs one direction of the two.
-    found = (_weights(settings, rollout, stage=stage) for stage in stages)
+    found = (_weights(spec, rollout, stage=stage) for stage in stages)
     return max(weights + copies // 2 for weights, copies in found)
 
 
-def fp8_parameters(settings: Settings, parallel: ParallelSettings, *, stage: int) -> int:
+def fp8_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:
     """Return the weights of a rank of a stage that are multiplied in FP8: its layers' matrices."""
-    if settings.precision != "fp8":
+    if spec.precision != "fp8":
         return 0
-    model, fp8 = settings.model, settings.fp8
+    model, fp8 = spec.model, spec.fp8
     layers = stage_layers(model, parallel)
     starts = [sum(layers[:number]) for number in range(len(layers))]
     last = model.num_layers - fp8.bf16_last_layers
@@ -144,12 +163,12 @@ def fp8_parameters(settings: Settings, parallel: ParallelSettings, *, stage: int
     return found * layer_matrices(model) // parallel.tensor
 
 
-def stage_parameters(settings: Settings, parallel: ParallelSettings, *, stage: int) -> int:
+def stage_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:
     """Return the weights that each rank of a pipeline stage holds, all virtual stages together."""
-    model, stages = settings.model, parallel.pipeline
+    model, stages = spec.model, parallel.pipeline
     layers = sum(stage_layers(model, parallel)[stage::stages])
     count = layers * layer_parameters(model, parallel.tensor)
-    table = padded_vocab(settings) // parallel.tensor * model.hidden_size
+    table = spec.vocab_rows // parallel.tensor * model.hidden_size
     if stage == 0:
         count += table
     if stage == stages - 1:
@@ -167,7 +186,7 @@ def layer_parameters(model: ModelSettings, tensor: int) -> int:
 
 
 def _activations(
-    settings: Settings, model: ModelSettings, parallel: ParallelSettings, *, stage: int
+    spec: WeightSpec, parallel: ParallelSettings, *, tokens: int, scored_share: float, stage: int
 ) -> int:
     """Estimate the numbers kept for the backward pass, and those of the head.
 
@@ -178,7 +197,7 @@ def _activations(
     stages follow it. The head's logits are there three times: as they are, and in float32.
     Counted for bf16 products: those in FP8 keep their inputs in less.
     """
-    tokens = settings.train.token_budget // parallel.context
+    model = spec.model
     width, head = model.hidden_size, model.hidden_size // model.num_attention_heads
     keys = head * (model.num_query_groups or model.num_attention_heads)
     whole = 4 * width // (parallel.tensor if parallel.sequence else 1)
@@ -191,16 +210,16 @@ def _activations(
         kept = layers * flying * (whole + split)
     total = tokens * kept
     if stage == parallel.pipeline - 1:
-        scored = int(tokens * _scored_share(settings))
-        total += 3 * scored * padded_vocab(settings) // parallel.tensor
+        scored = int(tokens * scored_share)
+        total += 3 * scored * spec.vocab_rows // parallel.tensor
     return total
 
 
-def _scored_share(settings: Settings) -> float:
+def _scored_share(sft: SftSettings, sampling: SamplingSettings) -> float:
     """Return the share of tokens that the head sees, in the phase where it sees more.
 
     Of a completion it sees what a denoising step fixes, or in a supervised phase what is masked:
     half of it, in the mean. The prompt is taken to be as long as the completion.
     """
-    masked = 1 / 2 if settings.sft.iterations else 0.0
-    return max(masked, 1 / settings.sampling.denoising_steps) / 2
+    masked = 1 / 2 if sft.iterations else 0.0
+    return max(masked, 1 / sampling.denoising_steps) / 2

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
+from agrpo_megatron.config.parallel import padded_vocab
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.scaling.memory import (
     PARTS,
+    WeightSpec,
     fp8_parameters,
     rank_memory,
     stage_parameters,
@@ -29,6 +31,10 @@ ROOT = Path(__file__).parent.parent.parent
 LLADA = ROOT / "examples" / "llada_8b" / "model.yaml"
 LAYOUTS = ["tp8", "tp4-sp-pp2", "pp4-dp2", "pp4-vpp2-dp2", "tp2-cp2-dp2", "tp2-pp2-dp2"]
 PADDING = 256  # numbers that Megatron may add to a buffer at its end and between parameters
+
+
+def _spec(settings):
+    return WeightSpec(settings.model, padded_vocab(settings), settings.precision, settings.fp8)
 
 
 def _llada_on_meta():
@@ -54,7 +60,7 @@ def test_weights_of_llada_8b_are_those_of_the_built_model():
 def test_llada_8b_has_the_published_number_of_parameters():
     """Source: total_size of the checkpoint's index, 16,031,162,368 bytes in bf16."""
     settings = load(Settings, LLADA)
-    assert 2 * stage_parameters(settings, settings.parallel, stage=0) == 16_031_162_368
+    assert 2 * stage_parameters(_spec(settings), settings.parallel, stage=0) == 16_031_162_368
 
 
 def _state_bytes(optimizer):
@@ -190,8 +196,8 @@ def test_layers_that_stay_bf16_are_not_copied_wherever_they_are():
     }
     for layout, counts in stages.items():
         settings = load(Settings, LLADA, [*given, f"parallel={layout}"])
-        parallel = settings.parallel
-        held = [fp8_parameters(settings, parallel, stage=s) for s in range(parallel.pipeline)]
+        parallel, spec = settings.parallel, _spec(settings)
+        held = [fp8_parameters(spec, parallel, stage=s) for s in range(parallel.pipeline)]
         assert held == [count * layer // parallel.tensor for count in counts], layout
 
 
