@@ -17,9 +17,9 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import OptimizerSettings, Settings
 from agrpo_megatron.hardware.kernels import kernels_for
-from agrpo_megatron.megatron.fused import take_torch_optimizers
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.megatron.platform import use_torch_optimizers
 from agrpo_megatron.megatron.reshard import RolloutCopy
 
 # What Transformer Engine's Adam calls the dtypes of its states; it scales what it keeps as FP8.
@@ -101,10 +101,10 @@ def build_engine(
     for _ in range(2):  # weights in FP8 are free only once what holds them is
         gc.collect()
     if kernels_for(settings).optimizer == "torch":
-        take_torch_optimizers()
+        use_torch_optimizers()
     network = build_network(settings, ranks)
     config = network.config
-    ddp_config = _ddp_config(settings, optimizer, config)
+    ddp_config = _ddp_config(settings.ddp, optimizer, config)
     ddp: list[Any] = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(network.chunks)
@@ -127,14 +127,14 @@ def _one_or_all(functions: list[Any]) -> Any:
 
 
 def _ddp_config(
-    settings: Settings, optimizer: OptimizerSettings, config: TransformerConfig
+    chosen: dict[str, Any], optimizer: OptimizerSettings, config: TransformerConfig
 ) -> DistributedDataParallelConfig:
     values = {
         "use_distributed_optimizer": optimizer.distributed,
         "grad_reduce_in_fp32": config.bf16 and optimizer.main_gradients == "fp32",
         "fp8_param_gather": config.fp8_param,
         "reuse_grad_buf_for_mxfp8_param_ag": _gathers_in_gradients(config),
-        **settings.ddp,
+        **chosen,
     }
     return _megatron_record(DistributedDataParallelConfig, values, "ddp")
 

@@ -52,6 +52,36 @@ def prepare_kernels(settings: KernelSettings, device: torch.device) -> None:
         batch_invariant_kernels.enable_batch_invariant_mode()
 
 
+def use_torch_optimizers() -> None:
+    """Let Megatron-Core update weights and sum norms with torch alone; mutates its modules.
+
+    Megatron-Core uses the fused kernels of any package it can import. Transformer Engine also
+    imports on a machine without a GPU, where its kernels cannot run.
+    """
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as mixed
+
+    lists = {
+        "multi_tensor_applier": utils.local_multi_tensor_applier,
+        "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+    }
+    norms = {
+        "l2_norm_impl": utils.local_multi_tensor_l2_norm,
+        "multi_tensor_scale_tensor_impl": None,
+    }
+    flags = ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER")
+    adam = {"Adam": torch.optim.AdamW, "SGD": torch.optim.SGD, "USING_PYTORCH_OPTIMIZER": True}
+    for module, values in (
+        (optimizer, adam),
+        (distrib_optimizer, {"Adam": torch.optim.Adam, **dict.fromkeys(flags, False)}),
+        (mixed, lists),
+        (clip_grads, {**lists, **norms}),
+    ):
+        for name, value in values.items():
+            setattr(module, name, value)
+
+
 class _CpuForCuda(TorchFunctionMode):
     """Turn `device="cuda"`, `.cuda()` and CUDA tensor type names into their CPU form."""
 

@@ -142,10 +142,10 @@ def test_states_are_kept_as_asked_for(overrides, adams, dtypes, held):
 
 def _without_fused(run, *arguments):
     """Run with torch's optimizers; the settings come last."""
-    from agrpo_megatron.megatron.fused import take_torch_optimizers
+    from agrpo_megatron.megatron.platform import use_torch_optimizers
 
     _install(arguments[-1])
-    take_torch_optimizers()
+    use_torch_optimizers()
     return run(*arguments)
 
 
