@@ -1,4 +1,4 @@
-"""What precision and kernels mean to Megatron: values of its TransformerConfig."""
+"""Translate precision and kernels into values of Megatron's TransformerConfig."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from megatron.core.transformer.enums import AttnBackend
 from agrpo_megatron.config.settings import Fp8Settings, KernelSettings
 from agrpo_megatron.hardware.kernels import Kernels
 
-# FP8 products take tokens in blocks of this many: 1 x 128 values share a scale (blockwise), and
-# other recipes need 16 or 32.
+# FP8 products need a multiple of this many tokens: blockwise scales cover 1 x 128 values, other
+# recipes need 16 or 32.
 FP8_TOKENS = 128
 
 
 def token_multiple(precision: str) -> int:
-    """Return what the packed tokens on a rank are padded to a multiple of."""
+    """Return the multiple that the packed tokens of a rank are padded to."""
     return FP8_TOKENS if precision == "fp8" else 1
 
 
 def weights_dtype(precision: str) -> torch.dtype:
-    """Return the dtype of weights and activations; FP8 products take bfloat16 and give it."""
+    """Return the dtype of weights and activations; FP8 products read and write bfloat16."""
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
@@ -49,10 +49,10 @@ def _fp8_values(fp8: Fp8Settings, recipe: str | None) -> dict[str, Any]:
     first, last = fp8.bf16_first_layers, fp8.bf16_last_layers
     has_fine_scales = recipe in ("blockwise", "mxfp8")
     return {
-        # With a scale for few values the gradient needs no wider exponent.
+        # Fine-grained scales: gradients need no wider exponent.
         "fp8": "e4m3" if has_fine_scales else "hybrid",
         "fp8_recipe": recipe,
-        # Of the recipe delayed: Megatron's own would let the last micro-batch decide alone.
+        # For recipe delayed: with Megatron's default the last micro-batch alone sets the scale.
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
         "fp8_param": fp8.primary_weights,

@@ -246,4 +246,4 @@ def _fill(session: Session, engine: Engine, checkpoint: Path | None, start: Path
         given = load_weights(start, engine.network)
     else:
         given = load_start_weights(engine.network, session.settings)
-    engine.begin(given)
+    engine.init_main_weights(given)

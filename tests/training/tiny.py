@@ -135,7 +135,7 @@ def open_session(
     )
     optimizer = settings.optimizer if phase == "rl" else settings.sft.optimizer
     engine = build_engine(settings, optimizer, iterations=10, ranks=ranks)
-    engine.begin(fill(engine.network, settings) or {})
+    engine.init_main_weights(fill(engine.network, settings) or {})
     return session, engine
 
 
