@@ -3,9 +3,9 @@
     torchrun --standalone --nproc-per-node 4 tools/bubble.py
     torchrun --standalone --nproc-per-node 2 tools/bubble.py --groups 4,16 --parallel pp2-vpp2
 
-A random model samples the same rows by both schedules. A slot is the forward pass of one group of
-rows on one stage; the bubble is the share of slots in which a stage waits. Seconds are of the
-whole rollout and mean little where ranks share processor cores. Exit status 1 when the tokens of
+A random model samples the same rows with both schedules. A slot is the forward pass of one group
+of rows on one stage; the bubble is the share of slots in which a stage is idle. Seconds are of the
+whole rollout and mean little if ranks share processor cores. Exit status 1 when the tokens of
 the two schedules differ, 2 for wrong input.
 """
 
@@ -53,7 +53,7 @@ class Measured:
 
 
 def main() -> int:
-    """Measure every number of groups by both schedules; returns the exit status."""
+    """Measure each number of groups with both schedules; returns the exit status."""
     arguments = _arguments()
     parallel = arguments.parallel or f"pp{world_size()}"
     overrides = [*MODEL, f"parallel={parallel}", f"sampling.denoising_steps={arguments.steps}"]
@@ -83,7 +83,7 @@ def main() -> int:
             parts = [f"{m.bubble:>15.1%} {m.seconds:>6.2f}" for m in found]
             print(f"{groups:>6}  " + "  ".join(parts))
     if ranks.is_main:
-        print(f"tokens {'identical' if is_same else 'DIFFER'} by either schedule")
+        print(f"tokens {'identical' if is_same else 'DIFFER'} under both schedules")
     stop_ranks()
     return 0 if is_same else 1
 

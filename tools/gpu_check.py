@@ -1,6 +1,6 @@
 """Time rollouts and updates at LLaDA-8B's layer shapes on one GPU; write a JSON file and a table.
 
-    tools/gpu_check.sh                          tests and timing together: what to run first
+    tools/gpu_check.sh                          tests and timing together: run this first
     python tools/gpu_check.py --out DIR         the timing alone
     python tools/gpu_check.py --rehearse        all of it at tiny sizes on a CPU, in a minute
 
@@ -11,10 +11,10 @@ does with 8 such micro-batches: forward, backward, clipping and Adam. First the 
 measured: products of random 8192 x 8192 matrices. FLOPs are those of `scaling/flops.py`, three
 times for updates; nothing recomputed, padded or masked is counted.
 
-Figures are medians by CUDA events after warming up. Each row of the table is measured in a process
-of its own. What does not fit into --seconds is cut, from the end, and said to be. DIR gets
-gpu_check.json, gpu_check.md and gpu_check.log; both are rewritten after each measurement. Targets
-are compared and told as met or missed; the exit status does not depend on them.
+Figures are medians by CUDA events after warming up. A separate process measures each row of the
+table. Rows that do not fit into --seconds are cut, from the end, and reported. DIR gets
+gpu_check.json, gpu_check.md and gpu_check.log; the first two are rewritten after each measurement.
+Targets are reported as met or missed; the exit status does not depend on them.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from gpu_report import SCHEMA, finish, read_suite, table
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "flash-attn-3")
-LEAST = 15.0  # seconds within which nothing can be measured
+LEAST = 15.0  # seconds; a job with less time left is not started
 
 
 def main() -> int:
-    """Measure what the time allows and write it down; returns the exit status."""
+    """Measure as much as the time allows and record it; returns the exit status."""
     arguments = _arguments()
     if arguments.job:
         return _measure(arguments)
@@ -71,7 +71,7 @@ def _plan(arguments: argparse.Namespace) -> list[tuple[list[str], float]]:
 
 
 def _run(names: list[str], limit: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run jobs in a process of their own; returns what each measured, or how it failed."""
+    """Run jobs in a separate process; returns each job's figures, or how it failed."""
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         results = Path(folder) / "results"
         results.touch()
@@ -94,7 +94,7 @@ def _run(names: list[str], limit: float, arguments: argparse.Namespace) -> dict[
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    """Be the process of some jobs: measure, and append each result to a file as a line."""
+    """Run as the process of some jobs: append each result to a file as a line."""
     from gpu_timing import run_job
 
     jobs = {job.name: job for job in JOBS}
@@ -137,17 +137,17 @@ def _write(record: dict[str, Any], out: Path) -> None:
 
 
 def _driver() -> str | None:
-    return _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def _commit() -> str:
-    described = _said("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40")
-    note = ROOT / ".gpu" / "commit"  # for a machine that gets the files alone
+    described = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40")
+    note = ROOT / ".gpu" / "commit"  # for a machine that has only the files
     return described or (note.read_text().strip() if note.exists() else "unknown")
 
 
-def _said(*command: str) -> str | None:
-    """Return the first line that a command prints; None where it fails or is missing."""
+def _output(*command: str) -> str | None:
+    """Return the first line of a command's output; None if it fails or is missing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -166,9 +166,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rehearse", action="store_true", help="tiny sizes, also on a CPU; measures nothing"
     )
-    parser.add_argument("--suite", type=Path, metavar="FILE", help="what the tests wrote")
-    parser.add_argument("--commit", help="what is checked, where git cannot tell")
-    parser.add_argument("--command", help="how all of this was started")
+    parser.add_argument("--suite", type=Path, metavar="FILE", help="results of the tests")
+    parser.add_argument("--commit", help="the checked commit, without git")
+    parser.add_argument("--command", help="the command that started this")
     # Of the process of a job:
     parser.add_argument("--job", action="append", help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)

@@ -1,17 +1,17 @@
-"""What `gpu_check.py` measures, in which order; imports no torch."""
+"""The measurements of `gpu_check.py`, in order; imports no torch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process of measuring."""
+    """One measuring process."""
 
     name: str
     seconds: float  # after which it is cut
     overrides: tuple[str, ...] = ()  # settings
     kind: str = "model"  # or `ceiling`, or `graphs`
-    slower: int = 1  # how many times fewer micro-batches an update has
+    slower: int = 1  # an update has this many times fewer micro-batches
 
 
 def _model(spec: str, precision: str, recipe: str | None = None, *more: str) -> tuple[str, ...]:
@@ -19,7 +19,7 @@ def _model(spec: str, precision: str, recipe: str | None = None, *more: str) -> 
     return (f"kernels.layer_spec={spec}", f"precision={precision}", *chosen, *more)
 
 
-# The most telling ones first: what the time does not reach is told as cut.
+# The most important first: jobs that the time does not reach are reported as cut.
 JOBS = (
     Job("ceiling", 40, kind="ceiling"),
     Job("te bf16", 60, _model("te", "bf16")),

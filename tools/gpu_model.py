@@ -76,7 +76,7 @@ REHEARSAL = Scale(
 
 
 def scale_settings(scale: Scale, *overrides: str) -> Settings:
-    """Return settings of a model of this size; later overrides win."""
+    """Return settings of a model of this size; later overrides take precedence."""
     return load(
         Settings,
         None,
@@ -110,7 +110,7 @@ def open_engine(settings: Settings) -> Engine:
 
 
 def open_network(settings: Settings) -> Network:
-    """Start the one rank and build a network with random weights, which only samples."""
+    """Start the one rank and build a network with random weights, only for sampling."""
     network = build_network(settings, start_ranks(settings))
     random_weights(network, settings.model, seed=settings.run.seed)
     return network
@@ -137,7 +137,7 @@ def random_weights(network: Network, model: ModelSettings, *, seed: int) -> None
 
 
 def random_prompts(scale: Scale, *, seed: int, device: torch.device) -> list[Tensor]:
-    """Return the prompt of each row: the longer ones first, as the sampler has them."""
+    """Return the prompt of each row, the longer ones first, as in the sampler."""
     generator = torch.Generator().manual_seed(seed)
     groups, quarter = -(-scale.rows // scale.group), scale.prompt // 4
     prompts = []
@@ -150,7 +150,7 @@ def random_prompts(scale: Scale, *, seed: int, device: torch.device) -> list[Ten
 
 
 def random_rows(scale: Scale, *, seed: int, device: torch.device) -> PackedRows:
-    """Return rows in the midst of denoising: half of each completion masked, one step scored."""
+    """Return half-denoised rows: half of each completion masked, one step scored."""
     generator = torch.Generator().manual_seed(seed)
     prompts = random_prompts(scale, seed=seed, device=device)
     shape = (scale.rows, scale.completion)
@@ -190,6 +190,6 @@ def forward_flops(rows: PackedRows, model: ModelSettings) -> int:
 
 
 def free_memory() -> None:
-    """Give back the memory of engines that are no longer referred to."""
+    """Free the memory of unreferenced engines."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What a check of a GPU found: the record's figures compared with targets, and as a table."""
+"""The results of a GPU check: figures compared with targets, and as a table."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 SCHEMA = 1
 Record = dict[str, Any]
 
-# Name, how it is compared, the number, and what it is compared with in `figures`.
+# Name, comparison, number.
 TARGETS = (
     ("FP8 blockwise updates, in bf16's tokens/s (te)", ">=", 1.25),
     ("FP8 blockwise rollouts, in bf16's tokens/s (te)", ">=", 1.2),
@@ -21,7 +21,7 @@ REHEARSED = "rehearsed, not measured"
 
 
 def read_suite(path: Path) -> Record:
-    """Return what the tests did, from the lines that `tests/gpu` writes as they end."""
+    """Return the test results, from the lines that `tests/gpu` writes."""
     if not path.exists():
         return {"ran": False, "failed": [], "skipped": [], "figures": {}}
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
@@ -111,7 +111,7 @@ def _ratios(record: Record) -> dict[str, float]:
 
 
 def table(record: Record) -> str:
-    """Return the record for people to read, as Markdown."""
+    """Return the record as Markdown."""
     machine, suite = record["machine"], record["suite"]
     lines = [f"# GPU check: {machine.get('gpu') or 'no GPU'}", ""]
     if record["rehearsal"]:
@@ -173,8 +173,8 @@ def _speeds(record: Record) -> list[str]:
         for part in ("rollout", "update"):
             if part in job:
                 lines.append(f"| {name} | {part} | {_speed(job[part], ceiling)} |")
-        if told := job.get("refused") or job.get("failed") or job.get("cut"):
-            lines.append(f"| {name} | {told} | | | | | |")
+        if message := job.get("refused") or job.get("failed") or job.get("cut"):
+            lines.append(f"| {name} | {message} | | | | | |")
     return lines
 
 
@@ -199,5 +199,5 @@ def _graphs(jobs: Record) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    """Return a figure with four digits; nothing where there is none."""
+    """Return a figure with four digits; empty for None."""
     return "" if value is None else f"{value:.4g}"

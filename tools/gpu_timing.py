@@ -1,7 +1,6 @@
 """Measurements of one GPU: matrix ceilings, rollout forwards and updates. One job a process.
 
-Each job runs in a process of its own (`gpu_check.py --job NAME`): what one leaves on the GPU, or
-breaks, does not reach the next.
+Each job runs in a separate process (`gpu_check.py --job NAME`), so no job can disturb the next.
 """
 
 import statistics
@@ -38,13 +37,13 @@ from agrpo_megatron.training.rl import make_loss
 from agrpo_megatron.training.step import optimizer_step
 from agrpo_megatron.types import PackedRows
 
-SETS = 3  # of inputs that are rotated, so that no run finds the last one's in a cache
+SETS = 3  # of rotating inputs, so that no run finds the last input in a cache
 SMALL = (1, 2, 4)  # rows of the rollout batches that graphs are timed with
 TRAINING_FACTOR = 3  # FLOPs of a forward and its backward, in forwards
 
 
 def run_job(job: Job, *, is_rehearsal: bool) -> dict[str, Any]:
-    """Return what a job measured; `refused` says why it cannot run here."""
+    """Return the figures of a job; `refused` says why it cannot run here."""
     scale = REHEARSAL if is_rehearsal else LLADA_8B
     if job.kind == "ceiling":
         size = 256 if is_rehearsal else 8192
@@ -62,7 +61,7 @@ def run_job(job: Job, *, is_rehearsal: bool) -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what torch says of the GPU, and of itself."""
+    """Return torch's description of the GPU, and its versions."""
     found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda}
     if device.type != "cuda":
         return {**found, "gpu": None}
@@ -195,7 +194,7 @@ def _speed(spent: list[float], *, tokens: int, flops: int, device: torch.device)
 
 
 def _rotated(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
-    """Return a function that makes the next of the calls, over and over."""
+    """Return a function that makes the next call, in a cycle."""
     state = {"next": 0}
 
     def call() -> None:
@@ -223,7 +222,7 @@ def _plain_product(
 
 
 def _fp8_product(size: int, seed: int, device: torch.device) -> Callable[[], Any]:
-    """Return a product with one scale a tensor: what Hopper's FP8 units do at their best."""
+    """Return a product with one scale per tensor: the fastest for Hopper's FP8 units."""
     left, right = (_numbers(size, seed + n, device).to(torch.float8_e4m3fn) for n in (0, 1))
     one = torch.ones((), device=device)
     return partial(

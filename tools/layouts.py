@@ -1,12 +1,12 @@
-"""Show what each rank would hold under every layout of a model: memory, by arithmetic.
+"""Print the memory of a rank under every layout of a model, by arithmetic.
 
     python tools/layouts.py examples/llada_8b/model.yaml --ranks 8
     python tools/layouts.py FILE --ranks 64 --memory 80 --parallel tp4-sp-pp2 precision=bf16
 
 FILE is a settings file or a Hugging Face directory. Weights, gradients and optimizer states are
-exact, activations an estimate; leave a tenth of the memory for the rest. A row shows the pipeline
-stage that needs most; `host` is the memory of the machine that `optimizer.offload` takes for each
-rank. Exit status 2 for wrong input.
+exact, activations an estimate; leave a tenth of the memory for the rest. A row shows the most
+loaded pipeline stage; `host` is the host memory that `optimizer.offload` uses per rank.
+Exit status 2 for wrong input.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def _layouts(settings: Settings, ranks: int, only: str | None) -> Iterator[Settings]:
-    """Yield the settings at each layout that fits model and ranks, or at the one asked for."""
+    """Yield the settings at each layout that fits model and ranks, or at `only`."""
     if only is not None:
         tree = parse_layout(only, "--parallel")
         parallel = build(ParallelSettings, tree, "--parallel ")

@@ -1,1 +1,1 @@
-"""What a machine offers, and which kernels a run takes on it."""
+"""What a machine offers, and which kernels a run uses on it."""

@@ -1,6 +1,6 @@
-"""Say which parts a run can use on this machine, and which kernels it takes.
+"""Report which parts a run can use on this machine, and which kernels it chooses.
 
-Importing this module loads none of them. A part that is broken is reported, never raised.
+Importing this module loads none of them. A broken part is reported, never raised.
 """
 
 import importlib
@@ -40,13 +40,13 @@ class Finding:
     """One part of the machine or the installation."""
 
     part: str
-    found: bool  # there, and it works as far as can be told without a run
-    version: str  # or size; empty where there is none
+    found: bool  # installed, and it works as far as an import shows
+    version: str  # or size; may be empty
     note: str  # what it allows, or what to do
 
 
 def examine() -> list[Finding]:
-    """Look at every part; imports them all, which takes some ten seconds."""
+    """Look at every part; imports them all, in about ten seconds."""
     return [
         _python(),
         _torch(),
@@ -83,7 +83,7 @@ def examine() -> list[Finding]:
 
 
 def summary(findings: Sequence[Finding]) -> list[str]:
-    """Return lines that say whether a run can start, and on which device."""
+    """Return lines: whether a run can start, and on which device."""
     here = {finding.part for finding in findings if finding.found}
     missing = [part for part in REQUIRED if part not in here]
     lines = [f"cannot run: {', '.join(missing)} missing or broken"] if missing else []
@@ -113,7 +113,7 @@ def print_findings(findings: Sequence[Finding], console: "Console") -> None:
 
 
 def print_kernels(kernels: "Kernels", of: str, console: "Console") -> None:
-    """Print which kernels a run takes, and why; `of` says whose settings they are for."""
+    """Print which kernels a run uses, and why; `of` names its settings."""
     from rich.text import Text
 
     table = _table("kernel", "chosen", "why", whole=("kernel", "chosen"))
@@ -153,7 +153,7 @@ def _gpus() -> list[Finding]:
                 for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
             ]
     except Exception as error:
-        return [Finding("GPU", False, "", f"torch cannot ask: {one_line(error)}")]
+        return [Finding("GPU", False, "", f"torch cannot query it: {one_line(error)}")]
     if not devices:
         return [Finding("GPU", False, "", "torch sees none: runs use the CPU and gloo")]
     return [
@@ -205,7 +205,7 @@ def _apex() -> Finding:
 
 def _flash_attention() -> Finding:
     found = [f"{name} {has}" for name in FLASH_ATTENTION.values() if (has := version(name))]
-    note = "Transformer Engine's attention may take it; 3 or 4 for kernels.batch_invariant"
+    note = "Transformer Engine's attention may use it; 3 or 4 for kernels.batch_invariant"
     if not found:
         note = f"optional: for kernels.batch_invariant; {INSTALL}"
     return Finding("flash attention", bool(found), ", ".join(found), note)
@@ -216,11 +216,11 @@ def _resilience() -> Finding:
         "nvidia-resiliency-ext",
         "nvidia_resiliency_ext",
         "nvidia-resiliency-ext",
-        works="ft_launcher finds hung ranks and starts them anew",
+        works="ft_launcher finds and restarts hung ranks",
         missing="optional; uv pip install -e '.[resilience]'",
     )
     if finding.found and release(finding.version) < (0, 6):
-        return replace(finding, note="Megatron-Core wants 0.6 or newer, which needs glibc 2.39")
+        return replace(finding, note="Megatron-Core needs 0.6 or newer, which needs glibc 2.39")
     return finding
 
 
@@ -233,13 +233,13 @@ def _memory() -> Finding:
     try:
         memory = importlib.import_module("psutil").virtual_memory()
     except Exception as error:
-        return Finding("memory", False, "", f"psutil cannot tell: {one_line(error)}")
+        return Finding("memory", False, "", f"psutil cannot read it: {one_line(error)}")
     note = f"{memory.available / GIB:.0f} GiB of it free"
     return Finding("memory", True, f"{memory.total / GIB:.0f} GiB", note)
 
 
 def _package(part: str, module: str, distribution: str, *, works: str, missing: str) -> Finding:
-    """Import `module` to see whether it works; whatever it raises becomes the note."""
+    """Import `module` to see whether it works; its exception becomes the note."""
     problem = import_problem(module)
     if problem == MISSING:
         return Finding(part, False, "", missing)

@@ -1,14 +1,19 @@
 """Which kernels a run computes with, and why: settings and the machine decide together.
 
-What follows from settings alone is said by `rules_precision`, what each kernel needs by `machine`.
+`rules_precision` checks what follows from settings alone; `machine` knows what each kernel needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from agrpo_megatron.config.rules_precision import optimizers, validate_recipe
-from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.config.settings import (
+    Fp8Settings,
+    KernelSettings,
+    OptimizerSettings,
+    Settings,
+)
 from agrpo_megatron.hardware.machine import (
     BLACKWELL,
     HOPPER,
@@ -23,7 +28,7 @@ from agrpo_megatron.hardware.machine import (
     te_missing,
 )
 
-# Gradients of weights are summed over micro-batches by the product that makes them, or after it.
+# A weight gradient is accumulated over micro-batches inside the GEMM that computes it, or after it.
 FUSED, SEPARATE = "fused", "separate"
 OPTIMIZERS = {"te": "TE fused Adam", "apex": "Apex fused Adam", "torch": "torch AdamW"}
 
@@ -33,24 +38,24 @@ class Note(NamedTuple):
 
     part: str
     chosen: str
-    why: str  # and why nothing else
+    why: str  # and why no other
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a run computes with."""
+    """The kernels of a run."""
 
     layer_spec: str  # local or te
-    recipe: str | None  # of FP8; None where nothing is
-    fuse_layer_gradients: bool  # products add the gradients of the layers' weights up
+    recipe: str | None  # of FP8; None without FP8
+    fuse_layer_gradients: bool  # GEMMs accumulate the weight gradients of the layers
     fuse_head_gradient: bool  # the same for the head, which is Megatron's own layer
-    flash_attention: int | None  # major version that batch-invariant attention is pinned to
+    flash_attention: int | None  # major version pinned for batch-invariant attention
     optimizer: str  # te, apex or torch
     notes: tuple[Note, ...]
 
 
 def kernels_for(settings: Settings, *, phases: Sequence[str] = ()) -> Kernels:
-    """Choose for this machine; `phases` (sft, rl) are those that are to be trained.
+    """Choose for this machine; `phases` (sft, rl) are the phases to train.
 
     Raises:
         ValueError: the machine cannot do what the settings ask, with key, value, rule and fix.
@@ -64,30 +69,33 @@ def choose(settings: Settings, machine: Machine, *, phases: Sequence[str] = ()) 
     Raises:
         ValueError: the machine cannot do what the settings ask, with key, value, rule and fix.
     """
-    recipe, precision = _precision(settings, machine)
-    layers = _layers(settings, machine)
+    switches = settings.kernels
+    recipe, precision = _precision(settings.precision, settings.fp8, machine)
+    if recipe is not None:
+        validate_recipe(settings, recipe)
+    layers = _layers(settings.precision, switches, machine)
     spec = layers.chosen
-    optimizer, adam = _optimizer(settings, machine, phases)
-    flash, invariant = _batch_invariant(settings, machine)
-    in_layers, in_head = _layer_gradients(settings, machine, spec), _head_gradient(machine)
+    optimizer, adam = _optimizer(optimizers(settings, phases), machine)
+    flash, invariant = _batch_invariant(switches, machine)
+    in_layers, in_head = _layer_gradients(switches, machine, spec), _head_gradient(machine)
     notes = (
         layers,
-        _attention(settings, machine, spec),
+        _attention(switches, machine, spec),
         _products(spec),
         precision,
         in_layers,
         in_head,
         adam,
         invariant,
-        _deterministic(settings, machine, spec),
-        _graphs(settings, machine),
+        _deterministic(switches, machine, spec),
+        _graphs(switches, machine),
     )
     fused = in_layers.chosen == FUSED, in_head.chosen == FUSED
     return Kernels(spec, recipe, *fused, flash, optimizer, notes)
 
 
 def in_one_line(kernels: Kernels) -> str:
-    """Say what a run takes, and what keeps it from Transformer Engine where it does without."""
+    """Return the kernels of a run as text, with the reason where layers are not `te`."""
     chosen = {note.part: note for note in kernels.notes}
     layers = chosen["layers"]
     why = f" ({layers.why})" if kernels.layer_spec == "local" else ""
@@ -95,54 +103,52 @@ def in_one_line(kernels: Kernels) -> str:
     return f"kernels: layers {layers.chosen}{why}, {', '.join(parts)}"
 
 
-def _layers(settings: Settings, machine: Machine) -> Note:
-    kernels, part = settings.kernels, "layers"
-    if settings.precision == "fp32":
+def _layers(precision: str, switches: KernelSettings, machine: Machine) -> Note:
+    part = "layers"
+    if precision == "fp32":
         return Note(part, "local", "te has no attention for precision=fp32")
-    if kernels.layer_spec == "local":
+    if switches.layer_spec == "local":
         return Note(part, "local", "kernels.layer_spec=local")
     missing = te_missing(machine)
     if missing is None:
         return Note(part, "te", f"Transformer Engine {machine.te} on {machine.gpu}")
-    if kernels.layer_spec == "te":
+    if switches.layer_spec == "te":
         raise _refusal("kernels.layer_spec=te", missing, "kernels.layer_spec=auto")
-    if kernels.cuda_graphs:
+    if switches.cuda_graphs:
         raise _refusal("kernels.cuda_graphs=true", missing, "kernels.cuda_graphs=false")
     return Note(part, "local", f"te needs {missing}")
 
 
-def _precision(settings: Settings, machine: Machine) -> tuple[str | None, Note]:
-    """Return the recipe of FP8, and the note on how matrix products are computed."""
-    part, precision = "precision", settings.precision
-    missing, asked = fp8_missing(machine), settings.fp8.recipe
+def _precision(precision: str, fp8: Fp8Settings, machine: Machine) -> tuple[str | None, Note]:
+    """Return the FP8 recipe, and the note on how matrix products are computed."""
+    part, missing, asked = "precision", fp8_missing(machine), fp8.recipe
     recipe = asked or default_recipe(machine)
     if precision != "fp8":
         lacks = missing or recipe_missing(recipe, machine)
-        fp8 = f"fp8 needs {lacks.what}" if lacks else f"fp8 would be {recipe}"
+        why = f"fp8 needs {lacks.what}" if lacks else f"fp8 would be {recipe}"
         name = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-        return None, Note(part, name, f"precision={precision}; {fp8}")
+        return None, Note(part, name, f"precision={precision}; {why}")
     if missing:
         raise _refusal("precision=fp8", missing, "precision=bf16")
     said = f"fp8.recipe={asked}" if asked else f"fp8.recipe=null, here {recipe},"
     if lacks := recipe_missing(recipe, machine):
         raise ValueError(f"{said} needs {lacks}; {lacks.fix}")
-    validate_recipe(settings, recipe)
     why = "products of the layers; all else is bfloat16"
     if recipe == "blockwise" and machine.capability >= BLACKWELL:
         why += "; emulated on Blackwell, where mxfp8 is native"
     return recipe, Note(part, f"FP8 {recipe}", why)
 
 
-def _attention(settings: Settings, machine: Machine, spec: str) -> Note:
+def _attention(switches: KernelSettings, machine: Machine, spec: str) -> Note:
     part, flash = "attention", "flash attention"
     if spec == "local":
-        return Note(part, "torch SDPA", "that of the local layers")
-    if settings.kernels.batch_invariant:
+        return Note(part, "torch SDPA", "of the local layers")
+    if switches.batch_invariant:
         return Note(part, flash, "kernels.batch_invariant=true; cuDNN's is not")
     if machine.capability >= HOPPER:
-        return Note(part, "cuDNN fused", "what Transformer Engine takes from Hopper on")
+        return Note(part, "cuDNN fused", "Transformer Engine's choice from Hopper on")
     if machine.flash_attention:
-        return Note(part, flash, "what Transformer Engine takes before Hopper")
+        return Note(part, flash, "Transformer Engine's choice before Hopper")
     return Note(part, "cuDNN fused", f"{flash} is not installed")
 
 
@@ -150,21 +156,21 @@ def _products(spec: str) -> Note:
     part = "norms and products"
     if spec == "te":
         return Note(part, "Transformer Engine", "a norm and the product after it are one module")
-    return Note(part, "torch", "those of the local layers")
+    return Note(part, "torch", "of the local layers")
 
 
-def _layer_gradients(settings: Settings, machine: Machine, spec: str) -> Note:
+def _layer_gradients(switches: KernelSettings, machine: Machine, spec: str) -> Note:
     part = "gradients of layers"
     if spec == "local":
         return _head_gradient(machine)._replace(part=part)
-    if settings.kernels.batch_invariant:
-        # Megatron's batch-invariant product overwrites the sum that it is to be added to.
+    if switches.batch_invariant:
+        # Megatron's batch-invariant product overwrites the sum instead of adding to it.
         return Note(part, SEPARATE, "batch-invariant products cannot add")
     return Note(part, FUSED, "by Transformer Engine")
 
 
 def _head_gradient(machine: Machine) -> Note:
-    """Say how Megatron's own layers add gradients up; the head is one with either spec."""
+    """Return how Megatron's own layers accumulate gradients; the head always is one of them."""
     part = "gradient of the head"
     if machine.gpu is None:
         return Note(part, SEPARATE, "fused needs a GPU")
@@ -173,10 +179,14 @@ def _head_gradient(machine: Machine) -> Note:
     return Note(part, FUSED, "by NVIDIA Apex")
 
 
-def _optimizer(settings: Settings, machine: Machine, phases: Sequence[str]) -> tuple[str, Note]:
-    """Return who updates the weights, as Megatron-Core chooses too, and the note."""
+def _optimizer(trained: Mapping[str, OptimizerSettings], machine: Machine) -> tuple[str, Note]:
+    """Return the optimizer that Megatron-Core will choose too, and the note.
+
+    Args:
+        trained: the optimizer of each phase, by the section it is written in.
+    """
     missing = fused_adam_missing(machine)
-    for key, optimizer in optimizers(settings, phases).items():
+    for key, optimizer in trained.items():
         if optimizer.offload and machine.gpu is None:
             needs = Missing(
                 "a GPU to move states from", "torch sees none", "run where there is one"
@@ -184,25 +194,25 @@ def _optimizer(settings: Settings, machine: Machine, phases: Sequence[str]) -> t
             raise _refusal(f"{key}.offload={optimizer.offload:g}", needs, f"{key}.offload=0")
         for name in ("moments", "main_gradients"):
             value = getattr(optimizer, name)
-            # What is offloaded is updated by torch's AdamW.
+            # torch's AdamW updates the offloaded states.
             if missing and value != "fp32" and not optimizer.offload:
                 raise _refusal(f"{key}.{name}={value}", missing, f"{key}.{name}=fp32")
     if machine.gpu is None:
-        taken, why = "torch", "a fused one needs a GPU"
+        name, why = "torch", "a fused one needs a GPU"
     elif missing is None:
-        taken, why = "te", "the first that Megatron-Core looks for"
+        name, why = "te", "Megatron-Core's first choice"
     elif machine.apex_adam:
-        taken, why = "apex", "that of Transformer Engine would come first"
+        name, why = "apex", "Transformer Engine's would come first"
     else:
-        taken, why = "torch", "a fused one needs Transformer Engine or NVIDIA Apex"
-    return taken, Note("optimizer", OPTIMIZERS[taken], why)
+        name, why = "torch", "a fused one needs Transformer Engine or NVIDIA Apex"
+    return name, Note("optimizer", OPTIMIZERS[name], why)
 
 
-def _batch_invariant(settings: Settings, machine: Machine) -> tuple[int | None, Note]:
-    """Return the flash attention that batch-invariant attention is pinned to, and the note."""
+def _batch_invariant(switches: KernelSettings, machine: Machine) -> tuple[int | None, Note]:
+    """Return the flash attention version of batch-invariant attention, and the note."""
     part, said = "batch-invariant", "kernels.batch_invariant"
     found = invariant_flash(machine)
-    if not settings.kernels.batch_invariant:
+    if not switches.batch_invariant:
         missing = found if isinstance(found, Missing) else None
         return None, Note(part, "no", _off(said, missing))
     if isinstance(found, Missing):
@@ -210,32 +220,32 @@ def _batch_invariant(settings: Settings, machine: Machine) -> tuple[int | None, 
     return found, Note(part, "yes", f"{said}=true, by flash attention {found}")
 
 
-def _deterministic(settings: Settings, machine: Machine, spec: str) -> Note:
+def _deterministic(switches: KernelSettings, machine: Machine, spec: str) -> Note:
     part = "deterministic"
     if machine.gpu is None:
-        return Note(part, "yes", "a CPU repeats bit by bit")
-    if not settings.kernels.deterministic:
+        return Note(part, "yes", "CPU kernels are deterministic")
+    if not switches.deterministic:
         return Note(part, "no", _off("kernels.deterministic", None))
     why = "kernels.deterministic=true"
-    # cuDNN's deterministic backward of packed rows wants 128 bytes for each score there.
+    # cuDNN's deterministic backward of packed rows needs 128 bytes per score on Hopper.
     is_hopper = HOPPER <= machine.capability < BLACKWELL
     if spec == "te" and is_hopper and not machine.flash_attention:
         why += (
-            "; many long rows (rows x heads x longest^2 from 2^30 on) take unfused attention, slow "
+            "; many long rows (rows x heads x longest^2 from 2^30 on) use unfused attention, slow "
             "and large, as flash-attn is not installed"
         )
     return Note(part, "yes", why)
 
 
-def _graphs(settings: Settings, machine: Machine) -> Note:
+def _graphs(switches: KernelSettings, machine: Machine) -> Note:
     part, said = "CUDA graphs", "kernels.cuda_graphs"
-    if settings.kernels.cuda_graphs:
+    if switches.cuda_graphs:
         return Note(part, "rollout", f"{said}=true, one for each length")
     return Note(part, "no", _off(said, te_missing(machine)))
 
 
 def _off(key: str, missing: Missing | None) -> str:
-    """Say that a switch is off, and whether it could be on."""
+    """Return why a switch is off: the machine cannot, or the setting."""
     return f"{key}=true needs {missing.what}" if missing else f"{key} is off"
 
 

@@ -1,6 +1,6 @@
-"""What this machine offers: its GPU, and the optional packages that bring kernels.
+"""What this machine offers: its GPU, and optional packages with kernels.
 
-Importing this module loads none of them. A part that is broken is told, never raised.
+Importing this module loads none of them. A broken part is reported, never raised.
 """
 
 import contextlib
@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 MISSING = "it is not installed"
-FLASH_ATTENTION = {2: "flash-attn", 3: "flash-attn-3", 4: "flash-attn-4"}  # its packages
+FLASH_ATTENTION = {2: "flash-attn", 3: "flash-attn-3", 4: "flash-attn-4"}  # their packages
 AMPERE, ADA, HOPPER, BLACKWELL, WORKSTATION = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
-TE_OLDEST = (2, 10)  # what Megatron-Core 0.19 asks for the newest of what is used here
+TE_OLDEST = (2, 10)  # Megatron-Core 0.19 needs it for the newest features used here
 CUDA_OF_BLOCKWISE = (12, 9)
 INSTALL = "install it as docs/install.md says"
 
 
 class Missing(NamedTuple):
-    """What something needs that is not here."""
+    """A requirement that this machine does not meet."""
 
     what: str  # the object of `needs`
-    instead: str  # what is here, as a clause
+    instead: str  # what the machine has, as a clause
     fix: str
 
     def __str__(self) -> str:
@@ -37,23 +37,23 @@ class Missing(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run may compute with."""
+    """Hardware and packages that a run may use."""
 
     gpu: str | None = None  # its name
     capability: tuple[int, int] = (0, 0)  # compute capability of the GPU
-    cuda: tuple[int, ...] = ()  # version that torch was built for
-    te: str | None = None  # version of Transformer Engine, where it is installed
-    te_problem: str = MISSING  # why it cannot be used, as a clause; empty where it can
+    cuda: tuple[int, ...] = ()  # version torch was built for
+    te: str | None = None  # version of Transformer Engine, if installed
+    te_problem: str = MISSING  # why it cannot be used, as a clause; empty if it can
     apex_adam: bool = False  # Apex's fused optimizer and its kernels
-    apex_gradient: bool = False  # Apex's kernel that adds weight gradients up as it computes them
-    flash_attention: tuple[int, ...] = ()  # major versions that are installed
+    apex_gradient: bool = False  # Apex's GEMM that accumulates weight gradients
+    flash_attention: tuple[int, ...] = ()  # installed major versions
 
 
 @functools.cache
 def look() -> Machine:
-    """Look at this rank's GPU and the packages beside it; raises nothing.
+    """Look at this rank's GPU and the installed packages; raises nothing.
 
-    Packages with kernels are imported only where there is a GPU to run them.
+    Packages with kernels are imported only if there is a GPU to run them.
     """
     try:
         with quiet():
@@ -63,7 +63,7 @@ def look() -> Machine:
                 int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count() if here else 0
             )
             device = torch.cuda.get_device_properties(index) if here else None
-    except Exception:  # a torch without a working driver has no GPU to offer
+    except Exception:  # torch without a working driver: no GPU
         return Machine()
     te = version("transformer-engine") or None
     if device is None:
@@ -82,7 +82,7 @@ def look() -> Machine:
 
 
 def te_missing(machine: Machine) -> Missing | None:
-    """Say what the layers of Transformer Engine need that is not here."""
+    """Return what the layers of Transformer Engine lack here, or None."""
     if machine.gpu is None:
         return Missing("a GPU", "torch sees none", "run where there is one")
     if machine.capability < AMPERE:
@@ -96,21 +96,21 @@ def te_missing(machine: Machine) -> Missing | None:
 
 
 def fp8_missing(machine: Machine) -> Missing | None:
-    """Say what FP8 needs that is not here."""
+    """Return what FP8 lacks here, or None."""
     if machine.gpu is not None and machine.capability < ADA:
         return Missing("a Hopper GPU or newer", _gpu(machine), "run on a newer one")
     return te_missing(machine)
 
 
 def default_recipe(machine: Machine) -> str:
-    """Return the FP8 recipe that is native to the GPU, and keeps no state."""
+    """Return the GPU's native FP8 recipe that keeps no state."""
     if machine.capability >= WORKSTATION:
         return "tensorwise"
     return "mxfp8" if machine.capability >= BLACKWELL else "blockwise"
 
 
 def recipe_missing(recipe: str, machine: Machine) -> Missing | None:
-    """Say what an FP8 recipe needs beyond FP8 itself; as Transformer Engine checks too."""
+    """Return what an FP8 recipe lacks here beyond FP8 itself; the checks of Transformer Engine."""
     capability = machine.capability
     tensorwise = "use fp8.recipe=tensorwise"
     if recipe == "mxfp8" and not BLACKWELL <= capability < WORKSTATION:
@@ -130,12 +130,12 @@ def recipe_missing(recipe: str, machine: Machine) -> Missing | None:
 
 
 def invariant_flash(machine: Machine) -> int | Missing:
-    """Return the flash attention that can ignore what else is in a batch, or what it needs."""
+    """Return the version of a batch-invariant flash attention, or what is missing for it."""
     if machine.gpu is not None and machine.capability < HOPPER:
         return Missing("a Hopper GPU or newer", _gpu(machine), "run on a newer one")
     if missing := te_missing(machine):
         return missing
-    # Transformer Engine takes version 3 on Hopper alone, and there before version 4.
+    # Transformer Engine uses version 3 only on Hopper, and prefers it there to version 4.
     fitting = (3, 4) if machine.capability < BLACKWELL else (4,)
     for version in fitting:
         if version in machine.flash_attention:
@@ -144,7 +144,7 @@ def invariant_flash(machine: Machine) -> int | Missing:
 
 
 def fused_adam_missing(machine: Machine) -> Missing | None:
-    """Say what Transformer Engine's fused Adam needs that is not here."""
+    """Return what Transformer Engine's fused Adam lacks here, or None."""
     if machine.gpu is None:
         return Missing("a GPU", "torch sees none", "run where there is one")
     problem = machine.te_problem
@@ -152,10 +152,10 @@ def fused_adam_missing(machine: Machine) -> Missing | None:
 
 
 def import_problem(module: str) -> str:
-    """Import `module` and say as a clause what is wrong with it; empty if nothing is."""
+    """Import `module`; return its problem as a clause, empty if it works."""
     try:
         with quiet():
-            importlib.import_module("torch")  # its libraries are those that extensions look for
+            importlib.import_module("torch")  # loads the libraries that extensions link to
             importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and f"{module}.".startswith(f"{error.name}."):
@@ -167,7 +167,7 @@ def import_problem(module: str) -> str:
 
 
 def apex_problem() -> str:
-    """Say as a clause why NVIDIA's fused optimizer cannot be used; empty if it can."""
+    """Return as a clause why NVIDIA's fused optimizer cannot be used; empty if it can."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return MISSING
@@ -182,7 +182,7 @@ def apex_problem() -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep imports from talking: what is absent is told once, by whoever asked."""
+    """Silence imports: the caller reports what is absent, once."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -194,7 +194,7 @@ def quiet() -> Iterator[None]:
 
 
 def version(distribution: str) -> str:
-    """Return an installed distribution's version; empty where it is not installed."""
+    """Return an installed distribution's version; empty if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -202,7 +202,7 @@ def version(distribution: str) -> str:
 
 
 def release(text: str) -> tuple[int, ...]:
-    """Return the first two numbers of a version; none where it has none."""
+    """Return the first two numbers of a version; empty if it has none."""
     return tuple(int(number) for number in text.split(".")[:2] if number.isdecimal())
 
 
@@ -213,7 +213,7 @@ def one_line(error: Exception) -> str:
 
 
 def _gpu(machine: Machine) -> str:
-    """Say as a clause which GPU is here."""
+    """Return as a clause which GPU this is."""
     return f"{machine.gpu} has compute capability {_dotted(machine.capability)}"
 
 

@@ -1,4 +1,4 @@
-"""A model that trains: network, data parallelism, optimizer and schedule, all Megatron's."""
+"""A trainable model: network, data parallelism, optimizer and schedule, all from Megatron."""
 
 import gc
 from dataclasses import dataclass
@@ -17,28 +17,28 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import OptimizerSettings, Settings
 from agrpo_megatron.hardware.kernels import kernels_for
-from agrpo_megatron.megatron.fused import take_torch_optimizers
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.megatron.platform import use_torch_optimizers
 from agrpo_megatron.megatron.reshard import RolloutCopy
 
-# What Transformer Engine's Adam calls the dtypes of its states; it scales what it keeps as FP8.
+# State dtypes of Transformer Engine's Adam; it scales the FP8 states.
 STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Everything that a training loop drives; the parts are mutable, the record is not."""
+    """Everything that a training loop drives; parts are mutable, the record is frozen."""
 
     network: Network
     ddp: list[DistributedDataParallel]  # one per virtual stage
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    rollout_copy: RolloutCopy | None = None  # where rollouts have a layout of their own
+    rollout_copy: RolloutCopy | None = None  # if rollouts have a separate layout
 
     @property
     def ranks(self) -> Ranks:
-        """Return the layout of the training."""
+        """Return the training layout."""
         return self.network.ranks
 
     def rollout_network(self) -> Network:
@@ -48,16 +48,16 @@ class Engine:
             return self.network
         return self.rollout_copy.update(self.network, self.scheduler.num_steps)
 
-    def begin(self, given: dict[str, Tensor]) -> None:
-        """Let the main weights begin from the network's; called by every rank.
+    def init_main_weights(self, uncast: dict[str, Tensor]) -> None:
+        """Initialise the main weights from the network's; called by every rank.
 
         Args:
-            given: by name, what weights that are kept in FP8 were cast from.
+            uncast: by name, the values of FP8 weights before their cast.
         """
-        if not given:
+        if not uncast:
             self.optimizer.reload_model_params()
             return
-        values = {p: given.get(name, p) for name, p in self.network.named_parameters()}
+        values = {p: uncast.get(name, p) for name, p in self.network.named_parameters()}
         state = {
             f"model{number}": {name: values[p] for name, p in chunk.named_parameters()}
             for number, chunk in enumerate(self.network.chunks)
@@ -65,7 +65,7 @@ class Engine:
         self.optimizer.reload_model_params(state_dict=state)
 
     def cast_weights(self) -> None:
-        """Cast weights that are kept in FP8 from the main weights; called by every rank."""
+        """Cast FP8 primary weights from the main weights; called by every rank."""
         if not self.network.config.fp8_param:
             return
         optimizer: Any = self.optimizer
@@ -78,7 +78,7 @@ class Engine:
             ddp.start_param_sync(force_sync=True)
 
     def finish_parameters(self) -> None:
-        """Wait for updated weights that are still being gathered (`ddp.overlap_param_gather`)."""
+        """Finish the all-gather of updated weights (`ddp.overlap_param_gather`)."""
         for ddp in self.ddp:
             if ddp.ddp_config.overlap_param_gather:
                 ddp.start_param_sync(force_sync=True)
@@ -89,7 +89,7 @@ def build_engine(
 ) -> Engine:
     """Build model and optimizer; called by every rank. Weights are loaded afterwards.
 
-    An engine that nobody refers to any more is gone before: two would not fit into memory.
+    Frees an unreferenced earlier engine first: two would not fit into memory.
 
     Args:
         optimizer: the phase's optimizer settings.
@@ -98,13 +98,13 @@ def build_engine(
     Raises:
         ValueError: Megatron refuses a pass-through setting.
     """
-    for _ in range(2):  # weights in FP8 are free only once what holds them is
+    for _ in range(2):  # FP8 weights are freed only after their owner
         gc.collect()
     if kernels_for(settings).optimizer == "torch":
-        take_torch_optimizers()
+        use_torch_optimizers()
     network = build_network(settings, ranks)
     config = network.config
-    ddp_config = _ddp_config(settings, optimizer, config)
+    ddp_config = _ddp_config(settings.ddp, optimizer, config)
     ddp: list[Any] = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(network.chunks)
@@ -127,20 +127,20 @@ def _one_or_all(functions: list[Any]) -> Any:
 
 
 def _ddp_config(
-    settings: Settings, optimizer: OptimizerSettings, config: TransformerConfig
+    chosen: dict[str, Any], optimizer: OptimizerSettings, config: TransformerConfig
 ) -> DistributedDataParallelConfig:
     values = {
         "use_distributed_optimizer": optimizer.distributed,
         "grad_reduce_in_fp32": config.bf16 and optimizer.main_gradients == "fp32",
         "fp8_param_gather": config.fp8_param,
         "reuse_grad_buf_for_mxfp8_param_ag": _gathers_in_gradients(config),
-        **settings.ddp,
+        **chosen,
     }
     return _megatron_record(DistributedDataParallelConfig, values, "ddp")
 
 
 def optimizer_config(optimizer: OptimizerSettings, config: TransformerConfig) -> OptimizerConfig:
-    """Translate a phase's settings into Megatron's own; `optimizer.megatron` wins.
+    """Translate a phase's settings into Megatron's; `optimizer.megatron` overrides.
 
     Raises:
         ValueError: Megatron refuses a value or does not know a key of `optimizer.megatron`.
@@ -162,19 +162,19 @@ def optimizer_config(optimizer: OptimizerSettings, config: TransformerConfig) ->
 
 
 def _state_values(optimizer: OptimizerSettings, config: TransformerConfig) -> dict[str, Any]:
-    """Return what decides the form of the optimizer's states, and where they are kept."""
+    """Return the values that set dtype and device of the optimizer's states."""
     is_offloaded, has_gpu = optimizer.offload > 0, torch.cuda.is_available()
     is_plain = (optimizer.moments, optimizer.main_gradients) == ("fp32", "fp32")
     # The second moment spans more orders of magnitude than FP8 with one scale does, and Adam
-    # divides by its root: what became zero would blow up. (Source: FP8-LM, arXiv 2310.18313.)
+    # divides by its root: a rounded-off zero would blow up. (Source: FP8-LM, arXiv 2310.18313.)
     second = "bf16" if optimizer.moments == "fp8" else optimizer.moments
     return {
-        # Offloading runs on the same path, and Megatron's own launcher demands it too.
+        # Offloading uses the same path; Megatron's launcher requires it too.
         "use_precision_aware_optimizer": is_offloaded or not is_plain,
         "main_grads_dtype": STATES[optimizer.main_gradients],
         "exp_avg_dtype": STATES[optimizer.moments],
         "exp_avg_sq_dtype": STATES[second],
-        # Only weights that are kept in FP8 need to be treated by their recipe.
+        # Only FP8 primary weights need their recipe.
         "fp8_recipe": config.fp8_recipe if config.fp8_param else None,
         "store_param_remainders": not config.fp8_param,
         "reuse_grad_buf_for_mxfp8_param_ag": _gathers_in_gradients(config),
@@ -187,10 +187,10 @@ def _state_values(optimizer: OptimizerSettings, config: TransformerConfig) -> di
 
 
 def _gathers_in_gradients(config: TransformerConfig) -> bool:
-    """Say whether updated weights are gathered in the place of gradients, for want of their own.
+    """Whether updated weights are gathered in the gradient buffer.
 
-    MXFP8 weights have two sets of bytes, neither of which can be made from the other: they travel
-    in bf16 and are cast where they arrive.
+    An MXFP8 weight has two casts, row-wise and column-wise, and neither can be computed from the
+    other: weights are gathered in bf16 and cast on the receiving rank.
     """
     return config.fp8_param and config.fp8_recipe == "mxfp8"
 

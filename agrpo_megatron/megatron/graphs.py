@@ -1,8 +1,8 @@
-"""Rollout forwards as CUDA graphs: a bucket of packed rows is recorded once and replayed.
+"""Rollout forwards as CUDA graphs: a bucket of packed rows is captured once and replayed.
 
-A graph replays fixed shapes from fixed addresses. So packed rows are padded to a bucket: tokens
-and the longest row are rounded up, and rows without tokens fill the table of boundaries. The
-layers are recorded, the head is not: how many tokens are scored changes from step to step.
+A graph replays fixed shapes at fixed addresses. So packed rows are padded to a bucket: tokens
+and the longest row are rounded up, and empty rows fill the table of boundaries. The layers are
+captured, the head is not: the number of scored tokens changes from step to step.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from agrpo_megatron.megatron.layers.packed import PackedLayout, positions_in_row
 from agrpo_megatron.megatron.model import MaskedDiffusionModel
 from agrpo_megatron.types import PackedRows
 
-TOKENS, LENGTH = 128, 64  # what tokens, and the longest row, are at least rounded up to
+TOKENS, LENGTH = 128, 64  # tokens and the longest row round up to multiples of these
 
-# Record a function: returns what replays it, and the tensor that each replay writes.
+# Capture a function: returns a function that replays it, and the tensor that each replay writes.
 Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
 
@@ -45,8 +45,8 @@ class _Recording:
 def bucket_of(bounds: list[int]) -> Bucket:
     """Return the bucket of packed rows with these boundaries.
 
-    Tokens are rounded up by at most an eighth. What is missing is filled with rows that are no
-    longer than the longest one: attention is never costlier for it.
+    Tokens are rounded up by at most an eighth. Padding rows are no longer than the longest row, so
+    they do not raise the cost of attention.
     """
     count = bounds[-1]
     longest = _up(max(b - a for a, b in zip(bounds, bounds[1:], strict=False)), LENGTH)
@@ -63,10 +63,10 @@ def bucket_bounds(bounds: list[int], bucket: Bucket) -> list[int]:
 
 
 class Graphs:
-    """Run packed rows through a model without pipeline or context parallelism; logits come out.
+    """Return logits of packed rows, for a model without pipeline or context parallelism.
 
-    A bucket is recorded when it comes for the second time: many come once, as rows end. Lives as
-    long as the weights do not change: one rollout.
+    A bucket is captured at its second use: many are used once, as rows end. Valid while the weights
+    do not change: one rollout.
     """
 
     def __init__(self, model: MaskedDiffusionModel, *, record: Recorder | None = None):
@@ -111,18 +111,18 @@ class Graphs:
 
 
 def record_on_gpu() -> Recorder:
-    """Return what records CUDA graphs that share their memory: one is replayed at a time."""
+    """Return a recorder of CUDA graphs that share a memory pool: only one replays at a time."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """Warm the function's kernels up, then record it."""
+        """Warm up the function's kernels, then capture it."""
         now, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(now)
         with torch.cuda.stream(side):
-            run()  # kernels are chosen and loaded, which a recording must not do
+            run()  # chooses and loads kernels, which a capture must not do
         now.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with CUDA calls of their own, such as NCCL's watchdog.
+        # Other threads, such as NCCL's watchdog, may still make CUDA calls.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             written = run()
         return graph.replay, written

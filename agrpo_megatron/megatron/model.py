@@ -1,6 +1,6 @@
 """The masked-diffusion transformer on Megatron-Core's `TransformerBlock`.
 
-Parameter names are GPTModel's, so other Megatron tools read the checkpoints.
+Parameters have GPTModel's names, so other Megatron tools can read the checkpoints.
 """
 
 from dataclasses import replace
@@ -36,13 +36,13 @@ LEAST_ROWS = 4
 
 
 class MaskedDiffusionModel(LanguageModule):
-    """A bidirectional transformer over packed rows; the head sees the scored tokens only.
+    """A bidirectional transformer over packed rows; the head runs on scored tokens only.
 
     Args:
         vocab_rows: rows of embedding and head, a multiple of the tensor-parallel size.
         pre_process, post_process: whether this pipeline stage holds the embedding, the head.
-        vp_stage: which of this rank's virtual stages it is.
-        fuse_head_gradient: whether the head adds its gradient up by a kernel of Apex.
+        vp_stage: index among this rank's virtual stages.
+        fuse_head_gradient: whether Apex's kernel accumulates the head's gradient.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class MaskedDiffusionModel(LanguageModule):
         )
         if post_process:
             assert config.init_method is not None
-            # Scored tokens are gathered before the head, so the head itself is not sequence-
-            # parallel: its input is whole on every rank and its input gradient is summed. It is
-            # Megatron's own layer in both specs, which fuses by Apex alone.
+            # Scored tokens are gathered before the head, so the head is not sequence-parallel: its
+            # input is whole on every rank and its input gradient is summed. In both specs it is
+            # Megatron's own layer, which only Apex can fuse.
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 vocab_rows,
@@ -110,7 +110,7 @@ class MaskedDiffusionModel(LanguageModule):
     def forward(self, rows: PackedRows) -> Tensor:
         """Return the logits [S, V / tensor parallel] of this rank's scored tokens.
 
-        All scored tokens without context parallelism, else those of `context.scored_slices`. A
+        Under context parallelism these are the tokens of `context.scored_slices`, else all. A
         stage without the head returns its hidden states [T / (context * sequence), 1, hidden].
         """
         mine = scored_slices(rows, self.ranks)[self.ranks.context.rank]
@@ -122,7 +122,7 @@ class MaskedDiffusionModel(LanguageModule):
         return self.head(hidden, rows.scored[mine] - first) if self.post_process else hidden
 
     def angles(self, positions: Tensor) -> Tensor:
-        """Return by how much each position [T] rotates its heads, [T, 1, head_dim] float32."""
+        """Return the rotary angles of positions [T], [T, 1, head_dim] float32."""
         assert self.config.kv_channels is not None
         return rotary_angles(
             positions, head_dim=self.config.kv_channels, rope_theta=self.rope_theta
@@ -134,7 +134,7 @@ class MaskedDiffusionModel(LanguageModule):
         return self.decoder(hidden, attention_mask=None, packed_seq_params=layout)
 
     def head(self, hidden: Tensor, places: Tensor) -> Tensor:
-        """Return the logits [S, V / tensor parallel] at these of the rank's tokens."""
+        """Return the logits [S, V / tensor parallel] at these positions of the rank's tokens."""
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
@@ -146,7 +146,7 @@ class MaskedDiffusionModel(LanguageModule):
 
 
 class _StageLayout(PipelineParallelLayerLayout):
-    """Megatron's table of layers by stage, which asks for our stage instead of a global one."""
+    """Megatron's table of layers by stage, for our stage instead of the global one."""
 
     def __init__(self, stages: list[list[str]], size: int, stage: int):
         super().__init__(stages, size)  # type: ignore[arg-type]
@@ -160,12 +160,12 @@ class _StageLayout(PipelineParallelLayerLayout):
 def transformer_config(
     settings: Settings, parallel: ParallelSettings, *, stage: int
 ) -> TransformerConfig:
-    """Translate settings into Megatron's own for a pipeline stage; `model.megatron` wins.
+    """Translate settings into Megatron's for a pipeline stage; `model.megatron` overrides.
 
     Raises:
         ValueError: Megatron refuses a value or does not know a key of `model.megatron`.
     """
-    model = settings.model
+    model, precision, fp8 = settings.model, settings.precision, settings.fp8
     values = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -187,9 +187,9 @@ def transformer_config(
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
-        "perform_initialization": False,  # weights come by name, see `families`
+        "perform_initialization": False,  # weights are loaded by name, see `families`
         "use_cpu_initialization": not torch.cuda.is_available(),
-        **kernel_values(settings, kernels_for(settings)),
+        **kernel_values(precision, fp8, settings.kernels, kernels_for(settings)),
         **_layout_values(model, parallel, stage),
     }
     try:
@@ -237,7 +237,7 @@ def _layout_values(model: ModelSettings, parallel: ParallelSettings, stage: int)
         "context_parallel_size": parallel.context,
         "pipeline_model_parallel_size": parallel.pipeline,
         "variable_seq_lengths": parallel.virtual == 1,  # see `context.for_schedule`
-        "overlap_p2p_comm": parallel.virtual > 1,  # else two stages confuse the two directions
+        "overlap_p2p_comm": parallel.virtual > 1,  # else two stages mix up the two directions
         "batch_p2p_comm": parallel.virtual == 1,
     }
     if parallel.pipeline > 1:

@@ -1,4 +1,4 @@
-"""One model as this rank holds it: its virtual stages, its place in the layout, its vocabulary."""
+"""This rank's part of a model: its virtual stages, its ranks, its part of the vocabulary."""
 
 import re
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_chunks
 from agrpo_megatron.megatron.parallel import Ranks
 
-# Transformer Engine fuses the norms into the products after them; everything but the layers
-# themselves knows a layer's weights by the names of the local spec.
+# Transformer Engine fuses each norm into the product after it. Outside the layers, weights have the
+# names of the local spec.
 LOCAL_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -24,11 +24,11 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Network:
-    """The virtual stages of one rank; with all ranks of its replica they are the whole model."""
+    """The virtual stages of one rank; the ranks of a replica hold the whole model together."""
 
     chunks: tuple[MaskedDiffusionModel, ...]
     ranks: Ranks
-    vocab: Vocabulary  # the columns of the logits that this rank computes
+    vocab: Vocabulary  # the logit columns of this rank
     has_graphs: bool = False  # whether rollouts run as CUDA graphs
 
     @property
@@ -37,7 +37,7 @@ class Network:
         return self.chunks[0].config
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield this rank's parameters by the local spec's names, layers numbered in the whole."""
+        """Yield this rank's parameters by their local-spec names, with global layer numbers."""
         for chunk in self.chunks:
             layers = chunk.decoder.layers
             for name, parameter in chunk.named_parameters():
@@ -53,10 +53,10 @@ class Network:
             chunk.train(mode == "train")
 
     def renew_casts(self) -> None:
-        """Let the next forward cast the weights to FP8 anew, as they may have changed.
+        """Make the next forward cast the weights to FP8 again, as they may have changed.
 
-        Transformer Engine keeps what it cast until it is told. Megatron's schedules tell it with
-        the first micro-batch; whoever calls the chunks directly has to.
+        Transformer Engine caches its casts. Megatron's schedules renew them with the first
+        micro-batch; code that calls the chunks directly must call this.
         """
         for chunk in self.chunks:
             chunk.set_is_first_microbatch()

@@ -1,4 +1,4 @@
-"""Process groups: started once, handed on as a record; nothing below this layer reads a global."""
+"""Process groups: built once, passed on as a record; lower layers read no global state."""
 
 import datetime
 import os
@@ -18,7 +18,7 @@ from agrpo_megatron.megatron.precision import token_multiple
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the layout: the ranks that differ in it alone, and this rank's place."""
+    """One axis of the layout: the ranks that differ only in it, and this rank's index."""
 
     group: dist.ProcessGroup
     rank: int
@@ -38,25 +38,25 @@ class Ranks:
     pipeline: Axis
     context: Axis
     data: Axis
-    data_context: Axis  # data and context together: the ranks that hold the same weights
-    returning: dist.ProcessGroup  # the pipeline's ranks again, for what travels backwards
-    replica: dist.ProcessGroup | None  # all that hold one copy, over gloo; None: one rank
-    token_multiple: int = 1  # what the packed tokens on a rank are padded to
-    rollout_layout: "Ranks | None" = None  # where rollouts have a layout of their own
+    data_context: Axis  # data x context: the ranks with the same weights
+    returning: dist.ProcessGroup  # the pipeline's ranks again, for messages backwards
+    replica: dist.ProcessGroup | None  # the ranks of one model copy, over gloo; None: one rank
+    token_multiple: int = 1  # packed tokens of a rank are padded to it
+    rollout_layout: "Ranks | None" = None  # if rollouts have a separate layout
 
     @property
     def is_main(self) -> bool:
-        """Say whether this rank writes files and speaks to the user."""
+        """Whether this rank writes files and prints to the user."""
         return self.rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Say whether this rank holds the head, and so sees logits."""
+        """Whether this rank holds the head, and so has logits."""
         return self.pipeline.rank == self.pipeline.size - 1
 
     @property
     def speaks_for_replica(self) -> bool:
-        """Say whether this rank is the first of those that work on the same data."""
+        """Whether this rank is the first of its replica."""
         return self.tensor.rank == self.pipeline.rank == self.context.rank == 0
 
     @property
@@ -66,7 +66,7 @@ class Ranks:
 
 
 def world_size() -> int:
-    """Return how many ranks were started, as the launcher tells; 1 without a launcher."""
+    """Return the number of ranks, set by the launcher; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -79,14 +79,14 @@ def start_ranks(settings: Settings) -> Ranks:
     rollout = None
     if rollout_parallel(settings) != settings.parallel:
         rollout = _lay_out(rollout_parallel(settings), settings, device)
-    # The training layout comes last: it stays Megatron's own, global one.
+    # The training layout comes last: it remains Megatron's global one.
     ranks = _lay_out(settings.parallel, settings, device)
     tensor_parallel.model_parallel_cuda_manual_seed(settings.run.seed)
     return replace(ranks, rollout_layout=rollout)
 
 
 def stop_ranks() -> None:
-    """Tear all process groups down; called by every rank."""
+    """Destroy all process groups; called by every rank."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -126,7 +126,7 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
         data_context=_axis(groups.dp_cp),
         returning=_same_ranks(groups.pp, limit),
         replica=None if is_one_rank else _replica(groups.dp.rank(), limit),
-        token_multiple=token_multiple(settings),
+        token_multiple=token_multiple(settings.precision),
     )
 
 
@@ -136,7 +136,7 @@ def _axis(group: dist.ProcessGroup | None) -> Axis:
 
 
 def _same_ranks(group: dist.ProcessGroup | None, limit: datetime.timedelta) -> dist.ProcessGroup:
-    """Return a second group of the same ranks, with channels of its own; called by all ranks."""
+    """Return a second group of the same ranks, with separate channels; called by all ranks."""
     assert group is not None
     if group.size() == 1:
         return group
@@ -144,7 +144,7 @@ def _same_ranks(group: dist.ProcessGroup | None, limit: datetime.timedelta) -> d
 
 
 def _replica(number: int, limit: datetime.timedelta) -> dist.ProcessGroup:
-    """Return the group of all ranks that say the same number; called by all ranks."""
+    """Return the group of all ranks that pass the same number; called by all ranks."""
     numbers = gather_objects(number)
     members = tuple(rank for rank, other in enumerate(numbers) if other == number)
     return _new_groups(members, limit, backend="gloo")
@@ -153,7 +153,7 @@ def _replica(number: int, limit: datetime.timedelta) -> dist.ProcessGroup:
 def _new_groups(
     members: tuple[int, ...], limit: datetime.timedelta, *, backend: str | None = None
 ) -> dist.ProcessGroup:
-    """Make the groups that the ranks are members of, and return this rank's; called by all."""
+    """Create every rank's group, and return this rank's; called by all ranks."""
     made = {
         group: dist.new_group(list(group), timeout=limit, backend=backend)
         for group in sorted({*gather_objects(members)})

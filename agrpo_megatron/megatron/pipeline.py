@@ -1,12 +1,12 @@
-"""Forward passes without gradient, through however many pipeline stages there are.
+"""Forward passes without gradient, through any number of pipeline stages.
 
 Every rank of a replica runs the same sampler on the same rows. The stage with the head draws, and
-sends the draws back to the other stages; so all of them know what comes next, and nobody waits
-for instructions.
+sends the draws back to the other stages; so every stage knows what comes next without further
+messages.
 
 `Lockstep` sends all groups of rows through Megatron's schedule, then draws for all: each
-denoising step fills and drains the pipeline. `Ring` needs no such stop: a denoising step depends
-on its own rows alone, so a group starts its next step while others are still on their way.
+denoising step fills and drains the pipeline. `Ring` does not drain it: a denoising step depends
+only on its own rows, so a group starts its next step while others are still in the pipeline.
 """
 
 from collections import deque
@@ -33,9 +33,9 @@ from agrpo_megatron.types import PackedRows
 
 
 class Slots:
-    """Count the slots of the stages: the forward pass of one group on one virtual stage is one.
+    """Count the slots of the stages; one slot is a forward pass of one group on a virtual stage.
 
-    Each stage works in order; a group enters a stage when it left the one before.
+    Each stage works in order; a group enters a stage after it left the previous stage.
     """
 
     def __init__(self, stages: int):
@@ -43,7 +43,7 @@ class Slots:
         self.busy = 0
 
     def run(self, ready: int = 0) -> int:
-        """Send a group through all stages from slot `ready` on; returns when it is through."""
+        """Send a group through all stages from slot `ready`; returns the slot where it leaves."""
         for stage, free in enumerate(self.ends):
             ready = max(ready, free) + 1
             self.ends[stage] = ready
@@ -51,36 +51,36 @@ class Slots:
         return ready
 
     def wait_for_all(self) -> None:
-        """Let no stage start before all have ended."""
+        """Start no stage before all have ended."""
         self.ends = [max(self.ends)] * len(self.ends)
 
     @property
     def bubble(self) -> float:
-        """Return the share of slots in which a stage had nothing to do."""
+        """Return the share of slots in which a stage was idle."""
         total = len(self.ends) * max(self.ends)
         return 1 - self.busy / total if total else 0.0
 
 
 @dataclass(eq=False)
 class _Item:
-    """A group of rows on its way through the stages."""
+    """A group of rows in the pipeline."""
 
     rows: PackedRows
     draw_at: DrawAt
-    passes: int = 0  # virtual stages of each rank that are behind it
+    passes: int = 0  # virtual stages of each rank it has passed
     through: int = 0  # slot in which it left the last stage
-    drawn: Draw | None = None  # on the last stage alone, until it is shared
+    drawn: Draw | None = None  # on the last stage only, until it is shared
 
 
 class RolloutForward(Forward, Protocol):
-    """What runs a rollout's rows, and counts its work."""
+    """Runs the rows of a rollout, and counts its work."""
 
-    tokens: int  # packed tokens that went through
+    tokens: int  # packed tokens so far
     slots: Slots
 
 
 def make_forward(network: Network, rollout: RolloutSettings) -> RolloutForward:
-    """Return what the sampler runs its rows through; built anew for each call of `sample`."""
+    """Return the sampler's forward; build one for each call of `sample`."""
     stages = network.ranks.pipeline.size
     if stages == 1:
         return Direct(network, groups=rollout.groups or 1)
@@ -94,8 +94,8 @@ def forward_rows(
 ) -> list[Any]:
     """Return `use(number, logits)` of every batch, on the last pipeline stage; [] on others.
 
-    Called by every rank of a replica with the same batches; `logits` are those of the scored
-    tokens that this rank holds. Without a pipeline it is a loop, else Megatron's schedule.
+    Called by every rank of a replica with the same batches; `logits` belong to the scored tokens
+    that this rank holds. Without a pipeline it is a loop, else Megatron's schedule.
     """
     network.set_training("eval")
     ranks, parallel = network.ranks, network.ranks.parallel
@@ -111,7 +111,7 @@ def forward_rows(
     items = list(enumerate(padded))
 
     def forward_step(iterator: Iterator[tuple[int, PackedRows]], model: torch.nn.Module):
-        """Run one micro-batch; the schedule hands the last stage's output to the function."""
+        """Run one micro-batch; the schedule passes the last stage's output to the function."""
         number, rows = next(iterator)
 
         def collect(logits: Tensor, non_loss_data: bool = True):  # noqa: FBT001, FBT002
@@ -137,7 +137,7 @@ def forward_rows(
 
 
 class Direct:
-    """No pipeline: draw at once."""
+    """No pipeline: draw immediately."""
 
     def __init__(self, network: Network, *, groups: int):
         self.network, self.in_flight = network, groups
@@ -155,7 +155,7 @@ class Direct:
         return lambda: drawn
 
     def close(self) -> None:
-        """Do nothing: nothing is under way."""
+        """Do nothing: nothing is in flight."""
 
 
 class Lockstep:
@@ -167,14 +167,14 @@ class Lockstep:
         self._waiting: list[_Item] = []
 
     def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
-        """Queue a group; it runs when the first draw is asked for."""
+        """Queue a group; it runs when the first draw is requested."""
         self.tokens += len(rows.tokens)
         item = _Item(rows, draw_at)
         self._waiting.append(item)
         return partial(self._finish, item)
 
     def close(self) -> None:
-        """Do nothing: every draw was asked for, so nothing is under way."""
+        """Do nothing: every draw was requested, so nothing is in flight."""
 
     def _finish(self, item: _Item) -> Draw:
         if item.drawn is None:
@@ -196,7 +196,7 @@ class Lockstep:
         self._waiting = []
 
     def _count(self, items: list[_Item]) -> None:
-        """Count slots in the schedule's order: as many groups as stages go through a chunk."""
+        """Count slots in the schedule's order: as many groups as stages pass a chunk at a time."""
         stages = self.network.ranks.pipeline.size
         for first in range(0, len(items), stages):
             for _ in self.network.chunks:
@@ -206,17 +206,17 @@ class Lockstep:
 
 
 class Ring:
-    """Groups follow each other through the stages without a stop between denoising steps.
+    """Groups follow each other through the stages without draining between denoising steps.
 
-    Stage s works on one group while stage s + 1 works on the group before. With as many groups as
-    stages, the first stage gets a group's draws just when it is that group's turn again.
+    Stage s works on one group while stage s + 1 works on the previous group. With as many groups as
+    stages, the first stage receives a group's draws exactly when that group's next turn comes.
     """
 
     def __init__(self, network: Network, *, groups: int):
         self.network, self.in_flight = network, groups
         self.tokens, self.slots = 0, Slots(network.ranks.pipeline.size)
         self._under_way: deque[_Item] = deque()
-        self._sent: deque[tuple[Any, ...]] = deque()  # sends, and the tensors they read from
+        self._sent: deque[tuple[Any, ...]] = deque()  # sends, and the tensors they read
         self._ready = 0  # slot in which the latest draws were known
         members = dist.get_process_group_ranks(network.ranks.pipeline.group)
         stage = network.ranks.pipeline.rank
@@ -227,7 +227,7 @@ class Ring:
         network.renew_casts()
 
     def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
-        """Do this stage's part for a group and pass it on."""
+        """Run this stage for a group and pass it on."""
         self.tokens += len(rows.tokens)
         item = _Item(rows, draw_at, through=self._ready)
         self._pass_on(item)
@@ -240,7 +240,7 @@ class Ring:
             self._sent.popleft()[0].wait()
 
     def _finish(self, item: _Item) -> Draw:
-        """Return a group's draws; groups with virtual stages ahead of them go on first."""
+        """Return a group's draws; groups with virtual stages left advance first."""
         while item.passes < len(self.network.chunks):
             for other in self._under_way:
                 if other.passes <= item.passes:
@@ -255,7 +255,7 @@ class Ring:
 
     @torch.no_grad()
     def _pass_on(self, item: _Item) -> None:
-        """Run one virtual stage of a group: take it from the stage before, hand it on."""
+        """Run one virtual stage of a group: receive, compute, send to the next stage."""
         ranks, chunk = self.network.ranks, self.network.chunks[item.passes]
         item.passes += 1
         item.through = self.slots.run(item.through)
@@ -281,7 +281,7 @@ class Ring:
         return hidden
 
     def _keep(self, *sends: tuple[Any, ...]) -> None:
-        """Hold on to what is being sent; the oldest have arrived two denoising steps ago."""
+        """Keep tensors alive while they are sent; sends two denoising steps old have arrived."""
         self._sent.extend(sends)
         each = len(self.network.chunks) + 2 * len(self._others)
         while len(self._sent) > 2 * each * self.in_flight:

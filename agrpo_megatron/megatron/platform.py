@@ -1,8 +1,8 @@
-"""Megatron-Core without a GPU: one explicit stand-in for what it asks of CUDA.
+"""Megatron-Core without a GPU: one explicit replacement for the CUDA functions it calls.
 
-`prepare_platform` is called once at start-up. Where a GPU is present it changes nothing but the
-current device. Everything else is Megatron's own code, so the schedule, the data parallelism,
-the optimizer and the checkpoints that run on CPU are the real ones.
+`prepare_platform` is called once at start-up. With a GPU it sets only the current device. All else
+is Megatron's own code, so the CPU runs the real schedule, data parallelism, optimizer and
+checkpoints.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ def prepare_platform(threads: int | None = None) -> torch.device:
 
 
 def prepare_kernels(settings: KernelSettings, device: torch.device) -> None:
-    """Switch on what holds for a whole process; called before the first kernel.
+    """Set the switches of the whole process; called before the first kernel.
 
-    `deterministic`: an operation without a form that repeats warns and runs. Nothing is to be
-    done on a CPU, whose kernels repeat.
+    `deterministic`: an operation without a deterministic form warns and runs. CPU kernels are
+    deterministic anyway.
     """
     if device.type != "cuda":
         return
@@ -52,8 +52,38 @@ def prepare_kernels(settings: KernelSettings, device: torch.device) -> None:
         batch_invariant_kernels.enable_batch_invariant_mode()
 
 
+def use_torch_optimizers() -> None:
+    """Let Megatron-Core update weights and sum norms with torch alone; mutates its modules.
+
+    Megatron-Core uses the fused kernels of any package it can import. Transformer Engine also
+    imports on a machine without a GPU, where its kernels cannot run.
+    """
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as mixed
+
+    lists = {
+        "multi_tensor_applier": utils.local_multi_tensor_applier,
+        "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+    }
+    norms = {
+        "l2_norm_impl": utils.local_multi_tensor_l2_norm,
+        "multi_tensor_scale_tensor_impl": None,
+    }
+    flags = ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER")
+    adam = {"Adam": torch.optim.AdamW, "SGD": torch.optim.SGD, "USING_PYTORCH_OPTIMIZER": True}
+    for module, values in (
+        (optimizer, adam),
+        (distrib_optimizer, {"Adam": torch.optim.Adam, **dict.fromkeys(flags, False)}),
+        (mixed, lists),
+        (clip_grads, {**lists, **norms}),
+    ):
+        for name, value in values.items():
+            setattr(module, name, value)
+
+
 class _CpuForCuda(TorchFunctionMode):
-    """Turn `device="cuda"`, `.cuda()` and CUDA tensor type names into their CPU form."""
+    """Map `device="cuda"`, `.cuda()` and CUDA tensor type names to their CPU form."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
@@ -69,7 +99,7 @@ class _CpuForCuda(TorchFunctionMode):
 
 
 class _Stream:
-    """A CUDA stream or event that has nothing to wait for: the CPU runs in order."""
+    """A CUDA stream or event without waits: the CPU runs in order."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         pass

@@ -1,6 +1,6 @@
-"""Move the training weights into a network of another layout, through megatron-core's resharding.
+"""Copy the training weights into a network of another layout, with megatron-core's resharding.
 
-The plan of who sends what to whom is made once; after that a move costs its transfers.
+The transfer plan is made once; after that an update costs only its transfers.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ from agrpo_megatron.megatron.network import Network
 
 @dataclass
 class RolloutCopy:
-    """A second network for rollouts, and the optimizer step that its weights are of."""
+    """A second network for rollouts, and the optimizer step of its weights."""
 
     network: Network
     step: int | None = field(default=None)
 
     def __post_init__(self) -> None:
-        clear_all_caches()  # an earlier engine's plans name its tensors
+        clear_all_caches()  # an earlier engine's plans hold its tensors
 
     @torch.no_grad()
     def update(self, source: Network, step: int) -> Network:
@@ -43,7 +43,7 @@ class RolloutCopy:
 
 
 class _Whole(nn.Module):
-    """All virtual stages of a network under the names of the whole model, as resharding asks."""
+    """All virtual stages of a network as one module with global names, as resharding needs."""
 
     def __init__(self, network: Network):
         super().__init__()
@@ -51,12 +51,12 @@ class _Whole(nn.Module):
         self._named = network.named_parameters
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield this rank's parameters with their names in the whole model."""
+        """Yield this rank's parameters with their global names."""
         return self._named()
 
 
 class _HostCopy(CopyService):
-    """Copies between CPU ranks: megatron-core's own need CUDA."""
+    """Copies between CPU ranks: megatron-core's services need CUDA."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,15 +64,15 @@ class _HostCopy(CopyService):
         self._receives: list[RecvOp] = []
 
     def submit_send(self, src_tensor: Tensor, dest_rank: int, task_id: int | None = None) -> None:
-        """Queue a tensor for another rank, or for this one."""
+        """Queue a tensor to send to another rank, or to this one."""
         self._sends.append(SendOp(task_id, src_tensor, dest_rank))
 
     def submit_recv(self, dest_tensor: Tensor, src_rank: int, task_id: int | None = None) -> None:
-        """Queue a tensor to be filled."""
+        """Queue a tensor to receive into."""
         self._receives.append(RecvOp(task_id, dest_tensor, src_rank))
 
     def run(self) -> None:
-        """Do all that is queued, and wait for it."""
+        """Run all queued operations, and wait for them."""
         here, sends = _parted(self._sends, lambda op: op.dest_rank == self.rank)
         own, receives = _parted(self._receives, lambda op: op.src_rank == self.rank)
         for send, receive in match_local_ops_by_task_id(here, own, "host copy", self.rank):

@@ -1,4 +1,4 @@
-"""Weights in and out of a built model, by the names of its family."""
+"""Import and export weights of a built model, by the names of its family."""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -20,10 +20,10 @@ from agrpo_megatron.megatron.parallel import Ranks, gather_objects
 def load_hf(network: Network, settings: ModelSettings, directory: str | Path) -> dict[str, Tensor]:
     """Read the safetensors of a Hugging Face directory into the network; mutates its weights.
 
-    Each rank reads its own shards of the tensors. Pickled weights are never opened.
+    Each rank reads only its shards. Pickled weights are never opened.
 
     Returns:
-        What weights in FP8 were cast from, see `load_named`.
+        The uncast values of FP8 weights, see `load_named`.
 
     Raises:
         ValueError: a tensor is missing, unknown, damaged or has the wrong shape.
@@ -35,13 +35,13 @@ def load_hf(network: Network, settings: ModelSettings, directory: str | Path) ->
 
 
 def initialise(network: Network, settings: ModelSettings, seed: int) -> dict[str, Tensor]:
-    """Draw random weights by tensor name, so that they are the same under any layout.
+    """Draw random weights by tensor name, so they are the same under any layout.
 
     Norms are 1, biases 0, everything else is normal with `model.init_std`; projections back into
     the residual stream are scaled by 1 / sqrt(2 * num_layers), as Megatron does.
 
     Returns:
-        What weights in FP8 were cast from, see `load_named`.
+        The uncast values of FP8 weights, see `load_named`.
     """
     shapes = hf_shapes(settings)
     residual = settings.init_std / (2 * settings.num_layers) ** 0.5
@@ -65,10 +65,10 @@ def load_named(
     """Fill the parameters this rank holds from whole Hugging Face tensors; mutates them.
 
     Returns:
-        What weights that are kept in FP8 were cast from, by Megatron's name: the float32 main
-        weights begin from it. Empty without such weights.
+        By Megatron's name, the values of FP8 weights before their cast: the float32 main weights
+        start from them. Empty without FP8 weights.
     """
-    given: dict[str, Tensor] = {}
+    uncast: dict[str, Tensor] = {}
     parameters = dict(network.named_parameters())
     tensor = network.ranks.tensor
     for line in lines(settings):
@@ -81,10 +81,10 @@ def load_named(
             value = to_megatron(parts, line.transform, settings, split)
             parameter.copy_(value)
         if is_float8tensor(parameter):
-            given[line.megatron] = value
+            uncast[line.megatron] = value
     if parameters:
         raise RuntimeError(f"no weights are named for {', '.join(parameters)}")
-    return given
+    return uncast
 
 
 def export_hf(
@@ -93,8 +93,8 @@ def export_hf(
     """Return whole Hugging Face tensors on every rank; called by every rank of a replica.
 
     Args:
-        tensors: Megatron parameter name -> this rank's shard (weights, or gradients), layers
-            numbered as in the whole model.
+        tensors: Megatron parameter name -> this rank's shard (weights or gradients), with
+            global layer numbers.
     """
     mine: dict[str, Tensor] = {}
     for line in lines(settings):

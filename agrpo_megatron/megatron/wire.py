@@ -19,7 +19,7 @@ COLUMNS = tuple(field.name for field in fields(Draw) if field.name != SUPPORT)  
 
 
 def send_draw(draw: Draw, receiver: int, ranks: Ranks) -> list[tuple[Any, Tensor]]:
-    """Start sending to a global rank; returns the sends with the tensors they read from."""
+    """Start sending to a global rank; returns the sends with the tensors they read."""
     content = _encode(draw)
     header = torch.tensor([content.shape[1]], device=content.device)
     group = ranks.returning

@@ -1,7 +1,7 @@
 """FLOPs of completions, counted from what ran: matrices, attention and head; 2 per multiply-add.
 
-Norms, rotations, activations and the drawing of tokens are left out, as are rows that pad the
-vocabulary: the count is the same under every layout.
+Norms, rotations, activations, sampling and the padding of the vocabulary are not counted, so the
+count is the same under every layout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def completion_flops(trajectory: Trajectory, model: ModelSettings) -> list[int]:
-    """Return the FLOPs [R] that each completion took, all its denoising steps together.
+    """Return the FLOPs [R] of each completion, over all its denoising steps.
 
     Every denoising step runs the whole row, prompt and completion; the head runs at the positions
     that the step scored.
@@ -35,15 +35,15 @@ def completion_flops(trajectory: Trajectory, model: ModelSettings) -> list[int]:
 
 def row_flops(length: int, model: ModelSettings) -> int:
     """Return the FLOPs of one row through all layers, without the head."""
-    attention = 4 * length**2 * model.hidden_size  # scores, and the values they weigh
+    attention = 4 * length**2 * model.hidden_size  # scores, and the weighted values
     return model.num_layers * (2 * length * layer_matrices(model) + attention)
 
 
 def scored_positions(trajectory: Trajectory) -> Tensor:
-    """Return how many positions [R] the head saw, all denoising steps together.
+    """Return how many positions [R] the head scored, over all denoising steps.
 
-    A position is scored in every step of its block up to the one that fixes it; where the sampler
-    knows beforehand which positions a step fixes, in that step alone.
+    A position is scored in every step of its block up to the step that fixes it; only in that step
+    if the sampler chooses positions before the forward.
     """
     sampling, fixed_at = trajectory.sampling, trajectory.unmask_step
     ran = fixed_at < trajectory.num_steps[:, None]

@@ -1,7 +1,7 @@
 """Bytes that each rank holds under a layout; exact for weights, gradients and optimizer states.
 
-Activations are estimates, see `_activations`. Workspaces, communication buffers and what the
-allocator wastes come on top: leave a tenth of the GPU free for them.
+Activations are estimates, see `_activations`. Workspaces, communication buffers and allocator
+fragmentation come on top: leave a tenth of the GPU free for them.
 """
 
 from dataclasses import dataclass, fields
@@ -14,16 +14,19 @@ from agrpo_megatron.config.parallel import (
     stage_layers,
 )
 from agrpo_megatron.config.settings import (
+    Fp8Settings,
     ModelSettings,
     OptimizerSettings,
     ParallelSettings,
+    SamplingSettings,
     Settings,
+    SftSettings,
 )
 
-SPARE = 0.9  # of a GPU's memory: what arithmetic does not see needs the rest
+SPARE = 0.9  # usable share of a GPU's memory; the rest is for uncounted buffers
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a number
-# Bytes of Adam's two moments of a weight, as `megatron.engine` asks for them. Transformer Engine
-# makes FP8 ones with their transpose, which Hopper's products want and nothing here reads.
+# Bytes of Adam's two moments per weight, as `megatron.engine` configures them. Transformer Engine
+# stores an FP8 moment with its transpose, as Hopper's products need; nothing here reads it.
 MOMENTS = {"fp32": FLOAT32 + FLOAT32, "bf16": BFLOAT16 + BFLOAT16, "fp8": 1 + 1 + BFLOAT16}
 
 
@@ -33,12 +36,12 @@ class Memory:
 
     weights: int = 0
     fp8_copies: int = 0  # of bf16 weights, kept from the first micro-batch on
-    gradients: int = 0  # as accumulated
-    main_weights: int = 0  # the optimizer's float32 copies, where the weights are not float32
+    gradients: int = 0  # accumulated
+    main_weights: int = 0  # the optimizer's float32 copies of bf16 or FP8 weights
     moments: int = 0
-    rollout_copy: int = 0  # a second set of weights, where rollouts have a layout of their own
+    rollout_copy: int = 0  # a second set of weights, if rollouts have a separate layout
     activations: int = 0
-    host: int = 0  # what `optimizer.offload` moved off the GPU
+    host: int = 0  # moved off the GPU by `optimizer.offload`
 
     @property
     def total(self) -> int:
@@ -46,21 +49,39 @@ class Memory:
         return sum(getattr(self, part) for part in PARTS)
 
 
+@dataclass(frozen=True)
+class WeightSpec:
+    """What determines the stored weights under any layout."""
+
+    model: ModelSettings
+    vocab_rows: int  # of embedding and head, padding included
+    precision: str
+    fp8: Fp8Settings
+
+
 PARTS = tuple(part.name for part in fields(Memory) if part.name != "host")
 
 
 def worst_rank(settings: Settings, world_size: int) -> Memory:
-    """Return what the pipeline stage that needs most holds; the layout was checked by `rules`."""
+    """Return the memory of the most loaded pipeline stage; `rules` has checked the layout."""
     stages = range(settings.parallel.pipeline)
     return max((rank_memory(settings, world_size, stage=s) for s in stages), key=lambda m: m.total)
 
 
 def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
-    """Return what a rank of a pipeline stage holds; the layout was checked by `rules`."""
+    """Return the memory of a rank of a pipeline stage; `rules` has checked the layout."""
     parallel, optimizer = settings.parallel, settings.optimizer
     is_float32 = settings.precision == "fp32"
-    count = stage_parameters(settings, parallel, stage=stage)
-    weights, copies = _weights(settings, parallel, stage=stage)
+    spec = WeightSpec(settings.model, padded_vocab(settings), settings.precision, settings.fp8)
+    count = stage_parameters(spec, parallel, stage=stage)
+    weights, copies = _weights(spec, parallel, stage=stage)
+    activations = _activations(
+        spec,
+        parallel,
+        tokens=settings.train.token_budget // parallel.context,
+        scored_share=_scored_share(settings.sft, settings.sampling),
+        stage=stage,
+    )
     replicas = data_ranks(parallel, world_size) * parallel.context
     own = -(-count // (replicas if optimizer.distributed else 1))
     moved = round(optimizer.offload * own)
@@ -69,71 +90,69 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
         weights=weights,
         fp8_copies=copies,
         gradients=count * (BFLOAT16 if is_short else FLOAT32),
-        main_weights=0 if is_float32 else (own - moved) * _main_width(settings, optimizer),
+        main_weights=0 if is_float32 else (own - moved) * _main_width(settings.fp8, optimizer),
         moments=(own - moved) * MOMENTS[optimizer.moments],
-        rollout_copy=_rollout_copy(settings),
-        activations=_activations(settings, settings.model, parallel, stage=stage)
-        * (FLOAT32 if is_float32 else BFLOAT16),
-        # Main weights, their gradients and both moments, all float32 there.
+        rollout_copy=_rollout_copy(spec, parallel, rollout_parallel(settings)),
+        activations=activations * (FLOAT32 if is_float32 else BFLOAT16),
+        # Main weights, their gradients and both moments, all in float32.
         host=moved * 4 * FLOAT32,
     )
 
 
-def _main_width(settings: Settings, optimizer: OptimizerSettings) -> int:
+def _main_width(fp8: Fp8Settings, optimizer: OptimizerSettings) -> int:
     """Return the bytes of a main weight.
 
-    Transformer Engine's Adam, where it keeps them itself, keeps only the half of a float32 number
-    that the bf16 weight lacks. It does so where states or gradients are not float32, but not for
-    weights in FP8 nor beside offloading. Source: `store_param_remainders` of its FusedAdam.
+    If moments or gradients are not float32, Transformer Engine's Adam keeps main weights itself, as
+    the 16 bits that the bf16 weight lacks; not for weights in FP8, nor with offloading.
+    Source: `store_param_remainders` of its FusedAdam.
     """
     is_plain = (optimizer.moments, optimizer.main_gradients) == ("fp32", "fp32")
-    is_whole = is_plain or optimizer.offload > 0 or settings.fp8.primary_weights
+    is_whole = is_plain or optimizer.offload > 0 or fp8.primary_weights
     return FLOAT32 if is_whole else BFLOAT16
 
 
-def _weights(settings: Settings, parallel: ParallelSettings, *, stage: int) -> tuple[int, int]:
-    """Return the bytes of a rank's weights, and of the FP8 copies of them.
+def _weights(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> tuple[int, int]:
+    """Return the bytes of a rank's weights, and of their FP8 copies.
 
-    A weight in FP8 is held twice, once for each direction it is multiplied in: along rows for the
-    outputs, along columns for the gradient of the inputs. A copy is made by the first micro-batch
-    and kept (`TransformerEngineBaseModule.quantize_weight`); weights that are in FP8 themselves
-    (`fp8.primary_weights`) have no copies.
+    An FP8 weight is stored twice: row-wise for the outputs, column-wise for the gradient of the
+    inputs. The first micro-batch makes the copies and Transformer Engine keeps them
+    (`TransformerEngineBaseModule.quantize_weight`); FP8 primary weights (`fp8.primary_weights`)
+    have no copies.
     """
-    count = stage_parameters(settings, parallel, stage=stage)
-    if settings.precision == "fp32":
+    count = stage_parameters(spec, parallel, stage=stage)
+    if spec.precision == "fp32":
         return count * FLOAT32, 0
-    in_fp8 = fp8_parameters(settings, parallel, stage=stage)
-    both = 2 * (in_fp8 + _scales(settings, in_fp8))
-    if settings.fp8.primary_weights:
+    in_fp8 = fp8_parameters(spec, parallel, stage=stage)
+    both = 2 * (in_fp8 + _scales(spec.fp8.recipe, in_fp8))
+    if spec.fp8.primary_weights:
         return (count - in_fp8) * BFLOAT16 + both, 0
     return count * BFLOAT16, both
 
 
-def _scales(settings: Settings, count: int) -> int:
+def _scales(recipe: str | None, count: int) -> int:
     """Return the bytes of the scales of FP8 weights in one direction.
 
     One byte for 32 weights (mxfp8), or one float32 for a block of 128 x 128 (blockwise); other
     recipes have one for each tensor.
     """
-    return count // 32 if settings.fp8.recipe == "mxfp8" else count * FLOAT32 // 128**2
+    return count // 32 if recipe == "mxfp8" else count * FLOAT32 // 128**2
 
 
-def _rollout_copy(settings: Settings) -> int:
-    """Return the bytes of the weights of a rollout layout, on the stage that needs most."""
-    rollout = rollout_parallel(settings)
-    if rollout == settings.parallel:
+def _rollout_copy(spec: WeightSpec, training: ParallelSettings, rollout: ParallelSettings) -> int:
+    """Return the bytes of the weights of a rollout layout, on its most loaded stage."""
+    if rollout == training:
         return 0
     stages = range(rollout.pipeline)
-    # Nothing is differentiated there, so a copy in FP8 needs one direction of the two.
-    found = (_weights(settings, rollout, stage=stage) for stage in stages)
+    # Without a backward pass, an FP8 copy needs one direction of the two.
+    found = (_weights(spec, rollout, stage=stage) for stage in stages)
     return max(weights + copies // 2 for weights, copies in found)
 
 
-def fp8_parameters(settings: Settings, parallel: ParallelSettings, *, stage: int) -> int:
-    """Return the weights of a rank of a stage that are multiplied in FP8: its layers' matrices."""
-    if settings.precision != "fp8":
+def fp8_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:
+    """Return how many weights of a rank are multiplied in FP8: the matrices of its layers."""
+    if spec.precision != "fp8":
         return 0
-    model, fp8 = settings.model, settings.fp8
+    model, fp8 = spec.model, spec.fp8
     layers = stage_layers(model, parallel)
     starts = [sum(layers[:number]) for number in range(len(layers))]
     last = model.num_layers - fp8.bf16_last_layers
@@ -144,12 +163,12 @@ def fp8_parameters(settings: Settings, parallel: ParallelSettings, *, stage: int
     return found * layer_matrices(model) // parallel.tensor
 
 
-def stage_parameters(settings: Settings, parallel: ParallelSettings, *, stage: int) -> int:
-    """Return the weights that each rank of a pipeline stage holds, all virtual stages together."""
-    model, stages = settings.model, parallel.pipeline
+def stage_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:
+    """Return the weights of each rank of a pipeline stage, over all its virtual stages."""
+    model, stages = spec.model, parallel.pipeline
     layers = sum(stage_layers(model, parallel)[stage::stages])
     count = layers * layer_parameters(model, parallel.tensor)
-    table = padded_vocab(settings) // parallel.tensor * model.hidden_size
+    table = spec.vocab_rows // parallel.tensor * model.hidden_size
     if stage == 0:
         count += table
     if stage == stages - 1:
@@ -158,7 +177,7 @@ def stage_parameters(settings: Settings, parallel: ParallelSettings, *, stage: i
 
 
 def layer_parameters(model: ModelSettings, tensor: int) -> int:
-    """Return the weights of one layer on each tensor-parallel rank; norms are on all of them."""
+    """Return the weights of one layer on each tensor-parallel rank; norms are replicated."""
     width, head = model.hidden_size, model.hidden_size // model.num_attention_heads
     split = layer_matrices(model)
     if model.qkv_bias:
@@ -167,18 +186,18 @@ def layer_parameters(model: ModelSettings, tensor: int) -> int:
 
 
 def _activations(
-    settings: Settings, model: ModelSettings, parallel: ParallelSettings, *, stage: int
+    spec: WeightSpec, parallel: ParallelSettings, *, tokens: int, scored_share: float, stage: int
 ) -> int:
-    """Estimate the numbers kept for the backward pass, and those of the head.
+    """Estimate how many numbers are kept for the backward pass, logits included.
 
     Per token and layer: the residual stream and the two normalised inputs (split only by sequence
     parallelism), and, split by tensor parallelism, queries, keys, values before and after the
-    rotation, the attention's output, gate, up, and their product. Full recomputation keeps the
-    residual stream alone, and one layer. A stage of a pipeline holds as many micro-batches as
-    stages follow it. The head's logits are there three times: as they are, and in float32.
-    Counted for bf16 products: those in FP8 keep their inputs in less.
+    rotation, the attention's output, gate, up, and their product. Full recomputation keeps only the
+    residual stream, and one layer. Stage s of p holds p - s micro-batches at once. Logits are held
+    three times, in the model's dtype and in float32. FP8 products keep their inputs in fewer bytes,
+    which is not counted.
     """
-    tokens = settings.train.token_budget // parallel.context
+    model = spec.model
     width, head = model.hidden_size, model.hidden_size // model.num_attention_heads
     keys = head * (model.num_query_groups or model.num_attention_heads)
     whole = 4 * width // (parallel.tensor if parallel.sequence else 1)
@@ -191,16 +210,16 @@ def _activations(
         kept = layers * flying * (whole + split)
     total = tokens * kept
     if stage == parallel.pipeline - 1:
-        scored = int(tokens * _scored_share(settings))
-        total += 3 * scored * padded_vocab(settings) // parallel.tensor
+        scored = int(tokens * scored_share)
+        total += 3 * scored * spec.vocab_rows // parallel.tensor
     return total
 
 
-def _scored_share(settings: Settings) -> float:
-    """Return the share of tokens that the head sees, in the phase where it sees more.
+def _scored_share(sft: SftSettings, sampling: SamplingSettings) -> float:
+    """Return the share of tokens that the head scores, in the phase where it is larger.
 
-    Of a completion it sees what a denoising step fixes, or in a supervised phase what is masked:
-    half of it, in the mean. The prompt is taken to be as long as the completion.
+    The head scores the tokens that a denoising step fixes; in a supervised phase the masked ones,
+    half of the completion on average. The prompt is assumed to be as long as the completion.
     """
-    masked = 1 / 2 if settings.sft.iterations else 0.0
-    return max(masked, 1 / settings.sampling.denoising_steps) / 2
+    masked = 1 / 2 if sft.iterations else 0.0
+    return max(masked, 1 / sampling.denoising_steps) / 2

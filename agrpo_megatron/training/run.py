@@ -261,4 +261,4 @@ def _fill(run: Run, engine: Engine, checkpoint: Path | None, start: Path | None)
         given = load_weights(start, engine.network)
     else:
         given = load_start_weights(engine.network, run.settings)
-    engine.begin(given)
+    engine.init_main_weights(given)

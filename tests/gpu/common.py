@@ -1,7 +1,7 @@
-"""What the GPU tests share: sizes, engines, and processes of their own.
+"""Shared by the GPU tests: sizes, engines, and separate processes.
 
-Without a GPU, AGRPO_REHEARSE_GPU=1 runs them at tiny sizes on the CPU. Where Transformer Engine is
-installed, its kernels are replaced by those of `tests.te`; elsewhere what needs it is skipped. A
+Without a GPU, AGRPO_REHEARSE_GPU=1 runs them at tiny sizes on the CPU. If Transformer Engine is
+installed, the kernels of `tests.te` replace its own; else tests that need it are skipped. A
 rehearsal shows that the tests run and that their invariants hold; it measures nothing.
 """
 
@@ -62,7 +62,7 @@ STD = f"model.init_std={SCALE.hidden**-0.5}"
 
 @cache
 def prepare() -> None:
-    """Put stand-ins where a rehearsal needs them; called before anything is built."""
+    """Install the replacement kernels of a rehearsal; called before anything is built."""
     if REHEARSES and find_spec("transformer_engine") is not None:
         from tests.te.kernels import install
 
@@ -72,13 +72,13 @@ def prepare() -> None:
 
 
 def _record_on_cpu(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-    """Stand in for the recording of a CUDA graph: a replay computes anew, into the same tensor."""
+    """Replace the capture of a CUDA graph: a replay computes again, into the same tensor."""
     written = run()
     return lambda: written.copy_(run()), written
 
 
 def scaled(*overrides: str, scale: Scale = SCALE) -> Settings:
-    """Return settings at the tests' size; skips where the machine cannot do what they ask."""
+    """Return settings at the tests' size; skips if the machine cannot run them."""
     prepare()
     settings = scale_settings(scale, STD, "run.threads=1", *overrides)
     validate(settings)
@@ -87,7 +87,7 @@ def scaled(*overrides: str, scale: Scale = SCALE) -> Settings:
 
 
 def skip_unless_possible(settings: Settings) -> None:
-    """Skip, with the reason, where this machine cannot do what the settings ask."""
+    """Skip, with the reason, if this machine cannot run the settings."""
     try:
         kernels_for(settings)
     except ValueError as error:
@@ -123,7 +123,7 @@ def set_weights(engine: Engine, weights: dict[str, Tensor]) -> None:
 def engine_of(
     *overrides: str, weights: dict[str, Tensor] | None = None, scale: Scale = SCALE
 ) -> Iterator[tuple[Engine, Settings]]:
-    """Yield an engine that is gone afterwards, with the weights given or drawn by the seed."""
+    """Yield an engine with given or seeded weights; it is freed afterwards."""
     settings = scaled(*overrides, scale=scale)
     engine = open_engine(settings)
     if weights is not None:
@@ -184,7 +184,7 @@ def one_row(rows: PackedRows, number: int) -> PackedRows:
 def allocated() -> int:
     """Return the bytes of all tensors that are alive on the device."""
     gc.collect()
-    gc.collect()  # what weights in FP8 hold is free only once they themselves are
+    gc.collect()  # FP8 weights are freed only after their owner
     if not REHEARSES:
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
@@ -198,16 +198,16 @@ def _is_tensor(thing: object) -> bool:
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
-    """Call a module's function in a process of its own, for what a process sets once and for all.
+    """Call a module's function in a separate process, for switches that a process sets only once.
 
-    Returns what it returns; a skip there is a skip here.
+    Returns its result; a skip there is a skip here.
     """
     with tempfile.TemporaryDirectory(prefix="gpu-test-") as folder:
         job, result = Path(folder) / "job", Path(folder) / "result"
         job.write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
         command = [sys.executable, "-c", "from tests.gpu.common import be_child; be_child()"]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        # What `platform.prepare_kernels` sets on a GPU.
+        # `platform.prepare_kernels` sets it on a GPU.
         given = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"} if REHEARSES else {}
         done = subprocess.run(
             [*command, str(job), str(result)],
@@ -225,7 +225,7 @@ def in_fresh_process(function: Callable[..., Any], *args: Any, timeout: float = 
 
 
 def be_child() -> None:
-    """Be the process that `in_fresh_process` starts."""
+    """Run as the process that `in_fresh_process` starts."""
     job, result = map(Path, sys.argv[1:])
     module, name, args = pickle.loads(job.read_bytes())
     prepare()

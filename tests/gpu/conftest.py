@@ -1,7 +1,7 @@
-"""Tell what each GPU test did as it ends, for `tools/gpu_check.sh`; go on after a lost GPU.
+"""Record each GPU test as it ends, for `tools/gpu_check.sh`; continue after a lost GPU.
 
-AGRPO_GPU_RESULTS names a file of JSON lines. Tests that it tells of already are left out, so a
-second pytest goes on where a first one was taken down.
+AGRPO_GPU_RESULTS names a file of JSON lines. Tests that it already lists are left out, so a second
+pytest continues after one that was killed.
 """
 
 import json
@@ -17,14 +17,14 @@ LOST = 3  # exit status: the GPU's context is lost, and no further test can run 
 RESULTS = os.environ.get("AGRPO_GPU_RESULTS")
 
 
-def _tell(**line: object) -> None:
+def _record(**line: object) -> None:
     if RESULTS:
         with Path(RESULTS).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what an earlier pytest began."""
+    """Leave out tests that an earlier pytest started."""
     if not RESULTS:
         return
     path = Path(RESULTS)
@@ -32,18 +32,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     begun = {line["test"] for line in map(json.loads, lines) if line["event"] == "start"}
     left = [item for item in items if item.nodeid not in begun]
     if not begun:
-        _tell(event="collected", count=len(items))
+        _record(event="collected", count=len(items))
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in begun])
     items[:] = left
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    _tell(event="start", test=nodeid)
+    _record(event="start", test=nodeid)
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """Note the outcome once: a test's own, or that of a set-up which failed or skipped."""
+    """Record the outcome once: of the test, or of a set-up that failed or skipped."""
     outcome = yield
     report = outcome.get_result()
     if report.when == "call" or (report.when == "setup" and not report.passed):
@@ -52,7 +52,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
             reason = str(report.longrepr[2]).removeprefix("Skipped: ")
         elif report.failed and call.excinfo is not None:
             reason = f"{call.excinfo.typename}: {call.excinfo.value}"[:500]
-        _tell(
+        _record(
             event="end",
             test=item.nodeid,
             outcome=report.outcome,
@@ -64,7 +64,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 
 @pytest.fixture(autouse=True)
 def gpu():
-    """Prepare the device; end pytest where the last test lost it."""
+    """Prepare the device; end pytest if the last test lost it."""
     prepare()
     yield
     if REHEARSES:

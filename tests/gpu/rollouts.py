@@ -37,7 +37,7 @@ def sampled(network: Network, settings: Settings) -> Trajectory:
 def mismatch(engine: Engine, settings: Settings) -> Tensor:
     """Return the difference of every sampled token's log-prob between training and rollout [n].
 
-    Training packs the states of all denoising steps anew, with other neighbours than they had.
+    Training packs the states of all denoising steps again, with other neighbours.
     """
     trajectory = sampled(engine.rollout_network(), settings)
     count, device = len(trajectory.tokens), trajectory.tokens.device

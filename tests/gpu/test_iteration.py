@@ -77,8 +77,8 @@ def test_one_iteration(overrides, limit, record_property, request):
     if not REHEARSES:
         peak = torch.cuda.max_memory_allocated() - start
         copies = sum(w.nbytes for w in (*before.values(), *after.values()))
-        told = rank_memory(session.run.settings, 1, stage=0).total
-        record_property(f"iteration/{case}/peak, of what is foretold", (peak - copies) / told)
-        assert peak - copies < 1.25 * told
+        predicted = rank_memory(session.run.settings, 1, stage=0).total
+        record_property(f"iteration/{case}/peak, of the prediction", (peak - copies) / predicted)
+        assert peak - copies < 1.25 * predicted
     del engine, session, before, after
     free_memory()

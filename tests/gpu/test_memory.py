@@ -32,26 +32,26 @@ CASES = {
     "te fp8 blockwise, primary": te("fp8 blockwise", DISTRIBUTED, "fp8.primary_weights=true"),
 }
 ROUNDED = 512  # bytes that the allocator rounds a tensor up to
-SLACK = 1 << (16 if REHEARSES else 21)  # bytes of what is small and not counted: scales, counters
+SLACK = 1 << (16 if REHEARSES else 21)  # bytes not counted: scales, counters
 
 
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
-def test_held_and_kept_memory_is_as_foretold(overrides, record_property, request):
+def test_held_and_kept_memory_is_as_predicted(overrides, record_property, request):
     _warm_up(overrides)
     before = allocated()
     with engine_of(*overrides) as (engine, settings):
         update(engine, settings)
         held = allocated() - before
-        told = rank_memory(settings, 1, stage=0)
+        predicted = rank_memory(settings, 1, stage=0)
         tensors = len(list(engine.network.named_parameters()))
         kept = None if REHEARSES else _kept(engine)
-    foretold = told.total - told.activations
+    expected = predicted.total - predicted.activations
     case = request.node.callspec.id
-    record_property(f"memory/{case}/held, of what is foretold", held / foretold)
-    assert abs(held - foretold) < SLACK + 8 * ROUNDED * tensors + foretold // 200
+    record_property(f"memory/{case}/held, of the prediction", held / expected)
+    assert abs(held - expected) < SLACK + 8 * ROUNDED * tensors + expected // 200
     if kept is not None:
-        record_property(f"memory/{case}/activations, of the estimate", kept / told.activations)
-        assert told.activations / 2 < kept < 1.6 * told.activations
+        record_property(f"memory/{case}/activations, of the estimate", kept / predicted.activations)
+        assert predicted.activations / 2 < kept < 1.6 * predicted.activations
 
 
 def _warm_up(overrides):

@@ -11,7 +11,7 @@ from tests.gpu.rollouts import mismatch, sampled
 
 pytestmark = pytest.mark.gpu
 
-# Name, settings, what the mean is under.
+# Name, settings, upper bound of the mean.
 CASES = [
     ("local fp32", local("fp32"), 1.0001),
     ("local bf16", local("bf16"), 1.01),

@@ -32,7 +32,7 @@ CASES = {
 
 
 def _train(overrides):
-    """Return weights before and after, and the gradients of every update as they were taken."""
+    """Return weights before and after, and the gradients of every update."""
     gradients = []
     with engine_of(*overrides, *SETTINGS) as (engine, settings):
         before = weights_of(engine.network)
@@ -59,11 +59,11 @@ def _by_hand(before, gradients):
     others = [w for w in weights.values() if w.dim() == 1]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, eps=EPSILON, weight_decay=DECAY)
-    for taken in gradients:
-        norm = torch.stack([g.norm() for g in taken.values()]).norm()
+    for named in gradients:
+        norm = torch.stack([g.norm() for g in named.values()]).norm()
         share = min(1.0, CLIP / (float(norm) + 1e-6))
         for name, weight in weights.items():
-            weight.grad = taken[name] * share
+            weight.grad = named[name] * share
         adam.step()
     return {name: w.detach() for name, w in weights.items()}
 

@@ -1,4 +1,4 @@
-"""The te layers compute what the local ones do, packed or not, and read their checkpoints."""
+"""The te layers match the local ones, packed or not, and read their checkpoints."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def _logits_and_gradients(overrides, weights):
 
 
 def _kind(name):
-    """Return what a weight is, whichever layer holds it."""
+    """Return the kind of a weight, without its layer."""
     return name.split("layers.")[-1].partition(".")[2] if "layers." in name else name
 
 

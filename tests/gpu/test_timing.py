@@ -1,4 +1,4 @@
-"""What `tools/gpu_check.py` measures on a GPU runs, rehearsed with stand-ins for kernels.
+"""The measurements of `tools/gpu_check.py` run, rehearsed with replacement kernels.
 
 On a GPU the tool itself runs after the tests, so this does not.
 """

@@ -1,4 +1,4 @@
-"""`agrpo doctor`: tells what is there, survives what is broken, says which kernels a run takes."""
+"""`agrpo doctor`: lists installed parts, survives broken ones, explains the choice of kernels."""
 
 import importlib.metadata
 import io
@@ -64,7 +64,7 @@ def test_a_package_is_a_finding(monkeypatch, problem, finding):
         (MISSING, "", "optional: gradient of the head, fused optimizer; install it"),
     ],
 )
-def test_apex_is_told_with_its_kernels(monkeypatch, problem, gradient, note):
+def test_apex_is_reported_with_its_kernels(monkeypatch, problem, gradient, note):
     monkeypatch.setattr(doctor, "apex_problem", lambda: problem)
     monkeypatch.setattr(doctor, "import_problem", lambda module: gradient)
     finding = doctor._apex()
@@ -72,7 +72,7 @@ def test_apex_is_told_with_its_kernels(monkeypatch, problem, gradient, note):
     assert finding.note.removesuffix(" as docs/install.md says") == note
 
 
-def test_the_versions_of_flash_attention_are_told(monkeypatch):
+def test_the_versions_of_flash_attention_are_reported(monkeypatch):
     assert not doctor._flash_attention().found
     versions = {"flash-attn": "2.8.3", "flash-attn-3": "3.0.0"}
     monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, ""))
@@ -103,14 +103,14 @@ kernels: my.yaml
 
 kernel                chosen       why
 layers                local        te needs a GPU, and torch sees none
-attention             torch SDPA   that of the local layers
-norms and products    torch        those of the local layers
+attention             torch SDPA   of the local layers
+norms and products    torch        of the local layers
 precision             bfloat16     precision=bf16; fp8 needs a GPU
 gradients of layers   separate     fused needs a GPU
 gradient of the head  separate     fused needs a GPU
 optimizer             torch AdamW  a fused one needs a GPU
 batch-invariant       no           kernels.batch_invariant=true needs a GPU
-deterministic         yes          a CPU repeats bit by bit
+deterministic         yes          CPU kernels are deterministic
 CUDA graphs           no           kernels.cuda_graphs=true needs a GPU
 """
 HOPPER_TABLE = """\
@@ -118,12 +118,12 @@ kernels: my.yaml
 
 kernel                chosen              why
 layers                te                  Transformer Engine 2.20.2 on H100
-attention             cuDNN fused         what Transformer Engine takes from Hopper on
+attention             cuDNN fused         Transformer Engine's choice from Hopper on
 norms and products    Transformer Engine  a norm and the product after it are one module
 precision             FP8 blockwise       products of the layers; all else is bfloat16
 gradients of layers   fused               by Transformer Engine
 gradient of the head  separate            fused needs NVIDIA Apex with its weight gradients
-optimizer             TE fused Adam       the first that Megatron-Core looks for
+optimizer             TE fused Adam       Megatron-Core's first choice
 batch-invariant       no                  kernels.batch_invariant=true needs flash-attn-3 or
                                           flash-attn-4
 deterministic         no                  kernels.deterministic is off

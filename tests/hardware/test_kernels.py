@@ -1,4 +1,4 @@
-"""Which kernels are chosen for which settings and machine, and what is refused in which words."""
+"""The choice of kernels for settings and machine, and the messages of refusals."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def settings_of(*overrides):
 
 
 def chosen(here, *overrides, phases=("rl",)):
-    """Return what is chosen: all but the notes."""
+    """Return the chosen kernels without the notes."""
     found = choose(settings_of(*overrides), here, phases=phases)
     return (
         found.layer_spec,
@@ -74,7 +74,7 @@ INVARIANT = "kernels.batch_invariant=true"
         ),
         (EVERYTHING, (), ("local", None, True, True, None, "te")),
         (EVERYTHING, (BF16,), ("te", None, True, True, None, "te")),
-        # Batch-invariant products overwrite what they should add to: nothing in layers is fused.
+        # Batch-invariant products overwrite the sum: no gradient of layers is fused.
         (EVERYTHING, (BF16, INVARIANT), ("te", None, False, True, 3, "te")),
         (
             replace(BLACKWELL, flash_attention=(2, 3, 4)),
@@ -104,7 +104,7 @@ INVARIANT = "kernels.batch_invariant=true"
             (BF16, "optimizer.moments=fp8", "optimizer.distributed=true"),
             ("te", None, True, False, None, "te"),
         ),
-        # What is offloaded is updated by torch's AdamW.
+        # torch's AdamW updates the offloaded states.
         (
             BARE,
             (
@@ -287,7 +287,7 @@ def _notes(here, *overrides):
     return {note.part: note for note in choose(settings_of(*overrides), here).notes}
 
 
-def test_notes_say_why_something_better_was_not_taken():
+def test_notes_say_why_a_better_kernel_was_not_chosen():
     assert (
         _notes(BROKEN, BF16)["layers"].why
         == f"te needs Transformer Engine, and {BROKEN.te_problem}"
@@ -306,7 +306,7 @@ def test_notes_say_why_something_better_was_not_taken():
 
 
 def test_deterministic_attention_of_long_rows_wants_flash_attention_on_hopper():
-    """cuDNN's would take 128 bytes for each score, so Transformer Engine leaves it."""
+    """cuDNN's needs 128 bytes per score, so Transformer Engine does not use it."""
     deterministic = (BF16, "kernels.deterministic=true")
     for here, is_warned in ((HOPPER, True), (EVERYTHING, False), (BLACKWELL, False)):
         assert ("unfused" in _notes(here, *deterministic)["deterministic"].why) == is_warned
@@ -315,7 +315,7 @@ def test_deterministic_attention_of_long_rows_wants_flash_attention_on_hopper():
     assert _notes(CPU)["deterministic"].chosen == "yes"
 
 
-def test_one_line_tells_of_a_machine_that_does_without_transformer_engine():
+def test_one_line_says_why_transformer_engine_is_not_used():
     line = "kernels: layers te, cuDNN fused, FP8 blockwise, TE fused Adam"
     assert in_one_line(choose(settings_of(FP8), HOPPER)) == line
     assert in_one_line(choose(settings_of(BF16), BARE)) == (

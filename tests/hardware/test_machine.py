@@ -1,4 +1,4 @@
-"""What a machine offers, and what kernels need that it has not."""
+"""What a machine offers, and what it lacks for kernels."""
 
 import sys
 from dataclasses import replace
@@ -57,7 +57,7 @@ def package(tmp_path, monkeypatch):
 
 @pytest.fixture
 def looked():
-    """Let `look` look anew in a test, and forget what it saw."""
+    """Clear the cache of `look` before and after a test."""
     look.cache_clear()
     yield
     look.cache_clear()
@@ -119,7 +119,7 @@ class _Gpu:
     name, major, minor = "H100", 9, 0
 
 
-def test_a_gpu_is_described_with_the_kernels_beside_it(looked, package, monkeypatch):
+def test_a_gpu_is_described_with_the_installed_kernels(looked, package, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     asked = []
@@ -227,6 +227,6 @@ def test_which_recipes_a_gpu_has(here, default, possible):
         (Machine(), "a GPU"),
     ],
 )
-def test_which_flash_attention_ignores_the_rows_beside_a_row(here, flash):
+def test_which_flash_attention_is_batch_invariant(here, flash):
     found = invariant_flash(here)
     assert (found if isinstance(found, int) else found.what) == flash

@@ -1,4 +1,4 @@
-"""Settings of the optimizer become Megatron's, and what it says of them is told."""
+"""Settings of the optimizer become Megatron's, and its refusals are reported."""
 
 import gc
 
@@ -90,5 +90,5 @@ def _gradient_dtypes(overrides):
     ("overrides", "dtype"),
     [([], torch.float32), (["ddp.grad_reduce_in_fp32=false"], torch.bfloat16)],
 )
-def test_gradients_are_summed_in_float32_unless_ddp_says_otherwise(overrides, dtype):
+def test_gradients_are_summed_in_float32_unless_ddp_overrides_it(overrides, dtype):
     assert run_ranks(1, _gradient_dtypes, overrides) == [{dtype}]

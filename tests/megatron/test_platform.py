@@ -1,4 +1,4 @@
-"""The stand-in for CUDA: explicit, once, and nothing at all before it is called or on a GPU."""
+"""The CUDA replacement: explicit, once, and without effect before its call or on a GPU."""
 
 import subprocess
 import sys

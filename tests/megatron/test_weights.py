@@ -77,7 +77,7 @@ def _copy(folder, *, without=()):
 
 
 def _damaged(folder):
-    """Make directories that cannot be loaded, by what is wrong with them."""
+    """Make directories that cannot be loaded, by their defect."""
     tensors = load_file(HF / "model.safetensors")
     made = {"whole": _copy(folder / "whole")}
     for name in ("missing", "misshapen", "extra"):

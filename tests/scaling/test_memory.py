@@ -1,4 +1,4 @@
-"""The memory arithmetic against what really built models, buffers and optimizers hold."""
+"""The memory arithmetic against the bytes that built models, buffers and optimizers hold."""
 
 import subprocess
 import sys
@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
+from agrpo_megatron.config.parallel import padded_vocab
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.scaling.memory import (
     PARTS,
+    WeightSpec,
     fp8_parameters,
     rank_memory,
     stage_parameters,
@@ -31,8 +33,12 @@ LAYOUTS = ["tp8", "tp4-sp-pp2", "pp4-dp2", "pp4-vpp2-dp2", "tp2-cp2-dp2", "tp2-p
 PADDING = 256  # numbers that Megatron may add to a buffer at its end and between parameters
 
 
+def _spec(settings):
+    return WeightSpec(settings.model, padded_vocab(settings), settings.precision, settings.fp8)
+
+
 def _llada_on_meta():
-    """Build LLaDA-8B's own rank of each layout without memory; return bytes held and foretold."""
+    """Build LLaDA-8B's own rank of each layout without memory; return bytes held and predicted."""
     found = []
     for layout in LAYOUTS:
         settings = load(Settings, LLADA, [f"parallel={layout}", "run.threads=1"])
@@ -41,20 +47,20 @@ def _llada_on_meta():
             network = build_network(settings, ranks)
         held = sum(p.numel() * p.element_size() for _, p in network.named_parameters())
         assert all(p.is_meta for _, p in network.named_parameters())
-        foretold = rank_memory(settings, dist.get_world_size(), stage=ranks.pipeline.rank)
-        found.append((layout, held, foretold.weights))
+        predicted = rank_memory(settings, dist.get_world_size(), stage=ranks.pipeline.rank)
+        found.append((layout, held, predicted.weights))
     return found
 
 
 def test_weights_of_llada_8b_are_those_of_the_built_model():
     for result in run_ranks(8, _llada_on_meta):
-        assert [held for _, held, _ in result] == [told for _, _, told in result], result
+        assert [held for _, held, _ in result] == [predicted for _, _, predicted in result], result
 
 
 def test_llada_8b_has_the_published_number_of_parameters():
     """Source: total_size of the checkpoint's index, 16,031,162,368 bytes in bf16."""
     settings = load(Settings, LLADA)
-    assert 2 * stage_parameters(settings, settings.parallel, stage=0) == 16_031_162_368
+    assert 2 * stage_parameters(_spec(settings), settings.parallel, stage=0) == 16_031_162_368
 
 
 def _state_bytes(optimizer):
@@ -66,7 +72,7 @@ def _state_bytes(optimizer):
 
 
 def _tiny(overrides):
-    """Train one iteration; return bytes held, by part, beside the arithmetic."""
+    """Train one iteration; return bytes held, by part, and the arithmetic."""
     options = ["model.num_layers=4", "model.hidden_size=64", "model.ffn_hidden_size=128"]
     session, engine = open_session(*options, *overrides, world_size=dist.get_world_size())
     rollout, _ = collect_rollout(session, engine, 0)
@@ -93,21 +99,21 @@ def test_gradients_and_optimizer_states_are_those_of_a_trained_engine(
     overrides = [f"parallel={layout}", f"optimizer.distributed={distributed}"]
     overrides.append(f"precision={precision}")
     results = run_ranks(2, _tiny, overrides)
-    for held, told in results:
+    for held, predicted in results:
         slack = held["tensors"] * PADDING * 4
-        assert held["weights"] == told.weights
-        assert 0 <= held["gradients"] - told.gradients <= slack
+        assert held["weights"] == predicted.weights
+        assert 0 <= held["gradients"] - predicted.gradients <= slack
         if precision == "bf16" and layout != "dp2":
-            assert abs(held["main_weights"] - told.main_weights) <= slack
+            assert abs(held["main_weights"] - predicted.main_weights) <= slack
         if layout != "dp2":
-            assert held["moments"] == told.moments
+            assert held["moments"] == predicted.moments
     if layout == "dp2":  # the optimizer may cut the buffer anywhere: together it is right
         total = sum(held["moments"] for held, _ in results)
-        assert total == sum(told.moments for _, told in results)
+        assert total == sum(predicted.moments for _, predicted in results)
 
 
 def _saved_bytes(overrides):
-    """Return the bytes that autograd keeps of one micro-batch, beside the estimate."""
+    """Return the bytes that autograd keeps of one micro-batch, and the estimate."""
     options = ["model.num_layers=4", "model.hidden_size=64", "model.ffn_hidden_size=192"]
     options += ["model.num_query_groups=4", "train.token_budget=170"]
     session, engine = open_session(*options, *overrides)
@@ -130,11 +136,11 @@ def _saved_bytes(overrides):
 
 
 def test_activations_are_estimated_within_a_half():
-    ((held, told),) = run_ranks(1, _saved_bytes, [])
-    assert held / 1.5 < told < 1.5 * held
+    ((held, predicted),) = run_ranks(1, _saved_bytes, [])
+    assert held / 1.5 < predicted < 1.5 * held
     full = "model.megatron={recompute_granularity: full, recompute_method: uniform, "
-    ((less, told_less),) = run_ranks(1, _saved_bytes, [full + "recompute_num_layers: 1}"])
-    assert less < held / 3 and told_less < told / 1.5
+    ((less, predicted_less),) = run_ranks(1, _saved_bytes, [full + "recompute_num_layers: 1}"])
+    assert less < held / 3 and predicted_less < predicted / 1.5
 
 
 WEIGHTS = 8_015_581_184  # of LLaDA-8B
@@ -190,17 +196,17 @@ def test_layers_that_stay_bf16_are_not_copied_wherever_they_are():
     }
     for layout, counts in stages.items():
         settings = load(Settings, LLADA, [*given, f"parallel={layout}"])
-        parallel = settings.parallel
-        held = [fp8_parameters(settings, parallel, stage=s) for s in range(parallel.pipeline)]
+        parallel, spec = settings.parallel, _spec(settings)
+        held = [fp8_parameters(spec, parallel, stage=s) for s in range(parallel.pipeline)]
         assert held == [count * layer // parallel.tensor for count in counts], layout
 
 
 def test_a_supervised_phase_makes_logits_of_half_of_each_completion():
     given = ["parallel=dp8", "train.token_budget=8192"]
     settings = [load(Settings, LLADA, [*given, *more]) for more in ([], ["sft.iterations=1"])]
-    without, beside = (rank_memory(one, 8, stage=0).activations for one in settings)
+    without, with_sft = (rank_memory(one, 8, stage=0).activations for one in settings)
     fixed = 8192 // 2 // 128  # of as long a prompt and completion, in one of 128 steps
-    assert beside - without == 2 * 3 * settings[0].model.vocab_size * (8192 // 4 - fixed)
+    assert with_sft - without == 2 * 3 * settings[0].model.vocab_size * (8192 // 4 - fixed)
 
 
 def test_a_rollout_layout_of_its_own_has_copies_in_one_direction():

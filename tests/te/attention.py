@@ -12,9 +12,9 @@ WIDEST_HEAD = 256  # that cuDNN runs forward and backward on Hopper
 
 
 def get_fused_attn_backend(params):
-    """Return cuDNN's attention for what it can do.
+    """Return cuDNN's attention for supported inputs, and refuse others.
 
-    For the rest Transformer Engine itself would fall back to slow attention, and only log it.
+    Transformer Engine itself would fall back to slow attention for them, and only log it.
     """
     for what, holds in _support(params).items():
         refuse(f"fused attention is for {what}", holds)
@@ -61,7 +61,7 @@ def fused_attn_fwd(  # noqa: PLR0913
     cu_k_padded,
     *more,
 ):
-    """Return the output [T, heads, head_dim] and what the backward pass wants."""
+    """Return the output [T, heads, head_dim] and the context of the backward pass."""
     _check(layout, out_format, mask_type, bias_type, softmax_type, window)
     _check_rows(q, longest_q, cu_q, cu_q_padded)
     _check_rows(k, longest_k, cu_k, cu_k_padded)
@@ -70,7 +70,7 @@ def fused_attn_fwd(  # noqa: PLR0913
     refuse("the dtype is said", q.dtype == dtype)
     out = _attend(q, k, v, scale, cu_q, cu_k)
     statistics = torch.zeros(*q.shape[:2], 1)
-    # Also outside training: Transformer Engine unpacks them either way.
+    # Also outside training: Transformer Engine always unpacks them.
     return [out, statistics, torch.zeros(2, dtype=torch.int64)]
 
 

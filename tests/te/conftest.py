@@ -1,6 +1,6 @@
-"""These tests want an interpreter that has Transformer Engine; elsewhere none is collected.
+"""These tests need an interpreter with Transformer Engine; without it none is collected.
 
-`tests/test_te.py` runs them with the one that `make te` makes.
+`tests/test_te.py` runs them with the interpreter of `make te`.
 """
 
 from importlib.util import find_spec

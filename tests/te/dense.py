@@ -1,8 +1,8 @@
 """Stand-ins for Transformer Engine's matrix products, norms, rotations and activations.
 
-They compute in float64 and round once, so that a result does not depend on the order of a sum:
-what differs by a bit between two calls was given different values. What the kernels demand of
-their operands is checked here, since a GPU would refuse it.
+They compute in float64 and round once, so a result does not depend on the order of a sum: if two
+calls differ by a bit, their inputs differed. The kernels' requirements on operands are checked
+here, since a GPU would refuse a violation.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""Transformer Engine without a GPU: its kernels in plain torch, all its Python code as it is.
+"""Transformer Engine without a GPU: its kernels in plain torch, its own Python code.
 
-Megatron-Core's Python code and ours are the real ones too. What this proves is that the right
-kernels are called with the right operands; not that a GPU's kernels agree with these, nor how
-fast anything is. Where a GPU is, the tests marked `gpu` do the real thing.
+Megatron-Core's Python code and ours are real too. This proves that the right kernels are called
+with the right operands; it proves neither that a GPU's kernels agree with these, nor any speed. On
+a GPU, the tests marked `gpu` run the real kernels.
 """
 
 import sys
@@ -51,7 +51,7 @@ STAND_INS = {
         "multi_tensor_compute_scale_and_scale_inv",
     ),
 }
-CUDNN = 91900  # the version that is said to be there: 9.19.0
+CUDNN = 91900  # the reported version: 9.19.0
 
 
 MXFP8 = "fp8.recipe=mxfp8"
@@ -59,16 +59,16 @@ HOPPER, BLACKWELL = (9, 0), (10, 0)
 
 
 def install(overrides: Sequence[str] = ()) -> None:
-    """Let this process take the CPU for a GPU; called once, mutates torch and more.
+    """Make this process treat the CPU as a GPU; called once, mutates torch and more.
 
     Args:
-        overrides: settings of the run: a Blackwell GPU where they ask for mxfp8, else a Hopper.
+        overrides: settings of the run: a Blackwell GPU if they select mxfp8, else a Hopper.
 
     Raises:
         RuntimeError: there is a GPU.
     """
     if torch.cuda.is_available():
-        raise RuntimeError("a GPU is here: run `pytest -m gpu`, which wants no stand-ins")
+        raise RuntimeError("a GPU is here: run `pytest -m gpu`, which needs no stand-ins")
     from agrpo_megatron.hardware import machine
     from agrpo_megatron.megatron import parallel as ranks
     from agrpo_megatron.megatron import platform
@@ -78,8 +78,8 @@ def install(overrides: Sequence[str] = ()) -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
     name, capability = "stand-in for a GPU", BLACKWELL if MXFP8 in overrides else HOPPER
-    told = {"name": name, "multi_processor_count": 132, "total_memory": 80 << 30}
-    properties = SimpleNamespace(**told, major=capability[0], minor=capability[1])
+    device = {"name": name, "multi_processor_count": 132, "total_memory": 80 << 30}
+    properties = SimpleNamespace(**device, major=capability[0], minor=capability[1])
     torch.cuda.get_device_properties = lambda device=None: properties
     torch.cuda.get_device_capability = lambda device=None: capability
     torch.cuda.get_device_name = lambda device=None: name
@@ -94,7 +94,7 @@ def install(overrides: Sequence[str] = ()) -> None:
 
 
 def _within_mode(run_backward):
-    """Let kernels of a backward pass, too, find a CPU where they ask for a GPU."""
+    """Give a CPU also to kernels of a backward pass that request a GPU."""
     from agrpo_megatron.megatron.platform import _CpuForCuda
 
     def run(*args, **kwargs):
@@ -105,7 +105,7 @@ def _within_mode(run_backward):
 
 
 def _replace(kernel: object, stand_in: object) -> None:
-    """Put a stand-in wherever the kernel was imported."""
+    """Install a stand-in in every module that imported the kernel."""
     for name, module in list(sys.modules.items()):
         if not name.startswith(("transformer_engine", "megatron")):
             continue

@@ -1,4 +1,4 @@
-"""Stand-ins for the casts of main weights to FP8 weights, of which a rank holds a part."""
+"""Stand-ins for the casts of main weights to FP8 weights, sharded over ranks."""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,12 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 def compute_amax(master, amax):
-    """Write the largest value of the part that is here."""
+    """Write the largest value of this rank's part."""
     amax.copy_(master.abs().max())
 
 
 def fp8_block_scaling_compute_partial_amax(master, amax, h, w, start, block_len):
-    """Write the largest value of each block, of the part that is here."""
+    """Write the largest value of each block within this rank's part."""
     refuse("blocks of 128", block_len == BLOCK)
     refuse("main weights are flat", master.dim() == 1)
     largest = _blocks(_placed(master, h, w, start)).abs().amax(dim=(1, 3))
@@ -24,7 +24,7 @@ def fp8_block_scaling_compute_partial_amax(master, amax, h, w, start, block_len)
 
 
 def multi_tensor_compute_scale_and_scale_inv(chunk, noop, lists, largest, pow2, epsilon):
-    """Write what brings each largest value to the largest of FP8, and its inverse."""
+    """Write the scales that map each largest value to the largest of FP8, and their inverses."""
     for amax, scale, inverse in zip(*lists, strict=True):
         found = largest / amax.clamp(min=epsilon)
         if pow2:
@@ -34,7 +34,7 @@ def multi_tensor_compute_scale_and_scale_inv(chunk, noop, lists, largest, pow2, 
 
 
 def fp8_block_scaling_partial_cast(master, out, scale, h, w, start, block_len, dtype):
-    """Cast the part that is here."""
+    """Cast this rank's part."""
     refuse("the part is as large as its place", out.numel() == master.numel())
     refuse("bytes", out.dtype == torch.uint8)
     blocks = _blocks(_placed(master, h, w, start))

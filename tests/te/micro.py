@@ -1,7 +1,7 @@
-"""Stand-ins for the casts of the recipe mxfp8: 32 values share a scale, which is a power of two.
+"""Stand-ins for the casts of the recipe mxfp8: 32 values share a power-of-two scale.
 
-Scales lie as Transformer Engine's Python code allocates them, padded, and compact: what a GPU's
-products want is another order of them, which nothing in Python reads.
+Scales are stored as Transformer Engine's Python code allocates them, padded, and compact: a GPU's
+products need another order, which no Python code reads.
 """
 
 import torch
@@ -11,7 +11,7 @@ from transformer_engine.pytorch.constants import TE_DType_To_Torch
 from tests.te.rules import refuse
 
 BLOCK = 32
-BIAS = 127  # of the exponent that a scale's byte is
+BIAS = 127  # of the exponent stored in a scale's byte
 
 
 def fill(values: Tensor, quantizer, out) -> None:
@@ -36,7 +36,7 @@ def decode(x, *, rowwise: bool) -> Tensor:
 
 
 def _cast(values, quantizer):
-    """Return bytes, and those of the scales: the least power of two that lets a block fit."""
+    """Return bytes, and scale bytes: the smallest power of two that lets a block fit."""
     dtype = TE_DType_To_Torch[quantizer.dtype]
     largest = torch.finfo(dtype).max
     tiles = values.unflatten(1, (-1, BLOCK))

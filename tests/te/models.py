@@ -1,4 +1,4 @@
-"""Models that both layer specs build under the stand-ins, and what is compared of them."""
+"""Models that both layer specs build under the stand-ins, and their comparison."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from tests.te import kernels
 from tests.te.kernels import MXFP8 as MXFP8
 from tests.training.tiny import open_session
 
-# Heads of 8, since fused attention takes no smaller ones; weights as large as a network's of
-# this width usually are, so that rounding is not amplified from layer to layer.
+# Heads of 8, the smallest for fused attention; weights of the usual size for this width, so that
+# rounding is not amplified from layer to layer.
 SMALL = [
     "model.hidden_size=64",
     "model.ffn_hidden_size=96",
@@ -52,7 +52,7 @@ def opened(
 
 
 def disturb(network: Network) -> None:
-    """Let biases and norms do something, and every weight be one that bfloat16 has; mutates."""
+    """Randomise biases and norms, and round every weight to bfloat16; mutates."""
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if parameter.dim() == 1:

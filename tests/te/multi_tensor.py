@@ -11,7 +11,7 @@ STATES = (torch.float32, torch.bfloat16)
 def multi_tensor_adam(
     chunk, noop, lists, lr, beta1, beta2, epsilon, step, mode, bias_correction, decay
 ):
-    """Update lists of weights, moments and, where given, main weights, from gradients."""
+    """Update lists of weights, moments and optional main weights, from gradients."""
     if noop.item():
         return
     _check_lists(lists, (4, 5))
@@ -47,7 +47,7 @@ def multi_tensor_adam_param_remainder(
 
 
 def multi_tensor_scale(chunk, noop, lists, scale):
-    """Write scaled values from the first list to the second; say where one is not finite."""
+    """Write scaled values from the first list to the second; flag non-finite values."""
     _check_lists(lists, (2,))
     for source, target in zip(*lists, strict=True):
         scaled = source.float() * scale
@@ -57,13 +57,13 @@ def multi_tensor_scale(chunk, noop, lists, scale):
 
 
 def multi_tensor_scale_tensor(chunk, noop, lists, scale):
-    """Do the same with a scale that lies on the device."""
+    """Do the same with a scale on the device."""
     refuse("the scale is one number", scale.numel() == 1, scale.dtype == torch.float32)
     multi_tensor_scale(chunk, noop, lists, scale)
 
 
 def multi_tensor_l2norm(chunk, noop, lists, per_tensor):
-    """Return the norm of all, and of each."""
+    """Return the norm of all tensors, and of each."""
     _check_lists(lists, (1,))
     each = torch.stack([x.double().norm() for x in lists[0]])
     return each.norm().float()[None], each.float() if per_tensor else torch.zeros(0)

@@ -1,7 +1,7 @@
 """Stand-ins for Transformer Engine's FP8 casts: by blocks, by the whole tensor, delayed.
 
-Data and scales lie as its Python code documents and as its kernels read them on Hopper, where
-column-wise data is stored transposed. Its own Python code turns them back.
+Data and scales have the layout that its Python code documents and its kernels read on Hopper,
+where column-wise data is stored transposed. Its own Python code transposes them back.
 """
 
 import math
@@ -37,7 +37,7 @@ def quantize(x, quantizer, out=None, noop=None):
     """Cast to FP8 into `out`, or into a new tensor; a `noop` flag of 1 leaves `out` as it is."""
     calls[f"quantize by {type(quantizer).__name__}"] += 1
     if getattr(quantizer, "block_scaling_dim", 1) == 2:
-        calls["quantize a weight"] += 1  # whose blocks alone are square
+        calls["quantize a weight"] += 1  # only weights have square blocks
     if noop is not None and noop.item() == 1:
         return out
     if out is None:
@@ -54,7 +54,7 @@ def quantize(x, quantizer, out=None, noop=None):
 
 
 def create_empty_quantized_tensor(quantizer, shape, dtype, device, pin_memory):
-    """Return a tensor of the shape; Transformer Engine's own code says what lies in it."""
+    """Return a tensor of the shape; Transformer Engine's own code defines its contents."""
     shape, device = tuple(shape), "cpu" if torch.device(device).type == "cuda" else device
     if isinstance(quantizer, Float8Quantizer):
         return _empty_delayed(quantizer, shape, dtype, device)
@@ -70,7 +70,7 @@ def dequantize(x, dtype):
 
 
 def from_mxfp8(_, x, dtype):
-    """Return the values of an MXFP8 tensor, of which Transformer Engine asks that a GPU has it."""
+    """Return the values of an MXFP8 tensor, which Transformer Engine expects on a GPU."""
     return whole(x, rowwise=x._rowwise_data is not None).to(dtype)
 
 
@@ -95,7 +95,7 @@ def swap_first_dims(x, *, out):
 def fused_amax_and_scale_update_after_reduction(
     amaxes, histories, scales, algorithm, dtype, margin
 ):
-    """Take over the largest values of the last forwards; decide the scales of the next."""
+    """Store the largest values of the last forwards; compute the scales of the next."""
     refuse("the largest of the history decides", algorithm == "max")
     largest = torch.finfo(TE_DType_To_Torch[dtype]).max
     parts = amaxes.split([scale.numel() for scale in scales])
@@ -135,7 +135,7 @@ def whole(x: Tensor | QuantizedTensorStorage, *, rowwise: bool) -> Tensor:
 
 
 def check_product(a, b, *, trans_a: bool, trans_b: bool) -> None:
-    """Raise where cuBLAS would not multiply: operands, their bytes, and how their sizes divide."""
+    """Raise if cuBLAS would refuse: operands, their bytes, and multiples of their sizes."""
     if not isinstance(a, QuantizedTensorStorage):
         refuse("both operands are FP8 or none", not isinstance(b, QuantizedTensorStorage))
         refuse("operands have one dtype", a.dtype == b.dtype)
@@ -206,7 +206,7 @@ def _cast_blocks(values, tall, quantizer):
 def _fill_whole(values, quantizer, out):
     amax = values.abs().amax() if values.numel() else torch.zeros(())
     if isinstance(quantizer, Float8Quantizer):
-        if quantizer.amax.numel():  # none where the scale was decided by itself
+        if quantizer.amax.numel():  # empty if the scale was set without it
             quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
         scale = quantizer.scale
     else:
@@ -223,7 +223,7 @@ def _fill_whole(values, quantizer, out):
 
 
 def _scale(amax, quantizer, *, pow2):
-    """Return what brings the largest value to the largest of FP8; 1 where all are 0."""
+    """Return the scale that maps the largest value to the largest of FP8; 1 if all are 0."""
     amax = amax.clamp(min=quantizer.amax_epsilon)
     largest = torch.finfo(TE_DType_To_Torch[quantizer.dtype]).max
     scale = (largest / amax).clamp(max=torch.finfo(torch.float32).max)
@@ -239,7 +239,7 @@ def _encode(values, quantizer):
 
 
 def _empty_delayed(quantizer, shape, dtype, device):
-    """Return an FP8 tensor whose scale was decided before."""
+    """Return an FP8 tensor with a preset scale."""
     flipped = (shape[-1], *shape[:-1])
     parts = {
         "data": torch.empty(shape, dtype=torch.uint8, device=device),

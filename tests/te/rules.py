@@ -1,4 +1,4 @@
-"""What all stand-ins share: how they refuse, and how often each was called."""
+"""Shared by all stand-ins: refusals, and call counts."""
 
 import functools
 from collections import Counter
@@ -9,13 +9,13 @@ calls: Counter[str] = Counter()  # of each kernel, by its name
 
 
 def refuse(rule: str, *unless: bool) -> None:
-    """Raise where what a kernel demands does not hold."""
+    """Raise if a requirement of a kernel does not hold."""
     if not all(unless):
         raise RuntimeError(f"a kernel of Transformer Engine would refuse this: {rule}")
 
 
 def counted(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the kernel, which then counts its calls."""
+    """Wrap the kernel to count its calls."""
 
     @functools.wraps(kernel)
     def call(*args: Any, **kwargs: Any) -> Any:

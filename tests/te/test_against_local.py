@@ -1,4 +1,4 @@
-"""The te spec against the local one: both as far from float32 as bfloat16 rounds, no further."""
+"""The te spec against the local one: both differ from float32 only by bfloat16 rounding."""
 
 import pytest
 import torch.distributed as dist
@@ -31,7 +31,7 @@ def _write_start(path, overrides):
 
 
 def _computed(path, overrides):
-    """Return logits where one rank has them, and loss and gradient of a supervised step."""
+    """Return logits if this rank has them, and loss and gradient of a supervised step."""
     world_size = dist.get_world_size()
     session, engine = opened(*overrides, weights=path, world_size=world_size)
     seen = logits(engine.network, random_rows()) if world_size == 1 else None
@@ -41,7 +41,7 @@ def _computed(path, overrides):
 
 @pytest.fixture(scope="module")
 def start(request, tmp_path_factory):
-    """Return weights, the variant, and what float32 and the local spec in bfloat16 compute."""
+    """Return weights, the variant, and results of float32 and of the local spec in bfloat16."""
     path, variant = tmp_path_factory.mktemp("start") / "weights.pt", VARIANTS[request.param]
     run_ranks(1, _write_start, path, variant)
     [exact] = run_ranks(1, _computed, path, [*variant, "precision=fp32", LOCAL])

@@ -1,7 +1,7 @@
-"""FP8 products: how far they are from float32, which layers have them, and that casts are new.
+"""FP8 products: their distance from float32, their layers, and the renewal of casts.
 
-The stand-ins cast as the kernels do and multiply exactly what was cast, so errors of rounding
-to FP8 are real ones; those of a GPU's shorter sums within a product are not in them.
+The stand-ins cast as the kernels do and multiply the casts exactly, so rounding errors of FP8 are
+real; errors of a GPU's shorter sums within a product are missing.
 """
 
 import pytest
@@ -34,7 +34,7 @@ CASTS = 8  # of a layer's forward pass: input and weight of four products
 
 
 def _start(path):
-    """Write weights; return what float32 computes from them."""
+    """Write weights; return the results of float32."""
     session, engine = opened("precision=fp32", LOCAL)
     disturb(engine.network)
     save(path, session, engine)
@@ -92,7 +92,7 @@ def test_layers_kept_in_bf16_cast_nothing(first, last, in_fp8):
 
 
 def _weight_casts():
-    """Return how often a rollout casts a weight, and then an update, and the forwards of each."""
+    """Return the casts of a weight in a rollout and in an update, and the forwards of each."""
     session, engine = opened(FP8, "model.num_layers=2", phase="rl")
     forwards = []
     engine.network.chunks[0].register_forward_hook(lambda *_: forwards.append(1))
@@ -128,14 +128,14 @@ def _fresh_rollout(path, overrides):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_rollout_after_an_update_has_the_new_weights(tmp_path, recipe):
-    """Transformer Engine keeps its casts of weights until it is told that they changed."""
+    """Transformer Engine keeps its casts of weights until they are marked as changed."""
     path, overrides = tmp_path / "weights.pt", [*RECIPES[recipe], "optimizer.learning_rate=0.03"]
     [(before, after, ratios)] = run_ranks(1, _rollouts, path, overrides)
     [fresh] = run_ranks(1, _fresh_rollout, path, overrides)
     assert torch.equal(after.tokens, fresh.tokens)
     assert torch.equal(after.logprobs, fresh.logprobs)
     assert not torch.equal(before.logprobs, after.logprobs)
-    # Training scores the same states, packed otherwise: where scales are of all rows, they differ.
+    # Training scores the same states in other packs: scales over all rows differ.
     error, is_exact = ratios["ratio/max_error"], recipe != "tensorwise"
     assert error == 0 if is_exact else 0 < error < 0.3
     assert ratios["ratio/mean"] == pytest.approx(1, abs=0 if is_exact else 0.03)

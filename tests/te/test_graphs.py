@@ -1,7 +1,7 @@
-"""A rollout through recorded layers: the same completions, from fixed shapes and addresses.
+"""A rollout through captured layers: the same completions, from fixed shapes and addresses.
 
-CUDA graphs cannot run here, so recording is stood in for: a replay computes anew from the
-tensors that were recorded and writes where the recording wrote, as a graph does.
+CUDA graphs cannot run here, so the capture is emulated: a replay computes again from the captured
+tensors and writes to the captured output, as a graph does.
 """
 
 import torch

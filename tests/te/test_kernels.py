@@ -1,4 +1,4 @@
-"""The stand-ins: right by other code's reckoning, and as strict as what they stand in for."""
+"""The stand-ins: correct against other code, and as strict as the kernels."""
 
 import itertools
 
@@ -45,7 +45,7 @@ def _one_direction(x, quantizer, *, rowwise):
 
 
 def _casts():
-    """Return every cast with what Transformer Engine's own code makes of it again."""
+    """Return every cast, and its dequantisation by Transformer Engine's own code."""
     kernels.install()
     results = []
     for kind, shape in itertools.product((WHOLE, TALL, WIDE), ((48, 160), (256, 128), (16, 8))):
@@ -82,7 +82,7 @@ def test_a_cast_comes_back_within_half_a_step_of_its_block():
 
 
 def _products():
-    """Return products of casts by the kernel, and of what the casts come back as."""
+    """Return products of casts by the kernel, and of the dequantised casts."""
     kernels.install()
     results = []
     kinds = ((WHOLE, WHOLE), (TALL, WIDE), (WIDE, WIDE), (None, None))
@@ -200,7 +200,7 @@ def test_attention_refuses_what_the_kernel_would(changes, rule):
 
 
 def _refused():
-    """Return what is said of products that no GPU would compute."""
+    """Return the messages for products that a GPU would refuse."""
     kernels.install()
     refusals = []
     for kind, shape_a, shape_b, layout in (
@@ -272,7 +272,7 @@ def test_norm_and_scale_of_lists():
     assert noop.item() == 1
 
 
-def test_beside_a_gpu_nothing_is_installed(monkeypatch):
+def test_nothing_is_installed_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="a GPU is here"):
         kernels.install()

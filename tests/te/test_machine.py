@@ -1,4 +1,4 @@
-"""Which FP8 recipes a GPU has: ours against what Transformer Engine itself checks."""
+"""Which FP8 recipes a GPU supports: our rule against Transformer Engine's own check."""
 
 from itertools import product
 
@@ -20,7 +20,7 @@ VERDICTS = ("_FP8_SUPPORT", "_MXFP8_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT")
 
 
 def has_recipe(recipe, monkeypatch):
-    """Ask Transformer Engine anew."""
+    """Query Transformer Engine without its cache."""
     for verdict in VERDICTS:
         monkeypatch.setattr(quantization, verdict, None)
     try:

@@ -1,6 +1,6 @@
 """The te spec's parameters are the local spec's: names, shapes, dtypes, sharding, checkpoint keys.
 
-On the meta device, so that LLaDA-8B is built in full; it has no values.
+On the meta device, so LLaDA-8B is built in full, without values.
 """
 
 import pytest
@@ -33,7 +33,7 @@ MODELS["LLaDA-8B"] = LLADA_8B
 
 
 class _MetaForCuda(TorchFunctionMode):
-    """Leave weights without values where Transformer Engine gives them memory of a GPU."""
+    """Leave weights without values where Transformer Engine allocates GPU memory."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -43,7 +43,7 @@ class _MetaForCuda(TorchFunctionMode):
 
 
 def _described_all(layout):
-    """Return both specs' descriptions of every model, and of one in FP8."""
+    """Return both specs' descriptions of every model, and of an FP8 model."""
     kernels.install()
     torch.cuda.current_device = lambda: torch.device("meta")
     described = {
@@ -55,13 +55,13 @@ def _described_all(layout):
 
 
 def _described(overrides):
-    """Return what a network's parameters and its checkpoint are made of, and its modules."""
+    """Describe a network's parameters, its checkpoint and its modules."""
     settings = load(Settings, None, ["run.threads=1", *overrides])
     ranks = start_ranks(settings)
     with _MetaForCuda():
         network = build_network(settings, ranks)
     norms = [m for c in network.chunks for m in c.modules() if isinstance(m, RMSNorm)]
-    for norm in norms:  # which waits with this until its weight has values
+    for norm in norms:  # it does this only once its weight has values
         norm.weight.sequence_parallel = norm.sequence_parallel
     assert all(p.is_meta for _, p in network.named_parameters() if p.dim() > 1)
     parameters = {
@@ -82,7 +82,7 @@ def _described(overrides):
 
 
 def _leaves(state):
-    """Return the sharded tensors; one that is stored in parts is several."""
+    """Return the sharded tensors; a tensor stored in parts gives several."""
     leaves = []
     for value in state.values():
         built = value.build() if hasattr(value, "build") else value

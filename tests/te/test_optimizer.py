@@ -1,4 +1,4 @@
-"""Transformer Engine's Adam: what it keeps, and checkpoints of every kind of optimizer.
+"""Transformer Engine's Adam: its states, and checkpoints of every kind of optimizer.
 
 Run by Transformer Engine's own Python code, with stand-ins for its kernels (see `kernels`).
 """
@@ -14,7 +14,7 @@ from tests.checkpoint import test_sharded as plain
 from tests.ranks import run_ranks
 from tests.te.models import MXFP8, TENSORWISE
 
-# What is tested is the optimizer: but for weights in FP8, the layers need no kernels.
+# These test the optimizer: except for FP8 weights, the layers need no kernels.
 BF16 = ["precision=bf16", "kernels.layer_spec=local"]
 DISTRIBUTED = [*BF16, "sft.optimizer.distributed=true"]
 SHORT = ["sft.optimizer.moments=bf16", "sft.optimizer.main_gradients=bf16"]
@@ -44,7 +44,7 @@ KINDS = {  # ranks, settings
 
 
 class _Host(TorchFunctionMode):
-    """Tell the memory of the machine from that of the GPU that stands in for it."""
+    """Distinguish host memory from the emulated GPU's memory."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
         if func is torch.Tensor.to and args[1:] in (("cuda",), ("cpu",)):
@@ -67,9 +67,9 @@ def _to_host(tensor):
 
 
 def _install(overrides):
-    """Stand in for kernels, for the GPU's own memory and for how NCCL gathers; once a process.
+    """Emulate kernels, GPU memory and NCCL's gathers; once a process.
 
-    Gloo turns what is gathered in one call into one dtype, which may be bytes beside bf16.
+    Gloo converts the tensors of one gather to one dtype; they may be bytes and bf16.
     """
     from megatron.core.distributed import param_and_grad_buffer
 
@@ -105,7 +105,7 @@ def test_a_loaded_run_continues_bit_for_bit(tmp_path, kind):
 
 
 def _states(overrides):
-    """Return what updates the weights, and the dtypes of what it keeps of each."""
+    """Return the optimizer of the weights, and the dtypes of its states."""
     _install(overrides)
     session, engine = plain._open(overrides)
     run_sft(session, engine, start=3, on_iteration_end=lambda _: None)
@@ -124,7 +124,7 @@ def _states(overrides):
         ([], {"FusedAdam"}, "float32 float32", {("Tensor", False)}),
         (SHORT[1:], {"FusedAdam"}, "float32 float32 int16", {("Tensor", False)}),
         (SHORT, {"FusedAdam"}, "bfloat16 bfloat16 int16", {("Tensor", False)}),
-        # An FP8 tensor says what dtype it stands for.
+        # An FP8 tensor reports the dtype it represents.
         (FP8_MOMENTS, {"FusedAdam"}, "float32 bfloat16 int16", {("Float8Tensor", False)}),
         (
             ["sft.optimizer.offload=0.5"],
@@ -142,10 +142,10 @@ def test_states_are_kept_as_asked_for(overrides, adams, dtypes, held):
 
 def _without_fused(run, *arguments):
     """Run with torch's optimizers; the settings come last."""
-    from agrpo_megatron.megatron.fused import take_torch_optimizers
+    from agrpo_megatron.megatron.platform import use_torch_optimizers
 
     _install(arguments[-1])
-    take_torch_optimizers()
+    use_torch_optimizers()
     return run(*arguments)
 
 
@@ -157,7 +157,7 @@ def test_offloading_without_a_fused_optimizer_continues_bit_for_bit(tmp_path):
 
 
 def _through(source, root, overrides):
-    """Load and save again, with no step between."""
+    """Load and save again, without a step in between."""
     _install(overrides)
     return plain._load_and_save(source, root, overrides)
 
@@ -187,7 +187,7 @@ def test_fp8_moments_are_rounded_once_more_by_a_checkpoint(tmp_path):
 
 
 def _beginning(overrides):
-    """Return, of the main weights of FP8 weights, what they are off the values and the casts."""
+    """Return how far main weights of FP8 weights are from the values and from the casts."""
     from megatron.core.fp8_utils import is_float8tensor
 
     from agrpo_megatron.megatron.weights import initialise
@@ -208,7 +208,7 @@ def _beginning(overrides):
     return off
 
 
-def test_main_weights_beside_fp8_weights_begin_from_what_those_were_cast_from():
+def test_main_weights_of_fp8_weights_start_from_the_values_before_the_cast():
     for off in run_ranks(2, _beginning, PRIMARY):
         assert off
         assert all(from_values == 0 < from_cast for from_values, from_cast in off)

@@ -1,6 +1,6 @@
-"""A row's logits under the te spec are its own, whatever it is packed with.
+"""A row's logits under the te spec do not depend on the rows it is packed with.
 
-The stand-ins sum in float64, so every bit agrees. On a GPU this proves no bits: there the order
+The stand-ins sum in float64, so every bit agrees. On a GPU bits may differ: there the order
 of a sum may depend on how many tokens there are. It proves that no row, and no scale of FP8
 values, is computed from another row where the recipe promises so.
 """
@@ -48,7 +48,7 @@ def test_a_row_is_computed_from_itself_alone(precision, variant):
 
 
 def test_tensorwise_scales_are_of_all_rows():
-    """The counterexample: one scale for all tokens, which the largest of any row decides."""
+    """The counterexample: one scale for all tokens, set by the largest value of any row."""
     [(packed, alone, longer)] = run_ranks(1, _both_ways, [FP8, TENSORWISE])
     differences = [distance(a, b) for a, b in zip(packed, alone, strict=True)]
     differences += [distance(a, b) for a, b in zip(packed, longer, strict=True)]

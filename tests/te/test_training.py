@@ -62,7 +62,7 @@ def test_a_whole_run(tmp_path, precision, layout):
 
 
 def _updates(run_dir):
-    """Return what a run recorded of its two updates."""
+    """Return the recorded metrics of a run's two updates."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     updates = [record for record in records if record["phase"] == "rl"]
     assert len(updates) == 2 and all(record["grad_norm"] > 0 for record in updates)
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_one_spec_loads_under_the_other(tmp_path, saved, loaded,
 
 
 def _through_hf(folder, overrides):
-    """Load a Hugging Face directory and return what is exported again."""
+    """Load a Hugging Face directory and return its export."""
     session, engine = opened(*overrides, world_size=dist.get_world_size())
     load_hf(engine.network, session.run.settings.model, folder)
     return whole_weights(session, engine)

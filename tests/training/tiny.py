@@ -128,7 +128,7 @@ def open_session(
     session = Session(run, Output(Recorder(), silent_view()))  # type: ignore[arg-type]
     optimizer = settings.optimizer if phase == "rl" else settings.sft.optimizer
     engine = build_engine(settings, optimizer, iterations=10, ranks=ranks)
-    engine.begin(fill(engine.network, settings) or {})
+    engine.init_main_weights(fill(engine.network, settings) or {})
     return session, engine
 
 

@@ -1,7 +1,7 @@
 """Context parallelism: each rank holds a contiguous part of the packed tokens.
 
-Attention is bidirectional, so contiguous parts cost the same and nothing needs reordering. Only
-rows that cross from one part into the next need keys and values of other ranks.
+Attention is bidirectional, so contiguous parts cost the same and need no reordering. Only rows that
+cross from one part into the next need keys and values of other ranks.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from agrpo_megatron.types import PackedRows, SftBatch, TimestepBatch
 
 
 def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRows:
-    """Append a row of padding where parallelism needs an even split, or FP8 whole blocks.
+    """Append a row of padding if parallelism needs an even split, or FP8 whole blocks.
 
     Args:
-        tokens: packed tokens that the result has at least.
+        tokens: minimum of packed tokens in the result.
     """
     count = max(tokens, len(rows.tokens))
     missing = count + -count % _split(ranks) - len(rows.tokens)
@@ -33,11 +33,11 @@ def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRow
 
 
 def for_schedule(batches: Sequence[PackedRows], ranks: Ranks) -> tuple[list[PackedRows], int]:
-    """Return micro-batches as Megatron's schedule takes them, and the tokens of each.
+    """Return micro-batches for Megatron's schedule, and the tokens of each.
 
-    The interleaved schedule needs equal lengths: between two stages it exchanges lengths of both
-    directions through one channel, where they would be confused. Otherwise lengths are free, and
-    the number that is returned means nothing.
+    The interleaved schedule needs equal lengths: two stages exchange the lengths of both directions
+    through one channel, which would mix them up. Without virtual stages lengths are free, and the
+    returned number has no meaning.
     """
     if ranks.parallel.virtual == 1:
         return list(batches), 1
@@ -47,7 +47,7 @@ def for_schedule(batches: Sequence[PackedRows], ranks: Ranks) -> tuple[list[Pack
 
 
 def hidden_tokens(rows: PackedRows, ranks: Ranks) -> int:
-    """Return how many tokens of these rows a hidden state holds on one rank."""
+    """Return how many tokens of these rows a rank's hidden state holds."""
     count = len(rows.tokens)
     return (count + -count % _split(ranks)) // _shares(ranks)
 
@@ -70,7 +70,7 @@ def scored_slices(rows: PackedRows, ranks: Ranks) -> list[slice]:
 
 
 def local_part[Batch: (SftBatch, TimestepBatch)](batch: Batch, ranks: Ranks) -> Batch:
-    """Keep what belongs to the scored tokens that this rank holds; the rows stay whole."""
+    """Keep only values of this rank's scored tokens; the rows stay whole."""
     if ranks.context.size == 1:
         return batch
     mine = scored_slices(batch.rows, ranks)[ranks.context.rank]
@@ -98,10 +98,10 @@ class GatherTokens(torch.autograd.Function):
 def gather_keys(
     key: Tensor, value: Tensor, wanted: slice, *, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Return keys and values at these of all ranks' tokens, from those here, [T, groups, dim]."""
+    """Return keys and values of the wanted tokens, gathered from all ranks' [T, groups, dim]."""
     both = GatherTokens.apply(torch.stack([key, value], 1), group)
     key, value = both[wanted].unbind(1)  # type: ignore[index]
-    # Apart, as the fused kernels take them where no row crosses.
+    # Separate tensors, as fused kernels expect.
     return key.contiguous(), value.contiguous()
 
 
@@ -110,5 +110,5 @@ def _split(ranks: Ranks) -> int:
 
 
 def _shares(ranks: Ranks) -> int:
-    """Return among how many ranks the tokens of a hidden state are shared."""
+    """Return how many ranks share the tokens of a hidden state."""
     return ranks.context.size * (ranks.tensor.size if ranks.parallel.sequence else 1)

@@ -22,7 +22,7 @@ class PackedAttention(MegatronModule):
 
     Neighbouring rows of equal length are one batched call. Queries and keys are rotated here,
     all rows at once, in float32 as LLaDA does (`rope_full_precision`). Under context parallelism
-    keys and values are gathered where a row crosses from one rank's part into the next.
+    keys and values are gathered for rows that cross from one rank's part into the next.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PackedAttention(MegatronModule):
 class RMSNorm(nn.Module):
     """Root-mean-square norm that also runs under sequence parallelism.
 
-    The statistic is float32 and cast back before the weight multiplies, as LLaDA's. The weight
+    The statistic is float32 and cast back before the weight multiplies, as in LLaDA. The weight
     is marked so that Megatron sums its gradient over the tensor-parallel group.
     """
 

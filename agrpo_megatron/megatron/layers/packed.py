@@ -1,4 +1,4 @@
-"""The layout of packed rows, as attention takes it: boundaries, positions, batched runs."""
+"""The layout of packed rows for attention: boundaries, positions, batched runs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,17 +16,17 @@ class Run:
     """Attention in one batched call: queries of neighbouring rows of equal length."""
 
     rows: int
-    queries: int  # per row; fewer than keys where a row goes on on another rank
+    queries: int  # per row; fewer than keys if the row continues on another rank
     keys: int  # per row
-    start: int  # of the first row's keys, among the keys at hand
+    start: int  # of the first row's keys, among this rank's keys
 
 
 @dataclass
 class PackedLayout(PackedSeqParams):
-    """Megatron's packed-sequence record, with what our attention needs computed once a forward."""
+    """Megatron's packed-sequence record, with values that our attention computes once a forward."""
 
     runs: list[Run] = field(default_factory=list)
-    keys: slice | None = None  # of all ranks' tokens; None: no row crosses into another's part
+    keys: slice | None = None  # of all ranks' tokens; None: no row crosses parts
     angles: Tensor | None = None  # [T, 1, head_dim] float32, of this rank's tokens
     cosines: Tensor | None = None  # of the angles
     sines: Tensor | None = None
@@ -39,7 +39,7 @@ def packed_layout(
 
     Args:
         cu_seqlens: [rows + 1] int32 row boundaries, of all context-parallel ranks together.
-        angles: positions [T] -> by how much each rotates, [T, 1, head_dim] float32.
+        angles: positions [T] -> rotary angles [T, 1, head_dim] float32.
     """
     bounds = cu_seqlens.tolist()
     first, last = part_of(bounds[-1], context, context.rank)
@@ -73,19 +73,19 @@ def positions_in_rows(cu_seqlens: Tensor, count: int) -> Tensor:
 
 
 def rotary_angles(positions: Tensor, *, head_dim: int, rope_theta: float) -> Tensor:
-    """Return by how much each position [T] rotates its heads, [T, 1, head_dim] float32."""
+    """Return the rotary angles of positions [T], [T, 1, head_dim] float32."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions[:, None].float() * (1.0 / rope_theta**exponents)
     return torch.cat([angles, angles], dim=-1)[:, None]
 
 
 def _rows_around(bounds: list[int], first: int, last: int) -> slice:
-    """Return the tokens of all rows that have some in `first` to `last`."""
+    """Return the token range of all rows that overlap `first` to `last`."""
     return slice(max(b for b in bounds if b <= first), min(b for b in bounds if b >= last))
 
 
 def _runs(bounds: list[int], first: int, last: int, *, origin: int) -> list[Run]:
-    """Join neighbouring rows of equal length that lie whole in `first` to `last`."""
+    """Join neighbouring rows of equal length that lie completely in `first` to `last`."""
     runs: list[Run] = []
     for start, end in zip(bounds, bounds[1:], strict=False):
         queries = min(end, last) - max(start, first)

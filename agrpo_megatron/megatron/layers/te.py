@@ -1,8 +1,8 @@
 """The `te` layer spec: Megatron's transformer layer of Transformer Engine's fused modules.
 
-The norms before the two column-parallel products are fused into them, so a layer's own names
-differ from the local spec's; `Network.named_parameters` tells those that everything else knows.
-Imported only where a model is built with this spec: Transformer Engine is optional.
+The norms are fused into the two column-parallel products after them, so a layer's own names differ
+from the local spec's; `Network.named_parameters` yields the local spec's names.
+Imported only to build a model with this spec: Transformer Engine is optional.
 """
 
 from dataclasses import replace
@@ -25,10 +25,10 @@ from agrpo_megatron.megatron.layers.packed import PackedLayout
 class TeAttention(TEDotProductAttention):
     """Bidirectional fused attention within each packed row.
 
-    Queries and keys are rotated by one kernel that computes in float32, from an angle for each
-    token: rows may begin anywhere, also within the part of another context-parallel rank. Keys
-    and values are gathered where a row crosses parts, as the local spec does; Transformer
-    Engine's own context parallelism wants every row split over all ranks.
+    One kernel rotates queries and keys in float32, from an angle for each token: rows may begin
+    anywhere, also within the part of another context-parallel rank. Keys and values are gathered
+    for rows that cross parts, as in the local spec; Transformer Engine's own context parallelism
+    needs every row split over all ranks.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ def te_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodule
     )
     parts: Any = layer.submodules
     attention = parts.self_attention
-    # Megatron hands `no_mask` on as `padding` where rows are packed.
+    # Megatron passes `no_mask` on as `padding` for packed rows.
     attention.params = {**attention.params, "attn_mask_type": AttnMaskType.no_mask}
     attention.submodules.core_attention = TeAttention
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
@@ -79,7 +79,7 @@ def te_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodule
 def _rotate(x: Tensor, layout: PackedLayout) -> Tensor:
     """Rotate the two halves of each head, [T, heads, head_dim]."""
     assert layout.angles is not None
-    # As one sequence of T positions, the kernel takes its angle for each.
+    # As one sequence of T positions, with one angle for each.
     rotated = FusedRoPEFunc.apply(x[:, None], layout.angles[:, None])
     assert isinstance(rotated, torch.Tensor)
     return rotated.squeeze(1)
