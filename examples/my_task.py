@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 
 from agrpo_megatron.config.schema import setting
-from agrpo_megatron.tasks.base import Splits, Task, split_problems, wanted
+from agrpo_megatron.tasks.base import Splits, Task, problem_count, split_problems
 from agrpo_megatron.types import Problem, Reward
 
 
@@ -34,11 +34,11 @@ class SortDigits(Task):
 
     def load(self) -> Splits:
         """Make the problems: the same ones every time, none both trained on and held out."""
-        count = wanted(self.settings, "train") + wanted(self.settings, "eval")
+        count = problem_count(self.settings, "train") + problem_count(self.settings, "eval")
         numbers = range(10**self.options.digits)
         drawn = random.Random(self.settings.seed).sample(numbers, min(count, len(numbers)))
         problems = [self.make_problem(number) for number in drawn]
-        return split_problems(problems, self.settings, wider="raise task.options.digits")
+        return split_problems(problems, self.settings, fix="raise task.options.digits")
 
     def make_problem(self, number: int) -> Problem:
         """Return a problem: a unique key, what the other methods read, and a right answer.

@@ -9,7 +9,7 @@ from pathlib import Path
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.dream import FAMILY as DREAM
 from agrpo_megatron.families.llada import FAMILY as LLADA
-from agrpo_megatron.families.names import Family
+from agrpo_megatron.families.tensors import Family, Shapes, WeightMapping, expand, part_shapes
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM)}
 
@@ -18,7 +18,7 @@ def settings_from_hf(directory: str | Path) -> ModelSettings:
     """Read the model settings of a Hugging Face directory.
 
     Raises:
-        ValueError: config.json is missing, or of a family that is not known.
+        ValueError: config.json is missing, or of an unknown family.
     """
     path = Path(directory) / "config.json"
     try:
@@ -31,3 +31,13 @@ def settings_from_hf(directory: str | Path) -> ModelSettings:
     if family is None:
         raise ValueError(f"{path}: model_type={kind!r}; known families are {', '.join(FAMILIES)}")
     return family.settings(config)
+
+
+def weight_mappings(model: ModelSettings) -> list[WeightMapping]:
+    """Return one mapping for each Megatron parameter of the whole model."""
+    return expand(FAMILIES[model.family].mappings(model), model.num_layers)
+
+
+def hf_shapes(model: ModelSettings) -> Shapes:
+    """Return the shape and transform of every Hugging Face tensor, by name."""
+    return part_shapes(weight_mappings(model), model)

@@ -10,7 +10,7 @@ from typing import Any
 
 from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.names import Family, Line
+from agrpo_megatron.families.tensors import Family, WeightMapping
 
 # What the modelling code can do and this model does not: each must have this value.
 _REQUIRED = {
@@ -76,37 +76,41 @@ def _config(model: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _lines(_model: ModelSettings) -> list[Line]:
+def _mappings(_model: ModelSettings) -> list[WeightMapping]:
     block, layer = "model.layers.{i}.", "decoder.layers.{i}."
     attention = block + "self_attn."
     return [
-        Line("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
-        Line(layer + "input_layernorm.weight", (block + "input_layernorm.weight",), "copy"),
-        Line(
+        WeightMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
+        WeightMapping(
+            layer + "input_layernorm.weight", (block + "input_layernorm.weight",), "copy"
+        ),
+        WeightMapping(
             layer + "self_attention.linear_qkv.weight",
             tuple(attention + f"{part}_proj.weight" for part in "qkv"),
             "qkv",
         ),
         # Biases are interleaved by query group like the rows of the weights that they belong to.
-        Line(
+        WeightMapping(
             layer + "self_attention.linear_qkv.bias",
             tuple(attention + f"{part}_proj.bias" for part in "qkv"),
             "qkv",
         ),
-        Line(layer + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), "row"),
+        WeightMapping(
+            layer + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), "row"
+        ),
         # Their name says where it stands: after the attention, before the MLP.
-        Line(
+        WeightMapping(
             layer + "pre_mlp_layernorm.weight", (block + "post_attention_layernorm.weight",), "copy"
         ),
-        Line(
+        WeightMapping(
             layer + "mlp.linear_fc1.weight",
             (block + "mlp.gate_proj.weight", block + "mlp.up_proj.weight"),
             "gate_up",
         ),
-        Line(layer + "mlp.linear_fc2.weight", (block + "mlp.down_proj.weight",), "row"),
-        Line("decoder.final_layernorm.weight", ("model.norm.weight",), "copy"),
-        Line("output_layer.weight", ("lm_head.weight",), "vocab"),
+        WeightMapping(layer + "mlp.linear_fc2.weight", (block + "mlp.down_proj.weight",), "row"),
+        WeightMapping("decoder.final_layernorm.weight", ("model.norm.weight",), "copy"),
+        WeightMapping("output_layer.weight", ("lm_head.weight",), "vocab"),
     ]
 
 
-FAMILY = Family("dream", _settings, _config, _lines)
+FAMILY = Family("dream", _settings, _config, _mappings)

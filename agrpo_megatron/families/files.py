@@ -29,7 +29,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAPPED = 1 << 26  # bytes read through one mapping of a file: mapped pages count as memory
+MAX_MAPPED = 1 << 26  # bytes read through one mapping of a file: mapped pages count as memory
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class HfWeights:
     def read(self, name: str, index: Any) -> Tensor:
         """Read a part of a tensor; a copy, so that the file's pages can be given back."""
         stored = self.tensors[name]
-        if stored.file != self._path or self._read > MAPPED:
+        if stored.file != self._path or self._read > MAX_MAPPED:
             self._open = None
             self._open = safe_open(stored.file, framework="pt")
             self._path, self._read = stored.file, 0

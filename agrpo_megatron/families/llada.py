@@ -9,7 +9,7 @@ from typing import Any
 
 from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.names import Family, Line
+from agrpo_megatron.families.tensors import Family, WeightMapping
 
 # What the modelling code can do and this model does not: each must have this value.
 _REQUIRED = {
@@ -98,38 +98,42 @@ def _config(model: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _lines(model: ModelSettings) -> list[Line]:
+def _mappings(model: ModelSettings) -> list[WeightMapping]:
     block = "model.transformer.blocks.{i}."
     layer = "decoder.layers.{i}."
-    lines = [
-        Line("embedding.word_embeddings.weight", ("model.transformer.wte.weight",), "vocab"),
-        Line(layer + "input_layernorm.weight", (block + "attn_norm.weight",), "copy"),
-        Line(
+    mappings = [
+        WeightMapping(
+            "embedding.word_embeddings.weight", ("model.transformer.wte.weight",), "vocab"
+        ),
+        WeightMapping(layer + "input_layernorm.weight", (block + "attn_norm.weight",), "copy"),
+        WeightMapping(
             layer + "self_attention.linear_qkv.weight",
             (block + "q_proj.weight", block + "k_proj.weight", block + "v_proj.weight"),
             "qkv",
         ),
-        Line(layer + "self_attention.linear_proj.weight", (block + "attn_out.weight",), "row"),
-        Line(layer + "pre_mlp_layernorm.weight", (block + "ff_norm.weight",), "copy"),
+        WeightMapping(
+            layer + "self_attention.linear_proj.weight", (block + "attn_out.weight",), "row"
+        ),
+        WeightMapping(layer + "pre_mlp_layernorm.weight", (block + "ff_norm.weight",), "copy"),
         # `ff_proj` is the gate: the modelling code applies SiLU to it.
-        Line(
+        WeightMapping(
             layer + "mlp.linear_fc1.weight",
             (block + "ff_proj.weight", block + "up_proj.weight"),
             "gate_up",
         ),
-        Line(layer + "mlp.linear_fc2.weight", (block + "ff_out.weight",), "row"),
-        Line("decoder.final_layernorm.weight", ("model.transformer.ln_f.weight",), "copy"),
+        WeightMapping(layer + "mlp.linear_fc2.weight", (block + "ff_out.weight",), "row"),
+        WeightMapping("decoder.final_layernorm.weight", ("model.transformer.ln_f.weight",), "copy"),
         # The head is called like the blocks' down projections, one level up.
-        Line("output_layer.weight", ("model.transformer.ff_out.weight",), "vocab"),
+        WeightMapping("output_layer.weight", ("model.transformer.ff_out.weight",), "vocab"),
     ]
     if model.qkv_bias:
         names = tuple(block + f"{part}_proj.bias" for part in "qkv")
-        lines.append(Line(layer + "self_attention.linear_qkv.bias", names, "qkv"))
+        mappings.append(WeightMapping(layer + "self_attention.linear_qkv.bias", names, "qkv"))
     if model.qk_norm:
         for part in "qk":
             name = f"self_attention.{part}_layernorm.weight"
-            lines.append(Line(layer + name, (block + f"{part}_norm.weight",), "copy"))
-    return lines
+            mappings.append(WeightMapping(layer + name, (block + f"{part}_norm.weight",), "copy"))
+    return mappings
 
 
-FAMILY = Family("llada", _settings, _config, _lines)
+FAMILY = Family("llada", _settings, _config, _mappings)

@@ -1,7 +1,6 @@
 """Join Hugging Face tensors into a rank's shard of a Megatron parameter, and take them apart.
 
 copy     the same on every rank
-column   split along the rows of the matrix (its outputs)
 row      split along the columns of the matrix (its inputs)
 vocab    split along the vocabulary, padded as far as an even split needs
 qkv      for each query group its queries, its key, its value; split by groups
@@ -58,7 +57,7 @@ def to_megatron(
         return _padded(part, split)
     if transform == "row":
         return part[:, split.of(part.shape[1])]
-    return part[split.of(part.shape[0]) if transform == "column" else slice(None)]
+    return part[:]
 
 
 def from_megatron(shards: list[Tensor], transform: str, model: ModelSettings) -> list[Tensor]:
@@ -70,9 +69,9 @@ def from_megatron(shards: list[Tensor], transform: str, model: ModelSettings) ->
         return [torch.cat([half[part] for half in halves]) for part in range(2)]
     if transform == "vocab":
         return [torch.cat(shards)[: model.vocab_size]]
-    if transform == "copy":
-        return [shards[0]]
-    return [torch.cat(shards, dim={"column": 0, "row": 1}[transform])]
+    if transform == "row":
+        return [torch.cat(shards, dim=1)]
+    return [shards[0]]
 
 
 def _padded(part: Part, split: Split) -> Tensor:

@@ -17,13 +17,13 @@ from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.countdown import Countdown
 from agrpo_megatron.tasks.gym import ReasoningGym
 from agrpo_megatron.tasks.maths import Gsm8k, Math
-from agrpo_megatron.tasks.mixture import Mixture, errors_of
+from agrpo_megatron.tasks.mixture import Mixture, part_errors
 from agrpo_megatron.tasks.sudoku import Sudoku
 
 __all__ = ["TASKS", "Task", "build_task", "describe_tasks"]
 
 PREFIX = "task.options."
-PART = ("name", "weight", "options", "train_problems", "eval_problems", "seed", "leaks")
+PART_SETTINGS = ("name", "weight", "options", "train_problems", "eval_problems", "seed", "leaks")
 TASKS: dict[str, type[Task]] = {
     cls.name: cls for cls in (Gsm8k, Math, Countdown, Sudoku, ReasoningGym)
 }
@@ -93,8 +93,10 @@ def _build_part(settings: TaskSettings, label: Any, *, tree: Any) -> tuple[Task,
     if not isinstance(tree, dict):
         raise ValueError(f"{key}={tree!r} must be a section; use for example {{weight: 1}}")
     for name in tree:
-        if name not in PART:
-            raise ValueError(f"{key}.{name} is not a setting of a part; {_nearest(name, PART)}")
+        if name not in PART_SETTINGS:
+            raise ValueError(
+                f"{key}.{name} is not a setting of a part; {_nearest(name, PART_SETTINGS)}"
+            )
     own = {name: value for name, value in tree.items() if name != "weight"}
     weight = tree.get("weight", 1.0)
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
@@ -107,7 +109,7 @@ def _build_part(settings: TaskSettings, label: Any, *, tree: Any) -> tuple[Task,
     part = build(TaskSettings, {**shared, **own}, f"{key}.")
     if part.name == Mixture.name:
         raise ValueError(f"{key}.name=mixture: a mixture holds no mixtures; list their tasks")
-    with errors_of(label):
+    with part_errors(label):
         return build_task(part), float(weight)
 
 

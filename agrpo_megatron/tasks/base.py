@@ -126,13 +126,13 @@ def task_prompts(task: Task, problems: Sequence[Problem], *, split: Split) -> li
 GENERATED: dict[Split, int] = {"train": 20000, "eval": 256}  # problems where none are asked for
 
 
-def wanted(settings: TaskSettings, split: Split) -> int:
+def problem_count(settings: TaskSettings, split: Split) -> int:
     """Return how many generated problems a split asks for."""
     asked = settings.train_problems if split == "train" else settings.eval_problems
     return GENERATED[split] if asked is None else asked
 
 
-def split_problems(problems: Sequence[Problem], settings: TaskSettings, *, wider: str) -> Splits:
+def split_problems(problems: Sequence[Problem], settings: TaskSettings, *, fix: str) -> Splits:
     """Cut problems with distinct keys into held-out ones and training ones.
 
     The held-out problems come first, so that they stay the same when more training problems are
@@ -141,13 +141,13 @@ def split_problems(problems: Sequence[Problem], settings: TaskSettings, *, wider
     Raises:
         ValueError: fewer problems than asked for.
     """
-    held_out, train = wanted(settings, "eval"), wanted(settings, "train")
+    held_out, train = problem_count(settings, "eval"), problem_count(settings, "train")
     if len(problems) < held_out + train:
         room = len(problems) - held_out
         fewer = f"use at most {room} training problems or " if room > 0 else ""
         raise ValueError(
             f"task.train_problems={train} and task.eval_problems={held_out} ask for "
             f"{held_out + train} different problems, but {settings.name} yields "
-            f"{len(problems)} with these options; {fewer}{wider}"
+            f"{len(problems)} with these options; {fewer}{fix}"
         )
     return {"eval": problems[:held_out], "train": problems[held_out : held_out + train]}

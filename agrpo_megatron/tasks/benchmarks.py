@@ -144,10 +144,10 @@ def grade(task: str, protocol: str, fields: Fields, completion: str) -> Reward:
     functions = (agrpo if protocol == "agrpo" else d1).REWARDS[task]
     parts = {function.__name__: function(completion, fields) for function in functions}
     score = sum(parts.values())
-    return Reward(score, parts[CORRECT[protocol, task]] >= BEST[protocol, task], parts)
+    return Reward(score, parts[CORRECT_PART[protocol, task]] >= BEST_SCORE[protocol, task], parts)
 
 
-CORRECT = {
+CORRECT_PART = {
     ("agrpo", "gsm8k"): "correctness_reward",
     ("agrpo", "math"): "correctness_reward",
     ("agrpo", "countdown"): "countdown_correctness_reward",
@@ -157,11 +157,11 @@ CORRECT = {
     ("d1", "countdown"): "countdown_reward_func",
     ("d1", "sudoku"): "sudoku_reward_func",
 }
-BEST = {key: 3.0 if key[0] == "agrpo" else 2.0 for key in CORRECT}
-BEST |= {("d1", "countdown"): 1.0, ("d1", "sudoku"): 1.0}
+BEST_SCORE = {key: 3.0 if key[0] == "agrpo" else 2.0 for key in CORRECT_PART}
+BEST_SCORE |= {("d1", "countdown"): 1.0, ("d1", "sudoku"): 1.0}
 
 
-def judge(task: str, protocol: str, fields: Fields, raw: str) -> Reward:
+def verdict(task: str, protocol: str, fields: Fields, raw: str) -> Reward:
     """Return the verdict of the protocol's evaluation; a Sudoku scores its share of cells."""
     if task == "sudoku":
         right, empty = _cells(protocol, fields, raw)

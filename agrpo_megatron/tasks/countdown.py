@@ -11,7 +11,7 @@ from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions
 from agrpo_megatron.tasks.rewards.arithmetic import evaluate_whole
 from agrpo_megatron.types import Problem, Prompt, Reward
 
-LONGEST_EXPRESSION = 200  # characters; longer text is wrong without being parsed
+MAX_EXPRESSION = 200  # characters; longer text is wrong without being parsed
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Countdown(GeneratedTask):
     name = "countdown"
     options_type = CountdownOptions
     options: CountdownOptions
-    wider = "raise task.options.high"
-    kind = "set task.options.numbers to how many numbers they have"
+    generation_fix = "raise task.options.high"
+    selection_fix = "set task.options.numbers to how many numbers they have"
 
     def make(self, rng: random.Random, count: int) -> list[Problem]:
         """Make up to `count` different problems, with an expression as solution."""
@@ -80,7 +80,7 @@ class Countdown(GeneratedTask):
         text, options = completion.strip(), self.options
         legal = "0123456789" + options.operators + ("()" if options.parentheses else "")
         value = None
-        if len(text) <= LONGEST_EXPRESSION and set(text) <= set(legal):
+        if len(text) <= MAX_EXPRESSION and set(text) <= set(legal):
             value = evaluate_whole(text, problem.fields["numbers"])
         if value is None:
             return Reward(0.0, False, {"numbers": 0.0, "value": 0.0})

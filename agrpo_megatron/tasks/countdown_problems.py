@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from agrpo_megatron.types import Problem
 
-MOST_ENUMERATED = 2_500_000  # expressions, some seconds; a larger space is drawn from
+MAX_ENUMERATED = 2_500_000  # expressions, some seconds; a larger space is drawn from
 NUMBER, PRODUCT, SUM = range(3)  # how loosely an expression binds
 SIGNS = "+-*/"
 
@@ -38,7 +38,7 @@ class Expression(NamedTuple):
 
 def make_problems(rng: random.Random, wanted: int, *, options: Rules) -> list[Problem]:
     """Return up to `wanted` different problems; a division comes out whole at every step."""
-    draw = _enumerate_problems if _space(options) <= MOST_ENUMERATED else _draw_problems
+    draw = _enumerate_problems if _space(options) <= MAX_ENUMERATED else _draw_problems
     return draw(rng, wanted, options=options)
 
 

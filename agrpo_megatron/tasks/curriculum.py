@@ -9,7 +9,7 @@ from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.mixture import Mixture
 from agrpo_megatron.types import Problem
 
-FORM = (
+FIX = (
     "give the completions.jsonl of `agrpo evaluate RUN evaluation.split=train evaluation.samples=8`"
 )
 type Rates = dict[tuple[str, str], float]  # by the task's label or name, and the problem's key
@@ -33,7 +33,7 @@ def filter_by_pass_rate(task: Task, settings: TaskSettings) -> None:
     if not rated:
         raise ValueError(
             f"task.pass_rates={settings.pass_rates} rates no training problem of task "
-            f"{settings.name}; {FORM}"
+            f"{settings.name}; {FIX}"
         )
     low, high = settings.pass_rate_low, settings.pass_rate_high
     below, above = _outside(rated, settings)
@@ -110,7 +110,7 @@ def _read_rates(path: str) -> Rates:
             marks.setdefault((found["task"], found["key"]), []).append(bool(found["correct"]))
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"task.pass_rates={path} cannot be read ({reason}); {FORM}") from None
+        raise ValueError(f"task.pass_rates={path} cannot be read ({reason}); {FIX}") from None
     return {key: sum(right) / len(right) for key, right in marks.items()}
 
 

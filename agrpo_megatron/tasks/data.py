@@ -14,8 +14,10 @@ from agrpo_megatron.types import Problem
 type Row = dict[str, Any]
 
 FILES = (".jsonl", ".json", ".csv", ".parquet")
-FORM = "a .jsonl, .json, .csv or .parquet file (also .gz), or a Hugging Face dataset"
-MISSING = "is not installed; `pip install agrpo-megatron[data]`, or give a .jsonl or .csv file"
+SOURCES = "a .jsonl, .json, .csv or .parquet file (also .gz), or a Hugging Face dataset"
+NOT_INSTALLED = (
+    "is not installed; `pip install agrpo-megatron[data]`, or give a .jsonl or .csv file"
+)
 
 
 def read_rows(source: str, *, key: str, split: str) -> list[Row]:
@@ -32,12 +34,12 @@ def read_rows(source: str, *, key: str, split: str) -> list[Row]:
     kind = _kind(path)
     if kind in FILES:
         if not path.exists():
-            raise ValueError(f"{key}={source} does not exist; give {FORM}")
+            raise ValueError(f"{key}={source} does not exist; give {SOURCES}")
         rows = _read_file(path, kind, key=key)
     else:
         rows = _read_dataset(source, key=key, split=split)
     if not rows:
-        raise ValueError(f"{key}={source} holds no rows; give {FORM} with some")
+        raise ValueError(f"{key}={source} holds no rows; give {SOURCES} with some")
     return rows
 
 
@@ -170,19 +172,19 @@ def _read_file(path: Path, kind: str, *, key: str) -> list[Row]:
             if kind == ".json":
                 rows = json.load(file)
             else:
-                rows = [_read_line(line, place) for place, line in enumerate(file, start=1)]
+                rows = [_parse_line(line, place) for place, line in enumerate(file, start=1)]
                 rows = [row for row in rows if row is not None]
     except (OSError, ValueError, csv.Error, EOFError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{key}={path} is not readable as {kind} ({reason}); give {FORM}"
+            f"{key}={path} is not readable as {kind} ({reason}); give {SOURCES}"
         ) from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{key}={path} must hold one object for each problem; give {FORM}")
+        raise ValueError(f"{key}={path} must hold one object for each problem; give {SOURCES}")
     return rows
 
 
-def _read_line(line: str, place: int) -> Any:
+def _parse_line(line: str, place: int) -> Any:
     try:
         return json.loads(line) if line.strip() else None
     except ValueError as error:
@@ -193,7 +195,7 @@ def _read_parquet(path: Path) -> list[Row]:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"the package pyarrow {MISSING}") from None
+        raise ValueError(f"the package pyarrow {NOT_INSTALLED}") from None
     return parquet.read_table(path).to_pylist()
 
 
@@ -201,7 +203,7 @@ def _read_dataset(source: str, *, key: str, split: str) -> list[Row]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ValueError(f"{key}={source}: the package datasets {MISSING}") from None
+        raise ValueError(f"{key}={source}: the package datasets {NOT_INSTALLED}") from None
     name, _, chosen = source.partition("@")
     name, _, config = name.partition(":")
     try:
@@ -209,4 +211,4 @@ def _read_dataset(source: str, *, key: str, split: str) -> list[Row]:
         return [dict(row) for row in dataset]  # type: ignore[union-attr]
     except Exception as error:  # many kinds: no network, no such dataset, configuration or split
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{key}={source} cannot be loaded ({reason}); give {FORM}") from None
+        raise ValueError(f"{key}={source} cannot be loaded ({reason}); give {SOURCES}") from None

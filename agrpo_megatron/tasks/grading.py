@@ -66,7 +66,7 @@ class Grader:
         """
         batch = _Batch(list(calls), Future())
         if self._thread is None:
-            batch.rewards.set_result([self._here(call) for call in calls])
+            batch.rewards.set_result([self._grade_inline(call) for call in calls])
         else:
             self._waiting.append(batch)
             self._thread.submit(self._grade_waiting)
@@ -114,7 +114,7 @@ class Grader:
             ]
         return [self._failed("the workers were killed")] * len(calls)
 
-    def _here(self, call: Call) -> Reward:
+    def _grade_inline(self, call: Call) -> Reward:
         try:
             return grade_call(self._task, call)
         except Exception as error:  # whatever a reward raises is this completion's loss alone

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agrpo_megatron.config.schema import setting
-from agrpo_megatron.tasks.base import Splits, Task, split_problems, wanted
+from agrpo_megatron.tasks.base import Splits, Task, problem_count, split_problems
 from agrpo_megatron.tasks.rewards.extract import boxed, last_tagged
 from agrpo_megatron.types import Chat, Message, Problem, Prompt, Reward
 
@@ -44,7 +44,7 @@ class ReasoningGym(Task):
 
     def load(self) -> Splits:
         """Make the problems; held-out ones first, repeated questions left out."""
-        needed = wanted(self.settings, "eval") + wanted(self.settings, "train")
+        needed = problem_count(self.settings, "eval") + problem_count(self.settings, "train")
         made: dict[str, Problem] = {}
         for entry in self._generator(2 * needed):
             question = entry["question"]
@@ -53,7 +53,7 @@ class ReasoningGym(Task):
             made.setdefault(question, Problem(question, fields, f"<answer>{answer}</answer>"))
             if len(made) == needed:
                 break
-        return split_problems(list(made.values()), self.settings, wider="widen task.options.config")
+        return split_problems(list(made.values()), self.settings, fix="widen task.options.config")
 
     def prompt(self, problem: Problem) -> Prompt:
         """Return the question, with how to answer it."""

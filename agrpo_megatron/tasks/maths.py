@@ -42,7 +42,7 @@ class Math(PublicTask):
         "train": {"agrpo": "qwedsacf/competition_math", "d1": "ankner/math-500"},
         "eval": dict.fromkeys(benchmarks.PROTOCOLS, "HuggingFaceH4/MATH-500"),
     }
-    kind = "give task.options.levels that it has, or another file"
+    selection_fix = "give task.options.levels that it has, or another file"
 
     def make_problem(self, row: dict[str, Any]) -> Problem:
         """Read one row; without a column of its own, AGRPO's gold answer is the first box."""

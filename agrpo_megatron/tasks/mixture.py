@@ -15,7 +15,7 @@ _KEYS = re.compile(r"\btask\.(?=(?:name|options|train_problems|eval_problems|see
 
 
 @contextlib.contextmanager
-def errors_of(label: str) -> Iterator[None]:
+def part_errors(label: str) -> Iterator[None]:
     """Have errors name the settings of a part as they are written within the mixture."""
     try:
         yield
@@ -93,7 +93,7 @@ class Mixture(Task):
     def _load_parts(self, split: Split) -> dict[str, Sequence[Problem]]:
         found = {}
         for label, (task, _) in self.parts.items():
-            with errors_of(label):
+            with part_errors(label):
                 found[label] = task.problems(split)
         return found
 
@@ -104,7 +104,7 @@ class Mixture(Task):
         task, holder = self.parts[label][0], self.parts[other][0]
         if _class_name(task) != _class_name(holder):
             return train
-        with errors_of(label):
+        with part_errors(label):
             kept, notes = without_leaks(
                 train,
                 held_out,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from agrpo_megatron.config.schema import setting
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import benchmarks
-from agrpo_megatron.tasks.base import Split, Splits, Task, split_problems, wanted
+from agrpo_megatron.tasks.base import Split, Splits, Task, problem_count, split_problems
 from agrpo_megatron.tasks.data import d1_rows, is_local, read_rows, to_problems, without_leaks
 from agrpo_megatron.tasks.rewards import equivalence
 from agrpo_megatron.types import Problem, Prompt, Reward
@@ -41,8 +41,10 @@ class PublicTask(Task):
 
     options: PublicOptions
     datasets: ClassVar[dict[Split, dict[str, str]]] = {}  # by split and protocol
-    wider: ClassVar[str] = ""  # which options make more problems, where they are generated
-    kind: ClassVar[str] = "give another file"  # which options select other problems of a file
+    generation_fix: ClassVar[str] = ""  # which options make more problems, where they are generated
+    selection_fix: ClassVar[str] = (
+        "give another file"  # which options select other problems of a file
+    )
 
     def __init__(self, settings: TaskSettings, options: Any):
         super().__init__(settings, options)
@@ -71,7 +73,7 @@ class PublicTask(Task):
                 leaks=self.settings.leaks,
             )
             self.notes += notes
-        return {"eval": self._drawn("eval", held_out), "train": self._drawn("train", train)}
+        return {"eval": self._subset("eval", held_out), "train": self._drawn("train", train)}
 
     def fill(self, splits: Mapping[Split, list[Problem] | None]) -> Splits:
         """Return both splits, those that no file holds made up."""
@@ -104,7 +106,7 @@ class PublicTask(Task):
 
     def verdict(self, problem: Problem, completion: str, raw: str) -> Reward:
         """Return what the protocol's evaluation says; `raw` as published, special tokens in."""
-        return benchmarks.judge(self.name, self.options.protocol, problem.fields, raw)
+        return benchmarks.verdict(self.name, self.options.protocol, problem.fields, raw)
 
     def source(self, split: Split) -> str | None:
         """Return the file or dataset of a split; None where its problems are made."""
@@ -140,14 +142,14 @@ class PublicTask(Task):
         selected = self.select(split, problems)
         if not selected:
             raise ValueError(
-                f"{key}={source}: the options select none of its problems; {self.kind}"
+                f"{key}={source}: the options select none of its problems; {self.selection_fix}"
             )
         if len(selected) < len(problems):
             other = len(problems) - len(selected)
             self.notes.append(f"{key}={source}: {other} problems of another kind left out")
         return selected
 
-    def _drawn(self, split: Split, problems: Sequence[Problem]) -> Sequence[Problem]:
+    def _subset(self, split: Split, problems: Sequence[Problem]) -> Sequence[Problem]:
         """Draw as many problems as the settings ask for, and keep their order."""
         asked = getattr(self.settings, f"{split}_problems")
         if asked is not None and asked < len(problems):
@@ -185,12 +187,12 @@ class GeneratedTask(PublicTask):
         """Make the splits that no file holds; problems of a file are not made again."""
         train, held_out = splits["train"], splits["eval"]
         if train is None and held_out is None:
-            count = wanted(self.settings, "eval") + wanted(self.settings, "train")
-            return split_problems(self._generate(count), self.settings, wider=self.wider)
+            count = problem_count(self.settings, "eval") + problem_count(self.settings, "train")
+            return split_problems(self._generate(count), self.settings, fix=self.generation_fix)
         if held_out is None:
-            held_out = self._generate_apart("eval", train or [])
+            held_out = self._generate_without_leaks("eval", train or [])
         if train is None:
-            train = self._generate_apart("train", held_out)
+            train = self._generate_without_leaks("train", held_out)
         return {"train": train, "eval": held_out}
 
     def prompt(self, problem: Problem) -> Prompt:
@@ -221,18 +223,18 @@ class GeneratedTask(PublicTask):
     def solution(self, fields: dict[str, Any]) -> str:
         """Return a right completion of a problem that was read; empty where none is known."""
         answer = fields.get("solution", "")
-        return self._written(fields, answer) if answer else ""
+        return self._format_solution(fields, answer) if answer else ""
 
     def _generate(self, count: int) -> list[Problem]:
         made = self.make(random.Random(f"{self.name} {self.settings.seed}"), count)
         return [
-            replace(problem, solution=self._written(problem.fields, problem.solution))
+            replace(problem, solution=self._format_solution(problem.fields, problem.solution))
             for problem in made
         ]
 
-    def _generate_apart(self, split: Split, others: Sequence[Problem]) -> list[Problem]:
+    def _generate_without_leaks(self, split: Split, others: Sequence[Problem]) -> list[Problem]:
         """Make a split whose problems leak nothing from, or into, those of the other's file."""
-        count = wanted(self.settings, split)
+        count = problem_count(self.settings, split)
         taken = {self.leak_key(problem, self) for problem in others}
         made = [
             problem
@@ -242,11 +244,11 @@ class GeneratedTask(PublicTask):
         if len(made) < count:
             raise ValueError(
                 f"task.{split}_problems={count}: {self.name} makes {len(made)} problems apart from "
-                f"the other split's with these options; use at most {len(made)}, or {self.wider}"
+                f"the other split's with these options; use at most {len(made)}, or {self.generation_fix}"
             )
         return made[:count]
 
-    def _written(self, fields: dict[str, Any], answer: str) -> str:
+    def _format_solution(self, fields: dict[str, Any], answer: str) -> str:
         if self.is_plain:
             return answer
         return benchmarks.solution_text(self.name, self.options.protocol, fields, answer)

@@ -23,14 +23,14 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-DIES_WITH_PARENT = 1  # Linux: PR_SET_PDEATHSIG
+PR_SET_PDEATHSIG = 1  # Linux: PR_SET_PDEATHSIG
 # SLURM sends its signals to every process of a step: whoever stops does so once all is graded.
-PARENTS_MATTER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-GRACE = 60.0  # seconds that a server may take to start, beyond what its calls may take
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STARTUP_SECONDS = 60.0  # seconds that a server may take to start, beyond what its calls may take
 
 STDERR = 2  # its file descriptor, whatever sys.stderr is
 
-_is_inside = False
+_is_child = False
 
 
 class Outcome(NamedTuple):
@@ -74,7 +74,7 @@ class Sandbox:
             ServerEnded: another call makes a new server.
         """
         _, _, seconds, _, workers = self._setup
-        limit = seconds * (len(calls) / workers + 1) + GRACE
+        limit = seconds * (len(calls) / workers + 1) + STARTUP_SECONDS
         try:
             connection = self._open()
             connection.send(list(calls))
@@ -119,14 +119,14 @@ class Sandbox:
         return self._connection
 
 
-def is_inside() -> bool:
+def is_child() -> bool:
     """Say whether this process is a sandbox's child: its time and memory are bounded already."""
-    return _is_inside
+    return _is_child
 
 
 def main() -> None:
     """Serve the parent, whose socket is named on the command line."""
-    for number in PARENTS_MATTER:  # children inherit it
+    for number in IGNORED_SIGNALS:  # children inherit it
         signal.signal(number, signal.SIG_IGN)
     serve(Connection(int(sys.argv[1])))
 
@@ -213,9 +213,9 @@ def _fork(place: int, handler: Callable, call: tuple, seconds: float, memory: in
 
 def _work(pipe: int, handler: Callable, call: tuple, memory: int) -> None:
     """Make one call and write its outcome; runs in the child, and never returns."""
-    global _is_inside
-    _is_inside = True
-    with _exit_afterwards():
+    global _is_child
+    _is_child = True
+    with _exit_at_end():
         limit = _address_space() + (memory << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:
@@ -230,7 +230,7 @@ def _work(pipe: int, handler: Callable, call: tuple, memory: int) -> None:
 
 
 @contextlib.contextmanager
-def _exit_afterwards() -> Iterator[None]:
+def _exit_at_end() -> Iterator[None]:
     try:
         yield
     finally:
@@ -244,4 +244,4 @@ def _address_space() -> int:
 
 def _die_with_parent() -> None:
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -48,7 +48,7 @@ class Sudoku(GeneratedTask):
     name = "sudoku"
     options_type = SudokuOptions
     options: SudokuOptions
-    wider = "bring task.options.clues nearer to 8"
+    generation_fix = "bring task.options.clues nearer to 8"
 
     def load(self) -> Splits:
         """Return the problems of both splits; says which of them the prompt itself solves."""
@@ -100,17 +100,17 @@ def complete_grids() -> tuple[str, ...]:
     """Return all 288 complete grids, in lexical order."""
     rows = ["".join(row) for row in itertools.permutations("1234")]
     pairs = ["".join(pair) for pair in itertools.product(rows, repeat=2)]
-    halves = [pair for pair in pairs if _holds(pair, _BOXES[:2])]
+    halves = [pair for pair in pairs if _is_valid(pair, _BOXES[:2])]
     grids = ["".join(pair) for pair in itertools.product(halves, repeat=2)]
-    return tuple(grid for grid in grids if _holds(grid, _COLUMNS))
+    return tuple(grid for grid in grids if _is_valid(grid, _COLUMNS))
 
 
-def _holds(grid: str, units: Iterable[Sequence[int]]) -> bool:
+def _is_valid(grid: str, units: Iterable[Sequence[int]]) -> bool:
     return all(len({grid[i] for i in unit}) == 4 for unit in units)
 
 
 @functools.cache
-def _holders() -> tuple[tuple[int, ...], ...]:
+def _grids_by_cell() -> tuple[tuple[int, ...], ...]:
     """Return, for each cell and digit, which complete grids have it there: a bit for each grid."""
     grids = complete_grids()
     return tuple(
@@ -123,11 +123,11 @@ def _holders() -> tuple[tuple[int, ...], ...]:
 
 def count_solutions(puzzle: str) -> int:
     """Return how many complete grids agree with a puzzle."""
-    holders = _holders()
+    having = _grids_by_cell()
     left = (1 << len(complete_grids())) - 1
     for cell, digit in enumerate(puzzle):
         if digit != EMPTY:
-            left &= holders[cell][int(digit) - 1]
+            left &= having[cell][int(digit) - 1]
     return left.bit_count()
 
 

@@ -18,8 +18,8 @@ CHARACTERS = Path(__file__).parent / "characters.model"
 MASK_PIECES = ("<mask>", "<|mdm_mask|>", "<|mask|>")
 EOS_PIECES = ("<eos>", "</s>", "<|endoftext|>")
 STOP_PIECES = ("<|eot_id|>", "<|im_end|>", "<|endoftext|>")  # what ends a turn of LLaDA and Dream
-SHOWN_MASK = "_"
-SHOWN_EOS = "<eos>"
+MASK_TEXT = "_"
+EOS_TEXT = "<eos>"
 FIX = (
     "give a sentencepiece .model file, a Hugging Face directory, or null for the built-in "
     "characters"
@@ -76,9 +76,9 @@ class Tokenizer:
 
     def _piece(self, token: int) -> str:
         if token == self.mask_id:
-            return SHOWN_MASK
+            return MASK_TEXT
         if token == self.eos_id:
-            return SHOWN_EOS
+            return EOS_TEXT
         if not 0 <= token < self.vocab_size:  # a row that only pads the embedding
             return f"<{token}>"
         shown = [c if c.isprintable() else ascii(c)[1:-1] for c in self.to_piece(token)]

@@ -1,6 +1,6 @@
 """A task to measure with: prompts of one length, and the same reward for anything."""
 
-from agrpo_megatron.tasks.base import Splits, Task, split_problems, wanted
+from agrpo_megatron.tasks.base import Splits, Task, problem_count, split_problems
 from agrpo_megatron.types import Problem, Reward
 
 PROMPT = 256  # characters, which are tokens of the built-in tokenizer
@@ -14,11 +14,11 @@ class Anything(Task):
 
     def load(self) -> Splits:
         """Make numbered problems."""
-        count = wanted(self.settings, "train") + wanted(self.settings, "eval")
+        count = problem_count(self.settings, "train") + problem_count(self.settings, "eval")
         problems = [
             Problem(key=str(n), fields={"number": str(n)}, solution="") for n in range(count)
         ]
-        return split_problems(problems, self.settings, wider="ask for fewer")
+        return split_problems(problems, self.settings, fix="ask for fewer")
 
     def prompt(self, problem: Problem) -> str:
         """Return the problem's number among zeros."""

@@ -9,14 +9,18 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from agrpo_megatron.tasks.rewards.arithmetic import evaluate, same_numbers
+from agrpo_megatron.tasks.rewards.arithmetic import (
+    contains_solution,
+    evaluate,
+    has_value,
+    same_numbers,
+)
 from agrpo_megatron.tasks.rewards.equivalence import equal, equal_in_text
-from agrpo_megatron.tasks.rewards.expressions import holds_solution, reaches
 from agrpo_megatron.tasks.rewards.extract import CELLS, boxed, cells_right, share, tagged
 
 type Fields = dict[str, Any]
 
-CLEAN = 200  # characters; what stands longer before an equals sign is no plain expression
+MAX_PLAIN = 200  # characters of a plain expression
 # A number with its sign, thousands commas and decimals.
 _NUMBER = re.compile(
     r"(?:(?<![\w.)\]}\u2212-])[\u2212-]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
@@ -133,9 +137,9 @@ def _solves(equation: str, fields: Fields) -> bool:
     numbers, target = fields["numbers"], fields["target"]
     if not equals or not same_numbers(left, numbers):
         return False
-    if len(left) <= CLEAN and evaluate(left) is not None:
-        return reaches(left, target)
-    return holds_solution(left, numbers, target=target) and equal_in_text(str(target), left)
+    if len(left) <= MAX_PLAIN and evaluate(left) is not None:
+        return has_value(left, target)
+    return contains_solution(left, numbers, target=target) and equal_in_text(str(target), left)
 
 
 REWARDS: dict[str, tuple[Callable[[str, Fields], float], ...]] = {

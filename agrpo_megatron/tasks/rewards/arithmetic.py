@@ -1,4 +1,4 @@
-"""Values of arithmetic that a model wrote: parsed, never executed."""
+"""Arithmetic that a model wrote, alone or inside other text: parsed, never executed."""
 
 import ast
 import operator
@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-LONGEST = 5000  # characters, runs of blanks and signs not counted; longer text has no value
-MOST_SIGNS = 2900  # Python compiles no more nested signs either
-MOST_BITS = 15_000  # of a power of whole numbers; a larger one has no value
-DIGITS = 4300  # in a row; Python reads no longer ones
+MAX_CHARACTERS = (
+    5000  # longer text has no value; an expression's repeated blanks and signs count once
+)
+MAX_SIGNS = 2900  # the limit of Python's compiler for nested signs
+MAX_BITS = 15_000  # of an integer power; a larger one has no value
+MAX_DIGITS = 4300  # of one number; Python's own limit
+TOLERANCE = 1e-9  # for the rounding of an exact value
 
 type Number = int | float | complex
 
@@ -21,6 +24,17 @@ WHOLE: dict[type, Callable[[Any, Any], Any]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
+_DELIMITERS = re.compile(r"\\(?:left|right|[()\[\],!;: ])|\$")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_IMPLIED = re.compile(r"(?<=[\d)])\s*(?=\()|(?<=\))\s*(?=\d)")  # a product without a sign
+_OPERATORS = (
+    (r"\times", "*"),
+    (r"\cdot", "*"),
+    (r"\div", "/"),
+    ("\u00d7", "*"),
+    ("\u00f7", "/"),
+    ("\u2212", "-"),
+)
 
 
 def evaluate(text: str) -> Number | None:
@@ -29,7 +43,7 @@ def evaluate(text: str) -> Number | None:
     None for other text, where it divides by zero, and where a power is out of bounds.
     """
     text = re.sub(r"[ \t]{2,}", " ", text.strip())
-    if text.count("-") + text.count("+") > MOST_SIGNS:
+    if text.count("-") + text.count("+") > MAX_SIGNS:
         return None
     tree = _parse(re.sub(r"([-+])((?: ?[-+])+)", _two_signs, text))
     try:
@@ -64,9 +78,40 @@ def evaluate_whole(text: str, numbers: Sequence[int]) -> int | None:
 def same_numbers(text: str, numbers: Sequence[int]) -> bool:
     """Say whether the runs of digits in `text` are exactly `numbers`, in any order."""
     found = re.findall(r"\d+", text)
-    if len(found) != len(numbers) or any(len(run) > DIGITS for run in found):
+    if len(found) != len(numbers) or any(len(run) > MAX_DIGITS for run in found):
         return False
     return sorted(map(int, found)) == sorted(numbers)
+
+
+def has_value(text: str, target: int, *, tolerance: float = TOLERANCE) -> bool:
+    """Return whether a text is an expression of + - * / only whose value is `target`."""
+    value = None if has_other_operators(text) else evaluate(text)
+    return value is not None and abs(value - target) < tolerance
+
+
+def contains_solution(text: str, numbers: Sequence[int], *, target: int) -> bool:
+    """Return whether a text (LaTeX, Markdown, words) has an expression that solves a problem.
+
+    The expression uses exactly `numbers` and has the value `target`.
+    """
+    if len(text) > MAX_CHARACTERS:
+        return False
+    text = _DELIMITERS.sub(" ", text)
+    for _ in range(4):  # fractions within fractions
+        text = _FRACTION.sub(r"((\1)/(\2))", text)
+    for written, sign in _OPERATORS:
+        text = text.replace(written, sign)
+    text = _IMPLIED.sub("*", re.sub(r"\s+", " ", text))
+    runs = re.findall(r"[\d+\-*/(). ]+", text)
+    return any(same_numbers(run, numbers) and has_value(_trimmed(run), target) for run in runs)
+
+
+def _trimmed(run: str) -> str:
+    """Remove what cannot begin or end an expression, such as the stars of bold text."""
+    run = run.lstrip("*/). ").rstrip("+-*/(. ")
+    if run.count("(") > run.count(")"):
+        return run.removeprefix("(")
+    return run.removesuffix(")") if run.count(")") > run.count("(") else run
 
 
 def _two_signs(run: re.Match[str]) -> str:
@@ -75,7 +120,7 @@ def _two_signs(run: re.Match[str]) -> str:
 
 
 def _parse(text: str) -> ast.expr | None:
-    if len(text) > LONGEST or not re.fullmatch(r"[0-9+\-*/().\s]+", text):
+    if len(text) > MAX_CHARACTERS or not re.fullmatch(r"[0-9+\-*/().\s]+", text):
         return None
     try:
         with warnings.catch_warnings():
@@ -98,7 +143,7 @@ def _value(node: ast.expr) -> Number:
 
 def _power(base: Any, exponent: Any) -> Number:
     whole = isinstance(base, int) and isinstance(exponent, int)
-    if whole and base.bit_length() * exponent > MOST_BITS:
+    if whole and base.bit_length() * exponent > MAX_BITS:
         raise OverflowError
     return base**exponent
 

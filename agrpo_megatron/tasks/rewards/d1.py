@@ -11,18 +11,13 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from agrpo_megatron.tasks.rewards.arithmetic import (
-    Number,
-    evaluate,
-    has_other_operators,
-    same_numbers,
-)
+from agrpo_megatron.tasks.rewards.arithmetic import evaluate, has_value, same_numbers
 from agrpo_megatron.tasks.rewards.extract import CELLS, cells_right, last_tagged, share
 from agrpo_megatron.tasks.rewards.latex import is_equivalent, last_boxed
 
 type Fields = dict[str, Any]
 
-CLOSE = 1e-5  # an expression this near its target reaches it
+TOLERANCE = 1e-5  # between the value of an expression and its target
 _ENDS = re.compile(r"<\|eot_id\|>|<\|endoftext\|>|</answer>")
 _DONE = re.compile(r"<\|eot_id\|>|<\|endoftext\|>")
 
@@ -88,8 +83,7 @@ def countdown_reward_func(text: str, fields: Fields) -> float:
     answer = last_tagged(text)
     if answer is None:
         return 0.0
-    value = evaluate(answer) if same_numbers(answer, fields["numbers"]) else None
-    return 1.0 if _reaches(answer, value, target=fields["target"]) else 0.1
+    return 1.0 if _solves(answer, fields) else 0.1
 
 
 def sudoku_reward_func(text: str, fields: Fields) -> float:
@@ -133,7 +127,7 @@ def parse_countdown(text: str, fields: Fields) -> dict[str, Any]:
     if same_numbers(found, fields["numbers"]):
         value = evaluate(found)
         result = math.inf if value is None else value
-    correct = _reaches(found, result, target=fields["target"])
+    correct = _solves(found, fields)
     return {"extracted_answer": found, "evaluation_result": result, "is_correct": correct}
 
 
@@ -224,10 +218,9 @@ def _gold_number(answer: str) -> float | None:
         return None
 
 
-def _reaches(expression: str, value: Number | None, *, target: int) -> bool:
-    if value is None or has_other_operators(expression):
-        return False
-    return abs(value - target) < CLOSE
+def _solves(expression: str, fields: Fields) -> bool:
+    is_legal = same_numbers(expression, fields["numbers"])
+    return is_legal and has_value(expression, fields["target"], tolerance=TOLERANCE)
 
 
 def _left_side(text: str) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 from agrpo_megatron.tasks import sandbox
 
-SECONDS = 0.8  # of processor time for a comparison; what takes longer counts as different
-PATIENCE = 20 * SECONDS  # of wall time, where other processes keep it from running
-LONGEST = 20_000  # characters of an answer that is looked at
+CPU_SECONDS = 0.8  # of processor time for a comparison; what takes longer counts as different
+WALL_SECONDS = 20 * CPU_SECONDS  # of wall time, where other processes keep it from running
+MAX_CHARACTERS = 20_000  # characters of an answer that is looked at
 _WHOLE_NUMBER = re.compile(r"(?:0|-?[1-9][0-9]{0,14})")
 
 type Comparison = Callable[[str, str], bool]
@@ -25,7 +25,7 @@ class _TooLong(BaseException):  # no Exception: math-verify and sympy suppress t
 def equal(gold: str, answer: str) -> bool:
     """Say whether `answer` means the same as `gold`; LaTeX or plain, without dollar signs.
 
-    Any text gets an answer, and within `SECONDS` once math-verify is loaded: the comparison runs
+    Any text gets an answer, and within `CPU_SECONDS` once math-verify is loaded: the comparison runs
     in a child process that ends when its time is over.
     """
     if _WHOLE_NUMBER.fullmatch(gold) and _WHOLE_NUMBER.fullmatch(answer):
@@ -35,9 +35,9 @@ def equal(gold: str, answer: str) -> bool:
 
 def equal_in_text(gold: str, text: str) -> bool:
     """Say whether what math-verify finds in a text means the same as `gold`; bounded likewise."""
-    if len(text) > LONGEST:
+    if len(text) > MAX_CHARACTERS:
         return False
-    if sandbox.is_inside():
+    if sandbox.is_child():
         return _compare_in_time(gold, text)
     for _ in range(2):  # it may have been by chance that the server was killed
         with contextlib.suppress(sandbox.ServerEnded):
@@ -50,16 +50,16 @@ def prepare() -> None:
     _load_comparison()
 
 
-def load_mortal_comparison() -> Comparison:
+def load_killable_comparison() -> Comparison:
     """Return a comparison that ends its process where it takes too long, in C code too."""
     compare = _load_comparison()
 
-    def compare_or_die(gold: str, text: str) -> bool:
+    def compare_with_timer(gold: str, text: str) -> bool:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         return compare(gold, text)
 
-    return compare_or_die
+    return compare_with_timer
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def _compare_in_time(gold: str, text: str) -> bool:
     """Compare in this process; C code that takes long is left to the limits it runs under."""
     compare = _load_comparison()
     signal.signal(signal.SIGPROF, _raise_too_long)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS, SECONDS / 10)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS, CPU_SECONDS / 10)
     try:
         return compare(gold, text)
     except (_TooLong, Exception):
@@ -96,5 +96,5 @@ def _raise_too_long(*_: Any) -> None:
 
 @functools.cache
 def _sandbox() -> sandbox.Sandbox:
-    factory = "agrpo_megatron.tasks.rewards.equivalence:load_mortal_comparison"
-    return sandbox.Sandbox(factory, seconds=PATIENCE)
+    factory = "agrpo_megatron.tasks.rewards.equivalence:load_killable_comparison"
+    return sandbox.Sandbox(factory, seconds=WALL_SECONDS)
