@@ -1,6 +1,6 @@
-"""Model families: Hugging Face configuration and weight names, translated to ours and back.
+"""Model families: conversion of Hugging Face configurations and weight names to ours and back.
 
-A family is one file with `FAMILY`, a `Family` record. `FAMILIES` holds them by `model_type`.
+A family is one file with `FAMILY`, a `Family` record. `FAMILIES` has them by `model_type`.
 """
 
 import json
@@ -27,7 +27,7 @@ def settings_from_hf(directory: str | Path) -> ModelSettings:
     except (OSError, ValueError, AttributeError) as error:
         fix = "give a Hugging Face directory"
         raise ValueError(f"{path}: cannot be read ({error}); {fix}") from None
-    family = FAMILIES.get(str(kind).lower())  # Dream writes itself with a capital
+    family = FAMILIES.get(str(kind).lower())  # Dream's has a capital letter
     if family is None:
         raise ValueError(f"{path}: model_type={kind!r}; known families are {', '.join(FAMILIES)}")
     return family.settings(config)

@@ -1,7 +1,7 @@
-"""Dream-7B (Dream-v0-Base/Instruct, DiffuCoder): Qwen2.5's shapes, read both ways, shifted.
+"""Dream-7B (Dream-v0-Base/Instruct, DiffuCoder): Qwen2.5's shapes, bidirectional, shifted.
 
-The hidden state at position i - 1 predicts the token at i, as the autoregressive model that it was
-made from did. Source: config.json, model.safetensors.index.json and the modelling code of
+The hidden state at position i - 1 predicts the token at i, as in its autoregressive origin.
+Source: config.json, model.safetensors.index.json and the modelling code of
 Dream-org/Dream-v0-Instruct-7B.
 """
 
@@ -12,7 +12,7 @@ from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.tensors import Family, WeightMapping
 
-# What the modelling code can do and this model does not: each must have this value.
+# Features of the modelling code that this model does not use: required values.
 _REQUIRED = {
     "hidden_act": "silu",
     "use_sliding_window": False,
@@ -39,7 +39,7 @@ def _settings(config: Mapping[str, Any]) -> ModelSettings:
     """Translate config.json.
 
     Raises:
-        ValueError: a key is missing, or asks for what this family does not have.
+        ValueError: a key is missing, or this family does not support its value.
     """
     for key, value in _REQUIRED.items():
         if config.get(key) not in (None, value):
@@ -48,16 +48,16 @@ def _settings(config: Mapping[str, Any]) -> ModelSettings:
     if missing:
         raise ValueError(f"config.json: {missing[0]} is missing; the dream family needs it")
     values = {ours: config[theirs] for ours, theirs in _SAME.items()}
-    # Query, key and value have biases whatever the config says; the output projection has none.
+    # Query, key and value always have biases, the output projection has none.
     values |= {"family": "dream", "qkv_bias": True, "shift": True}
     return build(ModelSettings, values, "config.json as model.")
 
 
 def _config(model: ModelSettings) -> dict[str, Any]:
-    """Return config.json of a model that came without one.
+    """Return config.json for a model without one.
 
     Raises:
-        ValueError: the modelling code has no such model.
+        ValueError: the modelling code does not support this model.
     """
     if model.qk_norm or not (model.qkv_bias and model.shift):
         raise ValueError(
@@ -89,7 +89,7 @@ def _mappings(_model: ModelSettings) -> list[WeightMapping]:
             tuple(attention + f"{part}_proj.weight" for part in "qkv"),
             "qkv",
         ),
-        # Biases are interleaved by query group like the rows of the weights that they belong to.
+        # Biases are interleaved by query group like the rows of their weights.
         WeightMapping(
             layer + "self_attention.linear_qkv.bias",
             tuple(attention + f"{part}_proj.bias" for part in "qkv"),
@@ -98,7 +98,7 @@ def _mappings(_model: ModelSettings) -> list[WeightMapping]:
         WeightMapping(
             layer + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), "row"
         ),
-        # Their name says where it stands: after the attention, before the MLP.
+        # The norm after the attention and before the MLP.
         WeightMapping(
             layer + "pre_mlp_layernorm.weight", (block + "post_attention_layernorm.weight",), "copy"
         ),

@@ -11,7 +11,7 @@ from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.tensors import Family, WeightMapping
 
-# What the modelling code can do and this model does not: each must have this value.
+# Features of the modelling code that this model does not use: required values.
 _REQUIRED = {
     "alibi": False,
     "rope": True,
@@ -35,19 +35,19 @@ def _settings(config: Mapping[str, Any]) -> ModelSettings:
     """Translate config.json.
 
     Raises:
-        ValueError: a key is missing, or asks for what this family does not have.
+        ValueError: a key is missing, or this family does not support its value.
     """
     for key, value in _REQUIRED.items():
         if config.get(key) not in (None, value):
             raise ValueError(f"config.json: {key}={config[key]!r}; the llada family needs {value}")
     try:
-        # `embedding_size` counts the rows of the tensors, `vocab_size` those that are meant.
+        # `embedding_size` is the number of rows of the tensors, `vocab_size` of those in use.
         rows = config.get("embedding_size") or config["vocab_size"]
         values = {
             "family": "llada",
             "num_layers": config["n_layers"],
             "hidden_size": config["d_model"],
-            # `mlp_hidden_size` wins over `mlp_ratio` in the modelling code.
+            # `mlp_hidden_size` overrides `mlp_ratio` in the modelling code.
             "ffn_hidden_size": config.get("mlp_hidden_size")
             or config["mlp_ratio"] * config["d_model"],
             "num_attention_heads": config["n_heads"],
@@ -67,10 +67,10 @@ def _settings(config: Mapping[str, Any]) -> ModelSettings:
 
 
 def _config(model: ModelSettings) -> dict[str, Any]:
-    """Return config.json of a model that came without one.
+    """Return config.json for a model without one.
 
     Raises:
-        ValueError: the modelling code has no such model.
+        ValueError: the modelling code does not support this model.
     """
     if model.qk_norm:
         raise ValueError("model.qk_norm=true: LLaDA's modelling code has no norm of q and k")
@@ -123,7 +123,7 @@ def _mappings(model: ModelSettings) -> list[WeightMapping]:
         ),
         WeightMapping(layer + "mlp.linear_fc2.weight", (block + "ff_out.weight",), "row"),
         WeightMapping("decoder.final_layernorm.weight", ("model.transformer.ln_f.weight",), "copy"),
-        # The head is called like the blocks' down projections, one level up.
+        # The head has the name of the blocks' down projections, one level up.
         WeightMapping("output_layer.weight", ("model.transformer.ff_out.weight",), "vocab"),
     ]
     if model.qkv_bias:

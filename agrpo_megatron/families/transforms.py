@@ -1,10 +1,10 @@
-"""Join Hugging Face tensors into a rank's shard of a Megatron parameter, and take them apart.
+"""Join Hugging Face tensors into a rank's shard of a Megatron parameter, and the inverse.
 
 copy     the same on every rank
 row      split along the columns of the matrix (its inputs)
-vocab    split along the vocabulary, padded as far as an even split needs
+vocab    split along the vocabulary, padded to an even split
 qkv      for each query group its queries, its key, its value; split by groups
-gate_up  gate above up on every rank, each split along its rows
+gate_up  gate above up on every rank, both split along their rows
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from agrpo_megatron.config.settings import ModelSettings
 
 
 class Part(Protocol):
-    """A tensor, or what reads one from a file: only what is indexed is read."""
+    """A tensor, or a lazy tensor in a file: only the indexed part is read."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """Return the shape of the whole."""
+        """Return the shape of the whole tensor."""
         ...
 
     def __getitem__(self, index: Any, /) -> Tensor:
@@ -36,7 +36,9 @@ class Split:
 
     rank: int = 0
     size: int = 1
-    vocab_rows: int | None = None  # padded, all ranks together; None: what an even split needs
+    vocab_rows: int | None = (
+        None  # padded, of all ranks together; None: the least for an even split
+    )
 
     def of(self, length: int) -> slice:
         """Return this rank's part of a dimension."""
@@ -61,7 +63,7 @@ def to_megatron(
 
 
 def from_megatron(shards: list[Tensor], transform: str, model: ModelSettings) -> list[Tensor]:
-    """Undo `to_megatron`, given the shards of all ranks in order."""
+    """Invert `to_megatron`, given the shards of all ranks in order."""
     if transform == "qkv":
         return _separate(torch.cat(shards), model)
     if transform == "gate_up":
@@ -75,7 +77,7 @@ def from_megatron(shards: list[Tensor], transform: str, model: ModelSettings) ->
 
 
 def _padded(part: Part, split: Split) -> Tensor:
-    """Return this rank's rows; those beyond the vocabulary are zero."""
+    """Return this rank's rows; rows beyond the vocabulary are zero."""
     true = part.shape[0]
     mine = split.of(split.vocab_rows or true + -true % split.size)
     rows = part[min(mine.start, true) : min(mine.stop, true)]
@@ -84,7 +86,7 @@ def _padded(part: Part, split: Split) -> Tensor:
 
 
 def _interleave(parts: Sequence[Part], model: ModelSettings, split: Split) -> Tensor:
-    """Lay q, k, v out as Megatron does: for each query group its queries, its key, its value."""
+    """Interleave q, k, v as Megatron does: for each query group its queries, its key, its value."""
     groups = (model.num_query_groups or model.num_attention_heads) // split.size
     mine = [part[split.of(part.shape[0])] for part in parts]
     return torch.cat([m.view(groups, -1, *m.shape[1:]) for m in mine], dim=1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Dream: config.json both ways, every tensor name, and what its modelling code could do besides."""
+"""Dream: config.json both ways, every tensor name, and unsupported features of its code."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""LLaDA: config.json to settings, what is refused, and how every tensor is named."""
+"""LLaDA: config.json to settings, its errors, and the name of every tensor."""
 
 import json
 from pathlib import Path

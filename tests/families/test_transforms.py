@@ -1,4 +1,4 @@
-"""Splitting tensors over ranks and joining them again returns every bit."""
+"""Splitting tensors over ranks and joining them is bit-exact."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Arithmetic that a model wrote, alone or inside other text: parsed, never executed."""
+"""Arithmetic in the text of a model: parsed, never executed."""
 
 import ast
 import operator
@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-MAX_CHARACTERS = (
-    5000  # longer text has no value; an expression's repeated blanks and signs count once
-)
+MAX_CHARACTERS = 5000  # longer text has no value; runs of blanks or signs in it count once
 MAX_SIGNS = 2900  # the limit of Python's compiler for nested signs
 MAX_BITS = 15_000  # of an integer power; a larger one has no value
 MAX_DIGITS = 4300  # of one number; Python's own limit
@@ -38,9 +36,9 @@ _OPERATORS = (
 
 
 def evaluate(text: str) -> Number | None:
-    """Return the value that Python gives an expression of numbers, signs and parentheses.
+    """Return Python's value of an expression of numbers, signs and parentheses.
 
-    None for other text, where it divides by zero, and where a power is out of bounds.
+    None for other text, for a division by zero, and for a power out of bounds.
     """
     text = re.sub(r"[ \t]{2,}", " ", text.strip())
     if text.count("-") + text.count("+") > MAX_SIGNS:
@@ -53,14 +51,14 @@ def evaluate(text: str) -> Number | None:
 
 
 def has_other_operators(text: str) -> bool:
-    """Say whether an expression goes beyond + - * /: powers and floor divisions."""
+    """Return whether an expression has operators besides + - * /: powers, floor divisions."""
     return "**" in text or "//" in text
 
 
 def evaluate_whole(text: str, numbers: Sequence[int]) -> int | None:
     """Return the value of an expression over exactly `numbers`; None for any other text.
 
-    Also None with a sign before a number, and where a division does not come out whole.
+    Also None for a sign before a number, and for a division that is not exact.
     """
     tree = _parse(text)
     if tree is None:
@@ -76,7 +74,7 @@ def evaluate_whole(text: str, numbers: Sequence[int]) -> int | None:
 
 
 def same_numbers(text: str, numbers: Sequence[int]) -> bool:
-    """Say whether the runs of digits in `text` are exactly `numbers`, in any order."""
+    """Return whether the runs of digits in `text` are exactly `numbers`, in any order."""
     found = re.findall(r"\d+", text)
     if len(found) != len(numbers) or any(len(run) > MAX_DIGITS for run in found):
         return False
@@ -84,7 +82,7 @@ def same_numbers(text: str, numbers: Sequence[int]) -> bool:
 
 
 def has_value(text: str, target: int, *, tolerance: float = TOLERANCE) -> bool:
-    """Return whether a text is an expression of + - * / only whose value is `target`."""
+    """Return whether a text is an expression of + - * / with the value `target`."""
     value = None if has_other_operators(text) else evaluate(text)
     return value is not None and abs(value - target) < tolerance
 
@@ -115,7 +113,7 @@ def _trimmed(run: str) -> str:
 
 
 def _two_signs(run: re.Match[str]) -> str:
-    """Shorten a run of signs: the first may stand between two values, the others are before one."""
+    """Shorten a run of signs: the first may be binary, the others are unary."""
     return run[1] + ("-" if run[2].count("-") % 2 else "+")
 
 
@@ -156,7 +154,7 @@ def _whole_value(node: ast.expr) -> int:
     left, right = Fraction(_whole_value(node.left)), Fraction(_whole_value(node.right))
     value = WHOLE[type(node.op)](left, right)
     if value.denominator != 1:
-        raise ValueError("a division does not come out whole")
+        raise ValueError("a division is not exact")
     return int(value)
 
 

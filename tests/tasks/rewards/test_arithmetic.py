@@ -1,4 +1,4 @@
-"""Arithmetic against Python's own evaluation, on text that holds nothing else."""
+"""Arithmetic against Python's evaluation, and expressions within other text."""
 
 import random
 import re
@@ -19,7 +19,7 @@ PIECES = ("3", "4", "12", "0", ".5", "+", "-", "*", "/", "//", "(", ")", " ", "\
 
 
 def python_value(text):
-    """Evaluate by Python; the pieces hold no power, so that this is bounded."""
+    """Evaluate by Python; bounded, since the pieces have no power."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
