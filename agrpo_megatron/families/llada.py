@@ -9,7 +9,7 @@ from typing import Any
 
 from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.tensors import Family, WeightMapping
+from agrpo_megatron.families.tensors import Family, WeightMapping, check_required
 
 # Features of the modelling code that this model does not use: required values.
 _REQUIRED = {
@@ -37,9 +37,7 @@ def _settings(config: Mapping[str, Any]) -> ModelSettings:
     Raises:
         ValueError: a key is missing, or this family does not support its value.
     """
-    for key, value in _REQUIRED.items():
-        if config.get(key) not in (None, value):
-            raise ValueError(f"config.json: {key}={config[key]!r}; the llada family needs {value}")
+    check_required(config, _REQUIRED, "llada")
     try:
         # `embedding_size` is the number of rows of the tensors, `vocab_size` of those in use.
         rows = config.get("embedding_size") or config["vocab_size"]

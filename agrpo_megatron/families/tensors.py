@@ -28,6 +28,15 @@ class Family:
     mappings: Callable[[ModelSettings], list[WeightMapping]]
 
 
+def check_required(config: Mapping[str, Any], required: Mapping[str, Any], family: str) -> None:
+    """Raise a ValueError if config.json has another value for one of the `required` keys."""
+    for key, value in required.items():
+        if config.get(key) not in (None, value):
+            raise ValueError(
+                f"config.json: {key}={config[key]!r}; the {family} family needs {value}"
+            )
+
+
 def expand(mappings: Sequence[WeightMapping], num_layers: int) -> list[WeightMapping]:
     """Return one mapping per parameter: those with `{i}` once per layer."""
     result = []

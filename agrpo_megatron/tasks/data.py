@@ -112,6 +112,11 @@ def d1_rows(rows: Sequence[Row], count: int = 256) -> list[Row]:
     return [rows[place] for place in drawn]
 
 
+def one_line(error: Exception) -> str:
+    """Return the message of a library's error as one short line."""
+    return " ".join(str(error).split())[:200]
+
+
 def first_column(row: Row, *names: str) -> Any:
     """Return a row's value in the first of `names` that it has, in any letter case."""
     folded = {str(name).casefold(): value for name, value in row.items()}
@@ -173,9 +178,8 @@ def _read_file(path: Path, kind: str, *, key: str) -> list[Row]:
                 rows = [_parse_line(line, place) for place, line in enumerate(file, start=1)]
                 rows = [row for row in rows if row is not None]
     except (OSError, ValueError, csv.Error, EOFError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{key}={path} is not readable as {kind} ({reason}); give {SOURCES}"
+            f"{key}={path} is not readable as {kind} ({one_line(error)}); give {SOURCES}"
         ) from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{key}={path} must hold one object for each problem; give {SOURCES}")
@@ -208,5 +212,6 @@ def _read_dataset(source: str, *, key: str, split: str) -> list[Row]:
         dataset = load_dataset(name, config or None, split=chosen or split)
         return [dict(row) for row in dataset]  # type: ignore[union-attr]
     except Exception as error:  # many kinds: no network, no such dataset, configuration or split
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{key}={source} cannot be loaded ({reason}); give {SOURCES}") from None
+        raise ValueError(
+            f"{key}={source} cannot be loaded ({one_line(error)}); give {SOURCES}"
+        ) from None

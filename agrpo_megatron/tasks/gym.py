@@ -6,6 +6,7 @@ from typing import Any
 
 from agrpo_megatron.config.schema import setting
 from agrpo_megatron.tasks.base import Splits, Task, problem_count, split_problems
+from agrpo_megatron.tasks.data import one_line
 from agrpo_megatron.tasks.rewards.extract import boxed, last_tagged
 from agrpo_megatron.types import Chat, Message, Problem, Prompt, Reward
 
@@ -86,8 +87,7 @@ class ReasoningGym(Task):
         try:
             return reasoning_gym.create_dataset(self.options.dataset, **config)
         except Exception as error:  # many kinds, by generator
-            reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"task.options.dataset={self.options.dataset} cannot be made with "
-                f"task.options.config={self.options.config} ({reason})"
+                f"task.options.config={self.options.config} ({one_line(error)})"
             ) from None
