@@ -71,7 +71,7 @@ class PublicTask(Task):
                 leaks=self.settings.leaks,
             )
             self.notes += notes
-        return {"eval": self._subset("eval", held_out), "train": self._drawn("train", train)}
+        return {"eval": self._subset("eval", held_out), "train": self._subset("train", train)}
 
     def fill(self, splits: Mapping[Split, list[Problem] | None]) -> Splits:
         """Return both splits; generate those without a file."""
