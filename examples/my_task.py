@@ -1,22 +1,22 @@
-"""A task of your own: one file, one class. Copy it, and change what a problem is and what is right.
+"""A custom task: one file, one class. Copy it, and change the problems and the reward.
 
     agrpo train examples/my_task.yaml                  two minutes on two CPU cores
-    agrpo train FILE task.name=examples/my_task.py     in any settings file of yours
+    agrpo train FILE task.name=examples/my_task.py     with your settings file
 
-Here the model is given a number and must write its digits in ascending order: `50213=` `01235`.
+The model reads a number and must write its digits in ascending order: `50213=` `01235`.
 """
 
 import random
 from dataclasses import dataclass
 
 from agrpo_megatron.config.schema import setting
-from agrpo_megatron.tasks.base import Splits, Task, split_problems, wanted
+from agrpo_megatron.tasks.base import Splits, Task, problem_count, split_problems
 from agrpo_megatron.types import Problem, Reward
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may set, as task.options.digits; a wrong name or value is refused."""
+    """Settings such as task.options.digits; a wrong name or value is refused."""
 
     digits: int = setting(5, "digits of each number", low=2, high=9)
 
@@ -28,34 +28,34 @@ class SortDigits(Task):
     options_type = Options
     options: Options
 
-    # `reward` answers any text at once. Without this line it runs in worker processes, where a
-    # reward that raises or hangs costs one completion its score, and not the run.
+    # `reward` grades any text at once. Without this line it runs in worker processes: a reward
+    # that raises or hangs then affects the score of one completion, and not the run.
     is_bounded = True
 
     def load(self) -> Splits:
-        """Make the problems: the same ones every time, none both trained on and held out."""
-        count = wanted(self.settings, "train") + wanted(self.settings, "eval")
+        """Return `{"train": [...], "eval": [...]}`: always the same problems, no key in both."""
+        count = problem_count(self.settings, "train") + problem_count(self.settings, "eval")
         numbers = range(10**self.options.digits)
         drawn = random.Random(self.settings.seed).sample(numbers, min(count, len(numbers)))
         problems = [self.make_problem(number) for number in drawn]
-        return split_problems(problems, self.settings, wider="raise task.options.digits")
+        return split_problems(problems, self.settings, fix="raise task.options.digits")
 
     def make_problem(self, number: int) -> Problem:
-        """Return a problem: a unique key, what the other methods read, and a right answer.
+        """Return a problem: a unique key, fields for the other methods, and a right answer.
 
-        The answer is for supervised fine-tuning alone; leave it empty where you know none.
+        Only supervised fine-tuning uses the answer; leave it empty if it is unknown.
         """
         text = f"{number:0{self.options.digits}}"
         return Problem(key=text, fields={"number": text}, solution="".join(sorted(text)))
 
     def prompt(self, problem: Problem) -> str:
-        """Return what the model reads; a `Chat` of messages for a model that knows chats."""
+        """Return the prompt: text, or a `Chat` of messages for a chat model."""
         return problem.fields["number"] + "="
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        """Grade an answer: 1 where it is right, up to 0.5 for its parts where it is not.
+        """Grade an answer: 1 if it is right, else up to 0.5 for its parts.
 
-        `score` is what training maximises, `correct` what accuracy counts; `parts` are logged.
+        Training maximises `score`, accuracy counts `correct`; `parts` are logged.
         """
         given, answer = problem.fields["number"], completion.strip()
         same_digits = sorted(answer) == sorted(given)

@@ -1,12 +1,12 @@
-"""Grade the gold answers of problem files: right ones have to be right, and others wrong.
+"""Grade the gold answers of problem files: gold must be right, other answers wrong.
 
     python tools/check_golds.py DIR
 
-DIR holds files named after their benchmark: gsm8k*, math*, countdown*, sudoku*. Each problem is
-loaded, put into the prompts of both protocols, and answered with its own gold answer and with
-another problem's, in the layout that the protocol asks for; reward and verdict judge both.
-Golds that a protocol refuses are listed with the cause. Exit status 1 where one is refused
-without a known cause, or a wrong answer is accepted; 2 where DIR is no folder.
+DIR has files with names by benchmark: gsm8k*, math*, countdown*, sudoku*. Each problem is written
+in the prompts of both protocols, and answered with its gold answer and with another problem's, in
+the protocol's layout; reward and verdict grade both. Golds that a protocol refuses are listed with
+the cause. The exit status is 1 if one is refused without a known cause or a wrong answer is
+accepted, and 2 if DIR is not a folder.
 """
 
 import argparse
@@ -28,24 +28,24 @@ COMMAS = "a thousands comma: the string rule of protocol d1 does not read it"
 
 @dataclass
 class Count:
-    """What the graders of one protocol said about one file."""
+    """Results of the graders of one protocol on one file."""
 
-    right: int = 0  # golds that reward and verdict accept
-    refused: int = 0  # wrong answers that both refuse
+    right: int = 0  # golds accepted by reward and verdict
+    refused: int = 0  # wrong answers refused by both
     problems: int = 0
     known: list[str] = field(default_factory=list)  # exceptions with their cause
     faults: list[str] = field(default_factory=list)
 
 
 def main() -> int:
-    """Check the files of the folder named on the command line; returns the exit status."""
+    """Check the files of the folder on the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="DIR")
     folder = parser.parse_args().folder
     if not folder.is_dir():
-        print(f"{folder} is no folder; give one that holds problem files", file=sys.stderr)
+        print(f"{folder} is not a folder; give one with problem files", file=sys.stderr)
         return 2
     failed = found = False
     for path in sorted(folder.iterdir()):
@@ -56,14 +56,14 @@ def main() -> int:
             count = check_file(path, task, protocol=protocol)
             _report(path, protocol, count)
             failed, found = failed or bool(count.faults), True
-    print("FAILED" if failed or not found else "every gold is right, but for the causes named")
+    print("FAILED" if failed or not found else "every gold is right, except for the causes above")
     return int(failed or not found)
 
 
 def check_file(path: Path, name: str, *, protocol: str) -> Count:
     """Grade the golds of a file by one protocol."""
     options = {"protocol": protocol, "train": "none", "eval": str(path)}
-    if name in ("countdown", "sudoku"):  # these would make problems without a training file
+    if name in ("countdown", "sudoku"):  # without a training file they generate problems
         options["train"] = str(path)
     task = build_task(TaskSettings(name=name, options=options, leaks="keep"))
     problems = task.problems("eval")
@@ -88,7 +88,7 @@ def _note(count: Count, line: str, *, cause: str) -> None:
 
 
 def _grade(task, problem: Problem, answer: str) -> dict[str, bool]:
-    """Say which graders accept an answer, in the layouts of training and of evaluation."""
+    """Return which graders accept an answer, in the layouts of training and of evaluation."""
     protocol = task.options.protocol
     text = benchmarks.solution_text(task.name, protocol, problem.fields, answer)
     raw = text
@@ -105,7 +105,7 @@ def _answer(name: str, problem: Problem) -> str:
 
 
 def _other_answer(name: str, problems: Sequence[Problem], place: int) -> str:
-    """Return the answer of the next problem that has another one."""
+    """Return the answer of the next problem with a different answer."""
     own = _answer(name, problems[place])
     for step in range(1, len(problems)):
         other = _answer(name, problems[(place + step) % len(problems)])

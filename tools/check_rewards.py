@@ -4,12 +4,12 @@
 
 Each file holds JSON lines of one kind: rewards (`rewards`, with `eval` or `eval_parser`), released
 generations (`verdict`) or prompts (`messages`). Floats agree to 1e-9, everything else exactly.
-Accuracies over generations are compared with NAME_aggregate.json, which is looked for beside
-NAME.jsonl or NAME.jsonl.gz.
+Accuracies over generations are compared with NAME_aggregate.json in the folder of NAME.jsonl or
+NAME.jsonl.gz.
 
-Values that the file itself marks as faults of the reference (`reference_quirk`) or as decided by
-a clock (`timing_dependent`) may differ; where they do, they are counted and, with --verbose,
-shown. Exit status 1 where anything else differs.
+Values that the file marks as faults of the reference (`reference_quirk`) or as dependent on time
+(`timing_dependent`) may differ; such differences are counted and, with --verbose, shown. The exit
+status is 1 if anything else differs.
 """
 
 import argparse
@@ -38,29 +38,29 @@ TASKS = {
 
 @dataclass
 class Tally:
-    """What the comparison of one file found."""
+    """Result of the comparison of one file."""
 
     equal: int = 0
-    chosen: list[str] = field(default_factory=list)  # differ where the reference is at fault
+    chosen: list[str] = field(default_factory=list)  # differences by a fault of the reference
     wrong: list[str] = field(default_factory=list)
-    skipped: int = 0  # rows and functions that nothing here corresponds to
+    skipped: int = 0  # rows and functions without a counterpart here
     slowest: float = 0.0
     scores: dict[str, list[int]] = field(default_factory=dict)  # [right, all] by task
 
 
 def main() -> int:
-    """Check the files named on the command line; returns the exit status."""
+    """Check the files of the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".jsonl or .jsonl.gz")
-    parser.add_argument("--verbose", action="store_true", help="also show where we chose to differ")
+    parser.add_argument("--verbose", action="store_true", help="also show allowed differences")
     arguments = parser.parse_args()
-    equivalence.equal("1/2", "0.5")  # loads math-verify, which is no part of any grader's time
+    equivalence.equal("1/2", "0.5")  # loads math-verify before any grader is timed
     failed = False
     for path in arguments.files:
         if path.name.endswith("_aggregate.json"):
-            continue  # read along with the generations it sums up
+            continue  # read with its generations
         try:
             tally = check_file(path)
         except (OSError, ValueError) as error:
@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def check_file(path: Path) -> Tally:
-    """Compare every value of a file with what this package returns."""
+    """Compare every value of a file with the value of this package."""
     tally = Tally()
     for number, row in enumerate(_rows(path), start=1):
         check = next((check for kind, check in KINDS.items() if kind in row), None)
@@ -135,21 +135,21 @@ def _check_generation(row: dict, tally: Tally, name: str) -> None:
 
 
 def _check_aggregate(path: Path, tally: Tally) -> None:
-    """Compare the accuracies with those of the file that sums the generations up."""
-    beside = path.parent / f"{path.name.split('.')[0]}_aggregate.json"
-    if not tally.scores or not beside.exists():
+    """Compare the accuracies with the aggregate file of the generations."""
+    aggregate = path.parent / f"{path.name.split('.')[0]}_aggregate.json"
+    if not tally.scores or not aggregate.exists():
         return
-    for total in json.loads(beside.read_text(encoding="utf-8")):
+    for total in json.loads(aggregate.read_text(encoding="utf-8")):
         right, count = tally.scores.get(total["task"], [0, 0])
         accuracy = 100 * right / count if count else math.nan
         ours = {"numerator": right, "denominator": count, "accuracy_percent": accuracy}
         theirs = {key: total[key] for key in ("numerator", "denominator", "accuracy_percent")}
-        _compare(tally, {}, f"{beside.name} {total['task']}", ours, theirs, part="aggregate")
+        _compare(tally, {}, f"{aggregate.name} {total['task']}", ours, theirs, part="aggregate")
 
 
 def _check_prompt(row: dict, tally: Tally, name: str) -> None:
     task = TASKS[row["task"]]
-    # These rows have no gold answer, and no prompt shows one.
+    # These rows have no gold answer; no prompt needs one.
     problem = read_problem(task, {"answer": "#### 0", **row["problem"]})
     chat = build_prompt(task, row["source"], row["stage"], problem)
     messages = [message._asdict() for message in chat.messages]
@@ -178,7 +178,7 @@ def _timed(tally: Tally, function: Callable, *arguments: Any) -> Any:
     started = time.perf_counter()
     try:
         value = function(*arguments)
-    except Exception as error:  # never excused: the reference's own are faults, and marked
+    except Exception as error:  # always an error: ours must not raise
         value = {"exception": type(error).__name__}
     tally.slowest = max(tally.slowest, time.perf_counter() - started)
     return value
@@ -191,7 +191,7 @@ def _compare(tally: Tally, row: dict, name: str, ours: Any, theirs: Any, *, part
         return
     line = f"{name}: {_short(ours)} where the reference has {_short(theirs)}"
     if row.get("timing_dependent") and not raised:
-        tally.chosen.append(f"{line} (decided by a clock)")
+        tally.chosen.append(f"{line} (timing dependent)")
         return
     quirks = (row.get("reference_quirk") or "").split("; ")
     excuse = next((q for q in quirks if q and _concerns(q, row, part)), None)
@@ -200,9 +200,9 @@ def _compare(tally: Tally, row: dict, name: str, ours: Any, theirs: Any, *, part
 
 
 def _concerns(quirk: str, row: dict, part: str) -> bool:
-    """Say whether a fault is one of the function `part`; `eval` is the evaluation's verdict."""
+    """Return whether a fault belongs to function `part`; `eval` is the evaluation's verdict."""
     if "verdict" in row:
-        return True  # a generation has been through its parser alone
+        return True  # only the parser has read a generation
     named = quirk.partition(":")[0]
     same_rule = part == "eval" and named in RELATED
     return named == part or named.split(" ")[0] == part or named == "math_verify" or same_rule
@@ -251,7 +251,7 @@ COLUMNS = {  # the names of a problem's fields: theirs, ours
     "puzzle": "puzzle",
     "solution": "solution",
 }
-# Faults of a rule that reward and verdict share; the files name them after the reward alone.
+# Faults of a rule that reward and verdict share; the files name only the reward.
 RELATED = ("correctness_reward", "countdown_correctness_reward", "sudoku_correctness_reward")
 VERDICTS: dict[str, Callable[[str, dict[str, Any]], float]] = {
     "gsm8k": agrpo.gsm8k_verdict,

@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families import FAMILIES
+from agrpo_megatron.families import FAMILIES, hf_shapes
 from agrpo_megatron.families.files import INDEX, Stored, write_safetensors
-from agrpo_megatron.families.tensors import hf_shapes
 
 WIDTH, VOCABULARY = 1024, 126464
 BLOCK = 1 << 14  # rows made at once

@@ -1,4 +1,4 @@
-"""The cases of a directory of golden numbers, in this project's terms; read by conformance.py."""
+"""The cases of a directory of golden numbers, in this project's terms; for conformance.py."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ DREAM_UNMASKING = {
 
 @dataclass(frozen=True)
 class LogitCase:
-    """Rows, and the logits of some of their tokens in order."""
+    """Rows, and the logits of some of their tokens, in order."""
 
     name: str
-    canvas: Tensor  # [R, L] rows without pads, from the left
+    canvas: Tensor  # [R, L] rows without padding, left-aligned
     lengths: Tensor  # [R]
     scored: Tensor  # [R, L]
     expected: Tensor  # [S, V]
@@ -31,7 +31,7 @@ class LogitCase:
 
 @dataclass(frozen=True)
 class SamplerCase:
-    """Prompts and the completions that the public sampler wrote."""
+    """Prompts and their completions by the public sampler."""
 
     name: str
     prompts: list[Tensor]
@@ -42,12 +42,12 @@ class SamplerCase:
 
 
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names start with a prefix, without it."""
+    """Return the tensors whose names start with a prefix; the new names are without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def logit_cases(tensors: dict[str, Tensor]) -> Iterator[LogitCase]:
-    """Yield full rows, then rows with pads, which are left out; raw and shifted logits."""
+    """Yield full rows, then rows with their padding removed; raw and shifted logits."""
     for group in ("logits", "leftpad", "hole"):
         part = below(tensors, f"{group}.")
         if not part:
@@ -59,7 +59,7 @@ def logit_cases(tensors: dict[str, Tensor]) -> Iterator[LogitCase]:
         canvas = torch.zeros_like(ids).masked_scatter(valid, ids[is_real])
         yield LogitCase(group, canvas, lengths, valid, part["logits"][is_real], shift=False)
         if "shifted_logits" in part:
-            # A token after a pad is predicted from the pad there, and not here.
+            # Only the reference predicts the token after a pad from the pad.
             follows = torch.cat([torch.ones_like(is_real[:, :1]), is_real[:, :-1]], 1)
             kept = torch.zeros_like(valid).masked_scatter(valid, follows[is_real])
             expected = part["shifted_logits"][is_real & follows]
@@ -67,7 +67,7 @@ def logit_cases(tensors: dict[str, Tensor]) -> Iterator[LogitCase]:
 
 
 def sampler_cases(cases: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[SamplerCase]:
-    """Yield the decodes of LLaDA's or of Dream's sampler."""
+    """Yield the cases of LLaDA's or of Dream's sampler."""
     for number, case in enumerate(cases.get("sampler", [])):
         part = {**below(tensors, "sampler."), **below(tensors, f"sampler.{number}.")}
         make = _dream if "alg" in case else _llada

@@ -2,7 +2,7 @@
 
     python tools/make_tokenizer.py [path]
 
-A sentencepiece character model, assembled piece by piece: training one would order the ids by
+A sentencepiece character model, assembled piece by piece: training would order the ids by
 frequency and fold white space. Needs the `protobuf` package; using the model does not.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-proto: Any = sentencepiece_model_pb2  # its names are made at run time
+proto: Any = sentencepiece_model_pb2  # its names exist only at run time
 PATH = Path(__file__).parent.parent / "agrpo_megatron" / "text" / "characters.model"
-SPACE = "\u2581"  # how sentencepiece writes a space
+SPACE = "\u2581"  # a space in sentencepiece
 CHARACTERS = string.digits + "+-*/=():.," + SPACE + "\n" + string.ascii_letters
 CONTROLS = ("<eos>", "<mask>")
 VOCABULARY = 80  # a multiple of 16, so that it divides over tensor-parallel ranks

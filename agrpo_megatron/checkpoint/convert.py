@@ -31,7 +31,7 @@ from agrpo_megatron.checkpoint.weights import (
     open_weights,
 )
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families import FAMILIES
+from agrpo_megatron.families import FAMILIES, hf_shapes, weight_mappings
 from agrpo_megatron.families.files import (
     INDEX,
     SINGLE,
@@ -40,8 +40,7 @@ from agrpo_megatron.families.files import (
     read_index,
     write_safetensors,
 )
-from agrpo_megatron.families.names import Line
-from agrpo_megatron.families.tensors import hf_shapes, lines, megatron_shape
+from agrpo_megatron.families.tensors import WeightMapping, megatron_shape
 from agrpo_megatron.families.transforms import Split, to_megatron
 from agrpo_megatron.runs.files import write_whole
 from agrpo_megatron.runs.progress import HF
@@ -108,7 +107,7 @@ def to_hf_directory(
 def _pieces(model: ModelSettings, weights: HfWeights, dtype: str | None) -> list[Piece]:
     """Return the pieces of a checkpoint of these weights."""
     shapes, pieces = hf_shapes(model), []
-    for line in lines(model):
+    for line in weight_mappings(model):
         kinds = {weights.tensors[name].dtype for name in line.parts}
         if len(kinds) > 1 and dtype is None:
             names = ", ".join(line.parts)
@@ -130,7 +129,7 @@ def _pieces(model: ModelSettings, weights: HfWeights, dtype: str | None) -> list
 
 
 def _blocks(
-    line: Line,
+    line: WeightMapping,
     shape: tuple[int, ...],
     model: ModelSettings,
     weights: HfWeights,

@@ -11,10 +11,9 @@ from agrpo_megatron.checkpoint.integrity import verify
 from agrpo_megatron.checkpoint.model_files import read_model
 from agrpo_megatron.checkpoint.torch_dist import METADATA, TorchDist, checkpoint_key
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families import settings_from_hf
+from agrpo_megatron.families import hf_shapes, settings_from_hf, weight_mappings
 from agrpo_megatron.families.files import HfWeights, Stored
-from agrpo_megatron.families.names import Line
-from agrpo_megatron.families.tensors import hf_shapes, lines, megatron_shape
+from agrpo_megatron.families.tensors import WeightMapping, megatron_shape
 from agrpo_megatron.families.transforms import from_megatron
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +33,9 @@ class MegatronWeights:
         self.folder, self.model = folder, read_model(folder)
         self._checkpoint = TorchDist(folder)
         self._lines = {
-            name: (line, n) for line in lines(self.model) for n, name in enumerate(line.parts)
+            name: (line, n)
+            for line in weight_mappings(self.model)
+            for n, name in enumerate(line.parts)
         }
         shapes = hf_shapes(self.model)
         self.tensors: dict[str, Stored] = {}
@@ -63,11 +64,11 @@ class MegatronWeights:
                 part = slice(block.start, min(block.stop, rows))
                 yield self._checkpoint.read(key, layer, part).to(stored.dtype)
 
-    def _read_fused(self, line: Line) -> list[Tensor]:
+    def _read_fused(self, line: WeightMapping) -> list[Tensor]:
         whole = self._checkpoint.read(*checkpoint_key(line.megatron))
         return from_megatron([whole], line.transform, self.model)
 
-    def _check(self, line: Line, shape: tuple[int, ...]) -> torch.dtype:
+    def _check(self, line: WeightMapping, shape: tuple[int, ...]) -> torch.dtype:
         key, layer = checkpoint_key(line.megatron)
         stored = self._checkpoint.tensor(key)
         whole = shape if layer is None else (self.model.num_layers, *shape)

@@ -1,6 +1,6 @@
-"""Model families: Hugging Face configuration and weight names, translated to ours and back.
+"""Model families: conversion of Hugging Face configurations and weight names to ours and back.
 
-A family is one file with `FAMILY`, a `Family` record. `FAMILIES` holds them by `model_type`.
+A family is one file with `FAMILY`, a `Family` record. `FAMILIES` has them by `model_type`.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.dream import FAMILY as DREAM
 from agrpo_megatron.families.llada import FAMILY as LLADA
-from agrpo_megatron.families.names import Family
+from agrpo_megatron.families.tensors import Family, Shapes, WeightMapping, expand, part_shapes
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM)}
 
@@ -18,7 +18,7 @@ def settings_from_hf(directory: str | Path) -> ModelSettings:
     """Read the model settings of a Hugging Face directory.
 
     Raises:
-        ValueError: config.json is missing, or of a family that is not known.
+        ValueError: config.json is missing, or of an unknown family.
     """
     path = Path(directory) / "config.json"
     try:
@@ -27,7 +27,17 @@ def settings_from_hf(directory: str | Path) -> ModelSettings:
     except (OSError, ValueError, AttributeError) as error:
         fix = "give a Hugging Face directory"
         raise ValueError(f"{path}: cannot be read ({error}); {fix}") from None
-    family = FAMILIES.get(str(kind).lower())  # Dream writes itself with a capital
+    family = FAMILIES.get(str(kind).lower())  # Dream's has a capital letter
     if family is None:
         raise ValueError(f"{path}: model_type={kind!r}; known families are {', '.join(FAMILIES)}")
     return family.settings(config)
+
+
+def weight_mappings(model: ModelSettings) -> list[WeightMapping]:
+    """Return one mapping for each Megatron parameter of the whole model."""
+    return expand(FAMILIES[model.family].mappings(model), model.num_layers)
+
+
+def hf_shapes(model: ModelSettings) -> Shapes:
+    """Return the shape and transform of every Hugging Face tensor, by name."""
+    return part_shapes(weight_mappings(model), model)

@@ -1,7 +1,7 @@
-"""Dream-7B (Dream-v0-Base/Instruct, DiffuCoder): Qwen2.5's shapes, read both ways, shifted.
+"""Dream-7B (Dream-v0-Base/Instruct, DiffuCoder): Qwen2.5's shapes, bidirectional, shifted.
 
-The hidden state at position i - 1 predicts the token at i, as the autoregressive model that it was
-made from did. Source: config.json, model.safetensors.index.json and the modelling code of
+The hidden state at position i - 1 predicts the token at i, as in its autoregressive origin.
+Source: config.json, model.safetensors.index.json and the modelling code of
 Dream-org/Dream-v0-Instruct-7B.
 """
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.names import Family, Line
+from agrpo_megatron.families.tensors import Family, WeightMapping, check_required
 
-# What the modelling code can do and this model does not: each must have this value.
+# Features of the modelling code that this model does not use: required values.
 _REQUIRED = {
     "hidden_act": "silu",
     "use_sliding_window": False,
@@ -39,25 +39,23 @@ def _settings(config: Mapping[str, Any]) -> ModelSettings:
     """Translate config.json.
 
     Raises:
-        ValueError: a key is missing, or asks for what this family does not have.
+        ValueError: a key is missing, or this family does not support its value.
     """
-    for key, value in _REQUIRED.items():
-        if config.get(key) not in (None, value):
-            raise ValueError(f"config.json: {key}={config[key]!r}; the dream family needs {value}")
+    check_required(config, _REQUIRED, "dream")
     missing = [key for key in _SAME.values() if key not in config]
     if missing:
         raise ValueError(f"config.json: {missing[0]} is missing; the dream family needs it")
     values = {ours: config[theirs] for ours, theirs in _SAME.items()}
-    # Query, key and value have biases whatever the config says; the output projection has none.
+    # Query, key and value always have biases, the output projection has none.
     values |= {"family": "dream", "qkv_bias": True, "shift": True}
     return build(ModelSettings, values, "config.json as model.")
 
 
 def _config(model: ModelSettings) -> dict[str, Any]:
-    """Return config.json of a model that came without one.
+    """Return config.json for a model without one.
 
     Raises:
-        ValueError: the modelling code has no such model.
+        ValueError: the modelling code does not support this model.
     """
     if model.qk_norm or not (model.qkv_bias and model.shift):
         raise ValueError(
@@ -76,37 +74,41 @@ def _config(model: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _lines(_model: ModelSettings) -> list[Line]:
+def _mappings(_model: ModelSettings) -> list[WeightMapping]:
     block, layer = "model.layers.{i}.", "decoder.layers.{i}."
     attention = block + "self_attn."
     return [
-        Line("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
-        Line(layer + "input_layernorm.weight", (block + "input_layernorm.weight",), "copy"),
-        Line(
+        WeightMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
+        WeightMapping(
+            layer + "input_layernorm.weight", (block + "input_layernorm.weight",), "copy"
+        ),
+        WeightMapping(
             layer + "self_attention.linear_qkv.weight",
             tuple(attention + f"{part}_proj.weight" for part in "qkv"),
             "qkv",
         ),
-        # Biases are interleaved by query group like the rows of the weights that they belong to.
-        Line(
+        # Biases are interleaved by query group like the rows of their weights.
+        WeightMapping(
             layer + "self_attention.linear_qkv.bias",
             tuple(attention + f"{part}_proj.bias" for part in "qkv"),
             "qkv",
         ),
-        Line(layer + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), "row"),
-        # Their name says where it stands: after the attention, before the MLP.
-        Line(
+        WeightMapping(
+            layer + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), "row"
+        ),
+        # The norm after the attention and before the MLP.
+        WeightMapping(
             layer + "pre_mlp_layernorm.weight", (block + "post_attention_layernorm.weight",), "copy"
         ),
-        Line(
+        WeightMapping(
             layer + "mlp.linear_fc1.weight",
             (block + "mlp.gate_proj.weight", block + "mlp.up_proj.weight"),
             "gate_up",
         ),
-        Line(layer + "mlp.linear_fc2.weight", (block + "mlp.down_proj.weight",), "row"),
-        Line("decoder.final_layernorm.weight", ("model.norm.weight",), "copy"),
-        Line("output_layer.weight", ("lm_head.weight",), "vocab"),
+        WeightMapping(layer + "mlp.linear_fc2.weight", (block + "mlp.down_proj.weight",), "row"),
+        WeightMapping("decoder.final_layernorm.weight", ("model.norm.weight",), "copy"),
+        WeightMapping("output_layer.weight", ("lm_head.weight",), "vocab"),
     ]
 
 
-FAMILY = Family("dream", _settings, _config, _lines)
+FAMILY = Family("dream", _settings, _config, _mappings)

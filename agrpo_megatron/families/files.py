@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face directory: read where they are indexed, written as a stream.
+"""The weights of a Hugging Face directory: lazy reads of slices, streamed writes.
 
 Source: the safetensors format (an 8-byte length, a JSON header, the bytes of the tensors).
 """
@@ -29,7 +29,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAPPED = 1 << 26  # bytes read through one mapping of a file: mapped pages count as memory
+MAX_MAPPED = 1 << 26  # bytes to read through one mapping of a file: mapped pages count as memory
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Return the tensor's bytes."""
+        """Return the tensor's size in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class HfWeights:
-    """The tensors of a Hugging Face directory; a tensor is read where a part of it is indexed.
+    """The tensors of a Hugging Face directory; indexing a tensor reads the part.
 
     Raises:
-        ValueError: no safetensors, a shard that is missing, damaged or cut short.
+        ValueError: there are no safetensors, or a shard is missing, damaged or truncated.
     """
 
     def __init__(self, directory: str | Path):
@@ -65,7 +65,7 @@ class HfWeights:
         self._path, self._read = Path(), 0
 
     def part(self, name: str) -> "_FilePart":
-        """Return a tensor of the directory, to be indexed.
+        """Return a lazy tensor of the directory.
 
         Raises:
             ValueError: there is no such tensor.
@@ -75,10 +75,10 @@ class HfWeights:
         return _FilePart(self, name)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], family: str) -> None:
-        """Refuse a directory whose tensors are not those of a model.
+        """Check that the directory has exactly the tensors of a model.
 
         Raises:
-            ValueError: names the first tensor that is missing, has another shape, or is unknown.
+            ValueError: a tensor is missing, has another shape, or is unknown; names the first.
         """
         for name, shape in shapes.items():
             if name not in self.tensors:
@@ -98,9 +98,9 @@ class HfWeights:
             )
 
     def read(self, name: str, index: Any) -> Tensor:
-        """Read a part of a tensor; a copy, so that the file's pages can be given back."""
+        """Read a part of a tensor; a copy, so that the file's pages can be released."""
         stored = self.tensors[name]
-        if stored.file != self._path or self._read > MAPPED:
+        if stored.file != self._path or self._read > MAX_MAPPED:
             self._open = None
             self._open = safe_open(stored.file, framework="pt")
             self._path, self._read = stored.file, 0
@@ -128,8 +128,8 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     """Return the tensors of a safetensors file: dtype, shape and data_offsets of each.
 
     Raises:
-        ValueError: the file is damaged or shorter than its header says; names the first tensor
-            that is cut off.
+        ValueError: the file is damaged or shorter than its header says; names the first
+            truncated tensor.
     """
     try:
         with file.open("rb") as stream:
@@ -139,9 +139,9 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         entries = {n: e for n, e in (header or {}).items() if n != "__metadata__"}
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             if 8 + length + entry["data_offsets"][1] > size:
-                raise ValueError(f"{file} is cut short: tensor {name} is not all there")
+                raise ValueError(f"{file} is cut short: tensor {name} is incomplete")
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{file}: tensor {name} is of dtype {entry['dtype']}; not known")
+                raise ValueError(f"{file}: tensor {name} has the unknown dtype {entry['dtype']}")
         with safe_open(file, framework="pt"):  # the library's own, stricter checks
             return entries
     except (OSError, struct.error, json.JSONDecodeError, SafetensorError, LookupError) as error:
@@ -149,12 +149,12 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_huggingface(path: Path) -> bool:
-    """Say whether a directory is one of Hugging Face's, with weights or without."""
+    """Return whether a directory is a Hugging Face model, with weights or without."""
     return (path / "config.json").is_file()
 
 
 def read_index(directory: Path) -> dict[str, str] | None:
-    """Return which file holds each tensor, by the directory's index; None without one.
+    """Return the file of each tensor from the directory's index; None without an index.
 
     Raises:
         ValueError: the index cannot be read.
@@ -169,7 +169,7 @@ def read_index(directory: Path) -> dict[str, str] | None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """Return the weight files: those of the index, or all there are."""
+    """Return the weight files of the index, or all without an index."""
     index = read_index(directory)
     if index is not None:
         for name, file in index.items():
@@ -193,12 +193,12 @@ def write_safetensors(
     tensors: Mapping[str, Stored],
     read: Callable[[str], Iterable[Tensor]],
 ) -> None:
-    """Write a safetensors file tensor by tensor; it appears under its name when it is whole.
+    """Write a safetensors file tensor by tensor; a complete file is renamed to `path`.
 
-    Laid out as the safetensors library does it: the widest dtypes first, then by name.
+    The layout is that of the safetensors library: the widest dtypes first, then by name.
 
     Args:
-        read: yields a tensor's blocks of rows, which together are the tensor.
+        read: yields all rows of a tensor in blocks.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -9,9 +9,9 @@ from typing import Any
 
 from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.names import Family, Line
+from agrpo_megatron.families.tensors import Family, WeightMapping, check_required
 
-# What the modelling code can do and this model does not: each must have this value.
+# Features of the modelling code that this model does not use: required values.
 _REQUIRED = {
     "alibi": False,
     "rope": True,
@@ -35,19 +35,17 @@ def _settings(config: Mapping[str, Any]) -> ModelSettings:
     """Translate config.json.
 
     Raises:
-        ValueError: a key is missing, or asks for what this family does not have.
+        ValueError: a key is missing, or this family does not support its value.
     """
-    for key, value in _REQUIRED.items():
-        if config.get(key) not in (None, value):
-            raise ValueError(f"config.json: {key}={config[key]!r}; the llada family needs {value}")
+    check_required(config, _REQUIRED, "llada")
     try:
-        # `embedding_size` counts the rows of the tensors, `vocab_size` those that are meant.
+        # `embedding_size` is the number of rows of the tensors, `vocab_size` of those in use.
         rows = config.get("embedding_size") or config["vocab_size"]
         values = {
             "family": "llada",
             "num_layers": config["n_layers"],
             "hidden_size": config["d_model"],
-            # `mlp_hidden_size` wins over `mlp_ratio` in the modelling code.
+            # `mlp_hidden_size` overrides `mlp_ratio` in the modelling code.
             "ffn_hidden_size": config.get("mlp_hidden_size")
             or config["mlp_ratio"] * config["d_model"],
             "num_attention_heads": config["n_heads"],
@@ -67,10 +65,10 @@ def _settings(config: Mapping[str, Any]) -> ModelSettings:
 
 
 def _config(model: ModelSettings) -> dict[str, Any]:
-    """Return config.json of a model that came without one.
+    """Return config.json for a model without one.
 
     Raises:
-        ValueError: the modelling code has no such model.
+        ValueError: the modelling code does not support this model.
     """
     if model.qk_norm:
         raise ValueError("model.qk_norm=true: LLaDA's modelling code has no norm of q and k")
@@ -98,38 +96,42 @@ def _config(model: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _lines(model: ModelSettings) -> list[Line]:
+def _mappings(model: ModelSettings) -> list[WeightMapping]:
     block = "model.transformer.blocks.{i}."
     layer = "decoder.layers.{i}."
-    lines = [
-        Line("embedding.word_embeddings.weight", ("model.transformer.wte.weight",), "vocab"),
-        Line(layer + "input_layernorm.weight", (block + "attn_norm.weight",), "copy"),
-        Line(
+    mappings = [
+        WeightMapping(
+            "embedding.word_embeddings.weight", ("model.transformer.wte.weight",), "vocab"
+        ),
+        WeightMapping(layer + "input_layernorm.weight", (block + "attn_norm.weight",), "copy"),
+        WeightMapping(
             layer + "self_attention.linear_qkv.weight",
             (block + "q_proj.weight", block + "k_proj.weight", block + "v_proj.weight"),
             "qkv",
         ),
-        Line(layer + "self_attention.linear_proj.weight", (block + "attn_out.weight",), "row"),
-        Line(layer + "pre_mlp_layernorm.weight", (block + "ff_norm.weight",), "copy"),
+        WeightMapping(
+            layer + "self_attention.linear_proj.weight", (block + "attn_out.weight",), "row"
+        ),
+        WeightMapping(layer + "pre_mlp_layernorm.weight", (block + "ff_norm.weight",), "copy"),
         # `ff_proj` is the gate: the modelling code applies SiLU to it.
-        Line(
+        WeightMapping(
             layer + "mlp.linear_fc1.weight",
             (block + "ff_proj.weight", block + "up_proj.weight"),
             "gate_up",
         ),
-        Line(layer + "mlp.linear_fc2.weight", (block + "ff_out.weight",), "row"),
-        Line("decoder.final_layernorm.weight", ("model.transformer.ln_f.weight",), "copy"),
-        # The head is called like the blocks' down projections, one level up.
-        Line("output_layer.weight", ("model.transformer.ff_out.weight",), "vocab"),
+        WeightMapping(layer + "mlp.linear_fc2.weight", (block + "ff_out.weight",), "row"),
+        WeightMapping("decoder.final_layernorm.weight", ("model.transformer.ln_f.weight",), "copy"),
+        # The head has the name of the blocks' down projections, one level up.
+        WeightMapping("output_layer.weight", ("model.transformer.ff_out.weight",), "vocab"),
     ]
     if model.qkv_bias:
         names = tuple(block + f"{part}_proj.bias" for part in "qkv")
-        lines.append(Line(layer + "self_attention.linear_qkv.bias", names, "qkv"))
+        mappings.append(WeightMapping(layer + "self_attention.linear_qkv.bias", names, "qkv"))
     if model.qk_norm:
         for part in "qk":
             name = f"self_attention.{part}_layernorm.weight"
-            lines.append(Line(layer + name, (block + f"{part}_norm.weight",), "copy"))
-    return lines
+            mappings.append(WeightMapping(layer + name, (block + f"{part}_norm.weight",), "copy"))
+    return mappings
 
 
-FAMILY = Family("llada", _settings, _config, _lines)
+FAMILY = Family("llada", _settings, _config, _mappings)

@@ -1,17 +1,60 @@
-"""The tensors of a model: every line of its family's table, and their shapes in both worlds."""
+"""How a family is described: settings, one mapping for each Megatron parameter, tensor shapes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families import FAMILIES
-from agrpo_megatron.families.names import Line, expand
+
+type Shapes = dict[str, tuple[tuple[int, ...], str]]  # shape and transform by Hugging Face name
 
 
-def lines(model: ModelSettings) -> list[Line]:
-    """Return one line for each Megatron parameter of the whole model."""
-    return expand(FAMILIES[model.family].lines(model), model.num_layers)
+@dataclass(frozen=True)
+class WeightMapping:
+    """One Megatron parameter and its Hugging Face tensors; `{i}` is the layer number."""
+
+    megatron: str
+    parts: tuple[str, ...]  # Hugging Face names
+    transform: str  # layout and split, see `families.transforms`
 
 
-def hf_shapes(model: ModelSettings) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return the shape and transform of every Hugging Face tensor, by name."""
+@dataclass(frozen=True)
+class Family:
+    """A model family: how its configuration and its tensors are named."""
+
+    name: str
+    settings: Callable[[Mapping[str, Any]], ModelSettings]  # from config.json
+    config: Callable[[ModelSettings], dict[str, Any]]  # to config.json
+    mappings: Callable[[ModelSettings], list[WeightMapping]]
+
+
+def check_required(config: Mapping[str, Any], required: Mapping[str, Any], family: str) -> None:
+    """Raise a ValueError if config.json has another value for one of the `required` keys."""
+    for key, value in required.items():
+        if config.get(key) not in (None, value):
+            raise ValueError(
+                f"config.json: {key}={config[key]!r}; the {family} family needs {value}"
+            )
+
+
+def expand(mappings: Sequence[WeightMapping], num_layers: int) -> list[WeightMapping]:
+    """Return one mapping per parameter: those with `{i}` once per layer."""
+    result = []
+    for mapping in mappings:
+        numbers = range(num_layers) if "{i}" in mapping.megatron else range(1)
+        result += [
+            WeightMapping(
+                mapping.megatron.replace("{i}", str(i)),
+                tuple(part.replace("{i}", str(i)) for part in mapping.parts),
+                mapping.transform,
+            )
+            for i in numbers
+        ]
+    return result
+
+
+def part_shapes(mappings: Sequence[WeightMapping], model: ModelSettings) -> Shapes:
+    """Return the shape and transform of every Hugging Face tensor of some mappings."""
     hidden, head = model.hidden_size, model.hidden_size // model.num_attention_heads
     groups = model.num_query_groups or model.num_attention_heads
     assert model.vocab_size is not None
@@ -21,24 +64,24 @@ def hf_shapes(model: ModelSettings) -> dict[str, tuple[tuple[int, ...], str]]:
         "gate_up": (model.ffn_hidden_size, hidden),
         "row": (hidden, hidden),
     }
-    result: dict[str, tuple[tuple[int, ...], str]] = {}
-    for line in lines(model):
-        for number, name in enumerate(line.parts):
-            if line.transform == "qkv":
+    result: Shapes = {}
+    for mapping in mappings:
+        for number, name in enumerate(mapping.parts):
+            if mapping.transform == "qkv":
                 rows = heights["qkv"[number]]
                 shape = (rows, hidden) if name.endswith("weight") else (rows,)
-            elif line.transform == "copy":
-                per_head = "q_layernorm" in line.megatron or "k_layernorm" in line.megatron
+            elif mapping.transform == "copy":
+                per_head = "q_layernorm" in mapping.megatron or "k_layernorm" in mapping.megatron
                 shape = (head if per_head else hidden,)
-            elif line.megatron.endswith("linear_fc2.weight"):
+            elif mapping.megatron.endswith("linear_fc2.weight"):
                 shape = (hidden, model.ffn_hidden_size)
             else:
-                shape = matrices[line.transform]
-            result[name] = (shape, line.transform)
+                shape = matrices[mapping.transform]
+            result[name] = (shape, mapping.transform)
     return result
 
 
-def megatron_shape(line: Line, shapes: dict[str, tuple[tuple[int, ...], str]]) -> tuple[int, ...]:
-    """Return the shape of the whole Megatron parameter that a line's parts make."""
-    parts = [shapes[name][0] for name in line.parts]
+def megatron_shape(mapping: WeightMapping, shapes: Shapes) -> tuple[int, ...]:
+    """Return the shape of the whole Megatron parameter that a mapping's parts make."""
+    parts = [shapes[name][0] for name in mapping.parts]
     return (sum(part[0] for part in parts), *parts[0][1:])

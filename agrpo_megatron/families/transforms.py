@@ -1,11 +1,10 @@
-"""Join Hugging Face tensors into a rank's shard of a Megatron parameter, and take them apart.
+"""Join Hugging Face tensors into a rank's shard of a Megatron parameter, and the inverse.
 
 copy     the same on every rank
-column   split along the rows of the matrix (its outputs)
 row      split along the columns of the matrix (its inputs)
-vocab    split along the vocabulary, padded as far as an even split needs
+vocab    split along the vocabulary, padded to an even split
 qkv      for each query group its queries, its key, its value; split by groups
-gate_up  gate above up on every rank, each split along its rows
+gate_up  gate above up on every rank, both split along their rows
 """
 
 from collections.abc import Sequence
@@ -19,11 +18,11 @@ from agrpo_megatron.config.settings import ModelSettings
 
 
 class Part(Protocol):
-    """A tensor, or what reads one from a file: only what is indexed is read."""
+    """A tensor, or a lazy tensor in a file: only the indexed part is read."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """Return the shape of the whole."""
+        """Return the shape of the whole tensor."""
         ...
 
     def __getitem__(self, index: Any, /) -> Tensor:
@@ -37,7 +36,9 @@ class Split:
 
     rank: int = 0
     size: int = 1
-    vocab_rows: int | None = None  # padded, all ranks together; None: what an even split needs
+    vocab_rows: int | None = (
+        None  # padded, of all ranks together; None: the least for an even split
+    )
 
     def of(self, length: int) -> slice:
         """Return this rank's part of a dimension."""
@@ -58,11 +59,11 @@ def to_megatron(
         return _padded(part, split)
     if transform == "row":
         return part[:, split.of(part.shape[1])]
-    return part[split.of(part.shape[0]) if transform == "column" else slice(None)]
+    return part[:]
 
 
 def from_megatron(shards: list[Tensor], transform: str, model: ModelSettings) -> list[Tensor]:
-    """Undo `to_megatron`, given the shards of all ranks in order."""
+    """Invert `to_megatron`, given the shards of all ranks in order."""
     if transform == "qkv":
         return _separate(torch.cat(shards), model)
     if transform == "gate_up":
@@ -70,13 +71,13 @@ def from_megatron(shards: list[Tensor], transform: str, model: ModelSettings) ->
         return [torch.cat([half[part] for half in halves]) for part in range(2)]
     if transform == "vocab":
         return [torch.cat(shards)[: model.vocab_size]]
-    if transform == "copy":
-        return [shards[0]]
-    return [torch.cat(shards, dim={"column": 0, "row": 1}[transform])]
+    if transform == "row":
+        return [torch.cat(shards, dim=1)]
+    return [shards[0]]
 
 
 def _padded(part: Part, split: Split) -> Tensor:
-    """Return this rank's rows; those beyond the vocabulary are zero."""
+    """Return this rank's rows; rows beyond the vocabulary are zero."""
     true = part.shape[0]
     mine = split.of(split.vocab_rows or true + -true % split.size)
     rows = part[min(mine.start, true) : min(mine.stop, true)]
@@ -85,7 +86,7 @@ def _padded(part: Part, split: Split) -> Tensor:
 
 
 def _interleave(parts: Sequence[Part], model: ModelSettings, split: Split) -> Tensor:
-    """Lay q, k, v out as Megatron does: for each query group its queries, its key, its value."""
+    """Interleave q, k, v as Megatron does: for each query group its queries, its key, its value."""
     groups = (model.num_query_groups or model.num_attention_heads) // split.size
     mine = [part[split.of(part.shape[0])] for part in parts]
     return torch.cat([m.view(groups, -1, *m.shape[1:]) for m in mine], dim=1).flatten(0, 1)

@@ -10,8 +10,8 @@ from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
 from agrpo_megatron.config.settings import ModelSettings
+from agrpo_megatron.families import hf_shapes, weight_mappings
 from agrpo_megatron.families.files import HfWeights
-from agrpo_megatron.families.tensors import hf_shapes, lines
 from agrpo_megatron.families.transforms import Part, Split, from_megatron, to_megatron
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import Ranks, gather_objects
@@ -71,7 +71,7 @@ def load_named(
     uncast: dict[str, Tensor] = {}
     parameters = dict(network.named_parameters())
     tensor = network.ranks.tensor
-    for line in lines(settings):
+    for line in weight_mappings(settings):
         if line.megatron not in parameters:
             continue  # another pipeline stage holds it
         parameter = parameters.pop(line.megatron)
@@ -97,7 +97,7 @@ def export_hf(
             global layer numbers.
     """
     mine: dict[str, Tensor] = {}
-    for line in lines(settings):
+    for line in weight_mappings(settings):
         if line.megatron not in tensors:
             continue
         shard = tensors[line.megatron]

@@ -1,4 +1,4 @@
-"""Tasks: problems, their prompts and their reward. Imports no torch of its own."""
+"""Tasks: problems, their prompts and their reward. Does not import torch."""
 
 import dataclasses
 import difflib
@@ -17,23 +17,23 @@ from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.countdown import Countdown
 from agrpo_megatron.tasks.gym import ReasoningGym
 from agrpo_megatron.tasks.maths import Gsm8k, Math
-from agrpo_megatron.tasks.mixture import Mixture, errors_of
+from agrpo_megatron.tasks.mixture import Mixture, part_errors
 from agrpo_megatron.tasks.sudoku import Sudoku
 
 __all__ = ["TASKS", "Task", "build_task", "describe_tasks"]
 
 PREFIX = "task.options."
-PART = ("name", "weight", "options", "train_problems", "eval_problems", "seed", "leaks")
+PART_SETTINGS = ("name", "weight", "options", "train_problems", "eval_problems", "seed", "leaks")
 TASKS: dict[str, type[Task]] = {
     cls.name: cls for cls in (Gsm8k, Math, Countdown, Sudoku, ReasoningGym)
 }
 
 
 def build_task(settings: TaskSettings) -> Task:
-    """Build the task that `settings` names; its problems are loaded when they are first asked for.
+    """Build the task that `settings` names; its problems are loaded at their first use.
 
     Raises:
-        ValueError: unknown task, unknown or illegal option, or a setting that another task has.
+        ValueError: unknown task, unknown or illegal option, or a setting of another task.
     """
     if settings.name == Mixture.name:
         return _build_mixture(settings)
@@ -63,7 +63,7 @@ def describe_tasks() -> dict[str, list[Described]]:
 
 
 def _nearest(key: object, known: Sequence[str]) -> str:
-    """Return the known name that was meant, or all of them."""
+    """Return the nearest known name, or all of them."""
     nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.65)
     have = f"it has {', '.join(known)}" if known else "it has none"
     return f"did you mean {nearest[0]}?" if nearest else have
@@ -86,15 +86,16 @@ def _build_mixture(settings: TaskSettings) -> Mixture:
 
 
 def _build_part(settings: TaskSettings, label: Any, *, tree: Any) -> tuple[Task, float]:
-    """Return a task of a mixture and its weight; what it leaves out it takes from `settings`."""
+    """Return a part of a mixture and its weight; `settings` fills in what the part does not set."""
     key = f"task.mixture.{label}"
     if not isinstance(label, str):
-        raise ValueError(f"{key}: the label {label!r} is no text; write it in quotes")
+        raise ValueError(f"{key}: the label {label!r} is not text; write it in quotes")
     if not isinstance(tree, dict):
         raise ValueError(f"{key}={tree!r} must be a section; use for example {{weight: 1}}")
     for name in tree:
-        if name not in PART:
-            raise ValueError(f"{key}.{name} is not a setting of a part; {_nearest(name, PART)}")
+        if name not in PART_SETTINGS:
+            nearest = _nearest(name, PART_SETTINGS)
+            raise ValueError(f"{key}.{name} is not a setting of a part; {nearest}")
     own = {name: value for name, value in tree.items() if name != "weight"}
     weight = tree.get("weight", 1.0)
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
@@ -107,27 +108,27 @@ def _build_part(settings: TaskSettings, label: Any, *, tree: Any) -> tuple[Task,
     part = build(TaskSettings, {**shared, **own}, f"{key}.")
     if part.name == Mixture.name:
         raise ValueError(f"{key}.name=mixture: a mixture holds no mixtures; list their tasks")
-    with errors_of(label):
+    with part_errors(label):
         return build_task(part), float(weight)
 
 
 def _load_class(name: str) -> type[Task]:
-    """Return the task class of a file, `FILE.py` or `FILE.py:CLASS`; the file names it by default.
+    """Return the task class of `FILE.py` or `FILE.py:CLASS`; `name` defaults to the file's stem.
 
     Raises:
-        ValueError: no such file, it raises when it is imported, or it holds no such class.
+        ValueError: the file is missing, its import fails, or it has no such class.
     """
     file, _, wanted = name.partition(":")
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"task.name={name}: {path} does not exist; give the path of a Python file")
-    # Files of one stem stay apart; workers find the module again by its path.
+    # The path makes the module name unique and the same in every worker.
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     module_name = f"agrpo_task_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses look their module up
+    sys.modules[module_name] = module  # dataclasses need the module here
     try:
         spec.loader.exec_module(module)
     except KeyboardInterrupt:

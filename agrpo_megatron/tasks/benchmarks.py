@@ -1,7 +1,7 @@
-"""GSM8K, MATH, Countdown and Sudoku as AGRPO and d1 put them to a model and grade its answers.
+"""Prompts and grading of GSM8K, MATH, Countdown and Sudoku by AGRPO and d1.
 
-A protocol is the whole of how a benchmark is run: messages, prefill, training rewards and the
-parser of evaluation. docs/tasks.md tells where each fact comes from.
+A protocol defines how a benchmark is run: messages, prefill, training rewards and the parser of
+evaluation. docs/tasks.md has the source of each fact.
 """
 
 import functools
@@ -32,11 +32,11 @@ type Fields = dict[str, Any]
 
 
 def build_prompt(task: str, protocol: str, stage: str, problem: Fields) -> Chat:
-    """Return the chat that a protocol begins with.
+    """Return a protocol's prompt.
 
     Args:
         stage: train or eval.
-        problem: what `read_problem` returned.
+        problem: the fields from `read_problem`.
     """
     texts = {**problem, "numbers": str(problem.get("numbers"))}
     if protocol == "agrpo":
@@ -62,16 +62,16 @@ def prompt_text(name: str) -> str:
 
 
 def _fill(text: str, values: Mapping[str, Any]) -> str:
-    """Put values in place of their names in braces, once each; other braces are LaTeX."""
+    """Replace names in braces by their values; other braces are LaTeX."""
     return re.sub(r"\{([a-z]+)\}", lambda m: str(values.get(m[1], m[0])), text)
 
 
 def read_problem(task: str, row: Row) -> Fields:
-    """Return the fields of a row of the data sets that the protocols use.
+    """Return the fields of a row of the protocols' data sets.
 
     Raises:
         KeyError: a column is missing.
-        ValueError: a column holds something else than it should.
+        ValueError: a column has a wrong value.
     """
     return READERS[task](row)
 
@@ -94,13 +94,13 @@ def _read_math(row: Row) -> Fields:
     solution = text_column(row, "solution") if has_solution else ""
     if answer is None and "\\boxed" in solution:
         answer = last_boxed(solution)
-    told = optional_column(row, "level")
-    level = re.search(r"\d+", str(told))
+    level = optional_column(row, "level")
+    digits = re.search(r"\d+", str(level))
     return {
         "question": question,
         "answer": None if answer is None else str(answer),
         "rationale": solution,
-        "level": None if told is None else int(level[0]) if level else 0,
+        "level": None if level is None else int(digits[0]) if digits else 0,
     }
 
 
@@ -110,7 +110,9 @@ def _read_countdown(row: Row) -> Fields:
     if isinstance(numbers, str):
         numbers = numbers.replace("[", " ").replace("]", " ").replace(",", " ").split()
     if not isinstance(numbers, Sequence) or not numbers:
-        raise ValueError(f"column {' or '.join(columns)} holds {numbers!r:.80}, which is no list")
+        raise ValueError(
+            f"column {' or '.join(columns)} holds {numbers!r:.80}, which is not a list"
+        )
     return {
         "numbers": [to_whole(number, *columns) for number in numbers],
         "target": whole_column(row, "target", "output"),
@@ -119,7 +121,7 @@ def _read_countdown(row: Row) -> Fields:
 
 def _read_sudoku(row: Row) -> Fields:
     puzzle, solution = str(first_column(row, "puzzle")), str(first_column(row, "solution"))
-    puzzle = puzzle.zfill(CELLS)  # read as a number, it lost the zeros in front
+    puzzle = puzzle.zfill(CELLS)  # a number has lost its leading zeros
     for column, grid, form in (
         ("puzzle", puzzle, "[0-4]{16}"),
         ("solution", solution, "[1-4]{16}"),
@@ -144,10 +146,10 @@ def grade(task: str, protocol: str, fields: Fields, completion: str) -> Reward:
     functions = (agrpo if protocol == "agrpo" else d1).REWARDS[task]
     parts = {function.__name__: function(completion, fields) for function in functions}
     score = sum(parts.values())
-    return Reward(score, parts[CORRECT[protocol, task]] >= BEST[protocol, task], parts)
+    return Reward(score, parts[CORRECT_PART[protocol, task]] >= BEST_SCORE[protocol, task], parts)
 
 
-CORRECT = {
+CORRECT_PART = {
     ("agrpo", "gsm8k"): "correctness_reward",
     ("agrpo", "math"): "correctness_reward",
     ("agrpo", "countdown"): "countdown_correctness_reward",
@@ -157,12 +159,12 @@ CORRECT = {
     ("d1", "countdown"): "countdown_reward_func",
     ("d1", "sudoku"): "sudoku_reward_func",
 }
-BEST = {key: 3.0 if key[0] == "agrpo" else 2.0 for key in CORRECT}
-BEST |= {("d1", "countdown"): 1.0, ("d1", "sudoku"): 1.0}
+BEST_SCORE = {key: 3.0 if key[0] == "agrpo" else 2.0 for key in CORRECT_PART}
+BEST_SCORE |= {("d1", "countdown"): 1.0, ("d1", "sudoku"): 1.0}
 
 
-def judge(task: str, protocol: str, fields: Fields, raw: str) -> Reward:
-    """Return the verdict of the protocol's evaluation; a Sudoku scores its share of cells."""
+def verdict(task: str, protocol: str, fields: Fields, raw: str) -> Reward:
+    """Return the verdict of the protocol's evaluation; Sudoku scores the share of right cells."""
     if task == "sudoku":
         right, empty = _cells(protocol, fields, raw)
         parts: dict[str, float] = {"cells": right, "empty": empty}
@@ -191,7 +193,7 @@ AGRPO_VERDICTS: dict[str, Callable[[str, Fields], bool]] = {
 def cell_averages(problems: Sequence[Problem], verdicts: Sequence[Reward]) -> dict[str, float]:
     """Return the two published averages of Sudoku: over puzzles, and over all empty cells.
 
-    A verdict that failed has no cell right.
+    A failed verdict counts as no right cell.
     """
     empty = [problem.fields["puzzle"].count("0") for problem in problems]
     right = [round(verdict.parts.get("cells", 0)) for verdict in verdicts]
@@ -203,7 +205,7 @@ def cell_averages(problems: Sequence[Problem], verdicts: Sequence[Reward]) -> di
 
 
 def solution_text(task: str, protocol: str, fields: Fields, answer: str) -> str:
-    """Return a completion to learn from: the rationale, if any, and the answer."""
+    """Return a completion for supervised training: the rationale, if any, and the answer."""
     tag = "think" if protocol == "agrpo" else "reasoning"
     if task in ("gsm8k", "math") and (task == "math" or protocol == "agrpo"):
         answer = f"\\boxed{{{answer}}}"
@@ -214,12 +216,12 @@ def solution_text(task: str, protocol: str, fields: Fields, answer: str) -> str:
 
 
 def problem_key(task: str, fields: Fields) -> str:
-    """Return what makes two problems one; blanks do not count."""
+    """Return the identity of a problem, without differences in white space."""
     if task == "countdown":
         return countdown_problems.problem_key(fields["numbers"], fields["target"])
     return " ".join(str(fields["puzzle" if task == "sudoku" else "question"]).split())
 
 
 def leak_key(task: str, problem: Problem) -> str:
-    """Return what a training problem must not share with a held-out one: Countdown's numbers."""
+    """Return the key that a training and a held-out problem must not share."""
     return problem.key.partition(" = ")[0] if task == "countdown" else problem.key

@@ -11,7 +11,7 @@ from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions
 from agrpo_megatron.tasks.rewards.arithmetic import evaluate_whole
 from agrpo_megatron.types import Problem, Prompt, Reward
 
-LONGEST_EXPRESSION = 200  # characters; longer text is wrong without being parsed
+MAX_EXPRESSION = 200  # characters; longer text is wrong, and is not parsed
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class CountdownOptions(PublicOptions):
     protocol: str = setting(
         "plain", "short prompts for small models, or as published", choices=("plain", *PROTOCOLS)
     )
-    numbers: int = setting(3, "numbers given", low=2, high=6)
-    low: int = setting(1, "smallest number given", low=1, high=999)
-    high: int = setting(9, "largest number given", low=1, high=999)
-    operators: str = setting("+-*", "operators allowed, out of + - * /; division has to be exact")
+    numbers: int = setting(3, "given numbers", low=2, high=6)
+    low: int = setting(1, "smallest given number", low=1, high=999)
+    high: int = setting(9, "largest given number", low=1, high=999)
+    operators: str = setting("+-*", "allowed operators, out of + - * /; division must be exact")
     parentheses: bool = setting(False, "allow parentheses, and give problems that need them")
     partial_credit: float = setting(
         0.0, "plain: score of an expression over the given numbers with the wrong value", low=0
@@ -52,22 +52,22 @@ class CountdownOptions(PublicOptions):
 class Countdown(GeneratedTask):
     """Reach a target with a few numbers, written as one expression.
 
-    `plain` prompts are short, for small models; its arithmetic is exact, and a division has to
-    come out whole at every step.
+    `plain` has short prompts for small models; its arithmetic is exact: every division must be
+    exact at every step.
     """
 
     name = "countdown"
     options_type = CountdownOptions
     options: CountdownOptions
-    wider = "raise task.options.high"
-    kind = "set task.options.numbers to how many numbers they have"
+    generation_fix = "raise task.options.high"
+    selection_fix = "set task.options.numbers to how many numbers they have"
 
     def make(self, rng: random.Random, count: int) -> list[Problem]:
         """Make up to `count` different problems, with an expression as solution."""
         return make_problems(rng, count, options=self.options)
 
     def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
-        """Return the problems of as many numbers as asked for; the published data mixes counts."""
+        """Return the problems with `numbers` numbers; the published data mixes counts."""
         return [p for p in problems if len(p.fields["numbers"]) == self.options.numbers]
 
     def plain_prompt(self, problem: Problem) -> Prompt:
@@ -76,11 +76,11 @@ class Countdown(GeneratedTask):
         return f"{numbers} = {problem.fields['target']}:"
 
     def plain_reward(self, problem: Problem, completion: str) -> Reward:
-        """Grade an expression; `numbers` is 1 where it uses exactly the given numbers."""
+        """Grade an expression; the part `numbers` is 1 if it uses exactly the given numbers."""
         text, options = completion.strip(), self.options
         legal = "0123456789" + options.operators + ("()" if options.parentheses else "")
         value = None
-        if len(text) <= LONGEST_EXPRESSION and set(text) <= set(legal):
+        if len(text) <= MAX_EXPRESSION and set(text) <= set(legal):
             value = evaluate_whole(text, problem.fields["numbers"])
         if value is None:
             return Reward(0.0, False, {"numbers": 0.0, "value": 0.0})

@@ -1,4 +1,4 @@
-"""Countdown problems made: all that can be solved, or random ones where those are too many."""
+"""Generated Countdown problems: all solvable ones, or a random sample of a large space."""
 
 import itertools
 import math
@@ -8,13 +8,13 @@ from typing import NamedTuple, Protocol
 
 from agrpo_megatron.types import Problem
 
-MOST_ENUMERATED = 2_500_000  # expressions, some seconds; a larger space is drawn from
+MAX_ENUMERATED = 2_500_000  # expressions, some seconds; a larger space is sampled
 NUMBER, PRODUCT, SUM = range(3)  # how loosely an expression binds
 SIGNS = "+-*/"
 
 
 class Rules(Protocol):
-    """Which problems are made; the task's options are such rules."""
+    """Rules of generation; the task's options have these attributes."""
 
     @property
     def numbers(self) -> int: ...
@@ -29,7 +29,7 @@ class Rules(Protocol):
 
 
 class Expression(NamedTuple):
-    """An expression with no parentheses but those it needs."""
+    """An expression without redundant parentheses."""
 
     text: str
     value: int
@@ -37,8 +37,8 @@ class Expression(NamedTuple):
 
 
 def make_problems(rng: random.Random, wanted: int, *, options: Rules) -> list[Problem]:
-    """Return up to `wanted` different problems; a division comes out whole at every step."""
-    draw = _enumerate_problems if _space(options) <= MOST_ENUMERATED else _draw_problems
+    """Return up to `wanted` different problems; every division is exact at every step."""
+    draw = _enumerate_problems if _space(options) <= MAX_ENUMERATED else _draw_problems
     return draw(rng, wanted, options=options)
 
 
@@ -53,19 +53,19 @@ class _AllRules(NamedTuple):
 
 
 def problem_key(numbers: Sequence[int], target: int) -> str:
-    """Return what makes two problems one: the numbers in any order, and the target."""
+    """Return the identity of a problem: the numbers in any order, and the target."""
     return f"{' '.join(map(str, sorted(numbers)))} = {target}"
 
 
 def solve(numbers: Sequence[int], target: int) -> str:
-    """Return an expression over exactly `numbers` that reaches `target`; empty without one."""
+    """Return an expression over exactly `numbers` with the value `target`; empty if none exists."""
     rules = _AllRules(len(numbers))
     found = _expressions(tuple(sorted(numbers)), {}, options=rules)
     return next((text for text, value, _ in found if value == target), "")
 
 
 def _space(options: Rules) -> int:
-    """Return about how many expressions listing them all would make."""
+    """Estimate the number of expressions of a full enumeration."""
     n = options.numbers
     choices = math.comb(options.high - options.low + n, n)
     shapes = n - 1 if options.parentheses else 1
@@ -73,7 +73,7 @@ def _space(options: Rules) -> int:
 
 
 def _enumerate_problems(rng: random.Random, wanted: int, *, options: Rules) -> list[Problem]:
-    """Return `wanted` problems, uniform over all solvable ones, or all where fewer exist."""
+    """Return `wanted` problems, uniform over all solvable ones, or all if fewer exist."""
     memo: dict[tuple[int, ...], list[Expression]] = {}
     solved: list[tuple[tuple[int, ...], int, str]] = []
     span = range(options.low, options.high + 1)
@@ -91,7 +91,7 @@ def _enumerate_problems(rng: random.Random, wanted: int, *, options: Rules) -> l
 
 
 def _draw_problems(rng: random.Random, wanted: int, *, options: Rules) -> list[Problem]:
-    """Return `wanted` problems made from random expressions; fewer where most are alike."""
+    """Return `wanted` problems from random expressions; fewer if too many draws repeat."""
     chosen: dict[str, Problem] = {}
     for _ in range(30 * wanted):
         numbers = rng.choices(range(options.low, options.high + 1), k=options.numbers)
@@ -109,7 +109,7 @@ def _draw_problems(rng: random.Random, wanted: int, *, options: Rules) -> list[P
 def _make_problem(
     rng: random.Random, numbers: Sequence[int], *, target: int, solution: str
 ) -> Problem:
-    # Shown in random order: sorted numbers would make the sign of a difference a matter of place.
+    # Random order: in sorted numbers the position would determine the sign of a difference.
     shown = rng.sample(numbers, len(numbers))
     return Problem(problem_key(numbers, target), {"numbers": shown, "target": target}, solution)
 
@@ -120,7 +120,7 @@ def _expressions(
     *,
     options: Rules,
 ) -> list[Expression]:
-    """Return every expression over exactly `numbers` (sorted), remembering those of parts."""
+    """Return every expression over exactly `numbers` (sorted); `memo` caches those of subsets."""
     if numbers in memo:
         return memo[numbers]
     if len(numbers) == 1:
@@ -138,7 +138,7 @@ def _expressions(
 
 
 def _splits(numbers: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield the ways to deal `numbers` to a left and a right side, neither empty."""
+    """Yield the divisions of `numbers` into a left and a right side, neither empty."""
     sides = itertools.product((True, False), repeat=len(numbers))
     dealt = (
         (
@@ -158,14 +158,14 @@ def _draw_expression(
     parentheses: bool,
     barred: int = NUMBER,
 ) -> Expression | None:
-    """Shape numbers and the signs between them into an expression of a level not `barred`.
+    """Build an expression from numbers and the signs between them; its level is not `barred`.
 
-    None where a division does not come out whole.
+    None if a division is not exact.
     """
     if not signs:
         return Expression(str(numbers[0]), numbers[0], NUMBER)
     levels = [SUM if sign in "+-" else PRODUCT for sign in signs]
-    # To the right of a cut has to be a number, or a level that `_join` takes there.
+    # The right side of a cut must be a number, or of a level that `_join` accepts there.
     cuts = [i for i, level in enumerate(levels) if {*levels[i + 1 :]} != {level}]
     if not parentheses:
         cuts = [max(range(len(signs)), key=lambda i: (levels[i], i))]
@@ -186,7 +186,7 @@ def _draw_expression(
 def _join(
     left: Expression, right: Expression, *, sign: str, parentheses: bool
 ) -> Expression | None:
-    """Join two expressions; None for what has no value or is written more simply elsewhere."""
+    """Join two expressions; None if the result has no value or a simpler form."""
     level = SUM if sign in "+-" else PRODUCT
     # a-(b+c) is a-b-c and a*(b*c) is a*b*c: the same problem without the parentheses.
     if right.level == level:

@@ -1,4 +1,4 @@
-"""Which training problems are learned from: those of a wanted pass rate, those with a solution."""
+"""Selection of training problems: by pass rate, or by having a solution."""
 
 import json
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.mixture import Mixture
 from agrpo_megatron.types import Problem
 
-FORM = (
+FIX = (
     "give the completions.jsonl of `agrpo evaluate RUN evaluation.split=train evaluation.samples=8`"
 )
 type Rates = dict[tuple[str, str], float]  # by the task's label or name, and the problem's key
 
 
 def filter_by_pass_rate(task: Task, settings: TaskSettings) -> None:
-    """Keep the training problems whose pass rate is wanted; mutates the task and its notes.
+    """Keep the training problems with a pass rate in the range; mutates the task and its notes.
 
-    A problem that the file does not rate is kept: nothing is known against it.
+    A problem without a pass rate in the file is kept.
 
     Raises:
-        ValueError: a file that cannot be read, rates no training problem, or leaves none of a
-            task, also of one within a mixture.
+        ValueError: the file cannot be read, rates no training problem, or leaves none of a task
+            or of a part of a mixture.
     """
     if settings.pass_rates is None:
         return
@@ -33,7 +33,7 @@ def filter_by_pass_rate(task: Task, settings: TaskSettings) -> None:
     if not rated:
         raise ValueError(
             f"task.pass_rates={settings.pass_rates} rates no training problem of task "
-            f"{settings.name}; {FORM}"
+            f"{settings.name}; {FIX}"
         )
     low, high = settings.pass_rate_low, settings.pass_rate_high
     below, above = _outside(rated, settings)
@@ -64,34 +64,34 @@ def filter_by_pass_rate(task: Task, settings: TaskSettings) -> None:
 def solved_problems(
     task: Task, settings: SftSettings
 ) -> tuple[list[Problem], Sequence[tuple[int, float]]]:
-    """Return the problems whose solutions `sft` shows, and their shares: the first of each task.
+    """Return the first problems of each task with a solution, for `sft`, and their shares.
 
     Raises:
         ValueError: no problem has a solution.
     """
     problems, start = task.problems("train"), 0
     solved: list[Problem] = []
-    shares, looked_at = [], 0
+    shares, total = [], 0
     for count, weight in task.shares:
         first = problems[start : start + count][: settings.problems]
         mine = [problem for problem in first if problem.solution]
         solved += mine
-        looked_at += len(first)
+        total += len(first)
         shares.append((len(mine), weight))
         start += count
     if not solved:
         name = task.name if isinstance(task, Mixture) else task.settings.name
-        shown = f" that sft.problems={settings.problems} shows" if settings.problems else ""
+        chosen = f" that sft.problems={settings.problems} selects" if settings.problems else ""
         raise ValueError(
-            f"sft.iterations={settings.iterations} needs solutions to learn from, and none of the "
-            f"{looked_at} training problems of task {name}{shown} has one; use sft.iterations=0, "
+            f"sft.iterations={settings.iterations} needs solutions, but none of the "
+            f"{total} training problems of task {name}{chosen} has one; use sft.iterations=0, "
             "or data with solutions"
         )
     return solved, shares
 
 
 def _outside(rates: Sequence[float | None], settings: TaskSettings) -> tuple[int, int]:
-    """Return how many pass rates are below and above those that are wanted."""
+    """Return how many pass rates are below and above the range."""
     low, high = settings.pass_rate_low, settings.pass_rate_high
     known = [rate for rate in rates if rate is not None]
     return sum(rate < low for rate in known), sum(rate > high for rate in known)
@@ -101,7 +101,7 @@ def _read_rates(path: str) -> Rates:
     """Return the share of right completions of each problem of a file.
 
     Raises:
-        ValueError: it is missing or not as an evaluation writes it.
+        ValueError: the file is missing, or no evaluation wrote it.
     """
     marks: dict[tuple[str, str], list[bool]] = {}
     try:
@@ -110,12 +110,12 @@ def _read_rates(path: str) -> Rates:
             marks.setdefault((found["task"], found["key"]), []).append(bool(found["correct"]))
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"task.pass_rates={path} cannot be read ({reason}); {FORM}") from None
+        raise ValueError(f"task.pass_rates={path} cannot be read ({reason}); {FIX}") from None
     return {key: sum(right) / len(right) for key, right in marks.items()}
 
 
 def _rate(task: Task, problem: Problem, rates: Rates) -> float | None:
-    """Return a problem's pass rate, measured in the mixture or with its task alone."""
+    """Return a problem's pass rate, measured in the mixture or in an evaluation of its task."""
     names, keys = [task.settings.name, task.name, problem.task], [problem.key]
     if isinstance(task, Mixture):
         names.append(task.parts[problem.task][0].settings.name)

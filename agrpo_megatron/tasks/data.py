@@ -1,4 +1,4 @@
-"""Problem files: rows of a local file or of a Hugging Face dataset, and what splits share."""
+"""Problem files: rows of a local file or of a Hugging Face dataset, and leaks between splits."""
 
 import csv
 import gzip
@@ -14,45 +14,45 @@ from agrpo_megatron.types import Problem
 type Row = dict[str, Any]
 
 FILES = (".jsonl", ".json", ".csv", ".parquet")
-FORM = "a .jsonl, .json, .csv or .parquet file (also .gz), or a Hugging Face dataset"
-MISSING = "is not installed; `pip install agrpo-megatron[data]`, or give a .jsonl or .csv file"
+SOURCES = "a .jsonl, .json, .csv or .parquet file (also .gz), or a Hugging Face dataset"
+NO_PACKAGE = "is not installed; `pip install agrpo-megatron[data]`, or give a .jsonl or .csv file"
 
 
 def read_rows(source: str, *, key: str, split: str) -> list[Row]:
     """Return the rows of a file, or of `NAME[:CONFIG][@SPLIT]` on the Hugging Face hub.
 
     Args:
-        key: the setting that names the source, for errors.
-        split: of a dataset that names none itself.
+        key: the setting of the source, for errors.
+        split: default split of a dataset.
 
     Raises:
-        ValueError: missing, unreadable or empty.
+        ValueError: the source is missing, unreadable or empty.
     """
     path = Path(source)
     kind = _kind(path)
     if kind in FILES:
         if not path.exists():
-            raise ValueError(f"{key}={source} does not exist; give {FORM}")
+            raise ValueError(f"{key}={source} does not exist; give {SOURCES}")
         rows = _read_file(path, kind, key=key)
     else:
         rows = _read_dataset(source, key=key, split=split)
     if not rows:
-        raise ValueError(f"{key}={source} holds no rows; give {FORM} with some")
+        raise ValueError(f"{key}={source} holds no rows; give {SOURCES} with some")
     return rows
 
 
 def is_local(source: str) -> bool:
-    """Say whether `read_rows` looks for a source on this machine alone."""
+    """Return whether `read_rows` needs no network for a source."""
     return _kind(Path(source)) in FILES or Path(source).exists()
 
 
 def to_problems(
     rows: Iterable[Row], make: Callable[[Row], Problem | None], *, key: str, source: str
 ) -> list[Problem]:
-    """Turn rows into problems; rows that give None are left out, a second of one key too.
+    """Convert rows to problems; drop rows that give None or repeat a key.
 
     Raises:
-        ValueError: a row lacks a column or holds something else than it should; named.
+        ValueError: a row lacks a column or has a wrong value; the message names the row.
     """
     problems: dict[str, Problem] = {}
     for number, row in enumerate(rows, start=1):
@@ -79,41 +79,46 @@ def without_leaks(
     leaks: str,
     holder: str = "",
 ) -> tuple[list[Problem], list[str]]:
-    """Take held-out problems out of the training ones; returns what is left, and what to note.
+    """Remove held-out problems from the training problems; return the rest, and notes.
 
     Args:
-        same: what two problems share that count as one.
+        same: key of a problem; problems with equal keys count as one.
         name: of the task.
         leaks: as task.leaks.
-        holder: who holds them out, such as ` by other`.
+        holder: the part of a mixture that holds them out, such as ` by other`.
 
     Raises:
-        ValueError: there are some where `leaks` is refuse, or nothing would be left.
+        ValueError: there are leaks and `leaks` is refuse, or no training problem is left.
     """
     taken = {same(problem) for problem in held_out}
     kept = [problem for problem in train if same(problem) not in taken]
     if len(kept) == len(train):
         return kept, []
-    said = f"{len(train) - len(kept)} of {len(train)} training problems are also held out{holder}"
+    found = f"{len(train) - len(kept)} of {len(train)} training problems are also held out{holder}"
     if leaks == "refuse":
-        raise ValueError(f"task {name}: {said}; use task.leaks=drop, or another file")
+        raise ValueError(f"task {name}: {found}; use task.leaks=drop, or another file")
     if leaks == "drop" and not kept:
         raise ValueError(
             f"task {name}: all training problems are also held out{holder}; use "
-            "another file for task.options.train, or none to evaluate alone"
+            "another file for task.options.train, or none to evaluate only"
         )
     word = "left out" if leaks == "drop" else "KEPT (task.leaks=keep)"
-    return (kept if leaks == "drop" else list(train)), [f"{name}: {said}; {word}"]
+    return (kept if leaks == "drop" else list(train)), [f"{name}: {found}; {word}"]
 
 
 def d1_rows(rows: Sequence[Row], count: int = 256) -> list[Row]:
-    """Draw the rows that d1 evaluates Countdown and Sudoku on, in its order."""
+    """Draw the evaluation rows of d1 for Countdown and Sudoku, in its order."""
     drawn = numpy.random.RandomState(42).choice(len(rows), min(count, len(rows)), replace=False)
     return [rows[place] for place in drawn]
 
 
+def one_line(error: Exception) -> str:
+    """Return the message of a library's error as one short line."""
+    return " ".join(str(error).split())[:200]
+
+
 def first_column(row: Row, *names: str) -> Any:
-    """Return the first of some columns that a row has, whatever the letter case."""
+    """Return a row's value in the first of `names` that it has, in any letter case."""
     folded = {str(name).casefold(): value for name, value in row.items()}
     for name in names:
         if folded.get(name) is not None:
@@ -122,7 +127,7 @@ def first_column(row: Row, *names: str) -> Any:
 
 
 def optional_column(row: Row, *names: str) -> Any:
-    """Return what `first_column` does, or None where a row has none of the columns."""
+    """Return the same as `first_column`, or None if a row has none of the columns."""
     try:
         return first_column(row, *names)
     except KeyError:
@@ -130,15 +135,15 @@ def optional_column(row: Row, *names: str) -> Any:
 
 
 def text_column(row: Row, *names: str) -> str:
-    """Return the text in the first of some columns that a row has."""
+    """Return the text in the first of `names` that a row has."""
     value = first_column(row, *names)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"column {' or '.join(names)} holds {value!r:.80}, which is no text")
+        raise ValueError(f"column {' or '.join(names)} holds {value!r:.80}, which is not text")
     return value
 
 
 def whole_column(row: Row, *names: str) -> int:
-    """Return the whole number in the first of some columns that a row has."""
+    """Return the whole number in the first of `names` that a row has."""
     return to_whole(first_column(row, *names), *names)
 
 
@@ -150,7 +155,7 @@ def to_whole(value: Any, *names: str) -> int:
         number = None
     if number is None or isinstance(value, bool | float) and value != number:
         raise ValueError(
-            f"column {' or '.join(names)} holds {value!r:.80}, which is no whole number"
+            f"column {' or '.join(names)} holds {value!r:.80}, which is not a whole number"
         )
     return number
 
@@ -170,19 +175,18 @@ def _read_file(path: Path, kind: str, *, key: str) -> list[Row]:
             if kind == ".json":
                 rows = json.load(file)
             else:
-                rows = [_read_line(line, place) for place, line in enumerate(file, start=1)]
+                rows = [_parse_line(line, place) for place, line in enumerate(file, start=1)]
                 rows = [row for row in rows if row is not None]
     except (OSError, ValueError, csv.Error, EOFError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{key}={path} is not readable as {kind} ({reason}); give {FORM}"
+            f"{key}={path} is not readable as {kind} ({one_line(error)}); give {SOURCES}"
         ) from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{key}={path} must hold one object for each problem; give {FORM}")
+        raise ValueError(f"{key}={path} must hold one object for each problem; give {SOURCES}")
     return rows
 
 
-def _read_line(line: str, place: int) -> Any:
+def _parse_line(line: str, place: int) -> Any:
     try:
         return json.loads(line) if line.strip() else None
     except ValueError as error:
@@ -193,7 +197,7 @@ def _read_parquet(path: Path) -> list[Row]:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"the package pyarrow {MISSING}") from None
+        raise ValueError(f"the package pyarrow {NO_PACKAGE}") from None
     return parquet.read_table(path).to_pylist()
 
 
@@ -201,12 +205,13 @@ def _read_dataset(source: str, *, key: str, split: str) -> list[Row]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ValueError(f"{key}={source}: the package datasets {MISSING}") from None
+        raise ValueError(f"{key}={source}: the package datasets {NO_PACKAGE}") from None
     name, _, chosen = source.partition("@")
     name, _, config = name.partition(":")
     try:
         dataset = load_dataset(name, config or None, split=chosen or split)
         return [dict(row) for row in dataset]  # type: ignore[union-attr]
     except Exception as error:  # many kinds: no network, no such dataset, configuration or split
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{key}={source} cannot be loaded ({reason}); give {FORM}") from None
+        raise ValueError(
+            f"{key}={source} cannot be loaded ({one_line(error)}); give {SOURCES}"
+        ) from None

@@ -1,4 +1,4 @@
-"""Grading beside the sampler: in worker processes, where a task does not bound itself."""
+"""Grading in parallel with sampling: in worker processes if a task's reward is not bounded."""
 
 import math
 import time
@@ -14,11 +14,11 @@ from agrpo_megatron.types import Problem, Reward
 
 
 class Call(NamedTuple):
-    """A completion to grade: by the task's verdict where `raw` is there, else by its reward."""
+    """A completion to grade: by the task's verdict if `raw` is given, else by its reward."""
 
     problem: Problem
-    completion: str  # cut at end-of-text, without special tokens
-    raw: str | None = None  # all of it, special tokens written out
+    completion: str  # the text before end-of-text, without special tokens
+    raw: str | None = None  # the whole text, special tokens included
 
 
 class _Batch(NamedTuple):
@@ -29,14 +29,14 @@ class _Batch(NamedTuple):
 class Grader:
     """Grades completions; called by one thread.
 
-    A reward that raises, hangs, runs out of memory, ends its process or is no finite number costs
-    its completion `task.grader.failed_score`; `Reward.failure` says why. One that kills the
-    workers' server twice costs so much for every completion that was graded along with it.
-    Workers start with the first batch, and end with this process, however it ends.
+    A completion scores `task.grader.failed_score` if its reward raises, hangs, runs out of memory,
+    ends its process or is not finite; `Reward.failure` has the reason. If a reward kills the
+    workers' server twice, every completion of its batch gets this score.
+    Workers start with the first batch, and end with this process, also if it is killed.
     """
 
     def __init__(self, task: Task, settings: TaskSettings):
-        self.busy = 0.0  # seconds in which the workers had something to do
+        self.busy = 0.0  # seconds with active workers
         self._task, self._settings = task, settings
         self._waiting: deque[_Batch] = deque()
         self._sandbox: Sandbox | None = None
@@ -55,36 +55,36 @@ class Grader:
 
     @property
     def has_workers(self) -> bool:
-        """Say whether grading goes on beside this process."""
+        """Whether worker processes grade in parallel with this process."""
         return self._sandbox is not None
 
     def start(self, calls: Sequence[Call]) -> Future[list[Reward]]:
-        """Hand in a batch; with workers this returns at once.
+        """Submit a batch; with workers this returns at once.
 
-        `result` of what is returned waits for one reward for each call, and raises a RuntimeError
-        where the workers cannot be started.
+        The future's `result` waits for one reward per call, and raises a RuntimeError if the
+        workers cannot start.
         """
         batch = _Batch(list(calls), Future())
         if self._thread is None:
-            batch.rewards.set_result([self._here(call) for call in calls])
+            batch.rewards.set_result([self._grade_inline(call) for call in calls])
         else:
             self._waiting.append(batch)
             self._thread.submit(self._grade_waiting)
         return batch.rewards
 
     def grade(self, calls: Sequence[Call]) -> list[Reward]:
-        """Hand in a batch and wait for it."""
+        """Submit a batch and wait for it."""
         return self.start(calls).result()
 
     def close(self) -> None:
-        """End the workers; what they still have to grade is lost."""
+        """End the workers; pending calls are lost."""
         self._is_closed = True
         if self._sandbox is not None and self._thread is not None:
             self._sandbox.close()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _grade_waiting(self) -> None:
-        """Grade all that waits as one batch: no worker idles until a batch before it is through."""
+        """Grade all waiting batches as one: workers do not idle between batches."""
         batches = [self._waiting.popleft() for _ in range(len(self._waiting))]
         if not batches:
             return
@@ -101,7 +101,7 @@ class Grader:
 
     def _in_workers(self, calls: list[Call]) -> list[Reward]:
         assert self._sandbox is not None
-        for _ in range(2):  # it may have been by chance that the server was killed
+        for _ in range(2):  # another process may have killed the server
             try:
                 outcomes = self._sandbox.run(calls)
             except ServerEnded:
@@ -114,10 +114,10 @@ class Grader:
             ]
         return [self._failed("the workers were killed")] * len(calls)
 
-    def _here(self, call: Call) -> Reward:
+    def _grade_inline(self, call: Call) -> Reward:
         try:
             return grade_call(self._task, call)
-        except Exception as error:  # whatever a reward raises is this completion's loss alone
+        except Exception as error:  # any error of a reward affects only this completion
             return self._failed(f"{type(error).__name__}: {error}")
 
     def _failed(self, reason: str) -> Reward:
@@ -125,11 +125,11 @@ class Grader:
 
 
 def grade_call(task: Task, call: Call) -> Reward:
-    """Grade one completion; what a task of one's own returned becomes plain numbers.
+    """Grade one completion; convert the numbers of the `Reward` to plain floats.
 
     Raises:
-        TypeError: it returned something else than a `Reward`.
-        ValueError: its score, or a part of it, is no finite number.
+        TypeError: the task did not return a `Reward`.
+        ValueError: the score, or a part of it, is not finite.
     """
     problem, completion, raw = call
     if raw is None:

@@ -1,11 +1,12 @@
-"""reasoning-gym's generated tasks, through one adapter; an optional extra."""
+"""Adapter for the generated tasks of reasoning-gym; an optional extra."""
 
 import functools
 from dataclasses import dataclass
 from typing import Any
 
 from agrpo_megatron.config.schema import setting
-from agrpo_megatron.tasks.base import Splits, Task, split_problems, wanted
+from agrpo_megatron.tasks.base import Splits, Task, problem_count, split_problems
+from agrpo_megatron.tasks.data import one_line
 from agrpo_megatron.tasks.rewards.extract import boxed, last_tagged
 from agrpo_megatron.types import Chat, Message, Problem, Prompt, Reward
 
@@ -21,7 +22,7 @@ class GymOptions:
 
     dataset: str = setting("basic_arithmetic", "name of the generator, such as leg_counting")
     config: dict[str, Any] = setting({}, "passed to the generator by name")
-    threshold: float = setting(1.0, "lowest score that counts as correct", low=0, high=1)
+    threshold: float = setting(1.0, "lowest score of a correct answer", low=0, high=1)
 
     def __post_init__(self) -> None:
         for name, key in (("seed", "task.seed"), ("size", "task.train_problems")):
@@ -32,19 +33,19 @@ class GymOptions:
 
 
 class ReasoningGym(Task):
-    """Problems that reasoning-gym makes and scores; the score of an answer is the reward."""
+    """Problems and scores of reasoning-gym; the score of an answer is the reward."""
 
     name = "reasoning_gym"
     options_type = GymOptions
     options: GymOptions
 
     def prepare(self) -> None:
-        """Import reasoning-gym, and make the generator that scores."""
+        """Import reasoning-gym and create the scoring generator."""
         _ = self._scorer
 
     def load(self) -> Splits:
-        """Make the problems; held-out ones first, repeated questions left out."""
-        needed = wanted(self.settings, "eval") + wanted(self.settings, "train")
+        """Make the problems without repeated questions, held-out ones first."""
+        needed = problem_count(self.settings, "eval") + problem_count(self.settings, "train")
         made: dict[str, Problem] = {}
         for entry in self._generator(2 * needed):
             question = entry["question"]
@@ -53,14 +54,14 @@ class ReasoningGym(Task):
             made.setdefault(question, Problem(question, fields, f"<answer>{answer}</answer>"))
             if len(made) == needed:
                 break
-        return split_problems(list(made.values()), self.settings, wider="widen task.options.config")
+        return split_problems(list(made.values()), self.settings, fix="widen task.options.config")
 
     def prompt(self, problem: Problem) -> Prompt:
-        """Return the question, with how to answer it."""
+        """Return the question and the format of the answer."""
         return Chat((Message("system", SYSTEM), Message("user", problem.fields["question"])))
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        """Score the last answer block by the generator's own rule."""
+        """Score the last answer block by the generator's rule."""
         answer = last_tagged(completion)
         if answer is None:
             answer = boxed(completion)
@@ -86,8 +87,7 @@ class ReasoningGym(Task):
         try:
             return reasoning_gym.create_dataset(self.options.dataset, **config)
         except Exception as error:  # many kinds, by generator
-            reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"task.options.dataset={self.options.dataset} cannot be made with "
-                f"task.options.config={self.options.config} ({reason})"
+                f"task.options.config={self.options.config} ({one_line(error)})"
             ) from None

@@ -1,4 +1,4 @@
-"""GSM8K and MATH: problems from files or Hugging Face, answers compared by meaning."""
+"""GSM8K and MATH: problems from files or Hugging Face, answers compared by value."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +28,7 @@ class MathOptions(PublicOptions):
     """Options of MATH."""
 
     levels: list[int] | None = setting(
-        None, "levels of the training problems; null: what the protocol takes"
+        None, "levels of the training problems; null: the protocol's"
     )
 
 
@@ -42,10 +42,10 @@ class Math(PublicTask):
         "train": {"agrpo": "qwedsacf/competition_math", "d1": "ankner/math-500"},
         "eval": dict.fromkeys(benchmarks.PROTOCOLS, "HuggingFaceH4/MATH-500"),
     }
-    kind = "give task.options.levels that it has, or another file"
+    selection_fix = "give task.options.levels that it has, or another file"
 
     def make_problem(self, row: dict[str, Any]) -> Problem:
-        """Read one row; without a column of its own, AGRPO's gold answer is the first box."""
+        """Read one row; without a column `answer`, AGRPO's gold answer is the first box."""
         problem = super().make_problem(row)
         if self.options.protocol == "agrpo" and optional_column(row, "answer") is None:
             fields = {**problem.fields, "answer": boxed(problem.fields["rationale"]) or None}
@@ -53,10 +53,10 @@ class Math(PublicTask):
         return problem
 
     def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
-        """Return training problems of the levels asked for, and all that have an answer."""
+        """Return the problems with an answer; in training only those of the chosen levels."""
         levels = self.options.levels or ([1, 2, 3, 4] if self.options.protocol == "agrpo" else None)
         kept = [problem for problem in problems if problem.fields["answer"] is not None]
         if split == "train" and levels is not None:
-            # A file that tells no levels is taken whole.
+            # A problem without a level is kept.
             kept = [problem for problem in kept if problem.fields["level"] in (None, *levels)]
         return kept

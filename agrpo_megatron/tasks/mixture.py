@@ -10,13 +10,13 @@ from agrpo_megatron.tasks.base import Split, Splits, Task
 from agrpo_megatron.tasks.data import without_leaks
 from agrpo_megatron.types import Problem, Prompt, Reward
 
-# Settings of a part, as its errors name them.
+# Settings of a part, as its errors write them.
 _KEYS = re.compile(r"\btask\.(?=(?:name|options|train_problems|eval_problems|seed|leaks)\b)")
 
 
 @contextlib.contextmanager
-def errors_of(label: str) -> Iterator[None]:
-    """Have errors name the settings of a part as they are written within the mixture."""
+def part_errors(label: str) -> Iterator[None]:
+    """Rewrite errors: the settings of a part get their names within the mixture."""
     try:
         yield
     except ValueError as error:
@@ -24,7 +24,7 @@ def errors_of(label: str) -> Iterator[None]:
 
 
 class Mixture(Task):
-    """Tasks by label; a problem knows the label of its task.
+    """Tasks by label; each problem has the label of its task.
 
     Args:
         parts: task and weight by label; training draws from a task in proportion to its weight.
@@ -75,7 +75,7 @@ class Mixture(Task):
         return self._task(problem).reward(problem, completion)
 
     def verdict(self, problem: Problem, completion: str, raw: str) -> Reward:
-        """Judge by the problem's task."""
+        """Grade for evaluation by the problem's task."""
         return self._task(problem).verdict(problem, completion, raw)
 
     def summary(self, problems: Sequence[Problem], verdicts: Sequence[Reward]) -> dict[str, float]:
@@ -93,18 +93,18 @@ class Mixture(Task):
     def _load_parts(self, split: Split) -> dict[str, Sequence[Problem]]:
         found = {}
         for label, (task, _) in self.parts.items():
-            with errors_of(label):
+            with part_errors(label):
                 found[label] = task.problems(split)
         return found
 
     def _without_leaks(
         self, label: str, other: str, *, train: Sequence[Problem], held_out: Sequence[Problem]
     ) -> Sequence[Problem]:
-        """Take what a part of the same class holds out from a part's training problems."""
+        """Remove from a part's training problems the held-out ones of a part of the same class."""
         task, holder = self.parts[label][0], self.parts[other][0]
         if _class_name(task) != _class_name(holder):
             return train
-        with errors_of(label):
+        with part_errors(label):
             kept, notes = without_leaks(
                 train,
                 held_out,
@@ -118,7 +118,7 @@ class Mixture(Task):
 
 
 def _class_name(task: Task) -> tuple[str, str]:
-    """Name a class; one that was loaded twice from its file has one name."""
+    """Return a class's name; a class that is loaded twice from its file has one name."""
     return type(task).__module__, type(task).__qualname__
 
 

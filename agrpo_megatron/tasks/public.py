@@ -1,4 +1,4 @@
-"""What the four public benchmarks share: protocols, data files, and generated problems."""
+"""Base classes of the four public benchmarks: protocols, data files, generated problems."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from agrpo_megatron.config.schema import setting
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import benchmarks
-from agrpo_megatron.tasks.base import Split, Splits, Task, split_problems, wanted
+from agrpo_megatron.tasks.base import Split, Splits, Task, problem_count, split_problems
 from agrpo_megatron.tasks.data import d1_rows, is_local, read_rows, to_problems, without_leaks
 from agrpo_megatron.tasks.rewards import equivalence
 from agrpo_megatron.types import Problem, Prompt, Reward
@@ -18,20 +18,20 @@ NONE = "none"  # a source without problems
 
 @dataclass(frozen=True)
 class PublicOptions:
-    """Options that all public benchmarks have."""
+    """Options of every public benchmark."""
 
     protocol: str = setting(
         "agrpo", "messages, rewards and parsers, as published", choices=benchmarks.PROTOCOLS
     )
     train: str | None = setting(
         None,
-        "training problems: a file, NAME[:CONFIG][@SPLIT] on Hugging Face, or none, to evaluate "
-        "alone; null: the protocol's, or generated ones",
+        "training problems: a file, NAME[:CONFIG][@SPLIT] on Hugging Face, or none, for evaluation "
+        "only; null: the protocol's, or generated ones",
     )
-    eval: str | None = setting(None, "held-out problems, likewise")
+    eval: str | None = setting(None, "held-out problems, in the same form")
     eval_rows: str = setting(
         "all",
-        "rows of `eval`; d1: the 256 that d1 draws for Countdown and Sudoku",
+        "rows of `eval`; d1: the 256 rows of d1 for Countdown and Sudoku",
         choices=("all", "d1"),
     )
 
@@ -41,28 +41,28 @@ class PublicTask(Task):
 
     options: PublicOptions
     datasets: ClassVar[dict[Split, dict[str, str]]] = {}  # by split and protocol
-    wider: ClassVar[str] = ""  # which options make more problems, where they are generated
-    kind: ClassVar[str] = "give another file"  # which options select other problems of a file
+    generation_fix: ClassVar[str] = ""  # the options that generate more problems
+    selection_fix: ClassVar[str] = "give another file"  # to select other problems
 
     def __init__(self, settings: TaskSettings, options: Any):
         super().__init__(settings, options)
         if options.protocol == "d1":
-            self.is_bounded = True  # strings and small numbers alone
+            self.is_bounded = True  # only strings and small numbers
 
     def prepare(self) -> None:
-        """Import math-verify, where the protocol compares with it."""
+        """Import math-verify if the protocol uses it."""
         if self.options.protocol == "agrpo" and self.name != "sudoku":
             equivalence.prepare()
 
     def load(self) -> Splits:
         """Return the problems of both splits, without leaks."""
         splits: tuple[Split, ...] = ("eval", "train")
-        # Files first: a wrong one is refused before the hub is waited for.
+        # Files first: a wrong one fails before any download.
         read: dict[Split, list[Problem] | None]
         read = {split: self._read(split) for split in sorted(splits, key=self._is_remote)}
         filled = self.fill(read)
         train, held_out = filled["train"], filled["eval"]
-        if read["train"] and read["eval"]:  # what is made is made apart from what was read
+        if read["train"] and read["eval"]:  # `fill` makes problems without leaks
             train, notes = without_leaks(
                 train,
                 held_out,
@@ -71,10 +71,10 @@ class PublicTask(Task):
                 leaks=self.settings.leaks,
             )
             self.notes += notes
-        return {"eval": self._drawn("eval", held_out), "train": self._drawn("train", train)}
+        return {"eval": self._subset("eval", held_out), "train": self._subset("train", train)}
 
     def fill(self, splits: Mapping[Split, list[Problem] | None]) -> Splits:
-        """Return both splits, those that no file holds made up."""
+        """Return both splits; generate those without a file."""
         assert splits["train"] is not None and splits["eval"] is not None
         return {"train": splits["train"], "eval": splits["eval"]}
 
@@ -84,7 +84,7 @@ class PublicTask(Task):
         return Problem(benchmarks.problem_key(self.name, fields), fields, self.solution(fields))
 
     def solution(self, fields: dict[str, Any]) -> str:
-        """Return a right completion; empty where none is known."""
+        """Return a right completion; empty if unknown."""
         answer = fields.get("answer")
         if answer is None:
             return ""
@@ -103,16 +103,16 @@ class PublicTask(Task):
         return benchmarks.grade(self.name, self.options.protocol, problem.fields, completion)
 
     def verdict(self, problem: Problem, completion: str, raw: str) -> Reward:
-        """Return what the protocol's evaluation says; `raw` as published, special tokens in."""
-        return benchmarks.judge(self.name, self.options.protocol, problem.fields, raw)
+        """Return the verdict of the protocol's evaluation on `raw`, special tokens included."""
+        return benchmarks.verdict(self.name, self.options.protocol, problem.fields, raw)
 
     def source(self, split: Split) -> str | None:
-        """Return the file or dataset of a split; None where its problems are made."""
+        """Return the file or dataset of a split; None if its problems are generated."""
         chosen = self.options.train if split == "train" else self.options.eval
         return chosen or self.datasets.get(split, {}).get(self.options.protocol)
 
     def leak_key(self, problem: Problem, other: Task) -> str:
-        """Return what must not be shared: the key, or Countdown's numbers where there is a file."""
+        """Return the key; for Countdown with a file only its numbers."""
         assert isinstance(other, PublicTask)
         if self.source("train") is None and other.source("eval") is None:
             return problem.key
@@ -123,7 +123,7 @@ class PublicTask(Task):
         return source not in (None, NONE) and not is_local(source)
 
     def _read(self, split: Split) -> list[Problem] | None:
-        """Return the problems of a split's file or dataset; None where it is to be generated."""
+        """Return the problems of a split's file or dataset; None for a generated split."""
         source = self.source(split)
         if source is None:
             return None
@@ -140,15 +140,15 @@ class PublicTask(Task):
         selected = self.select(split, problems)
         if not selected:
             raise ValueError(
-                f"{key}={source}: the options select none of its problems; {self.kind}"
+                f"{key}={source}: the options select none of its problems; {self.selection_fix}"
             )
         if len(selected) < len(problems):
             other = len(problems) - len(selected)
             self.notes.append(f"{key}={source}: {other} problems of another kind left out")
         return selected
 
-    def _drawn(self, split: Split, problems: Sequence[Problem]) -> Sequence[Problem]:
-        """Draw as many problems as the settings ask for, and keep their order."""
+    def _subset(self, split: Split, problems: Sequence[Problem]) -> Sequence[Problem]:
+        """Draw the number of problems in the settings, in their order."""
         asked = getattr(self.settings, f"{split}_problems")
         if asked is not None and asked < len(problems):
             chance = random.Random(f"{self.name} {split} {self.settings.seed}")
@@ -157,20 +157,20 @@ class PublicTask(Task):
         return problems
 
     def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
-        """Return the problems of a file that a protocol uses; all of them, unless overridden."""
+        """Return the problems of a file that a protocol uses; by default all."""
         return problems
 
 
 class GeneratedTask(PublicTask):
-    """A benchmark whose problems can be made, and that has a plain protocol beside the published.
+    """A benchmark with generated problems, and with a plain protocol besides the published ones.
 
-    Plain prompts are short and plain rewards at most 1, for models of a small vocabulary.
+    Plain prompts are short and plain rewards at most 1, for models with a small vocabulary.
     """
 
     is_bounded = True
 
     def make(self, rng: random.Random, count: int) -> list[Problem]:
-        """Make up to `count` different problems in random order, solutions as plain text."""
+        """Make up to `count` different problems in random order, with plain-text solutions."""
         raise NotImplementedError
 
     def plain_prompt(self, problem: Problem) -> str:
@@ -182,15 +182,15 @@ class GeneratedTask(PublicTask):
         raise NotImplementedError
 
     def fill(self, splits: Mapping[Split, list[Problem] | None]) -> Splits:
-        """Make the splits that no file holds; problems of a file are not made again."""
+        """Generate the splits without a file; no generated problem repeats one of a file."""
         train, held_out = splits["train"], splits["eval"]
         if train is None and held_out is None:
-            count = wanted(self.settings, "eval") + wanted(self.settings, "train")
-            return split_problems(self._generate(count), self.settings, wider=self.wider)
+            count = problem_count(self.settings, "eval") + problem_count(self.settings, "train")
+            return split_problems(self._generate(count), self.settings, fix=self.generation_fix)
         if held_out is None:
-            held_out = self._generate_apart("eval", train or [])
+            held_out = self._generate_without_leaks("eval", train or [])
         if train is None:
-            train = self._generate_apart("train", held_out)
+            train = self._generate_without_leaks("train", held_out)
         return {"train": train, "eval": held_out}
 
     def prompt(self, problem: Problem) -> Prompt:
@@ -215,24 +215,24 @@ class GeneratedTask(PublicTask):
 
     @property
     def is_plain(self) -> bool:
-        """Say whether the protocol is the plain one."""
+        """Whether the protocol is the plain one."""
         return self.options.protocol == "plain"
 
     def solution(self, fields: dict[str, Any]) -> str:
-        """Return a right completion of a problem that was read; empty where none is known."""
+        """Return a right completion of a problem from a file; empty if unknown."""
         answer = fields.get("solution", "")
-        return self._written(fields, answer) if answer else ""
+        return self._format_solution(fields, answer) if answer else ""
 
     def _generate(self, count: int) -> list[Problem]:
         made = self.make(random.Random(f"{self.name} {self.settings.seed}"), count)
         return [
-            replace(problem, solution=self._written(problem.fields, problem.solution))
+            replace(problem, solution=self._format_solution(problem.fields, problem.solution))
             for problem in made
         ]
 
-    def _generate_apart(self, split: Split, others: Sequence[Problem]) -> list[Problem]:
-        """Make a split whose problems leak nothing from, or into, those of the other's file."""
-        count = wanted(self.settings, split)
+    def _generate_without_leaks(self, split: Split, others: Sequence[Problem]) -> list[Problem]:
+        """Generate a split that shares no leak key with the other split's file."""
+        count = problem_count(self.settings, split)
         taken = {self.leak_key(problem, self) for problem in others}
         made = [
             problem
@@ -241,12 +241,13 @@ class GeneratedTask(PublicTask):
         ]
         if len(made) < count:
             raise ValueError(
-                f"task.{split}_problems={count}: {self.name} makes {len(made)} problems apart from "
-                f"the other split's with these options; use at most {len(made)}, or {self.wider}"
+                f"task.{split}_problems={count}: with these options {self.name} makes {len(made)} "
+                f"problems that the other split does not have; use at most {len(made)}, or "
+                f"{self.generation_fix}"
             )
         return made[:count]
 
-    def _written(self, fields: dict[str, Any], answer: str) -> str:
+    def _format_solution(self, fields: dict[str, Any], answer: str) -> str:
         if self.is_plain:
             return answer
         return benchmarks.solution_text(self.name, self.options.protocol, fields, answer)

@@ -1,10 +1,10 @@
-"""Calls in child processes: bounded in time and memory, whatever the input does to them.
+"""Calls in child processes, bounded in time and memory for any input.
 
     Sandbox --socket--> server (a fresh interpreter: imports once) --fork--> a child for each call
 
-A child that takes too long is killed, in C code too, and with it what it started; the server and
-the next calls know nothing of it. Children die with the server, the server ends with its parent.
-What any of them prints goes to stderr: the parent's stdout may hold its own results.
+A child that takes too long is killed with all processes that it started, also inside C code; the
+server and later calls are not affected. Children die with the server, the server with its parent.
+Their output goes to stderr: the parent's stdout may contain results.
 """
 
 import contextlib
@@ -23,35 +23,35 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-DIES_WITH_PARENT = 1  # Linux: PR_SET_PDEATHSIG
-# SLURM sends its signals to every process of a step: whoever stops does so once all is graded.
-PARENTS_MATTER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-GRACE = 60.0  # seconds that a server may take to start, beyond what its calls may take
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
+# SLURM signals every process of a step; the workers leave stopping to the parent.
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STARTUP_SECONDS = 60.0  # for the start of a server, in addition to the time of its calls
 
-STDERR = 2  # its file descriptor, whatever sys.stderr is
+STDERR = 2  # the file descriptor, also if sys.stderr is replaced
 
-_is_inside = False
+_is_child = False
 
 
 class Outcome(NamedTuple):
-    """What became of a call: its value, or why there is none."""
+    """Result of a call: its value, or the reason for its failure."""
 
     value: Any
     failure: str | None = None  # such as "timeout" or "ValueError: ..."
 
 
 class ServerEnded(RuntimeError):
-    """The server was killed, by a call or by the system's want of memory."""
+    """The server was killed, by a call or by the system because of low memory."""
 
 
 class Sandbox:
-    """Makes calls of `handler = factory(*arguments)` in children; starts at the first call.
+    """Runs `handler = factory(*arguments)` in child processes; starts at the first call.
 
     Args:
         factory: `module:function`; called once, in the server.
         seconds: wall time of one call.
-        memory: MiB of address space that a call may add to what the server has.
-        workers: children at one time.
+        memory: MiB of address space of a call, in addition to the server's.
+        workers: number of children at one time.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class Sandbox:
         self._connection: Connection | None = None
 
     def run(self, calls: Sequence[tuple]) -> list[Outcome]:
-        """Make calls and wait for them; one outcome for each.
+        """Make calls and wait for them; return one outcome per call.
 
         Raises:
             RuntimeError: the factory raised.
-            ServerEnded: another call makes a new server.
+            ServerEnded: the server was killed; the next `run` starts a new one.
         """
         _, _, seconds, _, workers = self._setup
-        limit = seconds * (len(calls) / workers + 1) + GRACE
+        limit = seconds * (len(calls) / workers + 1) + STARTUP_SECONDS
         try:
             connection = self._open()
             connection.send(list(calls))
@@ -90,7 +90,7 @@ class Sandbox:
         return answer
 
     def close(self) -> None:
-        """End the server and what it still runs; a `run` under way in a thread raises."""
+        """End the server and its calls; an active `run` in another thread raises."""
         server, connection = self._server, self._connection
         self._server = self._connection = None
         if server is not None:
@@ -119,20 +119,20 @@ class Sandbox:
         return self._connection
 
 
-def is_inside() -> bool:
-    """Say whether this process is a sandbox's child: its time and memory are bounded already."""
-    return _is_inside
+def is_child() -> bool:
+    """Return whether this process is a sandbox's child, with bounded time and memory."""
+    return _is_child
 
 
 def main() -> None:
-    """Serve the parent, whose socket is named on the command line."""
-    for number in PARENTS_MATTER:  # children inherit it
+    """Serve the parent; the command line gives its socket."""
+    for number in IGNORED_SIGNALS:  # inherited by children
         signal.signal(number, signal.SIG_IGN)
     serve(Connection(int(sys.argv[1])))
 
 
 def serve(connection: Connection) -> None:
-    """Answer batches until the parent is gone; runs in the server."""
+    """Run batches of calls until the parent is gone; runs in the server."""
     _die_with_parent()
     factory, arguments, seconds, memory, workers = connection.recv()
     try:
@@ -178,7 +178,7 @@ def _run_batch(
 
 
 def _advance(child: _Child, *, has_news: bool) -> Outcome | None:
-    """Read what a child wrote; its outcome once it has ended or its time is over."""
+    """Read a child's output; return its outcome after its end or timeout, else None."""
     if has_news:
         part = os.read(child.pipe, 1 << 20)
         if part:
@@ -192,7 +192,7 @@ def _advance(child: _Child, *, has_news: bool) -> Outcome | None:
         return None
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.process, signal.SIGKILL)
-    os.kill(child.process, signal.SIGKILL)  # it may not have come to lead a group
+    os.kill(child.process, signal.SIGKILL)  # it may not lead a process group yet
     os.waitpid(child.process, 0)
     return Outcome(None, "timeout")
 
@@ -202,9 +202,9 @@ def _fork(place: int, handler: Callable, call: tuple, seconds: float, memory: in
     server, process = os.getpid(), os.fork()
     if process == 0:
         os.close(reading)
-        os.setsid()  # it and what it starts are a group to kill
+        os.setsid()  # a process group, so that its own children are killed too
         _die_with_parent()
-        if os.getppid() != server:  # it died before it could take this child along
+        if os.getppid() != server:  # the server died before _die_with_parent
             os._exit(0)
         _work(writing, handler, call, memory)
     os.close(writing)
@@ -212,10 +212,10 @@ def _fork(place: int, handler: Callable, call: tuple, seconds: float, memory: in
 
 
 def _work(pipe: int, handler: Callable, call: tuple, memory: int) -> None:
-    """Make one call and write its outcome; runs in the child, and never returns."""
-    global _is_inside
-    _is_inside = True
-    with _exit_afterwards():
+    """Make one call and write its outcome; runs in the child and never returns."""
+    global _is_child
+    _is_child = True
+    with _exit_at_end():
         limit = _address_space() + (memory << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:
@@ -230,11 +230,11 @@ def _work(pipe: int, handler: Callable, call: tuple, memory: int) -> None:
 
 
 @contextlib.contextmanager
-def _exit_afterwards() -> Iterator[None]:
+def _exit_at_end() -> Iterator[None]:
     try:
         yield
     finally:
-        os._exit(0)  # not through the clean-up of the interpreter that was forked
+        os._exit(0)  # skips the clean-up of the forked interpreter
 
 
 def _address_space() -> int:
@@ -244,4 +244,4 @@ def _address_space() -> int:
 
 def _die_with_parent() -> None:
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """4x4 Sudoku: fill the empty cells so that every row, column and box holds 1 to 4.
 
-With few clues a puzzle has several solutions, and the plain checker accepts every one of them.
+With few clues a puzzle has several solutions; the plain reward accepts each of them.
 """
 
 import functools
@@ -31,8 +31,8 @@ class SudokuOptions(PublicOptions):
     protocol: str = setting(
         "plain", "short prompts for small models, or as published", choices=("plain", *PROTOCOLS)
     )
-    clues: int = setting(6, "cells that are given", low=1, high=CELLS - 1)
-    unique: bool = setting(True, "make puzzles with one solution alone")
+    clues: int = setting(6, "given cells", low=1, high=CELLS - 1)
+    unique: bool = setting(True, "make puzzles with exactly one solution")
     partial_credit: float = setting(
         0.0,
         "plain: score of a wrong grid per share kept of its constraints: 12 rows, columns and "
@@ -48,16 +48,16 @@ class Sudoku(GeneratedTask):
     name = "sudoku"
     options_type = SudokuOptions
     options: SudokuOptions
-    wider = "bring task.options.clues nearer to 8"
+    generation_fix = "bring task.options.clues nearer to 8"
 
     def load(self) -> Splits:
-        """Return the problems of both splits; says which of them the prompt itself solves."""
+        """Return the problems of both splits; notes those that the prompt itself solves."""
         splits = super().load()
-        shown = self.worked_puzzles()
-        told = sum(problem.key in shown for problem in splits["eval"])
-        if told:
+        examples = self.worked_puzzles()
+        solved = sum(problem.key in examples for problem in splits["eval"])
+        if solved:
             self.notes.append(
-                f"sudoku: {told} held-out puzzles stand solved in the prompt of protocol agrpo: "
+                f"sudoku: the prompt of protocol agrpo solves {solved} held-out puzzles: "
                 "do not report its accuracy on this file"
             )
         return splits
@@ -74,7 +74,7 @@ class Sudoku(GeneratedTask):
         return _draw_problems(rng, count, clues=options.clues, unique=options.unique)
 
     def summary(self, problems: Sequence[Problem], verdicts: Sequence[Reward]) -> dict[str, float]:
-        """Return the two published averages of right cells, where a protocol counts them."""
+        """Return the two published averages of right cells; empty for protocol plain."""
         return {} if self.options.protocol == "plain" else cell_averages(problems, verdicts)
 
     def plain_prompt(self, problem: Problem) -> str:
@@ -100,18 +100,18 @@ def complete_grids() -> tuple[str, ...]:
     """Return all 288 complete grids, in lexical order."""
     rows = ["".join(row) for row in itertools.permutations("1234")]
     pairs = ["".join(pair) for pair in itertools.product(rows, repeat=2)]
-    halves = [pair for pair in pairs if _holds(pair, _BOXES[:2])]
+    halves = [pair for pair in pairs if _is_valid(pair, _BOXES[:2])]
     grids = ["".join(pair) for pair in itertools.product(halves, repeat=2)]
-    return tuple(grid for grid in grids if _holds(grid, _COLUMNS))
+    return tuple(grid for grid in grids if _is_valid(grid, _COLUMNS))
 
 
-def _holds(grid: str, units: Iterable[Sequence[int]]) -> bool:
+def _is_valid(grid: str, units: Iterable[Sequence[int]]) -> bool:
     return all(len({grid[i] for i in unit}) == 4 for unit in units)
 
 
 @functools.cache
-def _holders() -> tuple[tuple[int, ...], ...]:
-    """Return, for each cell and digit, which complete grids have it there: a bit for each grid."""
+def _grids_by_cell() -> tuple[tuple[int, ...], ...]:
+    """Return the complete grids with each digit in each cell, as a bit mask over the grids."""
     grids = complete_grids()
     return tuple(
         tuple(
@@ -123,11 +123,11 @@ def _holders() -> tuple[tuple[int, ...], ...]:
 
 def count_solutions(puzzle: str) -> int:
     """Return how many complete grids agree with a puzzle."""
-    holders = _holders()
+    having = _grids_by_cell()
     left = (1 << len(complete_grids())) - 1
     for cell, digit in enumerate(puzzle):
         if digit != EMPTY:
-            left &= holders[cell][int(digit) - 1]
+            left &= having[cell][int(digit) - 1]
     return left.bit_count()
 
 
@@ -140,7 +140,7 @@ def _draw_problems(rng: random.Random, wanted: int, *, clues: int, unique: bool)
     chosen: dict[str, Problem] = {}
 
     def add(grid: str, kept: Sequence[int]) -> bool:
-        """Take up a puzzle where it is one; says whether there are enough."""
+        """Add a valid puzzle; return whether there are enough."""
         problem = _cut_puzzle(grid, kept)
         if not unique or count_solutions(problem.key) == 1:
             chosen.setdefault(problem.key, problem)
@@ -149,7 +149,7 @@ def _draw_problems(rng: random.Random, wanted: int, *, clues: int, unique: bool)
     for _ in range(8 * wanted):
         if add(rng.choice(grids), rng.sample(range(CELLS), clues)):
             return list(chosen.values())
-    # Random draws repeat too often: the space is about as small as what is asked for. List it.
+    # Random draws repeat too often: the space is about as small as the request. Enumerate it.
     pairs = list(itertools.product(grids, itertools.combinations(range(CELLS), clues)))
     rng.shuffle(pairs)
     any(add(grid, kept) for grid, kept in pairs)

@@ -1,6 +1,6 @@
-"""Chats as text: how LLaDA and Dream lay out messages, plain text, and Jinja templates.
+"""Chat templates: those of LLaDA and Dream, plain text, and Jinja templates.
 
-Every template ends where the assistant's turn begins; the prefill follows it.
+Every template ends at the start of the assistant's turn; the prefill follows it.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -11,7 +11,7 @@ from agrpo_megatron.types import Chat, Message, Prompt
 
 type Template = Callable[[Chat], str]
 
-# The tokens that the published templates write; a tokenizer that has them all can use them.
+# Tokens of the published templates; a template needs a tokenizer with all of its tokens.
 CONTROL_TOKENS = {
     "llada": ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "dream": ("<|im_start|>", "<|im_end|>"),
@@ -20,7 +20,7 @@ DREAM_SYSTEM = Message("system", "You are a helpful assistant.")
 
 
 def llada(chat: Chat) -> str:
-    """Write a chat as LLaDA-8B-Instruct reads it.
+    """Format a chat for LLaDA-8B-Instruct.
 
     Source: the chat template of GSAI-ML/LLaDA-8B-Instruct, tokenizer_config.json.
     """
@@ -33,7 +33,7 @@ def llada(chat: Chat) -> str:
 
 
 def dream(chat: Chat) -> str:
-    """Write a chat as Dream-v0-Instruct-7B reads it: ChatML, with a system message of its own.
+    """Format a chat for Dream-v0-Instruct-7B: ChatML, with a default system message.
 
     Source: the chat template of Dream-org/Dream-v0-Instruct-7B, tokenizer_config.json.
     """
@@ -44,7 +44,7 @@ def dream(chat: Chat) -> str:
 
 
 def plain(chat: Chat) -> str:
-    """Write a chat without roles, for models that know no chat: one blank line after each text."""
+    """Format a chat without roles, for base models: one blank line after each text."""
     return "".join(f"{message.content.strip()}\n\n" for message in chat.messages) + chat.prefill
 
 
@@ -52,15 +52,15 @@ BUILT_IN: dict[str, Template] = {"llada": llada, "dream": dream, "plain": plain}
 
 
 def from_jinja(text: str, special_tokens: Mapping[str, Any], *, source: str) -> Template:
-    """Return the template that a Jinja text describes; it is rendered in a sandbox.
+    """Return the template of a Jinja text; it is rendered in a sandbox.
 
     Args:
-        special_tokens: names that the text may use, such as bos_token.
-        source: whose text it is, for errors.
+        special_tokens: names for use in the text, such as bos_token.
+        source: of the text, for errors.
     """
 
     def render(chat: Chat) -> str:
-        """Write a chat by the Jinja text."""
+        """Format a chat by the Jinja text."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [message._asdict() for message in chat.messages]
@@ -71,7 +71,7 @@ def from_jinja(text: str, special_tokens: Mapping[str, Any], *, source: str) -> 
                 add_generation_prompt=True,
                 **special_tokens,
             )
-        except Exception as error:  # a template computes what it likes: 1 / 0 too
+        except Exception as error:  # a template may compute anything, such as 1 / 0
             roles = ", ".join(message.role for message in chat.messages)
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
@@ -94,10 +94,10 @@ def choose_template(
 
     Args:
         chosen: the setting.
-        own: what the tokenizer brings along, if it does.
+        own: the tokenizer's template, if any.
 
     Raises:
-        ValueError: no such template, or one that writes tokens which the tokenizer lacks.
+        ValueError: no such template, or the tokenizer lacks tokens of the template.
     """
     if chosen is None:
         return own or _by_tokens(vocabulary)
@@ -125,7 +125,7 @@ def choose_template(
 
 
 def _by_tokens(vocabulary: Container[str]) -> Template:
-    """Return the published template whose tokens a tokenizer has; plain where it has neither's."""
+    """Return the published template whose tokens a tokenizer has; plain if it has neither set."""
     known = [
         name
         for name, tokens in CONTROL_TOKENS.items()

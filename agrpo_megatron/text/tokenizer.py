@@ -1,4 +1,4 @@
-"""Text to token ids and back: the built-in characters, sentencepiece, or Hugging Face.
+"""Tokenizers: the built-in characters, sentencepiece, or Hugging Face.
 
 Importing this module loads neither torch, sentencepiece nor transformers.
 """
@@ -17,9 +17,9 @@ from agrpo_megatron.types import Prompt
 CHARACTERS = Path(__file__).parent / "characters.model"
 MASK_PIECES = ("<mask>", "<|mdm_mask|>", "<|mask|>")
 EOS_PIECES = ("<eos>", "</s>", "<|endoftext|>")
-STOP_PIECES = ("<|eot_id|>", "<|im_end|>", "<|endoftext|>")  # what ends a turn of LLaDA and Dream
-SHOWN_MASK = "_"
-SHOWN_EOS = "<eos>"
+STOP_PIECES = ("<|eot_id|>", "<|im_end|>", "<|endoftext|>")  # end of a turn of LLaDA and Dream
+MASK_TEXT = "_"
+EOS_TEXT = "<eos>"
 FIX = (
     "give a sentencepiece .model file, a Hugging Face directory, or null for the built-in "
     "characters"
@@ -28,29 +28,29 @@ FIX = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer with a mask token; the callables are what its library does for known ids."""
+    """A tokenizer with a mask token; the callables belong to its library and need known ids."""
 
     vocab_size: int
     mask_id: int
-    eos_id: int  # fills a completion behind its text
-    stop_ids: frozenset[int]  # a completion's text ends before the first of these; eos_id is one
-    unknown_id: int | None  # stands for text that the vocabulary lacks; None where it lacks none
-    special: frozenset[int]  # ids that stand for no text
+    eos_id: int  # fills a completion after its text
+    stop_ids: frozenset[int]  # the first of these ends a completion's text; includes eos_id
+    unknown_id: int | None  # for text outside the vocabulary; None if there is no such text
+    special: frozenset[int]  # ids without text
     render: Template
     to_ids: Callable[[list[str]], list[list[int]]]
     to_text: Callable[[list[int]], str]
     to_piece: Callable[[int], str]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, with nothing put before or after it."""
+        """Return the ids of `text`, without added tokens."""
         return self.to_ids([text])[0]
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Return the ids of a text as it is, or of a chat as the chat template lays it out."""
+        """Return the ids of a text, or of a chat in the chat template."""
         return self.encode_prompts([prompt])[0]
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Return the ids of each prompt; faster than one by one."""
+        """Return the ids of each prompt in one call, which is faster."""
         return self.to_ids([p if isinstance(p, str) else self.render(p) for p in prompts])
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -59,7 +59,7 @@ class Tokenizer:
         return self.to_text([i for i in kept if self._has_text(i)])
 
     def decode_raw(self, ids: Iterable[int]) -> str:
-        """Return all text, stop tokens and what follows them included, special ids by name."""
+        """Return the whole text, also after stop tokens; special ids appear by name."""
         known = (i for i in map(int, ids) if 0 <= i < self.vocab_size)
         runs = itertools.groupby(known, self._has_text)
         return "".join(
@@ -68,7 +68,7 @@ class Tokenizer:
         )
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Return one printable string per id: `_` for the mask token, escapes for line ends."""
+        """Return one printable string per id: `_` for the mask token, escapes for line breaks."""
         return [self._piece(int(i)) for i in ids]
 
     def _has_text(self, token: int) -> bool:
@@ -76,10 +76,10 @@ class Tokenizer:
 
     def _piece(self, token: int) -> str:
         if token == self.mask_id:
-            return SHOWN_MASK
+            return MASK_TEXT
         if token == self.eos_id:
-            return SHOWN_EOS
-        if not 0 <= token < self.vocab_size:  # a row that only pads the embedding
+            return EOS_TEXT
+        if not 0 <= token < self.vocab_size:  # a padding row of the embedding
             return f"<{token}>"
         shown = [c if c.isprintable() else ascii(c)[1:-1] for c in self.to_piece(token)]
         return "".join(shown)
@@ -89,7 +89,7 @@ def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
     """Load the tokenizer that `settings` names, from local files only.
 
     Raises:
-        ValueError: the path is missing or unreadable, the vocabulary lacks a mask token or an
+        ValueError: the path is missing or unreadable, the vocabulary has no mask token or no
             end-of-text token, or the chat template cannot be used.
     """
     path = CHARACTERS if settings.path is None else Path(settings.path)
@@ -166,8 +166,8 @@ def _open_huggingface(path: Path) -> Any:
 
     config = path / "tokenizer_config.json"
     declared = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    # AutoTokenizer would look into the model's config.json, and warn of a model it does not know.
-    # Dream's class is Qwen2's under a name of its own, and comes as code.
+    # AutoTokenizer reads the model's config.json and warns about an unknown model type.
+    # Dream's class, shipped as code, is Qwen2's under another name.
     kinds = {"PreTrainedTokenizerFast": PreTrainedTokenizerFast, "DreamTokenizer": Qwen2Tokenizer}
     kind = kinds.get(declared.get("tokenizer_class", ""), AutoTokenizer)
     return kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)

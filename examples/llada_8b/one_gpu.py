@@ -1,29 +1,29 @@
-"""A task to measure with: prompts of one length, and the same reward for anything."""
+"""A task for measurements: prompts of one length, and the same reward for any text."""
 
-from agrpo_megatron.tasks.base import Splits, Task, split_problems, wanted
+from agrpo_megatron.tasks.base import Splits, Task, problem_count, split_problems
 from agrpo_megatron.types import Problem, Reward
 
-PROMPT = 256  # characters, which are tokens of the built-in tokenizer
+PROMPT = 256  # characters; each is a token of the built-in tokenizer
 
 
 class Anything(Task):
-    """Write anything at all."""
+    """Write any text."""
 
     name = "anything"
     is_bounded = True
 
     def load(self) -> Splits:
         """Make numbered problems."""
-        count = wanted(self.settings, "train") + wanted(self.settings, "eval")
+        count = problem_count(self.settings, "train") + problem_count(self.settings, "eval")
         problems = [
             Problem(key=str(n), fields={"number": str(n)}, solution="") for n in range(count)
         ]
-        return split_problems(problems, self.settings, wider="ask for fewer")
+        return split_problems(problems, self.settings, fix="ask for fewer")
 
     def prompt(self, problem: Problem) -> str:
-        """Return the problem's number among zeros."""
+        """Return the problem's number after leading zeros."""
         return problem.fields["number"].zfill(PROMPT)
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        """Give 1 for anything."""
+        """Return 1 for any text."""
         return Reward(1.0, False)

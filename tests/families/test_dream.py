@@ -1,4 +1,4 @@
-"""Dream: config.json both ways, every tensor name, and what its modelling code could do besides."""
+"""Dream: config.json both ways, every tensor name, and unsupported features of its code."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from agrpo_megatron.families import FAMILIES, settings_from_hf
-from agrpo_megatron.families.tensors import hf_shapes, lines
+from agrpo_megatron.families import FAMILIES, hf_shapes, settings_from_hf, weight_mappings
 from agrpo_megatron.families.transforms import Split, from_megatron, to_megatron
 
 HF = Path(__file__).parent.parent / "fixtures" / "dream_tiny" / "hf"
@@ -69,7 +68,7 @@ def test_what_the_family_does_not_have_is_refused(tmp_path, key, value):
 def test_biases_are_interleaved_by_query_group_like_their_weights(size):
     model = settings_from_hf(HF)
     name = "decoder.layers.1.self_attention.linear_qkv.bias"
-    (line,) = [line for line in lines(model) if line.megatron == name]
+    (line,) = [line for line in weight_mappings(model) if line.megatron == name]
     shapes = hf_shapes(model)
     parts = [torch.randn(shapes[name][0]) for name in line.parts]
     shards = [to_megatron(parts, "qkv", model, Split(rank, size)) for rank in range(size)]

@@ -1,4 +1,4 @@
-"""LLaDA: config.json to settings, what is refused, and how every tensor is named."""
+"""LLaDA: config.json to settings, its errors, and the name of every tensor."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,8 @@ import pytest
 from safetensors import safe_open
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families import FAMILIES, settings_from_hf
-from agrpo_megatron.families.names import expand
-from agrpo_megatron.families.tensors import hf_shapes
+from agrpo_megatron.families import FAMILIES, hf_shapes, settings_from_hf
+from agrpo_megatron.families.tensors import expand
 
 HF = Path(__file__).parent.parent / "fixtures" / "llada_tiny" / "hf"
 CONFIG = json.loads((HF / "config.json").read_text(encoding="utf-8"))
@@ -150,7 +149,7 @@ def test_a_layer_has_nine_tensors_and_the_model_three(layers, bias, norm):
     """Biases add one per query, key and value; qk-norm one each for queries and keys."""
     model = ModelSettings(num_layers=layers, vocab_size=160, qkv_bias=bias, qk_norm=norm)
     assert len(hf_shapes(model)) == (9 + 3 * bias + 2 * norm) * layers + 3
-    lines = expand(FAMILIES["llada"].lines(model), layers)
+    lines = expand(FAMILIES["llada"].mappings(model), layers)
     names = [name for line in lines for name in line.parts]
     assert len(names) == len(set(names)) == len(hf_shapes(model))
     assert len({line.megatron for line in lines}) == len(lines)

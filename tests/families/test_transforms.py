@@ -1,12 +1,11 @@
-"""Splitting tensors over ranks and joining them again returns every bit."""
+"""Splitting tensors over ranks and joining them is bit-exact."""
 
 import pytest
 import torch
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families import FAMILIES
-from agrpo_megatron.families.names import expand
-from agrpo_megatron.families.tensors import hf_shapes
+from agrpo_megatron.families import FAMILIES, hf_shapes
+from agrpo_megatron.families.tensors import expand
 from agrpo_megatron.families.transforms import Split, from_megatron, to_megatron
 
 MODEL = ModelSettings(
@@ -19,11 +18,11 @@ MODEL = ModelSettings(
     qkv_bias=True,
     qk_norm=True,
 )
-LINES = expand(FAMILIES["llada"].lines(MODEL), MODEL.num_layers)
+MAPPINGS = expand(FAMILIES["llada"].mappings(MODEL), MODEL.num_layers)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("line", LINES, ids=lambda line: line.megatron)
+@pytest.mark.parametrize("line", MAPPINGS, ids=lambda line: line.megatron)
 def test_shards_of_all_ranks_give_back_the_tensors_bit_for_bit(line, size):
     shapes = hf_shapes(MODEL)
     parts = [torch.randn(shapes[name][0]) for name in line.parts]

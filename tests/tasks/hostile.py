@@ -1,4 +1,4 @@
-"""A task of one's own whose rewards misbehave: what a problem is called is what its reward does."""
+"""A custom task with misbehaving rewards: the name of a problem says what its reward does."""
 
 import math
 import os
@@ -18,11 +18,11 @@ FAILING = ("raise", "hang", "allocate", "kill", "exit", "nan", "text")
 
 @dataclass(frozen=True)
 class HostileOptions:
-    """Which rewards there are."""
+    """The kinds of rewards."""
 
     deeds: list[str] | None = setting(None, "what the rewards do; null: everything")
     seconds: float = setting(0.05, "time of a slow reward", unit="seconds", low=0)
-    folder: str = setting(".", "where a hung reward leaves its process id")
+    folder: str = setting(".", "for the process ids of hung rewards")
 
 
 class Hostile(Task):

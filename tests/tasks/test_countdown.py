@@ -1,4 +1,4 @@
-"""Countdown against judges that share no code with it."""
+"""Countdown against independent graders."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ EVERYTHING = {"operators": "+-*/", "parentheses": True}
 
 
 class Whole:
-    """A number that only adds, subtracts, multiplies and divides exactly."""
+    """A number with only addition, subtraction, multiplication and exact division."""
 
     def __init__(self, value):
         self.value = value
@@ -35,7 +35,7 @@ class Whole:
 
 
 def is_right(problem, text, legal):
-    """Judge by Python's own evaluation over `Whole`, which knows no other operation."""
+    """Grade by Python's evaluation over `Whole`, which has no other operation."""
     literals = re.findall(r"\d+", text)
     if set(text) - set(legal) or any(number != str(int(number)) for number in literals):
         return False
@@ -49,7 +49,7 @@ def is_right(problem, text, legal):
 
 
 def reachable(numbers):
-    """Return every whole value reached by joining two of the numbers again and again."""
+    """Return every whole value from repeatedly joining two of the numbers."""
     if len(numbers) == 1:
         return set(numbers)
     found = set()

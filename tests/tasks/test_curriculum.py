@@ -1,4 +1,4 @@
-"""Training problems by pass rate, and those with a solution, out of one task or of a mixture."""
+"""Training problems selected by pass rate or solution, from one task or a mixture."""
 
 import json
 from dataclasses import replace
@@ -26,7 +26,7 @@ def _settings(tree, path=None, **more):
 
 
 def _write(path, rates):
-    """Write a line for each completion: `rates` has rights and wrongs by task and key."""
+    """Write a line per completion: `rates` has right and wrong ones by task and key."""
     lines = [
         {"task": task, "key": key, "sample": sample, "correct": mark == "+"}
         for (task, key), marks in rates.items()
@@ -101,7 +101,7 @@ def test_rates_that_leave_nothing_are_refused(tmp_path):
 
 
 def test_rates_that_leave_nothing_of_a_part_are_refused(tmp_path):
-    """The mixture would go on without it, and say nothing."""
+    """The mixture would silently continue without it."""
     task = build_task(_settings(MIXTURE))
     rates = {(p.task, p.key): "+-" if p.task == "few" else "--" for p in task.problems("train")}
     chosen = _settings(MIXTURE, _write(tmp_path / "rates.jsonl", rates), pass_rate_low=0.3)
@@ -111,7 +111,7 @@ def test_rates_that_leave_nothing_of_a_part_are_refused(tmp_path):
 
 
 class _Some(Task):
-    """Every third problem has a solution, where any has."""
+    """Every third problem has a solution, or none has."""
 
     name = "some"
 
@@ -140,7 +140,7 @@ def test_the_refusal_says_what_was_looked_at_and_of_which_task(shown, count):
     task = build_task(_settings(MIXTURE))
     train = [replace(problem, solution="") for problem in task.problems("train")]
     task._splits = {"train": train, "eval": []}
-    said = " that sft.problems=3 shows" if shown else ""
+    said = " that sft.problems=3 selects" if shown else ""
     said = f"none of the {count} training problems of task mixture{said} has one; use sft"
     with pytest.raises(ValueError, match=said):
         solved_problems(task, SftSettings(iterations=5, problems=shown))

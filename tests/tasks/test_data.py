@@ -1,4 +1,4 @@
-"""Problems from files and datasets: every format reads alike, wrong ones are refused by place."""
+"""Problems from files and datasets: equal results for all formats, errors with row and column."""
 
 import csv
 import gzip
@@ -96,15 +96,15 @@ def test_a_dataset_is_named_by_its_folder_and_split(tmp_path):
             "countdown",
             "a.jsonl",
             '{"nums": [1, "two", 3], "target": 6}\n',
-            "row 1: column nums or numbers or input holds 'two', which is no whole number",
+            "row 1: column nums or numbers or input holds 'two', which is not a whole number",
         ),
         (
             "countdown",
             "a.jsonl",
             '{"nums": [1, 2, 3], "target": 6.5}\n',
-            "row 1: column target or output holds 6.5, which is no whole number",
+            "row 1: column target or output holds 6.5, which is not a whole number",
         ),
-        ("countdown", "a.jsonl", '{"nums": 5, "target": 6}\n', "holds 5, which is no list"),
+        ("countdown", "a.jsonl", '{"nums": 5, "target": 6}\n', "holds 5, which is not a list"),
         (
             "sudoku",
             "a.csv",
@@ -176,7 +176,7 @@ def test_checking_golds_of_no_folder_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["check_golds.py", str(gone)])
     assert main() == 2
     said = capsys.readouterr().err
-    assert said == f"{gone} is no folder; give one that holds problem files\n"
+    assert said == f"{gone} is not a folder; give one with problem files\n"
 
 
 def _comma(line):
@@ -233,7 +233,7 @@ def test_puzzles_that_the_prompt_solves_are_told():
     held_out = build("sudoku", train="none", eval=str(DATA / "sudoku_4x4_test_d1.csv"))
     held_out.problems("eval")
     assert held_out.notes == [
-        "sudoku: 3 held-out puzzles stand solved in the prompt of protocol agrpo: do not report "
+        "sudoku: the prompt of protocol agrpo solves 3 held-out puzzles: do not report "
         "its accuracy on this file"
     ]
     spg = str(DATA / "sudoku_4x4_test_spg.csv")

@@ -1,4 +1,4 @@
-"""Rewards, parsers and prompts against values that the published programs returned."""
+"""Rewards, parsers and prompts against values of the published programs."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Whatever a reward does costs its own completion a defined score, and nothing else."""
+"""A misbehaving reward affects only the score of its completion."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def _settings(**options):
 
 @pytest.fixture
 def opened():
-    """Yield a function that opens a grader, and close them all."""
+    """Yield a function that opens a grader; close all graders at the end."""
     graders = []
 
     def open_grader(**options):
@@ -86,7 +86,7 @@ def test_batches_are_graded_while_others_are_handed_in(opened):
 
 
 def test_verdicts_get_the_raw_text(opened):
-    """A task without a verdict of its own gives its reward."""
+    """The default verdict is the reward."""
     grader, problems = opened(deeds=["answer"])
     assert grader.grade([Call(problems["answer"], "text", "text<|endoftext|>")])[0].score == 0.4
 
@@ -133,7 +133,7 @@ def test_what_a_reward_prints_is_no_output_of_the_run(opened, capfd):
 
 
 def test_a_task_that_workers_cannot_build_says_why(tmp_path):
-    """Its file is there when the run begins, and gone when the workers start."""
+    """Its file exists when the run begins, but not when the workers start."""
     file = tmp_path / "mine.py"
     file.write_text(FILE.read_text())
     settings = build(TaskSettings, {"name": str(file)}, "task.")
@@ -194,7 +194,7 @@ print(json.dumps([[reward.score, reward.failure] for reward in rewards]), len(se
 
 
 def test_signals_to_all_processes_of_a_job_leave_its_rewards_alone():
-    """SLURM sends them so; the run hears them and ends later, with right rewards."""
+    """As SLURM sends them; the run handles them and ends later, with correct rewards."""
     process = subprocess.Popen(
         [sys.executable, "-c", STOPS_LATER, str(FILE)],
         stdout=subprocess.PIPE,
@@ -222,7 +222,7 @@ def test_signals_to_all_processes_of_a_job_leave_its_rewards_alone():
 
 
 def _wait_for_hung(folder):
-    """Return the process ids of rewards that hang, once there are some."""
+    """Wait for hung rewards and return their process ids."""
     deadline = time.monotonic() + 60
     while not (found := list(folder.glob("hung-*"))):
         assert time.monotonic() < deadline, "no reward was called"
@@ -242,7 +242,7 @@ def _assert_gone(processes):
 
 
 def _is_running(process):
-    """Say whether a process is there and no zombie, which waits for its parent alone."""
+    """Return whether a process exists and is not a zombie."""
     try:
         os.kill(process, 0)
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

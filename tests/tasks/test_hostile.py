@@ -92,7 +92,7 @@ def task_of(name, protocol):
 
 
 def grade(task, text):
-    """Grade for training and for evaluation; returns both scores."""
+    """Grade for training and for evaluation; return both rewards."""
     problem = PROBLEMS[task.name]
     rewards = task.reward(problem, text), task.verdict(problem, text, text)
     for reward in rewards:
@@ -103,7 +103,7 @@ def grade(task, text):
 
 
 def seconds_of_server():
-    """Return the processor time that the comparisons of this process have taken so far."""
+    """Return the processor time of all comparisons of this process so far."""
     server = equivalence._sandbox()._server
     assert server is not None
     times = psutil.Process(server.pid).cpu_times()

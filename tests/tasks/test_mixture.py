@@ -1,4 +1,4 @@
-"""Mixtures, tasks of one's own, and reasoning-gym's, through the same interface."""
+"""Mixtures, custom tasks and reasoning-gym through the same interface."""
 
 import math
 import pickle
@@ -96,7 +96,7 @@ def test_a_part_reports_its_own_metrics():
         ),
         ({"sudoku": {"grader": {}}}, "task.mixture.sudoku.grader is not a setting of a part"),
         ({"sudoku": {"weight": math.inf}}, "task.mixture.sudoku.weight=inf must be a number"),
-        ({0: {"name": "sudoku"}}, "task.mixture.0: the label 0 is no text; write it in quotes"),
+        ({0: {"name": "sudoku"}}, "task.mixture.0: the label 0 is not text; write it in quotes"),
         (
             {r"a\x": {"name": "countdown", "options": {"low": 20}}},
             r"task.mixture.a\x.options.high=9 is below task.mixture.a\x.options.low=20",
@@ -224,7 +224,7 @@ def test_a_wrong_task_file_is_refused(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     "returned, message",
     [
-        ("{}['gone']", "its load() raised KeyError: 'gone'; mend it there"),
+        ("{}['gone']", "its load() raised KeyError: 'gone'; fix it there, and return"),
         ("{'train': made}", "its load() raised KeyError: 'eval'"),
         ("exit(3)", "its load() raised SystemExit: 3"),
         (
@@ -254,7 +254,7 @@ def test_a_task_without_a_name_is_called_as_its_file(own):
 
 
 def test_files_of_one_stem_are_modules_of_their_own(tmp_path):
-    """Or else what one of them made could not be sent to the workers."""
+    """Otherwise objects of one of them could not be sent to the workers."""
     tasks = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -1,4 +1,4 @@
-"""Sudoku against a list of grids found by brute force."""
+"""Sudoku against a list of grids from brute force."""
 
 import itertools
 
@@ -104,7 +104,7 @@ def test_partial_credit_is_the_share_of_constraints_kept(grid, score, parts):
 
 
 def test_a_verdict_that_failed_has_no_cell_right():
-    """Its cells count all the same, whatever `task.grader.failed_score` is."""
+    """Its cells count for any value of `task.grader.failed_score`."""
     task = build_task(TaskSettings(name="sudoku", options={"protocol": "d1"}))
     solution = "1234341221434321"
     problems = [

@@ -1,4 +1,4 @@
-"""The interface every task keeps: repeatable disjoint splits, options checked, any text graded."""
+"""The interface of every task: repeatable disjoint splits, checked options, grades for any text."""
 
 import time
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Tokenizer directories laid out as LLaDA's and Dream's are: real names, small ids."""
+"""Tokenizer directories in the layout of LLaDA's and Dream's: real names, small ids."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def write_llada(path: Path, *, chat_template: str | None = LLADA_TEMPLATE) -> Pa
 
 
 def write_dream(path: Path, *, chat_template: str | None = DREAM_TEMPLATE) -> Path:
-    """Write vocab.json, merges.txt and a config whose tokenizer class is code, as published."""
+    """Write vocab.json, merges.txt and a config with a tokenizer class in code, as published."""
     path.mkdir()
     _write(path / "vocab.json", _bytes())
     (path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Chats as LLaDA and Dream read them, through their tokenizers' own templates and ours."""
+"""Chats of LLaDA and Dream, through their tokenizers' templates and ours."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def published(folders) -> dict[str, Tokenizer]:
-    """Return the tokenizer of each family with the template of its own directory."""
+    """Return the tokenizer of each family with the template of its directory."""
     return {name: load_tokenizer(TokenizerSettings(str(path))) for name, path in folders.items()}
 
 

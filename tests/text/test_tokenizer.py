@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, the mask token, and files that cannot be used."""
+"""Tokenizers: exact round trips, the mask token, and unusable files."""
 
 import runpy
 import string

@@ -1,1 +1,1 @@
-"""Rewards and parsers by their published names, and what they compare answers with."""
+"""Rewards and parsers by their published names, and their comparisons of answers."""

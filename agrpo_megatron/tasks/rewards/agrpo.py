@@ -1,34 +1,41 @@
 """The rewards and verdicts of AGRPO's published code, by their published names.
 
-Every function takes a completion and the problem's fields. They return what the published ones
-return, except where those execute, hang, raise or mark a right answer wrong; docs/tasks.md lists
-each exception. Source: github.com/probablyabot/agrpo, rewards.py and eval.py.
+Every function takes a completion and the problem's fields. The values equal the published ones,
+except where the published code executes text, hangs, raises or rejects a right answer;
+docs/tasks.md lists each exception. Source: github.com/probablyabot/agrpo, rewards.py and eval.py.
 """
 
 import re
 from collections.abc import Callable
 from typing import Any
 
-from agrpo_megatron.tasks.rewards.arithmetic import evaluate, same_numbers
+from agrpo_megatron.tasks.rewards.arithmetic import (
+    contains_solution,
+    evaluate,
+    has_value,
+    same_numbers,
+)
 from agrpo_megatron.tasks.rewards.equivalence import equal, equal_in_text
-from agrpo_megatron.tasks.rewards.expressions import holds_solution, reaches
 from agrpo_megatron.tasks.rewards.extract import CELLS, boxed, cells_right, share, tagged
 
 type Fields = dict[str, Any]
 
-CLEAN = 200  # characters; what stands longer before an equals sign is no plain expression
+MAX_PLAIN = 200  # characters of a plain expression
 # A number with its sign, thousands commas and decimals.
 _NUMBER = re.compile(
     r"(?:(?<![\w.)\]}\u2212-])[\u2212-]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 )
-# Two numbers and what joins them: neither is the answer. Division by zero joins nothing.
+# Two numbers with a joining sign or word: neither is the answer. Division by zero does not count.
 _PAIR = re.compile(
     r"[$\d,.\s]+(?:[-+*/^\u2212]|\\times|\\cdot|\\div|and|or|to)\s*\$?(?!0\b)\d[\d,.\s]*"
 )
 
 
 def parse_answer(text: str) -> str:
-    r"""Return the first answer block, or all; in it the content of the first `\boxed`."""
+    r"""Return the content of the first `\boxed` in the first answer block, else the whole block.
+
+    Without an answer block, the whole text is the block.
+    """
     inner = tagged(text, "answer")
     inner = text if inner is None else inner
     return boxed(inner) or inner
@@ -45,12 +52,12 @@ def answer_format_reward(text: str, _fields: Fields) -> float:
 
 
 def correctness_reward(text: str, fields: Fields) -> float:
-    """3 for an answer that math-verify finds equal to the gold one."""
+    """3 for an answer that is equal to the gold answer by math-verify."""
     return 3.0 * equal(fields["answer"], parse_answer(text))
 
 
 def countdown_format_reward(text: str, fields: Fields) -> float:
-    """Thirds for the right side, the characters and the numbers; half off for a second `=`."""
+    """A third each for the right side, the characters and the numbers; -0.5 for a second `=`."""
     answer = tagged(text, "answer")
     if answer is None or "=" not in answer:
         return 0.0
@@ -65,13 +72,13 @@ def countdown_format_reward(text: str, fields: Fields) -> float:
 
 
 def countdown_correctness_reward(text: str, fields: Fields) -> float:
-    """3 for an equation in the answer block whose left side solves the problem."""
+    """3 for an answer block with an equation; its left side must solve the problem."""
     answer = tagged(text, "answer")
     return 3.0 * (answer is not None and _solves(answer, fields))
 
 
 def sudoku_format_reward(text: str, fields: Fields) -> float:
-    """Quarters for 16 characters and for four of each digit, half for the clues kept."""
+    """0.25 for 16 characters, 0.25 for four of each digit, 0.5 for unchanged clues."""
     grid = tagged(text, "answer")
     if grid is None or len(grid) != CELLS:
         return 0.0
@@ -91,31 +98,31 @@ def sudoku_share(text: str, fields: Fields) -> float:
 
 
 def sudoku_cells(text: str, fields: Fields) -> tuple[int, int]:
-    """Return the empty cells that are right, and all empty cells; short text is filled in front."""
+    """Return the number of right and of all empty cells; zeros pad a short grid on the left."""
     grid = parse_answer(text).zfill(CELLS)[:CELLS]
     return cells_right(grid, fields["puzzle"], fields["solution"])
 
 
 def gsm8k_verdict(text: str, fields: Fields) -> bool:
-    """Compare the answer with the gold one, or its first number where words surround it."""
+    """Compare the answer, or its first number, with the gold answer."""
     answer = parse_answer(text)
     return _begins_with(answer, fields["answer"]) or equal(fields["answer"], answer)
 
 
 def math_verdict(text: str, fields: Fields) -> bool:
-    """Compare the answer with the gold one."""
+    """Compare the answer with the gold answer."""
     return equal(fields["answer"], parse_answer(text))
 
 
 def countdown_verdict(text: str, fields: Fields) -> bool:
-    """Judge the last equation of the answer."""
+    """Check the last equation of the answer."""
     lines = [line.lstrip("=") for line in parse_answer(text).split("\n")]
     equations = [line for line in lines if "=" in line]
     return bool(equations) and _solves(equations[-1], fields)
 
 
 def _begins_with(answer: str, gold: str) -> bool:
-    """Say whether the first digits are the gold answer, and no part of another number."""
+    """Return whether the first number of an answer is the gold answer, sign and decimals too."""
     digits, number = re.search(r"\d+", answer), _NUMBER.search(answer)
     if digits is None or number is None or _PAIR.fullmatch(answer):
         return False
@@ -124,18 +131,18 @@ def _begins_with(answer: str, gold: str) -> bool:
 
 
 def _solves(equation: str, fields: Fields) -> bool:
-    """Say whether what stands before the first `=` uses the numbers and reaches the target.
+    """Return whether the left side of the first `=` uses the numbers and has the target's value.
 
-    A plain expression is judged by its value. Where something else surrounds it, math-verify has
-    to read the target there too, as it alone does in the published code.
+    A plain expression is evaluated. In other text, math-verify must find the target too, as in
+    the published code.
     """
     left, equals, _ = re.sub(r"[ \t]+", " ", equation).partition("=")
     numbers, target = fields["numbers"], fields["target"]
     if not equals or not same_numbers(left, numbers):
         return False
-    if len(left) <= CLEAN and evaluate(left) is not None:
-        return reaches(left, target)
-    return holds_solution(left, numbers, target=target) and equal_in_text(str(target), left)
+    if len(left) <= MAX_PLAIN and evaluate(left) is not None:
+        return has_value(left, target)
+    return contains_solution(left, numbers, target=target) and equal_in_text(str(target), left)
 
 
 REWARDS: dict[str, tuple[Callable[[str, Fields], float], ...]] = {

@@ -1,4 +1,4 @@
-"""Values of arithmetic that a model wrote: parsed, never executed."""
+"""Arithmetic in the text of a model: parsed, never executed."""
 
 import ast
 import operator
@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-LONGEST = 5000  # characters, runs of blanks and signs not counted; longer text has no value
-MOST_SIGNS = 2900  # Python compiles no more nested signs either
-MOST_BITS = 15_000  # of a power of whole numbers; a larger one has no value
-DIGITS = 4300  # in a row; Python reads no longer ones
+MAX_CHARACTERS = 5000  # longer text has no value; runs of blanks or signs in it count once
+MAX_SIGNS = 2900  # the limit of Python's compiler for nested signs
+MAX_BITS = 15_000  # of an integer power; a larger one has no value
+MAX_DIGITS = 4300  # of one number; Python's own limit
+TOLERANCE = 1e-9  # for the rounding of an exact value
 
 type Number = int | float | complex
 
@@ -21,15 +22,26 @@ WHOLE: dict[type, Callable[[Any, Any], Any]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
+_DELIMITERS = re.compile(r"\\(?:left|right|[()\[\],!;: ])|\$")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_IMPLIED = re.compile(r"(?<=[\d)])\s*(?=\()|(?<=\))\s*(?=\d)")  # a product without a sign
+_OPERATORS = (
+    (r"\times", "*"),
+    (r"\cdot", "*"),
+    (r"\div", "/"),
+    ("\u00d7", "*"),
+    ("\u00f7", "/"),
+    ("\u2212", "-"),
+)
 
 
 def evaluate(text: str) -> Number | None:
-    """Return the value that Python gives an expression of numbers, signs and parentheses.
+    """Return Python's value of an expression of numbers, signs and parentheses.
 
-    None for other text, where it divides by zero, and where a power is out of bounds.
+    None for other text, for a division by zero, and for a power out of bounds.
     """
     text = re.sub(r"[ \t]{2,}", " ", text.strip())
-    if text.count("-") + text.count("+") > MOST_SIGNS:
+    if text.count("-") + text.count("+") > MAX_SIGNS:
         return None
     tree = _parse(re.sub(r"([-+])((?: ?[-+])+)", _two_signs, text))
     try:
@@ -39,14 +51,14 @@ def evaluate(text: str) -> Number | None:
 
 
 def has_other_operators(text: str) -> bool:
-    """Say whether an expression goes beyond + - * /: powers and floor divisions."""
+    """Return whether an expression has operators besides + - * /: powers, floor divisions."""
     return "**" in text or "//" in text
 
 
 def evaluate_whole(text: str, numbers: Sequence[int]) -> int | None:
     """Return the value of an expression over exactly `numbers`; None for any other text.
 
-    Also None with a sign before a number, and where a division does not come out whole.
+    Also None for a sign before a number, and for a division that is not exact.
     """
     tree = _parse(text)
     if tree is None:
@@ -62,20 +74,51 @@ def evaluate_whole(text: str, numbers: Sequence[int]) -> int | None:
 
 
 def same_numbers(text: str, numbers: Sequence[int]) -> bool:
-    """Say whether the runs of digits in `text` are exactly `numbers`, in any order."""
+    """Return whether the runs of digits in `text` are exactly `numbers`, in any order."""
     found = re.findall(r"\d+", text)
-    if len(found) != len(numbers) or any(len(run) > DIGITS for run in found):
+    if len(found) != len(numbers) or any(len(run) > MAX_DIGITS for run in found):
         return False
     return sorted(map(int, found)) == sorted(numbers)
 
 
+def has_value(text: str, target: int, *, tolerance: float = TOLERANCE) -> bool:
+    """Return whether a text is an expression of + - * / with the value `target`."""
+    value = None if has_other_operators(text) else evaluate(text)
+    return value is not None and abs(value - target) < tolerance
+
+
+def contains_solution(text: str, numbers: Sequence[int], *, target: int) -> bool:
+    """Return whether a text (LaTeX, Markdown, words) has an expression that solves a problem.
+
+    The expression uses exactly `numbers` and has the value `target`.
+    """
+    if len(text) > MAX_CHARACTERS:
+        return False
+    text = _DELIMITERS.sub(" ", text)
+    for _ in range(4):  # fractions within fractions
+        text = _FRACTION.sub(r"((\1)/(\2))", text)
+    for written, sign in _OPERATORS:
+        text = text.replace(written, sign)
+    text = _IMPLIED.sub("*", re.sub(r"\s+", " ", text))
+    runs = re.findall(r"[\d+\-*/(). ]+", text)
+    return any(same_numbers(run, numbers) and has_value(_trimmed(run), target) for run in runs)
+
+
+def _trimmed(run: str) -> str:
+    """Remove what cannot begin or end an expression, such as the stars of bold text."""
+    run = run.lstrip("*/). ").rstrip("+-*/(. ")
+    if run.count("(") > run.count(")"):
+        return run.removeprefix("(")
+    return run.removesuffix(")") if run.count(")") > run.count("(") else run
+
+
 def _two_signs(run: re.Match[str]) -> str:
-    """Shorten a run of signs: the first may stand between two values, the others are before one."""
+    """Shorten a run of signs: the first may be binary, the others are unary."""
     return run[1] + ("-" if run[2].count("-") % 2 else "+")
 
 
 def _parse(text: str) -> ast.expr | None:
-    if len(text) > LONGEST or not re.fullmatch(r"[0-9+\-*/().\s]+", text):
+    if len(text) > MAX_CHARACTERS or not re.fullmatch(r"[0-9+\-*/().\s]+", text):
         return None
     try:
         with warnings.catch_warnings():
@@ -98,7 +141,7 @@ def _value(node: ast.expr) -> Number:
 
 def _power(base: Any, exponent: Any) -> Number:
     whole = isinstance(base, int) and isinstance(exponent, int)
-    if whole and base.bit_length() * exponent > MOST_BITS:
+    if whole and base.bit_length() * exponent > MAX_BITS:
         raise OverflowError
     return base**exponent
 
@@ -111,7 +154,7 @@ def _whole_value(node: ast.expr) -> int:
     left, right = Fraction(_whole_value(node.left)), Fraction(_whole_value(node.right))
     value = WHOLE[type(node.op)](left, right)
     if value.denominator != 1:
-        raise ValueError("a division does not come out whole")
+        raise ValueError("a division is not exact")
     return int(value)
 
 

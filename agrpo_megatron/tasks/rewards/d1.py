@@ -1,8 +1,8 @@
 """The rewards and evaluation parsers of d1's published code, by their published names.
 
-They return what the published ones return, oddities included, since these are the numbers that
-the field compares; except that nothing a model wrote is executed (no powers, no floor division),
-and that every text takes bounded time. docs/tasks.md lists the oddities.
+The values equal the published ones, oddities included, since published results depend on them.
+Two exceptions: no text of a model is executed (no powers, no floor division), and every text
+takes bounded time. docs/tasks.md lists the oddities.
 Source: github.com/dllm-reasoning/d1, diffu-grpo/reward_func.py and eval/parse_and_get_acc.py.
 """
 
@@ -11,24 +11,19 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from agrpo_megatron.tasks.rewards.arithmetic import (
-    Number,
-    evaluate,
-    has_other_operators,
-    same_numbers,
-)
+from agrpo_megatron.tasks.rewards.arithmetic import evaluate, has_value, same_numbers
 from agrpo_megatron.tasks.rewards.extract import CELLS, cells_right, last_tagged, share
 from agrpo_megatron.tasks.rewards.latex import is_equivalent, last_boxed
 
 type Fields = dict[str, Any]
 
-CLOSE = 1e-5  # an expression this near its target reaches it
+TOLERANCE = 1e-5  # between the value of an expression and its target
 _ENDS = re.compile(r"<\|eot_id\|>|<\|endoftext\|>|</answer>")
 _DONE = re.compile(r"<\|eot_id\|>|<\|endoftext\|>")
 
 
 def xmlcount_reward_func(text: str, _fields: Fields) -> float:
-    """Eighths for tags on lines of their own, less a thousandth for each character after them."""
+    """0.125 per tag on a separate line, minus 0.001 per character after the answer."""
     count = 0.125 * (text.count("<reasoning>\n") == 1)
     count += 0.125 * (text.count("\n</reasoning>\n") == 1)
     if text.count("\n<answer>\n") == 1:
@@ -61,23 +56,23 @@ def strict_format_reward_func(text: str, _fields: Fields) -> float:
 
 
 def int_reward_func(text: str, _fields: Fields) -> float:
-    """0.5 for an answer of digits alone."""
+    """0.5 for an answer of only digits."""
     return 0.5 * _answer(text).isdigit()
 
 
 def correctness_reward_func(text: str, fields: Fields) -> float:
-    """2 for the gold answer, character by character."""
+    """2 for exactly the text of the gold answer."""
     return 2.0 * (_answer(text) == fields["answer"])
 
 
 def correctness_reward_func_math(text: str, fields: Fields) -> float:
-    """2 for a last box, or a whole text without one, that is equivalent to the gold answer."""
+    """2 if the last box, or a text without boxes, is equivalent to the gold answer."""
     boxed = last_boxed(text)
     return 2.0 * is_equivalent(text if boxed is None else boxed, fields["answer"])
 
 
 def boxed_and_answer_tags_format_reward(text: str, _fields: Fields) -> float:
-    """0.75 with an answer tag, 0.25 without: the published pattern for a box never matches one."""
+    """0.75 with an answer tag, 0.25 without: the published pattern never matches a box."""
     parts = text.split("<answer>")
     inner = parts[1].split("</answer>")[0] if len(parts) > 1 else text
     return 0.5 * ((len(parts) > 1) + (1.0 if "\boxed" in inner else 0.5))
@@ -88,8 +83,7 @@ def countdown_reward_func(text: str, fields: Fields) -> float:
     answer = last_tagged(text)
     if answer is None:
         return 0.0
-    value = evaluate(answer) if same_numbers(answer, fields["numbers"]) else None
-    return 1.0 if _reaches(answer, value, target=fields["target"]) else 0.1
+    return 1.0 if _solves(answer, fields) else 0.1
 
 
 def sudoku_reward_func(text: str, fields: Fields) -> float:
@@ -112,7 +106,7 @@ def parse_gsm8k(text: str, fields: Fields) -> dict[str, Any]:
 
 
 def parse_math(text: str, fields: Fields) -> dict[str, Any]:
-    """Read the last box, or all without one; where that gives nothing, the first answer block."""
+    """Read the last box, else the text without boxes; if empty, the first answer block."""
     found = last_boxed(text) or None
     if found is None:
         found = _first_answer(text)
@@ -121,7 +115,7 @@ def parse_math(text: str, fields: Fields) -> dict[str, Any]:
 
 
 def parse_countdown(text: str, fields: Fields) -> dict[str, Any]:
-    """Read the last box, or all without one; the answer block only where a box is not closed."""
+    """Read the last box, else the text without boxes; the answer block if a box is not closed."""
     found = last_boxed(text)
     if found is None:
         answer = _first_answer(text)
@@ -133,12 +127,12 @@ def parse_countdown(text: str, fields: Fields) -> dict[str, Any]:
     if same_numbers(found, fields["numbers"]):
         value = evaluate(found)
         result = math.inf if value is None else value
-    correct = _reaches(found, result, target=fields["target"])
+    correct = _solves(found, fields)
     return {"extracted_answer": found, "evaluation_result": result, "is_correct": correct}
 
 
 def parse_sudoku(text: str, fields: Fields) -> dict[str, Any]:
-    """Try five places for a grid; a verdict counts cells, for the average over all of them."""
+    """Try five places for a grid; return counts of cells, for the average over all cells."""
     found = next((grid.strip() for grid in _grids(text) if grid and grid.strip()), "")
     found = re.sub(r"\s", "", found)
     if found:
@@ -149,7 +143,7 @@ def parse_sudoku(text: str, fields: Fields) -> dict[str, Any]:
 
 
 def counted(verdict: dict[str, Any]) -> tuple[int, int]:
-    """Return what a verdict adds to an accuracy: right ones, and all; Sudoku counts cells."""
+    """Return a verdict's right and total counts for the accuracy; Sudoku counts cells."""
     if "empty_cells" in verdict:
         return verdict["correct_cells"], verdict["empty_cells"]
     return int(verdict["is_correct"]), 1
@@ -191,7 +185,7 @@ def _first_answer(text: str) -> str | None:
 
 
 def _boxes(text: str) -> Iterator[str]:
-    r"""Yield what stands between `\boxed{` and the next `}` of the same line."""
+    r"""Yield the text between `\boxed{` and the next `}` of the same line."""
     place = text.find("\\boxed{")
     while place >= 0:
         start = place + len("\\boxed{")
@@ -209,7 +203,7 @@ def _box_number(box: str) -> float | None:
 
 
 def _number(text: str, *, place: int) -> float | None:
-    """Read a text that is a number, or the number at a place among those in it."""
+    """Read a text as a number, else the number at index `place` in it."""
     try:
         return float(text)
     except ValueError:
@@ -224,14 +218,13 @@ def _gold_number(answer: str) -> float | None:
         return None
 
 
-def _reaches(expression: str, value: Number | None, *, target: int) -> bool:
-    if value is None or has_other_operators(expression):
-        return False
-    return abs(value - target) < CLOSE
+def _solves(expression: str, fields: Fields) -> bool:
+    is_legal = same_numbers(expression, fields["numbers"])
+    return is_legal and has_value(expression, fields["target"], tolerance=TOLERANCE)
 
 
 def _left_side(text: str) -> str:
-    """Return the first expression that an `=` and a number follow, or the text as it is."""
+    """Return the first expression before an `=` and a number, else the whole text."""
     for match in re.finditer(r"=[0-9. ]", text):
         start = match.start()
         while start > 0 and text[start - 1] in "0123456789+-*/() ":
@@ -242,7 +235,7 @@ def _left_side(text: str) -> str:
 
 
 def _grids(text: str) -> Iterator[str | None]:
-    """Yield what each place for a grid holds, in the order of trust."""
+    """Yield the text at each possible place of a grid, most reliable first."""
     opening, closing = text.find("<answer>"), text.find("</answer>")
     fenced = re.compile(r"```([\d\s]+)```").search(text, opening) if opening >= 0 else None
     yield fenced[1] if fenced else None

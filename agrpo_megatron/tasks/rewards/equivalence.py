@@ -1,4 +1,4 @@
-"""Whether two mathematical answers are equal: math-verify, bounded in time and memory."""
+"""Equality of two mathematical answers: math-verify, bounded in time and memory."""
 
 import contextlib
 import functools
@@ -10,36 +10,36 @@ from typing import Any
 
 from agrpo_megatron.tasks import sandbox
 
-SECONDS = 0.8  # of processor time for a comparison; what takes longer counts as different
-PATIENCE = 20 * SECONDS  # of wall time, where other processes keep it from running
-LONGEST = 20_000  # characters of an answer that is looked at
+CPU_SECONDS = 0.8  # processor time of a comparison; a longer one counts as different
+WALL_SECONDS = 20 * CPU_SECONDS  # wall time of a comparison, for a busy machine
+MAX_CHARACTERS = 20_000  # a longer answer counts as different
 _WHOLE_NUMBER = re.compile(r"(?:0|-?[1-9][0-9]{0,14})")
 
 type Comparison = Callable[[str, str], bool]
 
 
-class _TooLong(BaseException):  # no Exception: math-verify and sympy suppress those
+class _TooLong(BaseException):  # math-verify and sympy suppress Exceptions
     """A comparison used up its time."""
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Say whether `answer` means the same as `gold`; LaTeX or plain, without dollar signs.
+    """Return whether `answer` and `gold` are equal in value; LaTeX or plain, no dollar signs.
 
-    Any text gets an answer, and within `SECONDS` once math-verify is loaded: the comparison runs
-    in a child process that ends when its time is over.
+    The comparison runs in a child process. For any text it ends within `CPU_SECONDS`, once
+    math-verify is loaded.
     """
     if _WHOLE_NUMBER.fullmatch(gold) and _WHOLE_NUMBER.fullmatch(answer):
-        return gold == answer  # as math-verify says, a thousand times as fast
+        return gold == answer  # the same result as math-verify, a thousand times as fast
     return equal_in_text(f"${gold}$", f"${answer}$")
 
 
 def equal_in_text(gold: str, text: str) -> bool:
-    """Say whether what math-verify finds in a text means the same as `gold`; bounded likewise."""
-    if len(text) > LONGEST:
+    """Return whether math-verify finds the value of `gold` in a text; bounded like `equal`."""
+    if len(text) > MAX_CHARACTERS:
         return False
-    if sandbox.is_inside():
+    if sandbox.is_child():
         return _compare_in_time(gold, text)
-    for _ in range(2):  # it may have been by chance that the server was killed
+    for _ in range(2):  # another process may have killed the server
         with contextlib.suppress(sandbox.ServerEnded):
             return bool(_sandbox().run([(gold, text)])[0].value)
     return False
@@ -50,21 +50,21 @@ def prepare() -> None:
     _load_comparison()
 
 
-def load_mortal_comparison() -> Comparison:
-    """Return a comparison that ends its process where it takes too long, in C code too."""
+def load_killable_comparison() -> Comparison:
+    """Return a comparison that kills its process after `CPU_SECONDS`, also inside C code."""
     compare = _load_comparison()
 
-    def compare_or_die(gold: str, text: str) -> bool:
+    def compare_with_timer(gold: str, text: str) -> bool:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         return compare(gold, text)
 
-    return compare_or_die
+    return compare_with_timer
 
 
 @functools.cache
 def _load_comparison() -> Comparison:
-    """Import math-verify (a second) and return its comparison, without time limits of its own."""
+    """Import math-verify (a second) and return its comparison without its own time limits."""
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -73,15 +73,15 @@ def _load_comparison() -> Comparison:
         wanted, found = (parse(side, parsing_timeout=0) for side in (gold, text))
         return verify(wanted, found, timeout_seconds=0)
 
-    compare(r"$\frac{1}{2}$", "0.5")  # builds the grammar's tables here, not in every child
+    compare(r"$\frac{1}{2}$", "0.5")  # builds the grammar's tables once, before the forks
     return compare
 
 
 def _compare_in_time(gold: str, text: str) -> bool:
-    """Compare in this process; C code that takes long is left to the limits it runs under."""
+    """Compare in this process; the process's own limits end long-running C code."""
     compare = _load_comparison()
     signal.signal(signal.SIGPROF, _raise_too_long)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS, SECONDS / 10)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS, CPU_SECONDS / 10)
     try:
         return compare(gold, text)
     except (_TooLong, Exception):
@@ -96,5 +96,5 @@ def _raise_too_long(*_: Any) -> None:
 
 @functools.cache
 def _sandbox() -> sandbox.Sandbox:
-    factory = "agrpo_megatron.tasks.rewards.equivalence:load_mortal_comparison"
-    return sandbox.Sandbox(factory, seconds=PATIENCE)
+    factory = "agrpo_megatron.tasks.rewards.equivalence:load_killable_comparison"
+    return sandbox.Sandbox(factory, seconds=WALL_SECONDS)

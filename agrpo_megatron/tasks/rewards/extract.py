@@ -1,4 +1,4 @@
-"""Answers cut out of completions, in time linear in the text."""
+"""Extraction of answers from completions, in time linear in the text."""
 
 import functools
 import re
@@ -7,7 +7,7 @@ CELLS = 16  # of a 4x4 grid
 
 
 def tagged(text: str, tag: str) -> str | None:
-    """Return what the first `<tag>` and the next `</tag>` enclose, in any letter case, stripped."""
+    """Return the text between the first `<tag>` and the next `</tag>`, in any case, stripped."""
     opening, closing = _tags(tag)
     start = opening.search(text)
     end = closing.search(text, start.end()) if start else None
@@ -15,7 +15,7 @@ def tagged(text: str, tag: str) -> str | None:
 
 
 def last_tagged(text: str) -> str | None:
-    """Return the content of the last whole `<answer>` block, stripped; blocks do not overlap."""
+    """Return the content of the last complete `<answer>` block, stripped; blocks do not overlap."""
     found, place = None, 0
     while (start := text.find("<answer>", place)) >= 0:
         end = text.find("</answer>", start)
@@ -26,7 +26,7 @@ def last_tagged(text: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""Return what the first `\boxed{` holds up to the brace that closes it."""
+    r"""Return the text between the first `\boxed{` and its closing brace."""
     start = text.find("\\boxed{")
     if start < 0:
         return None
@@ -36,7 +36,7 @@ def boxed(text: str) -> str | None:
 
 
 def closing_brace(text: str, start: int, *, depth: int) -> int | None:
-    """Return where the braces from `start` on, `depth` of them open, are balanced first."""
+    """Return the index that first balances the braces from `start`, with `depth` open before it."""
     for match in _BRACE.finditer(text, start):
         depth += 1 if match[0] == "{" else -1
         if depth == 0 and match[0] == "}":
@@ -45,7 +45,7 @@ def closing_brace(text: str, start: int, *, depth: int) -> int | None:
 
 
 def cells_right(grid: str, puzzle: str, solution: str) -> tuple[int, int]:
-    """Return how many empty cells of a puzzle are right in a grid of 16, and how many there are."""
+    """Return how many empty cells of a puzzle are right in a grid of 16, and their number."""
     empty = [i for i in range(CELLS) if puzzle[i] == "0"]
     return sum(grid[i] == solution[i] for i in empty), len(empty)
 

@@ -1,19 +1,19 @@
 r"""d1's comparison of LaTeX answers: strings, after the normalisation of the MATH benchmark.
 
-Source: the MATH data set's published `strip_string` rules, as d1 uses them. They are kept as they
-are, oddities included, since the published accuracies were counted with them: a text that a rule
-cannot handle makes the comparison fall back to the raw strings.
+Source: the MATH data set's published `strip_string` rules, as d1 uses them. Their oddities are
+kept, since published accuracies depend on them: if a rule cannot handle a text, the raw strings
+are compared.
 """
 
 from agrpo_megatron.tasks.rewards.extract import closing_brace
 
 
 class _Unhandled(Exception):
-    """A rule met a text that it was not made for."""
+    """A rule cannot handle a text."""
 
 
 def is_equivalent(first: str, second: str) -> bool:
-    """Say whether two answers are the same string once both are normalised."""
+    """Return whether two answers are the same string after normalisation."""
     try:
         return normalise(first) == normalise(second)
     except _Unhandled:
@@ -21,9 +21,9 @@ def is_equivalent(first: str, second: str) -> bool:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last box, the whole text without one, None if it is not closed.
+    r"""Return the content of the last box; without a box the whole text; None if it is not closed.
 
-    `\boxed x` without braces counts up to the next dollar sign, and goes before all others.
+    `\boxed x` without braces has priority over all others, and ends at the next dollar sign.
     """
     if "\\boxed " in text:
         return text.split("\\boxed ")[-1].split("$")[0]
@@ -40,7 +40,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def normalise(text: str) -> str:
-    """Return the answer in the form that is compared."""
+    """Return an answer in its normal form."""
     for old, new in _FIRST:
         text = text.replace(old, new)
     text = _without_units(text)

@@ -1,4 +1,4 @@
-"""Arithmetic against Python's own evaluation, on text that holds nothing else."""
+"""Arithmetic against Python's evaluation, and expressions within other text."""
 
 import random
 import re
@@ -7,14 +7,19 @@ import warnings
 import pytest
 
 from agrpo_megatron.tasks.countdown_problems import solve
-from agrpo_megatron.tasks.rewards.arithmetic import evaluate, evaluate_whole, same_numbers
-from agrpo_megatron.tasks.rewards.expressions import holds_solution, reaches
+from agrpo_megatron.tasks.rewards.arithmetic import (
+    contains_solution,
+    evaluate,
+    evaluate_whole,
+    has_value,
+    same_numbers,
+)
 
 PIECES = ("3", "4", "12", "0", ".5", "+", "-", "*", "/", "//", "(", ")", " ", "\n", "--", "-+-")
 
 
 def python_value(text):
-    """Evaluate by Python; the pieces hold no power, so that this is bounded."""
+    """Evaluate by Python; bounded, since the pieces have no power."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -87,14 +92,14 @@ def test_whole_values_use_the_numbers_and_divide_exactly():
     ],
 )
 def test_expressions_are_found_amid_other_text(text, holds):
-    assert holds_solution(text, [30, 100, 93], target=23) == holds
+    assert contains_solution(text, [30, 100, 93], target=23) == holds
 
 
 @pytest.mark.parametrize(
     "text", [r"\frac{90 \cdot 43}{90}", r"43 \times \frac{90}{90}", "(43)(90/90)"]
 )
 def test_expressions_are_found_in_latex(text):
-    assert holds_solution(text, [90, 43, 90], target=43)
+    assert contains_solution(text, [90, 43, 90], target=43)
 
 
 def test_every_solution_that_is_found_solves():
@@ -104,7 +109,7 @@ def test_every_solution_that_is_found_solves():
         numbers = chance.choices(range(1, 20), k=3)
         target = chance.randint(1, 60)
         solution = solve(numbers, target)
-        assert not solution or (reaches(solution, target) and same_numbers(solution, numbers))
+        assert not solution or (has_value(solution, target) and same_numbers(solution, numbers))
         found += bool(solution)
     assert found > 10
     assert re.fullmatch(r"[\d+*/()-]+", solve([30, 100, 93], 23))

@@ -1,4 +1,4 @@
-"""Answers compared by meaning, in this process's children and within a grader's worker."""
+"""Answers compared by value, in children of this process and in a grader's worker."""
 
 import pytest
 
