@@ -11,11 +11,19 @@ from markupsafe import Markup
 
 from agrpo_megatron.config.schema import Described, describe, flatten
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.evaluation.statistics import wilson
 from agrpo_megatron.reports.page.completions import prompts
 from agrpo_megatron.reports.plots.figures import draw_figures
 from agrpo_megatron.reports.plots.style import DARK
-from agrpo_megatron.reports.read import Row, Run, after, before, read_run, series, time_totals
+from agrpo_megatron.reports.read import (
+    Row,
+    Run,
+    accuracy_interval,
+    after,
+    before,
+    read_run,
+    series,
+    time_totals,
+)
 from agrpo_megatron.reports.text import compact, duration, number, percent, points, written
 
 CAPTIONS = {
@@ -134,9 +142,9 @@ def _held_out(run: Run) -> dict[str, Any] | None:
         shown |= {"first": percent(first["accuracy"]), "gain": points(gain), "is_worse": gain < 0}
     if last and last.get("stage") == "interval":
         more.append(f"so far, at iteration {last['iteration']}")
-    count = number(newest, "problems")
-    if count:
-        low, high = wilson(newest["accuracy"], int(count))
+    count, interval = number(newest, "problems"), accuracy_interval(newest)
+    if count and interval:
+        low, high = interval
         more.append(f"{compact(count)} problems, 95% interval {percent(low)} to {percent(high)}")
     return shown | {"more": "; ".join(more)}
 
