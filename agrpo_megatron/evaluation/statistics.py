@@ -26,7 +26,7 @@ def wilson(share: float, count: float) -> Interval:
 def share_interval(per_problem: Sequence[float], samples: int) -> Interval:
     """Return the 95% interval of the mean of shares, each of `samples` trials of one problem.
 
-    Trials of one problem resemble one another, so together they tell less than as many
+    Trials of one problem are correlated, so they carry less information than as many
     independent ones. Wilson's interval is taken at the number of independent trials that would
     spread as the problems do: between the number of problems and that of all trials. With one
     trial of each problem it is Wilson's own.

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agrpo_megatron.evaluation.grid import EVALUATION, EVALUATIONS, RESULTS, EvaluationProgress
+from agrpo_megatron.reports import tables
 from agrpo_megatron.reports.text import compact, duration, percent, visible
 
 EVERY = 20.0  # seconds between two lines where there is no terminal
@@ -56,7 +57,7 @@ def _read(folder: Path) -> Results:
 
 
 def print_results(evaluations: Sequence[Results]) -> None:
-    """Print the cells of evaluations as a table; what all rows share stands above it."""
+    """Print the cells of evaluations as a table; values shared by all rows go above it."""
     rows = _rows(evaluations)
     shared = [n for n in TEXT_COLUMNS if len({row[n] for row in rows}) == 1]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -78,15 +79,7 @@ def _width(table: Table) -> int:
 
 def markdown_table(evaluations: Sequence[Results]) -> str:
     """Return the cells of evaluations as a table in Markdown."""
-    rows = _rows(evaluations)
-    names = list(rows[0])
-    rules = ["---" if name in TEXT_COLUMNS else "---:" for name in names]
-    table = [names, rules, *(list(row.values()) for row in rows)]
-    return "".join("| " + " | ".join(map(_cell, cells)) + " |\n" for cells in table)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return tables.markdown_table(_rows(evaluations), left=TEXT_COLUMNS)
 
 
 def _rows(evaluations: Sequence[Results]) -> list[dict[str, str]]:
@@ -132,7 +125,7 @@ def _row(results: Results, cell: Mapping[str, Any]) -> dict[str, str]:
 class EvaluationView:
     """Shows an evaluation while it runs: a bar on a terminal, else a line now and then.
 
-    What it says goes to the standard error, so that results can be piped.
+    The output goes to standard error, so that results can be piped.
     """
 
     def __init__(self, *, live: bool, is_main: bool):
@@ -155,12 +148,12 @@ class EvaluationView:
             self._bars.stop()
 
     def note(self, text: str) -> None:
-        """Say something."""
+        """Print a line of text."""
         if self._is_main:
             self._console.print(Text(visible(text), style="dim"), soft_wrap=True)
 
     def show(self, progress: EvaluationProgress) -> None:
-        """Show how far the evaluation has come."""
+        """Show the progress of the evaluation."""
         now = time.monotonic()
         left = self._remaining(progress, now)
         if self._is_live:
@@ -177,7 +170,7 @@ class EvaluationView:
 
 
 def _described(progress: EvaluationProgress) -> tuple[str, str]:
-    """Return what is being answered, and how far that has come."""
+    """Return the task and cell, and the progress within them."""
     cell = progress.cell
     return (
         f"{visible(progress.task)}  {cell.completion_length} tokens, {cell.denoising_steps} steps",

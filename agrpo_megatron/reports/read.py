@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from agrpo_megatron.config.yaml_files import read_yaml
+from agrpo_megatron.evaluation.statistics import Interval, wilson
 from agrpo_megatron.reports.text import number
 
 STAGES = ("before", "interval", "after")
@@ -83,6 +84,15 @@ def after(run: Run) -> Row | None:
     """Return the newest evaluation that is not the one before, if there is one."""
     found = [row for row in run.evaluations if row.get("stage") != "before" and "accuracy" in row]
     return found[-1] if found else None
+
+
+def accuracy_interval(row: Row) -> Interval | None:
+    """Return the 95% interval of an evaluation's accuracy: as logged, or Wilson's of its count."""
+    low, high = number(row, "accuracy_low"), number(row, "accuracy_high")
+    if low is not None and high is not None:
+        return low, high
+    share, count = number(row, "accuracy"), number(row, "problems")
+    return wilson(share, int(count)) if share is not None and count else None
 
 
 def time_shares(row: Row) -> dict[str, float]:

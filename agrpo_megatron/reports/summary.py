@@ -1,4 +1,4 @@
-"""What came of a run, in a few lines; several runs side by side."""
+"""The results of a run in a few lines; several runs side by side."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def conclude(run_dir: Path) -> None:
 
 
 def compare(run_dirs: list[Path]) -> None:
-    """Print held-out accuracy of several runs side by side, and draw it beside the first.
+    """Print held-out accuracy of several runs side by side, and draw it next to the first.
 
     Raises:
         ValueError: a run was not evaluated both before and after.

@@ -2,7 +2,7 @@
 
 import difflib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -41,8 +41,17 @@ def overview_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
         numeric = all(isinstance(row.get(column, 0), int | float) for row in rows)
         table.add_column(Text(column), justify="right" if numeric else "left", header_style="bold")
     for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
+        table.add_row(*(_value(row.get(column)) for column in columns))
     return table
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]], left: Container[str]) -> str:
+    """Return rows of the same columns as a Markdown table; columns not in `left` align right."""
+    names = list(rows[0])
+    rules = ["---" if name in left else "---:" for name in names]
+    table = [names, rules, *(list(row.values()) for row in rows)]
+    lines = (" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in table)
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def _reference(name: str, members: Sequence[Described]) -> Table:
@@ -74,7 +83,7 @@ def _section(setting: Described) -> str:
     return setting.key.rpartition(".")[0]
 
 
-def _cell(value: Any) -> Text:
+def _value(value: Any) -> Text:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return Text("" if value is None else str(value))
     return Text(compact(value))

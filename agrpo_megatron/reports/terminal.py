@@ -79,10 +79,10 @@ class LiveView:
     def evaluation(self, metrics: Metrics) -> None:
         """Show one held-out evaluation."""
         self._evaluations.append(metrics)
-        cells = [metrics.get("stage"), _cell("accuracy", number(metrics, "accuracy"), percent)]
-        cells.append(_cell("reward", number(metrics, "reward/mean"), _fixed))
-        cells.append(_cell("", number(metrics, "problems"), compact, " problems"))
-        cells.append(_cell("", number(metrics, "time/evaluation"), duration))
+        cells = [metrics.get("stage"), _named("accuracy", number(metrics, "accuracy"), percent)]
+        cells.append(_named("reward", number(metrics, "reward/mean"), _fixed))
+        cells.append(_named("", number(metrics, "problems"), compact, " problems"))
+        cells.append(_named("", number(metrics, "time/evaluation"), duration))
         self._say(_line("eval", str(metrics.get("iteration", "")), cells))
         self._last_call = time.monotonic()
 
@@ -105,7 +105,7 @@ class LiveView:
         self._last_call = time.monotonic()
         if self._live is None and self._is_due(phase):
             cells = self._cells()
-            cells += [_cell("eta", self._remaining(), duration)]
+            cells += [_named("eta", self._remaining(), duration)]
             self._say(_line(phase, f"{self._done[phase]}/{self._total[phase]}", cells))
 
     def _is_due(self, phase: str) -> bool:
@@ -126,7 +126,7 @@ class LiveView:
             ("tokens/s", "tokens_per_second", compact),
             ("iteration", "time/iteration", duration),
         )
-        return [_cell(name, number(self._metrics, key), form) for name, key, form in shown]
+        return [_named(name, number(self._metrics, key), form) for name, key, form in shown]
 
     def _remaining(self) -> float | None:
         """Return seconds left in the phase at its pace so far, or None before it has one."""
@@ -201,7 +201,7 @@ def _fixed(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _cell(name: str, value: float | None, form: Any, suffix: str = "") -> str:
+def _named(name: str, value: float | None, form: Any, suffix: str = "") -> str:
     return "" if value is None else f"{name} {form(value)}{suffix}".strip()
 
 

@@ -6,15 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
 from agrpo_megatron.config.schema import Described, describe, flatten
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.evaluation.statistics import wilson
-from agrpo_megatron.reports.page.completions import completions, safe
-from agrpo_megatron.reports.page.css import CSS
+from agrpo_megatron.reports.page.completions import prompts
 from agrpo_megatron.reports.plots.figures import draw_figures
 from agrpo_megatron.reports.plots.style import DARK
-from agrpo_megatron.reports.read import Row, Run, after, before, read_run, series, time_totals
+from agrpo_megatron.reports.read import (
+    Row,
+    Run,
+    accuracy_interval,
+    after,
+    before,
+    read_run,
+    series,
+    time_totals,
+)
 from agrpo_megatron.reports.text import compact, duration, number, percent, points, written
 
 CAPTIONS = {
@@ -60,76 +69,88 @@ def _page(run: Run) -> str:
     family = (run.settings.get("model") or {}).get("family")
     parts = [("task", task), ("model family", family), ("seed", seed)]
     subtitle = ", ".join(f"{name} {value}" for name, value in parts if value is not None)
-    broken = run.unreadable_lines
-    footer = f"{broken} unreadable lines were left out." if broken else ""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{safe(run.name)}</title><style>{CSS}</style></head>
-<body><main>
-<header><h1>{safe(run.name)}</h1><div class="quiet">{safe(subtitle)}</div></header>
-<div class="facts">{"".join(_facts(run))}</div>
-{"".join(_figures(run))}
-{completions(run)}
-<h2>Numbers</h2>
-{_evaluations(run)}{_metrics("Reinforcement learning", run.rl)}{_metrics("Supervised", run.sft)}
-{_settings(run)}
-<footer>{footer}</footer>
-</main></body></html>
-"""
+    metrics = (("Reinforcement learning", run.rl), ("Supervised", run.sft))
+    return (
+        _templates()
+        .get_template("page.html.j2")
+        .render(
+            name=run.name,
+            subtitle=subtitle,
+            held_out=_held_out(run),
+            facts=list(_facts(run)),
+            figures=_figures(run),
+            prompts=prompts(run),
+            tables=[_evaluations(run), *(_metrics(title, rows) for title, rows in metrics)],
+            settings=_settings(run),
+            broken=run.unreadable_lines,
+        )
+    )
 
 
-def _facts(run: Run) -> Iterator[str]:
-    """Yield the headline numbers that the run has."""
-    yield _held_out(run)
+def _templates() -> Environment:
+    return Environment(
+        loader=PackageLoader("agrpo_megatron.reports.page", ""),
+        autoescape=True,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _printable(value: object) -> object:
+    """Return text without control, escape or direction-changing characters."""
+    if isinstance(value, Markup) or not isinstance(value, str) or value.isprintable():
+        return value
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in value)
+
+
+def _facts(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, value, remark) of the headline numbers that the run has."""
     if run.rl:
-        yield _fact("RL iterations", str(run.rl[-1]["iteration"]), _planned(run, "train"))
+        yield ("RL iterations", str(run.rl[-1]["iteration"]), _planned(run, "train"))
     if run.sft:
-        yield _fact("SFT iterations", str(run.sft[-1]["iteration"]), _planned(run, "sft"))
+        yield ("SFT iterations", str(run.sft[-1]["iteration"]), _planned(run, "sft"))
     totals = time_totals(run)
-    yield _fact("Time", duration(sum(totals.values())), "training and evaluation")
+    yield ("Time", duration(sum(totals.values())), "training and evaluation")
     speed = series(run.rl or run.sft, "tokens_per_second")[1]
     if len(speed):
-        yield _fact("Tokens per second", compact(float(np.median(speed))), "median iteration")
+        yield ("Tokens per second", compact(float(np.median(speed))), "median iteration")
     error = series(run.rl, "ratio/max_error")[1]
     if len(error):
-        yield _fact("Policy ratio error", f"{error.max():.1e}", f"largest; {_alarm(run, error)}")
+        yield ("Policy ratio error", f"{error.max():.1e}", f"largest; {_alarm(run, error)}")
     if spans := _alarms(run):
         named = "; ".join(f"{name}: {span}" for name, span in spans.items())
-        yield _fact("Alarms", str(len(spans)), f"iterations of {safe(named)}")
+        yield ("Alarms", str(len(spans)), f"iterations of {named}")
     left_out = sum(number(row, "skipped_updates") or 0 for row in (*run.sft, *run.rl))
     if left_out:
-        yield _fact("Updates left out", compact(left_out), "loss or gradient was not finite")
+        yield ("Updates left out", compact(left_out), "loss or gradient was not finite")
     sizes = [size for row in (*run.sft, *run.rl) if (size := number(row, "parameters"))]
     if sizes:
-        yield _fact("Parameters", compact(sizes[-1]), "")
+        yield ("Parameters", compact(sizes[-1]), "")
 
 
-def _held_out(run: Run) -> str:
+def _held_out(run: Run) -> dict[str, Any] | None:
     """Return the headline: held-out accuracy before and after, and the gain."""
     first, last = before(run), after(run)
     newest = last or first
     if newest is None:
-        return ""
-    value, more = percent(newest["accuracy"]), []
+        return None
+    shown: dict[str, Any] = {"newest": percent(newest["accuracy"])}
+    more = []
     if first and last:
         gain = last["accuracy"] - first["accuracy"]
-        tone = "gain" if gain >= 0 else "gain down"
-        value = f"{percent(first['accuracy'])} &#8594; {value}"
-        value += f'<span class="{tone}">{points(gain)}</span>'
+        shown |= {"first": percent(first["accuracy"]), "gain": points(gain), "is_worse": gain < 0}
     if last and last.get("stage") == "interval":
         more.append(f"so far, at iteration {last['iteration']}")
-    count = number(newest, "problems")
-    if count:
-        low, high = wilson(newest["accuracy"], int(count))
+    count, interval = number(newest, "problems"), accuracy_interval(newest)
+    if count and interval:
+        low, high = interval
         more.append(f"{compact(count)} problems, 95% interval {percent(low)} to {percent(high)}")
-    return _fact("Held-out accuracy", value, "; ".join(more), hero=True)
+    return shown | {"more": "; ".join(more)}
 
 
 def _alarm(run: Run, error: np.ndarray) -> str:
-    """Say how many iterations were past the alarm of the settings, or the median without one."""
+    """Return how many iterations exceeded the alarm of the settings; the median without one."""
     level = number(run.settings.get("train") or {}, "ratio_alarm")
     if not level:
         return f"median {np.median(error):.1e}"
@@ -156,30 +177,25 @@ def _planned(run: Run, section: str) -> str:
     return f"of {compact(total)} planned" if total else ""
 
 
-def _fact(name: str, value: str, more: str, *, hero: bool = False) -> str:
-    kind = "card fact hero" if hero else "card fact"
-    return (
-        f'<div class="{kind}"><div class="name">{name}</div>'
-        f'<div class="value">{value}</div><div class="more">{more}</div></div>'
-    )
-
-
-def _figures(run: Run) -> Iterator[str]:
-    """Yield the figures, each in both themes; the browser shows the one that fits."""
+def _figures(run: Run) -> list[dict[str, str]]:
+    """Return the figures, each in both themes; the browser shows the one that fits."""
     dark = draw_figures(run, DARK)
-    for name, light in draw_figures(run).items():
-        title, caption = CAPTIONS[name]
-        yield f"""<h2>{title}</h2><figure class="card"><picture>
-<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark[name])}">
-<img alt="{title} figure" src="{_data_uri(light)}"></picture>
-<figcaption>{caption}</figcaption></figure>"""
+    return [
+        {
+            "title": CAPTIONS[name][0],
+            "caption": CAPTIONS[name][1],
+            "light": _data_uri(light),
+            "dark": _data_uri(dark[name]),
+        }
+        for name, light in draw_figures(run).items()
+    ]
 
 
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _evaluations(run: Run) -> str:
+def _evaluations(run: Run) -> dict[str, Any]:
     rows = [
         (
             str(row["iteration"]),
@@ -192,10 +208,10 @@ def _evaluations(run: Run) -> str:
         for row in run.evaluations
     ]
     names = ("iteration", "stage", "accuracy", "mean reward", "problems", "time")
-    return _table("Evaluations", names, rows, opened=True)
+    return {"title": "Evaluations", "names": names, "rows": rows, "opened": True}
 
 
-def _metrics(title: str, rows: Sequence[Row]) -> str:
+def _metrics(title: str, rows: Sequence[Row]) -> dict[str, Any]:
     """Return first, last, smallest and largest value of every metric, also unknown ones."""
     keys = sorted({key for row in rows for key in row} - {"phase", "iteration"})
     table = []
@@ -204,7 +220,8 @@ def _metrics(title: str, rows: Sequence[Row]) -> str:
         if len(values):
             ends = values[0], values[-1], values.min(), values.max()
             table.append((key, *(compact(float(value)) for value in ends)))
-    return _table(f"{title}: all metrics", ("metric", "first", "last", "lowest", "highest"), table)
+    names = ("metric", "first", "last", "lowest", "highest")
+    return {"title": f"{title}: all metrics", "names": names, "rows": table}
 
 
 def _shown(row: Row, key: str, form: Any) -> str:
@@ -212,42 +229,18 @@ def _shown(row: Row, key: str, form: Any) -> str:
     return "" if value is None else form(value)
 
 
-def _table(
-    title: str, names: Sequence[str], rows: Sequence[Sequence[str]], *, opened: bool = False
-) -> str:
-    """Return a folding table whose columns after the first hold numbers; empty without rows."""
-    if not rows:
-        return ""
-    head = "".join(f"<th{' class=n' if i else ''}>{n}</th>" for i, n in enumerate(names))
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{' class=n' if i else ''}>{safe(cell)}</td>" for i, cell in enumerate(row))
-        + "</tr>"
-        for row in rows
-    )
-    return f"""<details class="card"{" open" if opened else ""}><summary>{title}</summary>
-<div class="scroll"><table><tr>{head}</tr>{body}</table></div></details>"""
-
-
-def _settings(run: Run) -> str:
+def _settings(run: Run) -> list[dict[str, Any]]:
     known = {line.key: line for line in describe(Settings)}
     values = flatten(run.settings, whole=known)
-    if not values:
-        return ""
-    lines = [_setting(key, value, known.get(key)) for key, value in values.items()]
-    return f"""<details class="card"><summary>Settings</summary>
-<p class="quiet">Highlighted values differ from the default.</p><div class="scroll">
-<table><tr><th>setting</th><th>value</th><th>default</th><th>meaning</th></tr>
-{"".join(lines)}</table></div></details>"""
+    return [_setting(key, value, known.get(key)) for key, value in values.items()]
 
 
-def _setting(key: str, value: Any, line: Described | None) -> str:
-    changed = line is None or value != line.default
-    default = "" if line is None else written(line.default)
+def _setting(key: str, value: Any, line: Described | None) -> dict[str, Any]:
     unit = f" [{line.unit}]" if line and line.unit else ""
-    meaning = "" if line is None else line.help + unit
-    cells = f"<td><code>{safe(key)}</code></td><td><code>{safe(written(value))}</code></td>"
-    cells += f'<td class="quiet"><code>{safe(default)}</code></td>'
-    return (
-        f'<tr{" class=set" if changed else ""}>{cells}<td class="quiet">{safe(meaning)}</td></tr>'
-    )
+    return {
+        "key": key,
+        "value": written(value),
+        "default": "" if line is None else written(line.default),
+        "meaning": "" if line is None else line.help + unit,
+        "is_changed": line is None or value != line.default,
+    }

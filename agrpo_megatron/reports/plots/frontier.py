@@ -23,7 +23,7 @@ UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k
 
 
 @dataclass(frozen=True)
-class Line:
+class FrontierLine:
     """Accuracy of one model at one completion length; all arrays [points], steps ascending."""
 
     label: str
@@ -49,7 +49,7 @@ def write_frontier(evaluations: Sequence[Results], path: Path) -> Path:
     return path
 
 
-def frontier_lines(evaluations: Sequence[Results]) -> dict[str, list[Line]]:
+def frontier_lines(evaluations: Sequence[Results]) -> dict[str, list[FrontierLine]]:
     """Return the lines of every task: models in the order they are given, longest first.
 
     Raises:
@@ -81,10 +81,10 @@ def frontier_lines(evaluations: Sequence[Results]) -> dict[str, list[Line]]:
     }
 
 
-def _line(label: str, length: int, points: dict[int, dict[str, Any]]) -> Line:
+def _line(label: str, length: int, points: dict[int, dict[str, Any]]) -> FrontierLine:
     cells = [points[steps] for steps in sorted(points)]
     intervals = np.array([cell["accuracy_interval"] for cell in cells], dtype=float)
-    return Line(
+    return FrontierLine(
         label=label,
         length=length,
         steps=np.array(sorted(points), dtype=float),
@@ -95,7 +95,7 @@ def _line(label: str, length: int, points: dict[int, dict[str, Any]]) -> Line:
     )
 
 
-def _figure(lines: dict[str, list[Line]], theme: Theme) -> Figure:
+def _figure(lines: dict[str, list[FrontierLine]], theme: Theme) -> Figure:
     figure = new_figure(11, 0.5 + 3.7 * len(lines))
     grid = figure.subplots(len(lines), 2, squeeze=False, sharey="row", width_ratios=(1, 1))
     for (task, drawn), (left, right) in zip(lines.items(), grid, strict=True):
@@ -115,7 +115,7 @@ def _figure(lines: dict[str, list[Line]], theme: Theme) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, title: str, lines: Sequence[Line], along: str, theme: Theme) -> None:
+def _panel(axes: Axes, title: str, lines: Sequence[FrontierLine], along: str, theme: Theme) -> None:
     dress(axes, title, percent=True)
     axes.set_xscale("log")
     axes.margins(x=0.04)
@@ -130,7 +130,7 @@ def _panel(axes: Axes, title: str, lines: Sequence[Line], along: str, theme: The
         axes.plot(x, line.accuracy, marker, color=colour, mec=theme.face, mew=1.4, ms=7, zorder=4)
 
 
-def _looks(lines: Sequence[Line], theme: Theme) -> list[tuple[str, Any, str]]:
+def _looks(lines: Sequence[FrontierLine], theme: Theme) -> list[tuple[str, Any, str]]:
     """Return colour, dashes and marker of each line.
 
     Models by colour and lengths by dashes; the lengths of a lone model by colour.
@@ -146,15 +146,15 @@ def _looks(lines: Sequence[Line], theme: Theme) -> list[tuple[str, Any, str]]:
     return looks
 
 
-def _name(line: Line, lines: Sequence[Line]) -> str:
-    """Return what tells a line from the others: its model, its length, or both."""
+def _name(line: FrontierLine, lines: Sequence[FrontierLine]) -> str:
+    """Return what distinguishes a line: its model, its length, or both."""
     several = len({other.length for other in lines}) > 1
     if len({other.label for other in lines}) == 1 and several:
         return f"{line.length} tokens"
     return f"{line.label}, {line.length} tokens" if several else line.label
 
 
-def _step_ticks(axes: Axes, lines: Sequence[Line]) -> None:
+def _step_ticks(axes: Axes, lines: Sequence[FrontierLine]) -> None:
     """Write the step counts there are, as far as their numbers have room."""
     counts = sorted({int(steps) for line in lines for steps in line.steps})
     span = math.log(counts[-1] / counts[0]) or 1.0
@@ -168,7 +168,7 @@ def _step_ticks(axes: Axes, lines: Sequence[Line]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _flop_ticks(axes: Axes, lines: Sequence[Line]) -> None:
+def _flop_ticks(axes: Axes, lines: Sequence[FrontierLine]) -> None:
     """Write round numbers of FLOPs: decades, with others between where there are few."""
     values = np.concatenate([line.flops for line in lines])
     low, high = float(values.min()), float(values.max())

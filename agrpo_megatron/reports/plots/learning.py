@@ -6,19 +6,18 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from agrpo_megatron.evaluation.statistics import wilson
 from agrpo_megatron.reports.plots.style import Theme, curve, dress, end_labels, new_figure, note
-from agrpo_megatron.reports.read import Row, Run, after, before, series
-from agrpo_megatron.reports.text import number, percent, points
+from agrpo_megatron.reports.read import Row, Run, accuracy_interval, after, before, series
+from agrpo_megatron.reports.text import percent, points
 
 
 def has_learning(run: Run) -> bool:
-    """Say whether the run has anything to draw here."""
+    """Return whether the run has a metric that this figure shows."""
     return bool(_learning_charts(run))
 
 
 def learning_figure(run: Run, theme: Theme) -> Figure:
-    """Draw accuracy large, with reward and supervised loss beside it where there are any."""
+    """Draw accuracy large, with reward and supervised loss next to it where logged."""
     charts = _learning_charts(run)
     first, *rest = charts
     figure = new_figure(11 if rest else 8, 4.8)
@@ -65,13 +64,12 @@ def _accuracy(axes: Axes, run: Run, theme: Theme) -> None:
 
 
 def _intervals(axes: Axes, evaluations: Sequence[Row], theme: Theme) -> int:
-    """Draw the 95% interval of evaluations that say how many problems they graded; count them."""
+    """Draw the 95% interval of the evaluations that have one; return how many."""
     drawn = 0
     for row in evaluations:
-        share, count = number(row, "accuracy"), number(row, "problems")
-        if share is not None and count:
+        if interval := accuracy_interval(row):
             spot = [row["iteration"]] * 2
-            axes.plot(spot, wilson(share, int(count)), color=theme.orange, alpha=0.35, lw=1.6)
+            axes.plot(spot, interval, color=theme.orange, alpha=0.35, lw=1.6)
             drawn += 1
     return drawn
 

@@ -41,7 +41,7 @@ class Theme:
     purple: str
     red: str  # alarms
     grey: str
-    pale: str  # what is left over
+    pale: str  # the remainder
 
     def cycle(self) -> tuple[str, ...]:
         """Return the colours of interchangeable things, in order."""
@@ -173,7 +173,7 @@ def spread(spots: list[float], sizes: list[float]) -> list[float]:
 
 
 def note(axes: Axes, text: str, xy: tuple[float, float], colour: str, *, offset=(0, 0)) -> None:
-    """Write beside a point, legible over lines; offset in typographic points."""
+    """Write next to a point, legible over lines; offset in typographic points."""
     axes.annotate(
         text,
         xy,
