@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install resilience te slurm demo test lint types
+.PHONY: help install resilience te slurm demo test quick lint types
 
 # Test processes, and what they test. A multi-rank test starts its ranks with one thread each. One
 # process more than small machines have cores: tests of SLURM and of hung ranks mostly wait.
@@ -42,6 +42,14 @@ demo: install ## train the tiny example from nothing, evaluate it and write its 
 
 test: install ## run the tests, for instance: make test TESTS=tests/config/test_schema.py WORKERS=4
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# For each edit: what needs no launcher, and one layout of each kind.
+KINDS := tp2 pp2 cp2 dp2
+QUICK := tests/diffusion tests/tasks tests/config \
+  $(foreach kind,$(KINDS),'tests/training/test_layouts.py::test_the_layout_changes_nothing[$(kind)]')
+
+quick: install ## run the tests of diffusion, tasks and settings, and of one layout of each kind
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(QUICK)
 
 lint: install ## check style and format
 	@failed=0; $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; exit $$failed

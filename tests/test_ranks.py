@@ -1,6 +1,9 @@
 """The helper of multi-rank tests: results by rank, failures told, nothing left running."""
 
+import importlib.util
 import os
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -8,7 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import run_ranks
+from tests.ranks import PRELOADED, run_ranks
+
+PRESENT = set(sys.modules)  # in a rank: what its server had imported, and tests.ranks
 
 
 def _sum_on_every_rank(values):
@@ -86,3 +91,14 @@ def test_a_killed_rank_is_told_by_its_signal():
 def test_no_state_survives_between_calls():
     assert run_ranks(1, _leave_global_state) == [False]
     assert run_ranks(1, _leave_global_state) == [False]
+
+
+def _what_was_there():
+    threads = threading.enumerate()
+    return [name for name in PRELOADED if name not in PRESENT], len(threads)
+
+
+def test_a_rank_starts_with_the_package_imported_and_one_thread():
+    if importlib.util.find_spec("transformer_engine"):
+        pytest.skip("with Transformer Engine, ranks import the package themselves")
+    assert run_ranks(1, _what_was_there) == [([], 1)]
