@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from agrpo_megatron.config.schema import build, from_text
+from agrpo_megatron.config.schema import from_text
 from agrpo_megatron.config.settings import (
     ModelSettings,
     ParallelSettings,
-    RolloutSettings,
     Settings,
 )
 
@@ -56,27 +55,10 @@ def data_ranks(parallel: ParallelSettings, world_size: int) -> int:
     return parallel.data or world_size // model_ranks(parallel)
 
 
-def rollout_parallel(settings: Settings) -> ParallelSettings:
-    """Return the layout of the rollouts: `rollout.parallel`, or the training layout where null.
-
-    Raises:
-        ValueError: the text is not a layout.
-    """
-    return rollout_layout(settings.rollout, settings.parallel)
-
-
-def rollout_layout(rollout: RolloutSettings, training: ParallelSettings) -> ParallelSettings:
-    """Return the rollout layout from the two sections, as `rollout_parallel`."""
-    text, key = rollout.parallel, "rollout.parallel"
-    if text is None:
-        return training
-    return build(ParallelSettings, parse_layout(text, key), f"{key}.")
-
-
 def padded_vocab(settings: Settings) -> int:
     """Return the embedding's rows: padded only as far as a tensor-parallel split needs."""
     assert settings.model.vocab_size is not None
-    multiple = math.lcm(settings.parallel.tensor, rollout_parallel(settings).tensor)
+    multiple = math.lcm(settings.parallel.tensor, settings.rollout_layout.tensor)
     return -(-settings.model.vocab_size // multiple) * multiple
 
 

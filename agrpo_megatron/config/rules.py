@@ -11,19 +11,16 @@ from agrpo_megatron.config.parallel import (
     layout_name,
     layout_text,
     model_ranks,
-    rollout_layout,
     stage_layers,
 )
 from agrpo_megatron.config.rules_precision import validate_precision
 from agrpo_megatron.config.settings import (
     ModelSettings,
     ParallelSettings,
-    RolloutSettings,
     SamplingSettings,
     Settings,
     TaskSettings,
     TrainSettings,
-    evaluation_sampling,
 )
 
 
@@ -37,12 +34,11 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     if settings.model.load is None or settings.model.vocab_size is not None:
         _validate_model(settings.model)
         validate_layout(settings.model, settings.parallel, world_size=world_size)
-        _validate_rollout(
-            settings.rollout, settings.parallel, model=settings.model, world_size=world_size
-        )
+        if settings.rollout.parallel is not None:
+            _validate_rollout(settings, world_size)
     validate_precision(settings)
     validate_sampling(settings.sampling, "sampling")
-    validate_sampling(evaluation_sampling(settings), "evaluation")
+    validate_sampling(settings.evaluation_sampling, "evaluation")
     path = settings.tokenizer.path
     if path is not None and not Path(path).exists():
         raise ValueError(
@@ -254,17 +250,9 @@ def _layers_misfit(model: ModelSettings, parallel: ParallelSettings) -> str:
     return ""
 
 
-def _validate_rollout(
-    rollout: RolloutSettings,
-    training: ParallelSettings,
-    *,
-    model: ModelSettings,
-    world_size: int,
-) -> None:
-    key, text = "rollout.parallel", rollout.parallel
-    if text is None:
-        return
-    parallel = rollout_layout(rollout, training)
+def _validate_rollout(settings: Settings, world_size: int) -> None:
+    model, parallel = settings.model, settings.rollout_layout
+    key, text = "rollout.parallel", settings.rollout.parallel
     if parallel.virtual > 1:
         flat = replace(parallel, virtual=1)
         near = nearest_layout(model, flat, world_size=world_size)

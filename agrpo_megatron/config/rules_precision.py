@@ -6,7 +6,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from agrpo_megatron.config.parallel import rollout_layout
 from agrpo_megatron.config.settings import (
     Fp8Settings,
     KernelSettings,
@@ -23,6 +22,8 @@ from agrpo_megatron.config.settings import (
 # a second moment that no gradient adds to would never shrink.
 BF16_BETA2 = 0.996
 
+type Layouts = list[tuple[str, ParallelSettings]]
+
 
 def validate_precision(settings: Settings) -> None:
     """Check the rules; those on the architecture once it is known.
@@ -31,16 +32,16 @@ def validate_precision(settings: Settings) -> None:
         ValueError: the first rule broken, with key, value, rule and fix.
     """
     precision, fp8, kernels = settings.precision, settings.fp8, settings.kernels
-    layouts = settings.parallel, settings.rollout
+    layouts = _layouts(settings)
     used = optimizers(settings, trained_phases(settings.sft, settings.train))
     problem = (
         _fp8_misfit(precision, fp8, has_rl=settings.train.iterations > 0)
         or _spec_misfit(precision, kernels)
-        or (kernels.batch_invariant and _batch_invariant_misfit(precision, *layouts))
-        or (kernels.cuda_graphs and _graphs_misfit(*layouts))
+        or (kernels.batch_invariant and _batch_invariant_misfit(precision, layouts))
+        or (kernels.cuda_graphs and _graphs_misfit(layouts))
         or _optimizer_misfit(precision, used)
         or (fp8.primary_weights and _primary_weights_misfit(settings.rollout, used))
-        or (precision == "fp8" and _bf16_layers_misfit(fp8, settings.model, *layouts))
+        or (precision == "fp8" and _bf16_layers_misfit(fp8, settings.model, layouts))
     )
     if problem:
         raise ValueError(problem)
@@ -64,7 +65,7 @@ def validate_recipe(settings: Settings, recipe: str | None) -> None:
     if not _is_known(settings.model):
         return
     multiple = 32 if recipe == "mxfp8" else 16
-    for key, parallel in _layouts(settings.parallel, settings.rollout):
+    for key, parallel in _layouts(settings):
         for what, width in _widths(settings.model, parallel, key).items():
             if width % multiple:
                 raise ValueError(
@@ -139,15 +140,13 @@ def _spec_misfit(precision: str, kernels: KernelSettings) -> str:
     return ""
 
 
-def _batch_invariant_misfit(
-    precision: str, training: ParallelSettings, rollout: RolloutSettings
-) -> str:
+def _batch_invariant_misfit(precision: str, layouts: Layouts) -> str:
     if precision == "fp8":
         return (
             "kernels.batch_invariant=true has products of bfloat16 alone, and precision=fp8; use "
             "precision=bf16"
         )
-    for key, parallel in _layouts(training, rollout):
+    for key, parallel in layouts:
         if parallel.context > 1:
             return (
                 f"kernels.batch_invariant=true needs rows that no ranks share, and {key} has "
@@ -156,8 +155,8 @@ def _batch_invariant_misfit(
     return ""
 
 
-def _graphs_misfit(training: ParallelSettings, rollout: RolloutSettings) -> str:
-    parallel = rollout_layout(rollout, training)
+def _graphs_misfit(layouts: Layouts) -> str:
+    parallel = layouts[-1][1]
     for name in ("pipeline", "context"):
         if getattr(parallel, name) > 1:
             return (
@@ -228,9 +227,7 @@ def _primary_weights_misfit(rollout: RolloutSettings, used: Mapping[str, Optimiz
     return ""
 
 
-def _bf16_layers_misfit(
-    fp8: Fp8Settings, model: ModelSettings, training: ParallelSettings, rollout: RolloutSettings
-) -> str:
+def _bf16_layers_misfit(fp8: Fp8Settings, model: ModelSettings, layouts: Layouts) -> str:
     layers = model.num_layers
     if not _is_known(model):
         return ""
@@ -240,7 +237,7 @@ def _bf16_layers_misfit(
             f"{fp8.bf16_last_layers} leave none of model.num_layers={layers} in FP8; use fewer, or "
             "precision=bf16"
         )
-    for key, parallel in _layouts(training, rollout):
+    for key, parallel in layouts:
         most = layers // parallel.pipeline
         for name in ("bf16_first_layers", "bf16_last_layers"):
             if getattr(fp8, name) > most:
@@ -257,12 +254,10 @@ def _is_known(model: ModelSettings) -> bool:
     return model.load is None or model.vocab_size is not None
 
 
-def _layouts(
-    training: ParallelSettings, rollout: RolloutSettings
-) -> list[tuple[str, ParallelSettings]]:
-    """Return the layouts of training and rollouts, each with its setting's key."""
-    parallel, same = rollout_layout(rollout, training), rollout.parallel is None
-    return [("parallel", training), *([] if same else [("rollout.parallel", parallel)])]
+def _layouts(settings: Settings) -> Layouts:
+    """Return the layouts of training and, last, of rollouts, each with its setting's key."""
+    rollouts = ("rollout.parallel", settings.rollout_layout)
+    return [("parallel", settings.parallel), *([rollouts] if settings.rollout.parallel else [])]
 
 
 def _widths(model: ModelSettings, parallel: ParallelSettings, key: str) -> dict[str, int]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.config.settings import evaluation_sampling
 from agrpo_megatron.evaluation.grid import EvaluationProgress, cell_sampling
 from agrpo_megatron.evaluation.plan import Batch, Plan
 from agrpo_megatron.evaluation.results import Line, ResultStore
@@ -41,7 +40,7 @@ def evaluate(session: Session, network: Network, *, iteration: int, stage: str) 
     run, output = session.run, session.output
     problems = run.task.problems("eval")
     ids = torch.tensor(_rollout_ids(problems), device=network.ranks.device)
-    sampling, name = evaluation_sampling(run.settings), f"evaluation-{iteration:06d}"
+    sampling, name = run.settings.evaluation_sampling, f"evaluation-{iteration:06d}"
     request = Request(problems, ids, sampling, split="eval", name=name)
     graded = generate(session, network, request)
     found = scores(run.task, problems, [[reward] for reward in graded.rewards])

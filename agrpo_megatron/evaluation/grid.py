@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from agrpo_megatron.config.rules import validate_sampling
-from agrpo_megatron.config.settings import SamplingSettings, Settings, evaluation_sampling
+from agrpo_megatron.config.settings import EvaluationSettings, SamplingSettings, Settings
 
 # Where evaluations are kept: a folder of a run, and files in the directory of each.
 EVALUATIONS, EVALUATION, RESULTS = "evaluations", "evaluation.json", "results.json"
@@ -17,7 +17,7 @@ SWEEP_POINTS = 5  # step counts of a sweep, at least, where the block length has
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One combination that every problem is answered at."""
+    """One completion length and number of denoising steps, for every problem."""
 
     completion_length: int
     denoising_steps: int
@@ -32,8 +32,8 @@ def evaluation_grid(settings: Settings, *, is_sweep: bool = False) -> list[Cell]
     Raises:
         ValueError: a length or number of steps does not fit, or settings contradict each other.
     """
-    _check_samples(settings)
-    chosen, base = settings.evaluation, evaluation_sampling(settings)
+    chosen, base = settings.evaluation, settings.evaluation_sampling
+    _check_samples(chosen)
     if chosen.steps is not None and chosen.tokens_per_step is not None:
         raise ValueError(
             f"evaluation.steps={chosen.steps} and evaluation.tokens_per_step="
@@ -55,7 +55,7 @@ def evaluation_grid(settings: Settings, *, is_sweep: bool = False) -> list[Cell]
         if is_sweep and chosen.steps is None and chosen.tokens_per_step is None:
             steps = sweep_steps(length, block)
         else:
-            steps = _steps(settings, length, length // block)
+            steps = _steps(chosen, base, length, length // block)
         cells |= {Cell(length, count) for count in steps}
     for cell in cells:
         validate_sampling(cell_sampling(settings, cell), "evaluation")
@@ -64,7 +64,7 @@ def evaluation_grid(settings: Settings, *, is_sweep: bool = False) -> list[Cell]
 
 def cell_sampling(settings: Settings, cell: Cell) -> SamplingSettings:
     """Return the sampler of a cell; Dream's schedule decodes any length as one block."""
-    base = evaluation_sampling(settings)
+    base = settings.evaluation_sampling
     return replace(
         base,
         completion_length=cell.completion_length,
@@ -74,7 +74,7 @@ def cell_sampling(settings: Settings, cell: Cell) -> SamplingSettings:
 
 
 def sweep_steps(length: int, block_length: int) -> list[int]:
-    """Return step counts from one a block to one a token: halved, and filled up where few."""
+    """Return step counts from one per block to one per token: halved, with more where few."""
     each, count = {1}, block_length
     while count > 1:
         each.add(count)
@@ -92,9 +92,10 @@ def _block_length(base: SamplingSettings, length: int) -> int:
     return length if base.schedule == "dream" else base.block_length
 
 
-def _steps(settings: Settings, length: int, blocks: int) -> list[int]:
+def _steps(
+    chosen: EvaluationSettings, base: SamplingSettings, length: int, blocks: int
+) -> list[int]:
     """Return the steps that are set for a length."""
-    chosen, base = settings.evaluation, evaluation_sampling(settings)
     if chosen.tokens_per_step is not None:
         block = length // blocks
         for tokens in chosen.tokens_per_step:
@@ -127,8 +128,7 @@ def _multiples(length: int, block: int) -> str:
     return f"{below} or {below + block}" if below > 0 else str(block)
 
 
-def _check_samples(settings: Settings) -> None:
-    chosen = settings.evaluation
+def _check_samples(chosen: EvaluationSettings) -> None:
     for key in ("completion_lengths", "steps", "tokens_per_step"):
         if getattr(chosen, key) == []:
             raise ValueError(f"evaluation.{key}=[] is empty; name at least one, or use null")
@@ -143,7 +143,7 @@ def _check_samples(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class EvaluationProgress:
-    """How far an evaluation has come, for what shows it."""
+    """The progress of an evaluation, for its view."""
 
     task: str
     cell: Cell

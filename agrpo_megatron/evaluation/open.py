@@ -10,8 +10,6 @@ import torch
 from agrpo_megatron.checkpoint.resume import verify_together
 from agrpo_megatron.checkpoint.sharded import load_weights
 from agrpo_megatron.checkpoint.start import load_start_weights
-from agrpo_megatron.config.parallel import rollout_parallel
-from agrpo_megatron.config.settings import evaluation_sampling
 from agrpo_megatron.evaluation.evaluate import EVALUATION_IDS
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
@@ -35,7 +33,7 @@ def opened(resolved: Resolved, checkpoint: Path | None) -> Iterator[tuple[Sessio
     settings = resolved.settings
     settings = replace(
         settings,
-        parallel=rollout_parallel(settings),
+        parallel=settings.rollout_layout,
         rollout=replace(settings.rollout, parallel=None),
     )
     ranks = start_ranks(settings)
@@ -61,7 +59,7 @@ def opened(resolved: Resolved, checkpoint: Path | None) -> Iterator[tuple[Sessio
 def complete(run: Run, network: Network, prompts: list[Prompt]) -> Trajectory:
     """Complete prompts with the sampler of `evaluation`; every rank completes all of them."""
     ids = EVALUATION_IDS + torch.arange(len(prompts), device=run.ranks.device)
-    sampling = evaluation_sampling(run.settings)
+    sampling = run.settings.evaluation_sampling
     encoded = encode_prompts(run, prompts)
     trajectory, _ = sample_prompts(run, network, encoded, ids, sampling=sampling)
     return trajectory

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.checkpoint.integrity import MANIFEST
-from agrpo_megatron.config.parallel import model_ranks, rollout_parallel
+from agrpo_megatron.config.parallel import model_ranks
 from agrpo_megatron.config.settings import EvaluationSettings, ModelSettings, Settings, TaskSettings
 from agrpo_megatron.evaluation.grid import Cell, cell_sampling, evaluation_grid
 from agrpo_megatron.runs.files import digest
@@ -202,7 +202,7 @@ def _tasks(resolved: Resolved) -> tuple[dict[str, Task], dict[str, list[Problem]
 def _batch_size(resolved: Resolved, world_size: int) -> int:
     """Return problems per batch: several full forwards, so that few rows run alone at its end."""
     settings = resolved.settings
-    replicas = max(1, world_size // model_ranks(rollout_parallel(settings)))
+    replicas = max(1, world_size // model_ranks(settings.rollout_layout))
     row = 2 * settings.sampling.completion_length
     completions = BATCH_FORWARDS * replicas * max(1, settings.train.token_budget // row)
     return max(1, completions // settings.evaluation.samples)

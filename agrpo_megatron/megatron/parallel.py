@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from agrpo_megatron.config.parallel import model_ranks, rollout_parallel
+from agrpo_megatron.config.parallel import model_ranks
 from agrpo_megatron.config.settings import ParallelSettings, Settings
 from agrpo_megatron.megatron.platform import prepare_kernels, prepare_platform
 from agrpo_megatron.megatron.precision import token_multiple
@@ -77,8 +77,8 @@ def start_ranks(settings: Settings) -> Ranks:
     if not dist.is_initialized():
         _join_world(device, settings.run.timeout)
     rollout = None
-    if rollout_parallel(settings) != settings.parallel:
-        rollout = _lay_out(rollout_parallel(settings), settings, device)
+    if settings.rollout_layout != settings.parallel:
+        rollout = _lay_out(settings.rollout_layout, settings, device)
     # The training layout comes last: it remains Megatron's global one.
     ranks = _lay_out(settings.parallel, settings, device)
     tensor_parallel.model_parallel_cuda_manual_seed(settings.run.seed)

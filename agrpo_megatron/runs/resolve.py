@@ -9,7 +9,7 @@ from pathlib import Path
 
 from agrpo_megatron.config.rules import validate
 from agrpo_megatron.config.schema import load
-from agrpo_megatron.config.settings import ModelSettings, Settings, TokenizerSettings
+from agrpo_megatron.config.settings import ModelSettings, Settings, SftSettings, TokenizerSettings
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.runs.progress import HF, MODEL_FILE
 from agrpo_megatron.tasks import Task, build_task
@@ -56,11 +56,13 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     validate(settings, world_size)
     _check_tokens(model, tokenizer)
     task = build_task(settings.task)
-    _require_problems(settings, task, needs)
+    trains = settings.train.iterations > 0 or settings.sft.iterations > 0
+    _require_problems(task, needs, trains=trains)
     check_prompts(settings, task, tokenizer)
     filter_by_pass_rate(task, settings.task)
     if settings.sft.iterations > 0 and "train" in needs:
-        _check_solutions(settings, task, tokenizer)
+        length = settings.sampling.completion_length
+        _check_solutions(settings.sft, task, tokenizer, length=length)
     return Resolved(settings, task, tokenizer)
 
 
@@ -123,11 +125,11 @@ def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
     Raises:
         ValueError: long prompts where `task.long_prompts` refuses them, or nothing is left.
     """
-    limit, room = settings.task.prompt_tokens, prompt_room(settings)
+    limit, length = settings.task.prompt_tokens, settings.sampling.completion_length
+    room = settings.model.max_sequence_length - length
     if limit is not None and limit > room:
         raise ValueError(
-            f"task.prompt_tokens={limit} and sampling.completion_length="
-            f"{settings.sampling.completion_length} are together over "
+            f"task.prompt_tokens={limit} and sampling.completion_length={length} are together over "
             f"model.max_sequence_length={settings.model.max_sequence_length}; use at most {room}"
         )
     dropped: set[tuple[Split, str]] = set()
@@ -136,11 +138,12 @@ def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
         problems, what = task.problems(split), SPLIT_NAMES[split]
         prompts = tokenizer.encode_prompts(task_prompts(task, problems, split=split))
         lengths = [len(prompt) for prompt in prompts]
-        long = [p for p, length in zip(problems, lengths, strict=True) if length > (limit or room)]
+        long = [p for p, n in zip(problems, lengths, strict=True) if n > (limit or room)]
         if long:
             said = f"{len(long)} of {len(problems)} {what} problems have prompts over"
             if settings.task.long_prompts == "refuse":
-                raise ValueError(_too_long(settings, said, longest=max(lengths)))
+                longest = max(lengths)
+                raise ValueError(_too_long(said, limit, room, longest=longest, length=length))
             dropped |= {(split, problem.key) for problem in long}
             task.notes.append(f"{said} {limit or room} tokens; left out (task.long_prompts=drop)")
         unknown = sum(tokenizer.unknown_id in prompt for prompt in prompts)
@@ -167,24 +170,18 @@ def problems_by_task(task: Task, split: Split) -> dict[str, list[Problem]]:
     return found
 
 
-def prompt_room(settings: Settings) -> int:
-    """Return how many tokens a row leaves for its prompt."""
-    return settings.model.max_sequence_length - settings.sampling.completion_length
-
-
-def _too_long(settings: Settings, said: str, *, longest: int) -> str:
-    limit, room = settings.task.prompt_tokens, prompt_room(settings)
-    model, length = settings.model, settings.sampling.completion_length
+def _too_long(found: str, limit: int | None, room: int, *, longest: int, length: int) -> str:
+    """Return the error for prompts over the limit, or over the room that a row leaves them."""
     if limit is not None:
         wider = f", with model.max_sequence_length={longest + length}" if longest > room else ""
         return (
-            f"task.prompt_tokens={limit}: {said} it, the longest of {longest} tokens; use at least "
-            f"{longest}{wider}, or leave them out by task.long_prompts=drop"
+            f"task.prompt_tokens={limit}: {found} it, the longest of {longest} tokens; use at "
+            f"least {longest}{wider}, or leave them out by task.long_prompts=drop"
         )
     return (
-        f"model.max_sequence_length={model.max_sequence_length} leaves {room} tokens for prompts "
-        f"beside sampling.completion_length={length}: {said} that, the longest of {longest} "
-        f"tokens; use at least {longest + length}, or leave them out by task.long_prompts=drop"
+        f"model.max_sequence_length={room + length} leaves {room} tokens for prompts besides "
+        f"sampling.completion_length={length}: {found} that, the longest of {longest} tokens; "
+        f"use at least {longest + length}, or leave them out by task.long_prompts=drop"
     )
 
 
@@ -193,9 +190,8 @@ def _filled(task: Task, split: Split) -> list[str]:
     return [label for label, problems in problems_by_task(task, split).items() if problems]
 
 
-def _require_problems(settings: Settings, task: Task, needs: Sequence[Split]) -> None:
+def _require_problems(task: Task, needs: Sequence[Split], *, trains: bool) -> None:
     """Refuse a task, or a part of a mixture, without problems in a split that is needed."""
-    trains = settings.train.iterations > 0 or settings.sft.iterations > 0
     fixes: dict[Split, str] = {
         "train": "give it some (task.options.train=none is for `agrpo evaluate` alone), or use "
         "train.iterations=0 and sft.iterations=0",
@@ -209,13 +205,14 @@ def _require_problems(settings: Settings, task: Task, needs: Sequence[Split]) ->
             )
 
 
-def _check_solutions(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
+def _check_solutions(
+    settings: SftSettings, task: Task, tokenizer: Tokenizer, *, length: int
+) -> None:
     """Refuse supervision on solutions that are missing or do not fit."""
-    shown, _ = solved_problems(task, settings.sft)
-    length = settings.sampling.completion_length
+    shown, _ = solved_problems(task, settings)
     longest = max(map(len, tokenizer.encode_prompts([problem.solution for problem in shown])))
     if longest > length:
         raise ValueError(
             f"sampling.completion_length={length} is shorter than the longest solution of task "
-            f"{settings.task.name} ({longest} tokens); use at least {longest}"
+            f"{task.settings.name} ({longest} tokens); use at least {longest}"
         )

@@ -10,7 +10,6 @@ from agrpo_megatron.config.parallel import (
     data_ranks,
     layer_matrices,
     padded_vocab,
-    rollout_parallel,
     stage_layers,
 )
 from agrpo_megatron.config.settings import (
@@ -92,7 +91,7 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
         gradients=count * (BFLOAT16 if is_short else FLOAT32),
         main_weights=0 if is_float32 else (own - moved) * _main_width(settings.fp8, optimizer),
         moments=(own - moved) * MOMENTS[optimizer.moments],
-        rollout_copy=_rollout_copy(spec, parallel, rollout_parallel(settings)),
+        rollout_copy=_rollout_copy(spec, parallel, settings.rollout_layout),
         activations=activations * (FLOAT32 if is_float32 else BFLOAT16),
         # Main weights, their gradients and both moments, all in float32.
         host=moved * 4 * FLOAT32,

@@ -124,7 +124,7 @@ WRONG = {
     ),
     "a prompt that leaves no room": (
         {"model": {"max_sequence_length": 24}},
-        "model.max_sequence_length=24 leaves 8 tokens for prompts beside "
+        "model.max_sequence_length=24 leaves 8 tokens for prompts besides "
         "sampling.completion_length=16: 32 of 32 training problems have prompts over that, the "
         "longest of 17 tokens; use at least 33, or leave them out by task.long_prompts=drop",
     ),

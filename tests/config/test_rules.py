@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agrpo_megatron.config.parallel import layout_name, rollout_parallel
+from agrpo_megatron.config.parallel import layout_name
 from agrpo_megatron.config.rules import nearest_layout, validate, validate_layout
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import ParallelSettings, Settings
@@ -184,13 +184,13 @@ def test_rollouts_have_a_layout_of_their_own(text):
         Settings, None, ["parallel=pp2-vpp2", f"rollout.parallel={text}", "model.num_layers=4"]
     )
     validate(settings, world_size=4)
-    assert rollout_parallel(settings) == parallel_of(text)
+    assert settings.rollout_layout == parallel_of(text)
 
 
 def test_rollouts_take_the_training_layout_where_none_is_given():
     settings = load(Settings, None, ["parallel=pp2-vpp2", "parallel.layers=[1,1,1,1]"])
     validate(settings, world_size=4)
-    assert rollout_parallel(settings) == settings.parallel
+    assert settings.rollout_layout == settings.parallel
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from agrpo_megatron.config.settings import (
     ParallelSettings,
     SamplingSettings,
     Settings,
-    evaluation_sampling,
 )
 
 OVERRIDES = [
@@ -317,7 +316,7 @@ def test_nested_settings_are_told_by_dotted_names():
 
 def test_evaluation_takes_the_sampler_of_the_run_where_it_sets_nothing():
     settings = load(Settings, None, ["sampling.block_length=64", "evaluation.denoising_steps=64"])
-    assert evaluation_sampling(settings) == SamplingSettings(
+    assert settings.evaluation_sampling == SamplingSettings(
         block_length=64, denoising_steps=64, temperature=0.0, unmasking="low_confidence"
     )
 

@@ -4,7 +4,7 @@ import pytest
 
 from agrpo_megatron.config.rules import validate_sampling
 from agrpo_megatron.config.schema import load
-from agrpo_megatron.config.settings import Settings, evaluation_sampling
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.evaluation.grid import Cell, cell_sampling, evaluation_grid, sweep_steps
 
 
@@ -54,7 +54,7 @@ def test_dream_decodes_every_length_as_one_block():
 
 def test_a_cell_changes_length_and_steps_alone():
     settings = load(Settings, None, ["evaluation.top_k=5"])
-    sampling, base = cell_sampling(settings, Cell(64, 32)), evaluation_sampling(settings)
+    sampling, base = cell_sampling(settings, Cell(64, 32)), settings.evaluation_sampling
     changed = {name for name, value in vars(base).items() if vars(sampling)[name] != value}
     assert changed == {"completion_length", "denoising_steps"}
 

@@ -86,7 +86,7 @@ def test_without_a_limit_the_row_is_the_limit(gsm8k):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         resolved(gsm8k, f"model.max_sequence_length={needed - 1}")
     assert str(caught.value) == (
-        f"model.max_sequence_length={needed - 1} leaves {held_out - 1} tokens for prompts beside "
+        f"model.max_sequence_length={needed - 1} leaves {held_out - 1} tokens for prompts besides "
         "sampling.completion_length=8: 1 of 2 held-out problems have prompts over that, the "
         f"longest of {held_out} tokens; use at least {needed}, or leave them out by "
         "task.long_prompts=drop"

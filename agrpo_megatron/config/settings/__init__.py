@@ -4,9 +4,10 @@
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from agrpo_megatron.config.schema import section, setting
+from agrpo_megatron.config.schema import build, from_text, section, setting
 from agrpo_megatron.config.settings.model import (
     ModelSettings,
     ParallelSettings,
@@ -56,7 +57,6 @@ __all__ = [
     "TokenizerSettings",
     "TrainSettings",
     "UNMASKING",
-    "evaluation_sampling",
 ]
 
 
@@ -90,17 +90,29 @@ class Settings:
     resilience: ResilienceSettings = section(ResilienceSettings, "failures, preemption and alarms")
     launch: LaunchSettings = section(LaunchSettings, "the job that `agrpo launch` submits")
 
+    @cached_property
+    def rollout_layout(self) -> ParallelSettings:
+        """The layout of the rollouts: `rollout.parallel`, or the training layout where null.
 
-def evaluation_sampling(settings: Settings) -> SamplingSettings:
-    """Return the sampler of evaluation: `sampling` with the overrides of `evaluation`."""
-    sampling, chosen = settings.sampling, settings.evaluation
-    return replace(
-        sampling,
-        temperature=chosen.temperature,
-        unmasking=chosen.unmasking,
-        denoising_steps=chosen.denoising_steps or sampling.denoising_steps,
-        block_length=chosen.block_length or sampling.block_length,
-        top_k=chosen.top_k,
-        top_p=chosen.top_p,
-        threshold=sampling.threshold,
-    )
+        Raises:
+            ValueError: the text is not a layout.
+        """
+        text, key = self.rollout.parallel, "rollout.parallel"
+        if text is None:
+            return self.parallel
+        parts = from_text(ParallelSettings, text, key=key)
+        return build(ParallelSettings, parts, f"{key}.")
+
+    @cached_property
+    def evaluation_sampling(self) -> SamplingSettings:
+        """The sampler of evaluation: `sampling` with the overrides of `evaluation`."""
+        sampling, chosen = self.sampling, self.evaluation
+        return replace(
+            sampling,
+            temperature=chosen.temperature,
+            unmasking=chosen.unmasking,
+            denoising_steps=chosen.denoising_steps or sampling.denoising_steps,
+            block_length=chosen.block_length or sampling.block_length,
+            top_k=chosen.top_k,
+            top_p=chosen.top_p,
+        )
