@@ -29,7 +29,12 @@ from rich.table import Table
 
 INSIDE = {"kill": ("rollout", "update"), "hang": ("rollout", "update"), "fail_save": None}
 OUTSIDE = ("requeue", "signal", "kill_batch")
-TIMED = ("time/", "tokens_per_second", "section/", "straggler/")  # metrics measured by a clock
+TIMED = (
+    "timing/",
+    "perf/tokens_per_second",
+    "section/",
+    "straggler/",
+)  # metrics measured by a clock
 POLL, JOB_TIMEOUT = 1.0, 3600.0  # seconds: between two checks of a job, and for an undisturbed job
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"}
 

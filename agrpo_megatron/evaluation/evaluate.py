@@ -54,7 +54,7 @@ def evaluate(session: Session, network: Network, *, iteration: int, stage: str) 
         "accuracy_low": low,
         "accuracy_high": high,
         **{f"summary/{name}": value for name, value in found["summary"].items()},
-        "time/evaluation": time.perf_counter() - started,
+        "timing/evaluation": time.perf_counter() - started,
     }
     output.log.metrics(record)
     samples = sample_records(run, problems, graded, split="eval")

@@ -97,8 +97,8 @@ def accuracy_interval(row: Row) -> Interval | None:
 
 def time_shares(row: Row) -> dict[str, float]:
     """Return seconds of an RL iteration by part; `other` is what no part accounts for."""
-    shares = {part: number(row, f"time/{part}") or 0.0 for part in TIME_PARTS}
-    whole = number(row, "time/iteration") or 0.0
+    shares = {part: number(row, f"timing/{part}") or 0.0 for part in TIME_PARTS}
+    whole = number(row, "timing/iteration") or 0.0
     return shares | {"other": max(0.0, whole - sum(shares.values()))}
 
 
@@ -106,9 +106,9 @@ def time_totals(run: Run) -> dict[str, float]:
     """Return seconds of the whole run by part, supervised phase and evaluations included."""
     shares = [time_shares(row) for row in run.rl]
     return {
-        "supervised": float(series(run.sft, "time/iteration")[1].sum()),
+        "supervised": float(series(run.sft, "timing/iteration")[1].sum()),
         **{part: sum(s[part] for s in shares) for part in (*TIME_PARTS, "other")},
-        "evaluation": float(series(run.evaluations, "time/evaluation")[1].sum()),
+        "evaluation": float(series(run.evaluations, "timing/evaluation")[1].sum()),
     }
 
 

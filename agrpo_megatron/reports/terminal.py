@@ -82,7 +82,7 @@ class LiveView:
         cells = [metrics.get("stage"), _named("accuracy", number(metrics, "accuracy"), percent)]
         cells.append(_named("reward", number(metrics, "reward/mean"), _fixed))
         cells.append(_named("", number(metrics, "problems"), compact, " problems"))
-        cells.append(_named("", number(metrics, "time/evaluation"), duration))
+        cells.append(_named("", number(metrics, "timing/evaluation"), duration))
         self._say(_line("eval", str(metrics.get("iteration", "")), cells))
         self._last_call = time.monotonic()
 
@@ -123,8 +123,8 @@ class LiveView:
             ("entropy", "entropy", _fixed),
             ("live steps", "live_steps/mean", "{:.1f}".format),
             ("grad norm", "grad_norm", _fixed),
-            ("tokens/s", "tokens_per_second", compact),
-            ("iteration", "time/iteration", duration),
+            ("tokens/s", "perf/tokens_per_second", compact),
+            ("iteration", "timing/iteration", duration),
         )
         return [_named(name, number(self._metrics, key), form) for name, key, form in shown]
 

@@ -52,8 +52,8 @@ def generate(session: Session, network: Network, request: Request) -> GradedRoll
     as it is complete, while other rows are still sampled.
 
     Returns:
-        `seconds` holds time/rollout (sampling), time/reward (from there until all ranks have
-        graded) and time/reward_hidden (grading by workers while this rank sampled).
+        `seconds` holds timing/rollout (sampling), timing/reward (from there until all ranks have
+        graded) and timing/reward_hidden (grading by workers while this rank sampled).
 
     Raises:
         Stopped: the ranks agreed to stop; completions that are complete are cached.
@@ -78,9 +78,9 @@ def generate(session: Session, network: Network, request: Request) -> GradedRoll
             part = (share.places, on_cpu, rewards, forward.tokens, forward.slots.bubble)
         waited = time.perf_counter() - sampled
         parts = [part for part in gather_objects(part) if part is not None]
-    seconds = {"time/rollout": sampled - started, "time/reward": time.perf_counter() - sampled}
+    seconds = {"timing/rollout": sampled - started, "timing/reward": time.perf_counter() - sampled}
     if is_parallel:
-        seconds["time/reward_hidden"] = max(0.0, grader.busy - busy - waited)
+        seconds["timing/reward_hidden"] = max(0.0, grader.busy - busy - waited)
     return _joined(parts, ranks.device, seconds)
 
 

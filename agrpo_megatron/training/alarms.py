@@ -29,7 +29,7 @@ ALARMS = (
     ),
     Alarm(
         "empty",
-        "empty_completions",
+        "completions/empty_fraction",
         "resilience.empty_alarm",
         lambda value, level: value >= level > 0,
         "{value:.0%} of completions have no text, only end-of-text",

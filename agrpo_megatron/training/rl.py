@@ -63,9 +63,9 @@ def run_rl(
             **metrics,
             **alarms.check(iteration + 1, {**rollout_metrics, **metrics}),
             **compare_ranks(stragglers, sections.take(), run.ranks, output.view.warn),
-            "time/update": now - update_started,
-            "time/iteration": now - started,
-            "tokens_per_second": tokens / (now - started),
+            "timing/update": now - update_started,
+            "timing/iteration": now - started,
+            "perf/tokens_per_second": tokens / (now - started),
         }
         output.log.metrics(record)
         output.view.rl(record)
@@ -200,8 +200,8 @@ def _rollout_metrics(run: Run, rollout: Rollout) -> dict[str, float]:
     return {
         "entropy": float(trajectory.entropies.sum()) / max(1.0, float(sampled.sum())),
         "live_steps/mean": float(live.double().mean()),
-        "completion_tokens/mean": float(text.sum(1).double().mean()),
-        "empty_completions": float((text.sum(1) == 0).double().mean()),
+        "completions/mean_length": float(text.sum(1).double().mean()),
+        "completions/empty_fraction": float((text.sum(1) == 0).double().mean()),
         "zero_advantage_fraction": float((rollout.advantages == 0).double().mean()),
     }
 
@@ -218,7 +218,8 @@ def _update_metrics(results: list[dict[str, float]]) -> dict[str, float]:
         "skipped_updates": len(results) - len(made),
         "rows": sum(r["rows"] for r in results),
         "micro_batches": sum(r["micro_batches"] for r in results),
-        "packing_efficiency": sum(r["filled"] for r in results) / sum(r["slots"] for r in results),
+        "perf/packing_efficiency": sum(r["filled"] for r in results)
+        / sum(r["slots"] for r in results),
     }
 
 

@@ -51,8 +51,8 @@ def run_sft(
             "iteration": iteration + 1,
             **metrics,
             **compare_ranks(stragglers, sections.take(), run.ranks, output.view.warn),
-            "time/iteration": seconds,
-            "tokens_per_second": tokens / seconds,
+            "timing/iteration": seconds,
+            "perf/tokens_per_second": tokens / seconds,
         }
         output.log.metrics(record)
         output.view.sft(record)

@@ -20,8 +20,8 @@ def sft_row(rng, iteration, total):
         "grad_norm": 1.5 + rng.random(),
         "learning_rate": 1e-3,
         "scored_tokens": 2048,
-        "time/iteration": 0.4 + 0.05 * rng.random(),
-        "tokens_per_second": 9000 + 500 * rng.random(),
+        "timing/iteration": 0.4 + 0.05 * rng.random(),
+        "perf/tokens_per_second": 9000 + 500 * rng.random(),
     }
 
 
@@ -45,18 +45,18 @@ def rl_row(rng, iteration, total):
         "learning_rate": 1e-4,
         "live_steps/mean": 40 - 12 * progress + rng.gauss(0, 1),
         "live_steps/max": 64,
-        "completion_tokens/mean": 60 - 20 * progress + rng.gauss(0, 2),
+        "completions/mean_length": 60 - 20 * progress + rng.gauss(0, 2),
         "zero_advantage_fraction": min(1.0, abs(0.5 - 0.4 * progress + rng.gauss(0, 0.05))),
         "rows": round(900 + 100 * rng.random()),
         "micro_batches": 6,
-        "packing_efficiency": 0.93,
-        "time/rollout": 2.0 - 0.5 * progress + 0.2 * rng.random(),
-        "time/reward": 0.05,
-        "time/update": 1.4 + 0.1 * rng.random(),
-        "time/iteration": 3.7,
-        "tokens_per_second": 8000 + 1500 * rng.random(),
+        "perf/packing_efficiency": 0.93,
+        "timing/rollout": 2.0 - 0.5 * progress + 0.2 * rng.random(),
+        "timing/reward": 0.05,
+        "timing/update": 1.4 + 0.1 * rng.random(),
+        "timing/iteration": 3.7,
+        "perf/tokens_per_second": 8000 + 1500 * rng.random(),
     }
-    return row | ({"time/checkpoint": 1.5} if iteration % 50 == 0 else {})
+    return row | ({"timing/checkpoint": 1.5} if iteration % 50 == 0 else {})
 
 
 def eval_row(rng, iteration, stage, total):
@@ -69,7 +69,7 @@ def eval_row(rng, iteration, stage, total):
         "accuracy": accuracy,
         "reward/mean": accuracy + 0.08,
         "problems": 256,
-        "time/evaluation": 6.0,
+        "timing/evaluation": 6.0,
     }
 
 

@@ -15,7 +15,12 @@ def page(tmp_path_factory):
     run_dir = write_run(tmp_path_factory.mktemp("runs") / "a<b>", iterations=10, sft=3)
     rows = [
         {"phase": "eval", "iteration": 0, "stage": "before", "accuracy": 0.125, "problems": 256},
-        {"phase": "rl", "iteration": 10, "tokens_per_second": 12345.0, "time/iteration": 90.0}
+        {
+            "phase": "rl",
+            "iteration": 10,
+            "perf/tokens_per_second": 12345.0,
+            "timing/iteration": 90.0,
+        }
         | {"new/<metric>": 7, "parameters": 8_016_000_000},
         {"phase": "eval", "iteration": 10, "stage": "after", "accuracy": 0.625, "problems": 256},
     ]

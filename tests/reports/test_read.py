@@ -46,20 +46,26 @@ def test_directories_without_metrics_are_refused_with_the_fix(tmp_path):
 
 
 def test_before_and_after_and_seconds_by_part(tmp_path):
-    rl = {"phase": "rl", "iteration": 1, "time/rollout": 2.0, "time/update": 1.0}
+    rl = {"phase": "rl", "iteration": 1, "timing/rollout": 2.0, "timing/update": 1.0}
     rows = [
-        {"phase": "sft", "iteration": 1, "time/iteration": 0.5},
+        {"phase": "sft", "iteration": 1, "timing/iteration": 0.5},
         {"phase": "eval", "iteration": 0, "stage": "before", "accuracy": 0.1},
-        rl | {"time/iteration": 3.5},
-        rl | {"iteration": 2, "time/checkpoint": 4.0, "time/iteration": 3.5},
-        {"phase": "eval", "iteration": 2, "stage": "after", "accuracy": 0.4, "time/evaluation": 9},
+        rl | {"timing/iteration": 3.5},
+        rl | {"iteration": 2, "timing/checkpoint": 4.0, "timing/iteration": 3.5},
+        {
+            "phase": "eval",
+            "iteration": 2,
+            "stage": "after",
+            "accuracy": 0.4,
+            "timing/evaluation": 9,
+        },
     ]
     write_lines(tmp_path / "metrics.jsonl", rows)
     run = read_run(tmp_path)
     assert (before(run), after(run)) == (rows[1], rows[4])
     totals = time_totals(run)
     assert totals["rollout"] == 4.0
-    assert totals["other"] == 0.5  # a checkpoint outside time/iteration is not subtracted twice
+    assert totals["other"] == 0.5  # a checkpoint outside timing/iteration is not subtracted twice
     assert sum(totals.values()) == 0.5 + 3.5 + 7.0 + 9.0
 
 

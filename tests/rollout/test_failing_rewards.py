@@ -45,7 +45,7 @@ def test_a_run_goes_on_whatever_its_rewards_do(tmp_path, size):
         assert record["failed_rewards"] == failing
         good = record["reward/mean"] * whole + failing
         assert 0 <= good <= 0.8 * GROUP, "only the others have a score above -1"
-        assert record["time/reward"] > 0 and record["time/reward_hidden"] >= 0
+        assert record["timing/reward"] > 0 and record["timing/reward_hidden"] >= 0
     for record in (r for r in records if r["phase"] == "eval"):
         assert record["failed_rewards"] == len(FAILING)
     warned = [text for text in results[0] if text.startswith("iteration ")]

@@ -55,14 +55,14 @@ def test_completions_are_the_same_bits_whether_grading_goes_on_beside_or_not(lay
         for name in NAMES:
             assert torch.equal(getattr(here.trajectory, name), getattr(beside.trajectory, name))
         assert here.rewards == beside.rewards and len(here.rewards) == ROWS
-        assert "time/reward_hidden" not in here.seconds
+        assert "timing/reward_hidden" not in here.seconds
     replicas = 2 if layout == "dp2" else 1
     graders = [(here, beside) for (_, here), (_, beside) in results if here]
     assert len(graders) == replicas, "each replica grades once"
     for here, beside in graders:
         assert here == [ROWS // replicas]
         assert len(beside) > 1 and sum(beside) == ROWS // replicas
-    assert results[0][1][0].seconds["time/reward_hidden"] >= 0
+    assert results[0][1][0].seconds["timing/reward_hidden"] >= 0
 
 
 def _with_rows():

@@ -51,7 +51,7 @@ def _close(ours, theirs):
 
 
 # How rows are packed depends on the number of ranks.
-LAYOUT = {"micro_batches", "packing_efficiency"}
+LAYOUT = {"micro_batches", "perf/packing_efficiency"}
 
 
 @pytest.mark.slow

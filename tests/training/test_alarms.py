@@ -17,7 +17,7 @@ NAMES = ["ratio", "empty", "entropy", "zero_variance"]
 # alarm: metric, setting, a value that is past it, one that is not
 STATES = {
     "ratio": ("ratio/max_error", "train.ratio_alarm", 0.02, 0.01),
-    "empty": ("empty_completions", "resilience.empty_alarm", 0.75, 0.5),
+    "empty": ("completions/empty_fraction", "resilience.empty_alarm", 0.75, 0.5),
     "entropy": ("entropy", "resilience.entropy_alarm", 0.01, 0.25),
     "zero_variance": ("zero_advantage_fraction", "resilience.zero_variance_alarm", 1.0, 0.75),
 }
@@ -63,7 +63,7 @@ def test_an_alarm_speaks_as_it_begins_and_again_only_after_it_had_ended(name):
 def test_levels_of_zero_set_off_no_alarm_of_shares_or_entropy():
     keys = ["resilience.entropy_alarm=0", "resilience.empty_alarm=0"]
     keys += ["resilience.zero_variance_alarm=0"]
-    worst = {"entropy": 0.0, "empty_completions": 1.0, "zero_advantage_fraction": 1.0}
+    worst = {"entropy": 0.0, "completions/empty_fraction": 1.0, "zero_advantage_fraction": 1.0}
     [(found, _, told)] = run_ranks(1, _go_through, keys, [worst])
     assert told == [] and set(found[0][0].values()) == {0.0}
     assert [alarm.name for alarm in ALARMS] == NAMES

@@ -123,7 +123,7 @@ def _keep_and_find(folder):
     names = ("tokens", "unmask_step", "logprobs", "entropies", "support_ids", "num_steps")
     pairs = [(getattr(r.trajectory, name) for r in (first, second)) for name in names]
     same = [torch.equal(*pair) for pair in pairs]
-    timeless = [{k: v for k, v in m.items() if k[:5] != "time/"} for m in (metrics, again)]
+    timeless = [{k: v for k, v in m.items() if k[:7] != "timing/"} for m in (metrics, again)]
     return all(same) and timeless[0] == timeless[1] and torch.equal(first.rewards, second.rewards)
 
 

@@ -157,7 +157,7 @@ def _packing(overrides):
     session, engine = open_session(*overrides, world_size=dist.get_world_size())
     rollout, first = collect_rollout(session, engine, 0)
     update, _ = update_policy(session, engine, rollout, None)
-    return first.get("rollout/bubble"), update["packing_efficiency"], update["micro_batches"]
+    return first.get("rollout/bubble"), update["perf/packing_efficiency"], update["micro_batches"]
 
 
 def test_packing_and_the_bubble_are_metrics():

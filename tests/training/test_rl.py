@@ -171,7 +171,7 @@ def _completion_tokens():
     tokenizer = replace(session.run.tokenizer, stop_ids=stops)
     session = replace(session, run=replace(session.run, tokenizer=tokenizer))
     rollout, metrics = collect_rollout(session, engine, 0)
-    return rollout.trajectory.tokens.tolist(), stops, metrics["completion_tokens/mean"]
+    return rollout.trajectory.tokens.tolist(), stops, metrics["completions/mean_length"]
 
 
 def test_a_completion_is_as_long_as_its_text():

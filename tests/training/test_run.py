@@ -29,7 +29,7 @@ METRICS = {
         "accuracy",
         "entropy",
         "live_steps/mean",
-        "completion_tokens/mean",
+        "completions/mean_length",
         "zero_advantage_fraction",
         "loss",
         "grad_norm",
@@ -40,10 +40,10 @@ METRICS = {
         "kl",
         "rows",
         "micro_batches",
-        "packing_efficiency",
-        "time/rollout",
-        "time/reward",
-        "time/update",
+        "perf/packing_efficiency",
+        "timing/rollout",
+        "timing/reward",
+        "timing/update",
     },
     "eval": {"stage", "problems", "accuracy", "reward/mean"},
 }
@@ -89,9 +89,9 @@ def test_metrics_tell_every_iteration_and_evaluation_in_order(run):
         assert METRICS[record["phase"]] <= record.keys()
     for record in (r for r in records if r["phase"] == "rl"):
         assert record["ratio/max_error"] < 1e-5
-        assert 0 < record["packing_efficiency"] <= 1
-        times = [record[f"time/{part}"] for part in ("rollout", "reward", "update")]
-        assert 0 < sum(times) <= record["time/iteration"]
+        assert 0 < record["perf/packing_efficiency"] <= 1
+        times = [record[f"timing/{part}"] for part in ("rollout", "reward", "update")]
+        assert 0 < sum(times) <= record["timing/iteration"]
 
 
 def test_samples_can_be_drawn_step_by_step(run):

@@ -52,7 +52,7 @@ TINY = [
 ]
 
 # What the metrics begin with that a clock measured.
-TIMED = ("time/", "section/", "straggler/", "tokens_per_second")
+TIMED = ("timing/", "section/", "straggler/", "perf/tokens_per_second")
 
 
 def tiny(*overrides: str) -> Settings:

@@ -112,7 +112,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str, str]]:
         yield ("SFT iterations", str(run.sft[-1]["iteration"]), _planned(run, "sft"))
     totals = time_totals(run)
     yield ("Time", duration(sum(totals.values())), "training and evaluation")
-    speed = series(run.rl or run.sft, "tokens_per_second")[1]
+    speed = series(run.rl or run.sft, "perf/tokens_per_second")[1]
     if len(speed):
         yield ("Tokens per second", compact(float(np.median(speed))), "median iteration")
     error = series(run.rl, "ratio/max_error")[1]
@@ -203,7 +203,7 @@ def _evaluations(run: Run) -> dict[str, Any]:
             _shown(row, "accuracy", percent),
             _shown(row, "reward/mean", compact),
             _shown(row, "problems", compact),
-            _shown(row, "time/evaluation", duration),
+            _shown(row, "timing/evaluation", duration),
         )
         for row in run.evaluations
     ]

@@ -52,7 +52,7 @@ SAMPLER_PANELS = (
         "Live denoising steps per completion",
         (("live_steps/mean", "mean", "blue"), ("live_steps/max", "longest", "muted")),
     ),
-    Panel("Completion length (tokens)", (("completion_tokens/mean", "", "green"),)),
+    Panel("Completion length (tokens)", (("completions/mean_length", "", "green"),)),
     Panel("Rollouts without advantage", (("zero_advantage_fraction", "", "red"),), percent=True),
     Panel("Rows trained on (rollout, step)", (("rows", "", "purple"),)),
 )
