@@ -12,7 +12,7 @@ from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.launch.sweep import flow, read_sweep
 from agrpo_megatron.reports.read import Row, after, before, read_run
-from agrpo_megatron.reports.tables import overview_table
+from agrpo_megatron.reports.tables import markdown_table, overview_table
 from agrpo_megatron.reports.text import number, percent
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 from agrpo_megatron.runs.directory import is_finished
@@ -60,7 +60,9 @@ def show_table(directory: Path) -> None:
     rows = [_cells(member) for member in members]
     tree = [asdict(member) for member in members]
     write_whole(directory / "summary.json", json.dumps({"members": tree}, indent=2) + "\n")
-    write_whole(directory / "summary.md", _markdown(rows) + _failures(members))
+    text = [name for name in rows[0] if name not in NUMERIC]
+    table = markdown_table(rows, left=text)
+    write_whole(directory / "summary.md", table + _failures(members))
     console = Console(width=200, soft_wrap=True)
     console.print(overview_table(rows))
     for member in members:
@@ -211,14 +213,6 @@ def _share(value: float | None, interval: list[float] | None) -> str:
         return ""
     spread = f" ({percent(interval[0])} to {percent(interval[1])})" if interval else ""
     return percent(value) + spread
-
-
-def _markdown(rows: list[dict[str, str]]) -> str:
-    names = list(rows[0])
-    rules = ["---:" if name in NUMERIC else "---" for name in names]
-    table = [names, rules, *(list(row.values()) for row in rows)]
-    lines = (" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in table)
-    return "".join(f"| {line} |\n" for line in lines)
 
 
 def _failures(members: list[Member]) -> str:

@@ -1,0 +1,75 @@
+"""A record's dataclass is the only list of its fields: a new one needs no change anywhere else."""
+
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from agrpo_megatron.config.settings import SamplingSettings
+from agrpo_megatron.diffusion.sampler_state import RECORDED
+from agrpo_megatron.rollout import cache
+from agrpo_megatron.trajectories import concatenate, join, map_tensors, select, tensors
+from agrpo_megatron.types import Trajectory
+
+C = 3  # completion tokens
+
+
+@dataclass(frozen=True)
+class Wider(Trajectory):
+    """A trajectory with one field more."""
+
+    margins: Tensor | None = None  # [R, C]
+
+
+def _trajectory(first, rows, support=None):
+    ids = torch.arange(first, first + rows)
+    grid = ids[:, None] * 10 + torch.arange(C)
+    return Wider(
+        prompts=tuple(torch.full((1 + number % 2,), number) for number in ids.tolist()),
+        tokens=grid,
+        unmask_step=grid + 1,
+        logprobs=-grid.float(),
+        entropies=grid.float() / 2,
+        support_ids=None if support is None else grid[..., None].repeat(1, 1, support).int(),
+        num_steps=ids + 2,
+        rollout_ids=ids,
+        sampling=SamplingSettings(),
+        margins=grid.float() * 3,
+    )
+
+
+def test_a_new_field_is_joined_selected_and_changed():
+    parts = [_trajectory(0, 2), _trajectory(2, 3)]
+    joined = join(parts, torch.tensor([4, 0, 2]))
+    for name, tensor in tensors(joined).items():
+        both = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(tensor, both[[4, 0, 2]]), name
+    assert "margins" in tensors(joined) and joined.rollout_ids.tolist() == [4, 0, 2]
+    assert [prompt.tolist() for prompt in joined.prompts] == [[4], [0], [2]]
+    assert select(joined, torch.tensor([1])).margins.tolist() == [[0.0, 3.0, 6.0]]
+    assert map_tensors(joined, lambda t: t + 1).margins.equal(joined.margins + 1)
+
+
+def test_supports_are_padded_to_the_widest_and_a_part_may_have_none():
+    joined = concatenate([_trajectory(0, 1, 2), _trajectory(1, 1), _trajectory(2, 1, 4)])
+    assert joined.support_ids.dtype == torch.int32
+    assert joined.support_ids[:, 0].tolist() == [[0, 0, -1, -1], [-1] * 4, [20] * 4]
+
+
+@pytest.mark.parametrize("support", [None, 2])
+def test_a_new_field_is_stored_and_read(monkeypatch, tmp_path, support):
+    monkeypatch.setattr(cache, "Trajectory", Wider)
+    written = replace(_trajectory(5, 3, support), weights_version=7)
+    cache._write(tmp_path / "x.part", written, {"run": "this"}, lambda: None)
+    found = cache._read_part(tmp_path / "x.part", written.sampling, "this")
+    assert found is not None and found.weights_version == 7
+    assert tensors(found).keys() == tensors(written).keys()
+    assert all(torch.equal(tensor, tensors(found)[n]) for n, tensor in tensors(written).items())
+    assert all(map(torch.equal, found.prompts, written.prompts))
+    assert cache._read_part(tmp_path / "x.part", written.sampling, "other") is None
+
+
+def test_what_is_recorded_of_a_draw_follows_from_the_two_records():
+    assert RECORDED == ("logprobs", "entropies")
+    assert set(RECORDED) < {field.name for field in fields(Trajectory)}
