@@ -60,8 +60,8 @@ def show_table(directory: Path) -> None:
     rows = [_cells(member) for member in members]
     tree = [asdict(member) for member in members]
     write_whole(directory / "summary.json", json.dumps({"members": tree}, indent=2) + "\n")
-    text = [name for name in rows[0] if name not in NUMERIC]
-    table = markdown_table(rows, left=text)
+    words = [name for name in rows[0] if name not in NUMERIC]
+    table = markdown_table(rows, left=words)
     write_whole(directory / "summary.md", table + _failures(members))
     console = Console(width=200, soft_wrap=True)
     console.print(overview_table(rows))
