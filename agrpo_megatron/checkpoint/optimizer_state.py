@@ -68,7 +68,7 @@ def use_main_weights(wanted: dict[str, Any], stored: set[str]) -> None:
 
 
 def fill_optimizer(engine: Engine, loaded: dict[str, Any], steps: int) -> None:
-    """Put loaded state in place; called by every rank, the weights being loaded already.
+    """Put loaded state in place; called by every rank, after the weights are loaded.
 
     Args:
         loaded: the tensors of this optimizer, with the non-tensor state of the checkpoint's.
@@ -200,8 +200,8 @@ def whole_weights(weights: Tensor, lower: Tensor) -> Tensor:
 def lower_halves(weights: Tensor, whole: Tensor) -> Tensor:
     """Return the halves [n] int16 that bf16 weights lack of float32 ones.
 
-    The bf16 weight is the nearest to the float32 one. Of two that are equally near the kernel
-    takes the one further from zero; beside the other the number becomes the next nearer to zero.
+    The bf16 weight is the one nearest to the float32 weight. On a tie the kernel takes the bf16
+    weight further from zero; with the other, the result is one float32 step nearer to zero.
     """
     upper = weights.detach().view(torch.int16).to(torch.int32) << 16
     missing = whole.to(weights.device, torch.float32).view(torch.int32) - upper

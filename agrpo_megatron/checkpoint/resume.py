@@ -36,10 +36,10 @@ def find_checkpoint(
             return path, read_progress(path)
         if successor is not None and ranks.is_main:
             moved = set_aside(root, path, successor)
-            warn(f"{problem}; going on from {successor.name}, the damaged one is now {moved.name}")
+            warn(f"{problem}; resuming from {successor.name}, the damaged one is now {moved.name}")
         dist.barrier()
     if problem is not None:
-        raise RuntimeError(f"{problem}; no other checkpoint is left, --restart begins anew")
+        raise RuntimeError(f"{problem}; no other checkpoint is left, --restart starts again")
     return None
 
 

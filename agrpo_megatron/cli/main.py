@@ -125,7 +125,9 @@ def train(arguments: argparse.Namespace) -> int:
     if stuck is not None:
         return _end("stuck", stuck, exit_status.STUCK)
     if stopped is not None:
-        return _end("requeue", f"{stopped}; saved, the same command goes on", exit_status.REQUEUE)
+        return _end(
+            "requeue", f"{stopped}; saved, run the same command to resume", exit_status.REQUEUE
+        )
     if is_main():
         conclude(Path(settings.run.dir))
     return _end("finished", "", 0)

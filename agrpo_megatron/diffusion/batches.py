@@ -40,7 +40,7 @@ def timestep_batches(
 ) -> list[TimestepBatch]:
     """Pack drawn rows: one batch for each of `micro_batches`, which hold indices of draws.
 
-    An empty one becomes a batch without weight, so that every rank has as many as the others.
+    An empty micro-batch becomes a batch without weight, so that all ranks have equally many.
     """
     return [
         _timestep_batch(rollout, draws, chunk, mask_id=mask_id, shift=shift)

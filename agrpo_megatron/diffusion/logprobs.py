@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The columns of a logits shard: what they stand for and who holds the others."""
+    """The columns of a logits shard: their token ids, and the group that holds the others."""
 
     size: int  # true vocabulary; columns from here on are padding
     start: int = 0  # id of the shard's first column
@@ -64,7 +64,7 @@ def entropy(logprobs: Tensor) -> Tensor:
 
 
 def gather_logits(logits: Tensor, ids: Tensor, vocab: Vocabulary) -> Tensor:
-    """Return the logits of `ids` [S, K] from whichever rank holds them; -inf where the id is -1."""
+    """Return the logits of `ids` [S, K] from the ranks that hold them; -inf where the id is -1."""
     local = ids.to(torch.int64) - vocab.start
     here = (local >= 0) & (local < logits.shape[-1]) & (ids >= 0)
     picked = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1))

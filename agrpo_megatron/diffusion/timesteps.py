@@ -31,7 +31,7 @@ def step_entropies(trajectory: Trajectory, num_steps: int) -> Tensor:
 
 
 def step_proposal(live: Tensor, entropies: Tensor, *, proposal: str, uniform_mix: float) -> Tensor:
-    """Return the distribution over steps that draws come from, [R, M] float64.
+    """Return the distribution from which steps are drawn, [R, M] float64.
 
     It is zero beyond the live steps and, for a rollout without live steps, everywhere. A share
     `uniform_mix` of uniform bounds every step weight by 1 / uniform_mix.
@@ -52,7 +52,7 @@ def step_proposal(live: Tensor, entropies: Tensor, *, proposal: str, uniform_mix
 def draw_uniforms(
     rollout_ids: Tensor, count: int, *, sampler: str, seed: int, group_size: int
 ) -> Tensor:
-    """Return [R, count] float64 numbers in (0, 1), spread as asked; one of a row is uniform.
+    """Return [R, count] float64 numbers in (0, 1); each alone is uniform, together they are spread.
 
     `independent` draws each alone; `stratified` one from each of `count` equal parts, per
     rollout; `systematic` shifts one regular comb, per rollout; `batch` (published) shuffles
@@ -74,7 +74,7 @@ def draw_uniforms(
 
 
 def invert(proposal: Tensor, uniforms: Tensor) -> Tensor:
-    """Return the steps [R, k] that uniform numbers [R, k] stand for, by inverse CDF.
+    """Return the steps [R, k] of uniform numbers [R, k], by inverse CDF.
 
     Rounding cannot lead past the last live step, nor to a step of zero probability. Rows without
     live steps give step 0, which carries no weight.

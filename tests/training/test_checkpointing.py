@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_pat
     _flip(next((root / "rl-000002").glob("*.distcp")))
     ((_, warned),) = run_ranks(1, _train, run, [])
     assert len(warned) == 1 and "__0_0.distcp: damaged" in warned[0]
-    assert "going on from rl-000001, the damaged one is now damaged-rl-000002" in warned[0]
+    assert "resuming from rl-000001, the damaged one is now damaged-rl-000002" in warned[0]
     assert same_metrics(read(run / "metrics.jsonl"), read(whole / "metrics.jsonl"))
 
 
@@ -81,7 +81,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_with_the_reason(tmp_path)
     _killed(run, [], 3)
     for shard in (run / "checkpoints").glob("*/*.distcp"):
         _flip(shard)
-    with pytest.raises(AssertionError, match="no other checkpoint is left, --restart begins anew"):
+    with pytest.raises(AssertionError, match="no other checkpoint is left, --restart starts again"):
         run_ranks(1, _train, run, [])
     assert list((run / "checkpoints").glob("*/*.distcp")), "nothing was deleted"
 
