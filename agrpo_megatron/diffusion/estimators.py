@@ -1,4 +1,4 @@
-"""Policy-gradient estimators: which states of a trajectory are scored, and with which weight.
+"""Policy-gradient estimators: choose the scored states of a trajectory, and their weights.
 
 An estimator is a view of the trajectory, `(trajectory, settings) -> StepDraws`. `ESTIMATORS`
 holds them all by the name that `algorithm.name` gives.
@@ -17,7 +17,7 @@ from agrpo_megatron.types import StepDraws, Trajectory
 
 @dataclass(frozen=True)
 class DrawContext:
-    """What estimators need beside the trajectory."""
+    """The inputs of an estimator besides the trajectory."""
 
     algorithm: AlgorithmSettings
     eos_id: int | None
@@ -27,8 +27,8 @@ class DrawContext:
 def agrpo(trajectory: Trajectory, context: DrawContext) -> StepDraws:
     """Draw `mc_samples` live steps of every rollout: an unbiased estimate of `full_trajectory`.
 
-    Draws of the same step are one row. Where the live steps are no more than the draws, each is
-    scored once (`enumerate_short`), which is exact.
+    Draws of the same step become one row. A rollout with at most `mc_samples` live steps has each
+    of them scored once (`enumerate_short`), which is exact.
 
     Source: arXiv 2510.04019, with its sampler as `step_sampler: batch`.
     """
@@ -44,7 +44,7 @@ def agrpo(trajectory: Trajectory, context: DrawContext) -> StepDraws:
 
 
 def draws_at(trajectory: Trajectory, uniforms: Tensor, context: DrawContext) -> StepDraws:
-    """Return the rows that uniform numbers [R, k] draw from the proposal, by inverse CDF."""
+    """Draw rows from the proposal at uniform numbers [R, k], by inverse CDF."""
     settings, count = context.algorithm, uniforms.shape[1]
     live = _live(trajectory, context)
     most = max(1, int(live.max())) if len(live) else 1
@@ -63,7 +63,7 @@ def draws_at(trajectory: Trajectory, uniforms: Tensor, context: DrawContext) -> 
 
 
 def full_trajectory(trajectory: Trajectory, context: DrawContext) -> StepDraws:
-    """Score every live step of every rollout: the exact gradient, at the price of all states."""
+    """Score every live step of every rollout: the exact gradient, at the highest cost."""
     live = _live(trajectory, context)
     most = max(1, int(live.max())) if len(live) else 1
     alive = torch.arange(most, device=live.device) < live[:, None]

@@ -1,7 +1,7 @@
 """Vocabulary-parallel log-probabilities and entropies; the vocabulary is never gathered.
 
 Every function takes this rank's shard of the logits, [S, V / tensor parallel], and a
-`Vocabulary` that says which columns those are. Results are equal on all ranks of the group.
+`Vocabulary` that describes its columns. Results are equal on all ranks of the group.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The columns of a logits shard: what they stand for and who holds the others."""
+    """The columns of a logits shard: their token ids, and the group of the other shards."""
 
     size: int  # true vocabulary; columns from here on are padding
     start: int = 0  # id of the shard's first column
@@ -44,8 +44,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs of `targets` [S] and entropies [S], in nats.
 
-    Gradients flow through the log-probs alone. With `support_ids` [S, K] (padded with -1) both
-    are of the distribution renormalised over those candidates, which must hold the target.
+    Gradients flow through the log-probs alone. With `support_ids` [S, K] (padded with -1) the
+    distribution is renormalised over these candidates, which must include the target.
 
     Args:
         logits: [S, shard], from `policy_logits`.
@@ -64,7 +64,7 @@ def entropy(logprobs: Tensor) -> Tensor:
 
 
 def gather_logits(logits: Tensor, ids: Tensor, vocab: Vocabulary) -> Tensor:
-    """Return the logits of `ids` [S, K] from whichever rank holds them; -inf where the id is -1."""
+    """Return the logits of `ids` [S, K] from all ranks; -inf where the id is -1."""
     local = ids.to(torch.int64) - vocab.start
     here = (local >= 0) & (local < logits.shape[-1]) & (ids >= 0)
     picked = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1))
@@ -73,7 +73,7 @@ def gather_logits(logits: Tensor, ids: Tensor, vocab: Vocabulary) -> Tensor:
 
 
 def reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType) -> Tensor:
-    """All-reduce in place over a group, if there is one to reduce over."""
+    """All-reduce in place over a group; None leaves the tensor as it is."""
     if group is not None and group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)
     return tensor

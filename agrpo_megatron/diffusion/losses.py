@@ -1,4 +1,4 @@
-"""Losses over scored tokens. Each returns a sum; the caller knows what to divide it by."""
+"""Losses over scored tokens. Each returns a sum; the caller normalises it."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
-"""The directory of an evaluation: what is evaluated, every completion, and the results.
+"""The directory of an evaluation: its identity, every completion, and the results.
 
-Written by the main rank. Completions are appended batch by batch, so that an evaluation that was
-killed goes on after its last whole batch.
+The main rank writes it. Completions are appended batch by batch, so that a killed evaluation
+resumes after its last complete batch.
 """
 
 import json
@@ -16,26 +16,26 @@ from agrpo_megatron.evaluation.grid import EVALUATION, RESULTS
 from agrpo_megatron.runs.files import write_whole
 
 COMPLETIONS = "completions.jsonl"
-# What an evaluation that goes on needs of a completion.
+# Fields of a completion that a resumed evaluation needs.
 NEEDED = {"task", "key", "sample", "score", "correct", "parts", "failure"}
 NEEDED |= {"num_steps", "completion_tokens", "flops"}
-PARTIAL = f".{EVALUATION}"  # may stay behind where an evaluation was killed as it began
-OTHER = "use another --output or --name, or --restart to begin it anew"
+PARTIAL = f".{EVALUATION}"  # left by an evaluation that was killed at its start
+OTHER = "use another --output or --name, or --restart to start it again"
 
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ResultStore:
-    """An evaluation's directory; the methods that write are called by the main rank alone."""
+    """An evaluation's directory; only the main rank calls the methods that write."""
 
     directory: Path
 
     def is_begun(self) -> bool:
-        """Say whether an evaluation stands in the directory.
+        """Return whether the directory holds an evaluation.
 
         Raises:
-            ValueError: the directory holds something else.
+            ValueError: the directory holds other files.
         """
         if (self.directory / EVALUATION).exists():
             return True
@@ -48,10 +48,10 @@ class ResultStore:
         return False
 
     def stored(self) -> dict[str, Any] | None:
-        """Return what an earlier attempt evaluates; None for a new directory.
+        """Return the identity of an earlier attempt's evaluation; None for a new directory.
 
         Raises:
-            ValueError: the directory holds something else than an evaluation.
+            ValueError: the directory holds other files, or its evaluation is not JSON.
         """
         if not self.is_begun():
             return None
@@ -62,10 +62,10 @@ class ResultStore:
             raise ValueError(f"{path} is not JSON; {OTHER}") from None
 
     def check(self, evaluation: dict[str, Any]) -> None:
-        """Compare what an earlier attempt evaluates with what is to be evaluated.
+        """Check that an earlier attempt in the directory is the same evaluation.
 
         Raises:
-            ValueError: it is something else; names the first difference.
+            ValueError: it differs; the message names the first difference.
         """
         there = self.stored()
         if there is None:
@@ -80,21 +80,21 @@ class ResultStore:
                 )
 
     def begin(self, evaluation: dict[str, Any]) -> None:
-        """Write what is evaluated, unless it stands there from an earlier attempt."""
+        """Write the evaluation's identity, unless an earlier attempt has written it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if not (self.directory / EVALUATION).exists():
             write_whole(self.directory / EVALUATION, json.dumps(evaluation, indent=2) + "\n")
 
     def results(self) -> dict[str, Any] | None:
-        """Return the results so far, if any were written."""
+        """Return the results so far, or None."""
         path = self.directory / RESULTS
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def lines(self) -> list[Line]:
-        """Return the completions that were written; a last line that is torn is left out.
+        """Return the stored completions, without a truncated last line.
 
         Raises:
-            ValueError: a whole line is not as it was written.
+            ValueError: another line is damaged.
         """
         path = self.directory / COMPLETIONS
         if not path.exists():
@@ -112,14 +112,14 @@ class ResultStore:
         return found
 
     def changed(self, number: int) -> ValueError:
-        """Return the error for completions that are not what was written, from a line on."""
+        """Return the error for completions that were changed from a line on."""
         return ValueError(
-            f"{self.directory / COMPLETIONS} was changed from line {number} on; --restart begins "
-            "anew"
+            f"{self.directory / COMPLETIONS} was changed from line {number} on; --restart starts "
+            "again"
         )
 
     def keep(self, count: int) -> None:
-        """Cut the completions back to the first lines, `count` of them."""
+        """Truncate the completions to the first `count` lines."""
         path = self.directory / COMPLETIONS
         if not path.exists():
             return
@@ -129,12 +129,12 @@ class ResultStore:
             stream.truncate(stream.tell())
 
     def append(self, lines: Sequence[Line]) -> None:
-        """Write completions, on disk when this returns."""
+        """Append completions; they are on disk when this returns."""
         with (self.directory / COMPLETIONS).open("a", encoding="utf-8") as stream:
             stream.write("".join(json.dumps(line) + "\n" for line in lines))
             stream.flush()
             os.fsync(stream.fileno())
 
     def write(self, results: dict[str, Any]) -> None:
-        """Write the results so far, at once or not at all."""
+        """Write the results so far atomically."""
         write_whole(self.directory / RESULTS, json.dumps(results, indent=2) + "\n")

@@ -247,7 +247,7 @@ def test_a_damaged_line_is_one_error_on_every_rank(run, whole, tmp_path, name):
     (output / COMPLETIONS).write_text("\n".join(lines[:9]) + "\n")
     (output / RESULTS).unlink()
     command = ["evaluate", run, "--output", output, *GRID]
-    said = f"{output / COMPLETIONS} was changed from line 4 on; --restart begins anew"
+    said = f"{output / COMPLETIONS} was changed from line 4 on; --restart starts again"
     (status, printed), (other, nothing) = run_ranks(2, call, command, tmp_path)
     assert (status, other, nothing) == (2, 2, "")
     assert printed.endswith(f"agrpo: error: {said}\n") and "Traceback" not in printed
