@@ -1,7 +1,7 @@
 """Join, select, move and name the tensors of records such as `Trajectory` and `Draw`.
 
-A record's dataclass is the only list of its fields: what follows reads them from there, so that a
-new field of a record is joined, selected, moved, sent and stored without a change here.
+These functions read the fields from the record's dataclass, so a new field is joined, selected,
+moved, sent and stored without a change here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def map_tensors[Record](record: Record, change: Callable[[Tensor], Tensor]) -> R
 def concatenate[Record](parts: Sequence[Record]) -> Record:
     """Concatenate each tensor of records of one type along the first dimension.
 
-    Support ids are padded with -1 to the widest, also those of a part that has none.
+    Support ids are padded with -1 to the widest; a part without support ids gets only -1.
     """
     if len(parts) == 1:
         return parts[0]
@@ -50,7 +50,7 @@ def join(parts: Sequence[Trajectory], order: Tensor) -> Trajectory:
     """Concatenate trajectories of one sampler and weights, then reorder their rollouts.
 
     Args:
-        order: [R] which of the concatenated rollouts comes at each place.
+        order: [R] index of the concatenated rollout at each place.
     """
     prompts = tuple(prompt for part in parts for prompt in part.prompts)
     return select(replace(concatenate(parts), prompts=prompts), order)

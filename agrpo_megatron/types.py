@@ -30,7 +30,7 @@ class Chat:
     """A prompt that the tokenizer's chat template lays out."""
 
     messages: tuple[Message, ...]
-    prefill: str = ""  # what the assistant's turn begins with; the completion follows it
+    prefill: str = ""  # start of the assistant's turn, before the completion
 
 
 type Prompt = str | Chat
@@ -38,10 +38,10 @@ type Prompt = str | Chat
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of a task: what the checker needs, and a solution to learn from."""
+    """One problem of a task: the input of its grader, and a solution to learn from."""
 
     key: str  # unique within the task; two problems with one key are the same problem
-    fields: dict[str, Any]  # what `prompt` and `reward` read
+    fields: dict[str, Any]  # input of `prompt` and `reward`
     solution: str  # a right completion, for supervised fine-tuning; empty where none is known
     task: str = ""  # label of its task within a mixture
 
@@ -50,15 +50,15 @@ class Problem:
 class Reward:
     """A graded completion."""
 
-    score: float  # what the policy gradient maximises
-    correct: bool  # what accuracy counts
+    score: float  # maximised by the policy gradient
+    correct: bool  # counted by accuracy
     parts: dict[str, float] = field(default_factory=dict)  # named shares of the score
-    failure: str | None = None  # why the grader gave no score of its own, such as "timeout"
+    failure: str | None = None  # why grading failed, such as "timeout"
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What the sampler did, for R completions: enough to rebuild and re-score every step.
+    """R completions with the record of their sampling: enough to re-score every step.
 
     The partially masked state before denoising step t of rollout r is
     `tokens[r, j] if unmask_step[r, j] < t else mask`.
@@ -67,13 +67,13 @@ class Trajectory:
     prompts: tuple[Tensor, ...]  # R tensors of prompt ids, int64
     tokens: Tensor  # [R, C] int64
     unmask_step: Tensor  # [R, C] int64; steps count up from 0 in each rollout
-    logprobs: Tensor  # [R, C] float32, nats, of the token when it was drawn; 0 where none was
-    entropies: Tensor  # [R, C] float32, nats, of the distribution it was drawn from; 0 likewise
+    logprobs: Tensor  # [R, C] float32, nats, of the token when drawn; 0 if not drawn
+    entropies: Tensor  # [R, C] float32, nats, of the distribution of the draw; 0 likewise
     support_ids: Tensor | None  # [R, C, K] int32 candidates kept by top-k/top-p, padded with -1
     num_steps: Tensor  # [R] int64 forward passes; tokens with unmask_step >= this were filled in
     rollout_ids: Tensor  # [R] int64, the rollout index of the noise
     sampling: SamplingSettings
-    weights_version: int = 0  # optimizer steps that the sampling weights had seen
+    weights_version: int = 0  # optimizer steps before the sampling
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class GradedRollouts:
 
     trajectory: Trajectory
     rewards: list[Reward]
-    tokens: int  # packed tokens that went through the network
+    tokens: int  # packed tokens processed by the network
     bubble: float  # share of the pipeline's stage-slots in which a stage was idle
     seconds: dict[str, float]  # on this rank: see `rollout.generate.generate`
 
@@ -101,8 +101,8 @@ class Rollout:
 class StepDraws:
     """Drawn (rollout, denoising step) rows and the weight of each in the loss.
 
-    A row's weight already holds its importance weight over the proposal, the division by the
-    number of draws, and the normaliser over live steps; the mean over rollouts is still to come.
+    A row's weight includes its importance weight over the proposal, the division by the number of
+    draws, and the normaliser over live steps, but not the mean over rollouts.
     """
 
     rollout: Tensor  # [N] int64
@@ -121,7 +121,7 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class TimestepBatch:
-    """One micro-batch of the policy gradient: states at drawn steps, and what is scored there."""
+    """One micro-batch of the policy gradient: states at drawn steps, and their scored tokens."""
 
     rows: PackedRows
     targets: Tensor  # [S] int64

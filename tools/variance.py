@@ -39,7 +39,7 @@ from agrpo_megatron.config.settings import (
 )
 from agrpo_megatron.diffusion import timesteps
 from agrpo_megatron.diffusion.batches import timestep_batches
-from agrpo_megatron.diffusion.draw import AtOnce
+from agrpo_megatron.diffusion.draw import LogitsForward
 from agrpo_megatron.diffusion.estimators import advantages
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
@@ -141,7 +141,7 @@ def sampled_case(unmasking: str, seed: int) -> Case:
         completion_length=32, block_length=8, denoising_steps=16, unmasking=unmasking
     )
     mask_id, eos_id = model.config["mask_token_id"], model.config["eos_token_id"]
-    forward = AtOnce(model.score)
+    forward = LogitsForward(model.score)
     context = SamplerContext(forward, model.vocab, mask_id, eos_id, seed, token_budget=4096)
     prompts = [torch.arange(8) + 10 * g for g in range(2) for _ in range(group_size)]
     trajectory = sample(prompts, torch.arange(len(prompts)), context=context, sampling=sampling)

@@ -18,13 +18,13 @@ from agrpo_megatron.types import (
 
 
 def rebuild_state(trajectory: Trajectory, rollout: Tensor, step: Tensor, mask_id: int) -> Tensor:
-    """Return the completions [N, C] as the sampler saw them before the given steps [N]."""
+    """Return the completions [N, C] in their state before the given steps [N]."""
     unseen = trajectory.unmask_step[rollout] >= step[:, None]
     return trajectory.tokens[rollout].masked_fill(unseen, mask_id)
 
 
 def row_lengths(rollout: Rollout, draws: StepDraws) -> Tensor:
-    """Return the tokens of each drawn row [N]: prompt and completion."""
+    """Return the number of tokens of each drawn row [N]: prompt and completion."""
     trajectory = rollout.trajectory
     prompts = torch.tensor([len(p) for p in trajectory.prompts], dtype=torch.int64)
     return prompts[draws.rollout.cpu()] + trajectory.tokens.shape[1]
@@ -74,7 +74,7 @@ def _timestep_batch(
 def _packed(
     prompts: Sequence[Tensor], completions: Tensor, scored: Tensor, *, mask_id: int, shift: bool
 ) -> PackedRows:
-    """Pack prompts with completions [n, C], of which `scored` [n, C] reach the head."""
+    """Pack prompts with completions [n, C]; `scored` [n, C] marks tokens that reach the head."""
     if not len(completions):
         return unscored_row(mask_id, completions.device)
     canvas, prompt_lengths = make_canvas(prompts, completions)
@@ -100,9 +100,9 @@ def sft_batches(
     is part of the response. Source: LLaDA (arXiv 2502.09992), section 2.3.
 
     Args:
-        example_ids: [B] noise indices: the same example in the same place is masked alike under
+        example_ids: [B] noise indices: an example with the same index gets the same mask under
             any layout.
-        micro_batches: indices of the examples in each batch; none makes a batch without weight.
+        micro_batches: indices of each batch's examples; an empty list gives a batch of weight 0.
     """
     places = torch.arange(responses.shape[1], device=responses.device)
     row_key = noise.noise_key(seed, noise.MASKS, example_ids)

@@ -21,8 +21,8 @@ from agrpo_megatron.diffusion.logprobs import (
 from agrpo_megatron.trajectories import concatenate
 from agrpo_megatron.types import PackedRows
 
-# Logits that are drawn from at once: what is made of them in float64 takes 0.5 GiB each.
-AT_ONCE = 2**26
+# Logits processed at a time: each float64 tensor of this size takes 0.5 GiB.
+MAX_LOGITS = 2**26
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Draw:
     tokens: Tensor  # [S] int64
     logprobs: Tensor  # [S] nats, under the tempered and truncated policy
     entropies: Tensor  # [S] nats, of that policy
-    confidences: Tensor  # [S] what ranks positions: a log-prob in nats; of `margin`, a probability
+    confidences: Tensor  # [S] rank positions: a log-prob in nats; for `margin`, a probability
     support_ids: Tensor | None  # [S, K] int64 kept candidates, padded with -1
 
 
@@ -41,13 +41,13 @@ def draw_tokens(
 ) -> Draw:
     """Draw one token per row of a logits shard [S, shard]; equal on every rank of the group.
 
-    Rows are drawn in parts: noise is float64, and for all scored rows of an 8B model's rollout it
-    could take tens of GiB.
+    Rows are drawn in parts: the float64 noise for all scored rows of an 8B model's rollout could
+    take tens of GiB.
 
     Args:
         keys: [S] noise keys, see `noise.noise_key`; each token id folds into them.
     """
-    rows = max(1, AT_ONCE // logits.shape[-1])
+    rows = max(1, MAX_LOGITS // logits.shape[-1])
     parts = zip(logits.split(rows), keys.split(rows), strict=True)
     return concatenate([_draw(*part, vocab, sampling) for part in parts])
 
@@ -83,7 +83,7 @@ def _draw(logits: Tensor, keys: Tensor, vocab: Vocabulary, sampling: SamplingSet
 
 
 def _margins(policy: Tensor, support: Tensor | None, vocab: Vocabulary) -> Tensor:
-    """Return by how much the likeliest token is likelier than the next [S], as a probability."""
+    """Return the probability of the likeliest token minus that of the second likeliest [S]."""
     if support is None:
         top, _ = _top_candidates(policy, 2, vocab)
         support = top - _log_total(policy, vocab)[:, None]
@@ -107,10 +107,10 @@ def _support(
 ) -> tuple[Tensor, Tensor]:
     """Return candidate ids [S, K] (-1 where cut) and their renormalised log-probs (-inf there).
 
-    By default top-k comes first and top-p applies to what it keeps. Without top-k, the candidates
-    are widened until they hold top-p's mass: no more of the vocabulary is gathered than needed.
-    Log-probs are float64: rounded to float32 afterwards, a row's do not depend on K, which is
-    the widest support of the batch.
+    By default top-k comes first and top-p filters its candidates. Without top-k, K grows until
+    the candidates hold top-p's mass, so that only the needed part of the vocabulary is gathered.
+    Log-probs are float64: rounded to float32, they do not depend on K, the widest support of the
+    batch.
     """
     if sampling.top_k is not None:
         values, ids = _top_candidates(policy, sampling.top_k, vocab)
@@ -150,10 +150,10 @@ def _top_candidates(values: Tensor, count: int, vocab: Vocabulary) -> tuple[Tens
 def _largest(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` largest values, ranked as float32, and their ids; low ids win ties.
 
-    bfloat16 heads tie often, and topk alone would break ties as the layout has it. So the bits of
-    the value, made to sort as integers, and the id form one number that is never tied.
+    bfloat16 logits tie often, and topk alone would break ties by layout. So the value's bits, in
+    an order that sorts as integers, and the id form one number that is never tied.
     """
-    bits = (values.float() + 0.0).view(torch.int32)  # + 0.0 makes a zero of -0.0
+    bits = (values.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() * 2**32 - ids
     columns = rank.topk(min(count, values.shape[-1]), dim=-1).indices
     return values.gather(-1, columns), ids.gather(-1, columns)
@@ -170,30 +170,30 @@ DrawAt = Callable[[Tensor, slice], Draw]
 
 
 class Forward(Protocol):
-    """What runs packed rows through the network; see `megatron.pipeline`."""
+    """Runs packed rows through the network; see `megatron.pipeline`."""
 
-    in_flight: int  # groups of rows that may be under way at once
+    in_flight: int  # maximum number of groups of rows in flight
 
     def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
-        """Start on a group; the function that is returned waits for the draws at its scores."""
+        """Start a group of rows; the returned function waits for the group's draws."""
         ...
 
     def close(self) -> None:
-        """Wait until nothing is under way; called when all draws are known."""
+        """Wait for all groups in flight; called when all draws are known."""
         ...
 
 
 @dataclass
-class AtOnce:
+class LogitsForward:
     """A `Forward` over a function from packed rows to logits [S, V / tensor parallel]."""
 
     score: Callable[[PackedRows], Tensor]
     in_flight: int = 1
 
     def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
-        """Draw from what the function returns."""
+        """Draw from the logits of the function."""
         draw = draw_at(self.score(rows), slice(None))
         return lambda: draw
 
     def close(self) -> None:
-        """Do nothing: nothing is under way."""
+        """Do nothing: no group is in flight."""

@@ -1,4 +1,4 @@
-"""Policy-gradient estimators: which states of a trajectory are scored, and with which weight.
+"""Policy-gradient estimators: choose the scored states of a trajectory, and their weights.
 
 An estimator is a view of the trajectory, `(trajectory, settings) -> StepDraws`. `ESTIMATORS`
 lists them by their `algorithm.name`.
@@ -44,7 +44,7 @@ def agrpo(trajectory: Trajectory, context: DrawContext) -> StepDraws:
 
 
 def draws_at(trajectory: Trajectory, uniforms: Tensor, context: DrawContext) -> StepDraws:
-    """Return the rows that uniform numbers [R, k] draw from the proposal, by inverse CDF."""
+    """Draw rows from the proposal at uniform numbers [R, k], by inverse CDF."""
     settings, count = context.algorithm, uniforms.shape[1]
     live = _live(trajectory, context)
     most = max(1, int(live.max())) if len(live) else 1

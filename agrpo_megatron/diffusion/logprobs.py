@@ -1,7 +1,7 @@
 """Vocabulary-parallel log-probabilities and entropies; the vocabulary is never gathered.
 
 Every function takes this rank's shard of the logits, [S, V / tensor parallel], and a
-`Vocabulary` that says which columns those are. Results are equal on all ranks of the group.
+`Vocabulary` that describes its columns. Results are equal on all ranks of the group.
 """
 
 from dataclasses import dataclass
@@ -44,8 +44,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs of `targets` [S] and entropies [S], in nats.
 
-    Gradients flow through the log-probs alone. With `support_ids` [S, K] (padded with -1) both
-    are of the distribution renormalised over those candidates, which must hold the target.
+    Gradients flow through the log-probs alone. With `support_ids` [S, K] (padded with -1) the
+    distribution is renormalised over these candidates, which must include the target.
 
     Args:
         logits: [S, shard], from `policy_logits`.
@@ -73,7 +73,7 @@ def gather_logits(logits: Tensor, ids: Tensor, vocab: Vocabulary) -> Tensor:
 
 
 def reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType) -> Tensor:
-    """All-reduce in place over a group, if there is one to reduce over."""
+    """All-reduce in place over a group; None leaves the tensor as it is."""
     if group is not None and group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)
     return tensor

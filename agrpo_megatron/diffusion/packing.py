@@ -29,10 +29,10 @@ def completion_columns(prompt_lengths: Tensor, width: int) -> Tensor:
 
 
 def pack(canvas: Tensor, lengths: Tensor, scored: Tensor, *, shift: bool = False) -> PackedRows:
-    """Pack canvas rows [R, L] of these lengths [R]; `scored` [R, L] marks what the head predicts.
+    """Pack canvas rows [R, L] of these lengths [R]; `scored` [R, L] marks predicted tokens.
 
-    Scored indices come out row by row, in column order. With `shift` a token is predicted from the
-    state before it, a row's first one from its own.
+    Scored indices come out row by row, in column order. With `shift` a token is predicted from
+    the state before it, and the first token of a row from its own state.
     """
     valid = torch.arange(canvas.shape[1], device=canvas.device) < lengths[:, None]
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=canvas.device)
@@ -44,7 +44,7 @@ def pack(canvas: Tensor, lengths: Tensor, scored: Tensor, *, shift: bool = False
 
 
 def unscored_row(mask_id: int, device: torch.device) -> PackedRows:
-    """Return one row of one mask token with nothing to score: a forward that weighs nothing."""
+    """Return one row of one mask token with nothing to score: a forward of weight 0."""
     return PackedRows(
         tokens=torch.tensor([mask_id], device=device),
         cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
@@ -58,8 +58,8 @@ def assign_rows(
     """Plan the micro-batches of all data-parallel ranks; returns the row indices of each.
 
     Every rank gets the same number, a multiple of `multiple` and at least one; some may be empty.
-    A micro-batch holds at most `budget` tokens; a row longer than that is alone. Rows go, costliest
-    first, to the cheapest micro-batch with room, then micro-batches to the cheapest rank.
+    A micro-batch holds at most `budget` tokens; a longer row gets its own. In descending cost,
+    rows go to the cheapest micro-batch with room, then micro-batches to the cheapest rank.
 
     Args:
         lengths: [N] tokens of each row; a row of s tokens costs s + attention * s^2.

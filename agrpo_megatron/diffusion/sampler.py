@@ -1,7 +1,7 @@
 """The exact sampler: one full forward of every live row per denoising step.
 
 Blocks are decoded left to right. Inside a block, each denoising step draws tokens for masked
-positions and fixes some of them; only the positions that a step scores reach the output layer.
+positions and fixes some of them; only a step's scored positions reach the output layer.
 Batching is continuous: a finished row is replaced by a waiting one. Returns the `Trajectory`.
 """
 
@@ -32,7 +32,7 @@ from agrpo_megatron.types import Trajectory
 
 @dataclass(frozen=True)
 class SamplerContext:
-    """What the sampler needs besides prompts; one per run."""
+    """The inputs of the sampler besides prompts; one per run."""
 
     forward: Forward
     vocab: Vocabulary
@@ -42,7 +42,7 @@ class SamplerContext:
     token_budget: int  # packed tokens per forward
     shift: bool = False  # a token is predicted from the state before it
     uniforms: Tensor | None = None  # [steps, R, C] replaces the sampler's noise, for `bernoulli`
-    most_rows: int | None = None  # rows in one forward at most; None: what the budget holds
+    most_rows: int | None = None  # maximum rows in one forward; None: only the budget limits
 
 
 class SamplingStopped(Exception):
@@ -51,11 +51,11 @@ class SamplingStopped(Exception):
 
 @dataclass(frozen=True)
 class SamplerHooks:
-    """What a caller may attach to a rollout while it is sampled."""
+    """Optional callbacks of a rollout."""
 
-    # Called once for each row, as soon as it is complete: rows, and their trajectory.
+    # Called with complete rows and their trajectory; once for each row.
     on_complete: Callable[[list[int], Trajectory], None] | None = None
-    # Asked between denoising steps; gives the same answer on all ranks of a replica.
+    # Called between denoising steps; returns the same on all ranks of a replica.
     should_stop: Callable[[], bool] = lambda: False
 
 
@@ -79,7 +79,7 @@ def sample(
 ) -> Trajectory:
     """Sample one completion per prompt; called by every rank of a replica.
 
-    A completion depends on its prompt, its rollout id, the seed and the weights alone.
+    A completion depends only on its prompt, its rollout id, the seed and the weights.
 
     Args:
         prompts: R tensors of token ids, int64.
@@ -109,7 +109,7 @@ def sample(
                 hooks.on_complete(complete, trajectory(state, complete, sampling))
         live += _fill(live, waiting, lengths, free=most - len(in_flight), context=context)
         if live:
-            live.sort(key=lambda row: -lengths[row])  # equal lengths are attended to together
+            live.sort(key=lambda row: -lengths[row])  # equal lengths share one attention call
             rows = torch.tensor(live, device=rollout_ids.device)
             in_flight.append(_launch(state, rows, context=context, sampling=sampling))
     context.forward.close()
@@ -117,7 +117,7 @@ def sample(
 
 
 def _drain(in_flight: deque[_Group], forward: Forward) -> None:
-    """Receive all draws that other pipeline stages still send."""
+    """Receive the remaining draws of other pipeline stages."""
     for group in in_flight:
         group.draws()
     forward.close()

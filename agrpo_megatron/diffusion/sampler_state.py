@@ -1,4 +1,4 @@
-"""The rows that the sampler writes, and the bookkeeping of their blocks and steps."""
+"""The state of the sampler: its rows, and their current blocks and steps."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,7 +13,7 @@ from agrpo_megatron.trajectories import SUPPORT
 from agrpo_megatron.types import Trajectory
 
 _DRAWN = {field.name for field in fields(Draw)} - {"tokens", SUPPORT}
-# What a trajectory keeps of a draw, as float32, besides its token and its support.
+# Fields of a draw that a trajectory keeps as float32, besides its token and its support.
 RECORDED = tuple(field.name for field in fields(Trajectory) if field.name in _DRAWN)
 
 
@@ -65,7 +65,7 @@ def block_positions(state: SamplerState, rows: Tensor, sampling: SamplingSetting
 
 
 def commit(state: SamplerState, rows: Tensor, positions: Tensor, draw: Draw) -> None:
-    """Write the tokens that a step fixes, and what is recorded of each."""
+    """Write the tokens that a step fixes, and the recorded values of each."""
     state.canvas[rows, state.columns[rows, positions]] = draw.tokens
     state.unmask_step[rows, positions] = state.step[rows]
     for name, values in state.recorded.items():

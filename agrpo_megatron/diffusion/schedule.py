@@ -21,7 +21,7 @@ def dream_schedule(length: int, steps: int) -> list[int]:
     """Return how many tokens each step fixes; a step that would fix none does not run.
 
     Source: Dream, generation_utils.py, diffusion_generate: of n masked tokens, n * (1 - s / t),
-    cut off, in float32; all that are left at the last step.
+    rounded down, in float32; all remaining tokens at the last step.
     """
     counts, left = [], length
     for chance in dream_chances(steps):

@@ -13,7 +13,7 @@ def live_steps(trajectory: Trajectory, *, eos_id: int | None, rule: str) -> Tens
     """Return how many leading denoising steps of each rollout are scored, [R] int64.
 
     `sampled` counts every forward pass that ran. `text` (published) stops at the step that fixed
-    the last token other than end-of-text, which is none at all for an empty completion.
+    the last token other than end-of-text: 0 steps for an empty completion.
     """
     if rule == "sampled" or eos_id is None:
         return trajectory.num_steps
@@ -33,8 +33,8 @@ def step_entropies(trajectory: Trajectory, num_steps: int) -> Tensor:
 def step_proposal(live: Tensor, entropies: Tensor, *, proposal: str, uniform_mix: float) -> Tensor:
     """Return the distribution from which steps are drawn, [R, M] float64.
 
-    It is zero beyond the live steps and, for a rollout without live steps, everywhere. A share
-    `uniform_mix` of uniform bounds every step weight by 1 / uniform_mix.
+    It is zero beyond the live steps and, for a rollout without live steps, everywhere. Mixing
+    in the uniform distribution bounds every step weight by 1 / uniform_mix.
 
     Args:
         live: [R] numbers of live steps.
@@ -54,8 +54,8 @@ def draw_uniforms(
 ) -> Tensor:
     """Return [R, count] float64 numbers in (0, 1); each alone is uniform, together they are spread.
 
-    `independent` draws each alone; `stratified` one from each of `count` equal parts, per
-    rollout; `systematic` shifts one regular comb, per rollout; `batch` (published) shuffles
+    `independent` draws each separately; `stratified` one from each of `count` equal parts, per
+    rollout; `systematic` shifts one regular grid, per rollout; `batch` (published) shuffles
     group_size * count parts over the whole group, so that a rollout gets a random subset.
     """
     rows = rollout_ids[:, None]
@@ -76,7 +76,7 @@ def draw_uniforms(
 def invert(proposal: Tensor, uniforms: Tensor) -> Tensor:
     """Return the steps [R, k] of uniform numbers [R, k], by inverse CDF.
 
-    Rounding cannot lead past the last live step, nor to a step of zero probability. Rows without
+    Rounding never gives a step past the last live one, nor a step of zero probability. Rows without
     live steps give step 0, which carries no weight.
     """
     last = (proposal > 0).long().cumsum(1).argmax(1)

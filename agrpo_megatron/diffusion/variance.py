@@ -1,7 +1,7 @@
-"""Exact variance of drawn denoising steps: what a step sampler and a proposal cost in noise.
+"""Exact variance of drawn denoising steps: the noise of a step sampler and a proposal.
 
-No draw is made. A draw is a function of uniform numbers that is constant between the breakpoints
-of the inverse CDF, so that first and second moments are finite sums.
+Nothing is drawn. The drawn step is piecewise constant in the uniform number, with the breakpoints
+of the inverse CDF, so first and second moments are finite sums.
 """
 
 import torch
@@ -23,10 +23,10 @@ def estimator_variance(
 ) -> Tensor:
     """Return the variance of sum_r (1 / count) sum_l w(t_l) g_r(t_l), summed over D; float64.
 
-    Its mean is sum_r of the mean of g_r over the live steps, whichever way steps are drawn.
+    Its mean is sum_r of the mean of g_r over the live steps, for every step sampler.
 
     Args:
-        contributions: [R, M, D] g_r(t): what step t of rollout r adds, advantage included.
+        contributions: [R, M, D] g_r(t): the gradient of step t of rollout r, advantage included.
         proposal: [R, M] from `timesteps.step_proposal`.
         live: [R] numbers of live steps.
         group_size: neighbours that `batch` spreads its draws over; it divides R.
@@ -64,7 +64,7 @@ def _within(values: Tensor, proposal: Tensor, parts: int) -> Tensor:
 
 
 def _systematic(values: Tensor, proposal: Tensor, count: int) -> Tensor:
-    """Integrate over the one offset of each rollout's comb, cell by cell."""
+    """Integrate over the offset of each rollout's grid, cell by cell."""
     jumps = (count * proposal.cumsum(1)).frac()
     ends = torch.zeros_like(jumps[:, :1])
     edges = torch.cat([ends, jumps, ends + 1], 1).sort(1).values

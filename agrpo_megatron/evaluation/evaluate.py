@@ -34,7 +34,7 @@ def evaluate(session: Session, network: Network, *, iteration: int, stage: str) 
         stage: "before", "interval" or "after" the reinforcement learning.
 
     Raises:
-        Stopped: the ranks agreed to stop; complete completions are cached.
+        Stopped: the ranks agreed to stop; finished completions are cached.
     """
     started = time.perf_counter()
     run, output = session.run, session.output
@@ -83,16 +83,16 @@ def evaluate_grid(
     store: ResultStore,
     show: Callable[[EvaluationProgress], None],
 ) -> dict[str, Any]:
-    """Complete what is left of a plan and store it; called by every rank.
+    """Complete the rest of a plan and store it; called by every rank.
 
-    Returns the results, on the main rank. A completion depends on its problem, its sample number
-    and the seed alone, so an interrupted evaluation ends with the results of an undisturbed one.
+    Returns the results, on the main rank. A completion depends only on its problem, its sample
+    number and the seed, so an interruption does not change the results.
 
     Args:
         show: called on the main rank after every batch.
 
     Raises:
-        ValueError: on every rank, where the stored completions are not those of the plan.
+        ValueError: on every rank, if the stored completions do not match the plan.
     """
     is_main, batches = session.run.ranks.is_main, plan.batches()
     earlier, done = _resumed(session, plan, batches, store)
@@ -140,7 +140,7 @@ def _earlier(plan: Plan, batches: Sequence[Batch], store: ResultStore) -> list[l
     """Return the complete batches of the store, and cut the store back to them.
 
     Raises:
-        ValueError: the stored completions are not those of the plan.
+        ValueError: the stored completions do not match the plan.
     """
     store.begin(plan.evaluation)
     lines, found, start = store.lines(), [], 0

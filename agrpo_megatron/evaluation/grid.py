@@ -1,6 +1,6 @@
 """The grid of an evaluation: completion lengths and numbers of denoising steps, checked.
 
-Runs before torch is loaded, so that a cell that does not fit is refused at once.
+Runs before torch is loaded, so that an invalid cell fails at once.
 """
 
 import math
@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from agrpo_megatron.config.rules import validate_sampling
 from agrpo_megatron.config.settings import EvaluationSettings, SamplingSettings, Settings
 
-# Where evaluations are kept: a folder of a run, and files in the directory of each.
+# Names of the run's folder of evaluations, and of files in the directory of each evaluation.
 EVALUATIONS, EVALUATION, RESULTS = "evaluations", "evaluation.json", "results.json"
-SWEEP_POINTS = 5  # step counts of a sweep, at least, where the block length has as many
+SWEEP_POINTS = 5  # minimum step counts of a sweep, if the block length allows
 
 
 @dataclass(frozen=True, order=True)
@@ -74,7 +74,7 @@ def cell_sampling(settings: Settings, cell: Cell) -> SamplingSettings:
 
 
 def sweep_steps(length: int, block_length: int) -> list[int]:
-    """Return step counts from one per block to one per token: halved, with more where few."""
+    """Return step counts from one per block to one per token: halved, more if these are few."""
     each, count = {1}, block_length
     while count > 1:
         each.add(count)

@@ -21,9 +21,9 @@ from agrpo_megatron.tasks.mixture import Mixture
 from agrpo_megatron.tasks.public import NONE, PublicTask
 from agrpo_megatron.types import Problem
 
-EDGE = 1 << 20  # bytes that are read at both ends of a weight file without checksums
-BATCH_FORWARDS = 4  # rollout forwards that a batch fills at its first step, where none is set
-# Settings of the model that say where it comes from, not what it is.
+EDGE = 1 << 20  # bytes read at both ends of a weight file without checksums
+BATCH_FORWARDS = 4  # default batch size, in full forwards at the first step
+# Settings of the model's source, not of the model itself.
 NOT_IDENTITY = ("load", "megatron", "init_std")
 
 
@@ -85,7 +85,7 @@ def plan_evaluation(
 
     Args:
         checkpoint: of a run; None takes what `model.load` names.
-        label: what figures call the model.
+        label: name of the model in figures.
         stored: evaluation.json of an earlier attempt; batches stay the same.
 
     Raises:
@@ -142,7 +142,7 @@ def fingerprint(weights: Path) -> str:
 
 
 def _prepared(settings: Settings, cells: Sequence[Cell]) -> Settings:
-    """Return settings whose sampler is that of the longest cell, for the other checks."""
+    """Return the settings with the sampler of the longest cell, for the other checks."""
     longest = max(cells)
     sampling = cell_sampling(settings, longest)
     settings = replace(
@@ -154,7 +154,7 @@ def _prepared(settings: Settings, cells: Sequence[Cell]) -> Settings:
             denoising_steps=sampling.denoising_steps,
         ),
         evaluation=replace(settings.evaluation, denoising_steps=None, block_length=None),
-        # These name metrics of the run's own tasks, and nothing is trained.
+        # These name metrics of the training run.
         checkpoint=replace(settings.checkpoint, best=None),
         train=replace(settings.train, stop_metric=None, stop_target=None, stop_patience=None),
     )
@@ -167,7 +167,7 @@ def _prepared(settings: Settings, cells: Sequence[Cell]) -> Settings:
 
 
 def _held_out_alone(settings: TaskSettings) -> TaskSettings:
-    """Leave out training problems where only held-out ones are read: they may be missing."""
+    """Drop the training data, which may be missing, if only held-out problems are used."""
     task = build_task(settings)
     if isinstance(task, Mixture):
         alone = {label: _held_out_alone(part.settings) for label, (part, _) in task.parts.items()}
@@ -182,7 +182,7 @@ def _held_out_alone(settings: TaskSettings) -> TaskSettings:
 
 
 def _tasks(resolved: Resolved) -> tuple[dict[str, Task], dict[str, list[Problem]]]:
-    """Return tasks and problems by label: those of a mixture, or the one task there is."""
+    """Return tasks and problems by label: the tasks of a mixture, or the single task."""
     settings, task = resolved.settings, resolved.task
     if isinstance(task, Mixture):
         tasks = {label: part for label, (part, _) in task.parts.items()}
@@ -200,7 +200,7 @@ def _tasks(resolved: Resolved) -> tuple[dict[str, Task], dict[str, list[Problem]
 
 
 def _batch_size(resolved: Resolved, world_size: int) -> int:
-    """Return problems per batch: several full forwards, so that few rows run alone at its end."""
+    """Return problems per batch: several full forwards, so that only its end runs with few rows."""
     settings = resolved.settings
     replicas = max(1, world_size // model_ranks(settings.rollout_layout))
     row = 2 * settings.sampling.completion_length
@@ -237,7 +237,7 @@ def _identity(resolved: Resolved, cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _task_identity(resolved: Resolved, task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
-    """Return digests of prompts, and of what determines rewards: solutions and a task file."""
+    """Return digests of the prompts, the solutions and a task file, which determine rewards."""
     written = task_prompts(task, problems, split=_split(resolved.settings.evaluation))
     prompts = resolved.tokenizer.encode_prompts(written)
     asked = json.dumps([[problem.key for problem in problems], prompts])
@@ -255,7 +255,7 @@ def _task_identity(resolved: Resolved, task: Task, problems: Sequence[Problem]) 
 
 
 def _canonical(value: Any) -> str:
-    """Return a value as text that is the same in every process: sorted, without addresses."""
+    """Return a value as text, equal in every process: sorted, without addresses."""
     if isinstance(value, Mapping):
         pairs = sorted(f"{_canonical(key)}: {_canonical(each)}" for key, each in value.items())
         return f"{{{', '.join(pairs)}}}"

@@ -35,7 +35,7 @@ class ResultStore:
         """Return whether the directory holds an evaluation.
 
         Raises:
-            ValueError: the directory holds something else.
+            ValueError: the directory holds other files.
         """
         if (self.directory / EVALUATION).exists():
             return True
@@ -86,7 +86,7 @@ class ResultStore:
             write_whole(self.directory / EVALUATION, json.dumps(evaluation, indent=2) + "\n")
 
     def results(self) -> dict[str, Any] | None:
-        """Return the results so far, if any were written."""
+        """Return the results so far, or None."""
         path = self.directory / RESULTS
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -119,7 +119,7 @@ class ResultStore:
         )
 
     def keep(self, count: int) -> None:
-        """Cut the completions back to the first lines, `count` of them."""
+        """Truncate the completions to the first `count` lines."""
         path = self.directory / COMPLETIONS
         if not path.exists():
             return

@@ -1,4 +1,4 @@
-"""Metrics of graded completions: accuracy, score, pass@k, and what the task adds."""
+"""Metrics of graded completions: accuracy, score, pass@k, and the task's own metrics."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def scores(
     """Return the metrics of an evaluation, ready for JSON; intervals are 95 %.
 
     Args:
-        verdicts: of every problem, one for each of its completions, equally many.
+        verdicts: of every problem, equally many: one for each completion.
     """
     samples = len(verdicts[0])
     flat = [verdict for several in verdicts for verdict in several]

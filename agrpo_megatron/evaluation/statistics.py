@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 Z = 1.959964  # of the normal distribution, 95% two-sided
-RESAMPLES, SEED = 2000, 0  # of the bootstrap: the same numbers give the same interval
+RESAMPLES, SEED = 2000, 0  # of the bootstrap: the interval is reproducible
 
 Interval = tuple[float, float]
 
@@ -27,9 +27,9 @@ def share_interval(per_problem: Sequence[float], samples: int) -> Interval:
     """Return the 95% interval of the mean of shares, each of `samples` trials of one problem.
 
     Trials of one problem are correlated, so they carry less information than as many
-    independent ones. Wilson's interval is taken at the number of independent trials that would
-    spread as the problems do: between the number of problems and that of all trials. With one
-    trial of each problem it is Wilson's own.
+    independent ones. The result is Wilson's interval for the number of independent trials with
+    the same spread, which is between the number of problems and the number of all trials. With
+    one trial per problem it equals Wilson's.
     """
     count, share = len(per_problem), float(np.mean(per_problem))
     variance = float(np.var(per_problem, ddof=1)) / count if count > 1 else 0.0
@@ -62,6 +62,6 @@ def pass_at(k: int, *, samples: int, correct: int) -> float:
 
 
 def powers_of_two(most: int) -> list[int]:
-    """Return 1, 2, 4, ... up to `most`, which comes last whether it is one or not."""
+    """Return 1, 2, 4, ... up to `most`; `most` always comes last."""
     counts = [2**i for i in range(most.bit_length()) if 2**i < most]
     return [*counts, most]

@@ -1,4 +1,4 @@
-"""The plan of a job: settings, checked as the job will check them, and notes on the run."""
+"""The plan of a job: settings, with the job's own checks, and notes on the run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

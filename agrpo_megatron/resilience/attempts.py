@@ -1,8 +1,8 @@
 """The attempts of a run: count them, refuse attempts without progress, allow one writer.
 
-A job that requeues itself must not do so forever: an attempt that would begin where the last ones
-began, with no new data saved, is refused. Only one attempt may write: a node that SLURM gave up
-can come back and continue an attempt whose successor already runs.
+A job that requeues itself must not do so forever: after several attempts without new saved data,
+the next one is refused. Only one attempt may write: a node that SLURM declared lost can come back
+and continue an attempt whose successor already runs.
 """
 
 import json

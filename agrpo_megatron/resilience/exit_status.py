@@ -12,7 +12,7 @@ from agrpo_megatron.runs.files import write_whole
 OUTCOME = "AGRPO_OUTCOME"  # names the file that the job's script reads
 # Exit statuses: stopped and resumable; no progress, so another attempt is useless.
 REQUEUE, STUCK = 85, 93
-MAIN_RANK_TIMEOUT = 10.0  # seconds for the main rank to refuse the input that this rank refused
+MAIN_RANK_TIMEOUT = 10.0  # seconds to wait for the main rank to refuse the same input
 LAUNCH_FOLDER = "launch"  # of a run directory: its attempts, and the logs of its jobs
 FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", FT_SOCKET)  # set by torchrun and ft_launcher

@@ -34,13 +34,13 @@ MESSAGE_TIMEOUT = 2.0  # seconds for one message between ranks, and for a lost p
 WANDB_TIMEOUT = 10.0  # seconds for wandb to write, or upload, its data
 REFUSAL_TIMEOUT = 5.0  # seconds for all ranks to refuse the same wrong input
 STATUS = {"was interrupted": 130}  # else 1
-# Messages of gloo, NCCL and the store after another rank has failed.
+# Messages of gloo, NCCL and the store after the failure of another rank.
 LOST = re.compile(
     r"closed by peer|reset by peer|connection (?:was )?(?:likely )?(?:closed|refused|reset)"
     r"|broken pipe|pair closure|socket closed|timed out waiting|nccl (?:error|operation)",
     re.IGNORECASE,
 )
-_command: "Command | None" = None  # the one that runs
+_command: "Command | None" = None  # the running command
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def report_failure(command: Command, failure: str, report: str) -> bool:
                 store.await_key(SCREEN_FREE, MESSAGE_TIMEOUT)
             say(report)
             store.client.set(PRINTED, "")
-            # The launcher kills all ranks once one dies: the main rank says why first.
+            # The launcher kills all ranks once one dies: the main rank prints why first.
             store.await_key(MAIN_DONE, 1.5 * FAILURE_POLL)
             return True
     return False
@@ -160,7 +160,7 @@ def _end_all(store: RankStore, error: BaseException) -> None:
     if isinstance(error, ValueError) and _every_rank_refuses(store):
         return
     if threading.current_thread() is threading.main_thread():
-        # A launcher ends the other ranks once one dies: they must live to say why.
+        # A launcher ends the other ranks once one dies: they must first print why.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     is_lost = _is_lost_peer(error)

@@ -47,12 +47,12 @@ class Fault:
     kind: str
     rank: int
     section: str
-    phase: str = "rl"  # ignored in setup, which is before both
+    phase: str = "rl"  # ignored in setup, which precedes both phases
     iteration: int | None = None  # None: any
     times: int = 1  # number of strikes over all attempts; `slow` strikes every time
     after: float = 0.0  # seconds into the section
     seconds: float = 0.0  # of the sleep of `slow`
-    at: float = 0.0  # seconds since the epoch; it strikes only after that
+    at: float = 0.0  # seconds since the epoch; no strike before
 
     def is_due(self, section: str, phase: str, iteration: int) -> bool:
         """Return whether it strikes in a section that begins."""

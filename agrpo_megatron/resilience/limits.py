@@ -13,7 +13,7 @@ LEARNED = "sections.json"  # in the folder `launch` of a run, read by its next a
 
 
 class Limits:
-    """The limits of one rank; equal on all ranks that have been through the same sections.
+    """The limits of one rank; equal on all ranks after the same sections.
 
     A section's learned limit holds in a phase once the section has ended in that phase: a
     supervised update says little about the time of a reinforcement-learning update.

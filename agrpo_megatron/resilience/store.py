@@ -78,7 +78,7 @@ def _connect(host: str, port: int, rank: int) -> dist.Store:
 
 
 def say(line: str) -> None:
-    """Print a line to the error stream at once."""
+    """Print a line to the error stream and flush it."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -32,7 +32,7 @@ from agrpo_megatron.resilience.store import KEY_POLL, RankStore, say
 LIMIT_POLL = 0.25  # seconds between two checks of the limit by the watching thread
 REPLY_TIMEOUT = 5.0  # seconds for a rank to report its position
 HARD_EXIT_DELAY = 12.0  # seconds after its limit at which a rank without a watching thread exits
-SLACK = 1.0  # seconds by which that may be off
+SLACK = 1.0  # seconds by which the time of the hard exit may be off
 ERRORS = 2  # file number of the error stream, since sys.stderr may be replaced
 SHOWN_FRAMES = 12  # innermost frames that a report shows
 SHOWN_RANKS = 8  # ranks that a report names

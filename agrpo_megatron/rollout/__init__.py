@@ -1,1 +1,1 @@
-"""Completions of problems: sampled, graded and kept until a checkpoint has learned from them."""
+"""Completions: sampled, graded, and cached until a checkpoint includes their updates."""

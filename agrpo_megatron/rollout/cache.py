@@ -1,9 +1,9 @@
-"""The rollout cache: rollouts on disk until a checkpoint has learned from them.
+"""The rollout cache: rollouts on disk until a checkpoint includes their updates.
 
-A completion goes into the cache as soon as it is complete, and a round of an iteration once it is
-graded. A restart reads them and samples only what is missing: the noise of a completion follows
-from its rollout id, so each comes out to the same bits whenever it is sampled. Files name the
-run (a digest of its settings and problems); those of another run, or damaged, are ignored.
+The cache stores a completion as soon as it is complete, and a sampling round once it is graded.
+A restart reads them and samples only the missing completions: the noise of a completion depends
+only on its rollout id, so a repeated sample is bit-identical. Files name the run (a digest of its
+settings and problems); damaged files and files of another run are ignored.
 """
 
 import json
@@ -26,7 +26,7 @@ from agrpo_megatron.types import GradedRollouts, Reward, Trajectory
 
 ROUND, PART, WRITING = ".safetensors", ".part", ".writing"
 DIGITS = 6  # of a round's number
-SHARE = 0.2  # of the time of a rollout that writing completions may take
+SHARE = 0.2  # limit of the time for writing completions, as a share of the rollout
 UNREADABLE = (OSError, SafetensorError, ValueError, LookupError, TypeError)
 
 
@@ -35,7 +35,7 @@ def sampling_number(iteration: int, resampling: int, algorithm: AlgorithmSetting
 
     Args:
         iteration: iterations finished before.
-        resampling: 0 is the iteration's first round; each possible further round counts.
+        resampling: 0 is the iteration's first round; unused rounds count too.
     """
     return iteration * (1 + algorithm.resample_rounds) + resampling
 
@@ -74,8 +74,8 @@ class RolloutCache:
     """The rollouts of a run since its last checkpoint; every call is made by every rank.
 
     Args:
-        run: digest of the settings and problems that the rollouts belong to.
-        check: called before files appear or go; raises where this attempt must not touch them.
+        run: digest of the settings and problems of the rollouts.
+        check: called before files are written or removed; raises if this attempt must not do so.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class RolloutCache:
     def find(
         self, number: int, rollout_ids: Tensor, *, sampling: SamplingSettings
     ) -> GradedRollouts | None:
-        """Return a round that an earlier attempt sampled and graded, if it is on disk."""
+        """Return the graded round of an earlier attempt, if it is on disk."""
         found = _read_round(self._round(number), sampling, self._run)
         if found and not torch.equal(found.trajectory.rollout_ids, rollout_ids.cpu()):
             found = None
-        # Every rank must decide alike, whatever its view of the disk.
+        # All ranks must agree, even if they see different files.
         if not all(gather_objects(found is not None)):
             return None
         assert found is not None
@@ -104,7 +104,7 @@ class RolloutCache:
     def find_completions(
         self, name: str, rollout_ids: Tensor, *, sampling: SamplingSettings
     ) -> Trajectory | None:
-        """Return the completions of a rollout that earlier attempts left, in the order of ids."""
+        """Return the completions of a rollout by earlier attempts, in the order of ids."""
         parts = [_read_part(path, sampling, self._run) for path in self._parts(name)]
         kept = [part for part in parts if part is not None]
         wanted = rollout_ids.tolist()
@@ -116,17 +116,17 @@ class RolloutCache:
         return moved(join(kept, torch.tensor(order)), self._ranks.device)
 
     def writer(self, name: str, ranks: Ranks) -> "CompletionWriter | None":
-        """Return what keeps a replica's completions; None on ranks that write nothing.
+        """Return the writer of a replica's completions; None on ranks that write nothing.
 
         Args:
-            ranks: the layout that samples.
+            ranks: the rollout layout.
         """
         if not ranks.speaks_for_replica:
             return None
         return CompletionWriter(self._folder, name, run=self._run, check=self._check)
 
     def keep(self, number: int, rollouts: GradedRollouts) -> None:
-        """Write a graded round and remove the completions that it was made of."""
+        """Write a graded round and remove the files of its completions."""
         if not self._ranks.is_main:
             return
         path = self._round(number)
@@ -138,16 +138,16 @@ class RolloutCache:
             part.unlink()
 
     def forget(self, number: int) -> None:
-        """Remove evaluations, and rounds before this one: a checkpoint has learned from them."""
+        """Remove evaluations, and rounds before this one: a checkpoint includes their updates."""
         self._remove(lambda round_number: round_number < number)
 
     def drop(self, number: int) -> None:
         """Remove evaluations, and rounds from this one on: they may be invalid."""
         self._remove(lambda round_number: round_number >= number)
-        torch.distributed.barrier()  # no rank finds a file that is about to go
+        torch.distributed.barrier()  # no rank finds a file that is about to be removed
 
     def progress(self) -> list[str]:
-        """Return the names of all files: they change whenever something was sampled."""
+        """Return the names of all files, which change with every new sample."""
         return sorted(path.name for path in self._folder.iterdir())
 
     def _remove(self, is_chosen: Callable[[int], bool]) -> None:
@@ -167,21 +167,21 @@ class RolloutCache:
 
 
 class CompletionWriter:
-    """Writes one replica's completions, several in a file where writing would take long."""
+    """Writes one replica's completions, several per file if writing is slow."""
 
     def __init__(self, folder: Path, name: str, *, run: str, check: Callable[[], None]):
         self._folder, self._name, self._run, self._check = folder, name, run, check
         self._waiting: list[Trajectory] = []
-        self._free_at = 0.0  # when the next write takes no more than its share of the time
+        self._free_at = 0.0  # earliest time of the next write within SHARE
 
     def add(self, part: Trajectory) -> None:
-        """Keep complete rows: now, or along with later ones."""
+        """Write complete rows: now, or together with later rows."""
         self._waiting.append(moved(part, "cpu"))
         if time.monotonic() >= self._free_at:
             self.flush()
 
     def flush(self) -> None:
-        """Write all rows that wait."""
+        """Write all pending rows."""
         if not self._waiting:
             return
         started = time.monotonic()
@@ -196,7 +196,7 @@ class CompletionWriter:
 def _write(
     path: Path, trajectory: Trajectory, notes: dict[str, Any], check: Callable[[], None]
 ) -> None:
-    """Write a trajectory with notes; the file appears when it is complete."""
+    """Write a trajectory with notes; the file appears only when complete."""
     stored = {name: tensor.contiguous() for name, tensor in tensors(trajectory).items()}
     stored["prompts"] = torch.cat(trajectory.prompts)
     stored["prompt_lengths"] = torch.tensor([len(prompt) for prompt in trajectory.prompts])

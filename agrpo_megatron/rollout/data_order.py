@@ -14,11 +14,11 @@ type Shares = Sequence[tuple[int, float]]  # problems and weight of each task, o
 
 
 def pick_problems(shares: Shares, places: range, *, seed: int) -> list[int]:
-    """Return the index of the problem at each place; places count from 0 through a phase.
+    """Return the index of the problem at each place; places count from 0 over a phase.
 
     Tasks alternate by smooth weighted round robin. Each task visits every problem once per epoch,
-    in an order that differs between epochs. A caller that skips places, as `resample_rounds` does
-    with rounds that are not needed, skips the problems there.
+    in an order that differs between epochs. Skipped places skip their problems, as in
+    unused rounds of `resample_rounds`.
     """
     counts = tuple(count for count, _ in shares)
     weights = tuple(weight if count else 0.0 for count, weight in shares)
@@ -36,7 +36,7 @@ _orders: dict[tuple[int, int, int], tuple[int, list[int]]] = {}
 
 
 def _turn(weights: tuple[float, ...], place: int) -> tuple[int, int]:
-    """Return the task of a place, and how many places that task had before."""
+    """Return the task of a place, and the number of its earlier places."""
     if len(weights) == 1:
         return 0, place
     turns, had = _turns.setdefault(weights, ([], [0] * len(weights)))

@@ -16,7 +16,7 @@ from agrpo_megatron.types import GradedRollouts, Problem, Reward
 
 @dataclass(frozen=True)
 class Groups:
-    """What an iteration trains on; rollouts of one problem are neighbours."""
+    """The groups of an iteration; rollouts of one problem are neighbours."""
 
     problems: list[Problem]  # of each rollout
     rollouts: GradedRollouts  # tokens and seconds count all sampled groups
@@ -27,8 +27,8 @@ def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
     """Return `prompts_per_iteration` groups, the same on every rank; called by every rank.
 
     A group of equal rewards has no advantage. Each of up to `resample_rounds` further rounds
-    samples as many new problems as there are such groups; groups with variance replace them, in
-    order. Groups left after the last round stay, so that shapes are always the same.
+    samples one new problem for each such group; groups with variance replace them, in order.
+    Groups without variance after the last round stay, so that shapes are constant.
     """
     algorithm = session.run.settings.algorithm
     count, group, rounds = (
@@ -68,7 +68,7 @@ def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
 def _sample_round(
     session: Session, engine: Engine, when: tuple[int, int], *, groups: int
 ) -> tuple[list[Problem], GradedRollouts]:
-    """Sample some groups in an iteration's round, or read them from the rollout cache."""
+    """Sample some groups in a round of an iteration, or read them from the rollout cache."""
     run, cache = session.run, session.safety.cache
     settings, algorithm = run.settings, run.settings.algorithm
     number, size = sampling_number(*when, algorithm), algorithm.group_size

@@ -31,12 +31,12 @@ class Request:
     sampling: SamplingSettings
     split: Split = "train"  # prompts and rewards of training, or of evaluation
     weights_version: int = 0
-    name: str = ""  # in the rollout cache; without one nothing is cached
+    name: str = ""  # in the rollout cache; empty: no caching
 
 
 @dataclass(frozen=True)
 class _Share:
-    """A replica's part of a request: which completions are cached, which it samples."""
+    """A replica's part of a request: cached completions, and completions to sample."""
 
     cached: Trajectory | None
     places: list[int]  # in the request: of the cached completions, then of those to sample
@@ -47,16 +47,16 @@ class _Share:
 def generate(session: Session, network: Network, request: Request) -> GradedRollouts:
     """Complete and grade problems; called by every rank, data-parallel ranks share the work.
 
-    Completions that the rollout cache holds are not sampled again. Each completion is graded
-    once, on the first rank of its replica. A grader with workers starts on a completion as soon
-    as it is complete, while other rows are still sampled.
+    Cached completions are not sampled again. Each completion is graded once, on the first rank
+    of its replica. A grader with workers starts on a completion as soon as it is complete, while
+    other rows are still sampled.
 
     Returns:
         `seconds` holds timing/rollout (sampling), timing/reward (from there until all ranks have
         graded) and timing/reward_hidden (grading by workers while this rank sampled).
 
     Raises:
-        Stopped: the ranks agreed to stop; completions that are complete are cached.
+        Stopped: the ranks agreed to stop; finished completions are cached.
     """
     run, safety, grader = session.run, session.safety, session.run.grader
     is_training, ranks = request.split == "train", network.ranks
@@ -99,7 +99,7 @@ def sample_prompts(
     sampling: SamplingSettings,
     hooks: SamplerHooks | None = None,
 ) -> tuple[Trajectory, RolloutForward]:
-    """Sample one completion per prompt; also returns the forward, which counts tokens and slots.
+    """Sample one completion per prompt; also return the forward, which counts tokens and slots.
 
     Called by every rank of a replica with the same prompts.
     """
@@ -151,10 +151,10 @@ def _sample_share(
     share: _Share,
     grading: "_Grading | None",
 ) -> tuple[Trajectory, RolloutForward]:
-    """Return the share's trajectory, cached completions first; where one rank stops, all do.
+    """Return the share's trajectory, cached completions first; if one rank stops, all stop.
 
     Args:
-        grading: takes completions as they are complete; None where they are graded at the end.
+        grading: receives each finished completion; None grades all at the end.
     """
     cached, count = share.cached, len(share.places) - len(share.prompts)
     if grading is not None and cached is not None and count:
@@ -189,7 +189,7 @@ def _sample_share(
 
 
 def _stop_together(safety: Safety, *, is_stopped: bool) -> None:
-    """Raise `Stopped` on every rank where sampling stopped on any."""
+    """Raise `Stopped` on every rank if sampling stopped on any rank."""
     reasons = gather_objects(safety.stop.reason or "" if is_stopped else None)
     given = [reason for reason in reasons if reason is not None]
     if given:
@@ -197,7 +197,7 @@ def _stop_together(safety: Safety, *, is_stopped: bool) -> None:
 
 
 class _Grading:
-    """Hands a replica's completions to the grader, in parts."""
+    """Passes a replica's completions to the grader, in parts."""
 
     def __init__(self, run: Run, problems: Sequence[Problem], split: Split):
         self._run, self._problems = run, problems
@@ -205,7 +205,7 @@ class _Grading:
         self._parts: list[tuple[Sequence[int], Future[list[Reward]]]] = []
 
     def __call__(self, rows: Sequence[int], tokens: Tensor) -> None:
-        """Let the grader start on completions [n, C] of some of the problems."""
+        """Start grading the completions [n, C] of some problems."""
         chosen = [self._problems[row] for row in rows]
         calls = grading_calls(self._run, chosen, tokens, split=self._split)
         self._parts.append((rows, self._run.grader.start(calls)))
@@ -221,7 +221,7 @@ class _Grading:
 
 
 def _joined(parts: list[tuple], device: torch.device, seconds: dict[str, float]) -> GradedRollouts:
-    """Put the replicas' parts into the order of the request."""
+    """Join the replicas' parts in the order of the request."""
     places, trajectories, rewards, tokens, bubbles = zip(*parts, strict=True)
     order = torch.tensor([place for part in places for place in part]).argsort()
     graded = [reward for part in rewards for reward in part]

@@ -1,4 +1,4 @@
-"""Metrics of graded completions: means, accuracies, and rewards that failed."""
+"""Metrics of graded completions: means, accuracies, and failed rewards."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ LONGEST = 80  # characters of each
 
 
 def means(verdicts: Sequence[Reward]) -> dict[str, Any]:
-    """Return accuracy, mean score, mean of each named part, and how many gradings failed."""
+    """Return accuracy, mean score, mean of each named part, and number of failed gradings."""
     count = len(verdicts)
     names = sorted({name for verdict in verdicts for name in verdict.parts})
     return {
@@ -27,7 +27,7 @@ def means(verdicts: Sequence[Reward]) -> dict[str, Any]:
 def reward_metrics(rewards: Sequence[Reward], problems: Sequence[Problem]) -> dict[str, float]:
     """Return mean and spread of the score, the accuracy, and the mean of each named part.
 
-    A mixture also has the metrics of each task, by its label.
+    A mixture also has metrics per task, named by its label.
     """
     found = means(rewards)
     scores = torch.tensor([reward.score for reward in rewards], dtype=torch.float64)
@@ -42,7 +42,7 @@ def reward_metrics(rewards: Sequence[Reward], problems: Sequence[Problem]) -> di
 
 
 def failure_warning(rewards: Sequence[Reward], score: float) -> str | None:
-    """Return a sentence on how many rewards failed, and why; None where none did."""
+    """Return a warning about failed rewards and their reasons; None if no reward failed."""
     kinds = Counter(reward.failure[:LONGEST] for reward in rewards if reward.failure is not None)
     if not kinds:
         return None

@@ -1,4 +1,4 @@
-"""What the loops share, as records: what runs, what shows it, and what keeps it safe."""
+"""The records that the loops share: the run, its output, and its fault tolerance."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,7 +15,7 @@ from agrpo_megatron.text.tokenizer import Tokenizer
 
 
 class View(Protocol):
-    """Shows a run while it runs; the terminal view is one."""
+    """Shows the progress of a run, for example on the terminal."""
 
     def sft(self, metrics: dict) -> None:
         """Show one supervised iteration."""
@@ -49,7 +49,7 @@ class NoView:
 
 @dataclass(frozen=True)
 class Run:
-    """What runs, on this rank."""
+    """The run on this rank."""
 
     settings: Settings
     ranks: Ranks
@@ -72,7 +72,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Output:
-    """What shows a run: its log files, and the view."""
+    """The output of a run: its log files, and the view."""
 
     log: RunLog
     view: View = field(default_factory=NoView)
@@ -80,7 +80,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Safety:
-    """What keeps a run safe: timed sections that are watched, the stop request, the cache."""
+    """Fault tolerance of a run: monitored sections, the stop request, the cache."""
 
     sections: Sections = field(default_factory=Sections)
     stop: Stop | NoStop = field(default_factory=NoStop)
@@ -89,7 +89,7 @@ class Safety:
 
 @dataclass(frozen=True)
 class Session:
-    """The three records together, as the loops pass them on; functions below take one."""
+    """The three records, as the loops pass them; inner functions take only one of them."""
 
     run: Run
     output: Output

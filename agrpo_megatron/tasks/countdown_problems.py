@@ -120,7 +120,7 @@ def _expressions(
     *,
     options: Rules,
 ) -> list[Expression]:
-    """Return every expression over exactly `numbers` (sorted); `memo` caches those of subsets."""
+    """Return every expression over exactly `numbers` (sorted); `memo` caches subsets."""
     if numbers in memo:
         return memo[numbers]
     if len(numbers) == 1:

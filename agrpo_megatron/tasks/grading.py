@@ -32,7 +32,7 @@ class Grader:
     A completion scores `task.grader.failed_score` if its reward raises, hangs, runs out of memory,
     ends its process or is not finite; `Reward.failure` has the reason. If a reward kills the
     workers' server twice, every completion of its batch gets this score.
-    Workers start with the first batch, and end with this process, also if it is killed.
+    Workers start with the first batch, and end with this process, even if it is killed.
     """
 
     def __init__(self, task: Task, settings: TaskSettings):

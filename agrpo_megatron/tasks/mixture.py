@@ -55,7 +55,7 @@ class Mixture(Task):
 
     @property
     def shares(self) -> Sequence[tuple[int, float]]:
-        """Return how many training problems each task has, and its weight."""
+        """Return the number of training problems and the weight of each task."""
         problems = self.problems("train")
         counts = dict.fromkeys(self.parts, 0)
         for problem in problems:
@@ -100,7 +100,7 @@ class Mixture(Task):
     def _without_leaks(
         self, label: str, other: str, *, train: Sequence[Problem], held_out: Sequence[Problem]
     ) -> Sequence[Problem]:
-        """Remove from a part's training problems the held-out ones of a part of the same class."""
+        """Remove a part's training problems that another part of its class holds out."""
         task, holder = self.parts[label][0], self.parts[other][0]
         if _class_name(task) != _class_name(holder):
             return train

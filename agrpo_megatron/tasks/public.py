@@ -157,7 +157,7 @@ class PublicTask(Task):
         return problems
 
     def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
-        """Return the problems of a file that a protocol uses; by default all."""
+        """Return the file's problems that the protocol uses; by default all."""
         return problems
 
 

@@ -2,7 +2,7 @@
 
     Sandbox --socket--> server (a fresh interpreter: imports once) --fork--> a child for each call
 
-A child that takes too long is killed with all processes that it started, also inside C code; the
+A child over its time limit is killed with all its processes, even inside C code; the
 server and later calls are not affected. Children die with the server, the server with its parent.
 Their output goes to stderr: the parent's stdout may contain results.
 """

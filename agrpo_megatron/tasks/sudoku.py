@@ -51,7 +51,7 @@ class Sudoku(GeneratedTask):
     generation_fix = "bring task.options.clues nearer to 8"
 
     def load(self) -> Splits:
-        """Return the problems of both splits; notes those that the prompt itself solves."""
+        """Return the problems of both splits; note puzzles that the prompt itself solves."""
         splits = super().load()
         examples = self.worked_puzzles()
         solved = sum(problem.key in examples for problem in splits["eval"])

@@ -1,4 +1,4 @@
-"""Alarms: signs of a run that goes wrong; each is a metric, a warning and a wandb alert."""
+"""Alarms: signs of a failing run; each is a metric, a warning and a wandb alert."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from agrpo_megatron.rollout.session import Output
 
 @dataclass(frozen=True)
 class Alarm:
-    """One alarm; it is on where the metric is past its level."""
+    """One alarm; it is on while the metric is past its level."""
 
     name: str
     metric: str
@@ -52,7 +52,7 @@ ALARMS = (
 
 
 class Alarms:
-    """The alarms of a run; each warns when it turns on, not again while it stays on."""
+    """The alarms of a run; each warns only when it turns on."""
 
     def __init__(self, settings: Settings, output: Output):
         self._levels = {alarm.name: attrgetter(alarm.key)(settings) for alarm in ALARMS}
@@ -61,7 +61,7 @@ class Alarms:
     def check(self, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return `alarm/NAME` of each alarm: 1 where it is on, else 0; called by every rank.
 
-        A metric that is missing sets off no alarm.
+        A missing metric triggers no alarm.
         """
         return {f"alarm/{a.name}": float(self._is_on(a, iteration, metrics)) for a in ALARMS}
 

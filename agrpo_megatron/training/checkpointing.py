@@ -16,7 +16,7 @@ from agrpo_megatron.text.tokenizer import CHARACTERS
 from agrpo_megatron.training.early_stopping import metric, with_early_stop
 from agrpo_megatron.training.nan_guard import refuse_nonfinite_weights
 
-MODEL_FILES = "model"  # below the run directory: files that go into each checkpoint
+MODEL_FILES = "model"  # below the run directory: files copied into each checkpoint
 
 
 class Checkpointer:
@@ -24,7 +24,7 @@ class Checkpointer:
 
     Args:
         last: the phase's last iteration, which is always saved.
-        done: where the phase begins.
+        done: the progress at the start of the phase.
     """
 
     def __init__(self, session: Session, engine: Engine, phase: str, last: int, done: Progress):
@@ -87,7 +87,7 @@ class Checkpointer:
 
     @property
     def _has_learned(self) -> bool:
-        """Return whether a phase has made an update; before, it only has its start weights."""
+        """Return whether the phase has made an update since its start weights."""
         return self._engine.scheduler.num_steps > 0
 
     def wait(self) -> None:

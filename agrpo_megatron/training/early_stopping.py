@@ -11,7 +11,7 @@ from agrpo_megatron.runs.progress import Progress
 def with_early_stop(done: Progress, scores: Mapping[str, Any], settings: TrainSettings) -> Progress:
     """Return the progress after an evaluation; `stopped` is the reason to end the run, if any.
 
-    It depends on the metrics alone, which are the same on every rank.
+    It depends only on the metrics, which are the same on every rank.
 
     Raises:
         ValueError: the evaluation has no metric `train.stop_metric`.
@@ -47,7 +47,7 @@ def metric(scores: Mapping[str, Any], name: str, *, key: str) -> float:
     """Return a metric of an evaluation by its name.
 
     Raises:
-        ValueError: there is none of this name; the message lists the metrics.
+        ValueError: no metric has this name; the message lists the metrics.
     """
     if name not in scores:
         known = ", ".join(key for key, value in scores.items() if isinstance(value, float))

@@ -27,16 +27,16 @@ type Found = tuple[Path, Progress] | None
 
 @dataclass(frozen=True)
 class Update:
-    """Which update it is, for messages."""
+    """The identity of an update, for messages."""
 
     iteration: int  # counted from 1
     rows: str  # "rollouts" or "examples"
-    key: Callable[[int], str]  # of the problem that a row belongs to
+    key: Callable[[int], str]  # of a row's problem
     number: int = 1  # within the iteration
 
 
 class NanGuard:
-    """Makes the updates of one phase and skips those that are not finite; called by every rank."""
+    """Makes the updates of one phase and skips non-finite ones; called by every rank."""
 
     def __init__(self, session: Session, phase: str):
         self._run, self._view, self._phase = session.run, session.output.view, phase
@@ -51,10 +51,10 @@ class NanGuard:
         examples: int,
         update: Update,
     ) -> dict[str, float]:
-        """Make an update as `optimizer_step` does, or skip it where it is not finite.
+        """Make an update as `optimizer_step` does, or skip a non-finite one.
 
-        A skipped update has no metrics but `skipped_updates` and `learning_rate`; weights,
-        optimizer and schedule stay as they are.
+        A skipped update has only the metrics `skipped_updates` and `learning_rate`; weights,
+        optimizer and schedule do not change.
 
         Raises:
             NotFinite: more than `resilience.skip_updates` updates in a row are not finite.
@@ -117,7 +117,7 @@ def _write(run: Run, record: dict[str, Any], finding: Finding, text: str) -> Non
 
 
 def described(finding: Finding, update: Update, phase: str) -> str:
-    """Describe what was not finite, on a few lines; the first is a summary."""
+    """Describe the non-finite values on a few lines; the first line is a summary."""
     which = f", update {update.number}" if update.number > 1 else ""
     where = f"{phase} iteration {update.iteration}{which}"
     lines = [
@@ -135,7 +135,7 @@ def described(finding: Finding, update: Update, phase: str) -> str:
 
 
 def rollout_keys(run: Run, trajectory: Trajectory) -> Callable[[int], str]:
-    """Return a function from one of an iteration's rollouts to the key of its problem."""
+    """Return a function from a rollout of the iteration to the key of its problem."""
     size, seed = run.settings.algorithm.group_size, run.settings.run.seed
 
     def key(row: int) -> str:

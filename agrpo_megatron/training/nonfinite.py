@@ -1,6 +1,6 @@
-"""What was not finite in an update: which micro-batches of which ranks, which rows, which weights.
+"""Find the cause of a non-finite update: micro-batches of each rank, rows, and weights.
 
-Looked for only after it happened, so it may take a second forward pass.
+Runs only after a failure, so it may take a second forward pass.
 """
 
 import math
@@ -21,13 +21,13 @@ NAMES = 3  # parameters that a rank names
 
 @dataclass(frozen=True)
 class Finding:
-    """What was not finite; the same on every rank."""
+    """The non-finite values of an update; the same on every rank."""
 
     what: str  # "loss", "gradient" or "weights"
     places: dict[int, str]  # by rank: its micro-batches, or its parameters
-    rows: list[int]  # rollouts or examples of the update that had it; all of it for a gradient
-    is_again: bool  # so it was when the loss was computed once more
-    weights: dict[int, str]  # by rank: parameters that are not finite themselves
+    rows: list[int]  # affected rollouts or examples; for a gradient, all of the update
+    is_again: bool  # also not finite in a second computation of the loss
+    weights: dict[int, str]  # by rank: non-finite parameters
 
 
 class NotFinite(RuntimeError):
@@ -49,7 +49,7 @@ def find_in_loss[Batch: (SftBatch, TimestepBatch)](
 
     Args:
         batches: of this rank.
-        computed: the loss and the metrics of each, where this rank has them.
+        computed: the loss and the metrics of each, if this rank has them.
     """
     data, bad = engine.ranks.data.rank, [n for n, m in enumerate(computed) if not _all_finite(m)]
     found: list[tuple[int, list[int]]] = gather_objects((data, bad))
@@ -57,7 +57,7 @@ def find_in_loss[Batch: (SftBatch, TimestepBatch)](
     again = sorted({number for other, mine in found if other == data for number in mine})
 
     def rows_of(number: int, logits: Tensor) -> list[int]:
-        """Return the rows of a micro-batch whose own share of the loss is not finite."""
+        """Return the rows of a micro-batch with a non-finite loss."""
         batch = batches[again[number]]
         return [row for row in _rows(batch) if not _all_finite(_share(row, logits, batch, loss))]
 
@@ -111,7 +111,7 @@ def _bad_weights(engine: Engine) -> dict[int, str]:
 
 
 def _bad_names(tensors: Any) -> str:
-    """Name the first tensors that are not finite; empty where all are."""
+    """Name the first non-finite tensors; empty if all are finite."""
     bad = [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
     more = f" and {len(bad) - NAMES} more" if len(bad) > NAMES else ""
     return ", ".join(bad[:NAMES]) + more

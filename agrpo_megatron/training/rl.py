@@ -78,7 +78,7 @@ def collect_rollout(
 ) -> tuple[Rollout, dict[str, float]]:
     """Sample and grade a group of completions of each problem; the same on every rank.
 
-    Completions that the rollout cache holds are not sampled again.
+    Cached completions are not sampled again.
     """
     run, groups = session.run, sample_groups(session, engine, iteration)
     algorithm, graded, device = run.settings.algorithm, groups.rollouts, run.ranks.device
@@ -114,7 +114,7 @@ def update_policy(
     """Update the weights on one batch of rollouts; returns metrics and the tokens of all ranks.
 
     Args:
-        guard: counts skipped updates over iterations; None starts anew.
+        guard: counts skipped updates over iterations; None starts from 0.
     """
     run, guard = session.run, guard or NanGuard(session, "rl")
     iteration = rollout.trajectory.weights_version + 1

@@ -39,13 +39,13 @@ from agrpo_megatron.training.sft import run_sft
 def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "rl")) -> str | None:
     """Run or resume the phases of a run; called by every rank. Starts and stops the ranks.
 
-    A run directory with a checkpoint is continued from it, bit for bit on the same layout.
+    A run resumes from the checkpoint in its directory; on the same layout, bit for bit.
 
     Returns:
         The reason for an early, checkpointed stop, or None.
 
     Raises:
-        ValueError: the directory's run had other problems or another task file.
+        ValueError: the earlier run in the directory had other problems or another task file.
         Stuck: several unattended restarts made no progress.
     """
     settings = resolved.settings
@@ -122,7 +122,7 @@ def _begin_attempt(
     found: Found,
     cache: RolloutCache | NoCache,
 ) -> None:
-    """Begin an attempt, unless the last ones made no progress."""
+    """Begin an attempt, unless the last attempts made no progress."""
     mark = "the start"
     if found:
         mark = f"{found[1].name}{'' if found[1].is_evaluated else ', not evaluated'}"
@@ -142,11 +142,11 @@ def _stop_if_asked(session: Session) -> None:
 
 
 def _show_notes(session: Session) -> None:
-    """Show notes on kernels and problems, and write the latter into the run directory."""
+    """Show notes on kernels and problems; write the notes on problems into the run directory."""
     run, view = session.run, session.output.view
     if run.settings.precision != "fp32":
         view.note(in_one_line(kernels_for(run.settings)))
-    run.task.problems("train")  # notes are made as problems are loaded
+    run.task.problems("train")  # loading the problems creates the notes
     for note in run.task.notes:
         view.note(note)
     session.output.log.notes(run.task.notes)
@@ -190,7 +190,7 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
     start = _sft_end(Path(settings.run.dir), settings.sft.iterations)
     _fill(run, engine, checkpoint, start)
     reference = _reference(run, start) if settings.algorithm.kl_coefficient > 0 else None
-    scores = done.scores  # none where no evaluation came before this checkpoint
+    scores = done.scores  # none without an evaluation before this checkpoint
     if checkpoint is None:
         scores = evaluate(session, engine.rollout_network(), iteration=0, stage="before")
         done = Progress("rl", 0, {})
@@ -201,7 +201,7 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
     checkpointer = Checkpointer(session, engine, "rl", last, done)
 
     def on_iteration_end(iteration: int) -> bool:
-        """Evaluate and save, where they are due; returns whether to continue."""
+        """Evaluate and save if due; return whether to continue."""
         reason, is_due = None, iteration == last or bool(every and iteration % every == 0)
         checkpointer.on_iteration_end(iteration, is_evaluated=not is_due)
         if is_due:
@@ -217,7 +217,7 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
         return reason is None
 
     with _saved_at_stop(checkpointer):
-        # An earlier attempt may have been stopped in an evaluation, which is then repeated.
+        # An earlier attempt may have stopped during this evaluation: repeat it.
         if done.is_evaluated or on_iteration_end(done.iteration):
             hook = on_iteration_end
             run_rl(session, engine, reference, start=done.iteration, on_iteration_end=hook)
@@ -225,7 +225,7 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
 
 
 def _report_early_stop(output: Output, scores: dict, reason: str) -> None:
-    """Log that a run stops early: the evaluation that decided it is also the final one."""
+    """Log an early stop; the evaluation that caused it is also the final one."""
     last = {**scores, "stage": "after"}
     output.log.metrics(last)
     output.view.evaluation(last)
@@ -233,7 +233,7 @@ def _report_early_stop(output: Output, scores: dict, reason: str) -> None:
 
 
 def _sft_end(directory: Path, iterations: int) -> Path | None:
-    """Return the checkpoint that ended the supervised phase, from which RL starts."""
+    """Return the last checkpoint of the supervised phase, from which RL starts."""
     path = directory / CHECKPOINTS / Progress("sft", iterations, {}).name
     return path if iterations > 0 and path.is_dir() else None
 
@@ -253,7 +253,7 @@ def _reference(run: Run, start: Path | None) -> Network:
 
 
 def _fill(run: Run, engine: Engine, checkpoint: Path | None, start: Path | None) -> None:
-    """Load a checkpoint, or else start weights; the optimizer takes its copy of them."""
+    """Load a checkpoint, or else start weights, into the network and the optimizer."""
     if checkpoint is not None:
         load_checkpoint(checkpoint, engine)
         return

@@ -1,23 +1,23 @@
 """One optimizer step through Megatron's schedule.
 
 How a loss is scaled. Each micro-batch's loss function returns a SUM over the scored tokens that
-the rank holds; the weight of every token already holds what belongs to its row. From there:
+the rank holds; the weight of every token includes its row's weight. From there:
 
 - micro-batches: `calculate_per_token_loss` keeps Megatron from averaging, so gradients add up;
 - pipeline: only the last stage has a loss; stages before it receive its gradient, unscaled;
 - tensor: the ranks of a group compute the same loss of the same tokens, from shards of the logits,
-  and Megatron's layers sum gradients where a tensor is shared (also the norms', under sequence
-  parallelism); so the loss is counted once, whatever the size;
-- context: the ranks hold different scored tokens of the same rows, so their losses are different
-  summands, like those of data ranks. Megatron sums gradients over context and data together, and
-  without averaging, for the same `calculate_per_token_loss`;
+  and Megatron's layers sum the gradients of shared tensors (with sequence parallelism also of
+  the norms); so the loss counts once for any group size;
+- context: the ranks hold different scored tokens of the same rows, so their losses add up, as over
+  data ranks. Megatron sums gradients over context and data together, also without averaging
+  because of `calculate_per_token_loss`;
 - data: micro-batches of different rows, also summed.
 
 After the last micro-batch Megatron divides once by the integer that the micro-batches reported,
-summed over micro-batches, context and data ranks. That integer is the number of rollouts (or of
-SFT examples) of the whole step, also of those that were skipped for having no gradient; one rank
-reports it, once, and all others report 0. So the gradient is the mean over rollouts, whatever
-the layout. With the distributed optimizer the sum is a reduce-scatter: the same sum, in pieces.
+summed over micro-batches, context and data ranks. That integer is the number of rollouts (or SFT
+examples) of the whole step, including skipped rollouts without a gradient; one rank reports it
+once, and all others report 0. So the gradient is the mean over rollouts under any layout. The
+distributed optimizer computes the same sum with a reduce-scatter.
 """
 
 import math
@@ -51,9 +51,9 @@ def optimizer_step[Batch: (SftBatch, TimestepBatch)](
     """Run forward and backward over all micro-batches and update the weights; all ranks.
 
     Args:
-        batches: this data-parallel rank's micro-batches, which need the same number everywhere
-            (see `my_micro_batches`), each cut by `local_part` to what its context-parallel rank
-            scores.
+        batches: this data-parallel rank's micro-batches, equally many on every rank (see
+            `my_micro_batches`), each cut by `local_part` to the scored tokens of its
+            context-parallel rank.
         loss: (logits shard [S, V / tensor parallel], batch) -> loss summed over rows, metrics,
             of the scored tokens that the rank holds. A metric is summed over micro-batches and
             ranks; one named `*_max*` is maximised.
@@ -89,13 +89,13 @@ def accumulate_gradients[Batch: (SftBatch, TimestepBatch)](
     loss: Callable[[Tensor, Batch], tuple[Tensor, Metrics]],
     examples: int,
 ) -> dict[str, float]:
-    """Run forward and backward alone: leaves the mean gradient in `main_grad`; all ranks."""
+    """Run only forward and backward; the mean gradient is in `main_grad`; all ranks."""
     computed = _forward_and_backward(engine, batches, loss=loss, examples=examples)
     return _combined(computed, engine.ranks, examples=examples)
 
 
 def drop_gradients(engine: Engine) -> None:
-    """Set all gradients to zero; the weights stay as they are."""
+    """Set all gradients to zero; the weights do not change."""
     for ddp in engine.ddp:
         ddp.zero_grad_buffer()
     engine.optimizer.zero_grad()
@@ -108,7 +108,7 @@ def _forward_and_backward[Batch: (SftBatch, TimestepBatch)](
     loss: Callable[[Tensor, Batch], tuple[Tensor, Metrics]],
     examples: int,
 ) -> list[Metrics]:
-    """Return the loss and the metrics of each micro-batch, where this rank has them."""
+    """Return the loss and the metrics of each micro-batch, if this rank has them."""
     network, ranks = engine.network, engine.ranks
     network.set_training("train")
     drop_gradients(engine)
@@ -119,7 +119,7 @@ def _forward_and_backward[Batch: (SftBatch, TimestepBatch)](
     items = list(zip(padded, batches, strict=True))
 
     def forward_step(iterator: Iterator[tuple[PackedRows, Batch]], model: torch.nn.Module):
-        """Run one micro-batch and hand its loss function back to the schedule."""
+        """Run one micro-batch and return its loss function to the schedule."""
         rows, batch = next(iterator)
 
         def reduce_loss(logits: Tensor):
@@ -160,7 +160,7 @@ def my_micro_batches(
 
 
 def _gradient_is_finite(engine: Engine) -> bool:
-    """Return whether this rank's gradient is finite, by the cheap test that its sum is."""
+    """Return whether this rank's gradient is finite, by a cheap test of its sum."""
     ddps: list[Any] = engine.ddp
     buffers = [b for ddp in ddps for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
     grads = [buffer.grad_data for buffer in buffers]
@@ -182,7 +182,7 @@ def _combined(computed: list[Metrics], ranks: Ranks, *, examples: int) -> dict[s
 
 
 def _reduce_metrics(collected: list[Metrics], ranks: Ranks) -> dict[str, float]:
-    """Combine micro-batches and ranks: sums, or maxima where the name says so; the last stage."""
+    """Combine micro-batches and ranks: sums, or maxima for `*_max*`; the last stage."""
     names, group = list(collected[0]), ranks.data_context.group
     values = torch.tensor(
         [[float(m[name]) for name in names] for m in collected], device=ranks.device
@@ -194,7 +194,7 @@ def _reduce_metrics(collected: list[Metrics], ranks: Ranks) -> dict[str, float]:
 
 
 def _from_last(metrics: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """Hand the last stage's metrics to all stages."""
+    """Broadcast the last stage's metrics to all stages."""
     if ranks.pipeline.size == 1:
         return metrics
     shared = [metrics]

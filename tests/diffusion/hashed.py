@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion import noise
-from agrpo_megatron.diffusion.draw import AtOnce
+from agrpo_megatron.diffusion.draw import LogitsForward
 from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.diffusion.sampler import SamplerContext
 from agrpo_megatron.types import PackedRows
@@ -52,7 +52,7 @@ class HashedModel:
 
     def context(self, *, seed: int = 0, token_budget: int = 64, forbid: bool = True):
         vocab = Vocabulary(SIZE, forbidden=(MASK,) if forbid else ())
-        return SamplerContext(AtOnce(self), vocab, MASK, EOS, seed, token_budget)
+        return SamplerContext(LogitsForward(self), vocab, MASK, EOS, seed, token_budget)
 
 
 def prompts_of(count: int) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
-from agrpo_megatron.diffusion.draw import AtOnce
+from agrpo_megatron.diffusion.draw import LogitsForward
 from agrpo_megatron.diffusion.estimators import DrawContext, draws_at
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import policy_loss
@@ -51,7 +51,7 @@ def test_sampler_reproduces_llada_token_for_token(number):
         early_end=False,
     )
     context = SamplerContext(
-        AtOnce(model.score), model.vocab, MASK, EOS, seed=0, token_budget=10**6
+        LogitsForward(model.score), model.vocab, MASK, EOS, seed=0, token_budget=10**6
     )
     got = sample(list(prompts), torch.arange(len(prompts)), context=context, sampling=sampling)
     expected = GOLDEN[f"sampler.{number}.output_ids"][:, prompts.shape[1] :]

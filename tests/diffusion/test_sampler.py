@@ -8,7 +8,7 @@ import torch
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion.batches import rebuild_state
-from agrpo_megatron.diffusion.draw import AtOnce
+from agrpo_megatron.diffusion.draw import LogitsForward
 from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import sample
@@ -187,7 +187,7 @@ def test_threshold_fixes_all_sure_tokens_and_at_least_one(unmasking):
         place = rows.scored % 6 - 1  # a prompt of one token, then the completion of five
         return torch.stack([sure[place], 1 - sure[place], torch.zeros(len(place))], 1).log()
 
-    context = replace(HashedModel().context(), forward=AtOnce(score), mask_id=2, eos_id=None)
+    context = replace(HashedModel().context(), forward=LogitsForward(score), mask_id=2, eos_id=None)
     context = replace(context, vocab=replace(context.vocab, size=3, forbidden=(2,)))
     sampling = SamplingSettings(
         completion_length=5,

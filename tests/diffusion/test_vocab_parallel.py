@@ -10,7 +10,7 @@ import torch.distributed as dist
 from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion import draw as drawing
 from agrpo_megatron.diffusion import noise
-from agrpo_megatron.diffusion.draw import AtOnce, draw_tokens
+from agrpo_megatron.diffusion.draw import LogitsForward, draw_tokens
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import sample
 from tests.diffusion.hashed import PADDED, SAMPLINGS, HashedModel, prompts_of
@@ -86,7 +86,7 @@ def case_names():
 
 def _every_case():
     rank = dist.get_rank()
-    drawing.AT_ONCE = 11 * 20  # some rows at a time, where one shard alone has them all at once
+    drawing.MAX_LOGITS = 11 * 20  # some rows at a time, where one shard alone has them all at once
     return {case: numbers(*case, rank, RANKS) for case in case_names()}
 
 
@@ -166,7 +166,7 @@ def _trajectories():
     context = model.context()
     vocab = replace(context.vocab, start=rank * width, group=dist.group.WORLD)
     columns = slice(rank * width, (rank + 1) * width)
-    forward = AtOnce(lambda rows: model.logits(rows)[:, columns])
+    forward = LogitsForward(lambda rows: model.logits(rows)[:, columns])
     context = replace(context, vocab=vocab, forward=forward)
     return [
         sample(prompts_of(6), torch.arange(6), context=context, sampling=sampling)
@@ -196,7 +196,7 @@ def test_trajectories_of_two_shards_equal_those_of_one():
 def test_rows_drawn_in_parts_are_those_drawn_at_once(monkeypatch, name, policy, rows):
     case = (name, policy, torch.float32, 0, 1)
     whole = numbers(*case)
-    monkeypatch.setattr(drawing, "AT_ONCE", rows * VOCABULARIES[name][1])
+    monkeypatch.setattr(drawing, "MAX_LOGITS", rows * VOCABULARIES[name][1])
     for key, value in numbers(*case).items():
         assert (value is None) == (whole[key] is None)
         assert value is None or torch.equal(value, whole[key]), key

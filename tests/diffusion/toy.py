@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
-from agrpo_megatron.diffusion.draw import AtOnce
+from agrpo_megatron.diffusion.draw import LogitsForward
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import policy_loss
 from agrpo_megatron.diffusion.sampler import SamplerContext
@@ -69,7 +69,12 @@ class Toy:
 
     def context(self, table: Tensor, *, seed: int = 0, token_budget: int = 10**9):
         return SamplerContext(
-            AtOnce(self.score(table)), self.vocab, self.mask_id, self.eos_id, seed, token_budget
+            LogitsForward(self.score(table)),
+            self.vocab,
+            self.mask_id,
+            self.eos_id,
+            seed,
+            token_budget,
         )
 
 

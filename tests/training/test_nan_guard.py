@@ -213,7 +213,7 @@ def test_an_update_that_is_left_out_leaves_no_trace(more, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(ours[0], state[0], strict=True))
         assert ours[1:] == state[1:]
         [text] = told
-        assert "the update is left out (1 in a row, resilience.skip_updates=1)" in text
+        assert "the update is skipped (1 in a row, resilience.skip_updates=1)" in text
     [record] = read(tmp_path / NONFINITE)
     assert record["action"] == "skipped" and record["iteration"] == 2
 
