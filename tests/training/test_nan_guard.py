@@ -1,4 +1,4 @@
-"""Updates that are not finite: named, left out within bounds, gone back from."""
+"""Updates that are not finite: named, skipped up to a limit, rolled back from."""
 
 import json
 from dataclasses import replace
@@ -66,7 +66,7 @@ def _name_rows(overrides):
     NanGuard.step = watched  # type: ignore[method-assign]
     with pytest.raises(NotFinite) as error:
         update_policy(session, engine, _spoilt(rollout, bad), None)
-    keys = [rollout_keys(session, rollout.trajectory)(row) for row in bad]
+    keys = [rollout_keys(session.run, rollout.trajectory)(row) for row in bad]
     return bad, keys, bool(held), error.value.finding, str(error.value)
 
 
@@ -104,7 +104,7 @@ def _keys():
 
     rl.sample_groups = watched
     rollout, _ = collect_rollout(session, engine, 3)
-    key = rollout_keys(session, rollout.trajectory)
+    key = rollout_keys(session.run, rollout.trajectory)
     return _useful(rollout), [key(row) for row in range(len(asked))], asked
 
 
@@ -133,7 +133,7 @@ def test_a_passing_fault_is_told_from_one_that_comes_again(layout, tmp_path):
         assert list(finding.places) == [size - 1]
         assert finding.places[size - 1].startswith("micro-batch 2 of ")
         assert not finding.is_again and 0 < len(finding.rows) < 12
-        assert "computed again, it is finite: a passing fault" in text
+        assert "a second forward pass is finite: a transient hardware fault" in text
 
 
 def _break_a_weight_or_gradient(part, overrides):
@@ -310,7 +310,7 @@ def test_after_a_passing_fault_the_run_goes_back_and_ends_as_if_nothing_had_been
     told, error = run_ranks(size, _train, run_dir, ["resilience.roll_backs=1"], spoilt)[0]
     assert error is None
     assert told[0].startswith(f"{phase} iteration {iteration}: the loss is not finite")
-    assert told[0].endswith("going back to the last good checkpoint (1 of resilience.roll_backs=1)")
+    assert told[0].endswith("rolling back to the last good checkpoint (1 of resilience.roll_backs=1)")
     metrics, samples = undisturbed(size)
     assert same_metrics(read(run_dir / "metrics.jsonl"), metrics)
     assert read(run_dir / "samples.jsonl") == samples
