@@ -310,7 +310,9 @@ def test_after_a_passing_fault_the_run_goes_back_and_ends_as_if_nothing_had_been
     told, error = run_ranks(size, _train, run_dir, ["resilience.roll_backs=1"], spoilt)[0]
     assert error is None
     assert told[0].startswith(f"{phase} iteration {iteration}: the loss is not finite")
-    assert told[0].endswith("rolling back to the last good checkpoint (1 of resilience.roll_backs=1)")
+    assert told[0].endswith(
+        "rolling back to the last good checkpoint (1 of resilience.roll_backs=1)"
+    )
     metrics, samples = undisturbed(size)
     assert same_metrics(read(run_dir / "metrics.jsonl"), metrics)
     assert read(run_dir / "samples.jsonl") == samples
