@@ -102,17 +102,18 @@ def advance(
 
 def trajectory(state: SamplerState, rows: list[int], sampling: SamplingSettings) -> Trajectory:
     """Return the trajectory of complete rows."""
-    of_rows: dict[str, Any] = {name: values[rows] for name, values in state.recorded.items()}
+    chosen = torch.tensor(rows, dtype=torch.int64, device=state.step.device)
+    recorded: dict[str, Any] = {name: values[chosen] for name, values in state.recorded.items()}
     support = state.support_ids
     return Trajectory(
         prompts=tuple(state.prompts[row] for row in rows),
-        tokens=state.canvas[rows].gather(1, state.columns[rows]),
-        unmask_step=state.unmask_step[rows],
-        support_ids=support[rows] if support.shape[-1] else None,
-        num_steps=state.step[rows],
-        rollout_ids=state.rollout_ids[rows],
+        tokens=state.canvas[chosen].gather(1, state.columns[chosen]),
+        unmask_step=state.unmask_step[chosen],
+        support_ids=support[chosen] if support.shape[-1] else None,
+        num_steps=state.step[chosen],
+        rollout_ids=state.rollout_ids[chosen],
         sampling=sampling,
-        **of_rows,
+        **recorded,
     )
 
 

@@ -139,7 +139,7 @@ def _share(run: Run, safety: Safety, network: Network, request: Request) -> _Sha
         cached,
         there[data.rank :: data.size] + mine,
         [prompts[place] for place in mine],
-        ids[mine],
+        ids[torch.tensor(mine, dtype=torch.int64, device=ids.device)],
     )
 
 

@@ -130,7 +130,7 @@ def test_supervision_leaves_out_problems_without_a_solution():
 
 def test_supervision_without_any_solution_is_refused():
     task = _Some(_settings({"name": "some", "seed": 1}), None)
-    said = "^sft.iterations=5 needs solutions, but none of the 7 training problems of task some has one"
+    said = "^sft.iterations=5 needs solutions, but none of the 7 training problems of task some has"
     with pytest.raises(ValueError, match=said):
         solved_problems(task, SftSettings(iterations=5))
 

@@ -85,9 +85,8 @@ def _train(run_dir, overrides, fault=None):
 def _learn_to_say_nothing():
     """Let every solution be empty: all end-of-text."""
 
-    def nothing(session, texts):
-        shape = (len(texts), session.run.settings.sampling.completion_length)
-        return torch.full(shape, session.run.eos_id)
+    def nothing(run, texts):
+        return torch.full((len(texts), run.settings.sampling.completion_length), run.eos_id)
 
     sft._padded = nothing
 

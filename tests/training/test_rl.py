@@ -246,8 +246,10 @@ def _with_and_without_kl():
     rollout, _ = collect_rollout(plain, engine, 0)
     rollout = replace(rollout, advantages=rollout.advantages.index_fill(0, torch.arange(4), 0.0))
     without = gradient(plain, engine, rollout)
-    algorithm = replace(plain.settings.algorithm, kl_coefficient=0.3)
-    session = replace(plain, settings=replace(plain.settings, algorithm=algorithm))
+    settings = plain.run.settings
+    algorithm = replace(settings.algorithm, kl_coefficient=0.3)
+    run = replace(plain.run, settings=replace(settings, algorithm=algorithm))
+    session = replace(plain, run=run)
     return gradient(session, engine, rollout, _reference(session)), without
 
 
