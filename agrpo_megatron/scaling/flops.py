@@ -21,7 +21,7 @@ def completion_flops(trajectory: Trajectory, model: ModelSettings) -> list[int]:
     """Return the FLOPs [R] of each completion, over all its denoising steps.
 
     Every denoising step runs the whole row, prompt and completion; the head runs at the positions
-    that the step scored.
+    that the step scored. Rows that only fill up a small head product are not counted.
     """
     assert model.vocab_size is not None
     width, steps = trajectory.tokens.shape[1], trajectory.num_steps.tolist()

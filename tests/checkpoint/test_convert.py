@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def _through(source, target, overrides):
     model = type(settings.model)(**{**vars(settings.model), "load": str(source)})
     ranks = start_ranks(settings)
     engine = build_engine(settings, settings.optimizer, iterations=1, ranks=ranks)
-    load_start_weights(engine.network, type(settings)(**{**vars(settings), "model": model}))
+    load_start_weights(engine.network, replace(settings, model=model))
     engine.optimizer.reload_model_params()
     files = Path(target) / "files"
     if dist.get_rank() == 0:

@@ -104,7 +104,7 @@ def _iterate(overrides):
 def _supervise():
     session, engine = _elsewhere("sft.iterations=2")
     losses = []
-    sft.Guard = BackwardAlone
+    sft.NanGuard = BackwardAlone
     with OtherDevice():
         run_sft(session, engine, start=0, on_iteration_end=losses.append)
     return losses
