@@ -182,7 +182,8 @@ def test_one_gpu_runs_a_quarter_of_the_layers_with_room_and_trains_on_all_it_dra
 def differences(one, other, prefix=""):
     """Return the keys in which two settings differ."""
     found = set()
-    for name, mine in vars(one).items():
+    for name in one.__dataclass_fields__:
+        mine = getattr(one, name)
         theirs = getattr(other, name)
         if hasattr(mine, "__dataclass_fields__"):
             found |= differences(mine, theirs, f"{prefix}{name}.")
