@@ -45,7 +45,7 @@ from agrpo_megatron.families.transforms import Split, to_megatron
 from agrpo_megatron.runs.files import write_whole
 from agrpo_megatron.runs.progress import HF
 
-SHARD = 5_000_000_000  # bytes of a Hugging Face shard where no index says otherwise
+SHARD = 5_000_000_000  # bytes of a Hugging Face shard without an index
 JOB = "conversion.json"
 
 ByteProgress = Callable[[int, int], Any]  # called with the bytes done, and the bytes in all
@@ -60,7 +60,7 @@ def to_megatron_checkpoint(
         dtype: `fp32`, `bf16` or `fp16`; None keeps each tensor's own.
 
     Raises:
-        ValueError: the source is not whole or not of a known family, or the target exists.
+        ValueError: the source is incomplete or of an unknown family, or the target exists.
     """
     model, weights = open_weights(source)
     assert isinstance(weights, HfWeights)
@@ -75,7 +75,7 @@ def to_hf_directory(
 ) -> None:
     """Convert a Megatron checkpoint, of any layout, to a Hugging Face directory; one process.
 
-    Names, shapes, dtypes and shards are those that the original modelling code loads.
+    The original modelling code can load the names, shapes, dtypes and shards.
 
     Raises:
         ValueError: the source is damaged or lacks a tensor, or the target exists.
@@ -191,7 +191,7 @@ class _Count:
         self._progress(self._done, self._total)
 
     def passing(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield blocks, counted when the next is asked for."""
+        """Yield blocks; count each when the next is requested."""
         for block in blocks:
             yield block
             self.add(block.nbytes)
@@ -201,7 +201,7 @@ class _Count:
 def _unfinished(target: Path, source: Path, dtype: str | None) -> Iterator[Path]:
     """Yield the folder to write to, which becomes the target at the end.
 
-    It keeps the files of an earlier attempt of this conversion and removes those of any other.
+    Files of an earlier attempt of this conversion stay, those of another are removed.
     """
     if target.exists():
         raise ValueError(f"{target} exists; choose another name, or remove it")

@@ -30,7 +30,7 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def seal(folder: Path, known: dict[str, str] | None = None) -> None:
-    """Write the checksums of all files below a folder; those in `known` are not read again."""
+    """Write the checksums of all files below a folder; files in `known` are not read again."""
     known = known or {}
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     found = {**digests(folder, sorted(names - known.keys() - {MANIFEST})), **known}
@@ -64,4 +64,4 @@ def verify(folder: Path, *, share: int = 0, shares: int = 1) -> None:
         raise Damaged(f"{folder}: cannot be read ({error})") from None
     for name in names:
         if found[name] != expected[name]:
-            raise Damaged(f"{folder / name}: damaged, it is not what was written (SHA-256)")
+            raise Damaged(f"{folder / name}: damaged, its SHA-256 has changed")

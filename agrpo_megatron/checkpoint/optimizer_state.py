@@ -54,7 +54,7 @@ def use_stored_names(wanted: dict[str, Any], stored: set[str]) -> None:
 
 
 def use_main_weights(wanted: dict[str, Any], stored: set[str]) -> None:
-    """Load float32 weights instead of FP8 ones where they are stored; mutates it."""
+    """Load float32 weights instead of FP8 ones if both are stored; mutates it."""
 
     def renamed(leaf: Any) -> Any:
         """Return the leaf, under the best name that the checkpoint has."""
@@ -71,7 +71,7 @@ def fill_optimizer(engine: Engine, loaded: dict[str, Any], steps: int) -> None:
     """Put loaded state in place; called by every rank, after the weights are loaded.
 
     Args:
-        loaded: the tensors of this optimizer, with the non-tensor state of the checkpoint's.
+        loaded: the tensors of this optimizer, and the checkpoint's non-tensor state.
         steps: optimizer steps done.
     """
     own: Any = engine.optimizer.state_dict()
@@ -93,15 +93,15 @@ def fill_optimizer(engine: Engine, loaded: dict[str, Any], steps: int) -> None:
 
 
 def _parts(engine: Engine) -> list[Any]:
-    """Return Megatron's optimizers, each wraps the optimizer that does the arithmetic."""
+    """Return Megatron's optimizers; each wraps the optimizer that does the arithmetic."""
     return getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
 
 
 def _prepare_to_load(engine: Engine) -> None:
     """Give a fresh distributed optimizer the state of torch's Adam that loading overwrites.
 
-    Transformer Engine's needs no help. An offloading one makes a step, which changes weights that
-    are loaded after it.
+    Transformer Engine's Adam has its state. An offloading optimizer takes a step, which changes
+    weights: load them afterwards.
     """
     for part in _parts(engine):
         adam = part.optimizer
@@ -118,7 +118,7 @@ def _prepare_to_load(engine: Engine) -> None:
 
 
 def _moments(engine: Engine, loaded: dict[str, Any], steps: int) -> dict[Any, Any]:
-    """Return the loaded moments by parameter, with the step where torch's Adam wants one."""
+    """Return the loaded moments by parameter, with the step if torch's Adam needs one."""
     state = {key: value for key, value in loaded["state"].items() if key != "common_step"}
     if isinstance(_parts(engine)[0].optimizer, torch.optim.AdamW):
         state["common_step"] = torch.tensor(float(steps))
@@ -128,9 +128,9 @@ def _moments(engine: Engine, loaded: dict[str, Any], steps: int) -> dict[Any, An
 def _count(adam: Any, steps: int) -> None:
     """Set the number of steps where an optimizer counts them; mutates it.
 
-    Torch's Adam counts for each tensor, and loading leaves one counter that all would advance.
-    Fused ones count for each group. An offloading one gives its own groups' values to those inside
-    at every step, so it must not have a counter that stands still.
+    Torch's Adam counts per tensor, and loading leaves one counter that all would advance. Fused
+    optimizers count per group. An offloading optimizer copies its groups' values to the inner
+    optimizers at every step, so it must not have a stale counter.
     """
     if isinstance(adam, HybridDeviceOptimizer):
         for group in adam.param_groups:
@@ -184,9 +184,9 @@ def _shard(optimizer: DistributedOptimizer, model_param: Tensor) -> Tensor:
 
 
 def whole_weights(weights: Tensor, lower: Tensor) -> Tensor:
-    """Return float32 weights from bf16 ones and the signed halves that they lack.
+    """Return float32 weights from bf16 weights and their signed lower halves.
 
-    Where the half is negative the bf16 weight was rounded up, so that adding it is right for all.
+    A negative half means that the bf16 weight was rounded up: the sum is right in both cases.
     Source: `multi_tensor_adam_param_remainder` of Transformer Engine.
 
     Args:
@@ -198,7 +198,7 @@ def whole_weights(weights: Tensor, lower: Tensor) -> Tensor:
 
 
 def lower_halves(weights: Tensor, whole: Tensor) -> Tensor:
-    """Return the halves [n] int16 that bf16 weights lack of float32 ones.
+    """Return the lower halves [n] int16 that complete bf16 weights to float32.
 
     The bf16 weight is the one nearest to the float32 weight. On a tie the kernel takes the bf16
     weight further from zero; with the other, the result is one float32 step nearer to zero.

@@ -19,7 +19,7 @@ from agrpo_megatron.runs.progress import (
 def find_checkpoint(
     root: Path, ranks: Ranks, warn: Callable[[str], None]
 ) -> tuple[Path, Progress] | None:
-    """Return the newest checkpoint that is whole, or None for a new run; called by every rank.
+    """Return the newest intact checkpoint, or None for a new run; called by every rank.
 
     A damaged one is renamed, not deleted; `warn` gets the reason.
 
@@ -31,7 +31,7 @@ def find_checkpoint(
     for number, path in enumerate(paths, start=1):
         successor = paths[number] if number < len(paths) else None
         has_progress = (path / PROGRESS_FILE).exists()
-        problem = _problem(path, ranks) if has_progress else f"{path} is not whole"
+        problem = _problem(path, ranks) if has_progress else f"{path} is incomplete"
         if problem is None:
             return path, read_progress(path)
         if successor is not None and ranks.is_main:

@@ -53,7 +53,7 @@ class Saver:
         keep: newest checkpoints of a phase that stay; the best and the end of SFT always stay.
         is_async: write in a separate process while training continues.
         files: a folder whose content is copied into each checkpoint, such as the tokenizer.
-        check: called before a checkpoint gets its name; raises where this attempt must not write.
+        check: called before a checkpoint gets its name; raises if this attempt must not write.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Saver:
                 shutil.rmtree(left, ignore_errors=True)
 
     def save(self, progress: Progress) -> Path:
-        """Save, or start to; an earlier save is finished first. Returns where it will be."""
+        """Finish an earlier save, then save or start to. Returns the path of the checkpoint."""
         self.finish()
         self._engine.finish_parameters()
         folder = self._new_folder(progress)
@@ -103,7 +103,7 @@ class Saver:
         return self._root / progress.name
 
     def poll(self) -> None:
-        """Publish a checkpoint that is fully written; does not wait for one."""
+        """Publish a fully written checkpoint, if any, without waiting."""
         self._queue.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:

@@ -46,7 +46,7 @@ def load_checkpoint(path: Path, engine: Engine) -> None:
 
 
 def load_weights(path: Path, network: Network) -> dict[str, Tensor]:
-    """Load the model's weights alone, in place; called by every rank, at any layout.
+    """Load only the model's weights, in place; called by every rank, at any layout.
 
     Returns:
         The tensors that FP8 weights were cast from, by Megatron's name: main weights, if the

@@ -50,7 +50,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from agrpo_megatron.runs.files import write_whole
 
 METADATA, CONFIG = ".metadata", "metadata.json"
-# Repeated here, as importing Megatron for it takes seconds and half a gigabyte.
+# Copied from Megatron, whose import takes seconds and half a gigabyte.
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 BLOCK = 1 << 26  # bytes held at a time of a tensor that can be cut into blocks of rows
 FILE = 1 << 31  # bytes of tensors in a file
@@ -118,7 +118,7 @@ def write_checkpoint(folder: Path, pieces: Sequence[Piece], done: Callable[[int]
         write_whole(record, json.dumps(_encode(results[-1])))
     (folder / CONFIG).write_text(json.dumps(FORMAT), encoding="utf-8")
     writer.finish(described, results)
-    for pattern in ("written-*", ".written-*"):  # also what a kill left of `write_whole`
+    for pattern in ("written-*", ".written-*"):  # also left by a killed `write_whole`
         for record in folder.glob(pattern):
             record.unlink()
 
@@ -127,7 +127,7 @@ class TorchDist:
     """A checkpoint opened for reading single tensors; one process.
 
     Raises:
-        ValueError: not a checkpoint, or its metadata holds what could run code.
+        ValueError: not a checkpoint, or its metadata could run code.
     """
 
     def __init__(self, folder: Path):
@@ -212,7 +212,7 @@ class _OnlyMetadata(pickle.Unpickler):
         is_record = isinstance(record, type) and record.__module__ == module
         if is_dtype or is_record or (module, name) in self.names:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}, which is no metadata")
+        raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}, which is not metadata")
 
 
 class _Making(DefaultSavePlanner):

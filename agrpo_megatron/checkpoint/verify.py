@@ -19,12 +19,12 @@ from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.megatron.weights import load_named
 
 Weights = HfWeights | MegatronWeights
-ROWS, LENGTH = 4, 64  # of random tokens that logits are compared on
+ROWS, LENGTH = 4, 64  # of the random tokens for the logits
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one tensor, or the logits, of two checkpoints are apart."""
+    """Difference of one tensor, or of the logits, of two checkpoints."""
 
     name: str
     dtypes: tuple[str, str]
@@ -38,7 +38,7 @@ def compare_tensors(
     """Yield the difference of every tensor, by its Hugging Face name; one process.
 
     Raises:
-        ValueError: a checkpoint is damaged, or they are not of the same shape.
+        ValueError: a checkpoint is damaged, or the shapes differ.
     """
     (model, ours), (other, theirs) = open_weights(first), open_weights(second)
     _refuse_unequal(model, other, first, second)

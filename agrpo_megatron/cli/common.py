@@ -23,7 +23,7 @@ class Target:
     checkpoint: Path | None  # of a run; None: model.load
     name: str  # of the checkpoint
     run: str  # name of its run; empty if it has none
-    folder: Path  # where evaluations of it go
+    folder: Path  # where its evaluations go
 
 
 def add_overrides(command: argparse.ArgumentParser) -> None:

@@ -76,7 +76,7 @@ def to_hf(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Compare two checkpoints; 1 where they differ."""
+    """Compare two checkpoints; returns 1 if they differ."""
     from rich.console import Console
     from rich.table import Table
 

@@ -42,7 +42,7 @@ examples:
   agrpo report runs/tiny                              figures and page of a run
   agrpo report runs/a runs/b                          and several runs side by side
   agrpo report runs/tiny/evaluations/* --output frontier.png
-  agrpo report runs/sweep                             a sweep's table, as far as it has come
+  agrpo report runs/sweep                             a sweep's table so far
   agrpo report before=evaluations/LLaDA after=runs/x/evaluations/best --output frontier.png
 """
 
@@ -92,7 +92,7 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         "--output",
         type=Path,
         metavar="PNG",
-        help="where the frontier goes; default: in the same folder",
+        help="file of the frontier; default: in the same folder",
     )
 
 
@@ -185,14 +185,14 @@ def _run(plan, store):
 
 
 def _check_machine(plan) -> None:
-    """Check that this machine can run it, before ranks start or anything is moved."""
+    """Check that this machine can evaluate, before ranks start or files move."""
     from agrpo_megatron.hardware.kernels import kernels_for
 
     kernels_for(plan.resolved.settings)
 
 
 def _conclude(results: dict, directory: Path, *, as_json: bool) -> None:
-    """Write the table, and print the results as it or as JSON."""
+    """Write the table; print the results as a table or JSON."""
     from agrpo_megatron.reports.evaluations import markdown_table, print_results
 
     (directory / "table.md").write_text(markdown_table([results]), encoding="utf-8")

@@ -260,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, phases, text in (
         ("train", ("sft", "rl"), "supervised phase if any, then AGRPO, evaluation and report"),
-        ("sft", ("sft",), "the supervised phase alone"),
+        ("sft", ("sft",), "only the supervised phase"),
     ):
         command = _command(commands, name, text, train)
         command.set_defaults(phases=phases)

@@ -66,9 +66,9 @@ def stage_layers(model: ModelSettings, parallel: ParallelSettings) -> tuple[int,
     """Return the layers of each virtual stage in order, as Megatron counts them.
 
     Entry v * pipeline + i is chunk v of pipeline rank i. Without `parallel.layers`, the
-    largest rank is as small as it can be, counted in parameters, then the largest chunk of each
-    rank: the first chunk of the first rank also holds the embedding, the last chunk of the
-    last rank the head. The layout was checked by `rules`.
+    split minimises the largest rank, counted in parameters, then the largest chunk of each rank: the
+    first chunk of the first rank also holds the embedding, the last chunk of the last rank the
+    head. The layout was checked by `rules`.
     """
     if parallel.layers is not None:
         return tuple(parallel.layers)
@@ -96,7 +96,7 @@ def attention_cost(model: ModelSettings) -> float:
 def _spread(count: int, held: Sequence[int], *, layer: int, least: int) -> list[int]:
     """Give each layer to the cheapest place, which minimises the largest place.
 
-    Among equals the middle comes before the first and last place, and the earlier one first.
+    On a tie, the first and last place come after the others, and an earlier place comes first.
     """
     layers = [least] * len(held)
 

@@ -70,13 +70,13 @@ def validate(settings: Settings, world_size: int = 1) -> None:
 
 
 def _validate_metric(key: str, name: str | None, *, task: TaskSettings) -> None:
-    """Check that evaluations can have a metric; the parts of a reward are known only then."""
+    """Check that evaluations have a metric; only evaluations know the parts of a reward."""
     labels = [f"accuracy/{label}" for label in task.mixture] if task.name == "mixture" else []
     known = ["accuracy", *labels]
     if name is None or name in known or name.startswith(("reward/", "summary/")):
         return
     raise ValueError(
-        f"{key}={name} is no metric of evaluations; use {', '.join(known)}, reward/mean, the "
+        f"{key}={name} is not an evaluation metric; use {', '.join(known)}, reward/mean, the "
         "name of a part of the reward such as reward/format, or null"
     )
 
@@ -121,7 +121,7 @@ def validate_sampling(sampling: SamplingSettings, section_name: str) -> None:
         )
     if sampling.unmasking == "bernoulli" and sampling.schedule != "dream":
         raise ValueError(
-            f"{section_name}.unmasking=bernoulli takes its chances from Dream's time; set "
+            f"{section_name}.unmasking=bernoulli takes its rates from Dream's time; set "
             "sampling.schedule=dream, or use random"
         )
     if sampling.threshold is not None and sampling.unmasking in ("margin", "bernoulli"):
@@ -173,7 +173,7 @@ def validate_layout(
 def nearest_layout(
     model: ModelSettings, parallel: ParallelSettings, *, world_size: int
 ) -> ParallelSettings:
-    """Return the layout nearest to `parallel` of all that fit; `layers` are left to the split."""
+    """Return the valid layout nearest to `parallel`; the split chooses `layers`."""
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     fitting = []
     for tensor, pipeline, context in itertools.product(divisors, repeat=3):
@@ -196,7 +196,7 @@ def nearest_layout(
 def _distance(near: ParallelSettings, asked: ParallelSettings) -> tuple[Any, ...]:
     """Return a sort key: the sum of |log2 ratio| over tensor, pipeline, context, virtual.
 
-    It is a product of fractions, so that equal distances compare equal. Ties go to the layout that
+    The key is a product of fractions, so equal distances compare equal. Ties go to the layout that
     keeps `sequence`, `data` and, in order, the sizes.
     """
     names = ("tensor", "pipeline", "context", "virtual")

@@ -18,15 +18,15 @@ from agrpo_megatron.config.settings import (
     TrainSettings,
 )
 
-# Half the distance of neighbouring bf16 numbers is at most 2**-8 of them: with 1 - beta2 below it,
-# a second moment that no gradient adds to would never shrink.
+# bf16 rounds by at most 2**-8 of a number: with 1 - beta2 below it, a second moment without new
+# gradients would never shrink.
 BF16_BETA2 = 0.996
 
 type Layouts = list[tuple[str, ParallelSettings]]
 
 
 def validate_precision(settings: Settings) -> None:
-    """Check the rules; those on the architecture once it is known.
+    """Check the rules; rules on the architecture only once it is known.
 
     Raises:
         ValueError: the first rule broken, with key, value, rule and fix.
@@ -58,8 +58,8 @@ def validate_recipe(settings: Settings, recipe: str | None) -> None:
     is_primary, overlaps = settings.fp8.primary_weights, settings.ddp.get("overlap_param_gather")
     if recipe == "mxfp8" and is_primary and overlaps:
         raise ValueError(
-            "ddp.overlap_param_gather=true: FP8 weights of mxfp8 are gathered where gradients are "
-            "summed up, so all of them before the next forward; use ddp.overlap_param_gather=false "
+            "ddp.overlap_param_gather=true: mxfp8 weights are gathered in the gradient "
+            "buffer, so all of them before the next forward; use ddp.overlap_param_gather=false "
             "or fp8.primary_weights=false"
         )
     if not _is_known(settings.model):
@@ -69,7 +69,7 @@ def validate_recipe(settings: Settings, recipe: str | None) -> None:
         for what, width in _widths(settings.model, parallel, key).items():
             if width % multiple:
                 raise ValueError(
-                    f"precision=fp8 needs widths that {multiple} divides, and {what} is {width}; "
+                    f"precision=fp8 needs widths divisible by {multiple}, and {what} is {width}; "
                     "use a smaller tensor-parallel size, other widths, or precision=bf16"
                 )
 
@@ -103,7 +103,7 @@ def _fp8_misfit(precision: str, fp8: Fp8Settings, *, has_rl: bool) -> str:
         return (
             "fp8.recipe=delayed scales by the values of earlier forwards, so a token's "
             "log-probability would depend on which rollouts came before it; use blockwise or "
-            "tensorwise, or train.iterations=0 for a supervised phase alone"
+            "tensorwise, or train.iterations=0 for a supervised phase only"
         )
     for key in ("bf16_first_layers", "bf16_last_layers"):
         if getattr(fp8, key):
@@ -143,13 +143,13 @@ def _spec_misfit(precision: str, kernels: KernelSettings) -> str:
 def _batch_invariant_misfit(precision: str, layouts: Layouts) -> str:
     if precision == "fp8":
         return (
-            "kernels.batch_invariant=true has products of bfloat16 alone, and precision=fp8; use "
+            "kernels.batch_invariant=true has only bfloat16 products, and precision=fp8; use "
             "precision=bf16"
         )
     for key, parallel in layouts:
         if parallel.context > 1:
             return (
-                f"kernels.batch_invariant=true needs rows that no ranks share, and {key} has "
+                f"kernels.batch_invariant=true needs whole rows on each rank, and {key} has "
                 f"context={parallel.context}; use context=1"
             )
     return ""
@@ -161,13 +161,13 @@ def _graphs_misfit(layouts: Layouts) -> str:
         if getattr(parallel, name) > 1:
             return (
                 "kernels.cuda_graphs=true replays forwards of a whole model, and the rollouts have "
-                f"{name}={getattr(parallel, name)}; use {name}=1, there is rollout.parallel for it"
+                f"{name}={getattr(parallel, name)}; use {name}=1 (rollout.parallel may set it)"
             )
     if parallel.sequence:
         return (
-            "kernels.cuda_graphs=true cannot record what sequence parallelism does to the state of "
-            "random numbers, and the rollouts have sequence=true; use sequence=false, there is "
-            "rollout.parallel for it"
+            "kernels.cuda_graphs=true cannot capture the random-number state of sequence "
+            "parallelism, and the rollouts have sequence=true; use sequence=false "
+            "(rollout.parallel may set it)"
         )
     return ""
 
@@ -189,18 +189,18 @@ def _optimizer_misfit(precision: str, used: Mapping[str, OptimizerSettings]) -> 
             if precision == "fp32":
                 plain = "0" if name == "offload" else "fp32"
                 return (
-                    f"{key}.{name}={value} saves memory beside bf16 weights, and precision=fp32; "
+                    f"{key}.{name}={value} is for bf16 weights, and precision=fp32; "
                     f"use precision=bf16 or {key}.{name}={plain}"
                 )
         if optimizer.moments != "fp32" and optimizer.adam_beta2 > BF16_BETA2:
             return (
                 f"{key}.adam_beta2={optimizer.adam_beta2:g} changes the second moment by less than "
-                f"bf16 tells apart, and {key}.moments={optimizer.moments}; use at most "
+                f"bf16 resolves, and {key}.moments={optimizer.moments}; use at most "
                 f"{BF16_BETA2:g}, or {key}.moments=fp32"
             )
         if optimizer.offload and optimizer.moments != "fp32":
             return (
-                f"{key}.moments={optimizer.moments}: the CPU updates moments of fp32 alone, and "
+                f"{key}.moments={optimizer.moments}: the CPU updates only fp32 moments, and "
                 f"{key}.offload={optimizer.offload:g}; use {key}.moments=fp32 or {key}.offload=0"
             )
     return ""
@@ -211,8 +211,8 @@ def _primary_weights_misfit(rollout: RolloutSettings, used: Mapping[str, Optimiz
     for key, optimizer in used.items():
         if not optimizer.distributed:
             return (
-                f"{said} needs the distributed optimizer, which alone turns its main weights into "
-                f"FP8 ones; set {key}.distributed=true"
+                f"{said} needs the distributed optimizer, the only one that casts its main "
+                f"weights to FP8; set {key}.distributed=true"
             )
         if optimizer.offload:
             return (
@@ -221,7 +221,7 @@ def _primary_weights_misfit(rollout: RolloutSettings, used: Mapping[str, Optimiz
             )
     if rollout.parallel is not None:
         return (
-            f"{said}: FP8 weights are not cut for another layout, and rollout.parallel="
+            f"{said}: FP8 weights cannot change their layout, and rollout.parallel="
             f"{rollout.parallel}; use rollout.parallel=null or fp8.primary_weights=false"
         )
     return ""

@@ -47,7 +47,7 @@ def section(cls: type, help: str) -> Any:
 
 
 def load[T](cls: type[T], path: str | Path | None, overrides: Iterable[str] = ()) -> T:
-    """Build `cls` from a YAML file, its bases, and overrides; every value is checked on its own.
+    """Build `cls` from a YAML file, its bases, and overrides; check each value separately.
 
     Raises:
         ValueError: unreadable file, unknown key (names the nearest), wrong type, value or range.
@@ -84,7 +84,7 @@ def build[T](cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def from_text(cls: type, text: str, *, key: str) -> dict[str, Any]:
-    """Read a section written as text, such as tp2-sp: short names, with a number unless a switch.
+    """Read a section written as text, such as tp2-sp: short names, each with a number or a switch.
 
     Returns the named settings only; the others keep their defaults.
 
@@ -162,7 +162,7 @@ def describe(cls: type, prefix: str = "") -> Iterator[Described]:
 
 
 def _read_merged(cls: type, path: str | Path) -> dict[str, Any]:
-    """Return a file's content over that of its bases."""
+    """Return a file's content, merged over its bases."""
     tree: dict[str, Any] = {}
     chain = read_chain(path)
     for file, part in chain:

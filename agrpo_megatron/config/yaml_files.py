@@ -19,7 +19,7 @@ class RepeatedKeyError(ComposerError):
 
 class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Read a mapping as it is written, before YAML merges others into it."""
+        """Read a mapping before YAML merges others into it."""
         node = super().compose_mapping_node(anchor)
         known = set()
         for key, _ in node.value:
@@ -43,7 +43,7 @@ def parse_yaml(text: str) -> Any:
 
     Raises:
         RepeatedKeyError: a mapping has a key twice.
-        yaml.YAMLError: it is not YAML.
+        yaml.YAMLError: the text is not YAML.
     """
     return yaml.load(text, _Loader)
 
@@ -52,7 +52,7 @@ def read_override(override: str) -> tuple[str, Any]:
     """Return key and value of section.key=value; the value is YAML.
 
     Raises:
-        ValueError: it is not of that form.
+        ValueError: the override has another form.
     """
     key, equals, text = override.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")):
@@ -107,7 +107,7 @@ def read_chain(path: str | Path) -> list[tuple[Path, Tree]]:
             raise ValueError(f"{said} is not a file; name one relative to {file.parent}")
         file = file.parent / base
         if any(file.resolve() == known.resolve() for known, _ in chain):
-            raise ValueError(f"{said} leads back to {file}; a base must not be based on its user")
+            raise ValueError(f"{said} leads back to {file}; bases must not form a cycle")
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], *, file: Path) -> Tree:

@@ -12,7 +12,7 @@ from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.tensors import Family, WeightMapping, check_required
 
-# Features of the modelling code that this model does not use: required values.
+# Required values: features of the modelling code that this model lacks.
 _REQUIRED = {
     "hidden_act": "silu",
     "use_sliding_window": False,

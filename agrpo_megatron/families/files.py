@@ -47,7 +47,7 @@ class Stored:
 
 
 class HfWeights:
-    """The tensors of a Hugging Face directory; indexing a tensor reads the part.
+    """The tensors of a Hugging Face directory; indexing a tensor reads only that part.
 
     Raises:
         ValueError: there are no safetensors, or a shard is missing, damaged or truncated.
@@ -82,7 +82,7 @@ class HfWeights:
         """
         for name, shape in shapes.items():
             if name not in self.tensors:
-                fix = f"the {family} family needs it; is config.json that of these weights?"
+                fix = f"the {family} family needs it; does config.json belong to them?"
                 raise ValueError(f"{self.directory}: tensor {name} is missing; {fix}")
             found = self.tensors[name]
             if found.shape != shape:

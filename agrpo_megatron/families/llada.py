@@ -11,7 +11,7 @@ from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.tensors import Family, WeightMapping, check_required
 
-# Features of the modelling code that this model does not use: required values.
+# Required values: features of the modelling code that this model lacks.
 _REQUIRED = {
     "alibi": False,
     "rope": True,
@@ -39,7 +39,7 @@ def _settings(config: Mapping[str, Any]) -> ModelSettings:
     """
     check_required(config, _REQUIRED, "llada")
     try:
-        # `embedding_size` is the number of rows of the tensors, `vocab_size` of those in use.
+        # `embedding_size` is the number of rows of the tensors, `vocab_size` of the used ones.
         rows = config.get("embedding_size") or config["vocab_size"]
         values = {
             "family": "llada",

@@ -82,6 +82,6 @@ def part_shapes(mappings: Sequence[WeightMapping], model: ModelSettings) -> Shap
 
 
 def megatron_shape(mapping: WeightMapping, shapes: Shapes) -> tuple[int, ...]:
-    """Return the shape of the whole Megatron parameter that a mapping's parts make."""
+    """Return the shape of a mapping's whole Megatron parameter."""
     parts = [shapes[name][0] for name in mapping.parts]
     return (sum(part[0] for part in parts), *parts[0][1:])

@@ -180,7 +180,7 @@ def _head_gradient(machine: Machine) -> Note:
 
 
 def _optimizer(trained: Mapping[str, OptimizerSettings], machine: Machine) -> tuple[str, Note]:
-    """Return the optimizer that Megatron-Core will choose too, and the note.
+    """Return the optimizer, by the rules of Megatron-Core, and the note.
 
     Args:
         trained: the optimizer of each phase, by the section it is written in.

@@ -182,7 +182,7 @@ def apex_problem() -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence imports: the caller reports what is absent, once."""
+    """Silence imports: the caller reports missing packages once."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -65,8 +65,8 @@ def bucket_bounds(bounds: list[int], bucket: Bucket) -> list[int]:
 class Graphs:
     """Return logits of packed rows, for a model without pipeline or context parallelism.
 
-    A bucket is captured at its second use: many are used once, as rows end. Valid while the weights
-    do not change: one rollout.
+    A bucket is captured at its second use: many are used only once, since rows end. Valid while the
+    weights do not change: one rollout.
     """
 
     def __init__(self, model: MaskedDiffusionModel, *, record: Recorder | None = None):

@@ -94,7 +94,7 @@ def stop_ranks() -> None:
 
 
 def gather_objects[Item](mine: Item, group: dist.ProcessGroup | None = None) -> list[Item]:
-    """Return what each rank of a group passes, by rank; called by all of them."""
+    """Return each rank's value, by rank; called by all ranks of the group."""
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return everyone

@@ -51,7 +51,7 @@ class Slots:
         return ready
 
     def wait_for_all(self) -> None:
-        """Start no stage before all have ended."""
+        """Let every stage start only after all stages have ended."""
         self.ends = [max(self.ends)] * len(self.ends)
 
     @property

@@ -23,14 +23,14 @@ TEXT_COLUMNS = ("model", "task")
 LAST_COLUMNS = ("steps run", "tokens", "FLOPs", "failures")
 WIDEST = 1000  # characters that a table may need
 
-Results = dict[str, Any]  # as results.json holds them
+Results = dict[str, Any]  # content of results.json
 
 
 def find_evaluations(path: Path, label: str | None = None) -> list[tuple[Path, Results]]:
     """Return directory and results of an evaluation, or of all evaluations of a run.
 
     Args:
-        label: what to call the model instead of what the evaluation says.
+        label: name of the model, instead of the evaluation's.
 
     Raises:
         ValueError: an evaluation has no results yet.
@@ -90,7 +90,7 @@ def _rows(evaluations: Sequence[Results]) -> list[dict[str, str]]:
     """
     pairs = [(results, cell) for results in evaluations for cell in results["cells"]]
     if not pairs:
-        raise ValueError("no evaluation has finished a cell; let `agrpo evaluate` go on")
+        raise ValueError("no evaluation has finished a cell; continue `agrpo evaluate`")
     rows = [_row(results, cell) for results, cell in pairs]
     names = list(dict.fromkeys(name for row in rows for name in row))
     names = [name for name in names if name not in LAST_COLUMNS] + list(LAST_COLUMNS)
@@ -123,7 +123,7 @@ def _row(results: Results, cell: Mapping[str, Any]) -> dict[str, str]:
 
 
 class EvaluationView:
-    """Shows an evaluation while it runs: a bar on a terminal, else a line now and then.
+    """Shows an evaluation while it runs: a bar on a terminal, else occasional lines.
 
     The output goes to standard error, so that results can be piped.
     """

@@ -23,7 +23,7 @@ class Run:
     """What a run directory holds; rows are in order of iteration, which counts within a phase."""
 
     path: Path
-    settings: dict[str, Any]  # nested, as config.yaml holds them; empty where it is missing
+    settings: dict[str, Any]  # nested, from config.yaml; empty if it is missing
     sft: tuple[Row, ...]
     rl: tuple[Row, ...]
     evaluations: tuple[Row, ...]
@@ -68,7 +68,7 @@ def read_run(run_dir: str | Path) -> Run:
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (iterations, values) of one metric, both float [n], where it is there and finite."""
+    """Return (iterations, values) of one metric, both float [n], where it is present and finite."""
     pairs = [(row["iteration"], value) for row in rows if (value := number(row, key)) is not None]
     table = np.array(pairs, dtype=float).reshape(-1, 2)
     return table[:, 0], table[:, 1]
@@ -81,7 +81,7 @@ def before(run: Run) -> Row | None:
 
 
 def after(run: Run) -> Row | None:
-    """Return the newest evaluation that is not the one before, if there is one."""
+    """Return the newest evaluation after training began, if any."""
     found = [row for row in run.evaluations if row.get("stage") != "before" and "accuracy" in row]
     return found[-1] if found else None
 
@@ -96,7 +96,7 @@ def accuracy_interval(row: Row) -> Interval | None:
 
 
 def time_shares(row: Row) -> dict[str, float]:
-    """Return seconds of an RL iteration by part; `other` is what no part accounts for."""
+    """Return seconds of an RL iteration by part; `other` is the remainder."""
     shares = {part: number(row, f"timing/{part}") or 0.0 for part in TIME_PARTS}
     whole = number(row, "timing/iteration") or 0.0
     return shares | {"other": max(0.0, whole - sum(shares.values()))}
@@ -144,7 +144,7 @@ def _parse(line: str) -> Row | None:
 
 
 def _of_phase(metrics: Sequence[Row], phase: str) -> tuple[Row, ...]:
-    """Return the rows of a phase; a row drops earlier ones at its own or a later iteration."""
+    """Return the rows of a phase; a row replaces earlier rows of its own or a later iteration."""
     kept: list[Row] = []
     for row in metrics:
         if row["phase"] != phase:

@@ -1,4 +1,4 @@
-"""Training in the terminal: a live panel where there is one, compact lines where there is not."""
+"""Training progress: a live panel on a terminal, else compact lines."""
 
 import math
 import time
@@ -21,7 +21,7 @@ Metrics = dict[str, Any]
 
 
 class LiveView:
-    """Show training as it happens; every rank may hold one, only the main rank's shows anything.
+    """Show training as it happens; every rank may have one, only the main rank prints.
 
     Without a terminal (a log file, a scheduler) it prints about 25 lines a phase, every evaluation
     and every warning. Enter it before the first iteration: the clock starts there.
@@ -36,7 +36,7 @@ class LiveView:
         is_main: bool,
         start: tuple[int, int] = (0, 0),
     ) -> None:
-        """Take the planned iterations, and as `start` those done before a resume, as (sft, rl)."""
+        """Set the planned iterations, and in `start` those before a resume, as (sft, rl)."""
         self._total: dict[str, int] = {"sft": sft_iterations, "rl": rl_iterations}
         self._done: dict[str, int] = {"sft": start[0], "rl": start[1]}
         self._start = dict(self._done)
@@ -114,7 +114,7 @@ class LiveView:
         return done % every == 0 or done in (self._start[phase] + 1, total)
 
     def _cells(self) -> list[str]:
-        """Return the newest metrics of the phase as `name value`, without those it lacks."""
+        """Return the newest metrics of the phase as `name value`, without missing ones."""
         first = ("loss", "loss") if self._phase == "sft" else ("reward", "reward/mean")
         shown = (
             (*first, _fixed),

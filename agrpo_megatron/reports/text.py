@@ -1,4 +1,4 @@
-"""Numbers, durations and token pieces as people read them."""
+"""Numbers, durations and token pieces as readable text."""
 
 import math
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def compact(value: float) -> str:
 
 
 def number(row: dict[str, Any], key: str) -> float | None:
-    """Return a metric where it is there and finite, else None."""
+    """Return a metric if present and finite, else None."""
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
@@ -59,7 +59,7 @@ def number(row: dict[str, Any], key: str) -> float | None:
 
 
 def written(value: Any) -> str:
-    """Return a setting's value as one would write it in YAML."""
+    """Return a setting's value as YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
@@ -68,7 +68,7 @@ def written(value: Any) -> str:
 def visible(piece: str) -> str:
     """Return a token piece on one line, without control or escape characters.
 
-    Line feeds, tabs and empty pieces get a symbol; what else cannot be printed gets U+FFFD.
+    Line feeds, tabs and empty pieces get a symbol; other unprintable characters get U+FFFD.
     """
     if piece in _NAMED:
         return _NAMED[piece]

@@ -24,7 +24,7 @@ def trace(
 ) -> None:
     """Print a completion coloured by denoising step, then one line per step.
 
-    Masks are dots, as wide as the token to come, so that lines align. Equal tokens at the end
+    Masks are dots, as wide as the final token, so that lines align. Equal tokens at the end
     (end-of-text) are drawn as boxes.
 
     Args:

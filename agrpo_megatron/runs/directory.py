@@ -13,7 +13,7 @@ from agrpo_megatron.runs.resolve import RUN_SETTINGS, SPLIT_NAMES
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.mixture import Mixture
 
-# What may change between the attempts of one run: it alters no number, or only adds iterations.
+# Settings that may change on resume: they alter no number, or only add iterations.
 MAY_CHANGE = ("run.dir", "run.threads", "run.timeout", "logging", "checkpoint", "parallel")
 MAY_CHANGE += ("rollout", "ddp", "optimizer.distributed", "sft.optimizer.distributed")
 MAY_CHANGE += ("task.grader.workers", "resilience", "launch")
@@ -44,7 +44,7 @@ def progress(settings: Settings) -> Progress | None:
 
 
 def check_data(directory: Path, task: Task, *, is_new: bool, is_main: bool) -> None:
-    """Compare the data of a resumed run with its first; every rank. A new run's is recorded.
+    """Compare a resumed run's data with its recorded data; record a new run's. Every rank.
 
     Raises:
         ValueError: the problems or the task's file changed.
@@ -59,7 +59,7 @@ def check_data(directory: Path, task: Task, *, is_new: bool, is_main: bool) -> N
     for what, value in here.items():
         if there.get(what) != value:
             raise ValueError(
-                f"run.dir={directory} holds a run whose {what} were others; restore them, {FIX}"
+                f"run.dir={directory} holds a run whose {what} changed; restore them, {FIX}"
             )
 
 
@@ -70,7 +70,7 @@ def run_digest(settings: Settings, task: Task) -> str:
 
 
 def is_finished(settings: Settings, done: Progress | None) -> bool:
-    """Return whether nothing is left to do."""
+    """Return whether the run is finished."""
     if done is None or done.phase != "rl":
         return False
     is_last = done.iteration == settings.train.iterations and done.is_evaluated

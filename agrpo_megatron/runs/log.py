@@ -15,13 +15,13 @@ METRICS, SAMPLES, NOTES = "metrics.jsonl", "samples.jsonl", "notes.txt"
 
 
 class RunLog:
-    """Append-only logs of a run, written by the main rank; on others every call does nothing.
+    """Append-only logs of a run, written by the main rank; calls on other ranks do nothing.
 
     A checkpoint records the lengths of the files. A resumed run truncates the files to them, so
     no iteration is logged twice.
 
     Args:
-        check: called before anything is written; raises where this attempt must not.
+        check: called before anything is written; raises if this attempt must not write.
     """
 
     def __init__(

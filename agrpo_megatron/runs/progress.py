@@ -21,7 +21,7 @@ class Progress:
 
     phase: str  # "sft" or "rl"
     iteration: int  # finished iterations of the phase
-    offsets: dict[str, int]  # bytes of each log file that belong to them
+    offsets: dict[str, int]  # bytes of each log file at that point
     scores: dict[str, float] = field(default_factory=dict)  # of the latest evaluation
     best: float | None = None  # highest `checkpoint.best` so far
     is_best: bool = False
@@ -59,7 +59,7 @@ def point(root: Path, pointer: str, name: str) -> None:
 
 
 def pointed(root: Path, pointer: str) -> str | None:
-    """Return the name that a pointer holds; None where there is none."""
+    """Return the name in a pointer file; None without the file."""
     path = root / pointer
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
@@ -90,10 +90,10 @@ def read_progress(path: Path) -> Progress:
 
 
 def checkpoint_path(run_dir: Path, name: str | None = None) -> Path:
-    """Return a checkpoint of a run: the latest, `best`, or the one of this name.
+    """Return a checkpoint of a run: the latest, `best`, or by its name.
 
     Raises:
-        ValueError: there is none; lists the existing ones.
+        ValueError: no such checkpoint; lists the existing ones.
     """
     root = run_dir / CHECKPOINTS
     names = sorted(_names(root))

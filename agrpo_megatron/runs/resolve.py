@@ -93,7 +93,7 @@ def _with_loaded_model(settings: Settings) -> Settings:
 
 
 def _carried_tokenizer(model_file: Path) -> str | None:
-    """Return the tokenizer that a checkpoint carries along, if it does."""
+    """Return the checkpoint's own tokenizer, if it has one."""
     folder = model_file.parent / HF
     if any(folder.glob("tokenizer*.json")):
         return str(folder)
@@ -120,7 +120,7 @@ def _check_tokens(model: ModelSettings, tokenizer: Tokenizer) -> None:
 def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
     """Refuse or drop problems whose prompts are over the limit; mutates the task and its notes.
 
-    A prompt is never cut. What the tokenizer cannot read is counted in the notes.
+    A prompt is never cut. The notes count prompts with unknown text.
 
     Raises:
         ValueError: long prompts where `task.long_prompts` refuses them, or nothing is left.
@@ -161,7 +161,7 @@ def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
 
 
 def problems_by_task(task: Task, split: Split) -> dict[str, list[Problem]]:
-    """Return the problems of a split by label: those of a mixture, or the one task there is."""
+    """Return the problems of a split by label: the parts of a mixture, or the single task."""
     if not isinstance(task, Mixture):
         return {task.settings.name: list(task.problems(split))}
     found: dict[str, list[Problem]] = {label: [] for label in task.parts}
@@ -171,7 +171,7 @@ def problems_by_task(task: Task, split: Split) -> dict[str, list[Problem]]:
 
 
 def _too_long(found: str, limit: int | None, room: int, *, longest: int, length: int) -> str:
-    """Return the error for prompts over the limit, or over the room that a row leaves them."""
+    """Return the error for prompts over the limit, or over the room in a row."""
     if limit is not None:
         wider = f", with model.max_sequence_length={longest + length}" if longest > room else ""
         return (
@@ -193,7 +193,7 @@ def _filled(task: Task, split: Split) -> list[str]:
 def _require_problems(task: Task, needs: Sequence[Split], *, trains: bool) -> None:
     """Refuse a task, or a part of a mixture, without problems in a split that is needed."""
     fixes: dict[Split, str] = {
-        "train": "give it some (task.options.train=none is for `agrpo evaluate` alone), or use "
+        "train": "give it some (task.options.train=none is only for `agrpo evaluate`), or use "
         "train.iterations=0 and sft.iterations=0",
         "eval": "give it some",
     }

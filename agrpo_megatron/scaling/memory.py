@@ -217,7 +217,7 @@ def _activations(
 def _scored_share(sft: SftSettings, sampling: SamplingSettings) -> float:
     """Return the share of tokens that the head scores, in the phase where it is larger.
 
-    The head scores the tokens that a denoising step fixes; in a supervised phase the masked ones,
+    The head scores the tokens that a denoising step fixes; in a supervised phase the masked tokens,
     half of the completion on average. The prompt is assumed to be as long as the completion.
     """
     masked = 1 / 2 if sft.iterations else 0.0

@@ -1,4 +1,4 @@
-"""Chat templates: those of LLaDA and Dream, plain text, and Jinja templates.
+"""Chat templates: LLaDA's, Dream's, plain text, and Jinja templates.
 
 Every template ends at the start of the assistant's turn; the prefill follows it.
 """
@@ -136,7 +136,7 @@ def _by_tokens(vocabulary: Container[str]) -> Template:
 
     def refuse(chat: Chat) -> str:
         raise ValueError(
-            f"the tokenizer has no chat template, and the tokens of {' and '.join(known)}; set "
+            f"the tokenizer has no chat template, but the tokens of {' and '.join(known)}; set "
             f"tokenizer.chat_template to one of {', '.join(known)}"
         )
 
@@ -144,5 +144,5 @@ def _by_tokens(vocabulary: Container[str]) -> Template:
 
 
 def shown_prompt(prompt: Prompt) -> str:
-    """Return a prompt as people read it: the last message of a chat, and the prefill."""
+    """Return a prompt as readable text: the last message of a chat, and the prefill."""
     return prompt if isinstance(prompt, str) else prompt.messages[-1].content + prompt.prefill

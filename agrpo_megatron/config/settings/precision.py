@@ -10,7 +10,7 @@ RECIPES = ("blockwise", "tensorwise", "delayed", "mxfp8")
 
 @dataclass(frozen=True)
 class Fp8Settings:
-    """What `precision=fp8` means, in rollouts and training alike."""
+    """Details of `precision=fp8`, in rollouts and training."""
 
     recipe: str | None = setting(
         None,

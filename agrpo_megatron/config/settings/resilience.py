@@ -80,5 +80,5 @@ class LaunchSettings:
         "starts the ranks of a node; auto: ft_launcher if it is installed",
         choices=("auto", "torchrun", "ft_launcher"),
     )
-    restarts: int = setting(3, "restarts of the ranks within a job", low=0)
+    restarts: int = setting(3, "most restarts of the ranks in a job", low=0)
     options: list[str] | None = setting(None, "further options of sbatch, such as --reservation=x")

@@ -80,8 +80,7 @@ class OptimizerSettings:
     )
     main_gradients: str = setting(
         "fp32",
-        "summed gradients, as the optimizer takes them; bf16 needs Transformer "
-        "Engine and distributed",
+        "dtype of the summed gradients; bf16 needs Transformer Engine and distributed",
         choices=("fp32", "bf16"),
     )
     offload: float = setting(
@@ -225,13 +224,13 @@ class EvaluationSettings:
     top_p: float = setting(1.0, "as in sampling", low=0, high=1)
     # The rest is for `agrpo evaluate` only.
     completion_lengths: list[int] | None = setting(
-        None, "`agrpo evaluate` at each of these; null: that of sampling", unit="tokens"
+        None, "`agrpo evaluate` at each of these; null: as in sampling", unit="tokens"
     )
     steps: list[int] | None = setting(
         None, "`agrpo evaluate` with each of these denoising steps; null: denoising_steps"
     )
     tokens_per_step: list[int] | None = setting(
-        None, "instead of steps: length / this, for each of these (d1: 2)", unit="tokens"
+        None, "instead of steps: length / value, for each value (d1: 2)", unit="tokens"
     )
     tasks: dict[str, Any] = setting(
         {}, "`agrpo evaluate` on these, by label, as in task.mixture; empty: the task itself"
@@ -255,7 +254,7 @@ class CheckpointSettings:
     keep: int = setting(2, "newest checkpoints kept", low=1)
     best: str | None = setting(
         "accuracy",
-        "also save and keep the highest of this evaluation metric; null: none",
+        "also save and keep the best by this evaluation metric; null: none",
     )
     background: bool = setting(False, "write in a separate process while training continues")
     rollouts: bool = setting(

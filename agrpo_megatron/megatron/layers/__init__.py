@@ -1,1 +1,1 @@
-"""Layer specs on packed rows: of torch alone, and of Transformer Engine."""
+"""Layer specs on packed rows: torch (`local`), Transformer Engine (`te`)."""

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, in light and dark."""
+"""The report of a run: one self-contained HTML file, in light and dark."""
 
 import base64
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ CAPTIONS = {
     ),
     "time": (
         "Time",
-        "Seconds by part of an iteration; other is what no part accounts for. The bars on the "
+        "Seconds by part of an iteration; other is the remainder. The bars on the "
         "right name the colours.",
     ),
 }

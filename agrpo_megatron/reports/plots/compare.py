@@ -1,4 +1,4 @@
-"""The comparison figure: held-out accuracy of several runs over each other, seeds together."""
+"""The comparison figure: held-out accuracy of several runs, with means over seeds."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ def write_comparison(runs: Mapping[str, Sequence[Run]], path: str | Path) -> Pat
     """Write held-out accuracy of several runs as a PNG at `path`; return the path.
 
     Args:
-        runs: by label; the runs of a label are seeds of one thing, drawn thin with their mean.
+        runs: by label; the runs of a label differ by seed, drawn thin with their mean.
 
     Raises:
         ValueError: there is no run, or one without an evaluation.
@@ -43,7 +43,7 @@ def write_comparison(runs: Mapping[str, Sequence[Run]], path: str | Path) -> Pat
 def _curve(run: Run) -> Curve:
     x, y = series(run.evaluations, "accuracy")
     if not len(x):
-        raise ValueError(f"run {run.path} has no evaluation; compare runs that have evaluated")
+        raise ValueError(f"run {run.path} has no evaluation; compare runs with evaluations")
     return x, y
 
 

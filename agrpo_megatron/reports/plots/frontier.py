@@ -15,10 +15,10 @@ from agrpo_megatron.reports.evaluations import Results
 from agrpo_megatron.reports.plots.style import Theme, dress, end_labels, new_figure, render
 
 DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))  # by length, longest first
-MARKERS = ("o", "s", "D")  # one more each time the colours begin anew
-CROWD = 4  # lines whose bands may lie over each other
-ROOM = 0.055  # of the axis, that a tick's number needs
-TICK_DIGITS = ((1.2, (1, 1.5, 2, 3, 5, 7)), (2.5, (1, 2, 5)))  # by decades that are spanned
+MARKERS = ("o", "s", "D")  # the next when the colours repeat
+CROWD = 4  # lines whose bands may overlap
+ROOM = 0.055  # share of the axis for a tick's number
+TICK_DIGITS = ((1.2, (1, 1.5, 2, 3, 5, 7)), (2.5, (1, 2, 5)))  # by decades of the axis
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
 
 
@@ -64,11 +64,11 @@ def frontier_lines(evaluations: Sequence[Results]) -> dict[str, list[FrontierLin
             if points.get(steps, cell) != cell:
                 raise ValueError(
                     f"{key[0]} has two values on {cell['task']} at length {key[1]} and {steps} "
-                    "steps; tell the evaluations apart as LABEL=DIR"
+                    "steps; label the evaluations: LABEL=DIR"
                 )
             points[steps] = cell
     if not found:
-        raise ValueError("no evaluation has finished a cell; let `agrpo evaluate` go on")
+        raise ValueError("no evaluation has finished a cell; continue `agrpo evaluate`")
     labels = list(dict.fromkeys(results["label"] for results in evaluations))
     return {
         task: [
@@ -155,7 +155,7 @@ def _name(line: FrontierLine, lines: Sequence[FrontierLine]) -> str:
 
 
 def _step_ticks(axes: Axes, lines: Sequence[FrontierLine]) -> None:
-    """Write the step counts there are, as far as their numbers have room."""
+    """Label the step counts as far as their numbers fit."""
     counts = sorted({int(steps) for line in lines for steps in line.steps})
     span = math.log(counts[-1] / counts[0]) or 1.0
     most = sorted(counts, key=lambda n: (n & (n - 1) != 0, -n))  # powers of two first
@@ -169,7 +169,7 @@ def _step_ticks(axes: Axes, lines: Sequence[FrontierLine]) -> None:
 
 
 def _flop_ticks(axes: Axes, lines: Sequence[FrontierLine]) -> None:
-    """Write round numbers of FLOPs: decades, with others between where there are few."""
+    """Write round numbers of FLOPs: decades, and values between them if few."""
     values = np.concatenate([line.flops for line in lines])
     low, high = float(values.min()), float(values.max())
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -1,4 +1,4 @@
-"""How charts look: two themes, one palette by role, and the marks that figures are made of.
+"""How charts look: two themes, one palette by role, and the marks of figures.
 
 Matplotlib's object API only: no pyplot, no global state (`rc` is applied within a context).
 """
@@ -111,7 +111,7 @@ def dress(axes: Axes, title: str, *, percent: bool = False, log: bool = False) -
 def curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, *, width: float = 2.0) -> float:
     """Draw values faintly with their running mean on top; return where the mean ends.
 
-    On a log axis the mean is geometric, and values below 1e-9 are drawn there.
+    On a log axis the mean is geometric, and values below 1e-9 are drawn at 1e-9.
     """
     log = axes.get_yscale() == "log"
     drawn = np.maximum(y, 1e-9) if log else y

@@ -34,7 +34,7 @@ def time_figure(run: Run, theme: Theme) -> Figure:
 
 
 def _stack(axes: Axes, run: Run, colours: dict[str, str]) -> None:
-    """Draw one bar per iteration, or per few where there are many."""
+    """Draw one bar per iteration, or per several if there are many."""
     each = -(-len(run.rl) // BARS)
     dress(axes, "Seconds per iteration" + (f", mean of {each} per bar" if each > 1 else ""))
     starts = range(0, len(run.rl), each)
