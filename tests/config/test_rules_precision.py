@@ -74,12 +74,12 @@ def settings_of(*overrides):
         ),
         (
             (BF16, INVARIANT, "parallel.context=2"),
-            "kernels.batch_invariant=true needs rows that no ranks share, and parallel has "
+            "kernels.batch_invariant=true needs whole rows on each rank, and parallel has "
             "context=2; use context=1",
         ),
         (
             (BF16, INVARIANT, "rollout.parallel=cp2"),
-            "kernels.batch_invariant=true needs rows that no ranks share, and rollout.parallel has "
+            "kernels.batch_invariant=true needs whole rows on each rank, and rollout.parallel has "
             "context=2; use context=1",
         ),
         (
@@ -95,12 +95,12 @@ def settings_of(*overrides):
         (
             (BF16, GRAPHS, "parallel.pipeline=2"),
             "kernels.cuda_graphs=true replays forwards of a whole model, and the rollouts have "
-            "pipeline=2; use pipeline=1, there is rollout.parallel for it",
+            "pipeline=2; use pipeline=1 (rollout.parallel may set it)",
         ),
         (
             (BF16, GRAPHS, "rollout.parallel=cp2"),
             "kernels.cuda_graphs=true replays forwards of a whole model, and the rollouts have "
-            "context=2; use context=1, there is rollout.parallel for it",
+            "context=2; use context=1 (rollout.parallel may set it)",
         ),
         (
             (BF16, "optimizer.moments=fp8"),
@@ -134,12 +134,12 @@ def settings_of(*overrides):
         ),
         (
             (BF16, DISTRIBUTED, "optimizer.moments=bf16", "optimizer.adam_beta2=0.999"),
-            "optimizer.adam_beta2=0.999 changes the second moment by less than bf16 tells apart, "
+            "optimizer.adam_beta2=0.999 changes the second moment by less than bf16 resolves, "
             "and optimizer.moments=bf16; use at most 0.996, or optimizer.moments=fp32",
         ),
         (
             (BF16, DISTRIBUTED, "optimizer.moments=bf16", "optimizer.offload=0.25"),
-            "optimizer.moments=bf16: the CPU updates moments of fp32 alone, and "
+            "optimizer.moments=bf16: the CPU updates only fp32 moments, and "
             "optimizer.offload=0.25; use optimizer.moments=fp32 or optimizer.offload=0",
         ),
         (
@@ -154,7 +154,7 @@ def settings_of(*overrides):
         ),
         (
             (FP8, PRIMARY, DISTRIBUTED, "rollout.parallel=tp2"),
-            "fp8.primary_weights=true: FP8 weights are not cut for another layout, and "
+            "fp8.primary_weights=true: FP8 weights cannot change their layout, and "
             "rollout.parallel=tp2; use rollout.parallel=null or fp8.primary_weights=false",
         ),
         (

@@ -127,7 +127,7 @@ TYPOS = {
 def test_a_metric_that_evaluations_lack_is_refused_before_anything_is_trained(tmp_path, key):
     no_stop = ["train.stop_metric=null", "train.stop_patience=null"]
     overrides = [*(no_stop if key == "checkpoint.best" else []), *TYPOS[key]]
-    with pytest.raises(AssertionError, match=f"{key}=reward/typo: no metric of evaluations; use"):
+    with pytest.raises(AssertionError, match=f"{key}=reward/typo: not an evaluation metric; use"):
         run_ranks(1, _train, tmp_path / "run", overrides)
     (record,) = read(tmp_path / "run" / "metrics.jsonl")
     assert record["stage"] == "before"
