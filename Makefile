@@ -41,7 +41,7 @@ demo: install ## train the tiny example from nothing, evaluate it and write its 
 	@$(BIN)/agrpo train examples/tiny.yaml
 
 test: install ## run the tests, for instance: make test TESTS=tests/config/test_schema.py WORKERS=4
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(TESTS)
 
 # For each edit: what needs no launcher, and one layout of each kind.
 KINDS := tp2 pp2 cp2 dp2
@@ -49,7 +49,7 @@ QUICK := tests/diffusion tests/tasks tests/config \
   $(foreach kind,$(KINDS),'tests/training/test_layouts.py::test_the_layout_changes_nothing[$(kind)]')
 
 quick: install ## run the tests of diffusion, tasks and settings, and of one layout of each kind
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(QUICK)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(QUICK)
 
 lint: install ## check style and format
 	@failed=0; $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; exit $$failed

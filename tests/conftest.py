@@ -5,6 +5,8 @@ Hypothesis draws the same examples every time, and no deadline fails a busy mach
 """
 
 import os
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -14,15 +16,66 @@ hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
 NEEDS_GPU = "needs a GPU: tools/gpu_check.sh runs it on one"
+HERE = Path(__file__).parent
+# What takes long, the longest first (by `--durations=0`), so that test processes end together.
+LONGEST = (
+    "slurm/test_out_of_time.py",
+    "slurm/test_disturbed.py",
+    "slurm/test_lost_nodes.py",
+    "resilience/test_nvrx.py",
+    "slurm/test_jobs.py",
+    "slurm/test_continued.py",
+    "resilience/test_watchdog.py",
+    "training/test_layouts.py",
+    "training/test_nan_guard.py",
+    "resilience/test_stop.py",
+    "tasks/test_golden.py",
+    "test_gpu_check.py",
+    "resilience/test_failure.py",
+    "megatron/test_pipeline.py",
+    "launch/test_sweep_jobs.py",
+    "cli/test_run.py",
+    "training/test_resume.py",
+    "training/test_checkpointing.py",
+    "evaluation/test_evaluate.py",
+    "tasks/test_hostile.py",
+    "training/test_invariance.py",
+    "cli/test_evaluate.py",
+    "cli/test_convert.py",
+    "checkpoint/test_sharded.py",
+)
+# Their tests share nothing that is slow to make: each goes to the next free test process.
+APART = {
+    "resilience/test_failure.py",
+    "resilience/test_nvrx.py",
+    "resilience/test_watchdog.py",
+    "training/test_checkpointing.py",
+    "training/test_nan_guard.py",
+    "tasks/test_golden.py",
+    "test_gpu_check.py",
+}
+
+
+@pytest.hookimpl(optionalhook=True)  # tests of GPUs run without xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each test process a file at a time, and single tests of files in `APART`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.removeprefix("tests/") in APART else file
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take long, so that test processes end together.
+    """Begin with the longest files.
 
     Skip what needs a GPU where there is none, unless it is to be rehearsed on the CPU.
     """
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    place = {HERE / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing or os.environ.get("AGRPO_REHEARSE_GPU") == "1":
         return

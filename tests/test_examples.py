@@ -1,8 +1,6 @@
 """The examples that anyone can run: a task of one's own, and a mixture of tasks."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from agrpo_megatron.config.settings import Settings, TaskSettings
 from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.types import Problem
+from tests.cli.test_main import agrpo
 from tests.text.chat_tokenizers import FIRST_ADDED, LLADA_TOKENS, write_llada
 
 ROOT = Path(__file__).parent.parent
@@ -35,10 +34,9 @@ SHORT = [
 
 def train(file, run_dir, *overrides):
     """Run `agrpo train` from the root of the project; return the records of its metrics."""
-    command = [sys.executable, "-m", "agrpo_megatron", "train", str(EXAMPLES / file)]
-    command += [*SHORT, f"run.dir={run_dir}", *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = ["train", EXAMPLES / file, *SHORT, f"run.dir={run_dir}", *overrides]
+    status, printed = agrpo(run_dir.parent, *words)
+    assert status == 0, printed
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.cli.test_main import write_settings
+from tests.cli.test_main import agrpo, write_settings
 
 ROOT = Path(__file__).parents[2]
 LLADA = ROOT / "tests" / "fixtures" / "llada_tiny" / "hf"
@@ -66,22 +66,24 @@ def test_wrong_input_is_one_line(arguments, said):
 @pytest.mark.slow
 def test_a_trained_run_becomes_a_hugging_face_directory_and_loads_again(tmp_path):
     """With its tokenizer, a config.json and a card that says what it is; runs start from it."""
+
+    def call(*arguments):
+        status, printed = agrpo(tmp_path, *arguments)
+        assert status == 0, printed
+
     run = tmp_path / "run"
     changes = {"sft": {"iterations": 1}, "train": {"iterations": 1}}
     file = write_settings(tmp_path / "s.yaml", run={"dir": str(run)}, **changes)
-    own = ("-m", "agrpo_megatron")
-    assert _convert("train", file, command=own).returncode == 0
-    done = _convert("to-hf", run, tmp_path / "h", "--checkpoint", "best")
-    assert done.returncode == 0, done.stderr
+    call("train", file)
+    call("convert", "to-hf", run, tmp_path / "h", "--checkpoint", "best")
     names = {p.name for p in (tmp_path / "h").iterdir()}
     assert names == {"README.md", "config.json", "model.safetensors", "tokenizer.model"}
     card = (tmp_path / "h" / "README.md").read_text()
     assert "phase `rl`, 1 iterations" in card and "| accuracy |" in card
     assert json.loads((tmp_path / "h" / "config.json").read_text())["dtype"] == "float32"
-    assert _convert("to-megatron", tmp_path / "h", tmp_path / "m").returncode == 0
-    assert _convert("verify", run, tmp_path / "m", "--no-logits").returncode == 0
+    call("convert", "to-megatron", tmp_path / "h", tmp_path / "m")
+    call("convert", "verify", run, tmp_path / "m", "--no-logits")
     for start in (tmp_path / "h", tmp_path / "m", run):
         tokenizer = f"tokenizer.path={tmp_path / 'h' / 'tokenizer.model'}"
         options = [f"run.dir={tmp_path / 'next'}", f"model.load={start}", tokenizer, "--restart"]
-        done = _convert("train", file, "sft.iterations=0", *options, command=own)
-        assert done.returncode == 0, done.stderr
+        call("train", file, "sft.iterations=0", *options)

@@ -4,6 +4,7 @@ On a GPU the tool itself runs after the tests, so this does not.
 """
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -12,6 +13,10 @@ from tests.gpu.common import REHEARSES, ROOT, in_fresh_process
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not REHEARSES, reason="tools/gpu_check.py itself runs on a GPU"),
+    pytest.mark.skipif(
+        find_spec("transformer_engine") is None,
+        reason="tests/test_gpu_check.py rehearses the tool without Transformer Engine",
+    ),
 ]
 
 

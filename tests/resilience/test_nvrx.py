@@ -13,7 +13,8 @@ import pytest
 from agrpo_megatron.config.settings import ResilienceSettings, Settings
 from agrpo_megatron.resilience.nvrx import LATER, PACKAGE, launcher_options
 from agrpo_megatron.resilience.sections import NAMES
-from tests.cli.test_main import write_settings
+from tests.cli.test_main import call, write_settings
+from tests.ranks import run_ranks
 from tests.resilience.leftovers import assert_gone
 from tests.training.tiny import same_metrics
 
@@ -100,12 +101,8 @@ def test_a_hung_rank_is_told_restarted_and_the_run_ends_as_an_undisturbed_one(tm
     assert f"Timeout is {LIMIT + LATER:.2f} seconds." in printed, "ft_launcher has the limit"
     assert printed.count("resuming after") == 1
     plain = tmp_path / "plain"
-    torchrun = [nvrx, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    overrides = [f"run.dir={plain}", "checkpoint.background=false"]
-    status, undisturbed = _run(
-        [*torchrun, "-m", "agrpo_megatron", "train", file, *overrides], tmp_path
-    )
-    assert status == 0, undisturbed
+    words = ["train", file, f"run.dir={plain}", "checkpoint.background=false"]
+    assert [status for status, _ in run_ranks(2, call, words, tmp_path)] == [0, 0]
     metrics = _metrics(tmp_path / "run")
     assert sum(record["phase"] == "rl" and "grad_norm" in record for record in metrics) == 3
     assert same_metrics(metrics, _metrics(plain))

@@ -7,7 +7,6 @@ import signal
 import pytest
 
 from tests.slurm.jobs import (
-    PATIENCE,
     await_update,
     check_finished,
     rank_of,
@@ -72,21 +71,3 @@ def test_a_hung_rank_shows_its_stack_and_the_job_goes_on(cluster, folder, expect
     assert "rank 1 hangs in section rollout (rl iteration 3)" in log
     assert re.search(r'faults.py", line [0-9]+ in _hang$', log, re.MULTILINE), "its stack"
     assert RESTARTED in log
-
-
-def test_a_job_that_was_stopped_for_good_goes_on_as_another(cluster, folder, expected):
-    name = "stopped"
-    first = submit_slow(cluster, folder, name)
-    await_update(folder, name, first, iteration=1)
-    cluster.run("scontrol", "update", f"jobid={first}", "requeue=0")
-    cluster.run("scancel", "--signal=USR1", first)
-    cluster.wait(first, "COMPLETED", timeout=PATIENCE)
-    assert "not requeued, since the job has Requeue=0" in read_log(folder, first)
-    second = submit_slow(cluster, folder, name)
-    await_update(folder, name, second, iteration=3)
-    cluster.run("scancel", second)
-    cluster.wait(second, "CANCELLED", timeout=PATIENCE)
-    third = submit_slow(cluster, folder, name)
-    check_finished(cluster, folder, expected, name, third, disturbances=2)
-    assert cluster.job(first)["Restarts"] == "0"
-    assert cluster.job(second)["JobState"] == "CANCELLED", "nor was it requeued later"
