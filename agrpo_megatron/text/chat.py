@@ -127,9 +127,7 @@ def choose_template(
 def _by_tokens(vocabulary: Container[str]) -> Template:
     """Return the published template whose tokens a tokenizer has; plain if it has neither set."""
     known = [
-        name
-        for name, tokens in CONTROL_TOKENS.items()
-        if all(token in vocabulary for token in tokens)
+        name for name, tokens in CONTROL_TOKENS.items() if all(t in vocabulary for t in tokens)
     ]
     if len(known) < 2:
         return BUILT_IN[known[0]] if known else plain
