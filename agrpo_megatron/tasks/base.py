@@ -54,12 +54,7 @@ class Task:
         raise NotImplementedError
 
     def verdict(self, problem: Problem, completion: str, raw: str) -> Reward:
-        """Grade a completion for evaluation.
-
-        Args:
-            completion: the text that `reward` gets.
-            raw: the whole text, special tokens included.
-        """
+        """Grade a completion for evaluation; `raw` is its whole text, special tokens included."""
         return self.reward(problem, completion)
 
     def summary(self, problems: Sequence[Problem], verdicts: Sequence[Reward]) -> dict[str, float]:
@@ -79,8 +74,7 @@ class Task:
     def leak_key(self, problem: Problem, other: "Task") -> str:
         """Return the key that no training problem may share with a held-out problem of `other`.
 
-        Args:
-            other: a task of the same class; in a mixture, another part.
+        `other` is a task of the same class: this one, or another part of a mixture.
         """
         return problem.key
 

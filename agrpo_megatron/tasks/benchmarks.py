@@ -24,12 +24,7 @@ CALCULATION = re.compile(r"<<[^>]*>>")  # GSM8K's calculator annotations
 
 
 def build_prompt(task: str, protocol: str, stage: str, problem: Fields) -> Chat:
-    """Return a protocol's prompt.
-
-    Args:
-        stage: train or eval.
-        problem: the fields from `READERS`.
-    """
+    """Return a protocol's prompt of a stage, train or eval, for the fields of a problem."""
     texts = {**problem, "numbers": str(problem.get("numbers"))}
     if protocol == "agrpo":
         system = prompt_text("agrpo_math" if task in ("gsm8k", "math") else f"agrpo_{task}")
@@ -104,10 +99,8 @@ def _read_countdown(row: Row) -> Fields:
 def _read_sudoku(row: Row) -> Fields:
     puzzle, solution = str(first_column(row, "puzzle")), str(first_column(row, "solution"))
     puzzle = puzzle.zfill(CELLS)  # a number has lost its leading zeros
-    for column, grid, form in (
-        ("puzzle", puzzle, "[0-4]{16}"),
-        ("solution", solution, "[1-4]{16}"),
-    ):
+    for column, grid, low in (("puzzle", puzzle, 0), ("solution", solution, 1)):
+        form = f"[{low}-4]{{16}}"
         if not re.fullmatch(form, grid):
             raise ValueError(f"column {column} holds {grid!r:.80}, which does not match {form}")
     if any(clue not in ("0", digit) for clue, digit in zip(puzzle, solution, strict=True)):

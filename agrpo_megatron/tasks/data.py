@@ -80,8 +80,7 @@ def without_leaks(
 ) -> tuple[Sequence[Problem], list[str]]:
     """Remove held-out problems from a task's training problems; return the rest, and notes.
 
-    Args:
-        holder: the task of `held_out`, in a mixture another one; `by` names it in errors.
+    `holder` is the task of `held_out`: in a mixture, another part; `by` names it in errors.
 
     Raises:
         ValueError: a leak with task.leaks=refuse, or no training problem is left.

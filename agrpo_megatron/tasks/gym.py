@@ -55,12 +55,10 @@ class ReasoningGym(Task):
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         """Score the last answer block by the generator's rule."""
-        answer = last_tagged(completion)
+        answer, entry = last_tagged(completion), problem.fields["entry"]
         if answer is None:
             answer = boxed(completion)
-        score = 0.0
-        if answer is not None:
-            score = float(self._scorer.score_answer(answer, problem.fields["entry"]))
+        score = 0.0 if answer is None else float(self._scorer.score_answer(answer, entry))
         correct = score >= self.options.threshold
         return Reward(score, correct, {"answer": float(answer is not None)})
 

@@ -25,10 +25,9 @@ def part_errors(label: str) -> Iterator[None]:
 
 
 class Mixture(Task):
-    """Tasks by label; each problem has the label of its task.
+    """Tasks and their weights by label; each problem has the label of its task.
 
-    Args:
-        parts: task and weight by label; training draws from a task in proportion to its weight.
+    Training draws from a task in proportion to its weight.
     """
 
     name = "mixture"

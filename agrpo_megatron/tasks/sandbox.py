@@ -30,7 +30,7 @@ IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 STARTUP_SECONDS = 60.0  # for the start of a server, in addition to the time of its calls
 STDERR = 2  # the file descriptor, also if sys.stderr is replaced
 
-_is_child = False
+is_child = False  # whether this process is a child, with bounded time and memory
 
 
 class Outcome(NamedTuple):
@@ -110,11 +110,6 @@ class Sandbox:
         self._connection = Connection(ours.detach())
         self._connection.send(self._setup)
         return self._connection
-
-
-def is_child() -> bool:
-    """Return whether this process is a sandbox's child, with bounded time and memory."""
-    return _is_child
 
 
 def main() -> None:
@@ -202,8 +197,8 @@ def _fork(place: int, handler: Callable, call: tuple, seconds: float, memory: in
 
 def _work(pipe: int, handler: Callable, call: tuple, memory: int) -> None:
     """Make one call and write its outcome; runs in the child and never returns."""
-    global _is_child
-    _is_child = True
+    global is_child
+    is_child = True
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         limit = pages * resource.getpagesize() + (memory << 20)

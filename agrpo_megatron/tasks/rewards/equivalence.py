@@ -37,7 +37,7 @@ def equal_in_text(gold: str, text: str) -> bool:
     """Return whether math-verify finds the value of `gold` in a text; bounded like `equal`."""
     if len(text) > MAX_CHARACTERS:
         return False
-    if sandbox.is_child():
+    if sandbox.is_child:
         return _compare_in_time(gold, text)
     for _ in range(2):  # another process may have killed the server
         with contextlib.suppress(sandbox.ServerEnded):
@@ -59,10 +59,7 @@ def load_killable_comparison() -> Comparison:
 
 @functools.cache
 def load_comparison() -> Comparison:
-    """Import math-verify (a second) and return its comparison without its own time limits.
-
-    Called before children are forked.
-    """
+    """Import math-verify (a second), before any fork; return its comparison without time limits."""
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
