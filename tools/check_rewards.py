@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.tasks.benchmarks import build_prompt, read_problem
+from agrpo_megatron.tasks.benchmarks import READERS, build_prompt
 from agrpo_megatron.tasks.rewards import agrpo, d1, equivalence
 from agrpo_megatron.tasks.rewards.latex import last_boxed
 
@@ -128,7 +128,9 @@ def _check_generation(row: dict, tally: Tally, name: str) -> None:
         fields = {"puzzle": row["puzzle"], "solution": gold}
     verdict = _timed(tally, d1.PARSERS[task], row["generation"], fields)
     _compare(tally, row, f"{name} {task}", verdict, row["verdict"], part="eval")
-    right, count = d1.counted(verdict)
+    right, count = int(verdict.get("is_correct", False)), 1
+    if task == "sudoku":
+        right, count = verdict["correct_cells"], verdict["empty_cells"]
     total = tally.scores.setdefault(row["task"], [0, 0])
     total[0] += right
     total[1] += count
@@ -150,7 +152,7 @@ def _check_aggregate(path: Path, tally: Tally) -> None:
 def _check_prompt(row: dict, tally: Tally, name: str) -> None:
     task = TASKS[row["task"]]
     # These rows have no gold answer; no prompt needs one.
-    problem = read_problem(task, {"answer": "#### 0", **row["problem"]})
+    problem = READERS[task]({"answer": "#### 0", **row["problem"]})
     chat = build_prompt(task, row["source"], row["stage"], problem)
     messages = [message._asdict() for message in chat.messages]
     _compare(tally, row, f"{name} messages", messages, row["messages"], part="")
@@ -254,9 +256,7 @@ COLUMNS = {  # the names of a problem's fields: theirs, ours
 # Faults of a rule that reward and verdict share; the files name only the reward.
 RELATED = ("correctness_reward", "countdown_correctness_reward", "sudoku_correctness_reward")
 VERDICTS: dict[str, Callable[[str, dict[str, Any]], float]] = {
-    "gsm8k": agrpo.gsm8k_verdict,
-    "math": agrpo.math_verdict,
-    "countdown": agrpo.countdown_verdict,
+    **agrpo.VERDICTS,
     "sudoku": agrpo.sudoku_share,
 }
 

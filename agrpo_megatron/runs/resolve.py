@@ -13,7 +13,7 @@ from agrpo_megatron.config.settings import ModelSettings, Settings, SftSettings,
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.runs.progress import HF, MODEL_FILE
 from agrpo_megatron.tasks import Task, build_task
-from agrpo_megatron.tasks.base import Split, task_prompts
+from agrpo_megatron.tasks.base import SPLITS, Split, task_prompts
 from agrpo_megatron.tasks.curriculum import filter_by_pass_rate, solved_problems
 from agrpo_megatron.tasks.mixture import Mixture
 from agrpo_megatron.text.tokenizer import Tokenizer, load_tokenizer
@@ -21,7 +21,6 @@ from agrpo_megatron.types import Problem
 
 RUN_SETTINGS = "config.yaml"
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "eval": "held-out"}
-SPLITS: tuple[Split, ...] = ("train", "eval")
 
 
 @dataclass(frozen=True)

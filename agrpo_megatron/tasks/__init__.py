@@ -7,11 +7,11 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.config.schema import Described, build, describe
+from agrpo_megatron.config.schema import Described, build, describe, to_tree
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.countdown import Countdown
@@ -19,8 +19,6 @@ from agrpo_megatron.tasks.gym import ReasoningGym
 from agrpo_megatron.tasks.maths import Gsm8k, Math
 from agrpo_megatron.tasks.mixture import Mixture, part_errors
 from agrpo_megatron.tasks.sudoku import Sudoku
-
-__all__ = ["TASKS", "Task", "build_task", "describe_tasks"]
 
 PREFIX = "task.options."
 PART_SETTINGS = ("name", "weight", "options", "train_problems", "eval_problems", "seed", "leaks")
@@ -49,11 +47,7 @@ def build_task(settings: TaskSettings) -> Task:
             "file such as my_task.py"
         )
     known = [field.name for field in dataclasses.fields(cls.options_type)]
-    for key in settings.options:
-        if key not in known:
-            raise ValueError(
-                f"{PREFIX}{key} is not an option of {settings.name}; {_nearest(key, known)}"
-            )
+    _check_names(settings.options, known, prefix=PREFIX, of=f"an option of {settings.name}")
     return cls(settings, build(cls.options_type, settings.options, PREFIX))
 
 
@@ -62,11 +56,14 @@ def describe_tasks() -> dict[str, list[Described]]:
     return {name: list(describe(cls.options_type, PREFIX)) for name, cls in TASKS.items()}
 
 
-def _nearest(key: object, known: Sequence[str]) -> str:
-    """Return the nearest known name, or all of them."""
-    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.65)
-    have = f"it has {', '.join(known)}" if known else "it has none"
-    return f"did you mean {nearest[0]}?" if nearest else have
+def _check_names(names: Iterable[object], known: Sequence[str], *, prefix: str, of: str) -> None:
+    """Refuse an unknown name; the error has the nearest known name, or all of them."""
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.65)
+            have = f"it has {', '.join(known) or 'none'}"
+            fix = f"did you mean {nearest[0]}?" if nearest else have
+            raise ValueError(f"{prefix}{name} is not {of}; {fix}")
 
 
 def _build_mixture(settings: TaskSettings) -> Mixture:
@@ -92,20 +89,14 @@ def _build_part(settings: TaskSettings, label: Any, *, tree: Any) -> tuple[Task,
         raise ValueError(f"{key}: the label {label!r} is not text; write it in quotes")
     if not isinstance(tree, dict):
         raise ValueError(f"{key}={tree!r} must be a section; use for example {{weight: 1}}")
-    for name in tree:
-        if name not in PART_SETTINGS:
-            nearest = _nearest(name, PART_SETTINGS)
-            raise ValueError(f"{key}.{name} is not a setting of a part; {nearest}")
-    own = {name: value for name, value in tree.items() if name != "weight"}
-    weight = tree.get("weight", 1.0)
+    _check_names(tree, PART_SETTINGS, prefix=f"{key}.", of="a setting of a part")
+    own: dict[str, Any] = dict(tree)
+    weight = own.pop("weight", 1.0)
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not is_number or not math.isfinite(weight) or weight <= 0:
         raise ValueError(f"{key}.weight={weight!r} must be a number above 0; use for example 1")
-    shared: Any = {
-        **dataclasses.asdict(dataclasses.replace(settings, mixture={}, options={})),
-        "name": label,
-    }
-    part = build(TaskSettings, {**shared, **own}, f"{key}.")
+    defaults = {**to_tree(settings), "mixture": {}, "options": {}, "name": label}
+    part = build(TaskSettings, {**defaults, **own}, f"{key}.")
     if part.name == Mixture.name:
         raise ValueError(f"{key}.name=mixture: a mixture holds no mixtures; list their tasks")
     with part_errors(label):
@@ -131,9 +122,7 @@ def _load_class(name: str) -> type[Task]:
     sys.modules[module_name] = module  # dataclasses need the module here
     try:
         spec.loader.exec_module(module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # sys.exit() too
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"task.name={name}: importing {path} raised {type(error).__name__}: {error}"
         ) from error

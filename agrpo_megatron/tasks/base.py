@@ -1,6 +1,6 @@
 """The interface of a task: its problems, their prompts, and the grading of completions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -9,6 +9,8 @@ from agrpo_megatron.types import Problem, Prompt, Reward
 
 type Split = Literal["train", "eval"]
 type Splits = Mapping[Split, Sequence[Problem]]
+
+SPLITS: tuple[Split, ...] = ("train", "eval")
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,7 @@ class Task:
         raise NotImplementedError
 
     def verdict(self, problem: Problem, completion: str, raw: str) -> Reward:
-        """Grade a completion for evaluation.
-
-        Args:
-            completion: the text that `reward` gets.
-            raw: the whole text, special tokens included.
-        """
+        """Grade a completion for evaluation; `raw` is its whole text, special tokens included."""
         return self.reward(problem, completion)
 
     def summary(self, problems: Sequence[Problem], verdicts: Sequence[Reward]) -> dict[str, float]:
@@ -77,8 +74,7 @@ class Task:
     def leak_key(self, problem: Problem, other: "Task") -> str:
         """Return the key that no training problem may share with a held-out problem of `other`.
 
-        Args:
-            other: a task of the same class; in a mixture, another part.
+        `other` is a task of the same class: this one, or another part of a mixture.
         """
         return problem.key
 
@@ -89,7 +85,7 @@ class Task:
         name = f"task.name={self.settings.name}"
         try:
             splits = self.load()
-            train, held_out = ({p.key for p in splits[split]} for split in ("train", "eval"))
+            train, held_out = ({p.key for p in splits[split]} for split in SPLITS)
         except ValueError:
             raise
         except (Exception, SystemExit) as error:
@@ -113,10 +109,9 @@ class Task:
 
     def keep(self, rule: Callable[[Split, Problem], bool]) -> None:
         """Keep only the problems that satisfy `rule`; mutates the task."""
-        splits: tuple[Split, ...] = ("train", "eval")
         self._splits = {
             split: [problem for problem in self.problems(split) if rule(split, problem)]
-            for split in splits
+            for split in SPLITS
         }
 
 
@@ -133,6 +128,16 @@ def problem_count(settings: TaskSettings, split: Split) -> int:
     """Return how many problems to generate for a split."""
     asked = settings.train_problems if split == "train" else settings.eval_problems
     return GENERATED[split] if asked is None else asked
+
+
+def distinct(problems: Iterable[Problem], count: int | None = None) -> list[Problem]:
+    """Return the first `count` problems with different keys; all if there are fewer."""
+    chosen: dict[str, Problem] = {}
+    for problem in problems:
+        chosen.setdefault(problem.key, problem)
+        if len(chosen) == count:
+            break
+    return list(chosen.values())
 
 
 def split_problems(problems: Sequence[Problem], settings: TaskSettings, *, fix: str) -> Splits:

@@ -5,22 +5,16 @@ evaluation. docs/tasks.md has the source of each fact.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.tasks import countdown_problems
-from agrpo_megatron.tasks.data import (
-    Row,
-    first_column,
-    optional_column,
-    text_column,
-    to_whole,
-    whole_column,
-)
+from agrpo_megatron.tasks.data import Row, first_column, optional_column, text_column, to_whole
 from agrpo_megatron.tasks.rewards import agrpo, d1
-from agrpo_megatron.tasks.rewards.extract import CELLS, share
+from agrpo_megatron.tasks.rewards.extract import CELLS, Fields, share
 from agrpo_megatron.tasks.rewards.latex import last_boxed
 from agrpo_megatron.types import Chat, Message, Problem, Reward
 
@@ -28,16 +22,9 @@ PROTOCOLS = ("agrpo", "d1")
 PROMPTS = Path(__file__).parent / "prompts"
 CALCULATION = re.compile(r"<<[^>]*>>")  # GSM8K's calculator annotations
 
-type Fields = dict[str, Any]
-
 
 def build_prompt(task: str, protocol: str, stage: str, problem: Fields) -> Chat:
-    """Return a protocol's prompt.
-
-    Args:
-        stage: train or eval.
-        problem: the fields from `read_problem`.
-    """
+    """Return a protocol's prompt of a stage, train or eval, for the fields of a problem."""
     texts = {**problem, "numbers": str(problem.get("numbers"))}
     if protocol == "agrpo":
         system = prompt_text("agrpo_math" if task in ("gsm8k", "math") else f"agrpo_{task}")
@@ -64,16 +51,6 @@ def prompt_text(name: str) -> str:
 def _fill(text: str, values: Mapping[str, Any]) -> str:
     """Replace names in braces by their values; other braces are LaTeX."""
     return re.sub(r"\{([a-z]+)\}", lambda m: str(values.get(m[1], m[0])), text)
-
-
-def read_problem(task: str, row: Row) -> Fields:
-    """Return the fields of a row of the protocols' data sets.
-
-    Raises:
-        KeyError: a column is missing.
-        ValueError: a column has a wrong value.
-    """
-    return READERS[task](row)
 
 
 def _read_gsm8k(row: Row) -> Fields:
@@ -105,7 +82,7 @@ def _read_math(row: Row) -> Fields:
 
 
 def _read_countdown(row: Row) -> Fields:
-    columns = ("nums", "numbers", "input")
+    columns, targets = ("nums", "numbers", "input"), ("target", "output")
     numbers = first_column(row, *columns)
     if isinstance(numbers, str):
         numbers = numbers.replace("[", " ").replace("]", " ").replace(",", " ").split()
@@ -115,17 +92,15 @@ def _read_countdown(row: Row) -> Fields:
         )
     return {
         "numbers": [to_whole(number, *columns) for number in numbers],
-        "target": whole_column(row, "target", "output"),
+        "target": to_whole(first_column(row, *targets), *targets),
     }
 
 
 def _read_sudoku(row: Row) -> Fields:
     puzzle, solution = str(first_column(row, "puzzle")), str(first_column(row, "solution"))
     puzzle = puzzle.zfill(CELLS)  # a number has lost its leading zeros
-    for column, grid, form in (
-        ("puzzle", puzzle, "[0-4]{16}"),
-        ("solution", solution, "[1-4]{16}"),
-    ):
+    for column, grid, low in (("puzzle", puzzle, 0), ("solution", solution, 1)):
+        form = f"[{low}-4]{{16}}"
         if not re.fullmatch(form, grid):
             raise ValueError(f"column {column} holds {grid!r:.80}, which does not match {form}")
     if any(clue not in ("0", digit) for clue, digit in zip(puzzle, solution, strict=True)):
@@ -133,6 +108,8 @@ def _read_sudoku(row: Row) -> Fields:
     return {"puzzle": puzzle, "solution": solution}
 
 
+# From a row of the protocols' data sets to the fields of a problem. Each raises a KeyError for a
+# missing column, and a ValueError for a wrong value.
 READERS: dict[str, Callable[[Row], Fields]] = {
     "gsm8k": _read_gsm8k,
     "math": _read_math,
@@ -145,49 +122,33 @@ def grade(task: str, protocol: str, fields: Fields, completion: str) -> Reward:
     """Return the training reward: the sum of the protocol's functions, which are its parts."""
     functions = (agrpo if protocol == "agrpo" else d1).REWARDS[task]
     parts = {function.__name__: function(completion, fields) for function in functions}
-    score = sum(parts.values())
-    return Reward(score, parts[CORRECT_PART[protocol, task]] >= BEST_SCORE[protocol, task], parts)
+    correct = any(part >= RIGHT.get(name, math.inf) for name, part in parts.items())
+    return Reward(sum(parts.values()), correct, parts)
 
 
-CORRECT_PART = {
-    ("agrpo", "gsm8k"): "correctness_reward",
-    ("agrpo", "math"): "correctness_reward",
-    ("agrpo", "countdown"): "countdown_correctness_reward",
-    ("agrpo", "sudoku"): "sudoku_correctness_reward",
-    ("d1", "gsm8k"): "correctness_reward_func",
-    ("d1", "math"): "correctness_reward_func_math",
-    ("d1", "countdown"): "countdown_reward_func",
-    ("d1", "sudoku"): "sudoku_reward_func",
+RIGHT = {  # parts that grade the answer, and their scores for a right one
+    "correctness_reward": 3.0,
+    "countdown_correctness_reward": 3.0,
+    "sudoku_correctness_reward": 3.0,
+    "correctness_reward_func": 2.0,
+    "correctness_reward_func_math": 2.0,
+    "countdown_reward_func": 1.0,
+    "sudoku_reward_func": 1.0,
 }
-BEST_SCORE = {key: 3.0 if key[0] == "agrpo" else 2.0 for key in CORRECT_PART}
-BEST_SCORE |= {("d1", "countdown"): 1.0, ("d1", "sudoku"): 1.0}
 
 
 def verdict(task: str, protocol: str, fields: Fields, raw: str) -> Reward:
     """Return the verdict of the protocol's evaluation; Sudoku scores the share of right cells."""
-    if task == "sudoku":
-        right, empty = _cells(protocol, fields, raw)
-        parts: dict[str, float] = {"cells": right, "empty": empty}
-        return Reward(share(right, empty), empty > 0 and right == empty, parts)
-    if protocol == "agrpo":
-        correct = AGRPO_VERDICTS[task](raw, fields)
+    parsed = d1.PARSERS[task](raw, fields) if protocol == "d1" else {}
+    if task != "sudoku":
+        correct = parsed["is_correct"] if parsed else agrpo.VERDICTS[task](raw, fields)
+        return Reward(float(correct), correct)
+    if parsed:
+        right, empty = parsed["correct_cells"], parsed["empty_cells"]
     else:
-        correct = d1.PARSERS[task](raw, fields)["is_correct"]
-    return Reward(float(correct), correct)
-
-
-def _cells(protocol: str, fields: Fields, raw: str) -> tuple[int, int]:
-    if protocol == "agrpo":
-        return agrpo.sudoku_cells(raw, fields)
-    parsed = d1.parse_sudoku(raw, fields)
-    return parsed["correct_cells"], parsed["empty_cells"]
-
-
-AGRPO_VERDICTS: dict[str, Callable[[str, Fields], bool]] = {
-    "gsm8k": agrpo.gsm8k_verdict,
-    "math": agrpo.math_verdict,
-    "countdown": agrpo.countdown_verdict,
-}
+        right, empty = agrpo.sudoku_cells(raw, fields)
+    parts: dict[str, float] = {"cells": right, "empty": empty}
+    return Reward(share(right, empty), empty > 0 and right == empty, parts)
 
 
 def cell_averages(problems: Sequence[Problem], verdicts: Sequence[Reward]) -> dict[str, float]:
@@ -205,7 +166,12 @@ def cell_averages(problems: Sequence[Problem], verdicts: Sequence[Reward]) -> di
 
 
 def solution_text(task: str, protocol: str, fields: Fields, answer: str) -> str:
-    """Return a completion for supervised training: the rationale, if any, and the answer."""
+    """Return a completion for supervised training: the rationale, if any, and the answer.
+
+    Protocol plain has no layout.
+    """
+    if protocol == "plain":
+        return answer
     tag = "think" if protocol == "agrpo" else "reasoning"
     if task in ("gsm8k", "math") and (task == "math" or protocol == "agrpo"):
         answer = f"\\boxed{{{answer}}}"
@@ -220,8 +186,3 @@ def problem_key(task: str, fields: Fields) -> str:
     if task == "countdown":
         return countdown_problems.problem_key(fields["numbers"], fields["target"])
     return " ".join(str(fields["puzzle" if task == "sudoku" else "question"]).split())
-
-
-def leak_key(task: str, problem: Problem) -> str:
-    """Return the key that a training and a held-out problem must not share."""
-    return problem.key.partition(" = ")[0] if task == "countdown" else problem.key

@@ -4,10 +4,10 @@ import random
 from dataclasses import dataclass
 
 from agrpo_megatron.config.schema import setting
-from agrpo_megatron.tasks.base import Split
+from agrpo_megatron.tasks.base import Split, Task
 from agrpo_megatron.tasks.benchmarks import PROTOCOLS
-from agrpo_megatron.tasks.countdown_problems import SIGNS, make_problems
-from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions
+from agrpo_megatron.tasks.countdown_problems import SIGNS, Rules, make_problems
+from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions, PublicTask
 from agrpo_megatron.tasks.rewards.arithmetic import evaluate_whole
 from agrpo_megatron.types import Problem, Prompt, Reward
 
@@ -64,11 +64,21 @@ class Countdown(GeneratedTask):
 
     def make(self, rng: random.Random, count: int) -> list[Problem]:
         """Make up to `count` different problems, with an expression as solution."""
-        return make_problems(rng, count, options=self.options)
+        options = self.options
+        rules = Rules(
+            options.numbers, options.low, options.high, options.operators, options.parentheses
+        )
+        return make_problems(rng, count, rules=rules)
 
     def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
         """Return the problems with `numbers` numbers; the published data mixes counts."""
         return [p for p in problems if len(p.fields["numbers"]) == self.options.numbers]
+
+    def leak_key(self, problem: Problem, other: Task) -> str:
+        """Return the numbers; between generated splits also the target."""
+        assert isinstance(other, PublicTask)
+        is_generated = self.source("train") is None and other.source("eval") is None
+        return problem.key if is_generated else problem.key.partition(" = ")[0]
 
     def plain_prompt(self, problem: Problem) -> Prompt:
         """Return the numbers and the target, such as `3 5 7 = 22:`."""

@@ -1,11 +1,14 @@
 """Generated Countdown problems: all solvable ones, or a random sample of a large space."""
 
+import functools
 import itertools
 import math
+import operator
 import random
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from agrpo_megatron.tasks.base import distinct
 from agrpo_megatron.types import Problem
 
 MAX_ENUMERATED = 2_500_000  # expressions, some seconds; a larger space is sampled
@@ -13,19 +16,14 @@ NUMBER, PRODUCT, SUM = range(3)  # how loosely an expression binds
 SIGNS = "+-*/"
 
 
-class Rules(Protocol):
-    """Rules of generation; the task's options have these attributes."""
+class Rules(NamedTuple):
+    """Rules of generation; the defaults are for the published problems, without a range."""
 
-    @property
-    def numbers(self) -> int: ...
-    @property
-    def low(self) -> int: ...
-    @property
-    def high(self) -> int: ...
-    @property
-    def operators(self) -> str: ...
-    @property
-    def parentheses(self) -> bool: ...
+    numbers: int
+    low: int = 0
+    high: int = 0
+    operators: str = SIGNS
+    parentheses: bool = True
 
 
 class Expression(NamedTuple):
@@ -36,20 +34,11 @@ class Expression(NamedTuple):
     level: int  # NUMBER, PRODUCT or SUM
 
 
-def make_problems(rng: random.Random, wanted: int, *, options: Rules) -> list[Problem]:
+def make_problems(rng: random.Random, wanted: int, *, rules: Rules) -> list[Problem]:
     """Return up to `wanted` different problems; every division is exact at every step."""
-    draw = _enumerate_problems if _space(options) <= MAX_ENUMERATED else _draw_problems
-    return draw(rng, wanted, options=options)
-
-
-class _AllRules(NamedTuple):
-    """The rules of the published problems."""
-
-    numbers: int
-    low: int = 0
-    high: int = 0
-    operators: str = SIGNS
-    parentheses: bool = True
+    if _space(rules) <= MAX_ENUMERATED:
+        return _enumerate_problems(rng, wanted, rules=rules)
+    return distinct(_draw_problems(rng, 30 * wanted, rules=rules), wanted)
 
 
 def problem_key(numbers: Sequence[int], target: int) -> str:
@@ -59,51 +48,41 @@ def problem_key(numbers: Sequence[int], target: int) -> str:
 
 def solve(numbers: Sequence[int], target: int) -> str:
     """Return an expression over exactly `numbers` with the value `target`; empty if none exists."""
-    rules = _AllRules(len(numbers))
-    found = _expressions(tuple(sorted(numbers)), {}, options=rules)
+    found = _expressions(tuple(sorted(numbers)), {}, rules=Rules(len(numbers)))
     return next((text for text, value, _ in found if value == target), "")
 
 
-def _space(options: Rules) -> int:
+def _space(rules: Rules) -> int:
     """Estimate the number of expressions of a full enumeration."""
-    n = options.numbers
-    choices = math.comb(options.high - options.low + n, n)
-    shapes = n - 1 if options.parentheses else 1
-    return choices * math.factorial(n) * len(options.operators) ** (n - 1) * shapes
+    n = rules.numbers
+    choices = math.comb(rules.high - rules.low + n, n)
+    shapes = n - 1 if rules.parentheses else 1
+    return choices * math.factorial(n) * len(rules.operators) ** (n - 1) * shapes
 
 
-def _enumerate_problems(rng: random.Random, wanted: int, *, options: Rules) -> list[Problem]:
+def _enumerate_problems(rng: random.Random, wanted: int, *, rules: Rules) -> list[Problem]:
     """Return `wanted` problems, uniform over all solvable ones, or all if fewer exist."""
     memo: dict[tuple[int, ...], list[Expression]] = {}
     solved: list[tuple[tuple[int, ...], int, str]] = []
-    span = range(options.low, options.high + 1)
-    for numbers in itertools.combinations_with_replacement(span, options.numbers):
+    span = range(rules.low, rules.high + 1)
+    for numbers in itertools.combinations_with_replacement(span, rules.numbers):
         texts: dict[int, list[str]] = {}
-        for text, value, _ in _expressions(numbers, memo, options=options):
+        for text, value, _ in _expressions(numbers, memo, rules=rules):
             if value > 0:
                 texts.setdefault(value, []).append(text)
         solved += [(numbers, value, rng.choice(same)) for value, same in texts.items()]
     rng.shuffle(solved)
-    return [
-        _make_problem(rng, numbers, target=target, solution=solution)
-        for numbers, target, solution in solved[:wanted]
-    ]
+    return [_make_problem(rng, n, target=t, solution=text) for n, t, text in solved[:wanted]]
 
 
-def _draw_problems(rng: random.Random, wanted: int, *, options: Rules) -> list[Problem]:
-    """Return `wanted` problems from random expressions; fewer if too many draws repeat."""
-    chosen: dict[str, Problem] = {}
-    for _ in range(30 * wanted):
-        numbers = rng.choices(range(options.low, options.high + 1), k=options.numbers)
-        signs = rng.choices(options.operators, k=options.numbers - 1)
-        drawn = _draw_expression(rng, numbers, signs=signs, parentheses=options.parentheses)
-        if drawn is None or drawn.value <= 0:
-            continue
-        problem = _make_problem(rng, numbers, target=drawn.value, solution=drawn.text)
-        chosen.setdefault(problem.key, problem)
-        if len(chosen) == wanted:
-            break
-    return list(chosen.values())
+def _draw_problems(rng: random.Random, draws: int, *, rules: Rules) -> Iterator[Problem]:
+    """Yield the problems of `draws` random expressions; some have none."""
+    for _ in range(draws):
+        numbers = rng.choices(range(rules.low, rules.high + 1), k=rules.numbers)
+        signs = rng.choices(rules.operators, k=rules.numbers - 1)
+        drawn = _draw_expression(rng, numbers, signs=signs, parentheses=rules.parentheses)
+        if drawn is not None and drawn.value > 0:
+            yield _make_problem(rng, numbers, target=drawn.value, solution=drawn.text)
 
 
 def _make_problem(
@@ -115,10 +94,7 @@ def _make_problem(
 
 
 def _expressions(
-    numbers: tuple[int, ...],
-    memo: dict[tuple[int, ...], list[Expression]],
-    *,
-    options: Rules,
+    numbers: tuple[int, ...], memo: dict[tuple[int, ...], list[Expression]], *, rules: Rules
 ) -> list[Expression]:
     """Return every expression over exactly `numbers` (sorted); `memo` caches subsets."""
     if numbers in memo:
@@ -127,27 +103,22 @@ def _expressions(
         return [Expression(str(numbers[0]), numbers[0], NUMBER)]
     found: dict[str, Expression] = {}
     for left, right in _splits(numbers):
-        sides = [_expressions(side, memo, options=options) for side in (left, right)]
-        for pair, sign in itertools.product(itertools.product(*sides), options.operators):
-            joined = _join(*pair, sign=sign, parentheses=options.parentheses)
+        sides = [_expressions(side, memo, rules=rules) for side in (left, right)]
+        for pair, sign in itertools.product(itertools.product(*sides), rules.operators):
+            joined = _join(*pair, sign=sign, parentheses=rules.parentheses)
             if joined is not None:
                 found[joined.text] = joined
-    if len(numbers) < options.numbers:
+    if len(numbers) < rules.numbers:
         memo[numbers] = list(found.values())
     return list(found.values())
 
 
-def _splits(numbers: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield the divisions of `numbers` into a left and a right side, neither empty."""
-    sides = itertools.product((True, False), repeat=len(numbers))
-    dealt = (
-        (
-            tuple(itertools.compress(numbers, side)),
-            tuple(itertools.compress(numbers, (not left for left in side))),
-        )
-        for side in sides
-    )
-    return iter(dict.fromkeys((left, right) for left, right in dealt if left and right))
+def _splits(numbers: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the divisions of `numbers` into a left and a right side, neither empty."""
+    choices = itertools.product((True, False), repeat=len(numbers))
+    left = [tuple(itertools.compress(numbers, chosen)) for chosen in choices][1:-1]
+    # Each choice is the opposite of the one at the same distance from the end.
+    return list(dict.fromkeys(zip(left, reversed(left), strict=True)))
 
 
 def _draw_expression(
@@ -170,14 +141,9 @@ def _draw_expression(
     if not parentheses:
         cuts = [max(range(len(signs)), key=lambda i: (levels[i], i))]
     cut = rng.choice([i for i in cuts if levels[i] != barred])
-    left = _draw_expression(rng, numbers[: cut + 1], signs=signs[:cut], parentheses=parentheses)
-    right = _draw_expression(
-        rng,
-        numbers[cut + 1 :],
-        signs=signs[cut + 1 :],
-        parentheses=parentheses,
-        barred=levels[cut],
-    )
+    draw = functools.partial(_draw_expression, rng, parentheses=parentheses)
+    left = draw(numbers[: cut + 1], signs=signs[:cut])
+    right = draw(numbers[cut + 1 :], signs=signs[cut + 1 :], barred=levels[cut])
     if left is None or right is None:
         return None
     return _join(left, right, sign=signs[cut], parentheses=parentheses)
@@ -200,10 +166,6 @@ def _join(
 
 
 def _apply(left: int, right: int, *, sign: str) -> int | None:
-    if sign == "+":
-        return left + right
-    if sign == "-":
-        return left - right
-    if sign == "*":
-        return left * right
-    return left // right if right and left % right == 0 else None
+    if sign == "/":
+        return left // right if right and left % right == 0 else None
+    return {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](left, right)

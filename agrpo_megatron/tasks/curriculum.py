@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agrpo_megatron.config.settings import SftSettings, TaskSettings
-from agrpo_megatron.tasks.base import Task
+from agrpo_megatron.tasks.base import Split, Task
 from agrpo_megatron.tasks.mixture import Mixture
 from agrpo_megatron.types import Problem
 
@@ -54,11 +54,11 @@ def filter_by_pass_rate(task: Task, settings: TaskSettings) -> None:
         f"less often and {above} more often{rest}"
     )
 
-    def is_wanted(problem: Problem) -> bool:
-        rate = known[problem.key]
+    def is_wanted(split: Split, problem: Problem) -> bool:
+        rate = None if split == "eval" else known[problem.key]
         return rate is None or low <= rate <= high
 
-    task.keep(lambda split, problem: split == "eval" or is_wanted(problem))
+    task.keep(is_wanted)
 
 
 def solved_problems(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 
+from agrpo_megatron.tasks.base import Task, distinct
 from agrpo_megatron.types import Problem
 
 type Row = dict[str, Any]
@@ -47,17 +48,17 @@ def is_local(source: str) -> bool:
 
 
 def to_problems(
-    rows: Iterable[Row], make: Callable[[Row], Problem | None], *, key: str, source: str
+    rows: Iterable[Row], make: Callable[[Row], Problem], *, key: str, source: str
 ) -> list[Problem]:
-    """Convert rows to problems; drop rows that give None or repeat a key.
+    """Convert rows to problems; drop rows that repeat a key.
 
     Raises:
         ValueError: a row lacks a column or has a wrong value; the message names the row.
     """
-    problems: dict[str, Problem] = {}
+    problems: list[Problem] = []
     for number, row in enumerate(rows, start=1):
         try:
-            problem = make(row)
+            problems.append(make(row))
         except KeyError as error:
             known = ", ".join(map(str, row)) or "none"
             raise ValueError(
@@ -65,45 +66,41 @@ def to_problems(
             ) from None
         except ValueError as error:
             raise ValueError(f"{key}={source}, row {number}: {error}") from None
-        if problem is not None:
-            problems.setdefault(problem.key, problem)
-    return list(problems.values())
+    return distinct(problems)
 
 
 def without_leaks(
     train: Sequence[Problem],
     held_out: Sequence[Problem],
     *,
-    same: Callable[[Problem], str],
+    task: Task,
+    holder: Task,
     name: str,
-    leaks: str,
-    holder: str = "",
-) -> tuple[list[Problem], list[str]]:
-    """Remove held-out problems from the training problems; return the rest, and notes.
+    by: str = "",
+) -> tuple[Sequence[Problem], list[str]]:
+    """Remove held-out problems from a task's training problems; return the rest, and notes.
 
-    Args:
-        same: key of a problem; problems with equal keys count as one.
-        name: of the task.
-        leaks: as task.leaks.
-        holder: the part of a mixture that holds them out, such as ` by other`.
+    `holder` is the task of `held_out`: in a mixture, another part; `by` names it in errors.
 
     Raises:
-        ValueError: there are leaks and `leaks` is refuse, or no training problem is left.
+        ValueError: a leak with task.leaks=refuse, or no training problem is left.
     """
-    taken = {same(problem) for problem in held_out}
-    kept = [problem for problem in train if same(problem) not in taken]
+    taken = {task.leak_key(problem, holder) for problem in held_out}
+    kept = [problem for problem in train if task.leak_key(problem, holder) not in taken]
     if len(kept) == len(train):
         return kept, []
-    found = f"{len(train) - len(kept)} of {len(train)} training problems are also held out{holder}"
+    found = f"{len(train) - len(kept)} of {len(train)} training problems are also held out{by}"
+    leaks = task.settings.leaks
+    if leaks == "keep":
+        return train, [f"{name}: {found}; KEPT (task.leaks=keep)"]
     if leaks == "refuse":
         raise ValueError(f"task {name}: {found}; use task.leaks=drop, or another file")
-    if leaks == "drop" and not kept:
+    if not kept:
         raise ValueError(
-            f"task {name}: all training problems are also held out{holder}; use "
+            f"task {name}: all training problems are also held out{by}; use "
             "another file for task.options.train, or none to evaluate only"
         )
-    word = "left out" if leaks == "drop" else "KEPT (task.leaks=keep)"
-    return (kept if leaks == "drop" else list(train)), [f"{name}: {found}; {word}"]
+    return kept, [f"{name}: {found}; left out"]
 
 
 def d1_rows(rows: Sequence[Row], count: int = 256) -> list[Row]:
@@ -117,21 +114,18 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def first_column(row: Row, *names: str) -> Any:
-    """Return a row's value in the first of `names` that it has, in any letter case."""
-    folded = {str(name).casefold(): value for name, value in row.items()}
-    for name in names:
-        if folded.get(name) is not None:
-            return folded[name]
-    raise KeyError(" or ".join(names))
-
-
 def optional_column(row: Row, *names: str) -> Any:
-    """Return the same as `first_column`, or None if a row has none of the columns."""
-    try:
-        return first_column(row, *names)
-    except KeyError:
-        return None
+    """Return a row's value in the first of `names` that it has, in any letter case, or None."""
+    folded = {str(name).casefold(): value for name, value in row.items()}
+    return next((folded[name] for name in names if folded.get(name) is not None), None)
+
+
+def first_column(row: Row, *names: str) -> Any:
+    """Return the same as `optional_column`; raise a KeyError instead of returning None."""
+    value = optional_column(row, *names)
+    if value is None:
+        raise KeyError(" or ".join(names))
+    return value
 
 
 def text_column(row: Row, *names: str) -> str:
@@ -140,11 +134,6 @@ def text_column(row: Row, *names: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"column {' or '.join(names)} holds {value!r:.80}, which is not text")
     return value
-
-
-def whole_column(row: Row, *names: str) -> int:
-    """Return the whole number in the first of `names` that a row has."""
-    return to_whole(first_column(row, *names), *names)
 
 
 def to_whole(value: Any, *names: str) -> int:

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from agrpo_megatron.config.settings import TaskSettings
+from agrpo_megatron.tasks import build_task
 from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.sandbox import Sandbox, ServerEnded
 from agrpo_megatron.types import Problem, Reward
@@ -36,27 +37,19 @@ class Grader:
     """
 
     def __init__(self, task: Task, settings: TaskSettings):
+        self.has_workers = not task.is_bounded  # processes that grade in parallel with this one
         self.busy = 0.0  # seconds with active workers
         self._task, self._settings = task, settings
         self._waiting: deque[_Batch] = deque()
-        self._sandbox: Sandbox | None = None
-        self._thread: ThreadPoolExecutor | None = None
         self._is_closed = False
-        if not task.is_bounded:
-            chosen = settings.grader
-            self._sandbox = Sandbox(
-                "agrpo_megatron.tasks.grading:load_grader",
-                settings,
-                seconds=chosen.seconds,
-                memory=chosen.memory,
-                workers=chosen.workers,
-            )
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grader")
-
-    @property
-    def has_workers(self) -> bool:
-        """Whether worker processes grade in parallel with this process."""
-        return self._sandbox is not None
+        self._sandbox = Sandbox(
+            "agrpo_megatron.tasks.grading:load_grader",
+            settings,
+            seconds=settings.grader.seconds,
+            memory=settings.grader.memory,
+            workers=settings.grader.workers,
+        )
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grader")
 
     def start(self, calls: Sequence[Call]) -> Future[list[Reward]]:
         """Submit a batch; with workers this returns at once.
@@ -65,11 +58,11 @@ class Grader:
         workers cannot start.
         """
         batch = _Batch(list(calls), Future())
-        if self._thread is None:
-            batch.rewards.set_result([self._grade_inline(call) for call in calls])
-        else:
+        if self.has_workers:
             self._waiting.append(batch)
             self._thread.submit(self._grade_waiting)
+        else:
+            batch.rewards.set_result([self._grade_inline(call) for call in calls])
         return batch.rewards
 
     def grade(self, calls: Sequence[Call]) -> list[Reward]:
@@ -79,9 +72,8 @@ class Grader:
     def close(self) -> None:
         """End the workers; pending calls are lost."""
         self._is_closed = True
-        if self._sandbox is not None and self._thread is not None:
-            self._sandbox.close()
-            self._thread.shutdown(wait=False, cancel_futures=True)
+        self._sandbox.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _grade_waiting(self) -> None:
         """Grade all waiting batches as one: workers do not idle between batches."""
@@ -100,7 +92,6 @@ class Grader:
             batch.rewards.set_result([next(rewards) for _ in batch.calls])
 
     def _in_workers(self, calls: list[Call]) -> list[Reward]:
-        assert self._sandbox is not None
         for _ in range(2):  # another process may have killed the server
             try:
                 outcomes = self._sandbox.run(calls)
@@ -108,10 +99,7 @@ class Grader:
                 if self._is_closed:
                     raise
                 continue
-            return [
-                outcome.value if outcome.failure is None else self._failed(outcome.failure)
-                for outcome in outcomes
-            ]
+            return [o.value if o.failure is None else self._failed(o.failure) for o in outcomes]
         return [self._failed("the workers were killed")] * len(calls)
 
     def _grade_inline(self, call: Call) -> Reward:
@@ -145,8 +133,6 @@ def grade_call(task: Task, call: Call) -> Reward:
 
 def load_grader(settings: TaskSettings) -> Callable[..., Reward]:
     """Build the task in the workers' server and return its handler; loads no problems."""
-    from agrpo_megatron.tasks import build_task
-
     task = build_task(settings)
     task.prepare()
     return lambda *call: grade_call(task, Call(*call))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agrpo_megatron.config.schema import setting
-from agrpo_megatron.tasks.base import Splits, Task, problem_count, split_problems
+from agrpo_megatron.tasks.base import Splits, Task, distinct, problem_count, split_problems
 from agrpo_megatron.tasks.data import one_line
 from agrpo_megatron.tasks.rewards.extract import boxed, last_tagged
 from agrpo_megatron.types import Chat, Message, Problem, Prompt, Reward
@@ -46,15 +46,8 @@ class ReasoningGym(Task):
     def load(self) -> Splits:
         """Make the problems without repeated questions, held-out ones first."""
         needed = problem_count(self.settings, "eval") + problem_count(self.settings, "train")
-        made: dict[str, Problem] = {}
-        for entry in self._generator(2 * needed):
-            question = entry["question"]
-            answer = "" if entry["answer"] is None else str(entry["answer"])
-            fields = {"question": question, "entry": entry}
-            made.setdefault(question, Problem(question, fields, f"<answer>{answer}</answer>"))
-            if len(made) == needed:
-                break
-        return split_problems(list(made.values()), self.settings, fix="widen task.options.config")
+        made = distinct(map(_read_entry, self._generator(2 * needed)), needed)
+        return split_problems(made, self.settings, fix="widen task.options.config")
 
     def prompt(self, problem: Problem) -> Prompt:
         """Return the question and the format of the answer."""
@@ -62,12 +55,10 @@ class ReasoningGym(Task):
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         """Score the last answer block by the generator's rule."""
-        answer = last_tagged(completion)
+        answer, entry = last_tagged(completion), problem.fields["entry"]
         if answer is None:
             answer = boxed(completion)
-        score = 0.0
-        if answer is not None:
-            score = float(self._scorer.score_answer(answer, problem.fields["entry"]))
+        score = 0.0 if answer is None else float(self._scorer.score_answer(answer, entry))
         correct = score >= self.options.threshold
         return Reward(score, correct, {"answer": float(answer is not None)})
 
@@ -91,3 +82,10 @@ class ReasoningGym(Task):
                 f"task.options.dataset={self.options.dataset} cannot be made with "
                 f"task.options.config={self.options.config} ({one_line(error)})"
             ) from None
+
+
+def _read_entry(entry: dict[str, Any]) -> Problem:
+    question = entry["question"]
+    answer = "" if entry["answer"] is None else str(entry["answer"])
+    fields = {"question": question, "entry": entry}
+    return Problem(question, fields, f"<answer>{answer}</answer>")

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -24,10 +25,9 @@ def part_errors(label: str) -> Iterator[None]:
 
 
 class Mixture(Task):
-    """Tasks by label; each problem has the label of its task.
+    """Tasks and their weights by label; each problem has the label of its task.
 
-    Args:
-        parts: task and weight by label; training draws from a task in proportion to its weight.
+    Training draws from a task in proportion to its weight.
     """
 
     name = "mixture"
@@ -47,19 +47,21 @@ class Mixture(Task):
         train, held_out = self._load_parts("train"), self._load_parts("eval")
         for label, (task, _) in self.parts.items():
             self.notes += [f"{label}: {note}" for note in task.notes]
-        for label, other in itertools.permutations(self.parts, 2):
-            train[label] = self._without_leaks(
-                label, other, train=train[label], held_out=held_out[other]
-            )
+        parts = self.parts.items()
+        for (label, (task, _)), (other, (holder, _)) in itertools.permutations(parts, 2):
+            if _class_name(task) == _class_name(holder):
+                mine, theirs = train[label], held_out[other]
+                with part_errors(label):
+                    train[label], notes = without_leaks(
+                        mine, theirs, task=task, holder=holder, name=label, by=f" by {other}"
+                    )
+                self.notes += notes
         return {"train": _labelled(train), "eval": _labelled(held_out)}
 
     @property
     def shares(self) -> Sequence[tuple[int, float]]:
         """Return the number of training problems and the weight of each task."""
-        problems = self.problems("train")
-        counts = dict.fromkeys(self.parts, 0)
-        for problem in problems:
-            counts[problem.task] += 1
+        counts = Counter(problem.task for problem in self.problems("train"))
         return [(counts[label], weight) for label, (_, weight) in self.parts.items()]
 
     def prompt(self, problem: Problem) -> Prompt:
@@ -96,25 +98,6 @@ class Mixture(Task):
             with part_errors(label):
                 found[label] = task.problems(split)
         return found
-
-    def _without_leaks(
-        self, label: str, other: str, *, train: Sequence[Problem], held_out: Sequence[Problem]
-    ) -> Sequence[Problem]:
-        """Remove a part's training problems that another part of its class holds out."""
-        task, holder = self.parts[label][0], self.parts[other][0]
-        if _class_name(task) != _class_name(holder):
-            return train
-        with part_errors(label):
-            kept, notes = without_leaks(
-                train,
-                held_out,
-                same=lambda problem: task.leak_key(problem, holder),
-                name=label,
-                leaks=task.settings.leaks,
-                holder=f" by {other}",
-            )
-        self.notes += notes
-        return kept
 
 
 def _class_name(task: Task) -> tuple[str, str]:

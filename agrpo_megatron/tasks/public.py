@@ -1,7 +1,8 @@
 """Base classes of the four public benchmarks: protocols, data files, generated problems."""
 
+import functools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -46,46 +47,38 @@ class PublicTask(Task):
 
     def __init__(self, settings: TaskSettings, options: Any):
         super().__init__(settings, options)
-        if options.protocol == "d1":
-            self.is_bounded = True  # only strings and small numbers
+        self.is_bounded |= options.protocol == "d1"  # only strings and small numbers
 
     def prepare(self) -> None:
         """Import math-verify if the protocol uses it."""
         if self.options.protocol == "agrpo" and self.name != "sudoku":
-            equivalence.prepare()
+            equivalence.load_comparison()
 
     def load(self) -> Splits:
         """Return the problems of both splits, without leaks."""
-        splits: tuple[Split, ...] = ("eval", "train")
         # Files first: a wrong one fails before any download.
-        read: dict[Split, list[Problem] | None]
-        read = {split: self._read(split) for split in sorted(splits, key=self._is_remote)}
-        filled = self.fill(read)
+        order: list[Split] = sorted(("eval", "train"), key=self._is_remote)
+        read = {split: self._read(split) for split in order}
+        filled = self.fill(read["train"], read["eval"])
         train, held_out = filled["train"], filled["eval"]
         if read["train"] and read["eval"]:  # `fill` makes problems without leaks
-            train, notes = without_leaks(
-                train,
-                held_out,
-                same=lambda problem: self.leak_key(problem, self),
-                name=self.name,
-                leaks=self.settings.leaks,
-            )
+            train, notes = without_leaks(train, held_out, task=self, holder=self, name=self.name)
             self.notes += notes
         return {"eval": self._subset("eval", held_out), "train": self._subset("train", train)}
 
-    def fill(self, splits: Mapping[Split, list[Problem] | None]) -> Splits:
+    def fill(self, train: list[Problem] | None, held_out: list[Problem] | None) -> Splits:
         """Return both splits; generate those without a file."""
-        assert splits["train"] is not None and splits["eval"] is not None
-        return {"train": splits["train"], "eval": splits["eval"]}
+        assert train is not None and held_out is not None
+        return {"train": train, "eval": held_out}
 
     def make_problem(self, row: dict[str, Any]) -> Problem:
         """Read one row of a data set."""
-        fields = benchmarks.read_problem(self.name, row)
+        fields = benchmarks.READERS[self.name](row)
         return Problem(benchmarks.problem_key(self.name, fields), fields, self.solution(fields))
 
     def solution(self, fields: dict[str, Any]) -> str:
         """Return a right completion; empty if unknown."""
-        answer = fields.get("answer")
+        answer = fields.get("answer", fields.get("solution"))
         if answer is None:
             return ""
         return benchmarks.solution_text(self.name, self.options.protocol, fields, answer)
@@ -110,13 +103,6 @@ class PublicTask(Task):
         """Return the file or dataset of a split; None if its problems are generated."""
         chosen = self.options.train if split == "train" else self.options.eval
         return chosen or self.datasets.get(split, {}).get(self.options.protocol)
-
-    def leak_key(self, problem: Problem, other: Task) -> str:
-        """Return the key; for Countdown with a file only its numbers."""
-        assert isinstance(other, PublicTask)
-        if self.source("train") is None and other.source("eval") is None:
-            return problem.key
-        return benchmarks.leak_key(self.name, problem)
 
     def _is_remote(self, split: Split) -> bool:
         source = self.source(split)
@@ -181,9 +167,8 @@ class GeneratedTask(PublicTask):
         """Return the reward of the plain protocol."""
         raise NotImplementedError
 
-    def fill(self, splits: Mapping[Split, list[Problem] | None]) -> Splits:
+    def fill(self, train: list[Problem] | None, held_out: list[Problem] | None) -> Splits:
         """Generate the splits without a file; no generated problem repeats one of a file."""
-        train, held_out = splits["train"], splits["eval"]
         if train is None and held_out is None:
             count = problem_count(self.settings, "eval") + problem_count(self.settings, "train")
             return split_problems(self._generate(count), self.settings, fix=self.generation_fix)
@@ -218,27 +203,16 @@ class GeneratedTask(PublicTask):
         """Whether the protocol is the plain one."""
         return self.options.protocol == "plain"
 
-    def solution(self, fields: dict[str, Any]) -> str:
-        """Return a right completion of a problem from a file; empty if unknown."""
-        answer = fields.get("solution", "")
-        return self._format_solution(fields, answer) if answer else ""
-
     def _generate(self, count: int) -> list[Problem]:
         made = self.make(random.Random(f"{self.name} {self.settings.seed}"), count)
-        return [
-            replace(problem, solution=self._format_solution(problem.fields, problem.solution))
-            for problem in made
-        ]
+        write = functools.partial(benchmarks.solution_text, self.name, self.options.protocol)
+        return [replace(p, solution=write(p.fields, p.solution)) for p in made]
 
     def _generate_without_leaks(self, split: Split, others: Sequence[Problem]) -> list[Problem]:
         """Generate a split that shares no leak key with the other split's file."""
         count = problem_count(self.settings, split)
         taken = {self.leak_key(problem, self) for problem in others}
-        made = [
-            problem
-            for problem in self._generate(2 * count)
-            if self.leak_key(problem, self) not in taken
-        ]
+        made = [p for p in self._generate(2 * count) if self.leak_key(p, self) not in taken]
         if len(made) < count:
             raise ValueError(
                 f"task.{split}_problems={count}: with these options {self.name} makes {len(made)} "
@@ -246,8 +220,3 @@ class GeneratedTask(PublicTask):
                 f"{self.generation_fix}"
             )
         return made[:count]
-
-    def _format_solution(self, fields: dict[str, Any], answer: str) -> str:
-        if self.is_plain:
-            return answer
-        return benchmarks.solution_text(self.name, self.options.protocol, fields, answer)

@@ -19,18 +19,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 # SLURM signals every process of a step; the workers leave stopping to the parent.
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STARTUP_SECONDS = 60.0  # for the start of a server, in addition to the time of its calls
-
 STDERR = 2  # the file descriptor, also if sys.stderr is replaced
 
-_is_child = False
+is_child = False  # whether this process is a child, with bounded time and memory
 
 
 class Outcome(NamedTuple):
@@ -55,12 +55,7 @@ class Sandbox:
     """
 
     def __init__(
-        self,
-        factory: str,
-        *arguments: Any,
-        seconds: float,
-        memory: int = 2048,
-        workers: int = 1,
+        self, factory: str, *arguments: Any, seconds: float, memory: int = 2048, workers: int = 1
     ):
         self._setup = (factory, arguments, seconds, memory, workers)
         self._server: subprocess.Popen | None = None
@@ -104,12 +99,10 @@ class Sandbox:
             return self._connection
         ours, theirs = socket.socketpair()
         program = "from agrpo_megatron.tasks import sandbox; sandbox.main()"
-        command = [sys.executable, "-c", program, str(theirs.fileno())]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._server = subprocess.Popen(
-            command,
+            [sys.executable, "-c", program, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             stdin=subprocess.DEVNULL,
             stdout=STDERR,
         )
@@ -119,21 +112,12 @@ class Sandbox:
         return self._connection
 
 
-def is_child() -> bool:
-    """Return whether this process is a sandbox's child, with bounded time and memory."""
-    return _is_child
-
-
 def main() -> None:
-    """Serve the parent; the command line gives its socket."""
+    """Run batches of calls until the parent is gone; the command line gives its socket."""
     for number in IGNORED_SIGNALS:  # inherited by children
         signal.signal(number, signal.SIG_IGN)
-    serve(Connection(int(sys.argv[1])))
-
-
-def serve(connection: Connection) -> None:
-    """Run batches of calls until the parent is gone; runs in the server."""
     _die_with_parent()
+    connection = Connection(int(sys.argv[1]))
     factory, arguments, seconds, memory, workers = connection.recv()
     try:
         module, name = factory.split(":")
@@ -213,10 +197,11 @@ def _fork(place: int, handler: Callable, call: tuple, seconds: float, memory: in
 
 def _work(pipe: int, handler: Callable, call: tuple, memory: int) -> None:
     """Make one call and write its outcome; runs in the child and never returns."""
-    global _is_child
-    _is_child = True
-    with _exit_at_end():
-        limit = _address_space() + (memory << 20)
+    global is_child
+    is_child = True
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        limit = pages * resource.getpagesize() + (memory << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:
             outcome = Outcome(handler(*call))
@@ -227,19 +212,8 @@ def _work(pipe: int, handler: Callable, call: tuple, memory: int) -> None:
         view = memoryview(pickle.dumps(outcome))
         while view:
             view = view[os.write(pipe, view) :]
-
-
-@contextlib.contextmanager
-def _exit_at_end() -> Iterator[None]:
-    try:
-        yield
     finally:
         os._exit(0)  # skips the clean-up of the forked interpreter
-
-
-def _address_space() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
 
 
 def _die_with_parent() -> None:

@@ -5,13 +5,14 @@ With few clues a puzzle has several solutions; the plain reward accepts each of 
 
 import functools
 import itertools
+import operator
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from agrpo_megatron.config.schema import setting
-from agrpo_megatron.tasks.base import Splits
+from agrpo_megatron.tasks.base import Splits, distinct
 from agrpo_megatron.tasks.benchmarks import PROTOCOLS, cell_averages, prompt_text
 from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions
 from agrpo_megatron.tasks.rewards.extract import CELLS
@@ -21,7 +22,7 @@ EMPTY = "0"
 _ROWS = [range(4 * i, 4 * i + 4) for i in range(4)]
 _COLUMNS = [range(i, CELLS, 4) for i in range(4)]
 _BOXES = [(i, i + 1, i + 4, i + 5) for i in (0, 2, 8, 10)]
-UNITS = tuple(tuple(unit) for unit in (*_ROWS, *_COLUMNS, *_BOXES))
+UNITS = (*_ROWS, *_COLUMNS, *_BOXES)
 
 
 @dataclass(frozen=True)
@@ -53,29 +54,29 @@ class Sudoku(GeneratedTask):
     def load(self) -> Splits:
         """Return the problems of both splits; note puzzles that the prompt itself solves."""
         splits = super().load()
-        examples = self.worked_puzzles()
-        solved = sum(problem.key in examples for problem in splits["eval"])
-        if solved:
-            self.notes.append(
-                f"sudoku: the prompt of protocol agrpo solves {solved} held-out puzzles: "
-                "do not report its accuracy on this file"
-            )
+        if self.options.protocol == "agrpo":
+            examples = re.findall(r"Puzzle: ([0-4]{16})", prompt_text("agrpo_sudoku"))
+            solved = sum(problem.key in examples for problem in splits["eval"])
+            if solved:
+                self.notes.append(
+                    f"sudoku: the prompt of protocol agrpo solves {solved} held-out puzzles: "
+                    "do not report its accuracy on this file"
+                )
         return splits
 
-    def worked_puzzles(self) -> set[str]:
-        """Return the puzzles that the protocol's prompt solves as examples."""
-        if self.options.protocol != "agrpo":
-            return set()
-        return set(re.findall(r"Puzzle: ([0-4]{16})", prompt_text("agrpo_sudoku")))
-
     def make(self, rng: random.Random, count: int) -> list[Problem]:
-        """Draw up to `count` different puzzles, with the complete grid as solution."""
-        options = self.options
-        return _draw_problems(rng, count, clues=options.clues, unique=options.unique)
+        """Draw up to `count` different puzzles.
+
+        The solution is the grid a puzzle was cut from: uniform over the puzzle's completions.
+        """
+        puzzles = _cut_puzzles(rng, self.options.clues, draws=8 * count)
+        if self.options.unique:
+            puzzles = (puzzle for puzzle in puzzles if count_solutions(puzzle.key) == 1)
+        return distinct(puzzles, count)
 
     def summary(self, problems: Sequence[Problem], verdicts: Sequence[Reward]) -> dict[str, float]:
         """Return the two published averages of right cells; empty for protocol plain."""
-        return {} if self.options.protocol == "plain" else cell_averages(problems, verdicts)
+        return {} if self.is_plain else cell_averages(problems, verdicts)
 
     def plain_prompt(self, problem: Problem) -> str:
         """Return the puzzle, row by row, and a colon."""
@@ -83,12 +84,12 @@ class Sudoku(GeneratedTask):
 
     def plain_reward(self, problem: Problem, completion: str) -> Reward:
         """Grade a completed grid against the puzzle, not against `problem.solution`."""
-        grid = completion.strip()
+        grid, puzzle = completion.strip(), problem.fields["puzzle"]
         if not re.fullmatch("[1-4]{16}", grid):
             return Reward(0.0, False, {"valid": 0.0, "clues": 0.0})
-        clues = [i for i, digit in enumerate(problem.fields["puzzle"]) if digit != EMPTY]
+        clues = [i for i, digit in enumerate(puzzle) if digit != EMPTY]
         units = sum(len({grid[i] for i in unit}) == 4 for unit in UNITS)
-        kept = sum(grid[i] == problem.fields["puzzle"][i] for i in clues)
+        kept = sum(grid[i] == puzzle[i] for i in clues)
         parts = {"valid": units / len(UNITS), "clues": kept / len(clues)}
         correct = units == len(UNITS) and kept == len(clues)
         share = (units + kept) / (len(UNITS) + len(clues))
@@ -110,50 +111,26 @@ def _is_valid(grid: str, units: Iterable[Sequence[int]]) -> bool:
 
 
 @functools.cache
-def _grids_by_cell() -> tuple[tuple[int, ...], ...]:
-    """Return the complete grids with each digit in each cell, as a bit mask over the grids."""
-    grids = complete_grids()
-    return tuple(
-        tuple(
-            sum(1 << i for i, grid in enumerate(grids) if grid[cell] == digit) for digit in "1234"
-        )
-        for cell in range(CELLS)
-    )
+def _grids_with(cell: int, digit: str) -> int:
+    """Return the complete grids with a digit in a cell, as a bit mask over the grids."""
+    return sum(1 << i for i, grid in enumerate(complete_grids()) if grid[cell] == digit)
 
 
 def count_solutions(puzzle: str) -> int:
-    """Return how many complete grids agree with a puzzle."""
-    having = _grids_by_cell()
-    left = (1 << len(complete_grids())) - 1
-    for cell, digit in enumerate(puzzle):
-        if digit != EMPTY:
-            left &= having[cell][int(digit) - 1]
-    return left.bit_count()
+    """Return how many complete grids agree with the clues of a puzzle, at least one."""
+    masks = (_grids_with(cell, digit) for cell, digit in enumerate(puzzle) if digit != EMPTY)
+    return functools.reduce(operator.and_, masks).bit_count()
 
 
-def _draw_problems(rng: random.Random, wanted: int, *, clues: int, unique: bool) -> list[Problem]:
-    """Draw `wanted` different puzzles, or all where fewer exist.
-
-    A puzzle's solution is the grid it was cut from: uniform over the puzzle's completions.
-    """
+def _cut_puzzles(rng: random.Random, clues: int, *, draws: int) -> Iterator[Problem]:
+    """Yield puzzles cut from complete grids: first `draws` random ones, then all."""
     grids = complete_grids()
-    chosen: dict[str, Problem] = {}
-
-    def add(grid: str, kept: Sequence[int]) -> bool:
-        """Add a valid puzzle; return whether there are enough."""
-        problem = _cut_puzzle(grid, kept)
-        if not unique or count_solutions(problem.key) == 1:
-            chosen.setdefault(problem.key, problem)
-        return len(chosen) == wanted
-
-    for _ in range(8 * wanted):
-        if add(rng.choice(grids), rng.sample(range(CELLS), clues)):
-            return list(chosen.values())
+    for _ in range(draws):
+        yield _cut_puzzle(rng.choice(grids), rng.sample(range(CELLS), clues))
     # Random draws repeat too often: the space is about as small as the request. Enumerate it.
     pairs = list(itertools.product(grids, itertools.combinations(range(CELLS), clues)))
     rng.shuffle(pairs)
-    any(add(grid, kept) for grid, kept in pairs)
-    return list(chosen.values())
+    yield from itertools.starmap(_cut_puzzle, pairs)
 
 
 def _cut_puzzle(grid: str, kept: Sequence[int]) -> Problem:

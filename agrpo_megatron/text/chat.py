@@ -63,10 +63,9 @@ def from_jinja(text: str, special_tokens: Mapping[str, Any], *, source: str) -> 
         """Format a chat by the Jinja text."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        messages = [message._asdict() for message in chat.messages]
         try:
             (rendered,), _ = render_jinja_template(
-                conversations=[messages],
+                conversations=[[message._asdict() for message in chat.messages]],
                 chat_template=text,
                 add_generation_prompt=True,
                 **special_tokens,
@@ -90,11 +89,7 @@ def choose_template(
     vocabulary: Container[str],
     special_tokens: Mapping[str, Any],
 ) -> Template:
-    """Return the template that `tokenizer.chat_template` names.
-
-    Args:
-        chosen: the setting.
-        own: the tokenizer's template, if any.
+    """Return the template that `tokenizer.chat_template` names; null: the tokenizer's own, if any.
 
     Raises:
         ValueError: no such template, or the tokenizer lacks tokens of the template.
@@ -126,11 +121,8 @@ def choose_template(
 
 def _by_tokens(vocabulary: Container[str]) -> Template:
     """Return the published template whose tokens a tokenizer has; plain if it has neither set."""
-    known = [
-        name
-        for name, tokens in CONTROL_TOKENS.items()
-        if all(token in vocabulary for token in tokens)
-    ]
+    sets = CONTROL_TOKENS.items()
+    known = [name for name, tokens in sets if all(token in vocabulary for token in tokens)]
     if len(known) < 2:
         return BUILT_IN[known[0]] if known else plain
 

@@ -81,8 +81,7 @@ class Tokenizer:
             return EOS_TEXT
         if not 0 <= token < self.vocab_size:  # a padding row of the embedding
             return f"<{token}>"
-        shown = [c if c.isprintable() else ascii(c)[1:-1] for c in self.to_piece(token)]
-        return "".join(shown)
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in self.to_piece(token))
 
 
 def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:

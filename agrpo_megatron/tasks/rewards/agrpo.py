@@ -7,7 +7,6 @@ docs/tasks.md lists each exception. Source: github.com/probablyabot/agrpo, rewar
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 from agrpo_megatron.tasks.rewards.arithmetic import (
     contains_solution,
@@ -16,9 +15,7 @@ from agrpo_megatron.tasks.rewards.arithmetic import (
     same_numbers,
 )
 from agrpo_megatron.tasks.rewards.equivalence import equal, equal_in_text
-from agrpo_megatron.tasks.rewards.extract import CELLS, boxed, cells_right, share, tagged
-
-type Fields = dict[str, Any]
+from agrpo_megatron.tasks.rewards.extract import CELLS, Fields, boxed, cells_right, share, tagged
 
 MAX_PLAIN = 200  # characters of a plain expression
 # A number with its sign, thousands commas and decimals.
@@ -150,4 +147,9 @@ REWARDS: dict[str, tuple[Callable[[str, Fields], float], ...]] = {
     "math": (thinking_format_reward, answer_format_reward, correctness_reward),
     "countdown": (countdown_format_reward, countdown_correctness_reward),
     "sudoku": (sudoku_format_reward, sudoku_correctness_reward),
+}
+VERDICTS: dict[str, Callable[[str, Fields], bool]] = {
+    "gsm8k": gsm8k_verdict,
+    "math": math_verdict,
+    "countdown": countdown_verdict,
 }

@@ -25,14 +25,6 @@ WHOLE: dict[type, Callable[[Any, Any], Any]] = {
 _DELIMITERS = re.compile(r"\\(?:left|right|[()\[\],!;: ])|\$")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _IMPLIED = re.compile(r"(?<=[\d)])\s*(?=\()|(?<=\))\s*(?=\d)")  # a product without a sign
-_OPERATORS = (
-    (r"\times", "*"),
-    (r"\cdot", "*"),
-    (r"\div", "/"),
-    ("\u00d7", "*"),
-    ("\u00f7", "/"),
-    ("\u2212", "-"),
-)
 
 
 def evaluate(text: str) -> Number | None:
@@ -43,16 +35,10 @@ def evaluate(text: str) -> Number | None:
     text = re.sub(r"[ \t]{2,}", " ", text.strip())
     if text.count("-") + text.count("+") > MAX_SIGNS:
         return None
-    tree = _parse(re.sub(r"([-+])((?: ?[-+])+)", _two_signs, text))
     try:
-        return None if tree is None else _value(tree)
+        return _value(_parse(re.sub(r"([-+])((?: ?[-+])+)", _two_signs, text)))
     except (ValueError, TypeError, ArithmeticError, RecursionError):
         return None
-
-
-def has_other_operators(text: str) -> bool:
-    """Return whether an expression has operators besides + - * /: powers, floor divisions."""
-    return "**" in text or "//" in text
 
 
 def evaluate_whole(text: str, numbers: Sequence[int]) -> int | None:
@@ -60,15 +46,11 @@ def evaluate_whole(text: str, numbers: Sequence[int]) -> int | None:
 
     Also None for a sign before a number, and for a division that is not exact.
     """
-    tree = _parse(text)
-    if tree is None:
-        return None
-    constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-    used = [value for value in constants if isinstance(value, int)]
-    if len(used) < len(constants) or sorted(used) != sorted(numbers):
-        return None
     try:
-        return _whole_value(tree)
+        tree = _parse(text)
+        constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        used = [value for value in constants if isinstance(value, int)]
+        return _whole_value(tree) if sorted(used) == sorted(numbers) else None
     except (ValueError, ZeroDivisionError, RecursionError):
         return None
 
@@ -83,7 +65,8 @@ def same_numbers(text: str, numbers: Sequence[int]) -> bool:
 
 def has_value(text: str, target: int, *, tolerance: float = TOLERANCE) -> bool:
     """Return whether a text is an expression of + - * / with the value `target`."""
-    value = None if has_other_operators(text) else evaluate(text)
+    has_others = "**" in text or "//" in text  # powers, floor divisions
+    value = None if has_others else evaluate(text)
     return value is not None and abs(value - target) < tolerance
 
 
@@ -97,8 +80,8 @@ def contains_solution(text: str, numbers: Sequence[int], *, target: int) -> bool
     text = _DELIMITERS.sub(" ", text)
     for _ in range(4):  # fractions within fractions
         text = _FRACTION.sub(r"((\1)/(\2))", text)
-    for written, sign in _OPERATORS:
-        text = text.replace(written, sign)
+    text = re.sub(r"\\times|\\cdot|\u00d7", "*", text)
+    text = re.sub(r"\\div|\u00f7", "/", text).replace("\u2212", "-")
     text = _IMPLIED.sub("*", re.sub(r"\s+", " ", text))
     runs = re.findall(r"[\d+\-*/(). ]+", text)
     return any(same_numbers(run, numbers) and has_value(_trimmed(run), target) for run in runs)
@@ -117,15 +100,15 @@ def _two_signs(run: re.Match[str]) -> str:
     return run[1] + ("-" if run[2].count("-") % 2 else "+")
 
 
-def _parse(text: str) -> ast.expr | None:
+def _parse(text: str) -> ast.expr:
     if len(text) > MAX_CHARACTERS or not re.fullmatch(r"[0-9+\-*/().\s]+", text):
-        return None
+        raise ValueError("not arithmetic")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return None
+    except (SyntaxError, MemoryError, RecursionError):
+        raise ValueError("not arithmetic") from None
 
 
 def _value(node: ast.expr) -> Number:

@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from agrpo_megatron.tasks.rewards.arithmetic import evaluate, has_value, same_numbers
-from agrpo_megatron.tasks.rewards.extract import CELLS, cells_right, last_tagged, share
+from agrpo_megatron.tasks.rewards.extract import CELLS, Fields, cells_right, last_tagged, share
 from agrpo_megatron.tasks.rewards.latex import is_equivalent, last_boxed
-
-type Fields = dict[str, Any]
 
 TOLERANCE = 1e-5  # between the value of an expression and its target
 _ENDS = re.compile(r"<\|eot_id\|>|<\|endoftext\|>|</answer>")
@@ -92,7 +90,8 @@ def sudoku_reward_func(text: str, fields: Fields) -> float:
     grid = "".join(c for c in answer if c.isdigit())
     if not grid:
         return 0.0
-    return share(*cells_right(_sixteen(grid), fields["puzzle"], fields["solution"]))
+    grid = grid.ljust(CELLS, "0")[:CELLS]
+    return share(*cells_right(grid, fields["puzzle"], fields["solution"]))
 
 
 def parse_gsm8k(text: str, fields: Fields) -> dict[str, Any]:
@@ -136,17 +135,10 @@ def parse_sudoku(text: str, fields: Fields) -> dict[str, Any]:
     found = next((grid.strip() for grid in _grids(text) if grid and grid.strip()), "")
     found = re.sub(r"\s", "", found)
     if found:
-        found = _sixteen(found)
+        found = found.ljust(CELLS, "0")[:CELLS]
     right, empty = cells_right(found or " " * CELLS, fields["puzzle"], fields["solution"])
     cells = {"empty_cells": empty, "correct_cells": right}
     return {"extracted_answer": found, **cells, "accuracy": share(right, empty)}
-
-
-def counted(verdict: dict[str, Any]) -> tuple[int, int]:
-    """Return a verdict's right and total counts for the accuracy; Sudoku counts cells."""
-    if "empty_cells" in verdict:
-        return verdict["correct_cells"], verdict["empty_cells"]
-    return int(verdict["is_correct"]), 1
 
 
 REWARDS: dict[str, tuple[Callable[[str, Fields], float], ...]] = {
@@ -249,7 +241,3 @@ def _grids(text: str) -> Iterator[str | None]:
     yield next((grid for grid in before if len(grid) == CELLS and grid.isdecimal()), None)
     alone = re.search(r"\b\d{16}\b", text)
     yield alone[0] if alone else None
-
-
-def _sixteen(grid: str) -> str:
-    return grid.ljust(CELLS, "0")[:CELLS]

@@ -37,7 +37,7 @@ def equal_in_text(gold: str, text: str) -> bool:
     """Return whether math-verify finds the value of `gold` in a text; bounded like `equal`."""
     if len(text) > MAX_CHARACTERS:
         return False
-    if sandbox.is_child():
+    if sandbox.is_child:
         return _compare_in_time(gold, text)
     for _ in range(2):  # another process may have killed the server
         with contextlib.suppress(sandbox.ServerEnded):
@@ -45,14 +45,9 @@ def equal_in_text(gold: str, text: str) -> bool:
     return False
 
 
-def prepare() -> None:
-    """Load math-verify in this process, before children are forked from it."""
-    _load_comparison()
-
-
 def load_killable_comparison() -> Comparison:
     """Return a comparison that kills its process after `CPU_SECONDS`, also inside C code."""
-    compare = _load_comparison()
+    compare = load_comparison()
 
     def compare_with_timer(gold: str, text: str) -> bool:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -63,8 +58,8 @@ def load_killable_comparison() -> Comparison:
 
 
 @functools.cache
-def _load_comparison() -> Comparison:
-    """Import math-verify (a second) and return its comparison without its own time limits."""
+def load_comparison() -> Comparison:
+    """Import math-verify (a second), before any fork; return its comparison without time limits."""
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -79,7 +74,7 @@ def _load_comparison() -> Comparison:
 
 def _compare_in_time(gold: str, text: str) -> bool:
     """Compare in this process; the process's own limits end long-running C code."""
-    compare = _load_comparison()
+    compare = load_comparison()
     signal.signal(signal.SIGPROF, _raise_too_long)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS, CPU_SECONDS / 10)
     try:

@@ -1,14 +1,16 @@
 """Extraction of answers from completions, in time linear in the text."""
 
-import functools
 import re
+from typing import Any
 
 CELLS = 16  # of a 4x4 grid
+
+type Fields = dict[str, Any]  # of a `Problem`
 
 
 def tagged(text: str, tag: str) -> str | None:
     """Return the text between the first `<tag>` and the next `</tag>`, in any case, stripped."""
-    opening, closing = _tags(tag)
+    opening, closing = (re.compile(f"<{end}{tag}>", re.IGNORECASE) for end in ("", "/"))
     start = opening.search(text)
     end = closing.search(text, start.end()) if start else None
     return text[start.end() : end.start()].strip() if start and end else None
@@ -28,16 +30,14 @@ def last_tagged(text: str) -> str | None:
 def boxed(text: str) -> str | None:
     r"""Return the text between the first `\boxed{` and its closing brace."""
     start = text.find("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    end = closing_brace(text, start, depth=1)
-    return None if end is None else text[start:end]
+    end = closing_brace(text, start) if start >= 0 else None
+    return None if end is None else text[start + len("\\boxed{") : end]
 
 
-def closing_brace(text: str, start: int, *, depth: int) -> int | None:
-    """Return the index that first balances the braces from `start`, with `depth` open before it."""
-    for match in _BRACE.finditer(text, start):
+def closing_brace(text: str, start: int) -> int | None:
+    """Return the index of the brace that first balances the braces from `start` on."""
+    depth = 0
+    for match in re.compile("[{}]").finditer(text, start):
         depth += 1 if match[0] == "{" else -1
         if depth == 0 and match[0] == "}":
             return match.start()
@@ -53,11 +53,3 @@ def cells_right(grid: str, puzzle: str, solution: str) -> tuple[int, int]:
 def share(right: int, empty: int) -> float:
     """Return the share of empty cells that are right; 0 for a puzzle without empty cells."""
     return right / empty if empty else 0.0
-
-
-_BRACE = re.compile(r"[{}]")
-
-
-@functools.cache
-def _tags(tag: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    return re.compile(f"<{tag}>", re.IGNORECASE), re.compile(f"</{tag}>", re.IGNORECASE)

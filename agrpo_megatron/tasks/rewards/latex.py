@@ -7,6 +7,9 @@ are compared.
 
 from agrpo_megatron.tasks.rewards.extract import closing_brace
 
+_REPLACED = (("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"))
+_REMOVED = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
+
 
 class _Unhandled(Exception):
     """A rule cannot handle a text."""
@@ -32,7 +35,7 @@ def last_boxed(text: str) -> str | None:
         start = text.rfind("\\fbox")
     if start < 0:
         return text
-    end = closing_brace(text, start, depth=0)
+    end = closing_brace(text, start)
     if end is None:
         return None
     box = text[start : end + 1]
@@ -41,14 +44,16 @@ def last_boxed(text: str) -> str | None:
 
 def normalise(text: str) -> str:
     """Return an answer in its normal form."""
-    for old, new in _FIRST:
+    for old, new in _REPLACED:
         text = text.replace(old, new)
-    text = _without_units(text)
+    for old in _REMOVED:
+        text = text.replace(old, "")
+    text, *units = text.split("\\text{ ")
+    if len(units) > 1:
+        raise _Unhandled
     for old, new in ((r"\%", ""), (" .", " 0."), ("{.", "{0.")):
         text = text.replace(old, new)
-    if not text:
-        return text
-    if text[0] == ".":
+    if text.startswith("."):
         text = "0" + text
     sides = text.split("=")
     if len(sides) == 2 and len(sides[0]) <= 2:  # such as `x = `
@@ -58,27 +63,6 @@ def normalise(text: str) -> str:
     if text == "0.5":
         text = "\\frac{1}{2}"
     return _slash_as_fraction(text)
-
-
-_FIRST = (
-    ("\n", ""),
-    ("\\!", ""),
-    ("\\\\", "\\"),
-    ("tfrac", "frac"),
-    ("dfrac", "frac"),
-    ("\\left", ""),
-    ("\\right", ""),
-    ("^{\\circ}", ""),
-    ("^\\circ", ""),
-    ("\\$", ""),
-)
-
-
-def _without_units(text: str) -> str:
-    parts = text.split("\\text{ ")
-    if len(parts) > 2:
-        raise _Unhandled
-    return parts[0]
 
 
 def _with_braces(text: str, command: str, *, arguments: int) -> str:
