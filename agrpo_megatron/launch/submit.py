@@ -13,7 +13,7 @@ from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import LaunchSettings, Settings
 from agrpo_megatron.launch.cluster import SLURM_TIMEOUT, ask_cluster, check_cluster, jobs_of
 from agrpo_megatron.launch.job import Job, command, run_job, shell_script, wrapped_job
-from agrpo_megatron.launch.plan import JobPlan, notes, plan_run, refuse_finished
+from agrpo_megatron.launch.plan import JobPlan, notes, plan_run
 from agrpo_megatron.launch.sweep import SWEEP, Sweep, check_directory, flow, make_sweep, read_grid
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 from agrpo_megatron.runs.directory import free_name
@@ -53,8 +53,10 @@ def launch_run(file: str, overrides: Sequence[str], *, nodes: int, is_restart: b
         ValueError: as `plan_run`, or the run is finished.
     """
     plan = plan_run(file, overrides, nodes=nodes, is_restart=is_restart)
-    refuse_finished(plan)
-    settings, directory = plan.settings.launch, plan.directory
+    settings, directory = plan.settings.launch, Path(plan.settings.run.dir).absolute()
+    if plan.is_finished:
+        fix = "add --restart to move it away and run it again"
+        raise ValueError(f"run.dir={plan.settings.run.dir} is finished; {fix}")
     words = [file, *overrides]
     job = run_job(settings, directory, nodes=nodes, script="train.sbatch", arguments=words)
     prepared = _prepare(directory, is_restart=is_restart)
@@ -82,14 +84,9 @@ def launch_sweep(
     if not left:
         raise ValueError(f"run.dir={directory}: all members are finished; add --restart")
     settings = plans[0].settings.launch
-    job = run_job(
-        settings,
-        directory,
-        nodes=nodes,
-        script="sweep.sbatch",
-        arguments=[str(directory)],
-        array=ranges(left),
-    )
+    words, array = [str(directory)], ranges(left)
+    script = "sweep.sbatch"
+    job = run_job(settings, directory, nodes=nodes, script=script, arguments=words, array=array)
     words = [sys.executable, "-m", "agrpo_megatron.launch", str(directory), "--table"]
     table = wrapped_job(settings, directory, name="table", words=words)
     prepared = _prepare(directory, is_restart=is_restart)
@@ -174,11 +171,12 @@ def _reason(text: str) -> str:
 
 def _prepare(directory: Path, *, is_restart: bool) -> list[str]:
     """Return the commands that prepare a run's directory; SLURM does not create the log folder."""
-    here = shlex.quote(str(directory))
-    moves = []
+    prepared = [f"mkdir -p -- {shlex.quote(str(directory / LAUNCH_FOLDER))}"]
     if is_restart and directory.exists():
-        moves = [f"mv -T -- {here} {shlex.quote(str(free_name(directory)))}"]
-    return [*moves, f"mkdir -p -- {shlex.quote(str(directory / LAUNCH_FOLDER))}"]
+        prepared.insert(
+            0, shlex.join(["mv", "-T", "--", str(directory), str(free_name(directory))])
+        )
+    return prepared
 
 
 def _plan_member(

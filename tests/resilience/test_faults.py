@@ -21,8 +21,6 @@ ROOT = Path(__file__).parent.parent.parent
 # A rank that goes through its iterations: rollout, update, checkpoint, each of this many seconds.
 RANK = """
 import os, signal, sys, time
-from agrpo_megatron.config.settings import ResilienceSettings, Settings
-from agrpo_megatron.resilience import monitors
 from agrpo_megatron.resilience.sections import Sections
 from tools.faults import Faults
 
