@@ -84,16 +84,11 @@ def look() -> Machine:
 
 def te_missing(machine: Machine) -> Missing | None:
     """Return what the layers of Transformer Engine lack here, or None."""
-    if machine.gpu is None:
-        return NO_GPU
-    if older := _older(machine, AMPERE, "an Ampere"):
-        return older
-    te = "Transformer Engine"
-    if machine.te_problem:
-        return Missing(te, machine.te_problem, INSTALL)
-    if release(machine.te or "") < TE_OLDEST:
-        return Missing(f"{te} {_dotted(TE_OLDEST)} or newer", f"it is {machine.te}", INSTALL)
-    return None
+    missing = _older(machine, AMPERE, "an Ampere") or fused_adam_missing(machine)
+    if missing is None and release(machine.te or "") < TE_OLDEST:
+        newer = f"Transformer Engine {_dotted(TE_OLDEST)} or newer"
+        return Missing(newer, f"it is {machine.te}", INSTALL)
+    return missing
 
 
 def fp8_missing(machine: Machine) -> Missing | None:
@@ -160,7 +155,7 @@ def import_problem(module: str) -> str:
 
 
 def apex_problem() -> str:
-    """Return as a clause why NVIDIA's fused optimizer cannot be used; empty if it can."""
+    """Return why NVIDIA's fused optimizer cannot be used, as a clause; empty if it can."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return MISSING
@@ -213,7 +208,7 @@ def _older(machine: Machine, least: tuple[int, int], name: str) -> Missing | Non
 
 
 def _gpu(machine: Machine) -> str:
-    """Return as a clause which GPU this is."""
+    """Return the GPU's name and compute capability, as a clause."""
     return f"{machine.gpu} has compute capability {_dotted(machine.capability)}"
 
 

@@ -1,5 +1,6 @@
 """Make the script that submits a run or a sweep, check it with the cluster, and run it."""
 
+import itertools
 import re
 import shlex
 import shutil
@@ -58,7 +59,7 @@ def launch_run(file: str, overrides: Sequence[str], *, nodes: int, is_restart: b
         fix = "add --restart to move it away and run it again"
         raise ValueError(f"run.dir={plan.settings.run.dir} is finished; {fix}")
     words = [file, *overrides]
-    job = run_job(settings, directory, nodes=nodes, script="train.sbatch", arguments=words)
+    job = run_job(settings, directory, nodes=nodes, arguments=words)
     prepared = _prepare(directory, is_restart=is_restart)
     return Launch(directory, settings, nodes, notes(plan), prepared, job)
 
@@ -76,17 +77,19 @@ def launch_sweep(
     sweep = make_sweep(file, overrides, read_grid(texts))
     if not is_restart:
         check_directory(directory, sweep)
-    plans = [
-        _plan_member(sweep, directory, name, nodes=nodes, is_restart=is_restart)
-        for name in sweep.members
-    ]
+    plans: list[JobPlan] = []
+    for name in sweep.members:
+        file, *words = sweep.arguments(directory, name)
+        try:
+            plans.append(plan_run(file, words, nodes=nodes, is_restart=is_restart))
+        except ValueError as error:
+            raise ValueError(f"member {_named(sweep, name)}: {error}") from None
     left = [number for number, plan in enumerate(plans) if not plan.is_finished]
     if not left:
         raise ValueError(f"run.dir={directory}: all members are finished; add --restart")
     settings = plans[0].settings.launch
     words, array = [str(directory)], ranges(left)
-    script = "sweep.sbatch"
-    job = run_job(settings, directory, nodes=nodes, script=script, arguments=words, array=array)
+    job = run_job(settings, directory, nodes=nodes, arguments=words, array=array)
     words = [sys.executable, "-m", "agrpo_megatron.launch", str(directory), "--table"]
     table = wrapped_job(settings, directory, name="table", words=words)
     prepared = _prepare(directory, is_restart=is_restart)
@@ -96,8 +99,7 @@ def launch_sweep(
         f"  {_named(sweep, name)}: {plan.state}"
         for name, plan in zip(sweep.members, plans, strict=True)
     ]
-    largest = max(plans, key=lambda plan: plan.memory.total)
-    found += notes(largest)[1:]
+    found += notes(max(plans, key=lambda plan: plan.memory.total))[1:]
     return Launch(directory, settings, nodes, found, [*prepared, file_text], job, table)
 
 
@@ -171,22 +173,10 @@ def _reason(text: str) -> str:
 
 def _prepare(directory: Path, *, is_restart: bool) -> list[str]:
     """Return the commands that prepare a run's directory; SLURM does not create the log folder."""
-    prepared = [f"mkdir -p -- {shlex.quote(str(directory / LAUNCH_FOLDER))}"]
+    commands = [["mkdir", "-p", "--", str(directory / LAUNCH_FOLDER)]]
     if is_restart and directory.exists():
-        prepared.insert(
-            0, shlex.join(["mv", "-T", "--", str(directory), str(free_name(directory))])
-        )
-    return prepared
-
-
-def _plan_member(
-    sweep: Sweep, directory: Path, name: str, *, nodes: int, is_restart: bool
-) -> JobPlan:
-    file, *overrides = sweep.arguments(directory, name)
-    try:
-        return plan_run(file, overrides, nodes=nodes, is_restart=is_restart)
-    except ValueError as error:
-        raise ValueError(f"member {_named(sweep, name)}: {error}") from None
+        commands.insert(0, ["mv", "-T", "--", str(directory), str(free_name(directory))])
+    return [shlex.join(words) for words in commands]
 
 
 def _named(sweep: Sweep, name: str) -> str:
@@ -196,10 +186,7 @@ def _named(sweep: Sweep, name: str) -> str:
 
 def ranges(numbers: Sequence[int]) -> str:
     """Return ascending numbers as SLURM writes them: 0-2,5."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+    # Consecutive numbers have the same difference from their index.
+    groups = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
