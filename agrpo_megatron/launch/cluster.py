@@ -77,7 +77,7 @@ def read_partitions(text: str) -> list[Partition]:
 
 
 def parse_time(text: str | int) -> int | None:
-    """Return a time limit in seconds, None for no limit; a number alone is minutes.
+    """Return a time limit in seconds, None for no limit; a single number is minutes.
 
     Raises:
         ValueError: SLURM would not accept it.

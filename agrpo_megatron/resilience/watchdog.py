@@ -188,19 +188,17 @@ class Watchdog(Monitor):
 
     def _positions(self, store: RankStore) -> dict[int, Position | None]:
         """Return the position of every rank; None for a rank that does not answer."""
-        ranks = range(store.world_size)
-        answers: dict[int, str | None] = dict.fromkeys(ranks)
-        keys = [f"{POSITIONS}/{rank}" for rank in ranks]
+        keys = [f"{POSITIONS}/{rank}" for rank in range(store.world_size)]
+        answers: list[str | None] = [None] * store.world_size
         with suppress(dist.DistError):
             store.client.set(ASKED, "")
             self._answer(store)
             deadline = time.monotonic() + REPLY_TIMEOUT
             while not store.client.check(keys) and time.monotonic() < deadline:
                 time.sleep(KEY_POLL)
-            answers = {rank: store.value(key) for rank, key in zip(ranks, keys, strict=True)}
-        return {
-            rank: Position(*json.loads(text)) if text else None for rank, text in answers.items()
-        }
+            answers = [store.value(key) for key in keys]
+        positions = (Position(*json.loads(text)) if text else None for text in answers)
+        return dict(enumerate(positions))
 
 
 def _abort_silent(store: RankStore, silent: list[int]) -> None:
