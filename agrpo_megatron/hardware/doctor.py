@@ -4,14 +4,17 @@ Importing this module loads none of them. A broken part is reported, never raise
 """
 
 import importlib
-import importlib.util
 import os
 import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from agrpo_megatron.hardware.kernels import Kernels
 from agrpo_megatron.hardware.machine import (
     FLASH_ATTENTION,
     INSTALL,
@@ -23,12 +26,6 @@ from agrpo_megatron.hardware.machine import (
     release,
     version,
 )
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from agrpo_megatron.hardware.kernels import Kernels
 
 GIB = 2**30
 REINSTALL = "reinstall with `make install`"
@@ -48,35 +45,23 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at every part; imports them all, in about ten seconds."""
     return [
-        _python(),
+        Finding("Python", True, platform.python_version(), sys.executable),
         _torch(),
         *_gpus(),
         _megatron_core(),
-        _transformer_engine(),
+        _package(
+            "Transformer Engine",
+            "transformer_engine.pytorch",
+            "transformer-engine",
+            works="fused layers, FP8 and fused optimizer, on a GPU",
+            missing=f"optional: fused layers and FP8; {INSTALL}",
+        ),
         _apex(),
         _flash_attention(),
         _resilience(),
-        _package(
-            "wandb",
-            "wandb",
-            "wandb",
-            works="offline by default; logging.wandb=online needs `wandb login`",
-            missing=REINSTALL,
-        ),
-        _package(
-            "sentencepiece",
-            "sentencepiece",
-            "sentencepiece",
-            works="reads .model files, the built-in characters among them",
-            missing=REINSTALL,
-        ),
-        _package(
-            "transformers",
-            "transformers",
-            "transformers",
-            works="reads the tokenizers of Hugging Face directories",
-            missing=REINSTALL,
-        ),
+        _package("wandb", works="offline by default; logging.wandb=online needs `wandb login`"),
+        _package("sentencepiece", works="reads .model files, the built-in characters among them"),
+        _package("transformers", works="reads the tokenizers of Hugging Face directories"),
         _cores(),
         _memory(),
     ]
@@ -94,16 +79,12 @@ def summary(findings: Sequence[Finding]) -> list[str]:
     ]
 
 
-def print_findings(findings: Sequence[Finding], console: "Console") -> None:
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
     """Print the findings as a table, and the summary below it."""
-    from rich.text import Text
-
     table = _table("part", "", "version", "what that means", whole=("part", ""))
     for finding in findings:
-        if finding.found:
-            state = Text("yes", style="green")
-        else:
-            state = Text("no", style="red" if finding.part in REQUIRED else "yellow")
+        color = "red" if finding.part in REQUIRED else "yellow"
+        state = Text("yes", "green") if finding.found else Text("no", color)
         table.add_row(finding.part, state, Text(finding.version), Text(finding.note))
     console.print(table)
     console.print()
@@ -112,10 +93,8 @@ def print_findings(findings: Sequence[Finding], console: "Console") -> None:
         console.print(Text.assemble((f"{head}: ", "bold"), rest))
 
 
-def print_kernels(kernels: "Kernels", of: str, console: "Console") -> None:
+def print_kernels(kernels: Kernels, of: str, console: Console) -> None:
     """Print which kernels a run uses, and why; `of` names its settings."""
-    from rich.text import Text
-
     table = _table("kernel", "chosen", "why", whole=("kernel", "chosen"))
     for note in kernels.notes:
         table.add_row(note.part, Text(note.chosen, style="cyan"), Text(note.why))
@@ -123,21 +102,15 @@ def print_kernels(kernels: "Kernels", of: str, console: "Console") -> None:
     console.print(table)
 
 
-def _table(*headings: str, whole: Sequence[str]) -> "Table":
-    from rich.table import Table
-
+def _table(*headings: str, whole: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in headings:
         table.add_column(heading, no_wrap=heading in whole)
     return table
 
 
-def _python() -> Finding:
-    return Finding("Python", True, platform.python_version(), sys.executable)
-
-
 def _torch() -> Finding:
-    finding = _package("PyTorch", "torch", "torch", works="", missing=REINSTALL)
+    finding = _package("PyTorch", "torch", "torch", works="")
     if not finding.found:
         return finding
     build = importlib.import_module("torch").version.cuda
@@ -148,10 +121,8 @@ def _gpus() -> list[Finding]:
     try:
         with quiet():
             torch = importlib.import_module("torch")
-            devices = [
-                torch.cuda.get_device_properties(index)
-                for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-            ]
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            devices = [torch.cuda.get_device_properties(index) for index in range(count)]
     except Exception as error:
         return [Finding("GPU", False, "", f"torch cannot query it: {one_line(error)}")]
     if not devices:
@@ -173,28 +144,18 @@ def _megatron_core() -> Finding:
         "megatron.core",
         "megatron-core",
         works="model, parallelism, optimizer and checkpoints",
-        missing=REINSTALL,
     )
     if finding.found and release(finding.version) != (0, 19):
         return replace(finding, found=False, note=f"must be 0.19: {REINSTALL}")
     return finding
 
 
-def _transformer_engine() -> Finding:
-    return _package(
-        "Transformer Engine",
-        "transformer_engine.pytorch",
-        "transformer-engine",
-        works="fused layers, FP8 and fused optimizer, on a GPU",
-        missing=f"optional: fused layers and FP8; {INSTALL}",
-    )
-
-
 def _apex() -> Finding:
     part, problem = "NVIDIA Apex", apex_problem()
     if problem == MISSING:
-        note = f"optional: gradient of the head, fused optimizer; {INSTALL}"
-        return Finding(part, False, "", note)
+        return Finding(
+            part, False, "", f"optional: gradient of the head, fused optimizer; {INSTALL}"
+        )
     if problem:
         remedy = "uv pip uninstall apex, then " if "another" in problem else ""
         return Finding(part, False, version("apex"), f"{problem}: {remedy}{INSTALL}")
@@ -205,9 +166,8 @@ def _apex() -> Finding:
 
 def _flash_attention() -> Finding:
     found = [f"{name} {has}" for name in FLASH_ATTENTION.values() if (has := version(name))]
-    note = "Transformer Engine's attention may use it; 3 or 4 for kernels.batch_invariant"
-    if not found:
-        note = f"optional: for kernels.batch_invariant; {INSTALL}"
+    works = "Transformer Engine's attention may use it; 3 or 4 for kernels.batch_invariant"
+    note = works if found else f"optional: for kernels.batch_invariant; {INSTALL}"
     return Finding("flash attention", bool(found), ", ".join(found), note)
 
 
@@ -238,9 +198,14 @@ def _memory() -> Finding:
     return Finding("memory", True, f"{memory.total / GIB:.0f} GiB", note)
 
 
-def _package(part: str, module: str, distribution: str, *, works: str, missing: str) -> Finding:
-    """Import `module` to see whether it works; its exception becomes the note."""
-    problem = import_problem(module)
+def _package(
+    part: str, module: str = "", distribution: str = "", *, works: str, missing: str = REINSTALL
+) -> Finding:
+    """Import `module` to see whether it works; its exception becomes the note.
+
+    Module and distribution are named as the part by default.
+    """
+    problem = import_problem(module or part)
     if problem == MISSING:
         return Finding(part, False, "", missing)
-    return Finding(part, not problem, version(distribution), problem or works)
+    return Finding(part, not problem, version(distribution or part), problem or works)

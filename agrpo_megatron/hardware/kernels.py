@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from agrpo_megatron.config.rules_precision import optimizers, validate_recipe
-from agrpo_megatron.config.settings import (
-    Fp8Settings,
-    KernelSettings,
-    OptimizerSettings,
-    Settings,
-)
+from agrpo_megatron.config.settings import KernelSettings, OptimizerSettings, Settings
 from agrpo_megatron.hardware.machine import (
     BLACKWELL,
     HOPPER,
+    NO_GPU,
     Machine,
     Missing,
     default_recipe,
@@ -70,7 +66,7 @@ def choose(settings: Settings, machine: Machine, *, phases: Sequence[str] = ()) 
         ValueError: the machine cannot do what the settings ask, with key, value, rule and fix.
     """
     switches = settings.kernels
-    recipe, precision = _precision(settings.precision, settings.fp8, machine)
+    recipe, precision = _precision(settings, machine)
     if recipe is not None:
         validate_recipe(settings, recipe)
     layers = _layers(settings.precision, switches, machine)
@@ -119,15 +115,15 @@ def _layers(precision: str, switches: KernelSettings, machine: Machine) -> Note:
     return Note(part, "local", f"te needs {missing}")
 
 
-def _precision(precision: str, fp8: Fp8Settings, machine: Machine) -> tuple[str | None, Note]:
+def _precision(settings: Settings, machine: Machine) -> tuple[str | None, Note]:
     """Return the FP8 recipe, and the note on how matrix products are computed."""
-    part, missing, asked = "precision", fp8_missing(machine), fp8.recipe
+    part, missing, asked = "precision", fp8_missing(machine), settings.fp8.recipe
     recipe = asked or default_recipe(machine)
-    if precision != "fp8":
+    if settings.precision != "fp8":
         lacks = missing or recipe_missing(recipe, machine)
         why = f"fp8 needs {lacks.what}" if lacks else f"fp8 would be {recipe}"
-        name = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-        return None, Note(part, name, f"precision={precision}; {why}")
+        name = {"fp32": "float32", "bf16": "bfloat16"}[settings.precision]
+        return None, Note(part, name, f"precision={settings.precision}; {why}")
     if missing:
         raise _refusal("precision=fp8", missing, "precision=bf16")
     said = f"fp8.recipe={asked}" if asked else f"fp8.recipe=null, here {recipe},"
@@ -188,23 +184,20 @@ def _optimizer(trained: Mapping[str, OptimizerSettings], machine: Machine) -> tu
     missing = fused_adam_missing(machine)
     for key, optimizer in trained.items():
         if optimizer.offload and machine.gpu is None:
-            needs = Missing(
-                "a GPU to move states from", "torch sees none", "run where there is one"
-            )
+            needs = NO_GPU._replace(what="a GPU to move states from")
             raise _refusal(f"{key}.offload={optimizer.offload:g}", needs, f"{key}.offload=0")
         for name in ("moments", "main_gradients"):
             value = getattr(optimizer, name)
             # torch's AdamW updates the offloaded states.
             if missing and value != "fp32" and not optimizer.offload:
                 raise _refusal(f"{key}.{name}={value}", missing, f"{key}.{name}=fp32")
-    if machine.gpu is None:
-        name, why = "torch", "a fused one needs a GPU"
-    elif missing is None:
+    if missing is None:
         name, why = "te", "Megatron-Core's first choice"
-    elif machine.apex_adam:
+    elif machine.gpu and machine.apex_adam:
         name, why = "apex", "Transformer Engine's would come first"
     else:
-        name, why = "torch", "a fused one needs Transformer Engine or NVIDIA Apex"
+        needs = "Transformer Engine or NVIDIA Apex" if machine.gpu else "a GPU"
+        name, why = "torch", f"a fused one needs {needs}"
     return name, Note("optimizer", OPTIMIZERS[name], why)
 
 

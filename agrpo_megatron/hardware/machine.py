@@ -35,6 +35,9 @@ class Missing(NamedTuple):
         return f"{self.what}, and {self.instead}"
 
 
+NO_GPU = Missing("a GPU", "torch sees none", "run where there is one")
+
+
 @dataclass(frozen=True)
 class Machine:
     """Hardware and packages that a run may use."""
@@ -55,26 +58,24 @@ def look() -> Machine:
 
     Packages with kernels are imported only if there is a GPU to run them.
     """
+    device = None
     try:
         with quiet():
             torch = importlib.import_module("torch")
-            here = torch.cuda.is_available()
-            index = (
-                int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count() if here else 0
-            )
-            device = torch.cuda.get_device_properties(index) if here else None
+            if torch.cuda.is_available():
+                index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+                device = torch.cuda.get_device_properties(index)
     except Exception:  # torch without a working driver: no GPU
         return Machine()
-    te = version("transformer-engine") or None
+    te, cuda = version("transformer-engine") or None, release(torch.version.cuda or "")
     if device is None:
-        problem = "there is no GPU for it" if te else MISSING
-        return Machine(cuda=release(torch.version.cuda or ""), te=te, te_problem=problem)
+        return Machine(cuda=cuda, te=te, te_problem="there is no GPU for it" if te else MISSING)
     return Machine(
         gpu=device.name,
         capability=(device.major, device.minor),
-        cuda=release(torch.version.cuda or ""),
+        cuda=cuda,
         te=te,
-        te_problem=import_problem("transformer_engine.pytorch") or "",
+        te_problem=import_problem("transformer_engine.pytorch"),
         apex_adam=not apex_problem(),
         apex_gradient=not import_problem("fused_weight_gradient_mlp_cuda"),
         flash_attention=tuple(major for major, name in FLASH_ATTENTION.items() if version(name)),
@@ -83,23 +84,16 @@ def look() -> Machine:
 
 def te_missing(machine: Machine) -> Missing | None:
     """Return what the layers of Transformer Engine lack here, or None."""
-    if machine.gpu is None:
-        return Missing("a GPU", "torch sees none", "run where there is one")
-    if machine.capability < AMPERE:
-        return Missing("an Ampere GPU or newer", _gpu(machine), "run on a newer one")
-    te = "Transformer Engine"
-    if machine.te_problem:
-        return Missing(te, machine.te_problem, INSTALL)
-    if release(machine.te or "") < TE_OLDEST:
-        return Missing(f"{te} {_dotted(TE_OLDEST)} or newer", f"it is {machine.te}", INSTALL)
-    return None
+    missing = _older(machine, AMPERE, "an Ampere") or fused_adam_missing(machine)
+    if missing is None and release(machine.te or "") < TE_OLDEST:
+        newer = f"Transformer Engine {_dotted(TE_OLDEST)} or newer"
+        return Missing(newer, f"it is {machine.te}", INSTALL)
+    return missing
 
 
 def fp8_missing(machine: Machine) -> Missing | None:
     """Return what FP8 lacks here, or None."""
-    if machine.gpu is not None and machine.capability < ADA:
-        return Missing("a Hopper GPU or newer", _gpu(machine), "run on a newer one")
-    return te_missing(machine)
+    return _older(machine, ADA, "a Hopper") or te_missing(machine)
 
 
 def default_recipe(machine: Machine) -> str:
@@ -121,32 +115,28 @@ def recipe_missing(recipe: str, machine: Machine) -> Missing | None:
     if capability < HOPPER:
         return Missing("a Hopper GPU or newer", _gpu(machine), tensorwise)
     if machine.cuda < CUDA_OF_BLOCKWISE:
-        return Missing(
-            f"CUDA {_dotted(CUDA_OF_BLOCKWISE)} or newer",
-            f"torch was built for {_dotted(machine.cuda)}",
-            f"install a torch for CUDA 13, or {tensorwise}",
-        )
+        built = f"torch was built for {_dotted(machine.cuda)}"
+        fix = f"install a torch for CUDA 13, or {tensorwise}"
+        return Missing(f"CUDA {_dotted(CUDA_OF_BLOCKWISE)} or newer", built, fix)
     return None
 
 
 def invariant_flash(machine: Machine) -> int | Missing:
     """Return the version of a batch-invariant flash attention, or what is missing for it."""
-    if machine.gpu is not None and machine.capability < HOPPER:
-        return Missing("a Hopper GPU or newer", _gpu(machine), "run on a newer one")
-    if missing := te_missing(machine):
+    if missing := _older(machine, HOPPER, "a Hopper") or te_missing(machine):
         return missing
     # Transformer Engine uses version 3 only on Hopper, and prefers it there to version 4.
     fitting = (3, 4) if machine.capability < BLACKWELL else (4,)
-    for version in fitting:
-        if version in machine.flash_attention:
-            return version
+    found = [major for major in fitting if major in machine.flash_attention]
+    if found:
+        return found[0]
     return Missing(" or ".join(FLASH_ATTENTION[each] for each in fitting), MISSING, INSTALL)
 
 
 def fused_adam_missing(machine: Machine) -> Missing | None:
     """Return what Transformer Engine's fused Adam lacks here, or None."""
     if machine.gpu is None:
-        return Missing("a GPU", "torch sees none", "run where there is one")
+        return NO_GPU
     problem = machine.te_problem
     return Missing("Transformer Engine", problem, INSTALL) if problem else None
 
@@ -157,17 +147,15 @@ def import_problem(module: str) -> str:
         with quiet():
             importlib.import_module("torch")  # loads the libraries that extensions link to
             importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and f"{module}.".startswith(f"{error.name}."):
-            return MISSING
-        return f"it is broken: {one_line(error)}"
     except Exception as error:
-        return f"it is broken: {one_line(error)}"
+        name = error.name if isinstance(error, ModuleNotFoundError) else None
+        is_absent = name and f"{module}.".startswith(f"{name}.")
+        return MISSING if is_absent else f"it is broken: {one_line(error)}"
     return ""
 
 
 def apex_problem() -> str:
-    """Return as a clause why NVIDIA's fused optimizer cannot be used; empty if it can."""
+    """Return why NVIDIA's fused optimizer cannot be used, as a clause; empty if it can."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return MISSING
@@ -212,8 +200,15 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
+def _older(machine: Machine, least: tuple[int, int], name: str) -> Missing | None:
+    """Return the newer GPU that is missing, if this one is below a compute capability."""
+    if machine.gpu is None or machine.capability >= least:
+        return None
+    return Missing(f"{name} GPU or newer", _gpu(machine), "run on a newer one")
+
+
 def _gpu(machine: Machine) -> str:
-    """Return as a clause which GPU this is."""
+    """Return the GPU's name and compute capability, as a clause."""
     return f"{machine.gpu} has compute capability {_dotted(machine.capability)}"
 
 

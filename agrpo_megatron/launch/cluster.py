@@ -77,7 +77,7 @@ def read_partitions(text: str) -> list[Partition]:
 
 
 def parse_time(text: str | int) -> int | None:
-    """Return a time limit in seconds, None for no limit; a number alone is minutes.
+    """Return a time limit in seconds, None for no limit; a single number is minutes.
 
     Raises:
         ValueError: SLURM would not accept it.
@@ -157,16 +157,12 @@ def _problem(launch: LaunchSettings, nodes: int, partition: Partition) -> str | 
     ):
         if value is not None and value > most:
             return f"launch.{key}={value} is more than any node of {name} has; use at most {most}"
-    fit = [g for g in real if g.gpus >= launch.gpus_per_node and g.cpus >= _cpus(launch)]
-    count = sum(group.count for group in fit)
+    gpus, cpus = launch.gpus_per_node, launch.cpus_per_task or 1
+    count = sum(group.count for group in real if group.gpus >= gpus and group.cpus >= cpus)
     if nodes > count:
-        having = f" with {launch.gpus_per_node} GPUs" if launch.gpus_per_node else ""
+        having = f" with {gpus} GPUs" if gpus else ""
         return f"--nodes {nodes}: {name} has {count} nodes{having}; use at most {count}"
     return _time_problem(launch, partition)
-
-
-def _cpus(launch: LaunchSettings) -> int:
-    return launch.cpus_per_task or 1
 
 
 def _time_problem(launch: LaunchSettings, partition: Partition) -> str | None:
@@ -174,10 +170,8 @@ def _time_problem(launch: LaunchSettings, partition: Partition) -> str | None:
     if launch.time is not None:
         asked = parse_time(launch.time)
         if most is not None and (asked is None or asked > most):
-            return (
-                f"launch.time={launch.time} is over the limit of {name}; "
-                f"use at most {write_time(most)}"
-            )
+            said = f"launch.time={launch.time} is over the limit of {name}"
+            return f"{said}; use at most {write_time(most)}"
         return None  # check_launch has compared grace with launch.time
     limit = partition.default_time or most
     if limit is not None and launch.grace >= limit:

@@ -92,21 +92,22 @@ def run_job(
     directory: Path,
     *,
     nodes: int,
-    script: str,
     arguments: Sequence[str],
     array: str | None = None,
 ) -> Job:
-    """Return the job of a run, or of an array of runs.
+    """Return the job of a run, or of a sweep.
 
     Args:
         directory: absolute path of the run or of the sweep.
-        script: name of a file in `slurm/`.
-        array: indices of its members as SLURM writes them; None for a single job.
+        array: indices of the sweep's members as SLURM writes them; None for a single run.
     """
     root = scripts_root()
+    options, script, number = [], "train.sbatch", "%j"
+    if array is not None:
+        options, script, number = [f"--array={array}"], "sweep.sbatch", "%A_%a"
     words = [
-        *([f"--array={array}"] if array is not None else []),
-        *_common(launch, directory, "", "%A_%a" if array is not None else "%j"),
+        *options,
+        *_common(launch, directory, "", number),
         f"--nodes={nodes}",
         "--ntasks-per-node=1",
         *([f"--gpus-per-node={launch.gpus_per_node}"] if launch.gpus_per_node else []),

@@ -27,18 +27,6 @@ class JobPlan:
     is_finished: bool
     memory: Memory  # of the rank that needs the most
 
-    @property
-    def directory(self) -> Path:
-        """Return the absolute run directory."""
-        return Path(self.settings.run.dir).absolute()
-
-    @property
-    def layout(self) -> str:
-        """Return the layout, with its nodes and ranks."""
-        ranks = ranks_per_node(self.settings.launch)
-        name = layout_name(self.settings.parallel, self.nodes * ranks)
-        return f"{name} on {_count(self.nodes, 'node')} x {_count(ranks, 'rank')}"
-
 
 def plan_run(
     file: str | Path, overrides: Sequence[str], *, nodes: int, is_restart: bool
@@ -71,26 +59,16 @@ def plan_run(
     return JobPlan(settings, nodes, state, is_over, memory)
 
 
-def refuse_finished(plan: JobPlan) -> None:
-    """Refuse to submit a job that has nothing to do.
-
-    Raises:
-        ValueError: the run is finished.
-    """
-    if plan.is_finished:
-        raise ValueError(
-            f"run.dir={plan.settings.run.dir} is finished; add --restart to move it away and run "
-            "it again"
-        )
-
-
 def notes(plan: JobPlan) -> list[str]:
     """Return notes on a run: directory, layout, memory, time and warnings."""
+    settings, launch = plan.settings, plan.settings.launch
+    ranks = ranks_per_node(launch)
+    layout = layout_name(settings.parallel, plan.nodes * ranks)
     found = [
-        f"run       {plan.directory} ({plan.state})",
-        f"layout    {plan.layout}",
-        f"memory    {_memory_text(plan.memory, plan.settings.launch)}",
-        f"time      {_time_text(plan.settings.launch)}",
+        f"run       {Path(settings.run.dir).absolute()} ({plan.state})",
+        f"layout    {layout} on {_count(plan.nodes, 'node')} x {_count(ranks, 'rank')}",
+        f"memory    {_memory_text(plan.memory, launch)}",
+        f"time      {_time_text(launch)}",
     ]
     return found + [f"warning   {warning}" for warning in _warnings(plan)]
 

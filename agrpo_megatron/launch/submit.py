@@ -1,5 +1,6 @@
 """Make the script that submits a run or a sweep, check it with the cluster, and run it."""
 
+import itertools
 import re
 import shlex
 import shutil
@@ -13,7 +14,7 @@ from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import LaunchSettings, Settings
 from agrpo_megatron.launch.cluster import SLURM_TIMEOUT, ask_cluster, check_cluster, jobs_of
 from agrpo_megatron.launch.job import Job, command, run_job, shell_script, wrapped_job
-from agrpo_megatron.launch.plan import JobPlan, notes, plan_run, refuse_finished
+from agrpo_megatron.launch.plan import JobPlan, notes, plan_run
 from agrpo_megatron.launch.sweep import SWEEP, Sweep, check_directory, flow, make_sweep, read_grid
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 from agrpo_megatron.runs.directory import free_name
@@ -53,10 +54,12 @@ def launch_run(file: str, overrides: Sequence[str], *, nodes: int, is_restart: b
         ValueError: as `plan_run`, or the run is finished.
     """
     plan = plan_run(file, overrides, nodes=nodes, is_restart=is_restart)
-    refuse_finished(plan)
-    settings, directory = plan.settings.launch, plan.directory
+    settings, directory = plan.settings.launch, Path(plan.settings.run.dir).absolute()
+    if plan.is_finished:
+        fix = "add --restart to move it away and run it again"
+        raise ValueError(f"run.dir={plan.settings.run.dir} is finished; {fix}")
     words = [file, *overrides]
-    job = run_job(settings, directory, nodes=nodes, script="train.sbatch", arguments=words)
+    job = run_job(settings, directory, nodes=nodes, arguments=words)
     prepared = _prepare(directory, is_restart=is_restart)
     return Launch(directory, settings, nodes, notes(plan), prepared, job)
 
@@ -74,22 +77,19 @@ def launch_sweep(
     sweep = make_sweep(file, overrides, read_grid(texts))
     if not is_restart:
         check_directory(directory, sweep)
-    plans = [
-        _plan_member(sweep, directory, name, nodes=nodes, is_restart=is_restart)
-        for name in sweep.members
-    ]
+    plans: list[JobPlan] = []
+    for name in sweep.members:
+        file, *words = sweep.arguments(directory, name)
+        try:
+            plans.append(plan_run(file, words, nodes=nodes, is_restart=is_restart))
+        except ValueError as error:
+            raise ValueError(f"member {_named(sweep, name)}: {error}") from None
     left = [number for number, plan in enumerate(plans) if not plan.is_finished]
     if not left:
         raise ValueError(f"run.dir={directory}: all members are finished; add --restart")
     settings = plans[0].settings.launch
-    job = run_job(
-        settings,
-        directory,
-        nodes=nodes,
-        script="sweep.sbatch",
-        arguments=[str(directory)],
-        array=ranges(left),
-    )
+    words, array = [str(directory)], ranges(left)
+    job = run_job(settings, directory, nodes=nodes, arguments=words, array=array)
     words = [sys.executable, "-m", "agrpo_megatron.launch", str(directory), "--table"]
     table = wrapped_job(settings, directory, name="table", words=words)
     prepared = _prepare(directory, is_restart=is_restart)
@@ -99,8 +99,7 @@ def launch_sweep(
         f"  {_named(sweep, name)}: {plan.state}"
         for name, plan in zip(sweep.members, plans, strict=True)
     ]
-    largest = max(plans, key=lambda plan: plan.memory.total)
-    found += notes(largest)[1:]
+    found += notes(max(plans, key=lambda plan: plan.memory.total))[1:]
     return Launch(directory, settings, nodes, found, [*prepared, file_text], job, table)
 
 
@@ -174,21 +173,10 @@ def _reason(text: str) -> str:
 
 def _prepare(directory: Path, *, is_restart: bool) -> list[str]:
     """Return the commands that prepare a run's directory; SLURM does not create the log folder."""
-    here = shlex.quote(str(directory))
-    moves = []
+    commands = [["mkdir", "-p", "--", str(directory / LAUNCH_FOLDER)]]
     if is_restart and directory.exists():
-        moves = [f"mv -T -- {here} {shlex.quote(str(free_name(directory)))}"]
-    return [*moves, f"mkdir -p -- {shlex.quote(str(directory / LAUNCH_FOLDER))}"]
-
-
-def _plan_member(
-    sweep: Sweep, directory: Path, name: str, *, nodes: int, is_restart: bool
-) -> JobPlan:
-    file, *overrides = sweep.arguments(directory, name)
-    try:
-        return plan_run(file, overrides, nodes=nodes, is_restart=is_restart)
-    except ValueError as error:
-        raise ValueError(f"member {_named(sweep, name)}: {error}") from None
+        commands.insert(0, ["mv", "-T", "--", str(directory), str(free_name(directory))])
+    return [shlex.join(words) for words in commands]
 
 
 def _named(sweep: Sweep, name: str) -> str:
@@ -198,10 +186,7 @@ def _named(sweep: Sweep, name: str) -> str:
 
 def ranges(numbers: Sequence[int]) -> str:
     """Return ascending numbers as SLURM writes them: 0-2,5."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+    # Consecutive numbers have the same difference from their index.
+    groups = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,18 +59,17 @@ def show_table(directory: Path) -> None:
     """
     members = summarise(directory)
     rows = [_cells(member) for member in members]
-    tree = [asdict(member) for member in members]
-    write_whole(directory / "summary.json", json.dumps({"members": tree}, indent=2) + "\n")
-    words = [name for name in rows[0] if name not in NUMERIC]
-    table = markdown_table(rows, left=words)
-    write_whole(directory / "summary.md", table + _failures(members))
+    tree = {"members": [asdict(member) for member in members]}
+    write_whole(directory / "summary.json", json.dumps(tree, indent=2) + "\n")
+    table = markdown_table(rows, left=rows[0].keys() - set(NUMERIC))
+    failed = [member for member in members if member.error is not None]
+    lines = [f"- {m.name} {m.state}: `{m.error}`, see `{m.log or m.directory}`\n" for m in failed]
+    write_whole(directory / "summary.md", "".join([table, "\n" if failed else "", *lines]))
     console = Console(width=200, soft_wrap=True)
     console.print(overview_table(rows))
-    for member in members:
-        if member.error is not None:
-            text = f"\n{member.name} {member.state}: {member.error}\n   log {member.log}"
-            console.print(text, markup=False, highlight=False)
-    console.print(f"\ntable {directory / 'summary.md'}", markup=False, highlight=False)
+    texts = [f"{m.name} {m.state}: {m.error}\n   log {m.log}" for m in failed]
+    for text in [*texts, f"table {directory / 'summary.md'}"]:
+        console.print(f"\n{text}", markup=False, highlight=False)
 
 
 def summarise(directory: Path) -> list[Member]:
@@ -91,30 +91,23 @@ def _member(number: int, directory: Path, settings: dict[str, Any]) -> Member:
         finished, iterations = _progress(directory)
     except (ValueError, RuntimeError, OSError) as error:
         finished, iterations, problem = False, "", str(error)
-    attempts = _attempts(directory)
-    outcome = _outcome(attempts[-1]) if attempts else ""
+    attempts, outcome = _attempts(directory), ""
+    with suppress(IndexError, OSError):
+        outcome = (attempts[-1] / "outcome").read_text(encoding="utf-8")
     # Only the newest attempt counts: the run has survived earlier errors. But a stuck attempt
     # does not name the cause; the attempt before it does.
     at = -2 if outcome.startswith("stuck") and len(attempts) > 1 else -1
     log, line = _last_error(_logs(directory, number, attempts[at] if attempts else None))
-    is_paused = outcome.startswith("requeue")
-    error = None if finished or is_paused else line or problem
+    cause = line or problem
+    error, state = None, "stopped" if iterations or log else "not begun"
     if finished:
         state = "finished"
-    elif error is not None:
-        state = "failed"
-    else:
-        state = "stopped" if iterations or log else "not begun"
-    return Member(
-        directory.name,
-        str(directory),
-        settings,
-        state,
-        iterations,
-        *_accuracies(directory),
-        error=error,
-        log=str(log) if log is not None else None,
-    )
+    elif cause is not None and not outcome.startswith("requeue"):
+        error, state = cause, "failed"
+    logged = None if log is None else str(log)
+    scores = _accuracies(directory)
+    place = directory.name, str(directory)
+    return Member(*place, settings, state, iterations, *scores, error=error, log=logged)
 
 
 def _progress(directory: Path) -> tuple[bool, str]:
@@ -160,17 +153,12 @@ def _last_error(logs: list[Path]) -> tuple[Path | None, str | None]:
 
 def _attempts(directory: Path) -> list[Path]:
     """Return the attempts of a run in order."""
-    found = (directory / LAUNCH_FOLDER).glob("*/attempt-*")
-    return sorted(found, key=lambda path: [*_numbers(path.parent.name), *_numbers(path.name)])
-
-
-def _numbers(name: str) -> list[int]:
-    return [int(digits) for digits in re.findall(r"\d+", name)]
-
-
-def _outcome(attempt: Path) -> str:
-    path = attempt / "outcome"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    folder = directory / LAUNCH_FOLDER
+    numbers = re.compile(r"\d+")  # of the job and of the attempt
+    return sorted(
+        folder.glob("*/attempt-*"),
+        key=lambda path: [int(n) for n in numbers.findall(str(path.relative_to(folder)))],
+    )
 
 
 def _logs(directory: Path, number: int, attempt: Path | None) -> list[Path]:
@@ -213,9 +201,3 @@ def _share(value: float | None, interval: list[float] | None) -> str:
         return ""
     spread = f" ({percent(interval[0])} to {percent(interval[1])})" if interval else ""
     return percent(value) + spread
-
-
-def _failures(members: list[Member]) -> str:
-    failed = [m for m in members if m.error is not None]
-    lines = [f"- {m.name} {m.state}: `{m.error}`, see `{m.log or m.directory}`" for m in failed]
-    return "\n" + "\n".join(lines) + "\n" if lines else ""

@@ -5,16 +5,18 @@ the next one is refused. Only one attempt may write: a node that SLURM declared 
 and continue an attempt whose successor already runs.
 """
 
+import itertools
 import json
 import os
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
-from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.megatron.parallel import Ranks, gather_objects
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 from agrpo_megatron.runs.files import write_whole
 
@@ -26,38 +28,27 @@ class Stuck(Exception):
     """Several attempts in a row made no progress."""
 
 
-class Attempt:
-    """One attempt at a run, which claims the run directory; the same on every rank.
+def claim(directory: Path, ranks: Ranks) -> Callable[[], None]:
+    """Claim a run directory before any other write; called by every rank.
 
-    Args:
-        token: unique id of this attempt.
+    Returns:
+        The check to call before every write: it raises RuntimeError once a later attempt has begun.
     """
+    path = directory / LAUNCH_FOLDER / CLAIM
+    (token, *_) = gather_objects(secrets.token_hex(8))
+    if ranks.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, token)
+    dist.barrier()
 
-    def __init__(self, directory: Path, token: str):
-        self._directory, self.token = directory, token
-
-    def check(self) -> None:
-        """Check that no later attempt has begun; called before every write.
-
-        Raises:
-            RuntimeError: a later attempt has begun; this one must not write any more.
-        """
-        if (self._directory / LAUNCH_FOLDER / CLAIM).read_text(encoding="utf-8") != self.token:
+    def check() -> None:
+        if path.read_text(encoding="utf-8") != token:
             raise RuntimeError(
-                f"another attempt at {self._directory} has begun; this one ends here "
+                f"another attempt at {directory} has begun; this one ends here "
                 "and writes nothing more"
             )
 
-
-def claim(directory: Path, ranks: Ranks) -> Attempt:
-    """Claim a run directory before any other write; called by every rank."""
-    shared = [secrets.token_hex(8)]
-    dist.broadcast_object_list(shared, src=0)
-    if ranks.is_main:
-        (directory / LAUNCH_FOLDER).mkdir(parents=True, exist_ok=True)
-        write_whole(directory / LAUNCH_FOLDER / CLAIM, shared[0])
-    dist.barrier()
-    return Attempt(directory, shared[0])
+    return check
 
 
 def begin(directory: Path, progress: list[str], *, most_idle: int, ranks: Ranks) -> None:
@@ -70,20 +61,21 @@ def begin(directory: Path, progress: list[str], *, most_idle: int, ranks: Ranks)
     Raises:
         Stuck: on every rank, if that limit is reached.
     """
-    refusal: list[str | None] = [None]
+    refusal = None
     if ranks.is_main:
         earlier = read_attempts(directory)
-        idle = _idle(earlier, progress)
+        same = itertools.takewhile(lambda each: each["progress"] == progress, reversed(earlier))
+        idle = len(list(same))
         if idle >= most_idle and os.environ.get(UNATTENDED):
-            refusal = [
+            refusal = (
                 f"{idle} attempts in a row made no progress after {progress[0]}; see the log of "
                 f"each (resilience.idle_attempts={most_idle})"
-            ]
+            )
         else:
             _record(directory, {"attempt": len(earlier), "progress": progress})
-    dist.broadcast_object_list(refusal, src=0)
-    if refusal[0] is not None:
-        raise Stuck(refusal[0])
+    (refusal, *_) = gather_objects(refusal)
+    if refusal is not None:
+        raise Stuck(refusal)
 
 
 def read_attempts(directory: Path) -> list[dict]:
@@ -95,14 +87,6 @@ def read_attempts(directory: Path) -> list[dict]:
             with suppress(ValueError):  # truncated by a kill
                 found.append(json.loads(line))
     return found
-
-
-def _idle(earlier: list[dict], progress: list[str]) -> int:
-    """Return how many attempts, up to the last one, began with the same progress."""
-    count = 0
-    while count < len(earlier) and earlier[-1 - count]["progress"] == progress:
-        count += 1
-    return count
 
 
 def _record(directory: Path, attempt: dict) -> None:

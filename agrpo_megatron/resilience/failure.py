@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -33,13 +33,13 @@ FAILURE_POLL = 0.5  # seconds between two reads of FAILED by the watching thread
 MESSAGE_TIMEOUT = 2.0  # seconds for one message between ranks, and for a lost peer to report
 WANDB_TIMEOUT = 10.0  # seconds for wandb to write, or upload, its data
 REFUSAL_TIMEOUT = 5.0  # seconds for all ranks to refuse the same wrong input
-STATUS = {"was interrupted": 130}  # else 1
 # Messages of gloo, NCCL and the store after the failure of another rank.
 LOST = re.compile(
     r"closed by peer|reset by peer|connection (?:was )?(?:likely )?(?:closed|refused|reset)"
     r"|broken pipe|pair closure|socket closed|timed out waiting|nccl (?:error|operation)",
     re.IGNORECASE,
 )
+INTERRUPTED = "was interrupted"
 _command: "Command | None" = None  # the running command
 
 
@@ -66,31 +66,22 @@ def ending_together(screen: AbstractContextManager | None = None) -> Iterator[No
     Args:
         screen: entered here, and left before a failure is printed.
     """
+    global _command
     with ExitStack() as stack:
         store = open_store()
         if screen is not None:
             stack.enter_context(screen)
-        stack.enter_context(_running(Command(store, stack.close)))
-        if store is None:
-            yield
-            return
+        _command = Command(store, stack.close)
         try:
-            with _watched(store, stack.close):
+            with nullcontext() if store is None else _watched(store, stack.close):
                 yield
         except BaseException as error:
-            stack.close()
-            _end_all(store, error)
+            if store is not None:
+                stack.close()
+                _end_all(store, error)
             raise
-
-
-@contextmanager
-def _running(command: Command) -> Iterator[None]:
-    global _command
-    _command = command
-    try:
-        yield
-    finally:
-        _command = None
+        finally:
+            _command = None
 
 
 def report_failure(command: Command, failure: str, report: str) -> bool:
@@ -164,7 +155,7 @@ def _end_all(store: RankStore, error: BaseException) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     is_lost = _is_lost_peer(error)
-    how = "was interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    how = INTERRUPTED if isinstance(error, KeyboardInterrupt) else "failed"
     failure = mine = f"rank {store.rank} {how}"
     with suppress(dist.DistError):
         if is_lost:
@@ -243,7 +234,7 @@ def _print_error(rank: int, error: BaseException, *, is_lost: bool) -> None:
 
 
 def _status(failure: str) -> int:
-    return STATUS.get(failure.split(maxsplit=2)[2], 1)
+    return 130 if failure.endswith(INTERRUPTED) else 1
 
 
 def _close_wandb(status: int) -> None:

@@ -66,11 +66,7 @@ class Limits:
             return
         self._longest = most
         if self._is_main:
-            learned = {
-                "world_size": self._world_size,
-                "longest": self._longest,
-                "seen": sorted(self._seen),
-            }
+            learned = {"world_size": self._world_size, "longest": most, "seen": sorted(self._seen)}
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._file, json.dumps(learned, indent=1))
 
@@ -85,9 +81,8 @@ class Limits:
 
 def _check(timeouts: dict[str, Any]) -> None:
     for section, limit in timeouts.items():
+        said = f"resilience.timeouts.{section}={limit}"
         if section not in NAMES:
-            fix = f"use {', '.join(NAMES)}"
-            raise ValueError(f"resilience.timeouts.{section}={limit} names no section; {fix}")
+            raise ValueError(f"{said} names no section; use {', '.join(NAMES)}")
         if not isinstance(limit, int | float) or not limit > 0:
-            fix = "use a number of seconds"
-            raise ValueError(f"resilience.timeouts.{section}={limit} is not a time limit; {fix}")
+            raise ValueError(f"{said} is not a time limit; use a number of seconds")

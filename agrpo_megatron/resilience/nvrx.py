@@ -7,15 +7,13 @@ which kills the rank if a section exceeds its limit; it then restarts all ranks 
 limits are longer than the built-in watchdog's, which names the hung rank first.
 """
 
-import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.resilience.exit_status import FT_SOCKET
-from agrpo_megatron.resilience.sections import NAMES
+from agrpo_megatron.resilience.sections import NAMES, Monitor
 
 if TYPE_CHECKING:  # job scripts print the options without loading torch
     from agrpo_megatron.resilience.limits import Limits
@@ -27,13 +25,8 @@ CHECK_INTERVAL = 1.0  # seconds
 BETWEEN = "warmup"
 
 
-def is_under_ft_launcher() -> bool:
-    """Return whether ft_launcher watches this rank."""
-    return FT_SOCKET in os.environ
-
-
-class RankMonitor:
-    """Reports this rank's sections and their limits to ft_launcher; a Monitor."""
+class RankMonitor(Monitor):
+    """Reports this rank's sections to ft_launcher; the built-in watchdog updates the limits."""
 
     def __init__(self, limits: "Limits"):
         self._limits = limits
@@ -53,9 +46,6 @@ class RankMonitor:
     def end(self, section: str, *, is_whole: bool) -> None:
         """Close a section."""
         self._client.end_section(section)
-
-    def learn(self, longest: dict[str, float]) -> None:
-        """Do nothing: the built-in watchdog updates the shared limits."""
 
     def close(self) -> None:
         """Stop monitoring this rank."""

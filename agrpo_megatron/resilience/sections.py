@@ -3,13 +3,12 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 NAMES: tuple[str, ...] = ("setup", "rollout", "reward", "update", "checkpoint", "evaluation")
 
 
-class Monitor(Protocol):
-    """An observer of every section of this rank."""
+class Monitor:
+    """An observer of every section of this rank; each method does nothing here."""
 
     def start(self, section: str, phase: str, iteration: int) -> None:
         """Handle the start of a section."""

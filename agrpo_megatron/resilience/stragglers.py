@@ -26,23 +26,27 @@ class Stragglers:
     def __init__(self) -> None:
         self._streaks: dict[str, tuple[int, int]] = {}  # section: rank, and reports in a row
 
-    def report(self, seconds: dict[str, float], ranks: Ranks) -> tuple[dict[str, float], list[str]]:
-        """Compare the ranks; the same on every rank.
+    def report(
+        self, seconds: dict[str, float], ranks: Ranks, *, warn: Callable[[str], None]
+    ) -> dict[str, float]:
+        """Compare the ranks.
 
         Args:
             seconds: time in each section since the last report, on this rank.
+            warn: receives a sentence on each rank that was a straggler STREAK times in a row.
 
         Returns:
-            Metrics: `section/NAME` (seconds of the slowest rank), `straggler/NAME` (these over the
-            median; 1 if all ranks are equal), `straggler/NAME_rank` (the slowest rank). And one
-            sentence for each rank that was a straggler for STREAK reports in a row.
+            Metrics, the same on every rank, none for one rank: `section/NAME` (seconds of the
+            slowest rank), `straggler/NAME` (these over the median; 1 if all ranks are equal),
+            `straggler/NAME_rank` (the slowest rank).
         """
+        if ranks.world_size == 1:
+            return {}
         mine = torch.tensor([seconds.get(name, 0.0) for name in NAMES], device=ranks.device)
         gathered = [torch.empty_like(mine) for _ in range(ranks.world_size)]
         dist.all_gather(gathered, mine)
         columns = torch.stack(gathered, dim=1).tolist()  # [sections, ranks]
         metrics: dict[str, float] = {}
-        warnings = []
         for name, times in zip(NAMES, columns, strict=True):
             slowest = max(times)
             if slowest < LEAST:
@@ -53,11 +57,11 @@ class Stragglers:
             metrics[f"straggler/{name}"] = ratio
             metrics[f"straggler/{name}_rank"] = float(rank)
             if self._is_straggler(name, rank, ratio):
-                warnings.append(
+                warn(
                     f"rank {rank} was the slowest in section {name} {STREAK} times in a row, "
                     f"now {slowest:.1f} s, {ratio:.1f} times the median"
                 )
-        return metrics, warnings
+        return metrics
 
     def _is_straggler(self, name: str, rank: int, ratio: float) -> bool:
         """Return whether a rank has just been slow STREAK times in a row."""
@@ -65,18 +69,3 @@ class Stragglers:
         count = count + 1 if rank == last else 1
         self._streaks[name] = (rank, count if ratio > SLOW else 0)
         return ratio > SLOW and count == STREAK
-
-
-def compare_ranks(
-    stragglers: Stragglers,
-    seconds: dict[str, float],
-    ranks: Ranks,
-    warn: Callable[[str], None],
-) -> dict[str, float]:
-    """Return the metrics of a report, none for one rank; `warn` takes its sentences."""
-    if ranks.world_size == 1:
-        return {}
-    metrics, warnings = stragglers.report(seconds, ranks)
-    for warning in warnings:
-        warn(warning)
-    return metrics

@@ -17,16 +17,18 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from agrpo_megatron.resilience.failure import command, report_failure
 from agrpo_megatron.resilience.limits import Limits
+from agrpo_megatron.resilience.sections import Monitor
 from agrpo_megatron.resilience.store import KEY_POLL, RankStore, say
 
 LIMIT_POLL = 0.25  # seconds between two checks of the limit by the watching thread
@@ -40,31 +42,20 @@ OUTSIDE = "no section"
 ASKED, POSITIONS, PROCESS, REPORTED = "hang/asked", "hang/position", "hang/process", "hang/reported"
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a rank's main thread is."""
+class Position(NamedTuple):
+    """Where a rank's main thread is; JSON between ranks."""
 
     section: str
     waits: bool  # for other ranks
-    stack: tuple[str, ...]  # innermost first
+    stack: Sequence[str]  # innermost first
 
     @property
     def place(self) -> str:
         """Return the innermost frame."""
         return self.stack[0]
 
-    def to_json(self) -> str:
-        """Return it as text for another rank."""
-        return json.dumps(asdict(self))
 
-    @classmethod
-    def from_json(cls, text: str) -> "Position":
-        """Read the text of another rank."""
-        read = json.loads(text)
-        return cls(read["section"], read["waits"], tuple(read["stack"]))
-
-
-FINISHED = Position("no section", waits=True, stack=("finished",))
+FINISHED = Position(OUTSIDE, waits=True, stack=("finished",))
 
 
 @dataclass(frozen=True)
@@ -85,8 +76,8 @@ class _Open:
         return f"section {self.section} ({self.where})" if self.where else self.section
 
 
-class Watchdog:
-    """Watches the sections of this rank; a Monitor. Created in the thread that does the work.
+class Watchdog(Monitor):
+    """Watches the sections of this rank. Created in the thread that does the work.
 
     Args:
         ends: whether to end the job; if not, the watchdog only reports.
@@ -136,7 +127,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if self._store is not None:
             with suppress(dist.DistError):  # ranks that hang later still get an answer
-                self._store.client.set(f"{POSITIONS}/{self._rank}", FINISHED.to_json())
+                self._store.client.set(f"{POSITIONS}/{self._rank}", json.dumps(FINISHED))
 
     @property
     def _store(self) -> RankStore | None:
@@ -171,7 +162,7 @@ class Watchdog:
         return position_of(sys._current_frames()[self._worker], section=str(self._open))
 
     def _answer(self, store: RankStore) -> None:
-        store.client.set(f"{POSITIONS}/{self._rank}", self._position().to_json())
+        store.client.set(f"{POSITIONS}/{self._rank}", json.dumps(self._position()))
 
     def _diagnose(self, opened: _Open) -> None:
         """Print this rank's stacks, find the ranks that hang, and end the job."""
@@ -197,17 +188,17 @@ class Watchdog:
 
     def _positions(self, store: RankStore) -> dict[int, Position | None]:
         """Return the position of every rank; None for a rank that does not answer."""
-        ranks = range(store.world_size)
-        answers: dict[int, str | None] = dict.fromkeys(ranks)
-        keys = [f"{POSITIONS}/{rank}" for rank in ranks]
+        keys = [f"{POSITIONS}/{rank}" for rank in range(store.world_size)]
+        answers: list[str | None] = [None] * store.world_size
         with suppress(dist.DistError):
             store.client.set(ASKED, "")
             self._answer(store)
             deadline = time.monotonic() + REPLY_TIMEOUT
             while not store.client.check(keys) and time.monotonic() < deadline:
                 time.sleep(KEY_POLL)
-            answers = {rank: store.value(key) for rank, key in zip(ranks, keys, strict=True)}
-        return {rank: Position.from_json(text) if text else None for rank, text in answers.items()}
+            answers = [store.value(key) for key in keys]
+        positions = (Position(*json.loads(text)) if text else None for text in answers)
+        return dict(enumerate(positions))
 
 
 def _abort_silent(store: RankStore, silent: list[int]) -> None:
@@ -233,9 +224,10 @@ def _machine() -> str:
 def position_of(frame: FrameType, *, section: str) -> Position:
     """Return the position of a thread, given its innermost frame."""
     frames = itertools.islice(traceback.walk_stack(frame), SHOWN_FRAMES)
-    stack = tuple(
-        f"{_short(link.f_code.co_filename)}:{line} {link.f_code.co_name}" for link, line in frames
-    )
+    stack = []
+    for link, line in frames:
+        place = "/".join(Path(link.f_code.co_filename).parts[-3:])
+        stack.append(f"{place}:{line} {link.f_code.co_name}")
     return Position(section, _waits(frame), stack)
 
 
@@ -284,7 +276,3 @@ def _waits(frame: FrameType) -> bool:
     if path.parent.name == "distributed" and path.parent.parent.name == "torch":
         return True
     return ".wait(" in linecache.getline(str(path), frame.f_lineno) and path.stem != "threading"
-
-
-def _short(path: str) -> str:
-    return "/".join(Path(path).parts[-3:])

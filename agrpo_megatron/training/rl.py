@@ -16,7 +16,7 @@ from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import forward_rows
-from agrpo_megatron.resilience.stragglers import Stragglers, compare_ranks
+from agrpo_megatron.resilience.stragglers import Stragglers
 from agrpo_megatron.rollout.dynamic_sampling import sample_groups
 from agrpo_megatron.rollout.generate import sample_records
 from agrpo_megatron.rollout.session import Run, Session
@@ -62,7 +62,7 @@ def run_rl(
             **rollout_metrics,
             **metrics,
             **alarms.check(iteration + 1, {**rollout_metrics, **metrics}),
-            **compare_ranks(stragglers, sections.take(), run.ranks, output.view.warn),
+            **stragglers.report(sections.take(), run.ranks, warn=output.view.warn),
             "timing/update": now - update_started,
             "timing/iteration": now - started,
             "perf/tokens_per_second": tokens / (now - started),

@@ -81,14 +81,14 @@ def _opened(
         with sections("setup"):
             ranks = start_ranks(settings)
             stack.callback(stop_ranks)
-            attempt = claim(directory, ranks)
+            check = claim(directory, ranks)
             found = find_checkpoint(directory / CHECKPOINTS, ranks, view.warn)
             check_data(directory, task, is_new=found is None, is_main=ranks.is_main)
             cache: RolloutCache | NoCache = NoCache()
             if settings.checkpoint.rollouts:
                 digest = run_digest(settings, task)
                 folder = directory / "rollouts"
-                cache = RolloutCache(folder, ranks, run=digest, check=attempt.check)
+                cache = RolloutCache(folder, ranks, run=digest, check=check)
             _begin_attempt(directory, settings.resilience, ranks, found, cache)
             done = found[1] if found else Progress("sft", 0, {})
             log = RunLog(
@@ -96,7 +96,7 @@ def _opened(
                 settings=settings,
                 is_main=ranks.is_main,
                 wandb_id=done.wandb,
-                check=attempt.check,
+                check=check,
             )
             stack.callback(log.close)
             grader = Grader(task, settings.task)

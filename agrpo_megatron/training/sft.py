@@ -12,7 +12,7 @@ from agrpo_megatron.diffusion.losses import sft_loss
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.parallel import Ranks
-from agrpo_megatron.resilience.stragglers import Stragglers, compare_ranks
+from agrpo_megatron.resilience.stragglers import Stragglers
 from agrpo_megatron.rollout.data_order import pick_problems
 from agrpo_megatron.rollout.generate import encode_prompts
 from agrpo_megatron.rollout.session import Run, Session
@@ -50,7 +50,7 @@ def run_sft(
             "phase": "sft",
             "iteration": iteration + 1,
             **metrics,
-            **compare_ranks(stragglers, sections.take(), run.ranks, output.view.warn),
+            **stragglers.report(sections.take(), run.ranks, warn=output.view.warn),
             "timing/iteration": seconds,
             "perf/tokens_per_second": tokens / seconds,
         }

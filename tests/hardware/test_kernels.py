@@ -196,7 +196,7 @@ DISTRIBUTED = "optimizer.distributed=true"
         (
             BLACKWELL,
             (FP8, "model.ffn_hidden_size=400"),
-            "precision=fp8 needs widths that 32 divides, and model.ffn_hidden_size=400 is 400; use "
+            "precision=fp8 needs widths divisible by 32, and model.ffn_hidden_size=400 is 400; use "
             "a smaller tensor-parallel size, other widths, or precision=bf16",
         ),
         (

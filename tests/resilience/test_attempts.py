@@ -58,15 +58,15 @@ def _write_after_a_claim(folder):
     """Write a line and a rollout; then another attempt begins. Says what it refuses and leaves."""
     session, engine = open_session(world_size=dist.get_world_size())
     ranks, is_main = session.run.ranks, session.run.ranks.is_main
-    first = claim(folder, ranks)
+    check = claim(folder, ranks)
     silent = tiny("logging.wandb=disabled")
-    log = RunLog(folder, settings=silent, is_main=is_main, check=first.check)
-    cache = RolloutCache(folder / "rollouts", ranks, run="this", check=first.check)
+    log = RunLog(folder, settings=silent, is_main=is_main, check=check)
+    cache = RolloutCache(folder / "rollouts", ranks, run="this", check=check)
     session = replace(session, safety=Safety(cache=cache))
     log.metrics({"phase": "rl", "iteration": 1})
     collect_rollout(session, engine, 0)
     before = sorted(path.read_bytes() for path in folder.rglob("*.*"))
-    claim(folder, ranks).check()
+    claim(folder, ranks)()
     refused = 0
     for write in (
         lambda: log.metrics({"phase": "rl", "iteration": 2}),

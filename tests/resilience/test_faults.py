@@ -12,16 +12,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agrpo_megatron.resilience import FAULTS
-from agrpo_megatron.resilience.faults import FOLDER, Faults, parse_faults
+from agrpo_megatron.config.settings import ResilienceSettings, Settings
+from agrpo_megatron.resilience import monitors
 from agrpo_megatron.resilience.sections import Sections
+from tools.faults import FAULTS, FOLDER, Faults, parse_faults
 
 ROOT = Path(__file__).parent.parent.parent
 # A rank that goes through its iterations: rollout, update, checkpoint, each of this many seconds.
 RANK = """
 import os, signal, sys, time
-from agrpo_megatron.resilience.faults import Faults
 from agrpo_megatron.resilience.sections import Sections
+from tools.faults import Faults
 
 def on_signal(number, frame):
     print("got a stop signal", flush=True)
@@ -240,3 +241,17 @@ def test_faults_need_a_folder(monkeypatch):
     monkeypatch.delenv(FOLDER, raising=False)
     with pytest.raises(ValueError, match="AGRPO_FAULTS needs AGRPO_FAULTS_DIR"):
         Faults.from_environment(1)
+
+
+def test_a_run_loads_the_faults_from_the_source_tree_only(monkeypatch, tmp_path):
+    settings = Settings(resilience=ResilienceSettings(watchdog="never"))
+    monkeypatch.setenv(FOLDER, str(tmp_path / "struck"))
+    monkeypatch.setenv(FAULTS, "raise:rank=0,section=setup")
+    sections = Sections(monitors.monitors(settings))
+    with pytest.raises(RuntimeError, match="injected fault"), sections("setup"):
+        pass
+    monkeypatch.setattr(monitors, "FAULTS", tmp_path / "tools" / "faults.py")
+    with pytest.raises(ValueError, match=r"^AGRPO_FAULTS needs .*/tools/faults\.py; run from the"):
+        monitors.monitors(settings)
+    monkeypatch.delenv(FAULTS)
+    assert monitors.monitors(settings) == []

@@ -22,7 +22,9 @@ def _reports(slow, count):
             time.sleep(0.05 + slow[iteration % len(slow)].get(dist.get_rank(), 0.0))
         with sections("update"):
             pass
-        reports.append(stragglers.report(sections.take(), ranks))
+        warnings: list[str] = []
+        metrics = stragglers.report(sections.take(), ranks, warn=warnings.append)
+        reports.append((metrics, warnings))
     return reports
 
 
@@ -48,12 +50,18 @@ def test_ranks_that_take_turns_at_being_slow_are_not_spoken_of():
     assert not any(warnings for _, warnings in reports)
 
 
-def _alone():
-    ranks = start_ranks(Settings())
-    return Stragglers().report({"reward": 2.0, "update": LEAST / 2}, ranks)
+def _equal():
+    ranks, warnings = start_ranks(Settings()), []
+    seconds = {"reward": 2.0, "update": LEAST / 2}
+    return Stragglers().report(seconds, ranks, warn=warnings.append), warnings
 
 
-def test_a_single_rank_is_even_with_itself_and_short_sections_are_left_out():
-    [(metrics, warnings)] = run_ranks(1, _alone)
-    assert metrics == {"section/reward": 2.0, "straggler/reward": 1.0, "straggler/reward_rank": 0.0}
-    assert warnings == []
+def test_equal_ranks_have_the_ratio_1_and_short_sections_are_left_out():
+    for metrics, warnings in run_ranks(2, _equal):
+        assert metrics == {
+            "section/reward": 2.0,
+            "straggler/reward": 1.0,
+            "straggler/reward_rank": 0.0,
+        }
+        assert warnings == []
+    assert run_ranks(1, _equal) == [({}, [])], "a single rank has no other to compare with"

@@ -3,6 +3,7 @@
     AGRPO_FAULTS="kill:rank=1,section=rollout,iteration=3; fail_save:rank=0,iteration=4"
     AGRPO_FAULTS_DIR=folder, shared by all ranks and attempts; each strike leaves a file there
 
+A run loads this file only if AGRPO_FAULTS is set (agrpo_megatron/resilience/monitors.py).
 docs/reliability.md lists the kinds and their options.
 """
 
@@ -20,11 +21,10 @@ from typing import Any
 
 import psutil
 
-from agrpo_megatron.resilience import FAULTS
 from agrpo_megatron.resilience.exit_status import LAUNCHERS
-from agrpo_megatron.resilience.sections import NAMES
+from agrpo_megatron.resilience.sections import NAMES, Monitor
 
-FOLDER = "AGRPO_FAULTS_DIR"
+FAULTS, FOLDER = "AGRPO_FAULTS", "AGRPO_FAULTS_DIR"
 NODE = ("SLURM_JOB_ID", "SLURMD_NODENAME")
 OPTIONS: dict[str, Callable[[str], Any]] = {
     "rank": int,
@@ -63,8 +63,8 @@ class Fault:
         return section == "setup" or phase == self.phase
 
 
-class Faults:
-    """The faults of one rank; a Monitor. They strike in `start`, or later from a thread."""
+class Faults(Monitor):
+    """The faults of one rank. They strike in `start`, or later from a thread."""
 
     def __init__(self, faults: tuple[Fault, ...], folder: Path):
         self._faults, self._folder = faults, folder
@@ -104,9 +104,6 @@ class Faults:
     def end(self, section: str, *, is_whole: bool) -> None:
         """Cancel the faults that would strike later in the section."""
         self.close()
-
-    def learn(self, longest: dict[str, float]) -> None:
-        """Do nothing."""
 
     def close(self) -> None:
         """Cancel all pending faults."""
