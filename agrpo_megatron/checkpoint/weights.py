@@ -42,7 +42,7 @@ class MegatronWeights:
         for name, (line, _) in self._lines.items():
             stored = self._check(line, megatron_shape(line, shapes))
             chosen = DTYPES[dtype] if dtype else stored
-            self.tensors[name] = Stored(folder, chosen, shapes[name][0])
+            self.tensors[name] = Stored(folder, chosen, shapes[name])
         self._refuse_unknown()
         # One layer's projections, as their parts are read one by one.
         self._fused = lru_cache(maxsize=2)(self._read_fused)
@@ -107,6 +107,5 @@ def open_weights(path: Path) -> tuple[ModelSettings, HfWeights | MegatronWeights
         weights = MegatronWeights(path)
         return weights.model, weights
     model, weights = settings_from_hf(path), HfWeights(path)
-    shapes = {name: shape for name, (shape, _) in hf_shapes(model).items()}
-    weights.check(shapes, model.family)
+    weights.check(hf_shapes(model), model.family)
     return model, weights

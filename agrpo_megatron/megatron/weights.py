@@ -29,8 +29,7 @@ def load_hf(network: Network, settings: ModelSettings, directory: str | Path) ->
         ValueError: a tensor is missing, unknown, damaged or has the wrong shape.
     """
     weights = HfWeights(directory)
-    shapes = {name: shape for name, (shape, _) in hf_shapes(settings).items()}
-    weights.check(shapes, settings.family)
+    weights.check(hf_shapes(settings), settings.family)
     return load_named(network, settings, weights.part)
 
 
@@ -43,17 +42,18 @@ def initialise(network: Network, settings: ModelSettings, seed: int) -> dict[str
     Returns:
         The uncast values of FP8 weights, see `load_named`.
     """
-    shapes = hf_shapes(settings)
-    residual = settings.init_std / (2 * settings.num_layers) ** 0.5
+    shapes, lines = hf_shapes(settings), weight_mappings(settings)
+    into_residual = {name for line in lines if line.transform == "row" for name in line.parts}
 
     def _draw(name: str) -> Tensor:
-        shape, transform = shapes[name]
+        shape, std = shapes[name], settings.init_std
         if name.endswith("bias"):
             return torch.zeros(shape)
         if len(shape) == 1:
             return torch.ones(shape)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        std = residual if transform == "row" else settings.init_std
+        if name in into_residual:
+            std /= (2 * settings.num_layers) ** 0.5
         return torch.randn(shape, generator=generator) * std
 
     return load_named(network, settings, _draw)
@@ -119,7 +119,7 @@ def _from_all_stages(
     members = dist.get_process_group_ranks(ranks.pipeline.group)
     owners = {name: members[stage] for stage, names in enumerate(held) for name in names}
     like, result = next(iter(mine.values())), {}
-    for name, (shape, _) in hf_shapes(settings).items():
+    for name, shape in hf_shapes(settings).items():
         tensor = mine[name].contiguous() if name in mine else like.new_empty(shape)
         dist.broadcast(tensor, owners[name], group=ranks.pipeline.group)
         result[name] = tensor
