@@ -24,9 +24,8 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Return the SHA-256 of files below a folder."""
     names = list(names)
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(
-            zip(names, pool.map(lambda name: file_digest(folder / name), names), strict=True)
-        )
+        found = pool.map(lambda name: file_digest(folder / name), names)
+        return dict(zip(names, found, strict=True))
 
 
 def seal(folder: Path, known: dict[str, str] | None = None) -> None:

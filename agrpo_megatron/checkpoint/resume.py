@@ -49,8 +49,7 @@ def verify_together(path: Path, ranks: Ranks) -> None:
     Raises:
         Damaged: some rank found a damaged file; raised by all of them.
     """
-    problem = _problem(path, ranks)
-    if problem is not None:
+    if problem := _problem(path, ranks):
         raise Damaged(problem)
 
 
@@ -61,4 +60,4 @@ def _problem(path: Path, ranks: Ranks) -> str | None:
         verify(path, share=ranks.rank, shares=ranks.world_size)
     except Damaged as error:
         mine = str(error)
-    return next((problem for problem in gather_objects(mine) if problem is not None), None)
+    return next(filter(None, gather_objects(mine)), None)

@@ -32,12 +32,8 @@ class MegatronWeights:
     def __init__(self, folder: Path, dtype: str | None = None):
         self.folder, self.model = folder, read_model(folder)
         self._checkpoint = TorchDist(folder)
-        self._lines = {
-            name: (line, n)
-            for line in weight_mappings(self.model)
-            for n, name in enumerate(line.parts)
-        }
-        shapes = hf_shapes(self.model)
+        lines, shapes = weight_mappings(self.model), hf_shapes(self.model)
+        self._lines = {name: (line, n) for line in lines for n, name in enumerate(line.parts)}
         self.tensors: dict[str, Stored] = {}
         for name, (line, _) in self._lines.items():
             stored = self._check(line, megatron_shape(line, shapes))
@@ -57,12 +53,11 @@ class MegatronWeights:
         if len(line.parts) > 1:
             yield self._fused(line)[number].to(stored.dtype)
             return
-        key, layer = checkpoint_key(line.megatron)
-        rows = stored.shape[0]
-        for block in self._checkpoint.row_blocks(key, layer):
+        place, rows = checkpoint_key(line.megatron), stored.shape[0]
+        for block in self._checkpoint.row_blocks(*place):
             if block.start < rows:
                 part = slice(block.start, min(block.stop, rows))
-                yield self._checkpoint.read(key, layer, part).to(stored.dtype)
+                yield self._checkpoint.read(*place, part).to(stored.dtype)
 
     def _read_fused(self, line: WeightMapping) -> list[Tensor]:
         whole = self._checkpoint.read(*checkpoint_key(line.megatron))

@@ -41,6 +41,11 @@ class Engine:
         """Return the training layout."""
         return self.network.ranks
 
+    @property
+    def optimizers(self) -> list[Any]:
+        """Return Megatron's optimizers; each wraps the optimizer that does the arithmetic."""
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
     def rollout_network(self) -> Network:
         """Return the network that samples, with the latest weights; called by every rank."""
         self.finish_parameters()
@@ -68,8 +73,7 @@ class Engine:
         """Cast FP8 primary weights from the main weights; called by every rank."""
         if not self.network.config.fp8_param:
             return
-        optimizer: Any = self.optimizer
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for part in self.optimizers:
             if _gathers_in_gradients(self.network.config):
                 part._copy_main_params_to_param_buffer()
             else:
