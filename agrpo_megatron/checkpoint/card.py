@@ -44,7 +44,6 @@ def _card(run: dict[str, Any], progress: Progress) -> str:
         lines += [f"| {name} | {value:.4g} |" for name, value in progress.scores.items()]
         lines.append("")
     lines += ["| setting | value |", "|---|---|"]
-    lines += [
-        f"| {key} | {value} |" for key, value in flatten(run).items() if key.startswith(SHOWN)
-    ]
+    shown = {key: value for key, value in flatten(run).items() if key.startswith(SHOWN)}
+    lines += [f"| {key} | {value} |" for key, value in shown.items()]
     return "\n".join(lines) + "\n"

@@ -13,10 +13,7 @@ from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
-    TransformerBlockSubmodules,
-)
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -27,7 +24,7 @@ from agrpo_megatron.megatron.layers.context import padded_rows, part_of, scored_
 from agrpo_megatron.megatron.layers.local import local_spec
 from agrpo_megatron.megatron.layers.packed import PackedLayout, packed_layout, rotary_angles
 from agrpo_megatron.megatron.parallel import Ranks
-from agrpo_megatron.megatron.precision import kernel_values
+from agrpo_megatron.megatron.precision import kernel_values, megatron_record
 from agrpo_megatron.types import PackedRows
 
 # A matrix of fewer rows takes another CPU kernel, which sums in another order: a token's logits
@@ -192,10 +189,8 @@ def transformer_config(
         **kernel_values(precision, fp8, settings.kernels, kernels_for(settings)),
         **_layout_values(model, parallel, stage),
     }
-    try:
-        return TransformerConfig(**{**values, **model.megatron})
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"model.megatron={model.megatron}: Megatron refuses it: {error}") from None
+    key = f"model.megatron={model.megatron}"
+    return megatron_record(TransformerConfig, {**values, **model.megatron}, key)
 
 
 def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel, ...]:
@@ -204,7 +199,11 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
     config = transformer_config(settings, parallel, stage=ranks.pipeline.rank)
     layers, stages = stage_layers(model, parallel), parallel.pipeline * parallel.virtual
     kernels = kernels_for(settings)
-    make_spec = _te_spec if kernels.layer_spec == "te" else local_spec
+    make_spec = local_spec
+    if kernels.layer_spec == "te":
+        from agrpo_megatron.megatron.layers.te import te_spec  # Transformer Engine is optional
+
+        make_spec = te_spec
     chunks = []
     for number in range(parallel.virtual):
         stage = number * parallel.pipeline + ranks.pipeline.rank
@@ -222,12 +221,6 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
         )
         chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
     return tuple(chunks)
-
-
-def _te_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
-    from agrpo_megatron.megatron.layers.te import te_spec  # Transformer Engine is optional
-
-    return te_spec(config, layers)
 
 
 def _layout_values(model: ModelSettings, parallel: ParallelSettings, stage: int) -> dict[str, Any]:

@@ -166,9 +166,6 @@ def _new_groups(
 def _join_world(device: torch.device, timeout: float) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = datetime.timedelta(seconds=timeout)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=limit)
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit
-        )
+    is_single = "RANK" not in os.environ
+    place: Any = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_single else {}
+    dist.init_process_group(backend, timeout=limit, **place)

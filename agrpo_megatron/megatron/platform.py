@@ -66,20 +66,13 @@ def use_torch_optimizers() -> None:
         "multi_tensor_applier": utils.local_multi_tensor_applier,
         "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
     }
-    norms = {
-        "l2_norm_impl": utils.local_multi_tensor_l2_norm,
-        "multi_tensor_scale_tensor_impl": None,
-    }
+    l2_norm = {"l2_norm_impl": utils.local_multi_tensor_l2_norm}
     flags = ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER")
     adam = {"Adam": torch.optim.AdamW, "SGD": torch.optim.SGD, "USING_PYTORCH_OPTIMIZER": True}
-    for module, values in (
-        (optimizer, adam),
-        (distrib_optimizer, {"Adam": torch.optim.Adam, **dict.fromkeys(flags, False)}),
-        (mixed, lists),
-        (clip_grads, {**lists, **norms}),
-    ):
-        for name, value in values.items():
-            setattr(module, name, value)
+    vars(optimizer).update(adam)
+    vars(distrib_optimizer).update(dict.fromkeys(flags, False), Adam=torch.optim.Adam)
+    vars(mixed).update(lists)
+    vars(clip_grads).update(lists | l2_norm, multi_tensor_scale_tensor_impl=None)
 
 
 class _CpuForCuda(TorchFunctionMode):
@@ -104,20 +97,10 @@ class _Stream:
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         pass
 
-    def wait_stream(self, _stream: Any) -> None:
+    def wait(self, *_args: Any) -> None:
         """Do nothing: earlier work is done."""
 
-    def wait_event(self, _event: Any) -> None:
-        """Do nothing: earlier work is done."""
-
-    def record(self, _stream: Any = None) -> None:
-        """Do nothing: there is nothing to mark."""
-
-    def wait(self, _stream: Any = None) -> None:
-        """Do nothing: earlier work is done."""
-
-    def synchronize(self) -> None:
-        """Do nothing: earlier work is done."""
+    wait_stream = wait_event = record = synchronize = wait
 
 
 def _stand_in_for_cuda() -> None:
@@ -141,8 +124,7 @@ def _stand_in_for_cuda() -> None:
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
         "is_current_stream_capturing": lambda: False,
     }
-    for name, function in functions.items():
-        setattr(torch.cuda, name, function)
+    vars(torch.cuda).update(functions)
     tracker._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     tracker._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     _stand_in = _CpuForCuda()

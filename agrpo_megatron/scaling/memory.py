@@ -6,12 +6,7 @@ fragmentation come on top: leave a tenth of the GPU free for them.
 
 from dataclasses import dataclass, fields
 
-from agrpo_megatron.config.parallel import (
-    data_ranks,
-    layer_matrices,
-    padded_vocab,
-    stage_layers,
-)
+from agrpo_megatron.config.parallel import data_ranks, layer_matrices, padded_vocab, stage_layers
 from agrpo_megatron.config.settings import (
     Fp8Settings,
     ModelSettings,

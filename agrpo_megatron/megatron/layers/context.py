@@ -4,6 +4,7 @@ Attention is bidirectional, so contiguous parts cost the same and need no reorde
 cross from one part into the next need keys and values of other ranks.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
@@ -66,7 +67,7 @@ def scored_slices(rows: PackedRows, ranks: Ranks) -> list[slice]:
     count = len(padded_rows(rows, ranks).tokens)
     starts = torch.tensor([part_of(count, context, r)[0] for r in range(context.size)])
     bounds = torch.searchsorted(rows.scored.cpu(), starts).tolist() + [len(rows.scored)]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def local_part[Batch: (SftBatch, TimestepBatch)](batch: Batch, ranks: Ranks) -> Batch:
