@@ -66,15 +66,14 @@ def fill_optimizer(engine: Engine, loaded: dict[str, Any], steps: int) -> None:
         steps: optimizer steps done.
     """
     own: Any = engine.optimizer.state_dict()
-    distributed = [part for part in engine.optimizers if isinstance(part, DistributedOptimizer)]
-    if distributed:
+    if any(isinstance(part, DistributedOptimizer) for part in engine.optimizers):
         for group in own["optimizer"]["param_groups"]:
             group["step"] = steps
         state = {**own, "param_state": loaded["param_state"], "param_state_sharding_type": FORMAT}
     elif "fp32_from_fp16_params" in own:
         adam = {**own["optimizer"], "state": _moments(engine, loaded["optimizer"], steps)}
-        main = {"fp32_from_fp16_params": loaded["fp32_from_fp16_params"]}
-        state = {**own, "optimizer": adam, **main}
+        main = loaded["fp32_from_fp16_params"]
+        state = {**own, "optimizer": adam, "fp32_from_fp16_params": main}
     else:
         state = {**own, "state": _moments(engine, loaded, steps)}
     with _exchangeable():

@@ -4,6 +4,7 @@ Parameters have GPTModel's names, so other Megatron tools can read the checkpoin
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class MaskedDiffusionModel(LanguageModule):
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
-        self.rope_theta = rope_theta
+        self.angles = partial(rotary_angles, head_dim=config.kv_channels, rope_theta=rope_theta)
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,
@@ -117,13 +118,6 @@ class MaskedDiffusionModel(LanguageModule):
         first, last = part_of(len(rows.tokens), context, context.rank)
         hidden = self.body(rows.tokens[first:last], layout)
         return self.head(hidden, rows.scored[mine] - first) if self.post_process else hidden
-
-    def angles(self, positions: Tensor) -> Tensor:
-        """Return the rotary angles of positions [T], [T, 1, head_dim] float32."""
-        assert self.config.kv_channels is not None
-        return rotary_angles(
-            positions, head_dim=self.config.kv_channels, rope_theta=self.rope_theta
-        )
 
     def body(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
         """Run this rank's tokens [T] through the layers; [T / sequence parallel, 1, hidden]."""

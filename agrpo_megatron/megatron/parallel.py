@@ -112,7 +112,6 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     limit = datetime.timedelta(seconds=settings.run.timeout)
-    is_one_rank = model_ranks(parallel) == 1
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -125,7 +124,7 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
         data=_axis(groups.dp),
         data_context=_axis(groups.dp_cp),
         returning=_same_ranks(groups.pp, limit),
-        replica=None if is_one_rank else _replica(groups.dp.rank(), limit),
+        replica=None if model_ranks(parallel) == 1 else _replica(groups.dp.rank(), limit),
         token_multiple=token_multiple(settings.precision),
     )
 
@@ -154,13 +153,10 @@ def _new_groups(
     members: tuple[int, ...], limit: datetime.timedelta, *, backend: str | None = None
 ) -> dist.ProcessGroup:
     """Create every rank's group, and return this rank's; called by all ranks."""
-    made = {
-        group: dist.new_group(list(group), timeout=limit, backend=backend)
-        for group in sorted({*gather_objects(members)})
-    }
-    mine = made[members]
-    assert isinstance(mine, dist.ProcessGroup)
-    return mine
+    made: dict[tuple[int, ...], Any] = {}
+    for group in sorted(set(gather_objects(members))):
+        made[group] = dist.new_group(list(group), timeout=limit, backend=backend)
+    return made[members]
 
 
 def _join_world(device: torch.device, timeout: float) -> None:

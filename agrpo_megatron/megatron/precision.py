@@ -18,16 +18,12 @@ def token_multiple(precision: str) -> int:
     return FP8_TOKENS if precision == "fp8" else 1
 
 
-def weights_dtype(precision: str) -> torch.dtype:
-    """Return the dtype of weights and activations; FP8 products read and write bfloat16."""
-    return torch.float32 if precision == "fp32" else torch.bfloat16
-
-
 def kernel_values(
     precision: str, fp8: Fp8Settings, switches: KernelSettings, kernels: Kernels
 ) -> dict[str, Any]:
     """Return the values of Megatron's TransformerConfig that precision and kernels decide."""
-    dtype = weights_dtype(precision)
+    # FP8 products read and write bfloat16.
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     values: dict[str, Any] = {
         "bf16": dtype == torch.bfloat16,
         "params_dtype": dtype,
