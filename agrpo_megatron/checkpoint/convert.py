@@ -98,16 +98,16 @@ def to_hf_directory(
 def _pieces(model: ModelSettings, weights: HfWeights, dtype: str | None) -> list[Piece]:
     """Return the pieces of a checkpoint: blocks of rows, or whole tensors if they are joined."""
     shapes, pieces = hf_shapes(model), []
-    for line in weight_mappings(model):
-        parts = [weights.part(name) for name in line.parts]
-        kinds = {weights.tensors[name].dtype for name in line.parts}
+    for mapping in weight_mappings(model):
+        parts = [weights.part(name) for name in mapping.parts]
+        kinds = {weights.tensors[name].dtype for name in mapping.parts}
         if len(kinds) > 1 and dtype is None:
-            names = ", ".join(line.parts)
+            names = ", ".join(mapping.parts)
             raise ValueError(f"{weights.directory}: {names} differ in dtype; choose one for all")
         kind = DTYPES[dtype] if dtype else kinds.pop()
-        shape = megatron_shape(line, shapes)
+        shape = megatron_shape(mapping, shapes)
         count, width = shape[0], shape[1:]
-        key, layer = checkpoint_key(line.megatron)
+        key, layer = checkpoint_key(mapping.megatron)
         whole = shape if layer is None else (model.num_layers, *shape)
         block = max(1, BLOCK // (torch.Size(width).numel() * kind.itemsize))
         step = count if len(parts) > 1 else block
@@ -116,7 +116,7 @@ def _pieces(model: ModelSettings, weights: HfWeights, dtype: str | None) -> list
             offset, own = (start, *(0 for _ in width)), (rows.stop - start, *width)
             if layer is not None:
                 offset, own = (layer, *offset), (1, *own)
-            make = functools.partial(_rows, parts, line.transform, model, rows, kind)
+            make = functools.partial(_rows, parts, mapping.transform, model, rows, kind)
             pieces.append(Piece(key, kind, whole, offset, own, make))
     return pieces
 
@@ -141,8 +141,8 @@ def _shards(tensors: Mapping[str, Stored], carried: Path) -> dict[str, str]:
         numbers[name] = number
     if number == 0:
         return dict.fromkeys(tensors, SINGLE)
-    last = number + 1
-    return {name: f"model-{n + 1:05d}-of-{last:05d}.safetensors" for name, n in numbers.items()}
+    ending = f"-of-{number + 1:05d}.safetensors"
+    return {name: f"model-{n + 1:05d}{ending}" for name, n in numbers.items()}
 
 
 def _write_index(folder: Path, files: Mapping[str, str], tensors: Mapping[str, Stored]) -> None:

@@ -1,4 +1,4 @@
-"""Save checkpoints of a run atomically, and in the background if asked to.
+"""Save checkpoints of a run atomically, optionally in the background.
 
 A checkpoint is written under a temporary name. When all ranks have written, it gets checksums and
 its name, and `latest` is moved; a kill at any moment leaves the previous one in place.

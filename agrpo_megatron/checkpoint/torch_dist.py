@@ -8,7 +8,6 @@ name that GPTModel gives it.
 import itertools
 import json
 import pickle
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from agrpo_megatron.families.tensors import FUSED_NORMS, LAYER
 from agrpo_megatron.runs.files import write_whole
 
 METADATA, CONFIG = ".metadata", "metadata.json"
@@ -30,13 +30,6 @@ FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 BLOCK = 1 << 26  # bytes held at a time of a tensor that can be cut into blocks of rows
 FILE = 1 << 31  # bytes of tensors in a file
 COMMON = "common_state/shard_0_1"  # where Megatron keeps non-tensors
-LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-# Megatron names the two norms of a layer after the projection that Transformer Engine fuses them
-# with, whichever specification built the layer.
-FUSED = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
 
 
 @dataclass(frozen=True)
@@ -66,10 +59,7 @@ def checkpoint_key(parameter: str) -> tuple[str, int | None]:
     found = LAYER.match(parameter)
     if found is None:
         return parameter, None
-    rest = found[2]
-    for own, fused in FUSED.items():
-        rest = fused + rest.removeprefix(own) if rest.startswith(own) else rest
-    return f"decoder.layers.{rest}", int(found[1])
+    return f"decoder.layers.{FUSED_NORMS.get(found[2], found[2])}", int(found[1])
 
 
 def write_checkpoint(folder: Path, pieces: Sequence[Piece], done: Callable[[int], Any]) -> None:
@@ -98,9 +88,9 @@ def write_checkpoint(folder: Path, pieces: Sequence[Piece], done: Callable[[int]
         write_whole(record, json.dumps(_encode(results[-1])))
     (folder / CONFIG).write_text(json.dumps(FORMAT), encoding="utf-8")
     writer.finish(described, results)
-    for pattern in ("written-*", ".written-*"):  # also left by a killed `write_whole`
-        for record in folder.glob(pattern):
-            record.unlink()
+    # A killed `write_whole` leaves the hidden ones.
+    for record in (*folder.glob("written-*"), *folder.glob(".written-*")):
+        record.unlink()
 
 
 class TorchDist:

@@ -1,5 +1,6 @@
 """How a family is described: settings, the tensors of each Megatron parameter, their shapes."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,13 @@ TRANSFORMS = {
     "linear_fc1": "gate_up",
     "linear_fc2": "row",
 }
+# Transformer Engine fuses each norm of a layer into the product after it. Megatron's checkpoints
+# have its names, whichever specification built the layer; all other code has the local names.
+FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,7 @@ class MaskedDiffusionModel(LanguageModule):
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
         """Receive the hidden states of the previous stage; called by Megatron's schedule."""
         if isinstance(input_tensor, list):
-            assert len(input_tensor) == 1
-            input_tensor = input_tensor[0]
+            (input_tensor,) = input_tensor
         self.decoder.set_input_tensor(input_tensor)  # type: ignore[arg-type]
 
     def forward(self, rows: PackedRows) -> Tensor:

@@ -111,6 +111,7 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
         distributed_timeout_minutes=max(1, round(settings.run.timeout / 60)),
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    pipeline = _axis(groups.pp)
     limit = datetime.timedelta(seconds=settings.run.timeout)
     return Ranks(
         rank=dist.get_rank(),
@@ -119,11 +120,11 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
         parallel=parallel,
         groups=groups,
         tensor=_axis(groups.tp),
-        pipeline=_axis(groups.pp),
+        pipeline=pipeline,
         context=_axis(groups.cp),
         data=_axis(groups.dp),
         data_context=_axis(groups.dp_cp),
-        returning=_same_ranks(groups.pp, limit),
+        returning=_same_ranks(pipeline.group, limit),
         replica=None if model_ranks(parallel) == 1 else _replica(groups.dp.rank(), limit),
         token_multiple=token_multiple(settings.precision),
     )
@@ -134,9 +135,8 @@ def _axis(group: dist.ProcessGroup | None) -> Axis:
     return Axis(group, group.rank(), group.size())
 
 
-def _same_ranks(group: dist.ProcessGroup | None, limit: datetime.timedelta) -> dist.ProcessGroup:
+def _same_ranks(group: dist.ProcessGroup, limit: datetime.timedelta) -> dist.ProcessGroup:
     """Return a second group of the same ranks, with separate channels; called by all ranks."""
-    assert group is not None
     if group.size() == 1:
         return group
     return _new_groups(tuple(dist.get_process_group_ranks(group)), limit)

@@ -125,9 +125,8 @@ def forward_rows(
         return [use(number, network.chunks[0](rows)) for number, rows in enumerate(batches)]
     if not batches:
         return []
-    filler = unscored_row(0, ranks.device)
     multiple = parallel.pipeline if parallel.virtual > 1 else 1
-    fillers = [filler] * (-len(batches) % multiple)
+    fillers = [unscored_row(0, ranks.device)] * (-len(batches) % multiple)
     padded, tokens = for_schedule([*batches, *fillers], ranks)
     items = list(enumerate(padded))
 
@@ -188,11 +187,8 @@ class Lockstep(RolloutForward):
 
     def _run_all(self) -> None:
         items, ranks = self._waiting, self.network.ranks
-        drawn = forward_rows(
-            self.network,
-            [item.rows for item in items],
-            lambda number, logits: _draw(items[number], logits, ranks),
-        )
+        rows = [item.rows for item in items]
+        drawn = forward_rows(self.network, rows, lambda n, logits: _draw(items[n], logits, ranks))
         for number, item in enumerate(items):
             count = len(item.rows.scored)
             item.drawn = broadcast_draw(drawn[number] if drawn else None, count, ranks)
@@ -223,9 +219,8 @@ class Ring(RolloutForward):
         self._ready = 0  # slot in which the latest draws were known
         members = dist.get_process_group_ranks(network.ranks.pipeline.group)
         stage = network.ranks.pipeline.rank
-        self._first, self._last = members[0], members[-1]
         self._before, self._after = members[stage - 1], members[(stage + 1) % len(members)]
-        self._others = members[:-1]
+        *self._others, self._last = members
 
     def _start(self, item: _Item) -> None:
         """Run this stage for a group and pass it on."""
@@ -263,18 +258,16 @@ class Ring(RolloutForward):
             item.drawn = _draw(item, output, ranks)
             for other in self._others:
                 self._keep(*send_draw(item.drawn, other, ranks))
-        elif ranks.is_last_stage:
-            self._keep((dist.isend(output, self._first, group=ranks.returning), output))
         else:
-            self._keep((dist.isend(output, self._after, group=ranks.pipeline.group), output))
+            group = ranks.returning if ranks.is_last_stage else ranks.pipeline.group
+            self._keep((dist.isend(output, self._after, group=group), output))
 
     def _receive(self, rows: PackedRows) -> Tensor:
         ranks, config = self.network.ranks, self.network.config
         shape = (hidden_tokens(rows, ranks), 1, config.hidden_size)
         hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=ranks.device)
-        is_first = ranks.pipeline.rank == 0
-        group = ranks.returning if is_first else ranks.pipeline.group
-        dist.recv(hidden, self._last if is_first else self._before, group=group)
+        group = ranks.returning if ranks.pipeline.rank == 0 else ranks.pipeline.group
+        dist.recv(hidden, self._before, group=group)
         return hidden
 
     def _keep(self, *sends: tuple[Any, ...]) -> None:

@@ -6,6 +6,7 @@ checkpoints.
 """
 
 import contextlib
+import functools
 import os
 from typing import Any
 
@@ -13,8 +14,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from agrpo_megatron.config.settings import KernelSettings
-
-_stand_in: "_CpuForCuda | None" = None
 
 
 def prepare_platform(threads: int | None = None) -> torch.device:
@@ -53,7 +52,7 @@ def prepare_kernels(settings: KernelSettings, device: torch.device) -> None:
 
 
 def use_torch_optimizers() -> None:
-    """Let Megatron-Core update weights and sum norms with torch alone; mutates its modules.
+    """Let Megatron-Core update weights and sum norms with torch only; mutates its modules.
 
     Megatron-Core uses the fused kernels of any package it can import. Transformer Engine also
     imports on a machine without a GPU, where its kernels cannot run.
@@ -103,10 +102,8 @@ class _Stream:
     wait_stream = wait_event = record = synchronize = wait
 
 
+@functools.cache  # once in a process
 def _stand_in_for_cuda() -> None:
-    global _stand_in
-    if _stand_in is not None:
-        return
     from megatron.core.tensor_parallel import random as tracker
 
     cpu, stream = torch.device("cpu"), _Stream()
@@ -127,5 +124,4 @@ def _stand_in_for_cuda() -> None:
     vars(torch.cuda).update(functions)
     tracker._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     tracker._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    _stand_in = _CpuForCuda()
-    _stand_in.__enter__()
+    _CpuForCuda().__enter__()

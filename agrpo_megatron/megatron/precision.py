@@ -48,7 +48,7 @@ def _fp8_values(fp8: Fp8Settings, recipe: str | None) -> dict[str, Any]:
         # Fine-grained scales: gradients need no wider exponent.
         "fp8": "e4m3" if has_fine_scales else "hybrid",
         "fp8_recipe": recipe,
-        # For recipe delayed: with Megatron's default the last micro-batch alone sets the scale.
+        # For recipe delayed: Megatron's default takes the scale from the last micro-batch only.
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
         "fp8_param": fp8.primary_weights,
