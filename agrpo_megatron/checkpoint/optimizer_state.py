@@ -39,7 +39,7 @@ def sharded_optimizer(engine: Engine, model: dict[str, Any], *, is_loading: bool
 
 
 def use_stored_names(wanted: dict[str, Any], stored: set[str]) -> None:
-    """Rename float32 weights, and FP8 ones, to a stored name of float32 weights; mutates it."""
+    """Rename weights to the names of the stored float32 weights; mutates `wanted`."""
 
     def renamed(leaf: Any) -> Any:
         """Return the leaf, under the best name that the checkpoint has."""

@@ -23,8 +23,7 @@ def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRow
     Args:
         tokens: minimum of packed tokens in the result.
     """
-    count = max(tokens, len(rows.tokens))
-    missing = count + -count % _split(ranks) - len(rows.tokens)
+    missing = _padded(max(tokens, len(rows.tokens)), ranks) - len(rows.tokens)
     if not missing:
         return rows
     end = rows.cu_seqlens[-1:] + missing
@@ -49,8 +48,7 @@ def for_schedule(batches: Sequence[PackedRows], ranks: Ranks) -> tuple[list[Pack
 
 def hidden_tokens(rows: PackedRows, ranks: Ranks) -> int:
     """Return how many tokens of these rows a rank's hidden state holds."""
-    count = len(rows.tokens)
-    return (count + -count % _split(ranks)) // _shares(ranks)
+    return _padded(len(rows.tokens), ranks) // _shares(ranks)
 
 
 def part_of(count: int, context: Axis, rank: int) -> tuple[int, int]:
@@ -106,8 +104,8 @@ def gather_keys(
     return key.contiguous(), value.contiguous()
 
 
-def _split(ranks: Ranks) -> int:
-    return _shares(ranks) * ranks.token_multiple
+def _padded(count: int, ranks: Ranks) -> int:
+    return count + -count % (_shares(ranks) * ranks.token_multiple)
 
 
 def _shares(ranks: Ranks) -> int:
