@@ -63,6 +63,7 @@ class MaskedDiffusionModel(LanguageModule):
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
+        assert config.kv_channels is not None
         self.angles = partial(rotary_angles, head_dim=config.kv_channels, rope_theta=rope_theta)
         if pre_process:
             self.embedding = LanguageModelEmbedding(
