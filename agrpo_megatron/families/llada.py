@@ -71,7 +71,7 @@ def _other_keys(model: ModelSettings) -> dict[str, Any]:
 def _mappings(model: ModelSettings) -> dict[str, tuple[str, ...]]:
     block, layer = "model.transformer.blocks.{i}.", "decoder.layers.{i}."
     qkv = [f"{block}{part}_proj" for part in "qkv"]
-    names = {
+    names: dict[str, tuple[str, ...]] = {
         "embedding.word_embeddings.weight": ("model.transformer.wte.weight",),
         layer + "input_layernorm.weight": (block + "attn_norm.weight",),
         layer + "self_attention.linear_qkv.weight": tuple(f"{name}.weight" for name in qkv),

@@ -106,7 +106,7 @@ def part_shapes(mappings: Sequence[WeightMapping], model: ModelSettings) -> Shap
     keys = head * (model.num_query_groups or model.num_attention_heads)
     assert model.vocab_size is not None
     vocab = (model.vocab_size, hidden)
-    shapes = {
+    shapes: dict[str, list[tuple[int, ...]]] = {
         "word_embeddings": [vocab],
         "output_layer": [vocab],
         "linear_qkv": [(hidden, hidden), (keys, hidden), (keys, hidden)],

@@ -1,5 +1,6 @@
 """Translate precision and kernels into values of Megatron's TransformerConfig."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def _fp8_values(fp8: Fp8Settings, recipe: str | None) -> dict[str, Any]:
     }
 
 
-def megatron_record[Record](cls: type[Record], values: dict[str, Any], key: str) -> Record:
+def megatron_record[Record](cls: Callable[..., Record], values: dict[str, Any], key: str) -> Record:
     """Build a record of Megatron's; `key` names the setting that may override its values.
 
     Raises:
