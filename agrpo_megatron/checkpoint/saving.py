@@ -70,7 +70,7 @@ class Saver:
         self._strategy = "nvrx" if is_async and has_nvrx_async_support() else "mcore"
         package, queue_module = STRATEGIES[self._strategy]
         self._queue = import_module(f"{package}.{queue_module}").AsyncCallsQueue(persistent=False)
-        self._writer = import_module(f"{package}.filesystem_async")
+        self._writer: Any = import_module(f"{package}.filesystem_async")
         if engine.ranks.is_main:
             for left in root.glob(f"{PARTIAL}*"):
                 shutil.rmtree(left, ignore_errors=True)

@@ -68,10 +68,10 @@ def use_torch_optimizers() -> None:
     l2_norm = {"l2_norm_impl": utils.local_multi_tensor_l2_norm}
     flags = ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER")
     adam = {"Adam": torch.optim.AdamW, "SGD": torch.optim.SGD, "USING_PYTORCH_OPTIMIZER": True}
-    vars(optimizer).update(adam)
-    vars(distrib_optimizer).update(dict.fromkeys(flags, False), Adam=torch.optim.Adam)
-    vars(mixed).update(lists)
-    vars(clip_grads).update(lists | l2_norm, multi_tensor_scale_tensor_impl=None)
+    optimizer.__dict__.update(adam)
+    distrib_optimizer.__dict__.update(dict.fromkeys(flags, False), Adam=torch.optim.Adam)
+    mixed.__dict__.update(lists)
+    clip_grads.__dict__.update(lists | l2_norm, multi_tensor_scale_tensor_impl=None)
 
 
 class _CpuForCuda(TorchFunctionMode):
@@ -121,7 +121,7 @@ def _stand_in_for_cuda() -> None:
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
         "is_current_stream_capturing": lambda: False,
     }
-    vars(torch.cuda).update(functions)
+    torch.cuda.__dict__.update(functions)
     tracker._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     tracker._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     _CpuForCuda().__enter__()
