@@ -35,7 +35,7 @@ def main() -> int:
         return 2
     arguments.directory.mkdir(parents=True)
     model = _model(arguments.gigabytes * 1e9)
-    tensors = {n: Stored(Path(), torch.bfloat16, s) for n, (s, _) in hf_shapes(model).items()}
+    tensors = {n: Stored(Path(), torch.bfloat16, s) for n, s in hf_shapes(model).items()}
     total, filled, files = sum(t.nbytes for t in tensors.values()), 0, {}
     for name, tensor in tensors.items():
         number = 1 + filled * arguments.shards // total

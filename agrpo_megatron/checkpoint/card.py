@@ -6,7 +6,7 @@ from typing import Any
 from agrpo_megatron import __version__
 from agrpo_megatron.config.schema import flatten
 from agrpo_megatron.config.yaml_files import read_yaml
-from agrpo_megatron.runs.progress import PROGRESS_FILE, RUN_FILE, read_progress
+from agrpo_megatron.runs.progress import PROGRESS_FILE, RUN_FILE, Progress, read_progress
 
 CARD = "README.md"
 SHOWN = ("task.name", "algorithm", "sampling", "optimizer", "train.iterations", "run.seed")
@@ -16,20 +16,17 @@ def write_card(checkpoint: Path, folder: Path) -> None:
     """Write the card of a checkpoint of a run; a converted one gets none."""
     if not (checkpoint / PROGRESS_FILE).exists() or not (checkpoint / RUN_FILE).exists():
         return
-    run, progress = read_yaml(checkpoint / RUN_FILE), read_progress(checkpoint)
-    base = run["model"].get("load")
     path = folder / CARD
     if path.exists():
         path.rename(folder / "README-base.md")
-    path.write_text(_card(run, progress, base), encoding="utf-8")
+    card = _card(read_yaml(checkpoint / RUN_FILE), read_progress(checkpoint))
+    path.write_text(card, encoding="utf-8")
 
 
-def _card(run: dict[str, Any], progress: Any, base: str | None) -> str:
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [masked-diffusion, reinforcement-learning]",
-    ]
+def _card(run: dict[str, Any], progress: Progress) -> str:
+    base = run["model"].get("load")
+    tags = "tags: [masked-diffusion, reinforcement-learning]"
+    lines = ["---", "library_name: transformers", tags]
     if base and not Path(base).is_absolute():
         lines.append(f"base_model: {base}")
     start = f"`{Path(base).name}`" if base else "random weights"

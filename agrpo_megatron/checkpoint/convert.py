@@ -4,10 +4,11 @@ The output gets its name when it is complete. An interrupted conversion leaves `
 the same folder; the same conversion started again resumes from it.
 """
 
+import functools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,9 @@ from torch import Tensor
 
 from agrpo_megatron.checkpoint.card import write_card
 from agrpo_megatron.checkpoint.integrity import seal, verify
-from agrpo_megatron.checkpoint.model_files import (
-    carry,
-    set_dtype,
-    write_config,
-    write_model_files,
-)
+from agrpo_megatron.checkpoint.model_files import carry, set_dtype, write_config, write_model_files
 from agrpo_megatron.checkpoint.torch_dist import BLOCK, Piece, checkpoint_key, write_checkpoint
-from agrpo_megatron.checkpoint.weights import (
-    DTYPES,
-    MegatronWeights,
-    is_megatron,
-    open_weights,
-)
+from agrpo_megatron.checkpoint.weights import DTYPES, MegatronWeights, is_megatron, open_weights
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import FAMILIES, hf_shapes, weight_mappings
 from agrpo_megatron.families.files import (
@@ -40,8 +31,8 @@ from agrpo_megatron.families.files import (
     read_index,
     write_safetensors,
 )
-from agrpo_megatron.families.tensors import WeightMapping, megatron_shape
-from agrpo_megatron.families.transforms import Split, to_megatron
+from agrpo_megatron.families.tensors import megatron_shape
+from agrpo_megatron.families.transforms import Part, Split, to_megatron
 from agrpo_megatron.runs.files import write_whole
 from agrpo_megatron.runs.progress import HF
 
@@ -105,48 +96,36 @@ def to_hf_directory(
 
 
 def _pieces(model: ModelSettings, weights: HfWeights, dtype: str | None) -> list[Piece]:
-    """Return the pieces of a checkpoint of these weights."""
+    """Return the pieces of a checkpoint: blocks of rows, or whole tensors if they are joined."""
     shapes, pieces = hf_shapes(model), []
-    for line in weight_mappings(model):
-        kinds = {weights.tensors[name].dtype for name in line.parts}
+    for mapping in weight_mappings(model):
+        parts = [weights.part(name) for name in mapping.parts]
+        kinds = {weights.tensors[name].dtype for name in mapping.parts}
         if len(kinds) > 1 and dtype is None:
-            names = ", ".join(line.parts)
+            names = ", ".join(mapping.parts)
             raise ValueError(f"{weights.directory}: {names} differ in dtype; choose one for all")
         kind = DTYPES[dtype] if dtype else kinds.pop()
-        shape = megatron_shape(line, shapes)
-        for rows, make in _blocks(line, shape, model, weights, kind):
-            key, layer = checkpoint_key(line.megatron)
-            offset, own = (
-                (rows.start, *(0 for _ in shape[1:])),
-                (rows.stop - rows.start, *shape[1:]),
-            )
-            if layer is None:
-                pieces.append(Piece(key, kind, shape, offset, own, make))
-                continue
-            whole = (model.num_layers, *shape)
-            pieces.append(Piece(key, kind, whole, (layer, *offset), (1, *own), make))
+        shape = megatron_shape(mapping, shapes)
+        count, width = shape[0], shape[1:]
+        key, layer = checkpoint_key(mapping.megatron)
+        whole = shape if layer is None else (model.num_layers, *shape)
+        block = max(1, BLOCK // (torch.Size(width).numel() * kind.itemsize))
+        step = count if len(parts) > 1 else block
+        for start in range(0, count, step):
+            rows = slice(start, min(start + step, count))
+            offset, own = (start, *(0 for _ in width)), (rows.stop - start, *width)
+            if layer is not None:
+                offset, own = (layer, *offset), (1, *own)
+            make = functools.partial(_rows, parts, mapping.transform, model, rows, kind)
+            pieces.append(Piece(key, kind, whole, offset, own, make))
     return pieces
 
 
-def _blocks(
-    line: WeightMapping,
-    shape: tuple[int, ...],
-    model: ModelSettings,
-    weights: HfWeights,
-    kind: torch.dtype,
-) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
-    """Yield a parameter's blocks of rows and their makers; one block if parts are joined."""
-    parts = [weights.part(name) for name in line.parts]
-    if len(parts) > 1:
-        yield (
-            slice(0, shape[0]),
-            lambda: to_megatron(parts, line.transform, model, Split()).to(kind),
-        )
-        return
-    step = max(1, BLOCK // (torch.Size(shape[1:]).numel() * kind.itemsize))
-    for start in range(0, shape[0], step):
-        rows = slice(start, min(start + step, shape[0]))
-        yield rows, lambda rows=rows: parts[0][rows].to(kind)
+def _rows(
+    parts: Sequence[Part], transform: str, model: ModelSettings, rows: slice, dtype: torch.dtype
+) -> Tensor:
+    part = parts[0] if len(parts) == 1 else to_megatron(parts, transform, model, Split())
+    return part[rows].to(dtype)
 
 
 def _shards(tensors: Mapping[str, Stored], carried: Path) -> dict[str, str]:
@@ -162,19 +141,19 @@ def _shards(tensors: Mapping[str, Stored], carried: Path) -> dict[str, str]:
         numbers[name] = number
     if number == 0:
         return dict.fromkeys(tensors, SINGLE)
-    last = number + 1
-    return {name: f"model-{n + 1:05d}-of-{last:05d}.safetensors" for name, n in numbers.items()}
+    ending = f"-of-{number + 1:05d}.safetensors"
+    return {name: f"model-{n + 1:05d}{ending}" for name, n in numbers.items()}
 
 
 def _write_index(folder: Path, files: Mapping[str, str], tensors: Mapping[str, Stored]) -> None:
     """Write the index of several shards, unless the carried one is right."""
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    path = folder / INDEX
-    carried = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    is_right = carried.get("weight_map") == files
-    if set(files.values()) == {SINGLE} and not path.exists():
-        return
-    if is_right and carried.get("metadata", {}).get("total_size", size) == size:
+    size, path = sum(tensor.nbytes for tensor in tensors.values()), folder / INDEX
+    if path.exists():
+        carried = json.loads(path.read_text(encoding="utf-8"))
+        has_size = carried.get("metadata", {}).get("total_size", size) == size
+        if has_size and carried.get("weight_map") == files:
+            return
+    elif set(files.values()) == {SINGLE}:
         return
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -14,19 +14,16 @@ class Damaged(ValueError):
     """A checkpoint whose files changed after the save; the message names the first."""
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Return the SHA-256 of files below a folder."""
+
+    def digest(name: str) -> str:
+        with (folder / name).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
     names = list(names)
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(
-            zip(names, pool.map(lambda name: file_digest(folder / name), names), strict=True)
-        )
+        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
 def seal(folder: Path, known: dict[str, str] | None = None) -> None:

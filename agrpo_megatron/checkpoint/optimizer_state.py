@@ -39,29 +39,20 @@ def sharded_optimizer(engine: Engine, model: dict[str, Any], *, is_loading: bool
 
 
 def use_stored_names(wanted: dict[str, Any], stored: set[str]) -> None:
-    """Rename float32 weights to the name that the checkpoint keeps them under; mutates it."""
-
-    def renamed(leaf: Any) -> Any:
-        """Return the leaf, under a name that the checkpoint has."""
-        prefix = next((p for p in MAIN if isinstance(leaf, ShardedBase) and p in leaf.key), None)
-        if prefix is not None and leaf.key not in stored:
-            name = leaf.key.removeprefix(prefix)
-            other = (p + name for p in (*MAIN, ""))
-            leaf.key = next((key for key in other if key in stored), leaf.key)
-        return leaf
-
-    dict_list_map_inplace(renamed, wanted)
-
-
-def use_main_weights(wanted: dict[str, Any], stored: set[str]) -> None:
-    """Load float32 weights instead of FP8 ones if both are stored; mutates it."""
+    """Rename weights to the names of the stored float32 weights; mutates `wanted`."""
 
     def renamed(leaf: Any) -> Any:
         """Return the leaf, under the best name that the checkpoint has."""
-        data: Any = leaf.data if isinstance(leaf, ShardedBase) else None
+        if not isinstance(leaf, ShardedBase):
+            return leaf
+        data: Any = leaf.data
+        prefix = next((p for p in MAIN if p in leaf.key), None)
+        names: list[str] = []
         if is_float8tensor(data):
-            main = (prefix + leaf.key for prefix in MAIN)
-            leaf.key = next((key for key in main if key in stored), leaf.key)
+            names = [p + leaf.key for p in MAIN]
+        elif prefix is not None and leaf.key not in stored:
+            names = [p + leaf.key.removeprefix(prefix) for p in (*MAIN, "")]
+        leaf.key = next((name for name in names if name in stored), leaf.key)
         return leaf
 
     dict_list_map_inplace(renamed, wanted)
@@ -75,26 +66,20 @@ def fill_optimizer(engine: Engine, loaded: dict[str, Any], steps: int) -> None:
         steps: optimizer steps done.
     """
     own: Any = engine.optimizer.state_dict()
-    distributed = [part for part in _parts(engine) if isinstance(part, DistributedOptimizer)]
-    if distributed:
+    if any(isinstance(part, DistributedOptimizer) for part in engine.optimizers):
         for group in own["optimizer"]["param_groups"]:
             group["step"] = steps
         state = {**own, "param_state": loaded["param_state"], "param_state_sharding_type": FORMAT}
     elif "fp32_from_fp16_params" in own:
         adam = {**own["optimizer"], "state": _moments(engine, loaded["optimizer"], steps)}
-        main = {"fp32_from_fp16_params": loaded["fp32_from_fp16_params"]}
-        state = {**own, "optimizer": adam, **main}
+        main = loaded["fp32_from_fp16_params"]
+        state = {**own, "optimizer": adam, "fp32_from_fp16_params": main}
     else:
         state = {**own, "state": _moments(engine, loaded, steps)}
     with _exchangeable():
         engine.optimizer.load_state_dict(state)
-    for part in _parts(engine):
+    for part in engine.optimizers:
         _count(part.optimizer, steps)
-
-
-def _parts(engine: Engine) -> list[Any]:
-    """Return Megatron's optimizers; each wraps the optimizer that does the arithmetic."""
-    return getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
 
 
 def _prepare_to_load(engine: Engine) -> None:
@@ -103,7 +88,7 @@ def _prepare_to_load(engine: Engine) -> None:
     Transformer Engine's Adam has its state. An offloading optimizer takes a step, which changes
     weights: load them afterwards.
     """
-    for part in _parts(engine):
+    for part in engine.optimizers:
         adam = part.optimizer
         if isinstance(adam, HybridDeviceOptimizer) and not adam.state:
             adam.dummy_step()
@@ -120,7 +105,7 @@ def _prepare_to_load(engine: Engine) -> None:
 def _moments(engine: Engine, loaded: dict[str, Any], steps: int) -> dict[Any, Any]:
     """Return the loaded moments by parameter, with the step if torch's Adam needs one."""
     state = {key: value for key, value in loaded["state"].items() if key != "common_step"}
-    if isinstance(_parts(engine)[0].optimizer, torch.optim.AdamW):
+    if isinstance(engine.optimizers[0].optimizer, torch.optim.AdamW):
         state["common_step"] = torch.tensor(float(steps))
     return state
 

@@ -1,5 +1,6 @@
 """Find the checkpoint to resume from: the newest with intact files."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,10 +27,8 @@ def find_checkpoint(
     Raises:
         RuntimeError: there are checkpoints, and all of them are damaged.
     """
-    paths = checkpoints(root)
-    problem = None
-    for number, path in enumerate(paths, start=1):
-        successor = paths[number] if number < len(paths) else None
+    paths, problem = checkpoints(root), None
+    for path, successor in itertools.zip_longest(paths, paths[1:]):
         has_progress = (path / PROGRESS_FILE).exists()
         problem = _problem(path, ranks) if has_progress else f"{path} is incomplete"
         if problem is None:
@@ -49,8 +48,7 @@ def verify_together(path: Path, ranks: Ranks) -> None:
     Raises:
         Damaged: some rank found a damaged file; raised by all of them.
     """
-    problem = _problem(path, ranks)
-    if problem is not None:
+    if problem := _problem(path, ranks):
         raise Damaged(problem)
 
 
@@ -61,4 +59,4 @@ def _problem(path: Path, ranks: Ranks) -> str | None:
         verify(path, share=ranks.rank, shares=ranks.world_size)
     except Damaged as error:
         mine = str(error)
-    return next((problem for problem in gather_objects(mine) if problem is not None), None)
+    return next(filter(None, gather_objects(mine)), None)

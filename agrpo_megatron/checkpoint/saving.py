@@ -1,4 +1,4 @@
-"""Save checkpoints of a run atomically, and in the background if asked to.
+"""Save checkpoints of a run atomically, optionally in the background.
 
 A checkpoint is written under a temporary name. When all ranks have written, it gets checksums and
 its name, and `latest` is moved; a kill at any moment leaves the previous one in place.
@@ -12,8 +12,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -38,8 +37,7 @@ from agrpo_megatron.runs.progress import (
 )
 
 SUMS = ".sums-"
-# Background writers: the modules of the queue and of the writer.
-STRATEGIES = {
+STRATEGIES = {  # background writers: package, module of the queue
     "nvrx": ("nvidia_resiliency_ext.checkpointing.async_ckpt", "core"),
     "mcore": ("megatron.core.dist_checkpointing.strategies", "async_utils"),
 }
@@ -72,7 +70,7 @@ class Saver:
         self._strategy = "nvrx" if is_async and has_nvrx_async_support() else "mcore"
         package, queue_module = STRATEGIES[self._strategy]
         self._queue = import_module(f"{package}.{queue_module}").AsyncCallsQueue(persistent=False)
-        self._writer = import_module(f"{package}.filesystem_async")
+        self._writer: Any = import_module(f"{package}.filesystem_async")
         if engine.ranks.is_main:
             for left in root.glob(f"{PARTIAL}*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -82,24 +80,25 @@ class Saver:
         self.finish()
         self._engine.finish_parameters()
         folder = self._new_folder(progress)
-        with _results_through_files(self._writer):
+        self._writer._results_queue = _FileQueue()
+        try:
+            state, strategy = run_state(self._engine), self._strategy
             request = dist_checkpointing.save(
-                run_state(self._engine),
-                str(folder),
-                async_sharded_save=True,
-                async_strategy=self._strategy,
+                state, str(folder), async_sharded_save=True, async_strategy=strategy
             )
+        finally:
+            self._writer._results_queue = None
         assert request is not None
         if request.async_fn is not None:  # else this rank has nothing to write
             write = partial(_write, request.async_fn, folder, dist.get_rank())
             request = request._replace(async_fn=write)
         request.add_finalize_fn(partial(self._publish, folder, progress))
-        if not self._is_async:
+        if self._is_async:
+            with warnings.catch_warnings():  # the child only writes files
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._queue.schedule_async_request(request)
+        else:
             request.execute_sync()
-            return self._root / progress.name
-        with warnings.catch_warnings():  # the child only writes files
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._queue.schedule_async_request(request)
         return self._root / progress.name
 
     def poll(self) -> None:
@@ -184,15 +183,6 @@ class _FileQueue:
             return pickle.load(self._file)
         except EOFError:
             raise queue.Empty from None
-
-
-@contextmanager
-def _results_through_files(writer: Any) -> Iterator[None]:
-    writer._results_queue = _FileQueue()
-    try:
-        yield
-    finally:
-        writer._results_queue = None
 
 
 def _link(source: str, target: str) -> None:

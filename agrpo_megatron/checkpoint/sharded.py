@@ -11,7 +11,6 @@ from torch import Tensor
 from agrpo_megatron.checkpoint.optimizer_state import (
     fill_optimizer,
     sharded_optimizer,
-    use_main_weights,
     use_stored_names,
 )
 from agrpo_megatron.checkpoint.torch_dist import read_metadata
@@ -58,7 +57,7 @@ def load_weights(path: Path, network: Network) -> dict[str, Tensor]:
     stored = set(read_metadata(path).state_dict_metadata)
     with torch.no_grad():
         wanted = _model_state(network)
-        use_main_weights(wanted, stored)
+        use_stored_names(wanted, stored)
         return _fill(network, _load(wanted, path))
 
 

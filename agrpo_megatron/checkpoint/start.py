@@ -25,9 +25,10 @@ def load_start_weights(network: Network, settings: Settings) -> dict[str, Tensor
     source = settings.model.load
     if source is None:
         return initialise(network, settings.model, settings.run.seed)
-    if (Path(source) / RUN_SETTINGS).exists():
-        return load_weights(checkpoint_path(Path(source)), network)
-    if (Path(source) / MODEL_FILE).exists():
-        verify_together(Path(source), network.ranks)
-        return load_weights(Path(source), network)
-    return load_hf(network, settings.model, source)
+    path = Path(source)
+    if (path / RUN_SETTINGS).exists():
+        return load_weights(checkpoint_path(path), network)
+    if (path / MODEL_FILE).exists():
+        verify_together(path, network.ranks)
+        return load_weights(path, network)
+    return load_hf(network, settings.model, path)

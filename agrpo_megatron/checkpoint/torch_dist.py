@@ -5,11 +5,9 @@ block of which tensor lies where. A tensor of all layers is one tensor [layers, 
 name that GPTModel gives it.
 """
 
-import io
 import itertools
 import json
 import pickle
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,36 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    FileSystemReader,
-    FileSystemWriter,
-    filesystem,
-    metadata,
-    planner,
-)
-from torch.distributed.checkpoint.default_planner import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    create_default_global_save_plan,
-)
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint import default_planner, filesystem, metadata, planner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from agrpo_megatron.families.tensors import FUSED_NORMS, LAYER
 from agrpo_megatron.runs.files import write_whole
 
 METADATA, CONFIG = ".metadata", "metadata.json"
@@ -55,13 +30,6 @@ FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 BLOCK = 1 << 26  # bytes held at a time of a tensor that can be cut into blocks of rows
 FILE = 1 << 31  # bytes of tensors in a file
 COMMON = "common_state/shard_0_1"  # where Megatron keeps non-tensors
-LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-# Megatron names the two norms of a layer after the projection that Transformer Engine fuses them
-# with, whichever specification built the layer.
-FUSED = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
 
 
 @dataclass(frozen=True)
@@ -76,6 +44,11 @@ class Piece:
     make: Callable[[], Tensor]
 
     @property
+    def index(self) -> MetadataIndex:
+        """Return the block's key in a checkpoint."""
+        return MetadataIndex(self.key, self.offset)
+
+    @property
     def nbytes(self) -> int:
         """Return the block's bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
@@ -86,10 +59,7 @@ def checkpoint_key(parameter: str) -> tuple[str, int | None]:
     found = LAYER.match(parameter)
     if found is None:
         return parameter, None
-    rest = found[2]
-    for own, fused in FUSED.items():
-        rest = fused + rest.removeprefix(own) if rest.startswith(own) else rest
-    return f"decoder.layers.{rest}", int(found[1])
+    return f"decoder.layers.{FUSED_NORMS.get(found[2], found[2])}", int(found[1])
 
 
 def write_checkpoint(folder: Path, pieces: Sequence[Piece], done: Callable[[int], Any]) -> None:
@@ -101,26 +71,26 @@ def write_checkpoint(folder: Path, pieces: Sequence[Piece], done: Callable[[int]
         done: called with the number of bytes after each piece.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plans = [SavePlan([_item(piece) for piece in part]) for part in _files(pieces)]
+    plans = [planner.SavePlan([_item(piece) for piece in part]) for part in _files(pieces)]
     plans[0].items.append(WriteItem(MetadataIndex(COMMON), WriteItemType.BYTE_IO))
-    plans, described = create_default_global_save_plan(plans)
-    writer = FileSystemWriter(folder, thread_count=1)
+    plans, described = default_planner.create_default_global_save_plan(plans)
+    writer = filesystem.FileSystemWriter(folder, thread_count=1)
     plans = writer.prepare_global_plan(plans)
-    making = _Making({(piece.key, piece.offset): piece for piece in pieces}, done)
+    making = _Making(pieces, done)
     results = []
     for number, plan in enumerate(plans):
         record = folder / f"written-{number}.json"
         if record.exists():
             results.append(_decode(json.loads(record.read_text(encoding="utf-8"))))
-            done(sum(making.piece(item).nbytes for item in plan.items if item.tensor_data))
+            done(sum(making.pieces[i.index].nbytes for i in plan.items if i.tensor_data))
             continue
         results.append(writer.write_data(plan, making).value())
         write_whole(record, json.dumps(_encode(results[-1])))
     (folder / CONFIG).write_text(json.dumps(FORMAT), encoding="utf-8")
     writer.finish(described, results)
-    for pattern in ("written-*", ".written-*"):  # also left by a killed `write_whole`
-        for record in folder.glob(pattern):
-            record.unlink()
+    # A killed `write_whole` leaves the hidden ones.
+    for record in (*folder.glob("written-*"), *folder.glob(".written-*")):
+        record.unlink()
 
 
 class TorchDist:
@@ -132,38 +102,40 @@ class TorchDist:
 
     def __init__(self, folder: Path):
         self.folder, self.metadata = folder, read_metadata(folder)
-        self._reader = FileSystemReader(folder)
+        self._reader = filesystem.FileSystemReader(folder)
         self._reader.set_up_storage_reader(self.metadata, True)
 
     def tensors(self) -> list[str]:
         """Return the names of all tensors."""
         entries = self.metadata.state_dict_metadata.items()
-        return [key for key, entry in entries if isinstance(entry, TensorStorageMetadata)]
+        return [key for key, entry in entries if isinstance(entry, metadata.TensorStorageMetadata)]
 
-    def tensor(self, key: str) -> TensorStorageMetadata:
+    def tensor(self, key: str) -> metadata.TensorStorageMetadata:
         """Return the shape, dtype and saved blocks of a tensor.
 
         Raises:
             ValueError: the checkpoint has no such tensor.
         """
         found = self.metadata.state_dict_metadata.get(key)
-        if not isinstance(found, TensorStorageMetadata):
+        if not isinstance(found, metadata.TensorStorageMetadata):
             raise ValueError(f"{self.folder}: tensor {key} is missing from the checkpoint")
         return found
 
     def read(self, key: str, layer: int | None, rows: slice | None = None) -> Tensor:
         """Return rows of a tensor, or of one layer of it; all rows by default."""
         stored = self.tensor(key)
-        lead = [] if layer is None else [slice(layer, layer + 1)]
-        own = slice(0, stored.size[len(lead)]) if rows is None else rows
-        bounds = [*lead, own, *(slice(0, n) for n in stored.size[len(lead) + 1 :])]
+        bounds = [slice(0, n) for n in stored.size]
+        if layer is not None:
+            bounds[0] = slice(layer, layer + 1)
+        if rows is not None:
+            bounds[0 if layer is None else 1] = rows
         wanted = ChunkStorageMetadata(
             torch.Size(b.start for b in bounds), torch.Size(b.stop - b.start for b in bounds)
         )
         result = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
         items = create_read_items_for_chunk_list(key, stored, [wanted])
         try:
-            self._reader.read_data(LoadPlan(items), _Into(result)).wait()
+            self._reader.read_data(planner.LoadPlan(items), _Into(result)).wait()
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{self.folder}: tensor {key} cannot be read ({reason})") from None
@@ -176,7 +148,7 @@ class TorchDist:
         yield from itertools.starmap(slice, itertools.pairwise([*sorted(starts), stored.size[dim]]))
 
 
-def read_metadata(folder: Path) -> Metadata:
+def read_metadata(folder: Path) -> metadata.Metadata:
     """Return a checkpoint's metadata; its pickle may name only metadata classes.
 
     Raises:
@@ -215,48 +187,35 @@ class _OnlyMetadata(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}, which is not metadata")
 
 
-class _Making(DefaultSavePlanner):
+class _Making(default_planner.DefaultSavePlanner):
     """Makes each piece when the writer asks for it."""
 
-    def __init__(self, pieces: dict[tuple, Piece], done: Callable[[int], Any]):
+    def __init__(self, pieces: Sequence[Piece], done: Callable[[int], Any]):
         super().__init__()
-        self._pieces, self._done = pieces, done
+        self.pieces = {piece.index: piece for piece in pieces}
+        self._done = done
 
-    def piece(self, item: WriteItem) -> Piece:
-        """Return the piece of a write item."""
-        assert item.index.offset is not None
-        return self._pieces[item.index.fqn, tuple(item.index.offset)]
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """Return the bytes or the tensor to write."""
-        if write_item.type == WriteItemType.BYTE_IO:
-            stream = io.BytesIO()
-            torch.save([{}], stream)
-            return stream
-        piece = self.piece(write_item)
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """Return the tensor to write, or the non-tensors."""
+        if index.fqn == COMMON:
+            return [{}]
+        piece = self.pieces[index]
         tensor = piece.make()
         assert tensor.dtype == piece.dtype, piece.key
         self._done(piece.nbytes)
         return tensor.reshape(piece.shape)
 
 
-class _Into(DefaultLoadPlanner):
+class _Into(default_planner.DefaultLoadPlanner):
     """Reads into one tensor."""
 
     def __init__(self, result: Tensor):
         super().__init__()
         self._result = result
 
-    def resolve_tensor(self, read_item: Any) -> Tensor:
-        """Return the part of the tensor that an item fills."""
-        part = self._result
-        bounds = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        for dim, (start, length) in enumerate(bounds):
-            part = part.narrow(dim, start, length)
-        return part
-
-    def commit_tensor(self, read_item: Any, tensor: Tensor) -> None:
-        """Do nothing: the part is a view."""
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Return the tensor, whichever part is read."""
+        return self._result
 
 
 def _files(pieces: Sequence[Piece]) -> Iterable[list[Piece]]:
@@ -268,13 +227,12 @@ def _files(pieces: Sequence[Piece]) -> Iterable[list[Piece]]:
 
 
 def _item(piece: Piece) -> WriteItem:
-    offset, shape = torch.Size(piece.offset), torch.Size(piece.shape)
-    data = TensorWriteData(
-        chunk=ChunkStorageMetadata(offset, shape),
-        properties=TensorProperties(dtype=piece.dtype),
+    data = planner.TensorWriteData(
+        chunk=ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape)),
+        properties=metadata.TensorProperties(dtype=piece.dtype),
         size=torch.Size(piece.whole),
     )
-    return WriteItem(MetadataIndex(piece.key, offset), WriteItemType.SHARD, tensor_data=data)
+    return WriteItem(piece.index, WriteItemType.SHARD, tensor_data=data)
 
 
 def _encode(results: Iterable[WriteResult]) -> list[list]:
@@ -287,6 +245,6 @@ def _encode(results: Iterable[WriteResult]) -> list[list]:
 
 def _decode(lines: Iterable[list]) -> list[WriteResult]:
     return [
-        WriteResult(MetadataIndex(fqn, offset, index), size, _StorageInfo(*place))
+        WriteResult(MetadataIndex(fqn, offset, index), size, filesystem._StorageInfo(*place))
         for fqn, offset, index, size, *place in lines
     ]

@@ -40,8 +40,7 @@ def compare_tensors(
     Raises:
         ValueError: a checkpoint is damaged, or the shapes differ.
     """
-    (model, ours), (other, theirs) = open_weights(first), open_weights(second)
-    _refuse_unequal(model, other, first, second)
+    _, ours, theirs = _open_copies(first, second)
     total, done = sum(tensor.nbytes for tensor in ours.tensors.values()), 0
     for name, tensor in ours.tensors.items():
         a, b = ours.part(name)[:], theirs.part(name)[:]
@@ -52,8 +51,7 @@ def compare_tensors(
 
 def compare_logits(first: Path, second: Path) -> Difference:
     """Return the difference of the logits on random, partly masked rows; one process."""
-    (model, ours), (other, theirs) = open_weights(first), open_weights(second)
-    _refuse_unequal(model, other, first, second)
+    model, ours, theirs = _open_copies(first, second)
     settings = Settings(model=model)
     ranks = start_ranks(settings)
     try:
@@ -76,31 +74,27 @@ def _logits(network: Network, model: ModelSettings, weights: Weights) -> Tensor:
 
 
 def _difference(name: str, ours: Tensor, theirs: Tensor) -> Difference:
-    dtypes = _dtype(ours), _dtype(theirs)
+    first, second = (str(tensor.dtype).removeprefix("torch.") for tensor in (ours, theirs))
     gap = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
     scale = ours.double().abs().max().item() if ours.numel() else 1.0
     gap = math.inf if math.isnan(gap) else gap
-    return Difference(name, dtypes, gap, gap / scale if scale else gap)
+    return Difference(name, (first, second), gap, gap / scale if scale else gap)
 
 
-def _refuse_unequal(model: ModelSettings, other: ModelSettings, first: Path, second: Path) -> None:
-    ours, theirs = _architecture(model), _architecture(other)
-    for name, value in ours.items():
-        if theirs[name] != value:
+def _open_copies(first: Path, second: Path) -> tuple[ModelSettings, Weights, Weights]:
+    (model, ours), (other, theirs) = open_weights(first), open_weights(second)
+    values, others = _architecture(model), _architecture(other)
+    for name, value in values.items():
+        if others[name] != value:
             raise ValueError(
-                f"{first} has model.{name}={value} and {second} has {theirs[name]}; these are not "
+                f"{first} has model.{name}={value} and {second} has {others[name]}; these are not "
                 "two copies of one model"
             )
+    return model, ours, theirs
 
 
 def _architecture(model: ModelSettings) -> dict[str, Any]:
     """Return the settings that two copies of a model share."""
-    values = {
-        **vars(model),
-        "num_query_groups": model.num_query_groups or model.num_attention_heads,
-    }
+    groups = model.num_query_groups or model.num_attention_heads
+    values = {**vars(model), "num_query_groups": groups}
     return {k: v for k, v in values.items() if k not in ("load", "init_std", "megatron")}
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -32,17 +32,15 @@ class MegatronWeights:
     def __init__(self, folder: Path, dtype: str | None = None):
         self.folder, self.model = folder, read_model(folder)
         self._checkpoint = TorchDist(folder)
-        self._lines = {
-            name: (line, n)
-            for line in weight_mappings(self.model)
-            for n, name in enumerate(line.parts)
-        }
-        shapes = hf_shapes(self.model)
+        self._mappings: dict[str, tuple[WeightMapping, int]] = {}  # and the number of the part
         self.tensors: dict[str, Stored] = {}
-        for name, (line, _) in self._lines.items():
-            stored = self._check(line, megatron_shape(line, shapes))
+        shapes = hf_shapes(self.model)
+        for mapping in weight_mappings(self.model):
+            stored = self._check(mapping, megatron_shape(mapping, shapes))
             chosen = DTYPES[dtype] if dtype else stored
-            self.tensors[name] = Stored(folder, chosen, shapes[name][0])
+            for number, name in enumerate(mapping.parts):
+                self._mappings[name] = mapping, number
+                self.tensors[name] = Stored(folder, chosen, shapes[name])
         self._refuse_unknown()
         # One layer's projections, as their parts are read one by one.
         self._fused = lru_cache(maxsize=2)(self._read_fused)
@@ -53,27 +51,26 @@ class MegatronWeights:
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor in blocks of rows; the padding of the vocabulary is left out."""
-        (line, number), stored = self._lines[name], self.tensors[name]
-        if len(line.parts) > 1:
-            yield self._fused(line)[number].to(stored.dtype)
+        (mapping, number), stored = self._mappings[name], self.tensors[name]
+        if len(mapping.parts) > 1:
+            yield self._fused(mapping)[number].to(stored.dtype)
             return
-        key, layer = checkpoint_key(line.megatron)
-        rows = stored.shape[0]
-        for block in self._checkpoint.row_blocks(key, layer):
+        place, rows = checkpoint_key(mapping.megatron), stored.shape[0]
+        for block in self._checkpoint.row_blocks(*place):
             if block.start < rows:
                 part = slice(block.start, min(block.stop, rows))
-                yield self._checkpoint.read(key, layer, part).to(stored.dtype)
+                yield self._checkpoint.read(*place, part).to(stored.dtype)
 
-    def _read_fused(self, line: WeightMapping) -> list[Tensor]:
-        whole = self._checkpoint.read(*checkpoint_key(line.megatron))
-        return from_megatron([whole], line.transform, self.model)
+    def _read_fused(self, mapping: WeightMapping) -> list[Tensor]:
+        whole = self._checkpoint.read(*checkpoint_key(mapping.megatron))
+        return from_megatron([whole], mapping.transform, self.model)
 
-    def _check(self, line: WeightMapping, shape: tuple[int, ...]) -> torch.dtype:
-        key, layer = checkpoint_key(line.megatron)
+    def _check(self, mapping: WeightMapping, shape: tuple[int, ...]) -> torch.dtype:
+        key, layer = checkpoint_key(mapping.megatron)
         stored = self._checkpoint.tensor(key)
         whole = shape if layer is None else (self.model.num_layers, *shape)
         found = tuple(stored.size)
-        padded = line.transform == "vocab" and found[0] >= whole[0] and found[1:] == whole[1:]
+        padded = mapping.transform == "vocab" and found[0] >= whole[0] and found[1:] == whole[1:]
         if found != whole and not padded:
             raise ValueError(
                 f"{self.folder}: tensor {key} has shape {list(found)}, and model.yaml asks for "
@@ -82,7 +79,7 @@ class MegatronWeights:
         return stored.properties.dtype
 
     def _refuse_unknown(self) -> None:
-        known = {checkpoint_key(line.megatron)[0] for line, _ in self._lines.values()}
+        known = {checkpoint_key(mapping.megatron)[0] for mapping, _ in self._mappings.values()}
         for key in self._checkpoint.tensors():
             if key not in known and not key.startswith("optimizer."):
                 raise ValueError(
@@ -107,6 +104,5 @@ def open_weights(path: Path) -> tuple[ModelSettings, HfWeights | MegatronWeights
         weights = MegatronWeights(path)
         return weights.model, weights
     model, weights = settings_from_hf(path), HfWeights(path)
-    shapes = {name: shape for name, (shape, _) in hf_shapes(model).items()}
-    weights.check(shapes, model.family)
+    weights.check(hf_shapes(model), model.family)
     return model, weights

@@ -39,5 +39,5 @@ def weight_mappings(model: ModelSettings) -> list[WeightMapping]:
 
 
 def hf_shapes(model: ModelSettings) -> Shapes:
-    """Return the shape and transform of every Hugging Face tensor, by name."""
+    """Return the shape of every Hugging Face tensor, by name."""
     return part_shapes(weight_mappings(model), model)

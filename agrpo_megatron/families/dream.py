@@ -8,11 +8,9 @@ Dream-org/Dream-v0-Instruct-7B.
 from collections.abc import Mapping
 from typing import Any
 
-from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.tensors import Family, WeightMapping, check_required
+from agrpo_megatron.families.tensors import Family
 
-# Required values: features of the modelling code that this model lacks.
 _REQUIRED = {
     "hidden_act": "silu",
     "use_sliding_window": False,
@@ -20,7 +18,7 @@ _REQUIRED = {
     "tie_word_embeddings": False,
     "attention_dropout": 0.0,
 }
-_SAME = {  # ours: theirs
+_KEYS = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "intermediate_size",
@@ -35,37 +33,18 @@ _SAME = {  # ours: theirs
 }
 
 
-def _settings(config: Mapping[str, Any]) -> ModelSettings:
-    """Translate config.json.
-
-    Raises:
-        ValueError: a key is missing, or this family does not support its value.
-    """
-    check_required(config, _REQUIRED, "dream")
-    missing = [key for key in _SAME.values() if key not in config]
-    if missing:
-        raise ValueError(f"config.json: {missing[0]} is missing; the dream family needs it")
-    values = {ours: config[theirs] for ours, theirs in _SAME.items()}
+def _other_settings(_config: Mapping[str, Any]) -> dict[str, Any]:
     # Query, key and value always have biases, the output projection has none.
-    values |= {"family": "dream", "qkv_bias": True, "shift": True}
-    return build(ModelSettings, values, "config.json as model.")
+    return {"qkv_bias": True, "shift": True}
 
 
-def _config(model: ModelSettings) -> dict[str, Any]:
-    """Return config.json for a model without one.
-
-    Raises:
-        ValueError: the modelling code does not support this model.
-    """
+def _other_keys(model: ModelSettings) -> dict[str, Any]:
     if model.qk_norm or not (model.qkv_bias and model.shift):
         raise ValueError(
             "model.qk_norm, qkv_bias, shift: Dream's modelling code needs false, true, true"
         )
-    values = {theirs: getattr(model, ours) for ours, theirs in _SAME.items()}
-    values["num_key_value_heads"] = model.num_query_groups or model.num_attention_heads
     return {
-        **_REQUIRED,
-        **values,
+        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
         "architectures": ["DreamModel"],
         "model_type": "Dream",
         "bos_token_id": model.eos_token_id,
@@ -74,41 +53,26 @@ def _config(model: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _mappings(_model: ModelSettings) -> list[WeightMapping]:
+def _mappings(_model: ModelSettings) -> dict[str, tuple[str, ...]]:
     block, layer = "model.layers.{i}.", "decoder.layers.{i}."
-    attention = block + "self_attn."
-    return [
-        WeightMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
-        WeightMapping(
-            layer + "input_layernorm.weight", (block + "input_layernorm.weight",), "copy"
-        ),
-        WeightMapping(
-            layer + "self_attention.linear_qkv.weight",
-            tuple(attention + f"{part}_proj.weight" for part in "qkv"),
-            "qkv",
-        ),
+    qkv = [f"{block}self_attn.{part}_proj" for part in "qkv"]
+    return {
+        "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
+        layer + "input_layernorm.weight": (block + "input_layernorm.weight",),
+        layer + "self_attention.linear_qkv.weight": tuple(f"{name}.weight" for name in qkv),
         # Biases are interleaved by query group like the rows of their weights.
-        WeightMapping(
-            layer + "self_attention.linear_qkv.bias",
-            tuple(attention + f"{part}_proj.bias" for part in "qkv"),
-            "qkv",
-        ),
-        WeightMapping(
-            layer + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), "row"
-        ),
+        layer + "self_attention.linear_qkv.bias": tuple(f"{name}.bias" for name in qkv),
+        layer + "self_attention.linear_proj.weight": (block + "self_attn.o_proj.weight",),
         # The norm after the attention and before the MLP.
-        WeightMapping(
-            layer + "pre_mlp_layernorm.weight", (block + "post_attention_layernorm.weight",), "copy"
+        layer + "pre_mlp_layernorm.weight": (block + "post_attention_layernorm.weight",),
+        layer + "mlp.linear_fc1.weight": (
+            block + "mlp.gate_proj.weight",
+            block + "mlp.up_proj.weight",
         ),
-        WeightMapping(
-            layer + "mlp.linear_fc1.weight",
-            (block + "mlp.gate_proj.weight", block + "mlp.up_proj.weight"),
-            "gate_up",
-        ),
-        WeightMapping(layer + "mlp.linear_fc2.weight", (block + "mlp.down_proj.weight",), "row"),
-        WeightMapping("decoder.final_layernorm.weight", ("model.norm.weight",), "copy"),
-        WeightMapping("output_layer.weight", ("lm_head.weight",), "vocab"),
-    ]
+        layer + "mlp.linear_fc2.weight": (block + "mlp.down_proj.weight",),
+        "decoder.final_layernorm.weight": ("model.norm.weight",),
+        "output_layer.weight": ("lm_head.weight",),
+    }
 
 
-FAMILY = Family("dream", _settings, _config, _mappings)
+FAMILY = Family("dream", _REQUIRED, _KEYS, _other_settings, _other_keys, _mappings)

@@ -65,13 +65,7 @@ class HfWeights:
         self._path, self._read = Path(), 0
 
     def part(self, name: str) -> "_FilePart":
-        """Return a lazy tensor of the directory.
-
-        Raises:
-            ValueError: there is no such tensor.
-        """
-        if name not in self.tensors:
-            raise ValueError(f"{self.directory}: tensor {name} is missing")
+        """Return a lazy tensor of the directory."""
         return _FilePart(self, name)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], family: str) -> None:
@@ -170,17 +164,14 @@ def read_index(directory: Path) -> dict[str, str] | None:
 
 def _files(directory: Path) -> list[Path]:
     """Return the weight files of the index, or all without an index."""
-    index = read_index(directory)
-    if index is not None:
+    if (index := read_index(directory)) is not None:
         for name, file in index.items():
             if not (directory / file).is_file():
                 raise ValueError(f"{directory}: shard {file} is missing (tensor {name} is in it)")
         return sorted({directory / file for file in index.values()})
-    files = sorted(directory.glob("*.safetensors"))
-    if files:
+    if files := sorted(directory.glob("*.safetensors")):
         return files
-    pickled = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLED)
-    if pickled:
+    if pickled := sorted(p.name for p in directory.glob("*") if p.suffix in PICKLED):
         raise ValueError(
             f"{directory}: {pickled[0]} is a pickle, which can run code and is never opened; "
             "save the weights as .safetensors"
@@ -189,9 +180,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def write_safetensors(
-    path: Path,
-    tensors: Mapping[str, Stored],
-    read: Callable[[str], Iterable[Tensor]],
+    path: Path, tensors: Mapping[str, Stored], read: Callable[[str], Iterable[Tensor]]
 ) -> None:
     """Write a safetensors file tensor by tensor; a complete file is renamed to `path`.
 
@@ -205,11 +194,7 @@ def write_safetensors(
     offset = 0
     for name in order:
         tensor, place = tensors[name], [offset, offset + tensors[name].nbytes]
-        header[name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": tensor.shape,
-            "data_offsets": place,
-        }
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": place}
         offset = place[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -7,11 +7,9 @@ modelling code for the order of operations.
 from collections.abc import Mapping
 from typing import Any
 
-from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.tensors import Family, WeightMapping, check_required
+from agrpo_megatron.families.tensors import Family
 
-# Required values: features of the modelling code that this model lacks.
 _REQUIRED = {
     "alibi": False,
     "rope": True,
@@ -29,66 +27,40 @@ _REQUIRED = {
     "multi_query_attention": False,
     "block_group_size": 1,
 }
+_KEYS = {
+    "num_layers": "n_layers",
+    "hidden_size": "d_model",
+    "num_attention_heads": "n_heads",
+    "mask_token_id": "mask_token_id",
+    "eos_token_id": "eos_token_id",
+    "max_sequence_length": "max_sequence_length",
+    "rope_theta": "rope_theta",
+    "norm_epsilon": "rms_norm_eps",
+}
 
 
-def _settings(config: Mapping[str, Any]) -> ModelSettings:
-    """Translate config.json.
-
-    Raises:
-        ValueError: a key is missing, or this family does not support its value.
-    """
-    check_required(config, _REQUIRED, "llada")
-    try:
+def _other_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        # `mlp_hidden_size` overrides `mlp_ratio` in the modelling code.
+        "ffn_hidden_size": config.get("mlp_hidden_size") or config["mlp_ratio"] * config["d_model"],
+        "num_query_groups": config.get("n_kv_heads") or config["n_heads"],
         # `embedding_size` is the number of rows of the tensors, `vocab_size` of the used ones.
-        rows = config.get("embedding_size") or config["vocab_size"]
-        values = {
-            "family": "llada",
-            "num_layers": config["n_layers"],
-            "hidden_size": config["d_model"],
-            # `mlp_hidden_size` overrides `mlp_ratio` in the modelling code.
-            "ffn_hidden_size": config.get("mlp_hidden_size")
-            or config["mlp_ratio"] * config["d_model"],
-            "num_attention_heads": config["n_heads"],
-            "num_query_groups": config.get("n_kv_heads") or config["n_heads"],
-            "vocab_size": rows,
-            "mask_token_id": config["mask_token_id"],
-            "eos_token_id": config["eos_token_id"],
-            "max_sequence_length": config["max_sequence_length"],
-            "rope_theta": config["rope_theta"],
-            "norm_epsilon": config["rms_norm_eps"],
-            "qkv_bias": config.get("include_qkv_bias", False),
-        }
-    except KeyError as error:
-        key = error.args[0]
-        raise ValueError(f"config.json: {key} is missing; the llada family needs it") from None
-    return build(ModelSettings, values, "config.json as model.")
+        "vocab_size": config.get("embedding_size") or config["vocab_size"],
+        "qkv_bias": config.get("include_qkv_bias", False),
+    }
 
 
-def _config(model: ModelSettings) -> dict[str, Any]:
-    """Return config.json for a model without one.
-
-    Raises:
-        ValueError: the modelling code does not support this model.
-    """
+def _other_keys(model: ModelSettings) -> dict[str, Any]:
     if model.qk_norm:
         raise ValueError("model.qk_norm=true: LLaDA's modelling code has no norm of q and k")
     return {
-        **_REQUIRED,
         "architectures": ["LLaDAModelLM"],
         "model_type": "llada",
-        "n_layers": model.num_layers,
-        "d_model": model.hidden_size,
         "mlp_hidden_size": model.ffn_hidden_size,
-        "n_heads": model.num_attention_heads,
         "n_kv_heads": model.num_query_groups or model.num_attention_heads,
         "vocab_size": model.vocab_size,
         "embedding_size": model.vocab_size,
-        "mask_token_id": model.mask_token_id,
-        "eos_token_id": model.eos_token_id,
         "pad_token_id": model.eos_token_id,
-        "max_sequence_length": model.max_sequence_length,
-        "rope_theta": model.rope_theta,
-        "rms_norm_eps": model.norm_epsilon,
         "include_qkv_bias": model.qkv_bias,
         "init_device": "cpu",
         "flash_attention": False,
@@ -96,42 +68,29 @@ def _config(model: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _mappings(model: ModelSettings) -> list[WeightMapping]:
-    block = "model.transformer.blocks.{i}."
-    layer = "decoder.layers.{i}."
-    mappings = [
-        WeightMapping(
-            "embedding.word_embeddings.weight", ("model.transformer.wte.weight",), "vocab"
-        ),
-        WeightMapping(layer + "input_layernorm.weight", (block + "attn_norm.weight",), "copy"),
-        WeightMapping(
-            layer + "self_attention.linear_qkv.weight",
-            (block + "q_proj.weight", block + "k_proj.weight", block + "v_proj.weight"),
-            "qkv",
-        ),
-        WeightMapping(
-            layer + "self_attention.linear_proj.weight", (block + "attn_out.weight",), "row"
-        ),
-        WeightMapping(layer + "pre_mlp_layernorm.weight", (block + "ff_norm.weight",), "copy"),
+def _mappings(model: ModelSettings) -> dict[str, tuple[str, ...]]:
+    block, layer = "model.transformer.blocks.{i}.", "decoder.layers.{i}."
+    qkv = [f"{block}{part}_proj" for part in "qkv"]
+    names: dict[str, tuple[str, ...]] = {
+        "embedding.word_embeddings.weight": ("model.transformer.wte.weight",),
+        layer + "input_layernorm.weight": (block + "attn_norm.weight",),
+        layer + "self_attention.linear_qkv.weight": tuple(f"{name}.weight" for name in qkv),
+        layer + "self_attention.linear_proj.weight": (block + "attn_out.weight",),
+        layer + "pre_mlp_layernorm.weight": (block + "ff_norm.weight",),
         # `ff_proj` is the gate: the modelling code applies SiLU to it.
-        WeightMapping(
-            layer + "mlp.linear_fc1.weight",
-            (block + "ff_proj.weight", block + "up_proj.weight"),
-            "gate_up",
-        ),
-        WeightMapping(layer + "mlp.linear_fc2.weight", (block + "ff_out.weight",), "row"),
-        WeightMapping("decoder.final_layernorm.weight", ("model.transformer.ln_f.weight",), "copy"),
+        layer + "mlp.linear_fc1.weight": (block + "ff_proj.weight", block + "up_proj.weight"),
+        layer + "mlp.linear_fc2.weight": (block + "ff_out.weight",),
+        "decoder.final_layernorm.weight": ("model.transformer.ln_f.weight",),
         # The head has the name of the blocks' down projections, one level up.
-        WeightMapping("output_layer.weight", ("model.transformer.ff_out.weight",), "vocab"),
-    ]
+        "output_layer.weight": ("model.transformer.ff_out.weight",),
+    }
     if model.qkv_bias:
-        names = tuple(block + f"{part}_proj.bias" for part in "qkv")
-        mappings.append(WeightMapping(layer + "self_attention.linear_qkv.bias", names, "qkv"))
+        names[layer + "self_attention.linear_qkv.bias"] = tuple(f"{name}.bias" for name in qkv)
     if model.qk_norm:
         for part in "qk":
-            name = f"self_attention.{part}_layernorm.weight"
-            mappings.append(WeightMapping(layer + name, (block + f"{part}_norm.weight",), "copy"))
-    return mappings
+            norm = f"self_attention.{part}_layernorm.weight"
+            names[layer + norm] = (f"{block}{part}_norm.weight",)
+    return names
 
 
-FAMILY = Family("llada", _settings, _config, _mappings)
+FAMILY = Family("llada", _REQUIRED, _KEYS, _other_settings, _other_keys, _mappings)

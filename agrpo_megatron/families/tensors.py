@@ -1,21 +1,48 @@
-"""How a family is described: settings, one mapping for each Megatron parameter, tensor shapes."""
+"""How a family is described: settings, the tensors of each Megatron parameter, their shapes."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
 
-type Shapes = dict[str, tuple[tuple[int, ...], str]]  # shape and transform by Hugging Face name
+type Shapes = dict[str, tuple[int, ...]]  # by Hugging Face name
+# Layout and split by Megatron module, see `families.transforms`; other modules are copied.
+TRANSFORMS = {
+    "word_embeddings": "vocab",
+    "output_layer": "vocab",
+    "linear_qkv": "qkv",
+    "linear_proj": "row",
+    "linear_fc1": "gate_up",
+    "linear_fc2": "row",
+}
+# Transformer Engine fuses each norm of a layer into the product after it. Megatron's checkpoints
+# have its names, whichever specification built the layer; all other code has the local names.
+FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """One Megatron parameter and its Hugging Face tensors; `{i}` is the layer number."""
+    """One Megatron parameter and its Hugging Face tensors."""
 
     megatron: str
     parts: tuple[str, ...]  # Hugging Face names
-    transform: str  # layout and split, see `families.transforms`
+
+    @property
+    def module(self) -> str:
+        """Return the Megatron module that holds the parameter."""
+        return self.megatron.split(".")[-2]
+
+    @property
+    def transform(self) -> str:
+        """Return the name of the layout and split."""
+        return TRANSFORMS.get(self.module, "copy")
 
 
 @dataclass(frozen=True)
@@ -23,65 +50,82 @@ class Family:
     """A model family: how its configuration and its tensors are named."""
 
     name: str
-    settings: Callable[[Mapping[str, Any]], ModelSettings]  # from config.json
-    config: Callable[[ModelSettings], dict[str, Any]]  # to config.json
-    mappings: Callable[[ModelSettings], list[WeightMapping]]
+    required: Mapping[str, Any]  # config.json: features of the modelling code that this model lacks
+    keys: Mapping[str, str]  # settings with equal values: our key -> key of config.json
+    other_settings: Callable[[Mapping[str, Any]], dict[str, Any]]  # from config.json
+    other_keys: Callable[[ModelSettings], dict[str, Any]]  # of config.json
+    # Hugging Face names by Megatron's; `{i}` is the layer number.
+    mappings: Callable[[ModelSettings], dict[str, tuple[str, ...]]]
 
+    def settings(self, config: Mapping[str, Any]) -> ModelSettings:
+        """Translate config.json.
 
-def check_required(config: Mapping[str, Any], required: Mapping[str, Any], family: str) -> None:
-    """Raise a ValueError if config.json has another value for one of the `required` keys."""
-    for key, value in required.items():
-        if config.get(key) not in (None, value):
+        Raises:
+            ValueError: a key is missing, or this family does not support its value.
+        """
+        for key, value in self.required.items():
+            if config.get(key) not in (None, value):
+                raise ValueError(
+                    f"config.json: {key}={config[key]!r}; the {self.name} family needs {value}"
+                )
+        try:
+            same = {ours: config[theirs] for ours, theirs in self.keys.items()}
+            values = {"family": self.name, **same, **self.other_settings(config)}
+        except KeyError as error:
+            key = error.args[0]
             raise ValueError(
-                f"config.json: {key}={config[key]!r}; the {family} family needs {value}"
-            )
+                f"config.json: {key} is missing; the {self.name} family needs it"
+            ) from None
+        return build(ModelSettings, values, "config.json as model.")
+
+    def config(self, model: ModelSettings) -> dict[str, Any]:
+        """Return config.json for a model without one.
+
+        Raises:
+            ValueError: the modelling code does not support this model.
+        """
+        same = {theirs: getattr(model, ours) for ours, theirs in self.keys.items()}
+        return {**self.required, **same, **self.other_keys(model)}
 
 
-def expand(mappings: Sequence[WeightMapping], num_layers: int) -> list[WeightMapping]:
-    """Return one mapping per parameter: those with `{i}` once per layer."""
-    result = []
-    for mapping in mappings:
-        numbers = range(num_layers) if "{i}" in mapping.megatron else range(1)
-        result += [
-            WeightMapping(
-                mapping.megatron.replace("{i}", str(i)),
-                tuple(part.replace("{i}", str(i)) for part in mapping.parts),
-                mapping.transform,
-            )
-            for i in numbers
-        ]
-    return result
+def expand(names: Mapping[str, tuple[str, ...]], num_layers: int) -> list[WeightMapping]:
+    """Return one mapping per parameter: names with `{i}` once per layer."""
+    return [
+        WeightMapping(
+            megatron.replace("{i}", str(i)), tuple(part.replace("{i}", str(i)) for part in parts)
+        )
+        for megatron, parts in names.items()
+        for i in range(num_layers if "{i}" in megatron else 1)
+    ]
 
 
 def part_shapes(mappings: Sequence[WeightMapping], model: ModelSettings) -> Shapes:
-    """Return the shape and transform of every Hugging Face tensor of some mappings."""
-    hidden, head = model.hidden_size, model.hidden_size // model.num_attention_heads
-    groups = model.num_query_groups or model.num_attention_heads
+    """Return the shape of every Hugging Face tensor of some mappings."""
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    head = hidden // model.num_attention_heads
+    keys = head * (model.num_query_groups or model.num_attention_heads)
     assert model.vocab_size is not None
-    heights = {"q": hidden, "k": groups * head, "v": groups * head}
-    matrices = {
-        "vocab": (model.vocab_size, hidden),
-        "gate_up": (model.ffn_hidden_size, hidden),
-        "row": (hidden, hidden),
+    vocab = (model.vocab_size, hidden)
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "word_embeddings": [vocab],
+        "output_layer": [vocab],
+        "linear_qkv": [(hidden, hidden), (keys, hidden), (keys, hidden)],
+        "linear_proj": [(hidden, hidden)],
+        "linear_fc1": [(ffn, hidden), (ffn, hidden)],
+        "linear_fc2": [(hidden, ffn)],
+        "q_layernorm": [(head,)],
+        "k_layernorm": [(head,)],
     }
     result: Shapes = {}
     for mapping in mappings:
-        for number, name in enumerate(mapping.parts):
-            if mapping.transform == "qkv":
-                rows = heights["qkv"[number]]
-                shape = (rows, hidden) if name.endswith("weight") else (rows,)
-            elif mapping.transform == "copy":
-                per_head = "q_layernorm" in mapping.megatron or "k_layernorm" in mapping.megatron
-                shape = (head if per_head else hidden,)
-            elif mapping.megatron.endswith("linear_fc2.weight"):
-                shape = (hidden, model.ffn_hidden_size)
-            else:
-                shape = matrices[mapping.transform]
-            result[name] = (shape, mapping.transform)
+        found = shapes.get(mapping.module, [(hidden,)])
+        if mapping.megatron.endswith("bias"):
+            found = [shape[:1] for shape in found]
+        result.update(zip(mapping.parts, found, strict=True))
     return result
 
 
 def megatron_shape(mapping: WeightMapping, shapes: Shapes) -> tuple[int, ...]:
     """Return the shape of a mapping's whole Megatron parameter."""
-    parts = [shapes[name][0] for name in mapping.parts]
+    parts = [shapes[name] for name in mapping.parts]
     return (sum(part[0] for part in parts), *parts[0][1:])

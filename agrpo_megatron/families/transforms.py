@@ -36,9 +36,7 @@ class Split:
 
     rank: int = 0
     size: int = 1
-    vocab_rows: int | None = (
-        None  # padded, of all ranks together; None: the least for an even split
-    )
+    vocab_rows: int | None = None  # padded, of all ranks; None: the least for an even split
 
     def of(self, length: int) -> slice:
         """Return this rank's part of a dimension."""

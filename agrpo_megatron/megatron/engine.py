@@ -20,6 +20,7 @@ from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.megatron.platform import use_torch_optimizers
+from agrpo_megatron.megatron.precision import megatron_record
 from agrpo_megatron.megatron.reshard import RolloutCopy
 
 # State dtypes of Transformer Engine's Adam; it scales the FP8 states.
@@ -40,6 +41,11 @@ class Engine:
     def ranks(self) -> Ranks:
         """Return the training layout."""
         return self.network.ranks
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """Return Megatron's optimizers; each wraps the optimizer that does the arithmetic."""
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
     def rollout_network(self) -> Network:
         """Return the network that samples, with the latest weights; called by every rank."""
@@ -68,8 +74,7 @@ class Engine:
         """Cast FP8 primary weights from the main weights; called by every rank."""
         if not self.network.config.fp8_param:
             return
-        optimizer: Any = self.optimizer
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for part in self.optimizers:
             if _gathers_in_gradients(self.network.config):
                 part._copy_main_params_to_param_buffer()
             else:
@@ -116,9 +121,8 @@ def build_engine(
         config.param_sync_func = _one_or_all([part.start_param_sync for part in ddp])
     built = get_megatron_optimizer(optimizer_config(optimizer, config), ddp)
     config.grad_scale_func = built.scale_loss
-    copy = None
-    if ranks.rollout_layout is not None:
-        copy = RolloutCopy(build_network(settings, ranks.rollout_layout))
+    rollout = ranks.rollout_layout
+    copy = RolloutCopy(build_network(settings, rollout)) if rollout is not None else None
     return Engine(network, ddp, built, _scheduler(built, optimizer, iterations), copy)
 
 
@@ -136,7 +140,7 @@ def _ddp_config(
         "reuse_grad_buf_for_mxfp8_param_ag": _gathers_in_gradients(config),
         **chosen,
     }
-    return _megatron_record(DistributedDataParallelConfig, values, "ddp")
+    return megatron_record(DistributedDataParallelConfig, values, "ddp")
 
 
 def optimizer_config(optimizer: OptimizerSettings, config: TransformerConfig) -> OptimizerConfig:
@@ -158,7 +162,7 @@ def optimizer_config(optimizer: OptimizerSettings, config: TransformerConfig) ->
         "use_distributed_optimizer": optimizer.distributed,
         **_state_values(optimizer, config),
     }
-    return _megatron_record(OptimizerConfig, {**values, **optimizer.megatron}, "optimizer.megatron")
+    return megatron_record(OptimizerConfig, {**values, **optimizer.megatron}, "optimizer.megatron")
 
 
 def _state_values(optimizer: OptimizerSettings, config: TransformerConfig) -> dict[str, Any]:
@@ -211,10 +215,3 @@ def _scheduler(
         wd_incr_steps=max(1, iterations),
         wd_incr_style="constant",
     )
-
-
-def _megatron_record(cls: Any, values: dict[str, Any], key: str) -> Any:
-    try:
-        return cls(**values)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"{key}: Megatron refuses it: {error}") from None

@@ -5,6 +5,7 @@ and the longest row are rounded up, and empty rows fill the table of boundaries.
 captured, the head is not: the number of scored tokens changes from step to step.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,7 +50,7 @@ def bucket_of(bounds: list[int]) -> Bucket:
     they do not raise the cost of attention.
     """
     count = bounds[-1]
-    longest = _up(max(b - a for a, b in zip(bounds, bounds[1:], strict=False)), LENGTH)
+    longest = _up(max(b - a for a, b in itertools.pairwise(bounds)), LENGTH)
     tokens = _up(count, max(TOKENS, 2 ** (count.bit_length() - 4)))
     needed = len(bounds) - 1 + -(-(tokens - count) // longest)
     return Bucket(tokens, 2 ** (needed - 1).bit_length(), longest)
@@ -98,12 +99,10 @@ class Graphs:
         bounds = torch.tensor(even, dtype=torch.int32, device=device)
         angles = self.model.angles(positions_in_rows(bounds, bucket.tokens))
         layout = PackedLayout(
-            qkv_format="thd",
             cu_seqlens_q=bounds,
             cu_seqlens_kv=bounds,
             max_seqlen_q=bucket.longest,
             max_seqlen_kv=bucket.longest,
-            pad_between_seqs=False,
             angles=angles,
         )
         replay, hidden = self._record(lambda: self.model.body(tokens, layout))

@@ -4,6 +4,7 @@ Parameters have GPTModel's names, so other Megatron tools can read the checkpoin
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,7 @@ from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
-    TransformerBlockSubmodules,
-)
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -27,7 +25,7 @@ from agrpo_megatron.megatron.layers.context import padded_rows, part_of, scored_
 from agrpo_megatron.megatron.layers.local import local_spec
 from agrpo_megatron.megatron.layers.packed import PackedLayout, packed_layout, rotary_angles
 from agrpo_megatron.megatron.parallel import Ranks
-from agrpo_megatron.megatron.precision import kernel_values
+from agrpo_megatron.megatron.precision import kernel_values, megatron_record
 from agrpo_megatron.types import PackedRows
 
 # A matrix of fewer rows takes another CPU kernel, which sums in another order: a token's logits
@@ -65,7 +63,8 @@ class MaskedDiffusionModel(LanguageModule):
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
-        self.rope_theta = rope_theta
+        assert config.kv_channels is not None
+        self.angles = partial(rotary_angles, head_dim=config.kv_channels, rope_theta=rope_theta)
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,
@@ -103,8 +102,7 @@ class MaskedDiffusionModel(LanguageModule):
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
         """Receive the hidden states of the previous stage; called by Megatron's schedule."""
         if isinstance(input_tensor, list):
-            assert len(input_tensor) == 1
-            input_tensor = input_tensor[0]
+            (input_tensor,) = input_tensor
         self.decoder.set_input_tensor(input_tensor)  # type: ignore[arg-type]
 
     def forward(self, rows: PackedRows) -> Tensor:
@@ -120,13 +118,6 @@ class MaskedDiffusionModel(LanguageModule):
         first, last = part_of(len(rows.tokens), context, context.rank)
         hidden = self.body(rows.tokens[first:last], layout)
         return self.head(hidden, rows.scored[mine] - first) if self.post_process else hidden
-
-    def angles(self, positions: Tensor) -> Tensor:
-        """Return the rotary angles of positions [T], [T, 1, head_dim] float32."""
-        assert self.config.kv_channels is not None
-        return rotary_angles(
-            positions, head_dim=self.config.kv_channels, rope_theta=self.rope_theta
-        )
 
     def body(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
         """Run this rank's tokens [T] through the layers; [T / sequence parallel, 1, hidden]."""
@@ -192,10 +183,8 @@ def transformer_config(
         **kernel_values(precision, fp8, settings.kernels, kernels_for(settings)),
         **_layout_values(model, parallel, stage),
     }
-    try:
-        return TransformerConfig(**{**values, **model.megatron})
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"model.megatron={model.megatron}: Megatron refuses it: {error}") from None
+    key = f"model.megatron={model.megatron}"
+    return megatron_record(TransformerConfig, {**values, **model.megatron}, key)
 
 
 def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel, ...]:
@@ -204,7 +193,11 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
     config = transformer_config(settings, parallel, stage=ranks.pipeline.rank)
     layers, stages = stage_layers(model, parallel), parallel.pipeline * parallel.virtual
     kernels = kernels_for(settings)
-    make_spec = _te_spec if kernels.layer_spec == "te" else local_spec
+    make_spec = local_spec
+    if kernels.layer_spec == "te":
+        from agrpo_megatron.megatron.layers.te import te_spec  # Transformer Engine is optional
+
+        make_spec = te_spec
     chunks = []
     for number in range(parallel.virtual):
         stage = number * parallel.pipeline + ranks.pipeline.rank
@@ -222,12 +215,6 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
         )
         chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
     return tuple(chunks)
-
-
-def _te_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
-    from agrpo_megatron.megatron.layers.te import te_spec  # Transformer Engine is optional
-
-    return te_spec(config, layers)
 
 
 def _layout_values(model: ModelSettings, parallel: ParallelSettings, stage: int) -> dict[str, Any]:

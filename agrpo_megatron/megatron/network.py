@@ -1,6 +1,5 @@
 """This rank's part of a model: its virtual stages, its ranks, its part of the vocabulary."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,16 +9,11 @@ from torch import nn
 from agrpo_megatron.config.parallel import padded_vocab
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.logprobs import Vocabulary
+from agrpo_megatron.families.tensors import FUSED_NORMS, LAYER
 from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_chunks
 from agrpo_megatron.megatron.parallel import Ranks
 
-# Transformer Engine fuses each norm into the product after it. Outside the layers, weights have the
-# names of the local spec.
-LOCAL_NAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+LOCAL_NAMES = {fused: local for local, fused in FUSED_NORMS.items()}
 
 
 @dataclass(frozen=True)
@@ -41,10 +35,9 @@ class Network:
         for chunk in self.chunks:
             layers = chunk.decoder.layers
             for name, parameter in chunk.named_parameters():
-                if found := _LAYER.match(name):
+                if found := LAYER.match(name):
                     number = layers[int(found[1])].layer_number - 1  # type: ignore[operator]
-                    within = name[found.end() :]
-                    name = f"decoder.layers.{number}.{LOCAL_NAMES.get(within, within)}"
+                    name = f"decoder.layers.{number}.{LOCAL_NAMES.get(found[2], found[2])}"
                 yield name, parameter
 
     def set_training(self, mode: str) -> None:

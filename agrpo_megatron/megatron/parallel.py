@@ -111,8 +111,8 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
         distributed_timeout_minutes=max(1, round(settings.run.timeout / 60)),
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    pipeline = _axis(groups.pp)
     limit = datetime.timedelta(seconds=settings.run.timeout)
-    is_one_rank = model_ranks(parallel) == 1
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -120,12 +120,12 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
         parallel=parallel,
         groups=groups,
         tensor=_axis(groups.tp),
-        pipeline=_axis(groups.pp),
+        pipeline=pipeline,
         context=_axis(groups.cp),
         data=_axis(groups.dp),
         data_context=_axis(groups.dp_cp),
-        returning=_same_ranks(groups.pp, limit),
-        replica=None if is_one_rank else _replica(groups.dp.rank(), limit),
+        returning=_same_ranks(pipeline.group, limit),
+        replica=None if model_ranks(parallel) == 1 else _replica(groups.dp.rank(), limit),
         token_multiple=token_multiple(settings.precision),
     )
 
@@ -135,9 +135,8 @@ def _axis(group: dist.ProcessGroup | None) -> Axis:
     return Axis(group, group.rank(), group.size())
 
 
-def _same_ranks(group: dist.ProcessGroup | None, limit: datetime.timedelta) -> dist.ProcessGroup:
+def _same_ranks(group: dist.ProcessGroup, limit: datetime.timedelta) -> dist.ProcessGroup:
     """Return a second group of the same ranks, with separate channels; called by all ranks."""
-    assert group is not None
     if group.size() == 1:
         return group
     return _new_groups(tuple(dist.get_process_group_ranks(group)), limit)
@@ -154,21 +153,15 @@ def _new_groups(
     members: tuple[int, ...], limit: datetime.timedelta, *, backend: str | None = None
 ) -> dist.ProcessGroup:
     """Create every rank's group, and return this rank's; called by all ranks."""
-    made = {
-        group: dist.new_group(list(group), timeout=limit, backend=backend)
-        for group in sorted({*gather_objects(members)})
-    }
-    mine = made[members]
-    assert isinstance(mine, dist.ProcessGroup)
-    return mine
+    made: dict[tuple[int, ...], Any] = {}
+    for group in sorted(set(gather_objects(members))):
+        made[group] = dist.new_group(list(group), timeout=limit, backend=backend)
+    return made[members]
 
 
 def _join_world(device: torch.device, timeout: float) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = datetime.timedelta(seconds=timeout)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=limit)
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit
-        )
+    is_single = "RANK" not in os.environ
+    place: Any = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_single else {}
+    dist.init_process_group(backend, timeout=limit, **place)

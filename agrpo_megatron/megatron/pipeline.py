@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,11 +72,32 @@ class _Item:
     drawn: Draw | None = None  # on the last stage only, until it is shared
 
 
-class RolloutForward(Forward, Protocol):
+class RolloutForward(Forward):
     """Runs the rows of a rollout, and counts its work."""
 
-    tokens: int  # packed tokens so far
-    slots: Slots
+    def __init__(self, network: Network, *, groups: int):
+        self.network, self.in_flight = network, groups
+        self.tokens = 0  # packed tokens so far
+        self.slots = Slots(network.ranks.pipeline.size)
+        network.set_training("eval")
+        network.renew_casts()
+
+    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
+        """Start a group of rows; the returned function waits for the group's draws."""
+        self.tokens += len(rows.tokens)
+        item = _Item(rows, draw_at)
+        self._start(item)
+        return partial(self._finish, item)
+
+    def close(self) -> None:
+        """Do nothing: no group is in flight once its draws are known."""
+
+    def _start(self, item: _Item) -> None:
+        raise NotImplementedError
+
+    def _finish(self, item: _Item) -> Draw:
+        assert item.drawn is not None
+        return item.drawn
 
 
 def make_forward(network: Network, rollout: RolloutSettings) -> RolloutForward:
@@ -104,9 +125,8 @@ def forward_rows(
         return [use(number, network.chunks[0](rows)) for number, rows in enumerate(batches)]
     if not batches:
         return []
-    filler = unscored_row(0, ranks.device)
     multiple = parallel.pipeline if parallel.virtual > 1 else 1
-    fillers = [filler] * (-len(batches) % multiple)
+    fillers = [unscored_row(0, ranks.device)] * (-len(batches) % multiple)
     padded, tokens = for_schedule([*batches, *fillers], ranks)
     items = list(enumerate(padded))
 
@@ -136,59 +156,39 @@ def forward_rows(
     return results[: len(batches)]
 
 
-class Direct:
+class Direct(RolloutForward):
     """No pipeline: draw immediately."""
 
     def __init__(self, network: Network, *, groups: int):
-        self.network, self.in_flight = network, groups
-        self.tokens, self.slots = 0, Slots(1)
+        super().__init__(network, groups=groups)
         self._logits = Graphs(network.chunks[0]) if network.has_graphs else network.chunks[0]
-        network.set_training("eval")
-        network.renew_casts()
 
     @torch.no_grad()
-    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
-        """Run the rows and draw."""
-        self.tokens += len(rows.tokens)
+    def _start(self, item: _Item) -> None:
         self.slots.run()
-        drawn = _draw(_Item(rows, draw_at), self._logits(rows), self.network.ranks)
-        return lambda: drawn
-
-    def close(self) -> None:
-        """Do nothing: nothing is in flight."""
+        item.drawn = _draw(item, self._logits(item.rows), self.network.ranks)
 
 
-class Lockstep:
+class Lockstep(RolloutForward):
     """Megatron's schedule, once per denoising step, for all groups together."""
 
     def __init__(self, network: Network, *, groups: int):
-        self.network, self.in_flight = network, groups
-        self.tokens, self.slots = 0, Slots(network.ranks.pipeline.size)
+        super().__init__(network, groups=groups)
         self._waiting: list[_Item] = []
 
-    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
+    def _start(self, item: _Item) -> None:
         """Queue a group; it runs when the first draw is requested."""
-        self.tokens += len(rows.tokens)
-        item = _Item(rows, draw_at)
         self._waiting.append(item)
-        return partial(self._finish, item)
-
-    def close(self) -> None:
-        """Do nothing: every draw was requested, so nothing is in flight."""
 
     def _finish(self, item: _Item) -> Draw:
         if item.drawn is None:
             self._run_all()
-        assert item.drawn is not None
-        return item.drawn
+        return super()._finish(item)
 
     def _run_all(self) -> None:
         items, ranks = self._waiting, self.network.ranks
-        drawn = forward_rows(
-            self.network,
-            [item.rows for item in items],
-            lambda number, logits: _draw(items[number], logits, ranks),
-        )
+        rows = [item.rows for item in items]
+        drawn = forward_rows(self.network, rows, lambda n, logits: _draw(items[n], logits, ranks))
         for number, item in enumerate(items):
             count = len(item.rows.scored)
             item.drawn = broadcast_draw(drawn[number] if drawn else None, count, ranks)
@@ -205,7 +205,7 @@ class Lockstep:
         self.slots.wait_for_all()
 
 
-class Ring:
+class Ring(RolloutForward):
     """Groups follow each other through the stages without draining between denoising steps.
 
     Stage s works on one group while stage s + 1 works on the previous group. With as many groups as
@@ -213,26 +213,20 @@ class Ring:
     """
 
     def __init__(self, network: Network, *, groups: int):
-        self.network, self.in_flight = network, groups
-        self.tokens, self.slots = 0, Slots(network.ranks.pipeline.size)
+        super().__init__(network, groups=groups)
         self._under_way: deque[_Item] = deque()
         self._sent: deque[tuple[Any, ...]] = deque()  # sends, and the tensors they read
         self._ready = 0  # slot in which the latest draws were known
         members = dist.get_process_group_ranks(network.ranks.pipeline.group)
         stage = network.ranks.pipeline.rank
-        self._first, self._last = members[0], members[-1]
         self._before, self._after = members[stage - 1], members[(stage + 1) % len(members)]
-        self._others = members[:-1]
-        network.set_training("eval")
-        network.renew_casts()
+        *self._others, self._last = members
 
-    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
+    def _start(self, item: _Item) -> None:
         """Run this stage for a group and pass it on."""
-        self.tokens += len(rows.tokens)
-        item = _Item(rows, draw_at, through=self._ready)
+        item.through = self._ready
         self._pass_on(item)
         self._under_way.append(item)
-        return partial(self._finish, item)
 
     def close(self) -> None:
         """Wait until everything sent has arrived."""
@@ -247,11 +241,9 @@ class Ring:
                     self._pass_on(other)
         self._under_way.remove(item)
         self._ready = item.through
-        ranks = self.network.ranks
-        if ranks.is_last_stage:
-            assert item.drawn is not None
-            return item.drawn
-        return receive_draw(self._last, len(item.rows.scored), ranks)
+        if self.network.ranks.is_last_stage:
+            return super()._finish(item)
+        return receive_draw(self._last, len(item.rows.scored), self.network.ranks)
 
     @torch.no_grad()
     def _pass_on(self, item: _Item) -> None:
@@ -266,18 +258,16 @@ class Ring:
             item.drawn = _draw(item, output, ranks)
             for other in self._others:
                 self._keep(*send_draw(item.drawn, other, ranks))
-        elif ranks.is_last_stage:
-            self._keep((dist.isend(output, self._first, group=ranks.returning), output))
         else:
-            self._keep((dist.isend(output, self._after, group=ranks.pipeline.group), output))
+            group = ranks.returning if ranks.is_last_stage else ranks.pipeline.group
+            self._keep((dist.isend(output, self._after, group=group), output))
 
     def _receive(self, rows: PackedRows) -> Tensor:
         ranks, config = self.network.ranks, self.network.config
         shape = (hidden_tokens(rows, ranks), 1, config.hidden_size)
         hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=ranks.device)
-        is_first = ranks.pipeline.rank == 0
-        group = ranks.returning if is_first else ranks.pipeline.group
-        dist.recv(hidden, self._last if is_first else self._before, group=group)
+        group = ranks.returning if ranks.pipeline.rank == 0 else ranks.pipeline.group
+        dist.recv(hidden, self._before, group=group)
         return hidden
 
     def _keep(self, *sends: tuple[Any, ...]) -> None:

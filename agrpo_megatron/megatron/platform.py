@@ -6,6 +6,7 @@ checkpoints.
 """
 
 import contextlib
+import functools
 import os
 from typing import Any
 
@@ -13,8 +14,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from agrpo_megatron.config.settings import KernelSettings
-
-_stand_in: "_CpuForCuda | None" = None
 
 
 def prepare_platform(threads: int | None = None) -> torch.device:
@@ -53,7 +52,7 @@ def prepare_kernels(settings: KernelSettings, device: torch.device) -> None:
 
 
 def use_torch_optimizers() -> None:
-    """Let Megatron-Core update weights and sum norms with torch alone; mutates its modules.
+    """Let Megatron-Core update weights and sum norms with torch only; mutates its modules.
 
     Megatron-Core uses the fused kernels of any package it can import. Transformer Engine also
     imports on a machine without a GPU, where its kernels cannot run.
@@ -66,20 +65,13 @@ def use_torch_optimizers() -> None:
         "multi_tensor_applier": utils.local_multi_tensor_applier,
         "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
     }
-    norms = {
-        "l2_norm_impl": utils.local_multi_tensor_l2_norm,
-        "multi_tensor_scale_tensor_impl": None,
-    }
+    l2_norm = {"l2_norm_impl": utils.local_multi_tensor_l2_norm}
     flags = ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER")
     adam = {"Adam": torch.optim.AdamW, "SGD": torch.optim.SGD, "USING_PYTORCH_OPTIMIZER": True}
-    for module, values in (
-        (optimizer, adam),
-        (distrib_optimizer, {"Adam": torch.optim.Adam, **dict.fromkeys(flags, False)}),
-        (mixed, lists),
-        (clip_grads, {**lists, **norms}),
-    ):
-        for name, value in values.items():
-            setattr(module, name, value)
+    optimizer.__dict__.update(adam)
+    distrib_optimizer.__dict__.update(dict.fromkeys(flags, False), Adam=torch.optim.Adam)
+    mixed.__dict__.update(lists)
+    clip_grads.__dict__.update(lists | l2_norm, multi_tensor_scale_tensor_impl=None)
 
 
 class _CpuForCuda(TorchFunctionMode):
@@ -104,26 +96,14 @@ class _Stream:
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         pass
 
-    def wait_stream(self, _stream: Any) -> None:
+    def wait(self, *_args: Any) -> None:
         """Do nothing: earlier work is done."""
 
-    def wait_event(self, _event: Any) -> None:
-        """Do nothing: earlier work is done."""
-
-    def record(self, _stream: Any = None) -> None:
-        """Do nothing: there is nothing to mark."""
-
-    def wait(self, _stream: Any = None) -> None:
-        """Do nothing: earlier work is done."""
-
-    def synchronize(self) -> None:
-        """Do nothing: earlier work is done."""
+    wait_stream = wait_event = record = synchronize = wait
 
 
+@functools.cache  # once in a process
 def _stand_in_for_cuda() -> None:
-    global _stand_in
-    if _stand_in is not None:
-        return
     from megatron.core.tensor_parallel import random as tracker
 
     cpu, stream = torch.device("cpu"), _Stream()
@@ -141,9 +121,7 @@ def _stand_in_for_cuda() -> None:
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
         "is_current_stream_capturing": lambda: False,
     }
-    for name, function in functions.items():
-        setattr(torch.cuda, name, function)
+    torch.cuda.__dict__.update(functions)
     tracker._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     tracker._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    _stand_in = _CpuForCuda()
-    _stand_in.__enter__()
+    _CpuForCuda().__enter__()

@@ -1,5 +1,6 @@
 """Translate precision and kernels into values of Megatron's TransformerConfig."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,16 +19,12 @@ def token_multiple(precision: str) -> int:
     return FP8_TOKENS if precision == "fp8" else 1
 
 
-def weights_dtype(precision: str) -> torch.dtype:
-    """Return the dtype of weights and activations; FP8 products read and write bfloat16."""
-    return torch.float32 if precision == "fp32" else torch.bfloat16
-
-
 def kernel_values(
     precision: str, fp8: Fp8Settings, switches: KernelSettings, kernels: Kernels
 ) -> dict[str, Any]:
     """Return the values of Megatron's TransformerConfig that precision and kernels decide."""
-    dtype = weights_dtype(precision)
+    # FP8 products read and write bfloat16.
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     values: dict[str, Any] = {
         "bf16": dtype == torch.bfloat16,
         "params_dtype": dtype,
@@ -52,7 +49,7 @@ def _fp8_values(fp8: Fp8Settings, recipe: str | None) -> dict[str, Any]:
         # Fine-grained scales: gradients need no wider exponent.
         "fp8": "e4m3" if has_fine_scales else "hybrid",
         "fp8_recipe": recipe,
-        # For recipe delayed: with Megatron's default the last micro-batch alone sets the scale.
+        # For recipe delayed: Megatron's default takes the scale from the last micro-batch only.
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
         "fp8_param": fp8.primary_weights,
@@ -60,3 +57,15 @@ def _fp8_values(fp8: Fp8Settings, recipe: str | None) -> dict[str, Any]:
         "num_layers_at_start_in_bf16": first,
         "num_layers_at_end_in_bf16": last,
     }
+
+
+def megatron_record[Record](cls: Callable[..., Record], values: dict[str, Any], key: str) -> Record:
+    """Build a record of Megatron's; `key` names the setting that may override its values.
+
+    Raises:
+        ValueError: Megatron refuses a value or does not know a key.
+    """
+    try:
+        return cls(**values)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"{key}: Megatron refuses it: {error}") from None

@@ -4,7 +4,7 @@ The transfer plan is made once; after that an update costs only its transfers.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class RolloutCopy:
     """A second network for rollouts, and the optimizer step of its weights."""
 
     network: Network
-    step: int | None = field(default=None)
+    step: int | None = None
 
     def __post_init__(self) -> None:
         clear_all_caches()  # an earlier engine's plans hold its tensors
@@ -35,8 +35,7 @@ class RolloutCopy:
     def update(self, source: Network, step: int) -> Network:
         """Return the network with the weights of an optimizer step; called by every rank."""
         if step != self.step:
-            on_gpu = self.network.ranks.device.type == "cuda"
-            method = "nccl" if on_gpu else _HostCopy()
+            method = "nccl" if self.network.ranks.device.type == "cuda" else _HostCopy()
             swap_model_weights(_Whole(source), _Whole(self.network), method)  # type: ignore[arg-type]
             self.step = step
         return self.network
@@ -73,12 +72,13 @@ class _HostCopy(CopyService):
 
     def run(self) -> None:
         """Run all queued operations, and wait for them."""
-        here, sends = _parted(self._sends, lambda op: op.dest_rank == self.rank)
-        own, receives = _parted(self._receives, lambda op: op.src_rank == self.rank)
+        here = [op for op in self._sends if op.dest_rank == self.rank]
+        own = [op for op in self._receives if op.src_rank == self.rank]
         for send, receive in match_local_ops_by_task_id(here, own, "host copy", self.rank):
             receive.tensor.copy_(send.tensor)
+        receives = [op for op in self._receives if op.src_rank != self.rank]
         buffers = [(op, torch.empty_like(op.tensor).contiguous()) for op in receives]
-        sent = [(op, op.tensor.contiguous()) for op in sends]
+        sent = [(op, op.tensor.contiguous()) for op in self._sends if op.dest_rank != self.rank]
         waits = [dist.isend(tensor, op.dest_rank, tag=_tag(op)) for op, tensor in sent]
         waits += [dist.irecv(tensor, op.src_rank, tag=_tag(op)) for op, tensor in buffers]
         for wait in waits:
@@ -87,10 +87,6 @@ class _HostCopy(CopyService):
         for op, tensor in buffers:
             op.tensor.copy_(tensor)
         self._sends, self._receives = [], []
-
-
-def _parted(items: list[Any], is_first: Any) -> tuple[list[Any], list[Any]]:
-    return [i for i in items if is_first(i)], [i for i in items if not is_first(i)]
 
 
 def _tag(operation: SendOp | RecvOp) -> int:

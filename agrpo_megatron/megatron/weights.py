@@ -29,8 +29,7 @@ def load_hf(network: Network, settings: ModelSettings, directory: str | Path) ->
         ValueError: a tensor is missing, unknown, damaged or has the wrong shape.
     """
     weights = HfWeights(directory)
-    shapes = {name: shape for name, (shape, _) in hf_shapes(settings).items()}
-    weights.check(shapes, settings.family)
+    weights.check(hf_shapes(settings), settings.family)
     return load_named(network, settings, weights.part)
 
 
@@ -43,17 +42,18 @@ def initialise(network: Network, settings: ModelSettings, seed: int) -> dict[str
     Returns:
         The uncast values of FP8 weights, see `load_named`.
     """
-    shapes = hf_shapes(settings)
-    residual = settings.init_std / (2 * settings.num_layers) ** 0.5
+    shapes, mappings = hf_shapes(settings), weight_mappings(settings)
+    into_residual = {name for m in mappings if m.transform == "row" for name in m.parts}
 
     def _draw(name: str) -> Tensor:
-        shape, transform = shapes[name]
+        shape, std = shapes[name], settings.init_std
         if name.endswith("bias"):
             return torch.zeros(shape)
         if len(shape) == 1:
             return torch.ones(shape)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        std = residual if transform == "row" else settings.init_std
+        if name in into_residual:
+            std /= (2 * settings.num_layers) ** 0.5
         return torch.randn(shape, generator=generator) * std
 
     return load_named(network, settings, _draw)
@@ -71,17 +71,17 @@ def load_named(
     uncast: dict[str, Tensor] = {}
     parameters = dict(network.named_parameters())
     tensor = network.ranks.tensor
-    for line in weight_mappings(settings):
-        if line.megatron not in parameters:
+    for mapping in weight_mappings(settings):
+        if mapping.megatron not in parameters:
             continue  # another pipeline stage holds it
-        parameter = parameters.pop(line.megatron)
+        parameter = parameters.pop(mapping.megatron)
         split = Split(tensor.rank, tensor.size, vocab_rows=len(parameter) * tensor.size)
         with torch.no_grad():
-            parts = [read(name) for name in line.parts]
-            value = to_megatron(parts, line.transform, settings, split)
+            parts = [read(name) for name in mapping.parts]
+            value = to_megatron(parts, mapping.transform, settings, split)
             parameter.copy_(value)
         if is_float8tensor(parameter):
-            uncast[line.megatron] = value
+            uncast[mapping.megatron] = value
     if parameters:
         raise RuntimeError(f"no weights are named for {', '.join(parameters)}")
     return uncast
@@ -97,15 +97,15 @@ def export_hf(
             global layer numbers.
     """
     mine: dict[str, Tensor] = {}
-    for line in weight_mappings(settings):
-        if line.megatron not in tensors:
+    for mapping in weight_mappings(settings):
+        if mapping.megatron not in tensors:
             continue
-        shard = tensors[line.megatron]
+        shard = tensors[mapping.megatron]
         shard = (shard.dequantize() if is_float8tensor(shard) else shard).contiguous()
         shards = [torch.empty_like(shard) for _ in range(ranks.tensor.size)]
         dist.all_gather(shards, shard, group=ranks.tensor.group)
-        parts = from_megatron(shards, line.transform, settings)
-        mine.update(zip(line.parts, parts, strict=True))
+        parts = from_megatron(shards, mapping.transform, settings)
+        mine.update(zip(mapping.parts, parts, strict=True))
     return _from_all_stages(mine, settings, ranks)
 
 
@@ -119,7 +119,7 @@ def _from_all_stages(
     members = dist.get_process_group_ranks(ranks.pipeline.group)
     owners = {name: members[stage] for stage, names in enumerate(held) for name in names}
     like, result = next(iter(mine.values())), {}
-    for name, (shape, _) in hf_shapes(settings).items():
+    for name, shape in hf_shapes(settings).items():
         tensor = mine[name].contiguous() if name in mine else like.new_empty(shape)
         dist.broadcast(tensor, owners[name], group=ranks.pipeline.group)
         result[name] = tensor

@@ -30,7 +30,7 @@ def receive_draw(sender: int, count: int, ranks: Ranks) -> Draw:
     """Wait for the draws of `count` scored tokens from a global rank."""
     header = torch.zeros(1, dtype=torch.int64, device=ranks.device)
     dist.recv(header, sender, group=ranks.returning)
-    content = _empty(count, int(header), ranks)
+    content = torch.empty(count, int(header), dtype=torch.float64, device=ranks.device)
     dist.recv(content, sender, group=ranks.returning)
     return _decode(content)
 
@@ -38,12 +38,11 @@ def receive_draw(sender: int, count: int, ranks: Ranks) -> Draw:
 def broadcast_draw(draw: Draw | None, count: int, ranks: Ranks) -> Draw:
     """Share the last stage's draws with all stages; the others pass None."""
     last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
-    content = _encode(draw) if draw is not None else None
-    width = 0 if content is None else content.shape[1]
-    header = torch.tensor([width], device=ranks.device)
+    content = None if draw is None else _encode(draw)
+    header = torch.tensor([0 if content is None else content.shape[1]], device=ranks.device)
     dist.broadcast(header, last, group=ranks.pipeline.group)
     if content is None:
-        content = _empty(count, int(header), ranks)
+        content = torch.empty(count, int(header), dtype=torch.float64, device=ranks.device)
     dist.broadcast(content, last, group=ranks.pipeline.group)
     return _decode(content)
 
@@ -61,10 +60,6 @@ def gather_draw(draw: Draw, counts: list[int], ranks: Ranks) -> Draw:
     parts = [torch.empty_like(mine) for _ in counts]
     dist.all_gather(parts, mine, group=context.group)
     return _decode(torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]))
-
-
-def _empty(count: int, width: int, ranks: Ranks) -> Tensor:
-    return torch.empty(count, width, dtype=torch.float64, device=ranks.device)
 
 
 def _encode(draw: Draw) -> Tensor:

@@ -1,1 +1,1 @@
-"""What a run costs, by arithmetic alone."""
+"""What a run costs, by arithmetic only."""

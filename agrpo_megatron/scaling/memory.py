@@ -6,12 +6,7 @@ fragmentation come on top: leave a tenth of the GPU free for them.
 
 from dataclasses import dataclass, fields
 
-from agrpo_megatron.config.parallel import (
-    data_ranks,
-    layer_matrices,
-    padded_vocab,
-    stage_layers,
-)
+from agrpo_megatron.config.parallel import data_ranks, layer_matrices, padded_vocab, stage_layers
 from agrpo_megatron.config.settings import (
     Fp8Settings,
     ModelSettings,
@@ -74,13 +69,9 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
     spec = WeightSpec(settings.model, padded_vocab(settings), settings.precision, settings.fp8)
     count = stage_parameters(spec, parallel, stage=stage)
     weights, copies = _weights(spec, parallel, stage=stage)
-    activations = _activations(
-        spec,
-        parallel,
-        tokens=settings.train.token_budget // parallel.context,
-        scored_share=_scored_share(settings.sft, settings.sampling),
-        stage=stage,
-    )
+    tokens = settings.train.token_budget // parallel.context
+    scored = int(tokens * _scored_share(settings.sft, settings.sampling))
+    activations = _activations(spec, parallel, tokens=tokens, scored=scored, stage=stage)
     replicas = data_ranks(parallel, world_size) * parallel.context
     own = -(-count // (replicas if optimizer.distributed else 1))
     moved = round(optimizer.offload * own)
@@ -141,9 +132,8 @@ def _rollout_copy(spec: WeightSpec, training: ParallelSettings, rollout: Paralle
     """Return the bytes of the weights of a rollout layout, on its most loaded stage."""
     if rollout == training:
         return 0
-    stages = range(rollout.pipeline)
     # Without a backward pass, an FP8 copy needs one direction of the two.
-    found = (_weights(spec, rollout, stage=stage) for stage in stages)
+    found = (_weights(spec, rollout, stage=stage) for stage in range(rollout.pipeline))
     return max(weights + copies // 2 for weights, copies in found)
 
 
@@ -152,14 +142,10 @@ def fp8_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) 
     if spec.precision != "fp8":
         return 0
     model, fp8 = spec.model, spec.fp8
-    layers = stage_layers(model, parallel)
-    starts = [sum(layers[:number]) for number in range(len(layers))]
-    last = model.num_layers - fp8.bf16_last_layers
-    found = 0
-    for number in range(stage, len(layers), parallel.pipeline):
-        end = min(starts[number] + layers[number], last)
-        found += max(0, end - max(starts[number], fp8.bf16_first_layers))
-    return found * layer_matrices(model) // parallel.tensor
+    chunks = enumerate(stage_layers(model, parallel))
+    stages = [chunk % parallel.pipeline for chunk, layers in chunks for _ in range(layers)]
+    in_fp8 = stages[fp8.bf16_first_layers : model.num_layers - fp8.bf16_last_layers]
+    return in_fp8.count(stage) * layer_matrices(model) // parallel.tensor
 
 
 def stage_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:
@@ -185,7 +171,7 @@ def layer_parameters(model: ModelSettings, tensor: int) -> int:
 
 
 def _activations(
-    spec: WeightSpec, parallel: ParallelSettings, *, tokens: int, scored_share: float, stage: int
+    spec: WeightSpec, parallel: ParallelSettings, *, tokens: int, scored: int, stage: int
 ) -> int:
     """Estimate how many numbers are kept for the backward pass, logits included.
 
@@ -209,7 +195,6 @@ def _activations(
         kept = layers * flying * (whole + split)
     total = tokens * kept
     if stage == parallel.pipeline - 1:
-        scored = int(tokens * scored_share)
         total += 3 * scored * spec.vocab_rows // parallel.tensor
     return total
 

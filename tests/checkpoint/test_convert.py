@@ -225,7 +225,7 @@ class _Harmful:
 
 def test_metadata_that_could_run_code_is_refused(tmp_path, capsys):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(_Harmful()))
-    with pytest.raises(ValueError, match="names builtins.print, which is no metadata"):
+    with pytest.raises(ValueError, match="names builtins.print, which is not metadata"):
         read_metadata(tmp_path)
     dotted = b"\x80\x04\x8c+torch.distributed.checkpoint.metadata\x8c\x06os.sep\x93."
     (tmp_path / ".metadata").write_bytes(dotted.replace(b"+", struct.pack("B", 37)))

@@ -4,6 +4,7 @@ Attention is bidirectional, so contiguous parts cost the same and need no reorde
 cross from one part into the next need keys and values of other ranks.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
@@ -22,8 +23,7 @@ def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRow
     Args:
         tokens: minimum of packed tokens in the result.
     """
-    count = max(tokens, len(rows.tokens))
-    missing = count + -count % _split(ranks) - len(rows.tokens)
+    missing = _padded(max(tokens, len(rows.tokens)), ranks) - len(rows.tokens)
     if not missing:
         return rows
     end = rows.cu_seqlens[-1:] + missing
@@ -48,8 +48,7 @@ def for_schedule(batches: Sequence[PackedRows], ranks: Ranks) -> tuple[list[Pack
 
 def hidden_tokens(rows: PackedRows, ranks: Ranks) -> int:
     """Return how many tokens of these rows a rank's hidden state holds."""
-    count = len(rows.tokens)
-    return (count + -count % _split(ranks)) // _shares(ranks)
+    return _padded(len(rows.tokens), ranks) // _shares(ranks)
 
 
 def part_of(count: int, context: Axis, rank: int) -> tuple[int, int]:
@@ -66,7 +65,7 @@ def scored_slices(rows: PackedRows, ranks: Ranks) -> list[slice]:
     count = len(padded_rows(rows, ranks).tokens)
     starts = torch.tensor([part_of(count, context, r)[0] for r in range(context.size)])
     bounds = torch.searchsorted(rows.scored.cpu(), starts).tolist() + [len(rows.scored)]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def local_part[Batch: (SftBatch, TimestepBatch)](batch: Batch, ranks: Ranks) -> Batch:
@@ -105,8 +104,8 @@ def gather_keys(
     return key.contiguous(), value.contiguous()
 
 
-def _split(ranks: Ranks) -> int:
-    return _shares(ranks) * ranks.token_multiple
+def _padded(count: int, ranks: Ranks) -> int:
+    return count + -count % (_shares(ranks) * ranks.token_multiple)
 
 
 def _shares(ranks: Ranks) -> int:

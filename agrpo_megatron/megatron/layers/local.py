@@ -95,8 +95,7 @@ def local_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmod
     attention.params = {**attention.params, "attn_mask_type": AttnMaskType.no_mask}
     attention.submodules.core_attention = PackedAttention
     norm = RMSNorm if config.qk_layernorm else IdentityOp
-    attention.submodules.q_layernorm = norm
-    attention.submodules.k_layernorm = norm
+    attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 

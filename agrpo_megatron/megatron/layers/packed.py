@@ -1,5 +1,6 @@
 """The layout of packed rows for attention: boundaries, positions, batched runs."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +26,8 @@ class Run:
 class PackedLayout(PackedSeqParams):
     """Megatron's packed-sequence record, with values that our attention computes once a forward."""
 
+    qkv_format: str = "thd"
+    pad_between_seqs: bool = False
     runs: list[Run] = field(default_factory=list)
     keys: slice | None = None  # of all ranks' tokens; None: no row crosses parts
     angles: Tensor | None = None  # [T, 1, head_dim] float32, of this rank's tokens
@@ -47,19 +50,17 @@ def packed_layout(
     cuts = {part_of(bounds[-1], context, rank)[0] for rank in range(context.size)}
     keys = None if cuts <= set(bounds) else _rows_around(bounds, first, last)
     origin = keys.start if keys else first
-    longest = max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0)
+    longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
     # Rows of other ranks are empty here.
     mine = cu_seqlens if context.size == 1 else cu_seqlens.clamp(first, last) - first
     theirs = cu_seqlens.clamp(keys.start, keys.stop) - keys.start if keys else mine
     return PackedLayout(
-        qkv_format="thd",
         cu_seqlens_q=mine,
         cu_seqlens_kv=theirs,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         runs=_runs(bounds, first, last, origin=origin),
         keys=keys,
-        pad_between_seqs=False,
         angles=turns,
         cosines=turns.cos(),
         sines=turns.sin(),
@@ -87,7 +88,7 @@ def _rows_around(bounds: list[int], first: int, last: int) -> slice:
 def _runs(bounds: list[int], first: int, last: int, *, origin: int) -> list[Run]:
     """Join neighbouring rows of equal length that lie completely in `first` to `last`."""
     runs: list[Run] = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         queries = min(end, last) - max(start, first)
         if queries <= 0:
             continue

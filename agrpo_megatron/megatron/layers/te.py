@@ -38,8 +38,8 @@ class TeAttention(TEDotProductAttention):
         pg_collection: ProcessGroupCollection,
         **kwargs: Any,
     ):
-        alone = replace(config, context_parallel_size=1)
-        super().__init__(alone, *args, pg_collection=pg_collection, **kwargs)
+        whole = replace(config, context_parallel_size=1)
+        super().__init__(whole, *args, pg_collection=pg_collection, **kwargs)
         self.context_group = pg_collection.cp
 
     def forward(
