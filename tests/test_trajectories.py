@@ -41,7 +41,7 @@ def _trajectory(first, rows, support=None):
 
 def test_a_new_field_is_joined_selected_and_changed():
     parts = [_trajectory(0, 2), _trajectory(2, 3)]
-    joined = join(parts, torch.tensor([4, 0, 2]))
+    joined = select(join(parts), torch.tensor([4, 0, 2]))
     for name, tensor in tensors(joined).items():
         both = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(tensor, both[[4, 0, 2]]), name

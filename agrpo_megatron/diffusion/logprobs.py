@@ -44,7 +44,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs of `targets` [S] and entropies [S], in nats.
 
-    Gradients flow through the log-probs alone. With `support_ids` [S, K] (padded with -1) the
+    Gradients flow only through the log-probs. With `support_ids` [S, K] (padded with -1) the
     distribution is renormalised over these candidates, which must include the target.
 
     Args:
