@@ -153,7 +153,7 @@ def sampled_case(unmasking: str, seed: int) -> Case:
 
 
 def stored_cases(path: Path) -> Iterator[Case]:
-    """Read the `agrpo.N.*` trajectories of a file, and the `hf/` model beside it that drew them."""
+    """Read the `agrpo.N.*` trajectories of a file, and the model in `hf/` that drew them."""
     tensors, model = load_file(path), stored_model(path.parent / "hf")
     settings = json.loads((path.parent / "golden.json").read_text())
     for number, options in enumerate(settings["agrpo"]):
@@ -277,7 +277,7 @@ def main() -> None:
         "--trajectories",
         type=Path,
         metavar="FILE.safetensors",
-        help="stored rollouts `agrpo.N.*`, with golden.json and hf/ beside the file; without it, "
+        help="stored rollouts `agrpo.N.*`, with golden.json and hf/ next to it; without a file, "
         "rollouts are sampled from a random model (seconds)",
     )
     add = parser.add_argument

@@ -162,7 +162,7 @@ def _log_total(policy: Tensor, vocab: Vocabulary) -> Tensor:
     return top + total.log()
 
 
-# Draw at the scored tokens of this slice, from their logits shard [S, V / tensor parallel].
+# Draws at a slice of the scored tokens, from their logits shard [S, V / tensor parallel].
 DrawAt = Callable[[Tensor, slice], Draw]
 
 
@@ -173,11 +173,9 @@ class Forward(Protocol):
 
     def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
         """Start a group of rows; the returned function waits for the group's draws."""
-        ...
 
     def close(self) -> None:
         """Wait for all groups in flight; called when all draws are known."""
-        ...
 
 
 @dataclass

@@ -27,7 +27,7 @@ class DrawContext:
 def agrpo(trajectory: Trajectory, context: DrawContext) -> StepDraws:
     """Draw `mc_samples` live steps of every rollout: an unbiased estimate of `full_trajectory`.
 
-    Draws of the same step share a row. A rollout with at most `mc_samples` live steps has each
+    Draws of the same step share a row. If a rollout has at most `mc_samples` live steps, each is
     scored once (`enumerate_short`), which is exact.
 
     Source: arXiv 2510.04019, with its sampler as `step_sampler: batch`.

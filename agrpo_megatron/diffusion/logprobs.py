@@ -73,7 +73,7 @@ def gather_logits(logits: Tensor, ids: Tensor, vocab: Vocabulary) -> Tensor:
 
 
 def reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType) -> Tensor:
-    """All-reduce in place over a group; None leaves the tensor as it is."""
+    """All-reduce in place over a group; None changes nothing."""
     if group is not None and group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)
     return tensor

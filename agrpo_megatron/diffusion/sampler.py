@@ -120,12 +120,7 @@ def sample(
 
 
 def _fill(
-    live: list[int],
-    waiting: deque[int],
-    lengths: list[int],
-    *,
-    free: int,
-    context: SamplerContext,
+    live: list[int], waiting: deque[int], lengths: list[int], *, free: int, context: SamplerContext
 ) -> list[int]:
     """Take waiting rows: a fair share for each of the `free` groups, within the budget."""
     most = len(lengths) if context.most_rows is None else context.most_rows

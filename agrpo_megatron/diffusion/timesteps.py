@@ -24,10 +24,10 @@ def live_steps(trajectory: Trajectory, *, eos_id: int | None, rule: str) -> Tens
 def step_entropies(trajectory: Trajectory, num_steps: int) -> Tensor:
     """Return the summed entropy of the tokens fixed at each step, [R, num_steps] float64, nats."""
     ran = trajectory.unmask_step < trajectory.num_steps[:, None]
-    sums = torch.zeros(len(trajectory.tokens), num_steps + 1, dtype=torch.float64)
-    sums = sums.to(trajectory.tokens.device)
     steps = trajectory.unmask_step.masked_fill(~ran, num_steps).clamp(max=num_steps)
-    return sums.scatter_add_(1, steps, trajectory.entropies.double())[:, :num_steps]
+    entropies = trajectory.entropies.double()
+    sums = entropies.new_zeros(len(entropies), num_steps + 1)
+    return sums.scatter_add_(1, steps, entropies)[:, :num_steps]
 
 
 def uniform_steps(live: Tensor, count: int) -> Tensor:

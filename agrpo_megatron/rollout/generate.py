@@ -120,7 +120,7 @@ def sample_prompts(
 
 
 def _share(run: Run, safety: Safety, network: Network, request: Request) -> _Share:
-    """Deal cached completions and those to sample out to the replicas, long prompts first."""
+    """Divide cached and missing completions among the replicas, long prompts first."""
     data, ids = network.ranks.data, request.rollout_ids
     prompts = encode_prompts(run, task_prompts(run.task, request.problems, split=request.split))
     cached = None
@@ -199,8 +199,7 @@ class _Grading:
     """Passes a replica's completions to the grader, in parts."""
 
     def __init__(self, run: Run, problems: Sequence[Problem], split: Split):
-        self._run, self._problems = run, problems
-        self._split: Split = split
+        self._run, self._problems, self._split = run, problems, split
         self._parts: list[tuple[Sequence[int], Future[list[Reward]]]] = []
 
     def __call__(self, rows: Sequence[int], tokens: Tensor) -> None:

@@ -5,13 +5,14 @@ Runs only after a failure, so it may take a second forward pass.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.parallel import gather_objects
 from agrpo_megatron.megatron.pipeline import forward_rows
+from agrpo_megatron.trajectories import map_tensors
 from agrpo_megatron.types import SftBatch, TimestepBatch
 
 type Metrics = dict[str, Tensor]
@@ -31,7 +32,7 @@ class Finding:
 
 
 class NotFinite(RuntimeError):
-    """An update whose loss or gradient is not finite, or weights that are not; nothing is kept."""
+    """A loss, gradient or weight is not finite; the update is not made, or not saved."""
 
     def __init__(self, text: str, finding: Finding, *, phase: str = "", iteration: int = 0):
         super().__init__(text)
@@ -85,9 +86,7 @@ def _share[Batch: (SftBatch, TimestepBatch)](
 ) -> Metrics:
     """Return the loss and the metrics of one row; called by all ranks of a tensor group."""
     mine = batch.sources == row
-    values = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "rows"}
-    part = replace(batch, **{n: v[mine] if v is not None else None for n, v in values.items()})
-    total, metrics = loss(logits[mine], part)
+    total, metrics = loss(logits[mine], map_tensors(batch, lambda tensor: tensor[mine]))
     return {**metrics, "loss": total}
 
 

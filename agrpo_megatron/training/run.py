@@ -60,7 +60,7 @@ def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "
 
 
 def _run_phases(session: Session, phases: tuple[str, ...], found: Found) -> None:
-    """Continue from a checkpoint, or start where there is none."""
+    """Continue from a checkpoint, or start a new run."""
     done = found[1] if found else Progress("sft", 0, {})
     if done.phase == "sft" and "sft" in phases and session.run.settings.sft.iterations > 0:
         _sft_phase(session, found[0] if found else None, done)

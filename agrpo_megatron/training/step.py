@@ -167,27 +167,21 @@ def _on_all_ranks(facts: list[bool], ranks: Ranks) -> list[bool]:
 
 def _combined(computed: list[Metrics], ranks: Ranks, *, examples: int) -> dict[str, float]:
     """Return the metrics of all micro-batches and ranks, on every rank."""
-    metrics = _from_last(_reduce_metrics(computed, ranks) if computed else {}, ranks)
-    return {name: v / examples if name == "loss" else v for name, v in metrics.items()}
+    shared = [_reduced(computed, ranks, examples=examples) if computed else {}]
+    if ranks.pipeline.size > 1:
+        last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
+        dist.broadcast_object_list(shared, src=last, group=ranks.pipeline.group)
+    return shared[0]
 
 
-def _reduce_metrics(collected: list[Metrics], ranks: Ranks) -> dict[str, float]:
+def _reduced(computed: list[Metrics], ranks: Ranks, *, examples: int) -> dict[str, float]:
     """Combine micro-batches and ranks: sums, or maxima for `*_max*`; the last stage."""
-    names, group = list(collected[0]), ranks.data_context.group
+    names, group = list(computed[0]), ranks.data_context.group
     values = torch.tensor(
-        [[float(m[name]) for name in names] for m in collected], device=ranks.device
+        [[float(m[name]) for name in names] for m in computed], device=ranks.device
     )
     sums, tops = values.double().sum(0), values.amax(0)
     dist.all_reduce(sums, group=group)
     dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=group)
-    return {name: float(tops[i] if "_max" in name else sums[i]) for i, name in enumerate(names)}
-
-
-def _from_last(metrics: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """Broadcast the last stage's metrics to all stages."""
-    if ranks.pipeline.size == 1:
-        return metrics
-    shared = [metrics]
-    last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
-    dist.broadcast_object_list(shared, src=last, group=ranks.pipeline.group)
-    return shared[0]
+    metrics = {n: float(tops[i] if "_max" in n else sums[i]) for i, n in enumerate(names)}
+    return {**metrics, "loss": metrics["loss"] / examples}
