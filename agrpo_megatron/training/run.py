@@ -147,12 +147,11 @@ def _sft_phase(session: Session, checkpoint: Path | None, done: Progress) -> Non
 
     with _saved_at_stop(checkpointer):
         run_sft(session, engine, start=done.iteration, on_iteration_end=on_iteration_end)
-    checkpointer.wait()
 
 
 @contextmanager
 def _saved_at_stop(checkpointer: Checkpointer) -> Iterator[None]:
-    """Save the finished iteration when the ranks agree to stop; wait for saves on a roll-back."""
+    """Save the finished iteration when the ranks agree to stop; wait until all saves are done."""
     try:
         yield
     except Stopped:
@@ -161,6 +160,7 @@ def _saved_at_stop(checkpointer: Checkpointer) -> Iterator[None]:
     except NotFinite:
         checkpointer.wait()  # the run may roll back to a checkpoint that is still being written
         raise
+    checkpointer.wait()
 
 
 def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None:
@@ -203,7 +203,6 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
         if done.is_evaluated or on_iteration_end(done.iteration):
             hook = on_iteration_end
             run_rl(session, engine, reference, start=done.iteration, on_iteration_end=hook)
-    checkpointer.wait()
 
 
 def _report_early_stop(output: Output, scores: dict, reason: str) -> None:
