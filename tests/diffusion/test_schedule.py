@@ -68,7 +68,7 @@ def test_a_shifted_token_is_predicted_from_the_state_before_it():
     ("changes", "said"),
     [
         ({"schedule": "dream", "block_length": 4}, "decodes the completion as one block"),
-        ({"unmasking": "bernoulli"}, "takes its chances from Dream's time"),
+        ({"unmasking": "bernoulli"}, "takes its rates from Dream's time"),
         ({"unmasking": "margin", "threshold": 0.9}, "is a probability of tokens"),
     ],
 )
