@@ -46,14 +46,10 @@ def concatenate[Record](parts: Sequence[Record]) -> Record:
     return replace(parts[0], **{name: torch.cat(of_parts) for name, of_parts in joined.items()})  # type: ignore[type-var]
 
 
-def join(parts: Sequence[Trajectory], order: Tensor) -> Trajectory:
-    """Concatenate trajectories of one sampler and weights, then reorder their rollouts.
-
-    Args:
-        order: [R] index of the concatenated rollout at each place.
-    """
+def join(parts: Sequence[Trajectory]) -> Trajectory:
+    """Concatenate trajectories of one sampler and weights."""
     prompts = tuple(prompt for part in parts for prompt in part.prompts)
-    return select(replace(concatenate(parts), prompts=prompts), order)
+    return replace(concatenate(parts), prompts=prompts)
 
 
 def select(trajectory: Trajectory, rows: Tensor) -> Trajectory:

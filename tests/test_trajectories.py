@@ -1,6 +1,7 @@
 """A record's dataclass is the only list of its fields: a new one needs no change anywhere else."""
 
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def _trajectory(first, rows, support=None):
 
 def test_a_new_field_is_joined_selected_and_changed():
     parts = [_trajectory(0, 2), _trajectory(2, 3)]
-    joined = join(parts, torch.tensor([4, 0, 2]))
+    joined = select(join(parts), torch.tensor([4, 0, 2]))
     for name, tensor in tensors(joined).items():
         both = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(tensor, both[[4, 0, 2]]), name
@@ -60,14 +61,18 @@ def test_supports_are_padded_to_the_widest_and_a_part_may_have_none():
 @pytest.mark.parametrize("support", [None, 2])
 def test_a_new_field_is_stored_and_read(monkeypatch, tmp_path, support):
     monkeypatch.setattr(cache, "Trajectory", Wider)
+    monkeypatch.setattr(cache, "gather_objects", lambda mine: [mine])
+    ranks = SimpleNamespace(is_main=True, speaks_for_replica=True, device="cpu")
+    ours, other = (cache.RolloutCache(tmp_path, ranks, run=run) for run in ("this", "other"))
     written = replace(_trajectory(5, 3, support), weights_version=7)
-    cache._write(tmp_path / "x.part", written, {"run": "this"}, lambda: None)
-    found = cache._read_part(tmp_path / "x.part", written.sampling, "this")
+    ids, sampling = written.rollout_ids, written.sampling
+    ours.writer("x", ranks).add(written)
+    found = ours.find_completions("x", ids, sampling=sampling)
     assert found is not None and found.weights_version == 7
     assert tensors(found).keys() == tensors(written).keys()
     assert all(torch.equal(tensor, tensors(found)[n]) for n, tensor in tensors(written).items())
     assert all(map(torch.equal, found.prompts, written.prompts))
-    assert cache._read_part(tmp_path / "x.part", written.sampling, "other") is None
+    assert other.find_completions("x", ids, sampling=sampling) is None
 
 
 def test_what_is_recorded_of_a_draw_follows_from_the_two_records():

@@ -30,7 +30,7 @@ from agrpo_megatron.config.settings import (
     Settings,
 )
 from agrpo_megatron.diffusion import estimators
-from agrpo_megatron.diffusion.batches import row_lengths, timestep_batches
+from agrpo_megatron.diffusion.batches import row_lengths, timestep_batch
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
 from agrpo_megatron.families import settings_from_hf
@@ -154,9 +154,10 @@ def check_agrpo(golden: Golden) -> Iterator[Check]:
         draws = estimators.draws_at(rollout.trajectory, part["u"].double(), context)
         lengths, budget = row_lengths(rollout, draws), golden.settings.train.token_budget
         plan = my_micro_batches(lengths, model, network.ranks, budget=budget)
-        batches = timestep_batches(
-            rollout, draws, plan, mask_id=model.mask_token_id, shift=model.shift
-        )
+        batches = [
+            timestep_batch(rollout, draws, rows, mask_id=model.mask_token_id, shift=model.shift)
+            for rows in plan
+        ]
         batches = [local_part(batch, network.ranks) for batch in batches]
         if algorithm.kl_coefficient > 0:
             reference = build_network(golden.settings, network.ranks)

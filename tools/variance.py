@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -38,13 +39,15 @@ from agrpo_megatron.config.settings import (
     SamplingSettings,
 )
 from agrpo_megatron.diffusion import timesteps
-from agrpo_megatron.diffusion.batches import timestep_batches
+from agrpo_megatron.diffusion.batches import timestep_batch
 from agrpo_megatron.diffusion.draw import LogitsForward
 from agrpo_megatron.diffusion.estimators import advantages
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
-from agrpo_megatron.diffusion.variance import estimator_variance
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
+
+sys.path.insert(0, str(Path(__file__).parent))
+from estimator_variance import estimator_variance  # noqa: E402 - beside this file
 
 NAMES = ("n_layers", "n_heads", "d_model", "mlp_hidden_size", "vocab_size", "mask_token_id")
 OTHERS = {"eos_token_id": 38, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
@@ -94,17 +97,15 @@ class Model:
                 (y @ own[f"{name}_proj.weight"].T).unflatten(-1, (heads, -1)).transpose(1, 2)
                 for name in "qkv"
             )
-            mixed = torch.nn.functional.scaled_dot_product_attention(
-                self._rotate(q), self._rotate(k), v
-            )
+            mixed = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v)
             x = x + mixed.transpose(1, 2).flatten(2) @ own["attn_out.weight"].T
             y = self._norm(x, own["ff_norm.weight"])
-            gate = torch.nn.functional.silu(y @ own["ff_proj.weight"].T)
+            gate = F.silu(y @ own["ff_proj.weight"].T)
             x = x + (gate * (y @ own["up_proj.weight"].T)) @ own["ff_out.weight"].T
         return self._norm(x, weights["ln_f.weight"])
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.nn.functional.rms_norm(x, weight.shape, weight, self.config["rms_norm_eps"])
+        return F.rms_norm(x, weight.shape, weight, self.config["rms_norm_eps"])
 
     def _rotate(self, x: Tensor) -> Tensor:
         width = x.shape[-1]
@@ -152,7 +153,7 @@ def sampled_case(unmasking: str, seed: int) -> Case:
 
 
 def stored_cases(path: Path) -> Iterator[Case]:
-    """Read the `agrpo.N.*` trajectories of a file, and the `hf/` model beside it that drew them."""
+    """Read the `agrpo.N.*` trajectories of a file, and the model in `hf/` that drew them."""
     tensors, model = load_file(path), stored_model(path.parent / "hf")
     settings = json.loads((path.parent / "golden.json").read_text())
     for number, options in enumerate(settings["agrpo"]):
@@ -192,7 +193,6 @@ def stored_trajectory(stored: dict[str, Tensor], options: dict[str, Any]) -> Tra
         num_steps=steps.masked_fill(~drawn, -1).amax(1) + 1,
         rollout_ids=torch.arange(len(steps)),
         sampling=SamplingSettings(temperature=options["temperature"]),
-        weights_version=0,
     )
 
 
@@ -210,8 +210,8 @@ def make_case(
     result = torch.zeros(rows, most, size, dtype=torch.float64)
     for r, t in (torch.arange(most) < live[:, None]).nonzero().tolist():
         one = StepDraws(torch.tensor([r]), torch.tensor([t]), torch.ones(1).double())
-        whole, mask_id = [torch.tensor([0])], model.config["mask_token_id"]
-        (batch,) = timestep_batches(rollout, one, whole, mask_id=mask_id)
+        mask_id = model.config["mask_token_id"]
+        batch = timestep_batch(rollout, one, torch.tensor([0]), mask_id=mask_id)
         temperature = trajectory.sampling.temperature
         logits = policy_logits(model.score(batch.rows), model.vocab, temperature=temperature)
         logprobs, _ = token_logprobs(
@@ -225,7 +225,7 @@ def make_case(
                 for g, w in zip(gradients, weights.values(), strict=True)
             ]
         )
-    # Variances need inner products alone, and those survive a rotation into the vectors' span.
+    # Variances need only inner products, and a rotation into the vectors' span keeps them.
     spanned = torch.linalg.qr(result.flatten(0, 1).T, mode="r").R.T.view(rows, most, -1)
     return Case(name, spanned, timesteps.step_entropies(trajectory, most), live, group_size)
 
@@ -277,7 +277,7 @@ def main() -> None:
         "--trajectories",
         type=Path,
         metavar="FILE.safetensors",
-        help="stored rollouts `agrpo.N.*`, with golden.json and hf/ beside the file; without it, "
+        help="stored rollouts `agrpo.N.*`, with golden.json and hf/ next to it; without a file, "
         "rollouts are sampled from a random model (seconds)",
     )
     add = parser.add_argument

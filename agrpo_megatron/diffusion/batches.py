@@ -7,14 +7,7 @@ from torch import Tensor
 
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, pack, unscored_row
-from agrpo_megatron.types import (
-    PackedRows,
-    Rollout,
-    SftBatch,
-    StepDraws,
-    TimestepBatch,
-    Trajectory,
-)
+from agrpo_megatron.types import PackedRows, Rollout, SftBatch, StepDraws, TimestepBatch, Trajectory
 
 
 def rebuild_state(trajectory: Trajectory, rollout: Tensor, step: Tensor, mask_id: int) -> Tensor:
@@ -30,30 +23,16 @@ def row_lengths(rollout: Rollout, draws: StepDraws) -> Tensor:
     return prompts[draws.rollout.cpu()] + trajectory.tokens.shape[1]
 
 
-def timestep_batches(
-    rollout: Rollout,
-    draws: StepDraws,
-    micro_batches: Sequence[Tensor],
-    *,
-    mask_id: int,
-    shift: bool = False,
-) -> list[TimestepBatch]:
-    """Pack drawn rows: one batch for each of `micro_batches`, which hold indices of draws.
-
-    An empty micro-batch becomes a batch without weight, so that all ranks have equally many.
-    """
-    return [
-        _timestep_batch(rollout, draws, chunk, mask_id=mask_id, shift=shift)
-        for chunk in micro_batches
-    ]
-
-
-def _timestep_batch(
-    rollout: Rollout, draws: StepDraws, chunk: Tensor, *, mask_id: int, shift: bool
+def timestep_batch(
+    rollout: Rollout, draws: StepDraws, rows: Tensor, *, mask_id: int, shift: bool = False
 ) -> TimestepBatch:
-    trajectory = rollout.trajectory
-    chunk = chunk.to(draws.rollout.device)
-    source, step = draws.rollout[chunk], draws.step[chunk]
+    """Pack one micro-batch: some of the drawn rows.
+
+    Args:
+        rows: [n] indices of draws; without any, the batch has weight 0.
+    """
+    trajectory, rows = rollout.trajectory, rows.to(draws.rollout.device)
+    source, step = draws.rollout[rows], draws.step[rows]
     states = rebuild_state(trajectory, source, step, mask_id)
     target = trajectory.unmask_step[source] == step[:, None]
     prompts = [trajectory.prompts[r] for r in source.tolist()]
@@ -66,7 +45,7 @@ def _timestep_batch(
         reference_logprobs=None,
         support_ids=support[scored, position] if support is not None else None,
         advantages=rollout.advantages[scored],
-        weights=draws.weight[chunk][row].to(rollout.advantages.dtype),
+        weights=draws.weight[rows][row].to(rollout.advantages.dtype),
         sources=scored,
     )
 
@@ -100,9 +79,8 @@ def sft_batches(
     is part of the response. Source: LLaDA (arXiv 2502.09992), section 2.3.
 
     Args:
-        example_ids: [B] noise indices: an example with the same index gets the same mask under
-            any layout.
-        micro_batches: indices of each batch's examples; an empty list gives a batch of weight 0.
+        example_ids: [B] noise indices: the mask of an index is the same under any layout.
+        micro_batches: indices of each batch's examples; without any, the batch has weight 0.
     """
     places = torch.arange(responses.shape[1], device=responses.device)
     row_key = noise.noise_key(seed, noise.MASKS, example_ids)
@@ -114,12 +92,8 @@ def sft_batches(
     for chunk in micro_batches:
         mine, part = masked[chunk], [prompts[i] for i in chunk.tolist()]
         states = responses[chunk].masked_fill(mine, mask_id)
-        batches.append(
-            SftBatch(
-                rows=_packed(part, states, mine, mask_id=mask_id, shift=shift),
-                targets=responses[chunk][mine],
-                weights=weight[chunk][mine].float(),
-                sources=chunk.to(mine.device)[mine.nonzero()[:, 0]],
-            )
-        )
+        rows = _packed(part, states, mine, mask_id=mask_id, shift=shift)
+        sources = chunk.to(mine.device)[mine.nonzero()[:, 0]]
+        weights = weight[chunk][mine].float()
+        batches.append(SftBatch(rows, responses[chunk][mine], weights, sources))
     return batches

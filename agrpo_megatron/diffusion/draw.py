@@ -54,31 +54,30 @@ def draw_tokens(
 
 def _draw(logits: Tensor, keys: Tensor, vocab: Vocabulary, sampling: SamplingSettings) -> Draw:
     policy = policy_logits(logits, vocab, temperature=sampling.temperature)
-    truncated = sampling.top_k is not None or sampling.top_p < 1
-    support_ids = None
-    if sampling.temperature == 0 and truncated and sampling.truncation == "top_p_first":
+    is_greedy = sampling.temperature == 0
+    is_cut = sampling.top_k is not None or sampling.top_p < 1
+    support_ids = support = None
+    if is_cut and (not is_greedy or sampling.truncation == "top_p_first"):
         support_ids, support = _support(policy, vocab, sampling)
-        tokens = support_ids[:, 0]
-        logprobs, entropies = support[:, 0].to(policy.dtype), entropy(support).to(policy.dtype)
-    elif sampling.temperature == 0:
-        tokens = _argmax(policy, vocab)
-        logprobs, entropies = token_logprobs(policy, tokens, vocab=vocab)
-    elif truncated:
-        support_ids, support = _support(policy, vocab, sampling)
-        noisy = support + noise.gumbel(noise.fold(keys[:, None], support_ids))
-        chosen = noisy.argmax(-1, keepdim=True)
+        chosen = torch.zeros_like(support_ids[:, :1])
+        if not is_greedy:
+            noisy = support + noise.gumbel(noise.fold(keys[:, None], support_ids))
+            chosen = noisy.argmax(-1, keepdim=True)
         tokens = support_ids.gather(-1, chosen).squeeze(-1)
         logprobs = support.gather(-1, chosen).squeeze(-1).to(policy.dtype)
         entropies = entropy(support).to(policy.dtype)
     else:
-        ids = vocab.start + torch.arange(policy.shape[-1], device=policy.device)
-        tokens = _argmax(policy.double() + noise.gumbel(noise.fold(keys[:, None], ids)), vocab)
+        noisy = policy
+        if not is_greedy:
+            ids = vocab.start + torch.arange(policy.shape[-1], device=policy.device)
+            noisy = policy.double() + noise.gumbel(noise.fold(keys[:, None], ids))
+        tokens = _argmax(noisy, vocab)
         logprobs, entropies = token_logprobs(policy, tokens, vocab=vocab)
     confidences = logprobs
-    if sampling.confidence == "untempered" and (truncated or sampling.temperature not in (0, 1)):
+    if sampling.confidence == "untempered" and (is_cut or sampling.temperature not in (0, 1)):
         confidences, _ = token_logprobs(policy_logits(logits, vocab), tokens, vocab=vocab)
     if sampling.unmasking == "margin":
-        confidences = _margins(policy, support if support_ids is not None else None, vocab)
+        confidences = _margins(policy, support, vocab)
     return Draw(tokens, logprobs, entropies, confidences, support_ids)
 
 
@@ -95,8 +94,6 @@ def _argmax(values: Tensor, vocab: Vocabulary) -> Tensor:
     """Return the id of the largest value over all shards; the lowest id wins a tie."""
     best, column = values.max(-1)
     ids = column + vocab.start
-    if vocab.group is None or vocab.group.size() == 1:
-        return ids
     top = reduce(best.clone(), vocab.group, dist.ReduceOp.MAX)
     ids = ids.masked_fill(best < top, torch.iinfo(torch.int64).max)
     return reduce(ids, vocab.group, dist.ReduceOp.MIN)
@@ -150,7 +147,7 @@ def _top_candidates(values: Tensor, count: int, vocab: Vocabulary) -> tuple[Tens
 def _largest(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` largest values, ranked as float32, and their ids; low ids win ties.
 
-    bfloat16 logits tie often, and topk alone would break ties by layout. So the value's bits, in
+    bfloat16 logits tie often, and topk would break ties by layout. So the value's bits, in
     an order that sorts as integers, and the id form one number that is never tied.
     """
     bits = (values.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
@@ -165,7 +162,7 @@ def _log_total(policy: Tensor, vocab: Vocabulary) -> Tensor:
     return top + total.log()
 
 
-# Draw at the scored tokens of this slice, from their logits shard [S, V / tensor parallel].
+# Draws at a slice of the scored tokens, from their logits shard [S, V / tensor parallel].
 DrawAt = Callable[[Tensor, slice], Draw]
 
 
@@ -176,11 +173,9 @@ class Forward(Protocol):
 
     def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
         """Start a group of rows; the returned function waits for the group's draws."""
-        ...
 
     def close(self) -> None:
         """Wait for all groups in flight; called when all draws are known."""
-        ...
 
 
 @dataclass

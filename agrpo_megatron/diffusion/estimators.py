@@ -27,7 +27,7 @@ class DrawContext:
 def agrpo(trajectory: Trajectory, context: DrawContext) -> StepDraws:
     """Draw `mc_samples` live steps of every rollout: an unbiased estimate of `full_trajectory`.
 
-    Draws of the same step share a row. A rollout with at most `mc_samples` live steps has each
+    Draws of the same step share a row. If a rollout has at most `mc_samples` live steps, each is
     scored once (`enumerate_short`), which is exact.
 
     Source: arXiv 2510.04019, with its sampler as `step_sampler: batch`.
@@ -46,8 +46,7 @@ def agrpo(trajectory: Trajectory, context: DrawContext) -> StepDraws:
 def draws_at(trajectory: Trajectory, uniforms: Tensor, context: DrawContext) -> StepDraws:
     """Draw rows from the proposal at uniform numbers [R, k], by inverse CDF."""
     settings, count = context.algorithm, uniforms.shape[1]
-    live = _live(trajectory, context)
-    most = max(1, int(live.max())) if len(live) else 1
+    live, most = _live(trajectory, context)
     entropies = timesteps.step_entropies(trajectory, most)
     proposal = timesteps.step_proposal(
         live, entropies, proposal=settings.proposal, uniform_mix=settings.uniform_mix
@@ -56,18 +55,15 @@ def draws_at(trajectory: Trajectory, uniforms: Tensor, context: DrawContext) -> 
     weights = step_weights(proposal, live, steps) / count
     table = torch.zeros_like(proposal).scatter_add_(1, steps, weights)
     if settings.enumerate_short:
-        short = (live <= count)[:, None] & (live > 0)[:, None]
-        alive = torch.arange(most, device=live.device) < live[:, None]
-        table = torch.where(short, alive / live.clamp(min=1)[:, None].double(), table)
+        is_short = (live <= count)[:, None]
+        table = torch.where(is_short, timesteps.uniform_steps(live, most), table)
     return _draws(table, live, trajectory, settings)
 
 
 def full_trajectory(trajectory: Trajectory, context: DrawContext) -> StepDraws:
     """Score every live step of every rollout: the exact gradient, at the cost of all states."""
-    live = _live(trajectory, context)
-    most = max(1, int(live.max())) if len(live) else 1
-    alive = torch.arange(most, device=live.device) < live[:, None]
-    table = alive / live.clamp(min=1)[:, None].double()
+    live, most = _live(trajectory, context)
+    table = timesteps.uniform_steps(live, most)
     return _draws(table, live, trajectory, context.algorithm)
 
 
@@ -107,9 +103,11 @@ def advantages(
     return result.reshape(-1)
 
 
-def _live(trajectory: Trajectory, context: DrawContext) -> Tensor:
+def _live(trajectory: Trajectory, context: DrawContext) -> tuple[Tensor, int]:
+    """Return the live steps of each rollout [R], and the most of any rollout, at least 1."""
     rule = context.algorithm.live_steps
-    return timesteps.live_steps(trajectory, eos_id=context.eos_id, rule=rule)
+    live = timesteps.live_steps(trajectory, eos_id=context.eos_id, rule=rule)
+    return live, max([1, *live.tolist()])
 
 
 def _draws(

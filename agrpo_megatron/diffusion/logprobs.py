@@ -44,7 +44,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs of `targets` [S] and entropies [S], in nats.
 
-    Gradients flow through the log-probs alone. With `support_ids` [S, K] (padded with -1) the
+    Gradients flow only through the log-probs. With `support_ids` [S, K] (padded with -1) the
     distribution is renormalised over these candidates, which must include the target.
 
     Args:
@@ -73,7 +73,7 @@ def gather_logits(logits: Tensor, ids: Tensor, vocab: Vocabulary) -> Tensor:
 
 
 def reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType) -> Tensor:
-    """All-reduce in place over a group; None leaves the tensor as it is."""
+    """All-reduce in place over a group; None changes nothing."""
     if group is not None and group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)
     return tensor

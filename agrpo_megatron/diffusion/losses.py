@@ -30,9 +30,8 @@ def policy_loss(
     """
     log_ratio = logprobs - batch.old_logprobs
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
     gain = ratio * batch.advantages
-    clipped_gain = clipped * batch.advantages
+    clipped_gain = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high) * batch.advantages
     per_token = -torch.minimum(gain, clipped_gain)
     kl = torch.zeros_like(ratio)
     if algorithm.kl_coefficient > 0:
@@ -42,12 +41,11 @@ def policy_loss(
         per_token = per_token + algorithm.kl_coefficient * kl
     with torch.no_grad():
         used = batch.weights != 0
-        bounded = (clipped_gain < gain) & used
         metrics = {
             "scored_tokens": used.sum(),
             "ratio_sum": (ratio * used).sum(),
             "ratio_max_error": ((ratio - 1).abs() * used).max() if len(ratio) else ratio.sum(),
-            "clipped_tokens": bounded.sum(),
+            "clipped_tokens": ((clipped_gain < gain) & used).sum(),
             "kl_sum": (kl * used).sum(),
         }
     return (per_token * batch.weights).sum(), metrics

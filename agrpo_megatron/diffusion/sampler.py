@@ -64,9 +64,10 @@ class _Group:
     """Rows that share a forward pass: one denoising step of each."""
 
     rows: Tensor  # [n]
-    wanted: Tensor  # [n, block length] positions that this step scores
+    positions: Tensor  # [n, block length] of their blocks, in the completion
+    wanted: Tensor  # [n, block length] whether this step scores the position
     owners: Tensor  # [S] row of each scored token
-    draws: Callable[[], Draw]  # waits for them
+    draws: Callable[[], Draw]  # waits for the draws
 
 
 def sample(
@@ -91,165 +92,134 @@ def sample(
     hooks = hooks or SamplerHooks()
     state = start(tuple(prompts), rollout_ids, mask_id=context.mask_id, sampling=sampling)
     if sampling.unmasking == "bernoulli":
-        state.plan = bernoulli_plan(_step_uniforms(state, context, sampling))
-    lengths = (state.prompt_lengths + sampling.completion_length).tolist()
+        state.plan = bernoulli_plan(_step_uniforms(state, context))
+    lengths = state.lengths.tolist()
     waiting = deque(sorted(range(len(lengths)), key=lambda row: -lengths[row]))
     in_flight: deque[_Group] = deque()
     most = context.forward.in_flight
     while waiting or in_flight:
         if hooks.should_stop():
-            _drain(in_flight, context.forward)
+            for group in in_flight:
+                group.draws()  # receive what other pipeline stages still send
+            context.forward.close()
             raise SamplingStopped
         live: list[int] = []
         if len(in_flight) == most or not waiting:
             group = in_flight.popleft()
-            live = _finish(state, group, context=context, sampling=sampling)
+            live = _finish(state, group, context)
             complete = sorted(set(group.rows.tolist()) - set(live))
             if complete and hooks.on_complete is not None:
-                hooks.on_complete(complete, trajectory(state, complete, sampling))
+                hooks.on_complete(complete, trajectory(state, complete))
         live += _fill(live, waiting, lengths, free=most - len(in_flight), context=context)
         if live:
             live.sort(key=lambda row: -lengths[row])  # equal lengths share one attention call
             rows = torch.tensor(live, device=rollout_ids.device)
-            in_flight.append(_launch(state, rows, context=context, sampling=sampling))
+            in_flight.append(_launch(state, rows, context))
     context.forward.close()
-    return trajectory(state, list(range(len(lengths))), sampling)
-
-
-def _drain(in_flight: deque[_Group], forward: Forward) -> None:
-    """Receive the remaining draws of other pipeline stages."""
-    for group in in_flight:
-        group.draws()
-    forward.close()
+    return trajectory(state, list(range(len(lengths))))
 
 
 def _fill(
-    live: list[int],
-    waiting: deque[int],
-    lengths: list[int],
-    *,
-    free: int,
-    context: SamplerContext,
+    live: list[int], waiting: deque[int], lengths: list[int], *, free: int, context: SamplerContext
 ) -> list[int]:
     """Take waiting rows: a fair share for each of the `free` groups, within the budget."""
     most = len(lengths) if context.most_rows is None else context.most_rows
     share = sum(lengths[row] for row in waiting) / free
     used, taken = sum(lengths[row] for row in live), 0
     rows: list[int] = []
-    while waiting and (taken < share or not rows):
+    while waiting and (taken < share or not rows) and len(live) + len(rows) < most:
         length = lengths[waiting[0]]
         if (live or rows) and used + taken + length > context.token_budget:
-            break
-        if len(live) + len(rows) >= most:
             break
         taken += length
         rows.append(waiting.popleft())
     return rows
 
 
-def _scheduled(state: SamplerState, rows: Tensor, sampling: SamplingSettings) -> Tensor:
-    """Return how many tokens the schedule fixes in this step, [n, 1]."""
-    table = torch.tensor(step_counts(sampling), device=rows.device)
-    return table[state.step_in_block[rows]][:, None]
-
-
-def _wanted_positions(
-    state: SamplerState, rows: Tensor, *, context: SamplerContext, sampling: SamplingSettings
-) -> Tensor:
-    """Mark the positions [n, block length] of each row's block that this step must score.
-
-    Random unmasking chooses its positions before the forward, so it scores no others.
-    """
-    positions = block_positions(state, rows, sampling)
-    if state.plan is not None:
-        return state.plan[rows] == state.step[rows, None]
-    masked = state.unmask_step[rows].gather(1, positions) < 0
-    if sampling.unmasking != "random" or sampling.threshold is not None:
-        return masked
-    chance = _position_noise(state, rows, positions, context)
-    return _best(chance.masked_fill(~masked, -1.0), _scheduled(state, rows, sampling)) & masked
-
-
-def _step_uniforms(
-    state: SamplerState, context: SamplerContext, sampling: SamplingSettings
-) -> Tensor:
-    """Return a number for every step, row and position [steps, R, C]."""
-    if context.uniforms is not None:
-        return context.uniforms
-    device = state.rollout_ids.device
-    steps = torch.arange(sampling.denoising_steps, device=device)[:, None, None]
-    positions = torch.arange(sampling.completion_length, device=device)
-    rollouts = state.rollout_ids[None, :, None]
-    return noise.uniform(noise.noise_key(context.seed, noise.POSITIONS, rollouts, steps, positions))
-
-
-def _position_noise(
-    state: SamplerState, rows: Tensor, positions: Tensor, context: SamplerContext
-) -> Tensor:
-    rollouts, steps = state.rollout_ids[rows, None], state.step[rows, None]
-    key = noise.noise_key(context.seed, noise.POSITIONS, rollouts, steps, positions)
-    return noise.uniform(key)
-
-
-def _launch(
-    state: SamplerState, rows: Tensor, *, context: SamplerContext, sampling: SamplingSettings
-) -> _Group:
+def _launch(state: SamplerState, rows: Tensor, context: SamplerContext) -> _Group:
     """Send rows into their next denoising step."""
-    wanted = _wanted_positions(state, rows, context=context, sampling=sampling)
-    positions = block_positions(state, rows, sampling)
+    positions = block_positions(state, rows)
+    wanted = _wanted(state, rows, positions, context)
     scored = torch.zeros_like(state.canvas[rows], dtype=torch.bool)
     scored.scatter_(1, state.columns[rows].gather(1, positions), wanted)
-    lengths = state.prompt_lengths[rows] + sampling.completion_length
     owners = rows[wanted.nonzero(as_tuple=True)[0]]
     keys = noise.noise_key(
         context.seed, noise.TOKENS, state.rollout_ids[owners], state.step[owners], positions[wanted]
     )
 
     def draw_at(logits: Tensor, part: slice) -> Draw:
-        return draw_tokens(logits, keys[part], vocab=context.vocab, sampling=sampling)
+        return draw_tokens(logits, keys[part], vocab=context.vocab, sampling=state.sampling)
 
-    packed = pack(state.canvas[rows], lengths, scored, shift=context.shift)
-    draws = context.forward(packed, draw_at)
-    return _Group(rows, wanted, owners, draws)
+    packed = pack(state.canvas[rows], state.lengths[rows], scored, shift=context.shift)
+    return _Group(rows, positions, wanted, owners, context.forward(packed, draw_at))
 
 
-def _finish(
-    state: SamplerState, group: _Group, *, context: SamplerContext, sampling: SamplingSettings
-) -> list[int]:
+def _finish(state: SamplerState, group: _Group, context: SamplerContext) -> list[int]:
     """Fix the best of a group's draws and end its step; returns the rows still live."""
-    rows, wanted, draw = group.rows, group.wanted, group.draws()
-    positions = block_positions(state, rows, sampling)
-    fixed = _select(state, rows, positions, wanted, draw, context=context, sampling=sampling)
-    kept = fixed[wanted]
-    commit(state, group.owners[kept], positions[wanted][kept], map_tensors(draw, lambda t: t[kept]))
-    return advance(state, rows, eos_id=context.eos_id, sampling=sampling)
+    draw, wanted = group.draws(), group.wanted
+    kept = _fixed(state, group, draw, context)[wanted]
+    positions = group.positions[wanted][kept]
+    commit(state, group.owners[kept], positions, map_tensors(draw, lambda t: t[kept]))
+    return advance(state, group.rows, context.eos_id)
 
 
-def _select(
-    state: SamplerState,
-    rows: Tensor,
-    positions: Tensor,
-    wanted: Tensor,
-    draw: Draw,
-    *,
-    context: SamplerContext,
-    sampling: SamplingSettings,
+def _wanted(
+    state: SamplerState, rows: Tensor, positions: Tensor, context: SamplerContext
 ) -> Tensor:
+    """Mark the positions [n, block length] of each row's block that this step must score.
+
+    Random unmasking chooses its positions before the forward, so it scores no others.
+    """
+    if state.plan is not None:
+        return state.plan[rows] == state.step[rows, None]
+    masked = state.unmask_step[rows].gather(1, positions) < 0
+    if state.sampling.unmasking != "random" or state.sampling.threshold is not None:
+        return masked
+    chance = _position_noise(state, rows, positions, context)
+    return _best(chance.masked_fill(~masked, -1.0), _scheduled(state, rows)) & masked
+
+
+def _fixed(state: SamplerState, group: _Group, draw: Draw, context: SamplerContext) -> Tensor:
     """Return which wanted positions [n, block length] this step fixes."""
+    rows, wanted, sampling = group.rows, group.wanted, state.sampling
     if state.plan is not None or (sampling.unmasking == "random" and sampling.threshold is None):
         return wanted
     rank = torch.full(wanted.shape, float("-inf"), dtype=torch.float64, device=rows.device)
     if sampling.unmasking == "random":
-        rank[wanted] = _position_noise(state, rows, positions, context)[wanted]
+        rank[wanted] = _position_noise(state, rows, group.positions, context)[wanted]
     else:
         by_entropy = sampling.unmasking == "entropy"
         rank[wanted] = (-draw.entropies if by_entropy else draw.confidences).double()
-    fixed = _best(rank, _scheduled(state, rows, sampling))
+    fixed = _best(rank, _scheduled(state, rows))
     if sampling.threshold is not None:
         sure = torch.zeros_like(wanted)
         sure[wanted] = draw.confidences.exp() >= sampling.threshold
         fixed = fixed | sure
     return fixed & wanted
+
+
+def _scheduled(state: SamplerState, rows: Tensor) -> Tensor:
+    """Return how many tokens the schedule fixes in this step, [n, 1]."""
+    table = torch.tensor(step_counts(state.sampling), device=rows.device)
+    return table[state.step_in_block[rows]][:, None]
+
+
+def _position_noise(
+    state: SamplerState, rows: Tensor, positions: Tensor, context: SamplerContext
+) -> Tensor:
+    rollouts, steps = state.rollout_ids[rows, None], state.step[rows, None]
+    return noise.uniform(noise.noise_key(context.seed, noise.POSITIONS, rollouts, steps, positions))
+
+
+def _step_uniforms(state: SamplerState, context: SamplerContext) -> Tensor:
+    """Return a number for every step, row and position [steps, R, C]."""
+    if context.uniforms is not None:
+        return context.uniforms
+    device = state.rollout_ids.device
+    steps = torch.arange(state.sampling.denoising_steps, device=device)[:, None, None]
+    positions = torch.arange(state.sampling.completion_length, device=device)
+    rollouts = state.rollout_ids[None, :, None]
+    return noise.uniform(noise.noise_key(context.seed, noise.POSITIONS, rollouts, steps, positions))
 
 
 def _best(rank: Tensor, counts: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from agrpo_megatron.config.settings import SamplingSettings
@@ -21,9 +22,10 @@ RECORDED = tuple(field.name for field in fields(Trajectory) if field.name in _DR
 class SamplerState:
     """R rows under construction; changed in place, step by step."""
 
+    sampling: SamplingSettings
     prompts: tuple[Tensor, ...]
     canvas: Tensor  # [R, longest] prompts and completions
-    prompt_lengths: Tensor  # [R]
+    lengths: Tensor  # [R] tokens of each row: prompt and completion
     columns: Tensor  # [R, C] canvas columns of the completion
     rollout_ids: Tensor  # [R]
     unmask_step: Tensor  # [R, C]; -1 where still masked
@@ -44,9 +46,10 @@ def start(
     canvas, prompt_lengths = make_canvas(prompts, masks)
     zeros = torch.zeros(rows, dtype=torch.int64, device=device)
     return SamplerState(
+        sampling=sampling,
         prompts=prompts,
         canvas=canvas,
-        prompt_lengths=prompt_lengths,
+        lengths=prompt_lengths + width,
         columns=completion_columns(prompt_lengths, width),
         rollout_ids=rollout_ids,
         unmask_step=torch.full((rows, width), -1, dtype=torch.int64, device=device),
@@ -58,10 +61,10 @@ def start(
     )
 
 
-def block_positions(state: SamplerState, rows: Tensor, sampling: SamplingSettings) -> Tensor:
+def block_positions(state: SamplerState, rows: Tensor) -> Tensor:
     """Return the completion positions [n, block length] of the rows' current blocks."""
-    offsets = torch.arange(sampling.block_length, device=rows.device)
-    return state.block[rows, None] * sampling.block_length + offsets
+    length = state.sampling.block_length
+    return state.block[rows, None] * length + torch.arange(length, device=rows.device)
 
 
 def commit(state: SamplerState, rows: Tensor, positions: Tensor, draw: Draw) -> None:
@@ -74,25 +77,23 @@ def commit(state: SamplerState, rows: Tensor, positions: Tensor, draw: Draw) -> 
         return
     missing = draw.support_ids.shape[-1] - state.support_ids.shape[-1]
     if missing > 0:
-        state.support_ids = torch.nn.functional.pad(state.support_ids, (0, missing), value=-1)
-    ids = torch.nn.functional.pad(draw.support_ids, (0, max(0, -missing)), value=-1)
+        state.support_ids = F.pad(state.support_ids, (0, missing), value=-1)
+    ids = F.pad(draw.support_ids, (0, max(0, -missing)), value=-1)
     state.support_ids[rows, positions] = ids.to(torch.int32)
 
 
-def advance(
-    state: SamplerState, rows: Tensor, *, eos_id: int | None, sampling: SamplingSettings
-) -> list[int]:
+def advance(state: SamplerState, rows: Tensor, eos_id: int | None) -> list[int]:
     """Count the step, move finished blocks on, end rows, and return the rows still live."""
-    blocks = sampling.completion_length // sampling.block_length
+    blocks = state.sampling.completion_length // state.sampling.block_length
     state.step[rows] += 1
     state.step_in_block[rows] += 1
-    positions = block_positions(state, rows, sampling)
+    positions = block_positions(state, rows)
     done = (state.unmask_step[rows].gather(1, positions) >= 0).all(1)
     finished = rows[done]
     state.block[finished] += 1
     state.step_in_block[finished] = 0
     over = state.block[rows] == blocks
-    if sampling.early_end and eos_id is not None:
+    if state.sampling.early_end and eos_id is not None:
         tokens = state.canvas[rows].gather(1, state.columns[rows].gather(1, positions))
         ended = done & ~over & (tokens == eos_id).all(1)
         _fill_tail(state, rows[ended], eos_id)
@@ -100,7 +101,7 @@ def advance(
     return rows[~over].tolist()
 
 
-def trajectory(state: SamplerState, rows: list[int], sampling: SamplingSettings) -> Trajectory:
+def trajectory(state: SamplerState, rows: list[int]) -> Trajectory:
     """Return the trajectory of complete rows."""
     chosen = torch.tensor(rows, dtype=torch.int64, device=state.step.device)
     recorded: dict[str, Any] = {name: values[chosen] for name, values in state.recorded.items()}
@@ -112,7 +113,7 @@ def trajectory(state: SamplerState, rows: list[int], sampling: SamplingSettings)
         support_ids=support[chosen] if support.shape[-1] else None,
         num_steps=state.step[chosen],
         rollout_ids=state.rollout_ids[chosen],
-        sampling=sampling,
+        sampling=state.sampling,
         **recorded,
     )
 

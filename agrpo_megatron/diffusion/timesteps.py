@@ -24,10 +24,16 @@ def live_steps(trajectory: Trajectory, *, eos_id: int | None, rule: str) -> Tens
 def step_entropies(trajectory: Trajectory, num_steps: int) -> Tensor:
     """Return the summed entropy of the tokens fixed at each step, [R, num_steps] float64, nats."""
     ran = trajectory.unmask_step < trajectory.num_steps[:, None]
-    sums = torch.zeros(len(trajectory.tokens), num_steps + 1, dtype=torch.float64)
-    sums = sums.to(trajectory.tokens.device)
     steps = trajectory.unmask_step.masked_fill(~ran, num_steps).clamp(max=num_steps)
-    return sums.scatter_add_(1, steps, trajectory.entropies.double())[:, :num_steps]
+    entropies = trajectory.entropies.double()
+    sums = entropies.new_zeros(len(entropies), num_steps + 1)
+    return sums.scatter_add_(1, steps, entropies)[:, :num_steps]
+
+
+def uniform_steps(live: Tensor, count: int) -> Tensor:
+    """Return the uniform distribution over the live steps [R] of `count` steps, [R, count]."""
+    alive = torch.arange(count, device=live.device) < live[:, None]
+    return alive / live.clamp(min=1)[:, None].double()
 
 
 def step_proposal(live: Tensor, entropies: Tensor, *, proposal: str, uniform_mix: float) -> Tensor:
@@ -40,11 +46,10 @@ def step_proposal(live: Tensor, entropies: Tensor, *, proposal: str, uniform_mix
         live: [R] numbers of live steps.
         entropies: [R, M] from `step_entropies`.
     """
-    alive = torch.arange(entropies.shape[1], device=live.device) < live[:, None]
-    uniform = alive / live.clamp(min=1)[:, None].double()
+    uniform = uniform_steps(live, entropies.shape[1])
     if proposal == "uniform":
         return uniform
-    scores = (entropies + PUBLISHED_ENTROPY_FLOOR) * alive
+    scores = (entropies + PUBLISHED_ENTROPY_FLOOR) * (uniform > 0)
     scores = scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return (1 - uniform_mix) * scores + uniform_mix * uniform
 
@@ -52,7 +57,7 @@ def step_proposal(live: Tensor, entropies: Tensor, *, proposal: str, uniform_mix
 def draw_uniforms(
     rollout_ids: Tensor, count: int, *, sampler: str, seed: int, group_size: int
 ) -> Tensor:
-    """Return [R, count] float64 numbers in (0, 1); each alone is uniform, together they are spread.
+    """Return [R, count] float64 numbers in (0, 1): each is uniform, together they are spread.
 
     `independent` draws each separately; `stratified` one from each of `count` equal parts, per
     rollout; `systematic` shifts one regular grid, per rollout; `batch` (published) shuffles

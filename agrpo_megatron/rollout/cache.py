@@ -10,7 +10,8 @@ import json
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.megatron.parallel import Ranks, gather_objects
-from agrpo_megatron.trajectories import join, moved, tensors
+from agrpo_megatron.trajectories import join, moved, select, tensors
 from agrpo_megatron.types import GradedRollouts, Reward, Trajectory
 
 ROUND, PART, WRITING = ".safetensors", ".part", ".writing"
 DIGITS = 6  # of a round's number
 SHARE = 0.2  # limit of the time for writing completions, as a share of the rollout
+NOTED = ("tokens", "bubble", "seconds")  # fields of a graded round, besides its rewards
 UNREADABLE = (OSError, SafetensorError, ValueError, LookupError, TypeError)
 
 
@@ -46,24 +48,12 @@ def round_name(number: int) -> str:
 
 
 class NoCache:
-    """A cache that keeps nothing."""
+    """A cache that keeps nothing: no round, no completion."""
 
     def find(self, *_: object, **__: object) -> None:
-        """Return None: no round is kept."""
+        """Do nothing, and return None."""
 
-    def find_completions(self, *_: object, **__: object) -> None:
-        """Return None: no completion is kept."""
-
-    def writer(self, *_: object, **__: object) -> None:
-        """Return None: completions are not written."""
-
-    def keep(self, *_: object) -> None:
-        """Keep nothing."""
-
-    def forget(self, number: int) -> None:
-        """Remove nothing."""
-
-    drop = forget
+    find_completions = writer = keep = forget = drop = find
 
     def progress(self) -> list[str]:
         """Return nothing."""
@@ -91,29 +81,33 @@ class RolloutCache:
         self, number: int, rollout_ids: Tensor, *, sampling: SamplingSettings
     ) -> GradedRollouts | None:
         """Return the graded round of an earlier attempt, if it is on disk."""
-        found = _read_round(self._round(number), sampling, self._run)
-        if found and not torch.equal(found.trajectory.rollout_ids, rollout_ids.cpu()):
-            found = None
+        found = None
+        with suppress(*UNREADABLE):
+            trajectory, notes = self._read(self._round(number), sampling)
+            rewards = [Reward(**reward) for reward in notes["rewards"]]
+            if torch.equal(trajectory.rollout_ids, rollout_ids.cpu()):
+                found = GradedRollouts(trajectory, rewards, **{name: notes[name] for name in NOTED})
         # All ranks must agree, even if they see different files.
         if not all(gather_objects(found is not None)):
             return None
         assert found is not None
-        trajectory = moved(found.trajectory, self._ranks.device)
-        return GradedRollouts(trajectory, found.rewards, found.tokens, found.bubble, found.seconds)
+        return replace(found, trajectory=moved(found.trajectory, self._ranks.device))
 
     def find_completions(
         self, name: str, rollout_ids: Tensor, *, sampling: SamplingSettings
     ) -> Trajectory | None:
         """Return the completions of a rollout by earlier attempts, in the order of ids."""
-        parts = [_read_part(path, sampling, self._run) for path in self._parts(name)]
-        kept = [part for part in parts if part is not None]
+        kept: list[Trajectory] = []
+        for path in self._parts(name):
+            with suppress(*UNREADABLE):
+                kept.append(self._read(path, sampling)[0])
         wanted = rollout_ids.tolist()
         places = {n: i for i, n in enumerate(n for p in kept for n in p.rollout_ids.tolist())}
         seen_by_all = set.intersection(*gather_objects(set(places) & set(wanted)))
         if not seen_by_all:
             return None
         order = [places[number] for number in wanted if number in seen_by_all]
-        return moved(join(kept, torch.tensor(order)), self._ranks.device)
+        return moved(select(join(kept), torch.tensor(order)), self._ranks.device)
 
     def writer(self, name: str, ranks: Ranks) -> "CompletionWriter | None":
         """Return the writer of a replica's completions; None on ranks that write nothing.
@@ -123,17 +117,20 @@ class RolloutCache:
         """
         if not ranks.speaks_for_replica:
             return None
-        return CompletionWriter(self._folder, name, run=self._run, check=self._check)
+
+        def write(part: Trajectory) -> None:
+            self._write(self._folder / f"{name}-{secrets.token_hex(4)}{PART}", part)
+
+        return CompletionWriter(write)
 
     def keep(self, number: int, rollouts: GradedRollouts) -> None:
         """Write a graded round and remove the files of its completions."""
         if not self._ranks.is_main:
             return
         path = self._round(number)
-        trajectory = moved(rollouts.trajectory, "cpu")
-        notes = {name: getattr(rollouts, name) for name in ("tokens", "bubble", "seconds")}
-        notes["rewards"] = [asdict(reward) for reward in rollouts.rewards]
-        _write(path, trajectory, {**notes, "run": self._run}, self._check)
+        notes = {name: getattr(rollouts, name) for name in NOTED}
+        rewards = [asdict(reward) for reward in rollouts.rewards]
+        self._write(path, moved(rollouts.trajectory, "cpu"), **notes, rewards=rewards)
         for part in self._parts(path.stem):
             part.unlink()
 
@@ -149,6 +146,30 @@ class RolloutCache:
     def progress(self) -> list[str]:
         """Return the names of all files, which change with every new sample."""
         return sorted(path.name for path in self._folder.iterdir())
+
+    def _write(self, path: Path, trajectory: Trajectory, **notes: Any) -> None:
+        """Write a trajectory with notes; the file appears only when complete."""
+        stored = {name: tensor.contiguous() for name, tensor in tensors(trajectory).items()}
+        stored["prompts"] = torch.cat(trajectory.prompts)
+        stored["prompt_lengths"] = torch.tensor([len(prompt) for prompt in trajectory.prompts])
+        notes |= {"run": self._run, "weights_version": trajectory.weights_version}
+        writing = path.with_name(f"{path.stem}.{secrets.token_hex(4)}{WRITING}")
+        save_file(stored, writing, metadata={"notes": json.dumps(notes)})
+        self._check()
+        writing.replace(path)
+
+    def _read(self, path: Path, sampling: SamplingSettings) -> tuple[Trajectory, dict[str, Any]]:
+        """Read a file of `_write`; raises one of `UNREADABLE` if it is damaged or another run's."""
+        with safe_open(path, framework="pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            notes = json.loads(file.metadata()["notes"])
+        if notes["run"] != self._run:
+            raise ValueError("the file belongs to another run")
+        lengths = stored.pop("prompt_lengths").tolist()
+        prompts = tuple(stored.pop("prompts").split(lengths))
+        version = notes["weights_version"]
+        stored.setdefault("support_ids", None)
+        return Trajectory(prompts, sampling=sampling, weights_version=version, **stored), notes
 
     def _remove(self, is_chosen: Callable[[int], bool]) -> None:
         if not self._ranks.is_main:
@@ -169,8 +190,8 @@ class RolloutCache:
 class CompletionWriter:
     """Writes one replica's completions, several per file if writing is slow."""
 
-    def __init__(self, folder: Path, name: str, *, run: str, check: Callable[[], None]):
-        self._folder, self._name, self._run, self._check = folder, name, run, check
+    def __init__(self, write: Callable[[Trajectory], None]):
+        self._write = write
         self._waiting: list[Trajectory] = []
         self._free_at = 0.0  # earliest time of the next write within SHARE
 
@@ -185,54 +206,7 @@ class CompletionWriter:
         if not self._waiting:
             return
         started = time.monotonic()
-        rows = range(sum(len(part.prompts) for part in self._waiting))
-        part, self._waiting = join(self._waiting, torch.tensor(rows)), []
-        path = self._folder / f"{self._name}-{secrets.token_hex(4)}{PART}"
-        _write(path, part, {"run": self._run}, self._check)
+        part, self._waiting = join(self._waiting), []
+        self._write(part)
         now = time.monotonic()
         self._free_at = now + (now - started) / SHARE
-
-
-def _write(
-    path: Path, trajectory: Trajectory, notes: dict[str, Any], check: Callable[[], None]
-) -> None:
-    """Write a trajectory with notes; the file appears only when complete."""
-    stored = {name: tensor.contiguous() for name, tensor in tensors(trajectory).items()}
-    stored["prompts"] = torch.cat(trajectory.prompts)
-    stored["prompt_lengths"] = torch.tensor([len(prompt) for prompt in trajectory.prompts])
-    notes = {**notes, "weights_version": trajectory.weights_version}
-    writing = path.with_name(f"{path.stem}.{secrets.token_hex(4)}{WRITING}")
-    save_file(stored, writing, metadata={"notes": json.dumps(notes)})
-    check()
-    writing.replace(path)
-
-
-def _read(path: Path, sampling: SamplingSettings, run: str) -> tuple[Trajectory, dict[str, Any]]:
-    """Read a file of `_write`; raises one of `UNREADABLE` where it is not this run's."""
-    with safe_open(path, framework="pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        notes = json.loads(file.metadata()["notes"])
-    if notes["run"] != run:
-        raise ValueError("the file belongs to another run")
-    lengths = stored.pop("prompt_lengths").tolist()
-    prompts = tuple(stored.pop("prompts").split(lengths))
-    version = notes["weights_version"]
-    stored.setdefault("support_ids", None)
-    return Trajectory(prompts, sampling=sampling, weights_version=version, **stored), notes
-
-
-def _read_round(path: Path, sampling: SamplingSettings, run: str) -> GradedRollouts | None:
-    try:
-        trajectory, notes = _read(path, sampling, run)
-        rewards = [Reward(**reward) for reward in notes["rewards"]]
-        tokens, bubble, seconds = (notes[name] for name in ("tokens", "bubble", "seconds"))
-        return GradedRollouts(trajectory, rewards, tokens, bubble, seconds)
-    except UNREADABLE:
-        return None
-
-
-def _read_part(path: Path, sampling: SamplingSettings, run: str) -> Trajectory | None:
-    try:
-        return _read(path, sampling, run)[0]
-    except UNREADABLE:
-        return None

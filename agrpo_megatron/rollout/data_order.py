@@ -1,7 +1,7 @@
 """The data order: each task gets its share of problems, each epoch its own order.
 
-An iteration has a range of places. The problem at a place follows from the place and the seed
-alone, so a resumed run and any layout pick the same problems.
+An iteration has a range of places. The problem at a place depends only on the place and the seed,
+so a resumed run and any layout pick the same problems.
 """
 
 from collections.abc import Sequence

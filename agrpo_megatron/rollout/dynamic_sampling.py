@@ -1,6 +1,7 @@
 """Dynamic sampling: the groups of one iteration; groups without variance are replaced."""
 
 from dataclasses import dataclass
+from itertools import batched
 
 import torch
 
@@ -10,8 +11,8 @@ from agrpo_megatron.rollout.data_order import pick_problems
 from agrpo_megatron.rollout.generate import Request, generate
 from agrpo_megatron.rollout.metrics import failure_warning, reward_metrics
 from agrpo_megatron.rollout.session import Session
-from agrpo_megatron.trajectories import join
-from agrpo_megatron.types import GradedRollouts, Problem, Reward
+from agrpo_megatron.trajectories import join, select
+from agrpo_megatron.types import GradedRollouts, Problem
 
 
 @dataclass(frozen=True)
@@ -31,37 +32,34 @@ def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
     Groups without variance after the last round stay, so that shapes are constant.
     """
     algorithm = session.run.settings.algorithm
-    count, group, rounds = (
-        algorithm.prompts_per_iteration,
-        algorithm.group_size,
-        algorithm.resample_rounds,
-    )
+    count, size = algorithm.prompts_per_iteration, algorithm.group_size
     problems: list[Problem] = []  # of all rounds, like the rollouts
     rollouts: list[GradedRollouts] = []
     slots, missing = list(range(count)), list(range(count))  # a slot holds a group's number
-    for number in range(1 + rounds):
+    for number in range(1 + algorithm.resample_rounds):
         if not missing:
             break
-        first, wanted = len(problems) // group, len(missing)
-        chosen, found = _sample_round(session, engine, (iteration, number), groups=wanted)
+        first = len(problems) // size
+        chosen, found = _sample_round(session, engine, (iteration, number), groups=len(missing))
         problems += chosen
         rollouts.append(found)
-        useful = [first + place for place in range(wanted) if _differs(found.rewards, place, group)]
+        scores = batched((reward.score for reward in found.rewards), size)
+        useful = [group for group, own in enumerate(scores, start=first) if len(set(own)) > 1]
         if number == 0:
             missing = [slot for slot in missing if slot not in useful]
             continue
-        for slot, chosen_group in zip(missing, useful, strict=False):
-            slots[slot] = chosen_group
+        for slot, group in zip(missing, useful, strict=False):
+            slots[slot] = group
         missing = missing[len(useful) :]
     rewards = [reward for found in rollouts for reward in found.rewards]
     metrics = reward_metrics(rewards, problems)
-    if rounds:
+    if algorithm.resample_rounds:
         metrics["rollout/rounds"] = len(rollouts) - 1
-        metrics["rollout/resampled_groups"] = len(problems) // group - count
+        metrics["rollout/resampled_groups"] = len(problems) // size - count
     warning = failure_warning(rewards, session.run.settings.task.grader.failed_score)
     if warning is not None:
         session.output.view.warn(f"iteration {iteration + 1}: {warning}")
-    rows = [slot * group + place for slot in slots for place in range(group)]
+    rows = [group * size + place for group in slots for place in range(size)]
     return Groups([problems[row] for row in rows], _chosen(rollouts, rows), metrics)
 
 
@@ -87,11 +85,6 @@ def _sample_round(
     return chosen, rollouts
 
 
-def _differs(rewards: list[Reward], place: int, group: int) -> bool:
-    """Return whether a group has rewards that differ."""
-    return len({reward.score for reward in rewards[place * group : (place + 1) * group]}) > 1
-
-
 def _chosen(rounds: list[GradedRollouts], rows: list[int]) -> GradedRollouts:
     """Return some of the rollouts of several rounds, in the order of `rows`."""
     if len(rounds) == 1:
@@ -101,7 +94,7 @@ def _chosen(rounds: list[GradedRollouts], rows: list[int]) -> GradedRollouts:
     order = torch.tensor(rows, device=trajectories[0].tokens.device)
     names = sorted({name for found in rounds for name in found.seconds})
     return GradedRollouts(
-        join(trajectories, order),
+        select(join(trajectories), order),
         [rewards[row] for row in rows],
         sum(found.tokens for found in rounds),
         sum(found.bubble for found in rounds) / len(rounds),

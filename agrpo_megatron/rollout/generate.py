@@ -86,8 +86,8 @@ def generate(session: Session, network: Network, request: Request) -> GradedRoll
 
 def encode_prompts(run: Run, prompts: Sequence[Prompt]) -> list[Tensor]:
     """Return the ids of each prompt, int64."""
-    device, encode = run.ranks.device, run.tokenizer.encode_prompt
-    return [torch.tensor(encode(prompt), dtype=torch.int64, device=device) for prompt in prompts]
+    encoded, device = run.tokenizer.encode_prompts(prompts), run.ranks.device
+    return [torch.tensor(ids, dtype=torch.int64, device=device) for ids in encoded]
 
 
 def sample_prompts(
@@ -120,21 +120,21 @@ def sample_prompts(
 
 
 def _share(run: Run, safety: Safety, network: Network, request: Request) -> _Share:
-    """Deal cached completions and those to sample out to the replicas, long prompts first."""
+    """Divide cached and missing completions among the replicas, long prompts first."""
     data, ids = network.ranks.data, request.rollout_ids
     prompts = encode_prompts(run, task_prompts(run.task, request.problems, split=request.split))
     cached = None
     if request.name:
         cached = safety.cache.find_completions(request.name, ids, sampling=request.sampling)
     known = set(cached.rollout_ids.tolist()) if cached is not None else set()
-    numbers = ids.tolist()
-    missing = [place for place, number in enumerate(numbers) if number not in known]
+    numbers = list(enumerate(ids.tolist()))
+    there = [place for place, number in numbers if number in known]
+    missing = [place for place, number in numbers if number not in known]
     by_length = sorted(missing, key=lambda place: -len(prompts[place]))
     mine = by_length[data.rank :: data.size]
-    there = [place for place, number in enumerate(numbers) if number in known]
     if cached is not None:
-        rows = list(range(len(there)))[data.rank :: data.size]
-        cached = select(cached, torch.tensor(rows, dtype=torch.int64, device=ids.device))
+        rows = torch.arange(len(there), device=ids.device)
+        cached = select(cached, rows[data.rank :: data.size])
     return _Share(
         cached,
         there[data.rank :: data.size] + mine,
@@ -183,8 +183,7 @@ def _sample_share(
     assert sampled is not None
     trajectory = replace(sampled[0], weights_version=request.weights_version)
     if cached is not None:
-        rows = torch.arange(len(share.places), device=share.rollout_ids.device)
-        trajectory = join([cached, trajectory], rows)
+        trajectory = join([cached, trajectory])
     return trajectory, sampled[1]
 
 
@@ -200,8 +199,7 @@ class _Grading:
     """Passes a replica's completions to the grader, in parts."""
 
     def __init__(self, run: Run, problems: Sequence[Problem], split: Split):
-        self._run, self._problems = run, problems
-        self._split: Split = split
+        self._run, self._problems, self._split = run, problems, split
         self._parts: list[tuple[Sequence[int], Future[list[Reward]]]] = []
 
     def __call__(self, rows: Sequence[int], tokens: Tensor) -> None:
@@ -226,7 +224,7 @@ def _joined(parts: list[tuple], device: torch.device, seconds: dict[str, float])
     order = torch.tensor([place for part in places for place in part]).argsort()
     graded = [reward for part in rewards for reward in part]
     return GradedRollouts(
-        moved(join(trajectories, order), device),
+        moved(select(join(trajectories), order), device),
         [graded[i] for i in order.tolist()],
         sum(tokens),
         sum(bubbles) / len(bubbles),
@@ -249,21 +247,19 @@ def sample_records(
     run: Run, problems: Sequence[Problem], rollouts: GradedRollouts, *, split: Split
 ) -> list[dict]:
     """Describe the first completions for samples.jsonl, `logging.samples` of them."""
-    records, trajectory = [], rollouts.trajectory
-    chosen = problems[: run.settings.logging.samples]
+    trajectory, chosen = rollouts.trajectory, problems[: run.settings.logging.samples]
     prompts = task_prompts(run.task, chosen, split=split)
-    for row, prompt in enumerate(prompts):
-        ids = trajectory.tokens[row].tolist()
-        records.append(
-            {
-                "prompt": shown_prompt(prompt),
-                "completion": run.tokenizer.decode(ids),
-                "pieces": run.tokenizer.pieces(ids),
-                "unmask_step": trajectory.unmask_step[row].tolist(),
-                "num_steps": int(trajectory.num_steps[row]),
-                "reward": rollouts.rewards[row].score,
-                "correct": rollouts.rewards[row].correct,
-                "solution": problems[row].solution,
-            }
-        )
-    return records
+    completions = trajectory.tokens[: len(chosen)].tolist()
+    return [
+        {
+            "prompt": shown_prompt(prompt),
+            "completion": run.tokenizer.decode(ids),
+            "pieces": run.tokenizer.pieces(ids),
+            "unmask_step": trajectory.unmask_step[row].tolist(),
+            "num_steps": int(trajectory.num_steps[row]),
+            "reward": rollouts.rewards[row].score,
+            "correct": rollouts.rewards[row].correct,
+            "solution": problems[row].solution,
+        }
+        for row, (prompt, ids) in enumerate(zip(prompts, completions, strict=True))
+    ]

@@ -11,7 +11,7 @@ from agrpo_megatron.families.files import is_huggingface
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.rollout.cache import sampling_number
 from agrpo_megatron.rollout.session import Session
-from agrpo_megatron.runs.progress import CHECKPOINTS, HF, MODEL_FILE, RUN_FILE, Progress
+from agrpo_megatron.runs.progress import CHECKPOINTS, HF, RUN_FILE, Progress
 from agrpo_megatron.text.tokenizer import CHARACTERS
 from agrpo_megatron.training.early_stopping import metric, with_early_stop
 from agrpo_megatron.training.nan_guard import refuse_nonfinite_weights
@@ -44,25 +44,20 @@ class Checkpointer:
         self._saved = done.iteration if done.offsets else None  # in the newest checkpoint
 
     def on_iteration_end(self, iteration: int, *, is_evaluated: bool) -> None:
-        """Record an iteration after its updates, before its evaluation if one is due."""
+        """Record a finished iteration; called before its evaluation, if one is due."""
         self._iteration = iteration
         self._done = replace(self._done, is_evaluated=is_evaluated)
 
     def on_evaluation(self, scores: dict) -> str | None:
         """Record the metrics of an evaluation; returns the reason for early stopping, if any."""
-        self._done = replace(self._done, is_evaluated=True)
         name, best = self._settings.best, self._done.best
-        kept = {
-            key: value
-            for key, value in scores.items()
-            if isinstance(value, float) or key.startswith("summary/")
-        }
-        self._done = replace(self._done, scores=kept)
         if name is not None:
             value = metric(scores, name, key="checkpoint.best")
             self._is_best = best is None or value > best
-            self._done = replace(self._done, best=value if self._is_best else best)
-        self._done = with_early_stop(self._done, scores, self._session.run.settings.train)
+            best = value if self._is_best else best
+        kept = {k: v for k, v in scores.items() if isinstance(v, float) or k.startswith("summary/")}
+        done = replace(self._done, is_evaluated=True, scores=kept, best=best)
+        self._done = with_early_stop(done, scores, self._session.run.settings.train)
         return self._done.stopped
 
     def save_if_due(self, iteration: int) -> None:
@@ -71,8 +66,8 @@ class Checkpointer:
         self._saver.poll()
         every, is_best, self._is_best = self._settings.interval, self._is_best, False
         is_end = iteration == self._last or self._done.stopped is not None
-        is_due = is_end or is_best or bool(every and iteration % every == 0)
-        if not is_due or not (self._has_learned or is_end):
+        is_due = is_best or bool(every and iteration % every == 0)
+        if not (is_end or (is_due and self._has_learned)):
             return
         self._save(is_best=is_best)
         if self._phase == "rl":
@@ -117,14 +112,10 @@ def describe_model(folder: Path, settings: Settings) -> None:
 
     The tokenizer, and the files of the Hugging Face model that the run starts from.
     """
-    sources = []
-    load = settings.model.load
+    load, tokenizer = settings.model.load, settings.tokenizer.path
+    sources = [CHARACTERS if tokenizer is None else Path(tokenizer)]
     if load is not None:
-        start = Path(load)
-        nested = (start / HF, start / MODEL_FILES / HF)
-        sources += [path for path in (start, *nested) if is_huggingface(path)]
-    tokenizer = settings.tokenizer.path
-    sources.append(CHARACTERS if tokenizer is None else Path(tokenizer))
+        places = (Path(load), Path(load, HF), Path(load, MODEL_FILES, HF))
+        sources = [path for path in places if is_huggingface(path)] + sources
     write_model_files(folder, settings.model, dict.fromkeys(sources))
-    assert (folder / MODEL_FILE).exists()
     (folder / RUN_FILE).write_text(to_yaml(settings), encoding="utf-8")

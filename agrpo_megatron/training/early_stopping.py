@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
-from agrpo_megatron.config.settings import TrainSettings
+from agrpo_megatron.config.settings import Settings, TrainSettings
 from agrpo_megatron.runs.progress import Progress
 
 
@@ -24,21 +25,21 @@ def with_early_stop(done: Progress, scores: Mapping[str, Any], settings: TrainSe
         return replace(done, stopped=f"{name} is {value:.4g}: train.stop_target={target:g}")
     if done.stop_best is None or value > done.stop_best:
         return replace(done, stop_best=value, stop_waited=0)
-    waited = done.stop_waited + 1
-    done = replace(done, stop_waited=waited)
-    if patience is None or waited < patience:
+    done = replace(done, stop_waited=done.stop_waited + 1)
+    if patience is None or done.stop_waited < patience:
         return done
     why = f"{name} was never above {done.stop_best:.4g} again: train.stop_patience={patience}"
     return replace(done, stopped=why)
 
 
-def check_metrics(scores: Mapping[str, Any], *, best: str | None, stop_metric: str | None) -> None:
+def check_metrics(scores: Mapping[str, Any], settings: Settings) -> None:
     """Check, before training, that evaluations have the metrics that the settings name.
 
     Raises:
         ValueError: an evaluation lacks `checkpoint.best` or `train.stop_metric`.
     """
-    for key, name in (("checkpoint.best", best), ("train.stop_metric", stop_metric)):
+    for key in ("checkpoint.best", "train.stop_metric"):
+        name = attrgetter(key)(settings)
         if name is not None:
             metric(scores, name, key=key)
 

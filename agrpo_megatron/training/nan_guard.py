@@ -6,15 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from agrpo_megatron.checkpoint.resume import find_checkpoint
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.rollout.cache import sampling_number
 from agrpo_megatron.rollout.data_order import pick_problems
 from agrpo_megatron.rollout.session import Run, Session
 from agrpo_megatron.runs.progress import CHECKPOINTS, Progress
-from agrpo_megatron.training.nonfinite import Finding, Metrics, NotFinite, find_in_weights
+from agrpo_megatron.training.nonfinite import Finding, Loss, NotFinite, find_in_weights
 from agrpo_megatron.training.step import drop_gradients, optimizer_step
 from agrpo_megatron.types import SftBatch, TimestepBatch, Trajectory
 
@@ -47,7 +45,7 @@ class NanGuard:
         engine: Engine,
         batches: Sequence[Batch],
         *,
-        loss: Callable[[Tensor, Batch], tuple[Tensor, Metrics]],
+        loss: Loss[Batch],
         examples: int,
         update: Update,
     ) -> dict[str, float]:

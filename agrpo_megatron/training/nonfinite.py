@@ -4,18 +4,19 @@ Runs only after a failure, so it may take a second forward pass.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.parallel import gather_objects
 from agrpo_megatron.megatron.pipeline import forward_rows
+from agrpo_megatron.trajectories import map_tensors
 from agrpo_megatron.types import SftBatch, TimestepBatch
 
-Metrics = dict[str, Tensor]
+type Metrics = dict[str, Tensor]
+type Loss[Batch] = Callable[[Tensor, Batch], tuple[Tensor, Metrics]]
 NAMES = 3  # parameters that a rank names
 
 
@@ -31,7 +32,7 @@ class Finding:
 
 
 class NotFinite(RuntimeError):
-    """An update whose loss or gradient is not finite, or weights that are not; nothing is kept."""
+    """A loss, gradient or weight is not finite; the update is not made, or not saved."""
 
     def __init__(self, text: str, finding: Finding, *, phase: str = "", iteration: int = 0):
         super().__init__(text)
@@ -39,11 +40,7 @@ class NotFinite(RuntimeError):
 
 
 def find_in_loss[Batch: (SftBatch, TimestepBatch)](
-    engine: Engine,
-    batches: Sequence[Batch],
-    computed: Sequence[Metrics],
-    *,
-    loss: Callable[[Tensor, Batch], tuple[Tensor, Metrics]],
+    engine: Engine, batches: Sequence[Batch], computed: Sequence[Metrics], *, loss: Loss[Batch]
 ) -> Finding:
     """Find the micro-batches whose loss was not finite, and their rows; called by every rank.
 
@@ -53,26 +50,28 @@ def find_in_loss[Batch: (SftBatch, TimestepBatch)](
     """
     data, bad = engine.ranks.data.rank, [n for n, m in enumerate(computed) if not _all_finite(m)]
     found: list[tuple[int, list[int]]] = gather_objects((data, bad))
-    places = {rank: _micro_batches(mine, len(batches)) for rank, (_, mine) in enumerate(found)}
+    count = len(batches)
+    places = {rank: _numbered(mine, count) for rank, (_, mine) in enumerate(found) if mine}
     again = sorted({number for other, mine in found if other == data for number in mine})
 
     def rows_of(number: int, logits: Tensor) -> list[int]:
         """Return the rows of a micro-batch with a non-finite loss."""
         batch = batches[again[number]]
-        return [row for row in _rows(batch) if not _all_finite(_share(row, logits, batch, loss))]
+        rows = batch.sources.unique().tolist()
+        return [row for row in rows if not _all_finite(_share(row, logits, batch, loss))]
 
     engine.finish_parameters()
     results = forward_rows(engine.network, [batches[number].rows for number in again], rows_of)
     rows = sorted({row for mine in gather_objects(results) for rows in mine for row in rows})
     guilty = rows or _from_batches([batches[number] for number in bad])
-    return Finding("loss", _said(places), guilty, bool(rows), _bad_weights(engine))
+    return Finding("loss", places, guilty, bool(rows), _bad_weights(engine))
 
 
 def find_in_gradient(engine: Engine, batches: Sequence[SftBatch | TimestepBatch]) -> Finding:
     """Find the parameters whose gradient is not finite; called by every rank."""
     grads = ((name, p.main_grad) for name, p in engine.network.named_parameters())  # type: ignore[attr-defined]
-    places = dict(enumerate(gather_objects(_bad_names(grads))))
-    return Finding("gradient", _said(places), _from_batches(batches), True, _bad_weights(engine))
+    places = _not_finite(grads)
+    return Finding("gradient", places, _from_batches(batches), True, _bad_weights(engine))
 
 
 def find_in_weights(engine: Engine) -> Finding | None:
@@ -83,49 +82,35 @@ def find_in_weights(engine: Engine) -> Finding | None:
 
 
 def _share[Batch: (SftBatch, TimestepBatch)](
-    row: int,
-    logits: Tensor,
-    batch: Batch,
-    loss: Callable[[Tensor, Batch], tuple[Tensor, Metrics]],
+    row: int, logits: Tensor, batch: Batch, loss: Loss[Batch]
 ) -> Metrics:
-    """Return the loss and the metrics of one row alone; ranks of one tensor group together."""
+    """Return the loss and the metrics of one row; called by all ranks of a tensor group."""
     mine = batch.sources == row
-    values = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "rows"}
-    part = replace(batch, **{n: v[mine] if v is not None else None for n, v in values.items()})
-    total, metrics = loss(logits[mine], part)
+    total, metrics = loss(logits[mine], map_tensors(batch, lambda tensor: tensor[mine]))
     return {**metrics, "loss": total}
-
-
-def _rows(batch: SftBatch | TimestepBatch) -> list[int]:
-    return batch.sources.unique().tolist()
 
 
 def _from_batches(batches: Sequence[SftBatch | TimestepBatch]) -> list[int]:
     """Return the rows of these micro-batches of all ranks."""
-    mine = {row for batch in batches for row in _rows(batch)}
+    mine = {row for batch in batches for row in batch.sources.tolist()}
     return sorted(set().union(*gather_objects(mine)))
 
 
 def _bad_weights(engine: Engine) -> dict[int, str]:
-    return _said(dict(enumerate(gather_objects(_bad_names(engine.network.named_parameters())))))
+    return _not_finite(engine.network.named_parameters())
 
 
-def _bad_names(tensors: Any) -> str:
-    """Name the first non-finite tensors; empty if all are finite."""
+def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[int, str]:
+    """Name the first non-finite tensors of each rank that has any; called by every rank."""
     bad = [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
     more = f" and {len(bad) - NAMES} more" if len(bad) > NAMES else ""
-    return ", ".join(bad[:NAMES]) + more
+    named = gather_objects(", ".join(bad[:NAMES]) + more)
+    return {rank: names for rank, names in enumerate(named) if names}
 
 
-def _micro_batches(bad: list[int], count: int) -> str:
-    if not bad:
-        return ""
+def _numbered(bad: list[int], count: int) -> str:
     shown = ", ".join(str(number + 1) for number in bad[:8]) + (", ..." if len(bad) > 8 else "")
     return f"micro-batch {shown} of {count}"
-
-
-def _said(places: dict[int, str]) -> dict[int, str]:
-    return {rank: text for rank, text in places.items() if text}
 
 
 def _all_finite(metrics: Metrics) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion import estimators, timesteps
-from agrpo_megatron.diffusion.batches import row_lengths, timestep_batches
+from agrpo_megatron.diffusion.batches import row_lengths, timestep_batch
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.losses import policy_loss
 from agrpo_megatron.megatron.engine import Engine
@@ -120,20 +120,18 @@ def update_policy(
     iteration = rollout.trajectory.weights_version + 1
     key = rollout_keys(run, rollout.trajectory)
     settings, algorithm, ranks = run.settings, run.settings.algorithm, engine.ranks
-    results = []
+    budget, results = settings.train.token_budget, []
     for update in range(algorithm.updates_per_iteration):
-        context = estimators.DrawContext(
-            algorithm, eos_id=run.eos_id, seed=settings.run.seed + 7919 * update
-        )
+        seed = settings.run.seed + 7919 * update
+        context = estimators.DrawContext(algorithm, eos_id=run.eos_id, seed=seed)
         draws = estimators.ESTIMATORS[algorithm.name](rollout.trajectory, context)
         draws = useful_draws(draws, rollout, algorithm)
         lengths = row_lengths(rollout, draws)
-        micro_batches = my_micro_batches(
-            lengths, settings.model, ranks, budget=settings.train.token_budget
-        )
-        batches = timestep_batches(
-            rollout, draws, micro_batches, mask_id=run.mask_id, shift=settings.model.shift
-        )
+        plan = my_micro_batches(lengths, settings.model, ranks, budget=budget)
+        batches = [
+            timestep_batch(rollout, draws, rows, mask_id=run.mask_id, shift=settings.model.shift)
+            for rows in plan
+        ]
         batches = [local_part(batch, ranks) for batch in batches]
         if reference is not None:
             batches = with_reference(batches, reference, settings.sampling)
@@ -144,7 +142,7 @@ def update_policy(
             examples=len(rollout.rewards),
             update=Update(iteration, "rollouts", key, update + 1),
         )
-        slots = len(batches) * ranks.data.size * settings.train.token_budget
+        slots = len(batches) * ranks.data.size * budget
         packed = {"rows": len(lengths), "filled": int(lengths.sum()), "slots": slots}
         results.append({**metrics, **packed, "micro_batches": len(batches)})
     return _update_metrics(results), sum(result["filled"] for result in results)

@@ -5,15 +5,16 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from agrpo_megatron.checkpoint.resume import find_checkpoint
 from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights
 from agrpo_megatron.checkpoint.start import load_start_weights
-from agrpo_megatron.config.settings import OptimizerSettings, ResilienceSettings
 from agrpo_megatron.evaluation.evaluate import evaluate
 from agrpo_megatron.hardware.kernels import in_one_line, kernels_for
 from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.network import Network, build_network
-from agrpo_megatron.megatron.parallel import Ranks, start_ranks, stop_ranks
+from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
 from agrpo_megatron.resilience.attempts import begin, claim
 from agrpo_megatron.resilience.monitors import monitors
 from agrpo_megatron.resilience.sections import Sections
@@ -22,10 +23,7 @@ from agrpo_megatron.rollout.cache import NoCache, RolloutCache
 from agrpo_megatron.rollout.session import Output, Run, Safety, Session, View
 from agrpo_megatron.runs.directory import check_data, run_digest
 from agrpo_megatron.runs.log import RunLog
-from agrpo_megatron.runs.progress import (
-    CHECKPOINTS,
-    Progress,
-)
+from agrpo_megatron.runs.progress import CHECKPOINTS, Progress
 from agrpo_megatron.runs.resolve import Resolved
 from agrpo_megatron.tasks.grading import Grader
 from agrpo_megatron.training.checkpointing import MODEL_FILES, Checkpointer, describe_model
@@ -62,7 +60,7 @@ def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "
 
 
 def _run_phases(session: Session, phases: tuple[str, ...], found: Found) -> None:
-    """Continue from a checkpoint, or start where there is none."""
+    """Continue from a checkpoint, or start a new run."""
     done = found[1] if found else Progress("sft", 0, {})
     if done.phase == "sft" and "sft" in phases and session.run.settings.sft.iterations > 0:
         _sft_phase(session, found[0] if found else None, done)
@@ -89,8 +87,10 @@ def _opened(
                 digest = run_digest(settings, task)
                 folder = directory / "rollouts"
                 cache = RolloutCache(folder, ranks, run=digest, check=check)
-            _begin_attempt(directory, settings.resilience, ranks, found, cache)
             done = found[1] if found else Progress("sft", 0, {})
+            mark = f"{done.name}{'' if done.is_evaluated else ', not evaluated'}"
+            marks = [mark if found else "the start", *(cache.progress() if ranks.is_main else [])]
+            begin(directory, marks, most_idle=settings.resilience.idle_attempts, ranks=ranks)
             log = RunLog(
                 directory,
                 settings=settings,
@@ -115,25 +115,6 @@ def _opened(
         yield session, found
 
 
-def _begin_attempt(
-    directory: Path,
-    settings: ResilienceSettings,
-    ranks: Ranks,
-    found: Found,
-    cache: RolloutCache | NoCache,
-) -> None:
-    """Begin an attempt, unless the last attempts made no progress."""
-    mark = "the start"
-    if found:
-        mark = f"{found[1].name}{'' if found[1].is_evaluated else ', not evaluated'}"
-    begin(
-        directory,
-        [mark, *(cache.progress() if ranks.is_main else [])],
-        most_idle=settings.idle_attempts,
-        ranks=ranks,
-    )
-
-
 def _stop_if_asked(session: Session) -> None:
     """Raise `Stopped` on every rank if any was asked to stop."""
     reason = agree(session.safety.stop, session.safety.sections, session.run.ranks)
@@ -153,10 +134,10 @@ def _show_notes(session: Session) -> None:
 
 
 def _sft_phase(session: Session, checkpoint: Path | None, done: Progress) -> None:
-    settings = session.run.settings
-    iterations = settings.sft.iterations
-    engine = _engine(session.run, settings.sft.optimizer, iterations)
-    _fill(session.run, engine, checkpoint, None)
+    run, settings = session.run, session.run.settings.sft
+    iterations = settings.iterations
+    engine = build_engine(run.settings, settings.optimizer, iterations=iterations, ranks=run.ranks)
+    _fill(run, engine, checkpoint, None)
     checkpointer = Checkpointer(session, engine, "sft", iterations, done)
 
     def on_iteration_end(iteration: int) -> None:
@@ -166,12 +147,11 @@ def _sft_phase(session: Session, checkpoint: Path | None, done: Progress) -> Non
 
     with _saved_at_stop(checkpointer):
         run_sft(session, engine, start=done.iteration, on_iteration_end=on_iteration_end)
-    checkpointer.wait()
 
 
 @contextmanager
 def _saved_at_stop(checkpointer: Checkpointer) -> Iterator[None]:
-    """Save the finished iteration when the ranks agree to stop; wait for saves on a roll-back."""
+    """Save the finished iteration when the ranks agree to stop; wait until all saves are done."""
     try:
         yield
     except Stopped:
@@ -180,23 +160,25 @@ def _saved_at_stop(checkpointer: Checkpointer) -> Iterator[None]:
     except NotFinite:
         checkpointer.wait()  # the run may roll back to a checkpoint that is still being written
         raise
+    checkpointer.wait()
 
 
 def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None:
-    run = session.run
-    settings = run.settings
+    run, settings = session.run, session.run.settings
     updates = settings.train.iterations * settings.algorithm.updates_per_iteration
-    engine = _engine(run, settings.optimizer, updates)
+    engine = build_engine(settings, settings.optimizer, iterations=updates, ranks=run.ranks)
     start = _sft_end(Path(settings.run.dir), settings.sft.iterations)
     _fill(run, engine, checkpoint, start)
-    reference = _reference(run, start) if settings.algorithm.kl_coefficient > 0 else None
+    reference = None
+    if settings.algorithm.kl_coefficient > 0:
+        reference = build_network(settings, run.ranks)
+        _load_start(run, reference, start)
     scores = done.scores  # none without an evaluation before this checkpoint
     if checkpoint is None:
         scores = evaluate(session, engine.rollout_network(), iteration=0, stage="before")
         done = Progress("rl", 0, {})
     if scores:
-        names = {"best": settings.checkpoint.best, "stop_metric": settings.train.stop_metric}
-        check_metrics(scores, **names)
+        check_metrics(scores, settings)
     every, last = settings.evaluation.interval, settings.train.iterations
     checkpointer = Checkpointer(session, engine, "rl", last, done)
 
@@ -221,7 +203,6 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
         if done.is_evaluated or on_iteration_end(done.iteration):
             hook = on_iteration_end
             run_rl(session, engine, reference, start=done.iteration, on_iteration_end=hook)
-    checkpointer.wait()
 
 
 def _report_early_stop(output: Output, scores: dict, reason: str) -> None:
@@ -238,27 +219,19 @@ def _sft_end(directory: Path, iterations: int) -> Path | None:
     return path if iterations > 0 and path.is_dir() else None
 
 
-def _engine(run: Run, optimizer: OptimizerSettings, iterations: int) -> Engine:
-    return build_engine(run.settings, optimizer, iterations=iterations, ranks=run.ranks)
-
-
-def _reference(run: Run, start: Path | None) -> Network:
-    """Return the frozen reference policy: the weights from which RL starts."""
-    reference = build_network(run.settings, run.ranks)
-    if start is not None:
-        load_weights(start, reference)
-    else:
-        load_start_weights(reference, run.settings)
-    return reference
-
-
 def _fill(run: Run, engine: Engine, checkpoint: Path | None, start: Path | None) -> None:
     """Load a checkpoint, or else start weights, into the network and the optimizer."""
     if checkpoint is not None:
         load_checkpoint(checkpoint, engine)
-        return
-    if start is not None:
-        given = load_weights(start, engine.network)
     else:
-        given = load_start_weights(engine.network, run.settings)
-    engine.init_main_weights(given)
+        engine.init_main_weights(_load_start(run, engine.network, start))
+
+
+def _load_start(run: Run, network: Network, start: Path | None) -> dict[str, Tensor]:
+    """Load the weights from which a phase starts: of a checkpoint, or of `model.load`.
+
+    Returns the tensors that FP8 weights were cast from, by name.
+    """
+    if start is not None:
+        return load_weights(start, network)
+    return load_start_weights(network, run.settings)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def _padded(run: Run, texts: list[str]) -> Tensor:
 
 
 def _loss(vocab: Vocabulary):
-    whole = Vocabulary(size=vocab.size, start=vocab.start, group=vocab.group)
+    whole = replace(vocab, forbidden=())
 
     def loss(logits: Tensor, batch: SftBatch) -> tuple[Tensor, dict[str, Tensor]]:
         policy = policy_logits(logits, whole)

@@ -21,7 +21,7 @@ distributed optimizer computes the same sum with a reduce-scatter.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,18 +35,18 @@ from agrpo_megatron.diffusion.packing import assign_rows
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import for_schedule
 from agrpo_megatron.megatron.parallel import Ranks
-from agrpo_megatron.training.nonfinite import NotFinite, find_in_gradient, find_in_loss
+from agrpo_megatron.training.nonfinite import (
+    Loss,
+    Metrics,
+    NotFinite,
+    find_in_gradient,
+    find_in_loss,
+)
 from agrpo_megatron.types import PackedRows, SftBatch, TimestepBatch
-
-Metrics = dict[str, Tensor]
 
 
 def optimizer_step[Batch: (SftBatch, TimestepBatch)](
-    engine: Engine,
-    batches: Sequence[Batch],
-    *,
-    loss: Callable[[Tensor, Batch], tuple[Tensor, Metrics]],
-    examples: int,
+    engine: Engine, batches: Sequence[Batch], *, loss: Loss[Batch], examples: int
 ) -> dict[str, float]:
     """Run forward and backward over all micro-batches and update the weights; all ranks.
 
@@ -68,9 +68,8 @@ def optimizer_step[Batch: (SftBatch, TimestepBatch)](
     computed = _forward_and_backward(engine, batches, loss=loss, examples=examples)
     metrics = _combined(computed, engine.ranks, examples=examples)
     loss_is_finite = all(math.isfinite(value) for value in metrics.values())
-    loss_is_finite, gradient_is_finite = _on_all_ranks(
-        loss_is_finite, _gradient_is_finite(engine), engine.ranks
-    )
+    facts = [loss_is_finite, _gradient_is_finite(engine)]
+    loss_is_finite, gradient_is_finite = _on_all_ranks(facts, engine.ranks)
     if not loss_is_finite:
         finding = find_in_loss(engine, batches, computed, loss=loss)
         raise NotFinite("the loss is not finite", finding)
@@ -83,11 +82,7 @@ def optimizer_step[Batch: (SftBatch, TimestepBatch)](
 
 
 def accumulate_gradients[Batch: (SftBatch, TimestepBatch)](
-    engine: Engine,
-    batches: Sequence[Batch],
-    *,
-    loss: Callable[[Tensor, Batch], tuple[Tensor, Metrics]],
-    examples: int,
+    engine: Engine, batches: Sequence[Batch], *, loss: Loss[Batch], examples: int
 ) -> dict[str, float]:
     """Run only forward and backward; the mean gradient is in `main_grad`; all ranks."""
     computed = _forward_and_backward(engine, batches, loss=loss, examples=examples)
@@ -102,11 +97,7 @@ def drop_gradients(engine: Engine) -> None:
 
 
 def _forward_and_backward[Batch: (SftBatch, TimestepBatch)](
-    engine: Engine,
-    batches: Sequence[Batch],
-    *,
-    loss: Callable[[Tensor, Batch], tuple[Tensor, Metrics]],
-    examples: int,
+    engine: Engine, batches: Sequence[Batch], *, loss: Loss[Batch], examples: int
 ) -> list[Metrics]:
     """Return the loss and the metrics of each micro-batch, if this rank has them."""
     network, ranks = engine.network, engine.ranks
@@ -163,41 +154,34 @@ def _gradient_is_finite(engine: Engine) -> bool:
     """Return whether this rank's gradient is finite, by a cheap test of its sum."""
     ddps: list[Any] = engine.ddp
     buffers = [b for ddp in ddps for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
-    grads = [buffer.grad_data for buffer in buffers]
-    total = sum(grad.sum(dtype=torch.float32) for grad in grads)
+    total = sum(buffer.grad_data.sum(dtype=torch.float32) for buffer in buffers)
     return bool(torch.as_tensor(total).isfinite())
 
 
-def _on_all_ranks(first: bool, second: bool, ranks: Ranks) -> tuple[bool, bool]:  # noqa: FBT001
-    """Return for two facts whether each holds on every rank."""
-    both = torch.tensor([first, second], dtype=torch.int, device=ranks.device)
-    dist.all_reduce(both, op=dist.ReduceOp.MIN)
-    return bool(both[0]), bool(both[1])
+def _on_all_ranks(facts: list[bool], ranks: Ranks) -> list[bool]:
+    """Return for each fact whether it holds on every rank."""
+    held = torch.tensor(facts, dtype=torch.int, device=ranks.device)
+    dist.all_reduce(held, op=dist.ReduceOp.MIN)
+    return held.bool().tolist()
 
 
 def _combined(computed: list[Metrics], ranks: Ranks, *, examples: int) -> dict[str, float]:
     """Return the metrics of all micro-batches and ranks, on every rank."""
-    metrics = _from_last(_reduce_metrics(computed, ranks) if computed else {}, ranks)
-    return {name: v / examples if name == "loss" else v for name, v in metrics.items()}
+    shared = [_reduced(computed, ranks, examples=examples) if computed else {}]
+    if ranks.pipeline.size > 1:
+        last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
+        dist.broadcast_object_list(shared, src=last, group=ranks.pipeline.group)
+    return shared[0]
 
 
-def _reduce_metrics(collected: list[Metrics], ranks: Ranks) -> dict[str, float]:
+def _reduced(computed: list[Metrics], ranks: Ranks, *, examples: int) -> dict[str, float]:
     """Combine micro-batches and ranks: sums, or maxima for `*_max*`; the last stage."""
-    names, group = list(collected[0]), ranks.data_context.group
+    names, group = list(computed[0]), ranks.data_context.group
     values = torch.tensor(
-        [[float(m[name]) for name in names] for m in collected], device=ranks.device
+        [[float(m[name]) for name in names] for m in computed], device=ranks.device
     )
     sums, tops = values.double().sum(0), values.amax(0)
     dist.all_reduce(sums, group=group)
     dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=group)
-    return {name: float(tops[i] if "_max" in name else sums[i]) for i, name in enumerate(names)}
-
-
-def _from_last(metrics: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """Broadcast the last stage's metrics to all stages."""
-    if ranks.pipeline.size == 1:
-        return metrics
-    shared = [metrics]
-    last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
-    dist.broadcast_object_list(shared, src=last, group=ranks.pipeline.group)
-    return shared[0]
+    metrics = {n: float(tops[i] if "_max" in n else sums[i]) for i, n in enumerate(names)}
+    return {**metrics, "loss": metrics["loss"] / examples}

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from agrpo_megatron.diffusion.batches import row_lengths, timestep_batches
+from agrpo_megatron.diffusion.batches import row_lengths, timestep_batch
 from agrpo_megatron.diffusion.packing import assign_rows
 from agrpo_megatron.types import Rollout, StepDraws, TimestepBatch
 
@@ -18,4 +18,4 @@ def batches_of(
 ) -> list[TimestepBatch]:
     """Return the packed micro-batches of drawn rows."""
     micro_batches = plan(row_lengths(rollout, draws), token_budget)
-    return timestep_batches(rollout, draws, micro_batches, mask_id=mask_id)
+    return [timestep_batch(rollout, draws, rows, mask_id=mask_id) for rows in micro_batches]

@@ -5,7 +5,7 @@ import torch
 
 from agrpo_megatron.config.settings import STEP_SAMPLERS
 from agrpo_megatron.diffusion import estimators, timesteps
-from agrpo_megatron.diffusion.variance import estimator_variance
+from tools.estimator_variance import estimator_variance
 
 torch.set_num_threads(1)
 REPEATS = 20_000

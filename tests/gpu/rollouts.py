@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.diffusion.batches import row_lengths, timestep_batches
+from agrpo_megatron.diffusion.batches import row_lengths, timestep_batch
 from agrpo_megatron.diffusion.estimators import DrawContext, full_trajectory
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
@@ -46,8 +46,9 @@ def mismatch(engine: Engine, settings: Settings) -> Tensor:
     draws = full_trajectory(trajectory, DrawContext(settings.algorithm, eos_id=None, seed=0))
     lengths, budget = row_lengths(rollout, draws), settings.train.token_budget
     order = my_micro_batches(lengths, settings.model, engine.ranks, budget=budget)
-    assert settings.model.mask_token_id is not None
-    batches = timestep_batches(rollout, draws, order, mask_id=settings.model.mask_token_id)
+    mask_id = settings.model.mask_token_id
+    assert mask_id is not None
+    batches = [timestep_batch(rollout, draws, rows, mask_id=mask_id) for rows in order]
     found: list[Tensor] = []
 
     def loss(logits: Tensor, batch: TimestepBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from agrpo_megatron.evaluation.evaluate import evaluate
 from agrpo_megatron.training.rl import collect_rollout, update_policy
-from agrpo_megatron.trajectories import join
+from agrpo_megatron.trajectories import select
 from agrpo_megatron.types import Rollout
 from tests.ranks import run_ranks
 from tests.training.tiny import gradient, open_session, relative_error
@@ -140,7 +140,7 @@ def _in_two_orders():
     rollout, _ = collect_rollout(session, engine, 0)
     order = torch.randperm(len(rollout.rewards), generator=torch.Generator().manual_seed(0))
     other = Rollout(
-        join([rollout.trajectory], order),
+        select(rollout.trajectory, order),
         *(part[order] for part in (rollout.rewards, rollout.correct, rollout.advantages)),
     )
     return gradient(session, engine, rollout), gradient(session, engine, other)

@@ -92,5 +92,5 @@ def _batch(values: Tensor, proposal: Tensor, count: int, group_size: int) -> Ten
     apart = means - means.mean(1, keepdim=True)
     pairs = apart.view(-1, group_size, *apart.shape[1:]).sum(1).square().sum()
     same = apart.square().sum()
-    alone = _within(values, proposal, 1).sum()
-    return alone / count - (pairs - same / count) / (parts * max(1, parts - 1))
+    independent = _within(values, proposal, 1).sum() / count
+    return independent - (pairs - same / count) / (parts * max(1, parts - 1))
