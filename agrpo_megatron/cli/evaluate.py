@@ -5,13 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from agrpo_megatron.cli.common import (
-    add_overrides,
-    add_target,
-    is_main,
-    open_target,
-    world_size,
-)
+from agrpo_megatron.cli.common import add_overrides, add_target, is_main, open_target, world_size
 
 EVALUATE = """\
 what is evaluated:
@@ -177,10 +171,7 @@ def _run(plan, store):
     view = EvaluationView(live=settings.logging.live, is_main=is_main())
     for note in plan.resolved.task.notes:
         view.note(note)
-    with (
-        ending_together(view),
-        opened(plan.resolved, plan.checkpoint) as (session, network),
-    ):
+    with ending_together(view), opened(plan.resolved, plan.checkpoint) as (session, network):
         return evaluate_grid(session, network, plan, store, view.show)
 
 

@@ -11,13 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agrpo_megatron import __version__
-from agrpo_megatron.cli.common import (
-    add_overrides,
-    add_target,
-    is_main,
-    open_target,
-    world_size,
-)
+from agrpo_megatron.cli.common import add_overrides, add_target, is_main, open_target, world_size
 from agrpo_megatron.cli.convert import add_convert
 from agrpo_megatron.cli.evaluate import add_evaluate, add_report
 from agrpo_megatron.cli.launch import add_launch

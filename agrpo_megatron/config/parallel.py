@@ -9,11 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from agrpo_megatron.config.schema import from_text
-from agrpo_megatron.config.settings import (
-    ModelSettings,
-    ParallelSettings,
-    Settings,
-)
+from agrpo_megatron.config.settings import ModelSettings, ParallelSettings, Settings
 
 
 def parse_layout(text: str, key: str) -> dict[str, Any]:

@@ -7,12 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.config.parallel import (
-    layout_name,
-    layout_text,
-    model_ranks,
-    stage_layers,
-)
+from agrpo_megatron.config.parallel import layout_name, layout_text, model_ranks, stage_layers
 from agrpo_megatron.config.rules_precision import validate_precision
 from agrpo_megatron.config.settings import (
     ModelSettings,
@@ -141,11 +136,7 @@ def validate_sampling(sampling: SamplingSettings, section_name: str) -> None:
 
 
 def validate_layout(
-    model: ModelSettings,
-    parallel: ParallelSettings,
-    *,
-    world_size: int,
-    key: str = "parallel",
+    model: ModelSettings, parallel: ParallelSettings, *, world_size: int, key: str = "parallel"
 ) -> None:
     """Check that a layout fits the model and the ranks that were started.
 

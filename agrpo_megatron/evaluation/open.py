@@ -32,9 +32,7 @@ def opened(resolved: Resolved, checkpoint: Path | None) -> Iterator[tuple[Sessio
     """
     settings = resolved.settings
     settings = replace(
-        settings,
-        parallel=settings.rollout_layout,
-        rollout=replace(settings.rollout, parallel=None),
+        settings, parallel=settings.rollout_layout, rollout=replace(settings.rollout, parallel=None)
     )
     ranks = start_ranks(settings)
     try:

@@ -51,12 +51,10 @@ class TokenizerSettings:
     """Text to token ids."""
 
     path: str | None = setting(
-        None,
-        "sentencepiece .model file or Hugging Face directory; null: the built-in characters",
+        None, "sentencepiece .model file or Hugging Face directory; null: the built-in characters"
     )
     chat_template: str | None = setting(
-        None,
-        "llada, dream, plain or a .jinja file; null: the tokenizer's own, or by its tokens",
+        None, "llada, dream, plain or a .jinja file; null: the tokenizer's own, or by its tokens"
     )
 
 

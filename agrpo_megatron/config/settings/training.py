@@ -253,8 +253,7 @@ class CheckpointSettings:
     interval: int = setting(50, "iterations between checkpoints; 0: last only", low=0)
     keep: int = setting(2, "newest checkpoints kept", low=1)
     best: str | None = setting(
-        "accuracy",
-        "also save and keep the best by this evaluation metric; null: none",
+        "accuracy", "also save and keep the best by this evaluation metric; null: none"
     )
     background: bool = setting(False, "write in a separate process while training continues")
     rollouts: bool = setting(
