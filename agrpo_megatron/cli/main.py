@@ -201,9 +201,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     of = " ".join([file or "default settings", *overrides])
     if file is None and not overrides:
         of += "; agrpo doctor FILE, or precision=bf16, shows those of others"
-    print_kernels(
-        kernels_for(settings, phases=trained_phases(settings.sft, settings.train)), of, console
-    )
+    print_kernels(kernels_for(settings, phases=trained_phases(settings)), of, console)
     return 0
 
 

@@ -262,9 +262,8 @@ def test_the_rules_are_checked_with_all_others():
 
 def test_optimizers_are_those_of_the_phases():
     settings = settings_of("sft.iterations=2", "sft.optimizer.offload=1")
-    assert trained_phases(settings.sft, settings.train) == ("sft", "rl")
-    idle = settings_of(NO_RL)
-    assert trained_phases(idle.sft, idle.train) == ()
+    assert trained_phases(settings) == ("sft", "rl")
+    assert trained_phases(settings_of(NO_RL)) == ()
     found = optimizers(settings, ("rl", "sft"))
     assert {key: each.offload for key, each in found.items()} == {
         "optimizer": 0,

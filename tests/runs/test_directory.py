@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agrpo_megatron.config.schema import build, to_tree, to_yaml
+from agrpo_megatron.config.schema import build, to_yaml
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.runs.directory import (
     check_data,
@@ -34,7 +34,7 @@ def settings(tmp_path):
 
 
 def _changed(settings, key, value):
-    tree = to_tree(settings)
+    tree = asdict(settings)
     *sections, name = key.split(".")
     node = tree
     for part in sections:

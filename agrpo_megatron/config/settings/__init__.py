@@ -18,7 +18,6 @@ from agrpo_megatron.config.settings.model import (
 from agrpo_megatron.config.settings.precision import PRECISIONS, Fp8Settings, KernelSettings
 from agrpo_megatron.config.settings.resilience import LaunchSettings, ResilienceSettings
 from agrpo_megatron.config.settings.training import (
-    PROPOSALS,
     STEP_SAMPLERS,
     UNMASKING,
     AlgorithmSettings,
@@ -44,7 +43,6 @@ __all__ = [
     "LoggingSettings",
     "ModelSettings",
     "OptimizerSettings",
-    "PROPOSALS",
     "ParallelSettings",
     "ResilienceSettings",
     "RolloutSettings",

@@ -45,6 +45,11 @@ class ModelSettings:
     init_std: float = setting(0.02, "standard deviation of random initial weights", low=0)
     megatron: dict[str, Any] = setting({}, "passed to Megatron's TransformerConfig by name")
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the architecture is set, or was read from `load`."""
+        return self.load is None or self.vocab_size is not None
+
 
 @dataclass(frozen=True)
 class TokenizerSettings:
