@@ -49,9 +49,9 @@ def stage_layers(model: ModelSettings, parallel: ParallelSettings) -> tuple[int,
     """Return the layers of each virtual stage in order, as Megatron counts them.
 
     Entry v * pipeline + i is chunk v of pipeline rank i. Without `parallel.layers`, the
-    split minimises the largest rank, counted in parameters, then the largest chunk of each rank: the
-    first chunk of the first rank also holds the embedding, the last chunk of the last rank the
-    head. The layout was checked by `rules`.
+    split minimises the largest rank, counted in parameters, then the largest chunk of each rank;
+    the first chunk of the first rank also holds the embedding, the last chunk of the last rank
+    the head. The layout was checked by `rules`.
     """
     if parallel.layers is not None:
         return tuple(parallel.layers)

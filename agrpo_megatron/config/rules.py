@@ -123,9 +123,7 @@ def validate_sampling(sampling: SamplingSettings, section_name: str) -> None:
             f"{section_name}.unmasking={sampling.unmasking} does not rank by it; use "
             "low_confidence, or null"
         )
-    if sampling.schedule == "dream":
-        return
-    if steps % blocks or steps > length:
+    if sampling.schedule != "dream" and (steps % blocks or steps > length):
         down = max(blocks, min(length, steps - steps % blocks))
         raise ValueError(
             f"{section_name}.denoising_steps={steps} must be a multiple of the {blocks} blocks "

@@ -75,9 +75,7 @@ class ParallelSettings:
         None, "layers of each (virtual) stage in order; null: even, embedding and head counted"
     )
     context: int = setting(1, "ranks that share each row's tokens", low=1, short="cp")
-    data: int | None = setting(
-        None, "data-parallel ranks; null: all remaining ranks", low=1, short="dp"
-    )
+    data: int | None = setting(None, "data-parallel ranks; null: all remaining", low=1, short="dp")
 
 
 @dataclass(frozen=True)

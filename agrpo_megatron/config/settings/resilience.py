@@ -18,12 +18,8 @@ class ResilienceSettings:
     first_timeout: float = setting(
         1800.0, "limit of a section before one is learned", unit="seconds", low=0.1
     )
-    least_timeout: float = setting(
-        60.0, "no learned limit is shorter than this", unit="seconds", low=0.1
-    )
-    timeout_factor: float = setting(
-        5.0, "learned limit of a section, as a multiple of its longest time", low=1
-    )
+    least_timeout: float = setting(60.0, "shortest learned limit", unit="seconds", low=0.1)
+    timeout_factor: float = setting(5.0, "learned limit / longest time of a section", low=1)
     timeouts: dict[str, Any] = setting(
         {}, "fixed limits of sections by name, in seconds; see docs/reliability"
     )

@@ -44,9 +44,7 @@ class TaskSettings:
     prompt_tokens: int | None = setting(
         None, "longest prompt; null: what the completion leaves of the row", low=1
     )
-    long_prompts: str = setting(
-        "refuse", "what to do with longer prompts", choices=("refuse", "drop")
-    )
+    long_prompts: str = setting("refuse", "action on longer prompts", choices=("refuse", "drop"))
     pass_rates: str | None = setting(
         None, "completions.jsonl of an evaluation of training problems: a curriculum's filter"
     )
@@ -238,9 +236,7 @@ class EvaluationSettings:
     split: str = setting(
         "eval", "`agrpo evaluate`: train gives a curriculum's pass rates", choices=("eval", "train")
     )
-    samples: int = setting(
-        1, "`agrpo evaluate`: completions of each problem; several give pass@k", low=1
-    )
+    samples: int = setting(1, "`agrpo evaluate`: completions per problem; more give pass@k", low=1)
     batch_size: int | None = setting(
         None, "problems between two writes of `agrpo evaluate`; null: some rollout forwards", low=1
     )
