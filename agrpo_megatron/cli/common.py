@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,35 @@ class Target:
     name: str  # of the checkpoint
     run: str  # name of its run; empty if it has none
     folder: Path  # where its evaluations go
+
+
+def add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    text: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    details: str = "",
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    """Add a command that calls `run`; its help shows `text`, details and epilog."""
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=details or f"{text[0].upper()}{text[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def add_run(command: argparse.ArgumentParser) -> None:
+    """Add the settings file of a run, and whether to move an earlier run away."""
+    command.add_argument("file", metavar="FILE", help="settings file (YAML)")
+    command.add_argument(
+        "--restart", action="store_true", help="move an earlier run away instead of resuming it"
+    )
 
 
 def add_overrides(command: argparse.ArgumentParser) -> None:

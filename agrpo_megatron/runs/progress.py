@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agrpo_megatron.runs.files import write_whole
+from agrpo_megatron.runs.files import free_name, write_whole
 
 CHECKPOINTS = "checkpoints"
 PROGRESS_FILE = "progress.json"
@@ -39,10 +39,9 @@ class Progress:
 
 def latest_checkpoint(root: Path) -> tuple[Path, Progress] | None:
     """Return the newest checkpoint that looks whole, if there is one; no file is verified."""
-    for path in checkpoints(root):
-        if (path / PROGRESS_FILE).exists():
-            return path, read_progress(path)
-    return None
+    whole = (path for path in checkpoints(root) if (path / PROGRESS_FILE).exists())
+    path = next(whole, None)
+    return None if path is None else (path, read_progress(path))
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -66,10 +65,8 @@ def pointed(root: Path, pointer: str) -> str | None:
 
 def set_aside(root: Path, path: Path, successor: Path | None) -> Path:
     """Rename a damaged checkpoint, and make `latest` name another; returns the new name."""
-    number, target = 0, root / f"{DAMAGED}{path.name}"
-    while target.exists():
-        number, target = number + 1, root / f"{DAMAGED}{path.name}.{number + 1}"
-    path.rename(target)
+    target = root / f"{DAMAGED}{path.name}"
+    target = path.rename(free_name(target) if target.exists() else target)
     if successor is None:
         (root / LATEST).unlink(missing_ok=True)
     else:
@@ -98,8 +95,7 @@ def checkpoint_path(run_dir: Path, name: str | None = None) -> Path:
     root = run_dir / CHECKPOINTS
     names = sorted(_names(root))
     if name in (None, LATEST, BEST):
-        found = pointed(root, name or LATEST)
-        if found is None:
+        if (found := pointed(root, name or LATEST)) is None:
             what = "best checkpoint" if name == BEST else "checkpoint"
             raise ValueError(f"{run_dir} holds no {what}; train it first")
         return root / found

@@ -49,8 +49,8 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     model = replace(
         model,
         vocab_size=model.vocab_size or tokenizer.vocab_size,
-        mask_token_id=_first(model.mask_token_id, tokenizer.mask_id),
-        eos_token_id=_first(model.eos_token_id, tokenizer.eos_id),
+        mask_token_id=tokenizer.mask_id if model.mask_token_id is None else model.mask_token_id,
+        eos_token_id=tokenizer.eos_id if model.eos_token_id is None else model.eos_token_id,
     )
     settings = replace(settings, model=model)
     validate(settings, world_size)
@@ -64,10 +64,6 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
         length = settings.sampling.completion_length
         _check_solutions(settings.sft, task, tokenizer, length=length)
     return Resolved(settings, task, tokenizer)
-
-
-def _first(chosen: int | None, default: int) -> int:
-    return default if chosen is None else chosen
 
 
 def _with_loaded_model(settings: Settings) -> Settings:
@@ -192,7 +188,7 @@ def _filled(task: Task, split: Split) -> list[str]:
 
 def _require_problems(task: Task, needs: Sequence[Split], *, trains: bool) -> None:
     """Refuse a task, or a part of a mixture, without problems in a split that is needed."""
-    fixes: dict[Split, str] = {
+    fix: dict[Split, str] = {
         "train": "give it some (task.options.train=none is only for `agrpo evaluate`), or use "
         "train.iterations=0 and sft.iterations=0",
         "eval": "give it some",
@@ -200,9 +196,7 @@ def _require_problems(task: Task, needs: Sequence[Split], *, trains: bool) -> No
     for split in needs:
         empty = [label for label, found in problems_by_task(task, split).items() if not found]
         if empty and (split == "eval" or trains):
-            raise ValueError(
-                f"task {empty[0]} has no {SPLIT_NAMES[split]} problems; {fixes[split]}"
-            )
+            raise ValueError(f"task {empty[0]} has no {SPLIT_NAMES[split]} problems; {fix[split]}")
 
 
 def _check_solutions(
