@@ -39,9 +39,10 @@ class Progress:
 
 def latest_checkpoint(root: Path) -> tuple[Path, Progress] | None:
     """Return the newest checkpoint that looks whole, if there is one; no file is verified."""
-    whole = (path for path in checkpoints(root) if (path / PROGRESS_FILE).exists())
-    path = next(whole, None)
-    return None if path is None else (path, read_progress(path))
+    for path in checkpoints(root):
+        if (path / PROGRESS_FILE).exists():
+            return path, read_progress(path)
+    return None
 
 
 def checkpoints(root: Path) -> list[Path]:
