@@ -11,9 +11,7 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.evaluation.grid import EVALUATIONS
 
 OVERRIDES = "section.key=value ..., for instance run.seed=1 train.iterations=200"
-TARGET = (
-    "run directory, Megatron checkpoint, Hugging Face directory, or settings file with model.load"
-)
+TARGET = "run or Hugging Face directory, Megatron checkpoint, or settings file with model.load"
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,7 @@ def add_target(command: argparse.ArgumentParser) -> None:
     """Add a model to a command's arguments."""
     command.add_argument("target", metavar="TARGET", help=TARGET)
     command.add_argument(
-        "--checkpoint",
-        metavar="NAME",
-        help="of a run, such as sft-000300, or best; default: latest",
+        "--checkpoint", metavar="NAME", help="of a run, such as sft-000300 or best; default: latest"
     )
     command.add_argument(
         "--settings", metavar="FILE", help="settings file (YAML); default: the run's own, if any"

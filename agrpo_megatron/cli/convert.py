@@ -47,9 +47,7 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
     way.add_argument("first", type=Path, metavar="A")
     way.add_argument("second", type=Path, metavar="B")
     way.add_argument("--no-logits", action="store_true", help="tensors only: needs less memory")
-    way.add_argument(
-        "--tolerance", type=float, default=0.0, help="largest relative difference that passes (0)"
-    )
+    way.add_argument("--tolerance", type=float, default=0.0, help="allowed relative difference (0)")
 
 
 def convert(arguments: argparse.Namespace) -> int:

@@ -53,9 +53,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     text = "accuracy, over lengths, denoising steps and tasks"
     command = add_command(commands, "evaluate", text, evaluate, epilog=EVALUATE)
     add_target(command)
-    command.add_argument(
-        "--sweep", action="store_true", help="from one step a block to one a token"
-    )
+    command.add_argument("--sweep", action="store_true", help="one step a block to one a token")
     command.add_argument(
         "--output", type=Path, metavar="DIR", help="default: RUN/evaluations/CHECKPOINT[-NAME]"
     )
@@ -123,27 +121,27 @@ def report(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.reports.evaluations import find_evaluations
     from agrpo_megatron.reports.page.html import write_report
     from agrpo_megatron.reports.plots.figures import write_figures
+    from agrpo_megatron.reports.summary import compare
 
-    runs, evaluations, folders = [], [], []
+    runs, evaluations = [], []
     for text in arguments.targets:
         path, label = _labelled(text)
         if (path / SWEEP).is_file():
             show_table(path)
             continue
         found = find_evaluations(path, label)
-        evaluations += [results for _, results in found]
-        folders += [folder.parent for folder, _ in found]
+        evaluations += found
         if not found or (path / "metrics.jsonl").exists():
             runs.append(path)
     for run_dir in runs:
         for path in [*write_figures(run_dir), write_report(run_dir)]:
             print(path)
     if len(runs) > 1:
-        from agrpo_megatron.reports.summary import compare
-
         compare(runs)
     if evaluations:
-        _frontier(evaluations, arguments.output or folders[0] / "frontier.png")
+        folder, _ = evaluations[0]
+        path = arguments.output or folder.parent / "frontier.png"
+        _frontier([results for _, results in evaluations], path)
     return 0
 
 

@@ -16,7 +16,6 @@ from agrpo_megatron.config.settings import (
     SamplingSettings,
     Settings,
     TaskSettings,
-    TrainSettings,
 )
 
 
@@ -43,8 +42,8 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     load = settings.model.load
     if load is not None and not Path(load).is_dir():
         raise ValueError(f"model.load={load} is not a directory; give a Hugging Face or run folder")
-    _validate_metric("checkpoint.best", settings.checkpoint.best, task=settings.task)
-    _validate_stop(settings.train, settings.task, has_evaluations=settings.evaluation.interval > 0)
+    _validate_metric("checkpoint.best", settings.checkpoint.best, settings.task)
+    _validate_stop(settings)
     rates = settings.task
     if rates.pass_rate_low > rates.pass_rate_high:
         raise ValueError(
@@ -64,7 +63,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         )
 
 
-def _validate_metric(key: str, name: str | None, *, task: TaskSettings) -> None:
+def _validate_metric(key: str, name: str | None, task: TaskSettings) -> None:
     """Check that evaluations have a metric; only evaluations know the parts of a reward."""
     labels = [f"accuracy/{label}" for label in task.mixture] if task.name == "mixture" else []
     known = ["accuracy", *labels]
@@ -76,8 +75,9 @@ def _validate_metric(key: str, name: str | None, *, task: TaskSettings) -> None:
     )
 
 
-def _validate_stop(train: TrainSettings, task: TaskSettings, *, has_evaluations: bool) -> None:
-    _validate_metric("train.stop_metric", train.stop_metric, task=task)
+def _validate_stop(settings: Settings) -> None:
+    train = settings.train
+    _validate_metric("train.stop_metric", train.stop_metric, settings.task)
     for key in ("stop_target", "stop_patience"):
         if train.stop_metric is None and getattr(train, key) is not None:
             raise ValueError(
@@ -91,7 +91,7 @@ def _validate_stop(train: TrainSettings, task: TaskSettings, *, has_evaluations:
             f"train.stop_metric={train.stop_metric} needs train.stop_target or "
             "train.stop_patience; use for example train.stop_patience=5"
         )
-    if not has_evaluations:
+    if settings.evaluation.interval == 0:
         raise ValueError(
             f"train.stop_metric={train.stop_metric} needs evaluations during training, "
             "and evaluation.interval=0 makes none; use for example evaluation.interval=25"
