@@ -1,6 +1,6 @@
 """Rules of precision, kernels and optimizer states that need settings only.
 
-`hardware/kernels` has those of the machine. Imports neither torch nor Megatron.
+`hardware/kernels` has the rules of the machine. Imports neither torch nor Megatron.
 """
 
 from collections.abc import Mapping, Sequence

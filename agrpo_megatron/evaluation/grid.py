@@ -26,7 +26,7 @@ def evaluation_grid(settings: Settings, *, is_sweep: bool = False) -> list[Cell]
     """Return the cells of `evaluation`, lengths and steps ascending.
 
     Args:
-        is_sweep: where no steps are set, take `sweep_steps` of every length.
+        is_sweep: if no steps are set, take `sweep_steps` of every length.
 
     Raises:
         ValueError: a length or number of steps does not fit, or settings contradict each other.
@@ -75,16 +75,10 @@ def cell_sampling(settings: Settings, cell: Cell) -> SamplingSettings:
 
 def sweep_steps(length: int, block_length: int) -> list[int]:
     """Return step counts from one per block to one per token: halved, more if these are few."""
-    each, count = {1}, block_length
-    while count > 1:
-        each.add(count)
-        count //= 2
-    left = set(range(1, block_length + 1)) - each
-    while len(each) < SWEEP_POINTS and left:
-        alone = {c: min(abs(math.log(c / other)) for other in each) for c in left}
-        chosen = max(left, key=lambda c: (alone[c], -c))
-        each.add(chosen)
-        left.remove(chosen)
+    each = {block_length >> halvings for halvings in range(block_length.bit_length())}
+    while len(each) < SWEEP_POINTS and (left := set(range(1, block_length + 1)) - each):
+        gaps = {c: min(abs(math.log(c / other)) for other in each) for c in left}
+        each.add(max(left, key=lambda c: (gaps[c], -c)))
     return sorted(length // block_length * count for count in each)
 
 

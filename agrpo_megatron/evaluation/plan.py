@@ -47,7 +47,7 @@ class Plan:
     tasks: Mapping[str, Task]  # by label
     problems: Mapping[str, Sequence[Problem]]  # by label
     batch_size: int  # problems
-    evaluation: dict[str, Any]  # what evaluation.json holds
+    evaluation: dict[str, Any]  # content of evaluation.json
 
     @property
     def samples(self) -> int:
@@ -82,7 +82,7 @@ def plan_evaluation(
     """Plan an evaluation.
 
     Args:
-        checkpoint: of a run; None takes what `model.load` names.
+        checkpoint: of a run; None takes the weights of `model.load`.
         label: name of the model in figures.
         stored: evaluation.json of an earlier attempt; batches stay the same.
 
@@ -158,17 +158,17 @@ def _prepared(settings: Settings, cells: Sequence[Cell]) -> Settings:
     if settings.evaluation.tasks:
         task = replace(task, name=Mixture.name, mixture=settings.evaluation.tasks, options={})
     if settings.evaluation.split == "eval":
-        task = _held_out_alone(task)
+        task = _held_out_only(task)
     return replace(settings, task=task)
 
 
-def _held_out_alone(settings: TaskSettings) -> TaskSettings:
+def _held_out_only(settings: TaskSettings) -> TaskSettings:
     """Drop the training data, which may be missing, if only held-out problems are used."""
     task = build_task(settings)
     if isinstance(task, Mixture):
-        alone = {label: _held_out_alone(part.settings) for label, (part, _) in task.parts.items()}
+        parts = {label: _held_out_only(part.settings) for label, (part, _) in task.parts.items()}
         given = settings.mixture
-        mixture = {label: {**given[label], "options": alone[label].options} for label in given}
+        mixture = {label: {**given[label], "options": parts[label].options} for label in given}
         return replace(settings, mixture=mixture)
     if isinstance(task, PublicTask) and task.source("eval") is not None:
         return replace(settings, options={**settings.options, "train": NONE})

@@ -89,12 +89,10 @@ def _fixed(settings: Settings, may_change: tuple[str, ...]) -> dict[str, object]
 
 def _digests(task: Task) -> dict[str, str]:
     """Return digests of both splits' problems, and of the files of user tasks."""
-    found = {
-        f"{name} problems": digest(
-            "\0".join(f"{p.key}\0{p.solution}" for p in task.problems(split)).encode()
-        )
-        for split, name in SPLIT_NAMES.items()
-    }
+    found = {}
+    for split, name in SPLIT_NAMES.items():
+        text = "\0".join(f"{p.key}\0{p.solution}" for p in task.problems(split))
+        found[f"{name} problems"] = digest(text.encode())
     tasks = [part for part, _ in task.parts.values()] if isinstance(task, Mixture) else [task]
     for name in (part.settings.name for part in tasks):
         if ".py" in name:

@@ -10,7 +10,7 @@ CHECKPOINTS = "checkpoints"
 PROGRESS_FILE = "progress.json"
 LATEST, BEST = "latest", "best"  # files that name a checkpoint
 PARTIAL, DAMAGED = ".partial-", "damaged-"
-# Besides the tensors: settings of the model, settings of the run, Hugging Face files.
+# In a checkpoint with the tensors: settings of the model and of the run, Hugging Face files.
 MODEL_FILE, RUN_FILE, HF = "model.yaml", "run.yaml", "hf"
 PHASES = ("sft", "rl")
 

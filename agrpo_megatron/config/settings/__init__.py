@@ -64,7 +64,7 @@ class Settings:
 
     @cached_property
     def rollout_layout(self) -> ParallelSettings:
-        """The layout of the rollouts: `rollout.parallel`, or the training layout where null.
+        """The layout of the rollouts: `rollout.parallel`, or the training layout if null.
 
         Raises:
             ValueError: the text is not a layout.
