@@ -53,7 +53,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     text = "accuracy, over lengths, denoising steps and tasks"
     command = add_command(commands, "evaluate", text, evaluate, epilog=EVALUATE)
     add_target(command)
-    command.add_argument("--sweep", action="store_true", help="one step a block to one a token")
+    command.add_argument("--sweep", action="store_true", help="steps: one a block to one a token")
     command.add_argument(
         "--output", type=Path, metavar="DIR", help="default: RUN/evaluations/CHECKPOINT[-NAME]"
     )
