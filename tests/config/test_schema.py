@@ -231,7 +231,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_it_must_be(override, messa
         ),
         (
             ["checkpoint.best=f1"],
-            "checkpoint.best=f1 is no metric of evaluations; use accuracy, reward/mean, the name "
+            "checkpoint.best=f1 is not an evaluation metric; use accuracy, reward/mean, the name "
             "of a part of the reward such as reward/format, or null",
         ),
         (

@@ -129,10 +129,10 @@ def _own(file, text):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("range(3)", "range(4)", "whose training problems were others; restore them, choose"),
-        ('"1")', '"2")', "whose training problems were others"),
-        ('"e"', '"f"', "whose held-out problems were others"),
-        ('"own"', '"own"  # reworded', "own.py were others"),
+        ("range(3)", "range(4)", "whose training problems changed; restore them, choose"),
+        ('"1")', '"2")', "whose training problems changed"),
+        ('"e"', '"f"', "whose held-out problems changed"),
+        ('"own"', '"own"  # reworded', "own.py changed"),
     ],
 )
 def test_other_problems_or_another_task_file_are_refused(tmp_path, old, new, said):
