@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from agrpo_megatron.config.parallel import layout_name, parse_layout
+from agrpo_megatron.config.parallel import layout_name
 from agrpo_megatron.config.rules import validate
-from agrpo_megatron.config.schema import build
+from agrpo_megatron.config.schema import build, from_text
 from agrpo_megatron.config.settings import (
     AlgorithmSettings,
     ParallelSettings,
@@ -240,7 +240,8 @@ def _most(error: float) -> float:
 
 
 def _open(directory: Path, parallel: str) -> Golden:
-    layout = build(ParallelSettings, parse_layout(parallel, "--parallel"), "--parallel ")
+    parts = from_text(ParallelSettings, parallel, key="--parallel")
+    layout = build(ParallelSettings, parts, "--parallel ")
     try:
         cases = json.loads((directory / "golden.json").read_text(encoding="utf-8"))
         tensors = load_file(directory / "golden.safetensors")

@@ -20,9 +20,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from agrpo_megatron.config.parallel import layout_name, model_ranks, parse_layout
+from agrpo_megatron.config.parallel import layout_name, model_ranks
 from agrpo_megatron.config.rules import validate_layout
-from agrpo_megatron.config.schema import build, load
+from agrpo_megatron.config.schema import build, from_text, load
 from agrpo_megatron.config.settings import ParallelSettings, Settings
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.scaling.memory import PARTS, SPARE, worst_rank
@@ -58,7 +58,7 @@ def main() -> int:
 def _layouts(settings: Settings, ranks: int, only: str | None) -> Iterator[Settings]:
     """Yield the settings at each layout that fits model and ranks, or at `only`."""
     if only is not None:
-        tree = parse_layout(only, "--parallel")
+        tree = from_text(ParallelSettings, only, key="--parallel")
         parallel = build(ParallelSettings, tree, "--parallel ")
         validate_layout(settings.model, parallel, world_size=ranks, key="--parallel")
         yield replace(settings, parallel=parallel)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,9 +11,7 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.evaluation.grid import EVALUATIONS
 
 OVERRIDES = "section.key=value ..., for instance run.seed=1 train.iterations=200"
-TARGET = (
-    "run directory, Megatron checkpoint, Hugging Face directory, or settings file with model.load"
-)
+TARGET = "run or Hugging Face directory, Megatron checkpoint, or settings file with model.load"
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,35 @@ class Target:
     folder: Path  # where its evaluations go
 
 
+def add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    text: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    details: str = "",
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    """Add a command that calls `run`; its help shows `text`, details and epilog."""
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=details or f"{text[0].upper()}{text[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def add_run(command: argparse.ArgumentParser) -> None:
+    """Add the settings file of a run, and whether to move an earlier run away."""
+    command.add_argument("file", metavar="FILE", help="settings file (YAML)")
+    command.add_argument(
+        "--restart", action="store_true", help="move an earlier run away instead of resuming it"
+    )
+
+
 def add_overrides(command: argparse.ArgumentParser) -> None:
     """Add settings to a command's arguments."""
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
@@ -35,9 +63,7 @@ def add_target(command: argparse.ArgumentParser) -> None:
     """Add a model to a command's arguments."""
     command.add_argument("target", metavar="TARGET", help=TARGET)
     command.add_argument(
-        "--checkpoint",
-        metavar="NAME",
-        help="of a run, such as sft-000300, or best; default: latest",
+        "--checkpoint", metavar="NAME", help="of a run, such as sft-000300 or best; default: latest"
     )
     command.add_argument(
         "--settings", metavar="FILE", help="settings file (YAML); default: the run's own, if any"

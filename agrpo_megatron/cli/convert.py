@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from agrpo_megatron.cli.common import add_command
+
 EPILOG = """\
 examples:
   agrpo convert to-megatron LLaDA-8B-Instruct llada-8b-megatron
@@ -17,60 +19,47 @@ SHOWN = 5  # tensors that differ most
 
 def add_convert(commands: argparse._SubParsersAction) -> None:
     """Add the command with its sub-commands."""
-    text = "checkpoints from and to Hugging Face"
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "convert",
-        help=text,
-        description="Convert checkpoints from and to Hugging Face's format, as a stream: memory "
+        "checkpoints from and to Hugging Face",
+        convert,
+        details="Convert checkpoints from and to Hugging Face's format, as a stream: memory "
         "does not grow with the model, and an interrupted conversion resumes when it is started "
         "again.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    ways = parser.add_subparsers(metavar="WAY", required=True)
-    for name, run, text in (
-        ("to-megatron", to_megatron, "Hugging Face directory to a Megatron checkpoint"),
-        ("to-hf", to_hf, "Megatron checkpoint, or a run, to a Hugging Face directory"),
+    ways = parser.add_subparsers(dest="way", metavar="WAY", required=True)
+    for name, text in (
+        ("to-megatron", "Hugging Face directory to a Megatron checkpoint"),
+        ("to-hf", "Megatron checkpoint, or a run, to a Hugging Face directory"),
     ):
-        way = ways.add_parser(name, help=text, description=text + ".")
-        way.set_defaults(run=run)
+        way = add_command(ways, name, text, convert)
         way.add_argument("source", type=Path, metavar="SOURCE")
         way.add_argument("target", type=Path, metavar="TARGET", help="must not exist yet")
         way.add_argument(
             "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights; default: as stored"
         )
-        if run is to_hf:
+        if name == "to-hf":
             way.add_argument("--checkpoint", metavar="NAME", help="of a run: latest, best, a name")
     text = "compare tensors and logits of two checkpoints, of either format"
-    way = ways.add_parser("verify", help=text, description=text.capitalize() + ".")
-    way.set_defaults(run=verify)
+    way = add_command(ways, "verify", text, verify)
     way.add_argument("first", type=Path, metavar="A")
     way.add_argument("second", type=Path, metavar="B")
     way.add_argument("--no-logits", action="store_true", help="tensors only: needs less memory")
-    way.add_argument(
-        "--tolerance", type=float, default=0.0, help="largest relative difference that passes (0)"
-    )
+    way.add_argument("--tolerance", type=float, default=0.0, help="allowed relative difference (0)")
 
 
-def to_megatron(arguments: argparse.Namespace) -> int:
-    """Convert a Hugging Face directory."""
-    from agrpo_megatron.checkpoint.convert import to_megatron_checkpoint
+def convert(arguments: argparse.Namespace) -> int:
+    """Convert a Hugging Face directory, or a Megatron checkpoint."""
+    source, is_to_hf = arguments.source, arguments.way == "to-hf"
+    if is_to_hf:
+        source = _checkpoint(source, arguments.checkpoint)
+    from agrpo_megatron.checkpoint.convert import to_hf_directory, to_megatron_checkpoint
 
+    write = to_hf_directory if is_to_hf else to_megatron_checkpoint
     with _bar("converting") as progress:
-        to_megatron_checkpoint(
-            arguments.source, arguments.target, dtype=arguments.dtype, progress=progress
-        )
-    print(arguments.target)
-    return 0
-
-
-def to_hf(arguments: argparse.Namespace) -> int:
-    """Convert a Megatron checkpoint."""
-    source = _checkpoint(arguments.source, arguments.checkpoint)
-    from agrpo_megatron.checkpoint.convert import to_hf_directory
-
-    with _bar("converting") as progress:
-        to_hf_directory(source, arguments.target, dtype=arguments.dtype, progress=progress)
+        write(source, arguments.target, dtype=arguments.dtype, progress=progress)
     print(arguments.target)
     return 0
 
@@ -115,17 +104,11 @@ def _checkpoint(path: Path, name: str | None) -> Path:
 @contextmanager
 def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
     """Yield the update function of a progress bar: bytes done, bytes in all."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
-    columns = (TextColumn(text), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    columns = text, progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn()
+    remaining, console = progress.TimeRemainingColumn(), Console(stderr=True)
+    with progress.Progress(*columns, remaining, console=console) as bar:
         task = bar.add_task(text, total=None, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from agrpo_megatron.cli.common import (
+    add_command,
     add_overrides,
     add_target,
     is_main,
@@ -50,18 +51,9 @@ examples:
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
     """Add `evaluate`."""
     text = "accuracy, over lengths, denoising steps and tasks"
-    command = commands.add_parser(
-        "evaluate",
-        help=text,
-        description=text.capitalize() + ".",
-        epilog=EVALUATE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=evaluate)
+    command = add_command(commands, "evaluate", text, evaluate, epilog=EVALUATE)
     add_target(command)
-    command.add_argument(
-        "--sweep", action="store_true", help="step counts from one a block to one a token"
-    )
+    command.add_argument("--sweep", action="store_true", help="steps: one a block to one a token")
     command.add_argument(
         "--output", type=Path, metavar="DIR", help="default: RUN/evaluations/CHECKPOINT[-NAME]"
     )
@@ -77,22 +69,12 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
 def add_report(commands: argparse._SubParsersAction) -> None:
     """Add `report`."""
     text = "figures and an HTML page of runs, and the frontier of evaluations"
-    command = commands.add_parser(
-        "report",
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=REPORT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=report)
+    command = add_command(commands, "report", text, report, epilog=REPORT)
     command.add_argument(
         "targets", nargs="+", metavar="[LABEL=]DIR", help="directory of a run, evaluation or sweep"
     )
     command.add_argument(
-        "--output",
-        type=Path,
-        metavar="PNG",
-        help="file of the frontier; default: in the same folder",
+        "--output", type=Path, metavar="PNG", help="of the frontier; default: in the same folder"
     )
 
 
@@ -101,6 +83,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     target = open_target(arguments)
     from agrpo_megatron.evaluation.plan import plan_evaluation
     from agrpo_megatron.evaluation.results import ResultStore
+    from agrpo_megatron.hardware.kernels import kernels_for
     from agrpo_megatron.runs.directory import move_away
 
     name = f"{target.name}-{arguments.name}" if arguments.name else target.name
@@ -114,18 +97,15 @@ def evaluate(arguments: argparse.Namespace) -> int:
         is_sweep=arguments.sweep,
         stored=store.stored() if is_begun and not arguments.restart else None,
     )
-    if arguments.restart:
-        _check_machine(plan)
-    if arguments.restart and is_main():
-        moved = move_away(store.directory)
-        if moved is not None:
-            _say(f"the earlier evaluation is now {moved}")
     # After --restart there are no results; another rank may still be moving the old ones.
     results = None
     if not arguments.restart:
         store.check(plan.evaluation)
         results = store.results()
     if results is None or not results["finished"]:
+        kernels_for(plan.resolved.settings)  # check this machine before files move
+        if arguments.restart and is_main() and (moved := move_away(store.directory)):
+            _say(f"the earlier evaluation is now {moved}")
         results = _run(plan, store)
     elif is_main():
         _say(f"{store.directory} is finished; add --restart to evaluate again")
@@ -141,27 +121,27 @@ def report(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.reports.evaluations import find_evaluations
     from agrpo_megatron.reports.page.html import write_report
     from agrpo_megatron.reports.plots.figures import write_figures
+    from agrpo_megatron.reports.summary import compare
 
-    runs, evaluations, folders = [], [], []
+    runs, evaluations = [], []
     for text in arguments.targets:
         path, label = _labelled(text)
         if (path / SWEEP).is_file():
             show_table(path)
             continue
         found = find_evaluations(path, label)
-        evaluations += [results for _, results in found]
-        folders += [folder.parent for folder, _ in found]
+        evaluations += found
         if not found or (path / "metrics.jsonl").exists():
             runs.append(path)
     for run_dir in runs:
         for path in [*write_figures(run_dir), write_report(run_dir)]:
             print(path)
     if len(runs) > 1:
-        from agrpo_megatron.reports.summary import compare
-
         compare(runs)
     if evaluations:
-        _frontier(evaluations, arguments.output or folders[0] / "frontier.png")
+        folder, _ = evaluations[0]
+        path = arguments.output or folder.parent / "frontier.png"
+        _frontier([results for _, results in evaluations], path)
     return 0
 
 
@@ -172,23 +152,11 @@ def _run(plan, store):
     from agrpo_megatron.reports.evaluations import EvaluationView
     from agrpo_megatron.resilience.failure import ending_together
 
-    _check_machine(plan)
-    settings = plan.resolved.settings
-    view = EvaluationView(live=settings.logging.live, is_main=is_main())
+    view = EvaluationView(live=plan.resolved.settings.logging.live, is_main=is_main())
     for note in plan.resolved.task.notes:
         view.note(note)
-    with (
-        ending_together(view),
-        opened(plan.resolved, plan.checkpoint) as (session, network),
-    ):
+    with ending_together(view), opened(plan.resolved, plan.checkpoint) as (session, network):
         return evaluate_grid(session, network, plan, store, view.show)
-
-
-def _check_machine(plan) -> None:
-    """Check that this machine can evaluate, before ranks start or files move."""
-    from agrpo_megatron.hardware.kernels import kernels_for
-
-    kernels_for(plan.resolved.settings)
 
 
 def _conclude(results: dict, directory: Path, *, as_json: bool) -> None:
@@ -200,8 +168,7 @@ def _conclude(results: dict, directory: Path, *, as_json: bool) -> None:
         print(json.dumps(results, indent=2))
         return
     print_results([results])
-    print(f"\nresults {directory}")
-    print(f"next    agrpo report {directory}")
+    print(f"\nresults {directory}\nnext    agrpo report {directory}")
 
 
 def _frontier(evaluations: list[dict], path: Path) -> None:
@@ -218,9 +185,7 @@ def _frontier(evaluations: list[dict], path: Path) -> None:
 def _labelled(text: str) -> tuple[Path, str | None]:
     """Split LABEL=DIR; an existing directory may have an equals sign in its name."""
     label, equals, path = text.partition("=")
-    if equals and not Path(text).exists():
-        return Path(path), label
-    return Path(text), None
+    return (Path(path), label) if equals and not Path(text).exists() else (Path(text), None)
 
 
 def _say(text: str) -> None:

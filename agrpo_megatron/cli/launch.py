@@ -2,7 +2,7 @@
 
 import argparse
 
-from agrpo_megatron.cli.common import add_overrides
+from agrpo_megatron.cli.common import add_command, add_overrides, add_run
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 
 EXAMPLES = """\
@@ -49,20 +49,10 @@ a sweep, a run for each combination, in folders 00, 01, ... of the run directory
 def add_launch(commands: argparse._SubParsersAction) -> None:
     """Add `launch`."""
     text = "check a run, show its SLURM job, and submit it; also sweeps"
-    command = commands.add_parser(
-        "launch",
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=launch)
-    command.add_argument("file", metavar="FILE", help="settings file (YAML)")
+    command = add_command(commands, "launch", text, launch, epilog=EXAMPLES)
+    add_run(command)
     command.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the job")
     command.add_argument("--dry-run", action="store_true", help="show the job, submit nothing")
-    command.add_argument(
-        "--restart", action="store_true", help="move an earlier run away instead of resuming it"
-    )
     command.add_argument(
         "--sweep",
         nargs="+",

@@ -7,12 +7,13 @@ Heavy imports happen inside the sub-commands, after the settings are checked, so
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from agrpo_megatron import __version__
 from agrpo_megatron.cli.common import (
+    add_command,
     add_overrides,
+    add_run,
     add_target,
     is_main,
     open_target,
@@ -84,33 +85,31 @@ def train(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.runs.resolve import resolve
 
     resolved = resolve(settings, world_size=world_size())
-    settings = resolved.settings
+    settings, run_dir = resolved.settings, Path(resolved.settings.run.dir)
     # After --restart there is no progress, though another rank may still be moving the old run.
     done = None if arguments.restart else directory.progress(settings)
     is_finished = directory.is_finished(settings, done)
     if not is_finished:
         kernels_for(settings, phases=phases)  # check this machine first
-    if arguments.restart and is_main():
-        moved = directory.move_away(Path(settings.run.dir))
-        if moved is not None:
-            print(f"the earlier run is now {moved}")
+    if arguments.restart and is_main() and (moved := directory.move_away(run_dir)):
+        print(f"the earlier run is now {moved}")
     if is_finished:
         if is_main():
-            why = f" ({done.stopped})" if done is not None and done.stopped else ""
+            why = f" ({done.stopped})" if done and done.stopped else ""
             print(f"{settings.run.dir} is finished{why}; add --restart to run it again\n")
-            conclude(Path(settings.run.dir))
+            conclude(run_dir)
         return _end("finished", "", 0)
     from agrpo_megatron.reports.terminal import LiveView
     from agrpo_megatron.resilience.attempts import Stuck
     from agrpo_megatron.resilience.failure import ending_together
     from agrpo_megatron.training.run import train as run
 
-    finished = (0, 0)
+    sft_iterations, finished = settings.sft.iterations, (0, 0)
     if done is not None:
         is_sft = done.phase == "sft"
-        finished = (done.iteration, 0) if is_sft else (settings.sft.iterations, done.iteration)
+        finished = (done.iteration, 0) if is_sft else (sft_iterations, done.iteration)
     view = LiveView(
-        sft_iterations=settings.sft.iterations if "sft" in phases else 0,
+        sft_iterations=sft_iterations if "sft" in phases else 0,
         rl_iterations=settings.train.iterations if "rl" in phases else 0,
         live=settings.logging.live,
         is_main=is_main(),
@@ -125,11 +124,10 @@ def train(arguments: argparse.Namespace) -> int:
     if stuck is not None:
         return _end("stuck", stuck, exit_status.STUCK)
     if stopped is not None:
-        return _end(
-            "requeue", f"{stopped}; saved, run the same command to resume", exit_status.REQUEUE
-        )
+        reason = f"{stopped}; saved, run the same command to resume"
+        return _end("requeue", reason, exit_status.REQUEUE)
     if is_main():
-        conclude(Path(settings.run.dir))
+        conclude(run_dir)
     return _end("finished", "", 0)
 
 
@@ -156,33 +154,29 @@ def sample(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.runs.resolve import resolve
     from agrpo_megatron.text.chat import shown_prompt
 
-    settings, ranks = target.settings, world_size()
-    resolved = resolve(settings, world_size=ranks, needs=() if arguments.prompt else ("eval",))
+    needs = () if arguments.prompt else ("eval",)
+    resolved = resolve(target.settings, world_size=world_size(), needs=needs)
     kernels_for(resolved.settings)
     console, tokenizer, task = Console(), resolved.tokenizer, resolved.task
     problems = [] if arguments.prompt else task.problems("eval")[: arguments.number]
     prompts = [task.eval_prompt(problem) for problem in problems] or [arguments.prompt]
-    opening = opened(resolved, target.checkpoint)
-    with ending_together(), opening as (session, network):
+    with ending_together(), opened(resolved, target.checkpoint) as (session, network):
         trajectory = complete(session.run, network, prompts)
-        calls = grading_calls(
-            session.run, problems, trajectory.tokens[: len(problems)], split="eval"
-        )
+        tokens = trajectory.tokens[: len(problems)]
+        calls = grading_calls(session.run, problems, tokens, split="eval")
         rewards = session.run.grader.grade(calls)
     if not is_main():
         return 0
     for row, prompt in enumerate(prompts):
         ids = trajectory.tokens[row].tolist()
-        text = tokenizer.decode(ids)
         console.print(Text.assemble(("prompt      ", "dim"), shown_prompt(prompt)))
-        console.print(Text.assemble(("completion  ", "dim"), text))
+        console.print(Text.assemble(("completion  ", "dim"), tokenizer.decode(ids)))
         if problems:
             reward = rewards[row]
             word = ("correct", "green") if reward.correct else ("wrong", "red")
             console.print(Text.assemble(("reward      ", "dim"), f"{reward.score:g} ", word))
         if arguments.trace:
-            steps = trajectory.unmask_step[row].tolist()
-            count = int(trajectory.num_steps[row])
+            steps, count = trajectory.unmask_step[row].tolist(), int(trajectory.num_steps[row])
             trace(tokenizer.pieces(ids), steps, console, num_steps=count)
         console.print()
     return 0
@@ -207,9 +201,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     of = " ".join([file or "default settings", *overrides])
     if file is None and not overrides:
         of += "; agrpo doctor FILE, or precision=bf16, shows those of others"
-    print_kernels(
-        kernels_for(settings, phases=trained_phases(settings.sft, settings.train)), of, console
-    )
+    print_kernels(kernels_for(settings, phases=trained_phases(settings)), of, console)
     return 0
 
 
@@ -232,8 +224,8 @@ def config(arguments: argparse.Namespace) -> int:
     settings = load(Settings, arguments.file, arguments.overrides)
     from agrpo_megatron.runs.resolve import resolve
 
-    ranks = arguments.ranks or world_size()
-    print(to_yaml(resolve(settings, world_size=ranks).settings), end="")
+    resolved = resolve(settings, world_size=arguments.ranks or world_size())
+    print(to_yaml(resolved.settings), end="")
     return 0
 
 
@@ -262,15 +254,12 @@ def _parser() -> argparse.ArgumentParser:
         ("train", ("sft", "rl"), "supervised phase if any, then AGRPO, evaluation and report"),
         ("sft", ("sft",), "only the supervised phase"),
     ):
-        command = _command(commands, name, text, train)
+        command = add_command(commands, name, text, train)
         command.set_defaults(phases=phases)
-        command.add_argument("file", metavar="FILE", help="settings file (YAML)")
-        command.add_argument(
-            "--restart", action="store_true", help="move an earlier run away instead of resuming it"
-        )
+        add_run(command)
         add_overrides(command)
     add_evaluate(commands)
-    command = _command(commands, "sample", "print completions", sample)
+    command = add_command(commands, "sample", "print completions", sample)
     add_target(command)
     command.add_argument("-n", "--number", type=int, default=3, help="held-out problems (3)")
     command.add_argument("--prompt", help="complete this text instead")
@@ -280,10 +269,10 @@ def _parser() -> argparse.ArgumentParser:
     add_convert(commands)
     add_launch(commands)
     text = "what is installed, and which kernels a run uses with it"
-    command = _command(commands, "doctor", text, doctor)
+    command = add_command(commands, "doctor", text, doctor)
     command.add_argument("file", nargs="?", metavar="FILE", help="settings of the run (YAML)")
     add_overrides(command)
-    command = _command(commands, "config", "explain all settings, or check a file", config)
+    command = add_command(commands, "config", "explain all settings, or check a file", config)
     command.add_argument("file", nargs="?", metavar="FILE", help="check this and print it resolved")
     command.add_argument(
         "--ranks", type=int, metavar="N", help="check the layout for this many ranks; default: 1"
@@ -292,9 +281,3 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tasks", action="store_true", help="explain the options of each task")
     add_overrides(command)
     return parser
-
-
-def _command(commands, name: str, text: str, run: Callable) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    command.set_defaults(run=run)
-    return command

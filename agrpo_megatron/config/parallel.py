@@ -6,25 +6,8 @@ The arithmetic only; `rules` checks which layouts are legal. Imports neither tor
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from agrpo_megatron.config.schema import from_text
-from agrpo_megatron.config.settings import (
-    ModelSettings,
-    ParallelSettings,
-    Settings,
-)
-
-
-def parse_layout(text: str, key: str) -> dict[str, Any]:
-    """Read a layout such as tp2-sp-pp2-vpp2-cp1-dp2 as keys of `ParallelSettings`.
-
-    Parts come in any order; missing parts keep their defaults. `key` names the setting.
-
-    Raises:
-        ValueError: an unknown or repeated part.
-    """
-    return from_text(ParallelSettings, text, key=key)
+from agrpo_megatron.config.settings import ModelSettings, ParallelSettings, Settings
 
 
 def layout_name(parallel: ParallelSettings, world_size: int) -> str:

@@ -2,17 +2,13 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.config.parallel import (
-    layout_name,
-    layout_text,
-    model_ranks,
-    stage_layers,
-)
+from agrpo_megatron.config.parallel import layout_name, layout_text, model_ranks, stage_layers
 from agrpo_megatron.config.rules_precision import validate_precision
 from agrpo_megatron.config.settings import (
     ModelSettings,
@@ -20,7 +16,6 @@ from agrpo_megatron.config.settings import (
     SamplingSettings,
     Settings,
     TaskSettings,
-    TrainSettings,
 )
 
 
@@ -30,8 +25,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     Raises:
         ValueError: the first rule broken, with key, value, rule and fix.
     """
-    # An architecture from model.load is checked after it was read.
-    if settings.model.load is None or settings.model.vocab_size is not None:
+    if settings.model.is_known:
         _validate_model(settings.model)
         validate_layout(settings.model, settings.parallel, world_size=world_size)
         if settings.rollout.parallel is not None:
@@ -48,8 +42,8 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     load = settings.model.load
     if load is not None and not Path(load).is_dir():
         raise ValueError(f"model.load={load} is not a directory; give a Hugging Face or run folder")
-    _validate_metric("checkpoint.best", settings.checkpoint.best, task=settings.task)
-    _validate_stop(settings.train, settings.task, has_evaluations=settings.evaluation.interval > 0)
+    _validate_metric("checkpoint.best", settings.checkpoint.best, settings.task)
+    _validate_stop(settings)
     rates = settings.task
     if rates.pass_rate_low > rates.pass_rate_high:
         raise ValueError(
@@ -69,7 +63,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         )
 
 
-def _validate_metric(key: str, name: str | None, *, task: TaskSettings) -> None:
+def _validate_metric(key: str, name: str | None, task: TaskSettings) -> None:
     """Check that evaluations have a metric; only evaluations know the parts of a reward."""
     labels = [f"accuracy/{label}" for label in task.mixture] if task.name == "mixture" else []
     known = ["accuracy", *labels]
@@ -81,8 +75,9 @@ def _validate_metric(key: str, name: str | None, *, task: TaskSettings) -> None:
     )
 
 
-def _validate_stop(train: TrainSettings, task: TaskSettings, *, has_evaluations: bool) -> None:
-    _validate_metric("train.stop_metric", train.stop_metric, task=task)
+def _validate_stop(settings: Settings) -> None:
+    train = settings.train
+    _validate_metric("train.stop_metric", train.stop_metric, settings.task)
     for key in ("stop_target", "stop_patience"):
         if train.stop_metric is None and getattr(train, key) is not None:
             raise ValueError(
@@ -96,7 +91,7 @@ def _validate_stop(train: TrainSettings, task: TaskSettings, *, has_evaluations:
             f"train.stop_metric={train.stop_metric} needs train.stop_target or "
             "train.stop_patience; use for example train.stop_patience=5"
         )
-    if not has_evaluations:
+    if settings.evaluation.interval == 0:
         raise ValueError(
             f"train.stop_metric={train.stop_metric} needs evaluations during training, "
             "and evaluation.interval=0 makes none; use for example evaluation.interval=25"
@@ -107,11 +102,9 @@ def validate_sampling(sampling: SamplingSettings, section_name: str) -> None:
     """Check that blocks and denoising steps divide as the sampler needs."""
     length, block = sampling.completion_length, sampling.block_length
     if length % block:
-        fits = [b for b in range(1, length + 1) if length % b == 0]
-        near = sorted(fits, key=lambda b: abs(b - block))[:2]
         raise ValueError(
             f"{section_name}.block_length={block} does not divide "
-            f"sampling.completion_length={length}; use {' or '.join(map(str, sorted(near)))}"
+            f"sampling.completion_length={length}; use {two_nearest(block, divisors(length))}"
         )
     blocks, steps = length // block, sampling.denoising_steps
     if sampling.schedule == "dream" and blocks > 1:
@@ -130,9 +123,7 @@ def validate_sampling(sampling: SamplingSettings, section_name: str) -> None:
             f"{section_name}.unmasking={sampling.unmasking} does not rank by it; use "
             "low_confidence, or null"
         )
-    if sampling.schedule == "dream":
-        return
-    if steps % blocks or steps > length:
+    if sampling.schedule != "dream" and (steps % blocks or steps > length):
         down = max(blocks, min(length, steps - steps % blocks))
         raise ValueError(
             f"{section_name}.denoising_steps={steps} must be a multiple of the {blocks} blocks "
@@ -141,11 +132,7 @@ def validate_sampling(sampling: SamplingSettings, section_name: str) -> None:
 
 
 def validate_layout(
-    model: ModelSettings,
-    parallel: ParallelSettings,
-    *,
-    world_size: int,
-    key: str = "parallel",
+    model: ModelSettings, parallel: ParallelSettings, *, world_size: int, key: str = "parallel"
 ) -> None:
     """Check that a layout fits the model and the ranks that were started.
 
@@ -174,9 +161,8 @@ def nearest_layout(
     model: ModelSettings, parallel: ParallelSettings, *, world_size: int
 ) -> ParallelSettings:
     """Return the valid layout nearest to `parallel`; the split chooses `layers`."""
-    divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     fitting = []
-    for tensor, pipeline, context in itertools.product(divisors, repeat=3):
+    for tensor, pipeline, context in itertools.product(divisors(world_size), repeat=3):
         if world_size % (tensor * pipeline * context):
             continue
         virtual = min(parallel.virtual, model.num_layers // pipeline) if pipeline > 1 else 1
@@ -264,20 +250,23 @@ def _validate_rollout(settings: Settings, world_size: int) -> None:
 
 
 def _validate_model(model: ModelSettings) -> None:
-    heads = model.num_attention_heads
-    if model.hidden_size % heads:
-        raise ValueError(
-            f"model.num_attention_heads={heads} does not divide "
-            f"model.hidden_size={model.hidden_size}; use {_divisor_near(model.hidden_size, heads)}"
-        )
-    groups = model.num_query_groups or heads
-    if heads % groups:
-        raise ValueError(
-            f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}; "
-            f"use {_divisor_near(heads, groups)}"
-        )
+    for name, of in (
+        ("num_attention_heads", "hidden_size"),
+        ("num_query_groups", "num_attention_heads"),
+    ):
+        whole = getattr(model, of)
+        part = getattr(model, name) or whole
+        if whole % part:
+            fix = min(divisors(whole), key=lambda divisor: abs(divisor - part))
+            raise ValueError(f"model.{name}={part} does not divide model.{of}={whole}; use {fix}")
 
 
-def _divisor_near(whole: int, wanted: int) -> int:
-    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
-    return min(divisors, key=lambda d: abs(d - wanted))
+def divisors(whole: int) -> list[int]:
+    """Return the divisors of a number, ascending."""
+    return [divisor for divisor in range(1, whole + 1) if whole % divisor == 0]
+
+
+def two_nearest(wanted: int, allowed: Sequence[int]) -> str:
+    """Return the two allowed values nearest to `wanted`, for the fix of an error."""
+    nearest = sorted(allowed, key=lambda value: abs(value - wanted))[:2]
+    return " or ".join(map(str, sorted(nearest)))

@@ -1,6 +1,6 @@
 """Rules of precision, kernels and optimizer states that need settings only.
 
-`hardware/kernels` has those of the machine. Imports neither torch nor Megatron.
+`hardware/kernels` has the rules of the machine. Imports neither torch nor Megatron.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,6 @@ from agrpo_megatron.config.settings import (
     ParallelSettings,
     RolloutSettings,
     Settings,
-    SftSettings,
-    TrainSettings,
 )
 
 # bf16 rounds by at most 2**-8 of a number: with 1 - beta2 below it, a second moment without new
@@ -33,7 +31,7 @@ def validate_precision(settings: Settings) -> None:
     """
     precision, fp8, kernels = settings.precision, settings.fp8, settings.kernels
     layouts = _layouts(settings)
-    used = optimizers(settings, trained_phases(settings.sft, settings.train))
+    used = optimizers(settings, trained_phases(settings))
     problem = (
         _fp8_misfit(precision, fp8, has_rl=settings.train.iterations > 0)
         or _spec_misfit(precision, kernels)
@@ -45,8 +43,8 @@ def validate_precision(settings: Settings) -> None:
     )
     if problem:
         raise ValueError(problem)
-    if settings.precision == "fp8":
-        validate_recipe(settings, settings.fp8.recipe)
+    if precision == "fp8":
+        validate_recipe(settings, fp8.recipe)
 
 
 def validate_recipe(settings: Settings, recipe: str | None) -> None:
@@ -62,7 +60,7 @@ def validate_recipe(settings: Settings, recipe: str | None) -> None:
             "buffer, so all of them before the next forward; use ddp.overlap_param_gather=false "
             "or fp8.primary_weights=false"
         )
-    if not _is_known(settings.model):
+    if not settings.model.is_known:
         return
     multiple = 32 if recipe == "mxfp8" else 16
     for key, parallel in _layouts(settings):
@@ -74,10 +72,10 @@ def validate_recipe(settings: Settings, recipe: str | None) -> None:
                 )
 
 
-def trained_phases(sft: SftSettings, train: TrainSettings) -> tuple[str, ...]:
+def trained_phases(settings: Settings) -> tuple[str, ...]:
     """Return the phases that a run has: sft, rl."""
-    counts = {"sft": sft.iterations, "rl": train.iterations}
-    return tuple(phase for phase, iterations in counts.items() if iterations)
+    iterations = {"sft": settings.sft.iterations, "rl": settings.train.iterations}
+    return tuple(phase for phase, count in iterations.items() if count)
 
 
 def optimizers(settings: Settings, phases: Sequence[str]) -> dict[str, OptimizerSettings]:
@@ -90,13 +88,13 @@ def optimizers(settings: Settings, phases: Sequence[str]) -> dict[str, Optimizer
 
 
 def _fp8_misfit(precision: str, fp8: Fp8Settings, *, has_rl: bool) -> str:
-    changed = {key: value for key, value in asdict(fp8).items() if value != asdict(FP8)[key]}
-    if precision != "fp8" and changed:
-        key, value = next(iter(changed.items()))
-        return (
-            f"fp8.{key}={_text(value)} is for precision=fp8, and precision={precision}; "
-            "set precision=fp8 or leave it out"
-        )
+    for key, default in asdict(Fp8Settings()).items():
+        value = getattr(fp8, key)
+        if precision != "fp8" and value != default:
+            return (
+                f"fp8.{key}={_text(value)} is for precision=fp8, and precision={precision}; "
+                "set precision=fp8 or leave it out"
+            )
     if fp8.recipe != "delayed":
         return ""
     if has_rl:
@@ -126,17 +124,12 @@ def _spec_misfit(precision: str, kernels: KernelSettings) -> str:
         "kernels.batch_invariant=true": kernels.batch_invariant,
         "kernels.cuda_graphs=true": kernels.cuda_graphs,
     }
-    for key, is_set in wants.items():
-        if is_set and spec == "local":
-            return (
-                f"{key} needs Transformer Engine's layers, and kernels.layer_spec=local; use "
-                "kernels.layer_spec=auto"
-            )
-        if is_set and precision == "fp32":
-            return (
-                f"{key} needs Transformer Engine's layers, which precision=fp32 does not use; set "
-                "precision=bf16"
-            )
+    first = next((key for key, is_set in wants.items() if is_set), None)
+    needs = f"{first} needs Transformer Engine's layers"
+    if first and spec == "local":
+        return f"{needs}, and kernels.layer_spec=local; use kernels.layer_spec=auto"
+    if first and precision == "fp32":
+        return f"{needs}, which precision=fp32 does not use; set precision=bf16"
     return ""
 
 
@@ -174,20 +167,14 @@ def _graphs_misfit(layouts: Layouts) -> str:
 
 def _optimizer_misfit(precision: str, used: Mapping[str, OptimizerSettings]) -> str:
     for key, optimizer in used.items():
-        low = {
-            name: value
-            for name in ("moments", "main_gradients")
-            if (value := getattr(optimizer, name)) != "fp32"
-        }
-        offload = {"offload": f"{optimizer.offload:g}"} if optimizer.offload else {}
-        for name, value in {**low, **offload}.items():
-            if not optimizer.distributed:
+        for name, plain in (("moments", "fp32"), ("main_gradients", "fp32"), ("offload", "0")):
+            value = _text(getattr(optimizer, name))
+            if value != plain and not optimizer.distributed:
                 return (
                     f"{key}.{name}={value} is for the distributed optimizer; set "
                     f"{key}.distributed=true"
                 )
-            if precision == "fp32":
-                plain = "0" if name == "offload" else "fp32"
+            if value != plain and precision == "fp32":
                 return (
                     f"{key}.{name}={value} is for bf16 weights, and precision=fp32; "
                     f"use precision=bf16 or {key}.{name}={plain}"
@@ -229,7 +216,7 @@ def _primary_weights_misfit(rollout: RolloutSettings, used: Mapping[str, Optimiz
 
 def _bf16_layers_misfit(fp8: Fp8Settings, model: ModelSettings, layouts: Layouts) -> str:
     layers = model.num_layers
-    if not _is_known(model):
+    if not model.is_known:
         return ""
     if fp8.bf16_first_layers + fp8.bf16_last_layers >= layers:
         return (
@@ -249,15 +236,12 @@ def _bf16_layers_misfit(fp8: Fp8Settings, model: ModelSettings, layouts: Layouts
     return ""
 
 
-def _is_known(model: ModelSettings) -> bool:
-    """Return whether the architecture is set, or was read from `model.load`."""
-    return model.load is None or model.vocab_size is not None
-
-
 def _layouts(settings: Settings) -> Layouts:
     """Return the layouts of training and, last, of rollouts, each with its setting's key."""
-    rollouts = ("rollout.parallel", settings.rollout_layout)
-    return [("parallel", settings.parallel), *([rollouts] if settings.rollout.parallel else [])]
+    layouts = [("parallel", settings.parallel)]
+    if settings.rollout.parallel is not None:
+        layouts.append(("rollout.parallel", settings.rollout_layout))
+    return layouts
 
 
 def _widths(model: ModelSettings, parallel: ParallelSettings, key: str) -> dict[str, int]:
@@ -278,7 +262,6 @@ def _widths(model: ModelSettings, parallel: ParallelSettings, key: str) -> dict[
 
 def _text(value: object) -> str:
     """Return a value as the user writes it."""
+    if isinstance(value, float):
+        return f"{value:g}"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-FP8 = Fp8Settings()

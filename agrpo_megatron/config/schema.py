@@ -64,7 +64,7 @@ def build[T](cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in fields:
-            raise ValueError(_unknown_key(cls, prefix, str(key), fields))
+            raise ValueError(_unknown_key(prefix, str(key), fields))
     values = {}
     for name, value in tree.items():
         key = prefix + name
@@ -103,14 +103,9 @@ def from_text(cls: type, text: str, *, key: str) -> dict[str, Any]:
     return values
 
 
-def to_tree(settings: Any) -> dict[str, Any]:
-    """Return settings as nested dictionaries, ready for YAML or wandb."""
-    return dataclasses.asdict(settings)
-
-
 def to_yaml(settings: Any) -> str:
     """Return settings as YAML that `load` reads back to an equal value."""
-    return yaml.safe_dump(to_tree(settings), sort_keys=False, width=100)
+    return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, width=100)
 
 
 def flatten(
@@ -214,24 +209,20 @@ def _apply_override(cls: type, tree: dict[str, Any], override: str) -> None:
     node[name] = value
 
 
-def _unknown_key(cls: type, prefix: str, key: str, fields: Mapping[str, Any]) -> str:
-    nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-    if nearest:
+def _unknown_key(prefix: str, key: str, fields: Mapping[str, Any]) -> str:
+    if nearest := difflib.get_close_matches(key, fields, n=1, cutoff=0.5):
         return f"{prefix}{key} is not a setting; did you mean {prefix}{nearest[0]}?"
-    known = ", ".join(fields)
     where = f"section {prefix.rstrip('.')}" if prefix else "a settings file"
-    return f"{prefix}{key} is not a setting; {where} has {known}"
+    return f"{prefix}{key} is not a setting; {where} has {', '.join(fields)}"
 
 
 def _checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in _options(hint):
+        return None
     if value is None:
-        if type(None) in options:
-            return None
         raise ValueError(f"{key} is empty; it must be {_type_name(hint)}")
-    for option in options:
-        converted = _convert(value, option)
-        if converted is not None:
+    for option in _options(hint):
+        if (converted := _convert(value, option)) is not None:
             _check_range(key, converted, meta)
             return converted
     raise ValueError(f"{key}={value!r} has the wrong type; it must be {_type_name(hint)}")
@@ -239,26 +230,19 @@ def _checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
 
 def _convert(value: Any, hint: Any) -> Any:
     """Return `value` as `hint`, or None if it does not fit (YAML reads 1e-4 as text)."""
-    if hint is bool:
-        return value if isinstance(value, bool) else None
-    if hint is int:
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
-    if hint is float:
-        if isinstance(value, bool):
-            return None
+    if hint in (bool, int, str):
+        fits = isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
+        return value if fits else None
+    if hint is float and not isinstance(value, bool):
         try:
             return float(value)
         except (TypeError, ValueError):
             return None
-    if hint is str:
-        return value if isinstance(value, str) else None
-    if typing.get_origin(hint) is list:
-        (kind,) = typing.get_args(hint)
-        items = [_convert(item, kind) for item in value] if isinstance(value, list) else [None]
+    origin = typing.get_origin(hint)
+    if origin is list and isinstance(value, list):
+        items = [_convert(item, *typing.get_args(hint)) for item in value]
         return None if None in items else items
-    if typing.get_origin(hint) is dict:
-        return _with_numbers(value) if isinstance(value, Mapping) else None
-    return None
+    return _with_numbers(value) if origin is dict and isinstance(value, Mapping) else None
 
 
 def _with_numbers(value: Any) -> Any:
@@ -275,16 +259,21 @@ def _check_range(key: str, value: Any, meta: Mapping[str, Any]) -> None:
         nearest = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise ValueError(f"{key}={value} must be one of {', '.join(map(str, choices))}{hint}")
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if numeric and low is not None and not value >= low:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if low is not None and not value >= low:
         raise ValueError(f"{key}={value} must be at least {low}")
-    if numeric and high is not None and not value <= high:
+    if high is not None and not value <= high:
         raise ValueError(f"{key}={value} must be at most {high}")
 
 
 def _type_name(hint: Any) -> str:
     names: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false"}
     names |= {str: "text", list[int]: "a list of integers", list[str]: "a list of texts"}
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    words = [names.get(o, "a mapping") for o in options if o is not type(None)]
-    return " or ".join(words + (["null"] if type(None) in options else []))
+    names |= {type(None): "null"}
+    options = sorted(_options(hint), key=lambda option: option is type(None))
+    return " or ".join(names.get(option, "a mapping") for option in options)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

@@ -81,11 +81,9 @@ def read_yaml(path: str | Path) -> Tree:
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
         raise ValueError(f"settings file {path}{where}: not valid YAML: {problem}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict | None):
         raise ValueError(f"settings file {path}: the top level must be sections, not {tree!r}")
-    return tree
+    return tree or {}
 
 
 def read_chain(path: str | Path) -> list[tuple[Path, Tree]]:

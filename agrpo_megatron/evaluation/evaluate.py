@@ -1,8 +1,10 @@
 """Evaluation with the sampler of `evaluation`: within a run, and over a grid."""
 
+import itertools
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,11 +17,11 @@ from agrpo_megatron.evaluation.scores import scores
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.rollout.generate import Request, generate, sample_records
 from agrpo_megatron.rollout.metrics import failure_warning, reward_metrics
-from agrpo_megatron.rollout.session import Run, Session
+from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.scaling.flops import completion_flops
 from agrpo_megatron.tasks.base import task_prompts
 from agrpo_megatron.text.chat import shown_prompt
-from agrpo_megatron.types import GradedRollouts, Problem, Reward
+from agrpo_megatron.types import Problem, Reward
 
 EVALUATION_IDS = 1 << 40  # noise indices of evaluation, far from those of training
 SAMPLE_IDS = 1 << 24  # noise indices from one sample of a problem to the next
@@ -68,12 +70,8 @@ def evaluate(session: Session, network: Network, *, iteration: int, stage: str) 
 
 def _rollout_ids(problems: Sequence[Problem]) -> list[int]:
     """Return the noise index of each problem: its place within its own task."""
-    counts: Counter[str] = Counter()
-    ids = []
-    for problem in problems:
-        ids.append(EVALUATION_IDS + counts[problem.task])
-        counts[problem.task] += 1
-    return ids
+    ids = defaultdict(lambda: itertools.count(EVALUATION_IDS))
+    return [next(ids[problem.task]) for problem in problems]
 
 
 def evaluate_grid(
@@ -96,7 +94,6 @@ def evaluate_grid(
     """
     is_main, batches = session.run.ranks.is_main, plan.batches()
     earlier, done = _resumed(session, plan, batches, store)
-    progress = _Meter(plan, batches, done)
     results: dict[str, Any] = {"label": plan.evaluation["label"], "finished": False, "cells": []}
     of_cell: list[Line] = []
     for number, batch in enumerate(batches):
@@ -108,7 +105,7 @@ def evaluate_grid(
                 continue
             store.append(lines)
             of_cell += lines
-            show(progress.at(number, of_cell))
+            show(_progress(plan, batches, number, done=done, lines=of_cell))
         if is_main and batch.is_last:
             results["cells"].append(_cell_results(plan, batch, of_cell))
             results["finished"] = number + 1 == len(batches)
@@ -162,59 +159,38 @@ def _earlier(plan: Plan, batches: Sequence[Batch], store: ResultStore) -> list[l
 
 
 def _complete(session: Session, network: Network, plan: Plan, batch: Batch) -> list[Line]:
-    """Complete a batch and describe its completions; called by every rank."""
-    settings = session.run.settings
-    problems = plan.problems[batch.label]
+    """Complete a batch; return its lines of completions.jsonl. Called by every rank."""
+    run = session.run
     asked = [(place, sample) for place in batch.places for sample in range(plan.samples)]
-    ids = [EVALUATION_IDS + place + sample * SAMPLE_IDS for place, sample in asked]
-    repeated = [problems[place] for place, _ in asked]
+    noise = [EVALUATION_IDS + place + sample * SAMPLE_IDS for place, sample in asked]
+    problems = [plan.problems[batch.label][place] for place, _ in asked]
     request = Request(
-        repeated,
-        torch.tensor(ids, device=network.ranks.device),
-        cell_sampling(settings, batch.cell),
+        problems,
+        torch.tensor(noise, device=network.ranks.device),
+        cell_sampling(run.settings, batch.cell),
         split=plan.split,
     )
     graded = generate(session, network, request)
-    return _lines(session.run, plan, batch, [sample for _, sample in asked], request, graded)
-
-
-def _lines(
-    run: Run,
-    plan: Plan,
-    batch: Batch,
-    samples: Sequence[int],
-    request: Request,
-    graded: GradedRollouts,
-) -> list[Line]:
-    """Return the lines of completions.jsonl, one for each completion."""
-    tokenizer, trajectory = run.tokenizer, graded.trajectory
-    prompts = task_prompts(run.task, request.problems, split=plan.split)
+    trajectory, stop_ids = graded.trajectory, run.tokenizer.stop_ids
+    prompts = task_prompts(run.task, problems, split=plan.split)
     flops = completion_flops(trajectory, run.settings.model)
-    steps, rows = trajectory.num_steps.tolist(), trajectory.tokens.tolist()
-    lines = []
-    for row, (problem, ids) in enumerate(zip(request.problems, rows, strict=True)):
-        reward = graded.rewards[row]
-        text = (token in tokenizer.stop_ids for token in ids)
-        lines.append(
-            {
-                "task": batch.label,
-                "key": problem.key,
-                "sample": samples[row],
-                "completion_length": batch.cell.completion_length,
-                "denoising_steps": batch.cell.denoising_steps,
-                "prompt": shown_prompt(prompts[row]),
-                "completion": tokenizer.decode(ids),
-                "raw": tokenizer.decode_raw(ids),
-                "score": reward.score,
-                "correct": reward.correct,
-                "parts": reward.parts,
-                "failure": reward.failure,
-                "num_steps": steps[row],
-                "completion_tokens": next((i for i, ends in enumerate(text) if ends), len(ids)),
-                "flops": flops[row],
-            }
-        )
-    return lines
+    steps, tokens = trajectory.num_steps.tolist(), trajectory.tokens.tolist()
+    return [
+        {
+            "task": batch.label,
+            "key": problems[row].key,
+            "sample": sample,
+            **asdict(batch.cell),
+            "prompt": shown_prompt(prompts[row]),
+            "completion": run.tokenizer.decode(ids),
+            "raw": run.tokenizer.decode_raw(ids),
+            **asdict(graded.rewards[row]),
+            "num_steps": steps[row],
+            "completion_tokens": next((i for i, t in enumerate(ids) if t in stop_ids), len(ids)),
+            "flops": flops[row],
+        }
+        for row, ((_, sample), ids) in enumerate(zip(asked, tokens, strict=True))
+    ]
 
 
 def _cell_results(plan: Plan, batch: Batch, lines: Sequence[Line]) -> dict[str, Any]:
@@ -222,48 +198,37 @@ def _cell_results(plan: Plan, batch: Batch, lines: Sequence[Line]) -> dict[str, 
     rewards = [
         Reward(line["score"], line["correct"], line["parts"], line["failure"]) for line in lines
     ]
-    samples = plan.samples
-    by_problem = [rewards[i : i + samples] for i in range(0, len(rewards), samples)]
-    means = {
-        name: sum(line[key] for line in lines) / len(lines)
-        for name, key in (
-            ("steps_run", "num_steps"),
-            ("completion_tokens", "completion_tokens"),
-            ("flops", "flops"),
-        )
-    }
+    by_problem = list(itertools.batched(rewards, plan.samples))
+    keys = {"steps_run": "num_steps", "completion_tokens": "completion_tokens", "flops": "flops"}
+    means = {name: sum(line[key] for line in lines) / len(lines) for name, key in keys.items()}
     return {
         "task": batch.label,
-        "completion_length": batch.cell.completion_length,
-        "denoising_steps": batch.cell.denoising_steps,
+        **asdict(batch.cell),
         **scores(plan.tasks[batch.label], plan.problems[batch.label], by_problem),
         **means,
     }
 
 
-class _Meter:
-    """Measures progress by the tokens that the denoising steps process."""
+def _progress(
+    plan: Plan, batches: Sequence[Batch], number: int, *, done: int, lines: Sequence[Line]
+) -> EvaluationProgress:
+    """Return the progress after batch `number`, measured by tokens of denoising steps.
 
-    def __init__(self, plan: Plan, batches: Sequence[Batch], start: int):
-        self._plan, self._batches = plan, batches
-        cells = [batch.cell for batch in batches]
-        work = [
-            cell.completion_length * cell.denoising_steps * len(batch.places)
-            for cell, batch in zip(cells, batches, strict=True)
-        ]
-        self._work, self._start = work, start
-
-    def at(self, number: int, of_cell: Sequence[Line]) -> EvaluationProgress:
-        """Describe the progress after a batch, given the completions of its cell so far."""
-        batch, whole = self._batches[number], sum(self._work)
-        return EvaluationProgress(
-            task=batch.label,
-            cell=batch.cell,
-            cell_number=1 + sum(earlier.is_last for earlier in self._batches[:number]),
-            cells=sum(each.is_last for each in self._batches),
-            problems_done=batch.places.stop,
-            problems=len(self._plan.problems[batch.label]),
-            accuracy=sum(line["correct"] for line in of_cell) / len(of_cell),
-            work_done=sum(self._work[: number + 1]) / whole,
-            work_before=sum(self._work[: self._start]) / whole,
-        )
+    Args:
+        done: batches of earlier attempts.
+        lines: the completions of the batch's cell so far.
+    """
+    batch, cells = batches[number], [each.cell for each in batches]
+    lengths = [cell.completion_length * cell.denoising_steps for cell in cells]
+    work = [length * len(each.places) for length, each in zip(lengths, batches, strict=True)]
+    return EvaluationProgress(
+        task=batch.label,
+        cell=batch.cell,
+        cell_number=1 + sum(earlier.is_last for earlier in batches[:number]),
+        cells=sum(each.is_last for each in batches),
+        problems_done=batch.places.stop,
+        problems=len(plan.problems[batch.label]),
+        accuracy=sum(line["correct"] for line in lines) / len(lines),
+        work_done=sum(work[: number + 1]) / sum(work),
+        work_before=sum(work[:done]) / sum(work),
+    )

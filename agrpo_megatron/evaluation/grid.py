@@ -4,10 +4,9 @@ Runs before torch is loaded, so that an invalid cell fails at once.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from agrpo_megatron.config.rules import validate_sampling
+from agrpo_megatron.config.rules import divisors, two_nearest, validate_sampling
 from agrpo_megatron.config.settings import EvaluationSettings, SamplingSettings, Settings
 
 # Names of the run's folder of evaluations, and of files in the directory of each evaluation.
@@ -27,7 +26,7 @@ def evaluation_grid(settings: Settings, *, is_sweep: bool = False) -> list[Cell]
     """Return the cells of `evaluation`, lengths and steps ascending.
 
     Args:
-        is_sweep: where no steps are set, take `sweep_steps` of every length.
+        is_sweep: if no steps are set, take `sweep_steps` of every length.
 
     Raises:
         ValueError: a length or number of steps does not fit, or settings contradict each other.
@@ -48,14 +47,15 @@ def evaluation_grid(settings: Settings, *, is_sweep: bool = False) -> list[Cell]
             )
         block = _block_length(base, length)
         if length % block:
+            multiples = two_nearest(length, range(block, length + block, block))
             raise ValueError(
                 f"evaluation.completion_lengths={length} is not a multiple of the block length "
-                f"{block}; use {_multiples(length, block)}, or set evaluation.block_length"
+                f"{block}; use {multiples}, or set evaluation.block_length"
             )
         if is_sweep and chosen.steps is None and chosen.tokens_per_step is None:
             steps = sweep_steps(length, block)
         else:
-            steps = _steps(chosen, base, length, length // block)
+            steps = _steps(chosen, base, length, block)
         cells |= {Cell(length, count) for count in steps}
     for cell in cells:
         validate_sampling(cell_sampling(settings, cell), "evaluation")
@@ -75,16 +75,10 @@ def cell_sampling(settings: Settings, cell: Cell) -> SamplingSettings:
 
 def sweep_steps(length: int, block_length: int) -> list[int]:
     """Return step counts from one per block to one per token: halved, more if these are few."""
-    each, count = {1}, block_length
-    while count > 1:
-        each.add(count)
-        count //= 2
-    left = set(range(1, block_length + 1)) - each
-    while len(each) < SWEEP_POINTS and left:
-        alone = {c: min(abs(math.log(c / other)) for other in each) for c in left}
-        chosen = max(left, key=lambda c: (alone[c], -c))
-        each.add(chosen)
-        left.remove(chosen)
+    each = {block_length >> halvings for halvings in range(block_length.bit_length())}
+    while len(each) < SWEEP_POINTS and (left := set(range(1, block_length + 1)) - each):
+        gaps = {c: min(abs(math.log(c / other)) for other in each) for c in left}
+        each.add(max(left, key=lambda c: (gaps[c], -c)))
     return sorted(length // block_length * count for count in each)
 
 
@@ -93,47 +87,37 @@ def _block_length(base: SamplingSettings, length: int) -> int:
 
 
 def _steps(
-    chosen: EvaluationSettings, base: SamplingSettings, length: int, blocks: int
+    chosen: EvaluationSettings, base: SamplingSettings, length: int, block: int
 ) -> list[int]:
     """Return the steps that are set for a length."""
+    blocks = length // block
     if chosen.tokens_per_step is not None:
-        block = length // blocks
         for tokens in chosen.tokens_per_step:
             if tokens < 1 or block % tokens:
-                fits = _near(tokens, [t for t in range(1, block + 1) if block % t == 0])
                 raise ValueError(
                     f"evaluation.tokens_per_step={tokens} does not divide the block length "
-                    f"{block}; use {fits}"
+                    f"{block}; use {two_nearest(tokens, divisors(block))}"
                 )
         return [length // tokens for tokens in chosen.tokens_per_step]
     key = "evaluation.steps" if chosen.steps is not None else "evaluation.denoising_steps"
-    for steps in chosen.steps or [base.denoising_steps]:
+    counts = chosen.steps or [base.denoising_steps]
+    for steps in counts:
         if steps < 1 or steps % blocks or (steps > length and base.schedule != "dream"):
-            fits = _near(steps, range(blocks, length + 1, blocks))
+            fits = two_nearest(steps, range(blocks, length + 1, blocks))
             raise ValueError(
                 f"{key}={steps} does not fit completion length {length}: it must be a multiple of "
                 f"its {blocks} blocks and at most {length}; use {fits}, or "
                 "evaluation.tokens_per_step, which fits every length"
             )
-    return list(chosen.steps or [base.denoising_steps])
-
-
-def _near(wanted: int, allowed: Sequence[int]) -> str:
-    nearest = sorted(sorted(allowed, key=lambda value: abs(value - wanted))[:2])
-    return " or ".join(map(str, nearest))
-
-
-def _multiples(length: int, block: int) -> str:
-    below = length // block * block
-    return f"{below} or {below + block}" if below > 0 else str(block)
+    return counts
 
 
 def _check_samples(chosen: EvaluationSettings) -> None:
     for key in ("completion_lengths", "steps", "tokens_per_step"):
         if getattr(chosen, key) == []:
             raise ValueError(f"evaluation.{key}=[] is empty; name at least one, or use null")
-    draws_order = chosen.unmasking in ("random", "bernoulli")
-    if chosen.samples > 1 and chosen.temperature == 0 and not draws_order:
+    is_random = chosen.temperature > 0 or chosen.unmasking in ("random", "bernoulli")
+    if chosen.samples > 1 and not is_random:
         raise ValueError(
             f"evaluation.samples={chosen.samples} asks for different completions of a problem, but "
             "evaluation.temperature=0 writes the same one each time; use evaluation.temperature=1, "

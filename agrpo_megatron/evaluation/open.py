@@ -1,7 +1,7 @@
 """Open a trained model for evaluation and sampling, without an optimizer."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,9 +32,7 @@ def opened(resolved: Resolved, checkpoint: Path | None) -> Iterator[tuple[Sessio
     """
     settings = resolved.settings
     settings = replace(
-        settings,
-        parallel=settings.rollout_layout,
-        rollout=replace(settings.rollout, parallel=None),
+        settings, parallel=settings.rollout_layout, rollout=replace(settings.rollout, parallel=None)
     )
     ranks = start_ranks(settings)
     try:
@@ -46,12 +44,9 @@ def opened(resolved: Resolved, checkpoint: Path | None) -> Iterator[tuple[Sessio
             load_weights(checkpoint, network)
         else:
             load_start_weights(network, settings)
-        grader = Grader(resolved.task, settings.task)
-        try:
+        with closing(Grader(resolved.task, settings.task)) as grader:
             run = Run(settings, ranks, resolved.task, resolved.tokenizer, grader)
             yield Session(run, Output(log)), network
-        finally:
-            grader.close()
     finally:
         stop_ranks()
 
@@ -61,5 +56,4 @@ def complete(run: Run, network: Network, prompts: list[Prompt]) -> Trajectory:
     ids = EVALUATION_IDS + torch.arange(len(prompts), device=run.ranks.device)
     sampling = run.settings.evaluation_sampling
     encoded = encode_prompts(run, prompts)
-    trajectory, _ = sample_prompts(run, network, encoded, ids, sampling=sampling)
-    return trajectory
+    return sample_prompts(run, network, encoded, ids, sampling=sampling)[0]

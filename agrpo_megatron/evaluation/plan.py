@@ -47,7 +47,7 @@ class Plan:
     tasks: Mapping[str, Task]  # by label
     problems: Mapping[str, Sequence[Problem]]  # by label
     batch_size: int  # problems
-    evaluation: dict[str, Any]  # what evaluation.json holds
+    evaluation: dict[str, Any]  # content of evaluation.json
 
     @property
     def samples(self) -> int:
@@ -63,9 +63,7 @@ class Plan:
         """Return all batches: task by task, cell by cell."""
         size = self.batch_size
         return [
-            Batch(
-                label, cell, range(first, min(first + size, len(found))), first + size >= len(found)
-            )
+            Batch(label, cell, range(len(found))[first : first + size], first + size >= len(found))
             for label, found in self.problems.items()
             for cell in self.cells
             for first in range(0, len(found), size)
@@ -84,7 +82,7 @@ def plan_evaluation(
     """Plan an evaluation.
 
     Args:
-        checkpoint: of a run; None takes what `model.load` names.
+        checkpoint: of a run; None takes the weights of `model.load`.
         label: name of the model in figures.
         stored: evaluation.json of an earlier attempt; batches stay the same.
 
@@ -98,9 +96,8 @@ def plan_evaluation(
         if not settings.evaluation.tasks:
             raise
         said = str(error).replace("task.mixture", "evaluation.tasks")
-        raise ValueError(
-            f"evaluation.tasks: {said}" if said.startswith("task.") else said
-        ) from error
+        at = "evaluation.tasks: " if said.startswith("task.") else ""
+        raise ValueError(f"{at}{said}") from error
     tasks, problems = _tasks(resolved)
     size = settings.evaluation.batch_size or (stored or {}).get("evaluates", {}).get("batch_size")
     size = size or _batch_size(resolved, world_size)
@@ -143,8 +140,7 @@ def fingerprint(weights: Path) -> str:
 
 def _prepared(settings: Settings, cells: Sequence[Cell]) -> Settings:
     """Return the settings with the sampler of the longest cell, for the other checks."""
-    longest = max(cells)
-    sampling = cell_sampling(settings, longest)
+    sampling = cell_sampling(settings, max(cells))
     settings = replace(
         settings,
         sampling=replace(
@@ -162,20 +158,18 @@ def _prepared(settings: Settings, cells: Sequence[Cell]) -> Settings:
     if settings.evaluation.tasks:
         task = replace(task, name=Mixture.name, mixture=settings.evaluation.tasks, options={})
     if settings.evaluation.split == "eval":
-        task = _held_out_alone(task)
+        task = _held_out_only(task)
     return replace(settings, task=task)
 
 
-def _held_out_alone(settings: TaskSettings) -> TaskSettings:
+def _held_out_only(settings: TaskSettings) -> TaskSettings:
     """Drop the training data, which may be missing, if only held-out problems are used."""
     task = build_task(settings)
     if isinstance(task, Mixture):
-        alone = {label: _held_out_alone(part.settings) for label, (part, _) in task.parts.items()}
-        trees = {
-            label: {**tree, "options": alone[label].options}
-            for label, tree in settings.mixture.items()
-        }
-        return replace(settings, mixture=trees)
+        parts = {label: _held_out_only(part.settings) for label, (part, _) in task.parts.items()}
+        given = settings.mixture
+        mixture = {label: {**given[label], "options": parts[label].options} for label in given}
+        return replace(settings, mixture=mixture)
     if isinstance(task, PublicTask) and task.source("eval") is not None:
         return replace(settings, options={**settings.options, "train": NONE})
     return settings

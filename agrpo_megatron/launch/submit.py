@@ -17,7 +17,7 @@ from agrpo_megatron.launch.job import Job, command, run_job, shell_script, wrapp
 from agrpo_megatron.launch.plan import JobPlan, notes, plan_run
 from agrpo_megatron.launch.sweep import SWEEP, Sweep, check_directory, flow, make_sweep, read_grid
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
-from agrpo_megatron.runs.directory import free_name
+from agrpo_megatron.runs.files import free_name
 
 END = "END_OF_SWEEP"  # ends the text of a sweep's file within the script
 # Printed by `sbatch --test-only` for a job that would only have to wait.

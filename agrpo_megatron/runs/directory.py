@@ -1,13 +1,12 @@
 """The run directory before a run: new, to be resumed, or finished."""
 
 import json
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from agrpo_megatron.config.schema import flatten, load, to_tree
+from agrpo_megatron.config.schema import flatten, load
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.runs.files import digest, write_whole
+from agrpo_megatron.runs.files import digest, free_name, write_whole
 from agrpo_megatron.runs.progress import CHECKPOINTS, Progress, latest_checkpoint
 from agrpo_megatron.runs.resolve import RUN_SETTINGS, SPLIT_NAMES
 from agrpo_megatron.tasks import Task
@@ -34,8 +33,8 @@ def progress(settings: Settings) -> Progress | None:
     if found is None:
         return None
     may_change = MAY_CHANGE + (OF_RL if found[1].phase == "sft" else ())
-    there = _fixed(to_tree(load(Settings, directory / RUN_SETTINGS)), may_change)
-    here = _fixed(to_tree(settings), may_change)
+    there = _fixed(load(Settings, directory / RUN_SETTINGS), may_change)
+    here = _fixed(settings, may_change)
     for key in [*here, *there]:
         old, new = there.get(key), here.get(key)
         if old != new:
@@ -65,7 +64,7 @@ def check_data(directory: Path, task: Task, *, is_new: bool, is_main: bool) -> N
 
 def run_digest(settings: Settings, task: Task) -> str:
     """Return a digest of everything that determines what a run samples, except its weights."""
-    everything = [_fixed(to_tree(settings), MAY_CHANGE), _digests(task)]
+    everything = [_fixed(settings, MAY_CHANGE), _digests(task)]
     return digest(json.dumps(everything, default=str).encode())
 
 
@@ -82,31 +81,18 @@ def move_away(directory: Path) -> Path | None:
     return directory.rename(free_name(directory)) if directory.exists() else None
 
 
-def free_name(directory: Path) -> Path:
-    """Return the first of `NAME.1`, `NAME.2`, ... that is free."""
-    number = 1
-    while (target := directory.with_name(f"{directory.name}.{number}")).exists():
-        number += 1
-    return target
-
-
-def _fixed(tree: Mapping[str, Any], may_change: tuple[str, ...]) -> dict[str, Any]:
+def _fixed(settings: Settings, may_change: tuple[str, ...]) -> dict[str, object]:
     """Return the settings that may not change, by dotted name."""
-    return {
-        key: value
-        for key, value in flatten(tree).items()
-        if not any(key == name or key.startswith(f"{name}.") for name in may_change)
-    }
+    free, flat = tuple(f"{name}." for name in may_change), flatten(asdict(settings))
+    return {key: value for key, value in flat.items() if not f"{key}.".startswith(free)}
 
 
 def _digests(task: Task) -> dict[str, str]:
     """Return digests of both splits' problems, and of the files of user tasks."""
-    found = {
-        f"{name} problems": digest(
-            "\0".join(f"{p.key}\0{p.solution}" for p in task.problems(split)).encode()
-        )
-        for split, name in SPLIT_NAMES.items()
-    }
+    found = {}
+    for split, name in SPLIT_NAMES.items():
+        text = "\0".join(f"{p.key}\0{p.solution}" for p in task.problems(split))
+        found[f"{name} problems"] = digest(text.encode())
     tasks = [part for part, _ in task.parts.values()] if isinstance(task, Mixture) else [task]
     for name in (part.settings.name for part in tasks):
         if ".py" in name:

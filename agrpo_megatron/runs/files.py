@@ -1,6 +1,7 @@
-"""Atomic file writes, and the digest of bytes."""
+"""Atomic file writes, free names, and the digest of bytes."""
 
 import hashlib
+import itertools
 import os
 from pathlib import Path
 
@@ -13,6 +14,12 @@ def write_whole(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
+
+
+def free_name(path: Path) -> Path:
+    """Return the first of `NAME.1`, `NAME.2`, ... that is free."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def digest(content: bytes) -> str:

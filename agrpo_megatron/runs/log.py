@@ -4,11 +4,12 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.config.schema import to_tree, to_yaml
-from agrpo_megatron.config.settings import LoggingSettings, Settings
+from agrpo_megatron.config.schema import to_yaml
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.runs.files import write_whole
 
 METRICS, SAMPLES, NOTES = "metrics.jsonl", "samples.jsonl", "notes.txt"
@@ -42,17 +43,14 @@ class RunLog:
         for name in (METRICS, SAMPLES):
             self._files[name] = (directory / name).open("a", encoding="utf-8")
         write_whole(directory / "config.yaml", to_yaml(settings))
-        self._wandb = _start_wandb(
-            directory, settings.logging, config=to_tree(settings), known=wandb_id
-        )
+        self._wandb = _start_wandb(directory, settings, known=wandb_id)
 
     def metrics(self, record: dict[str, Any]) -> None:
         """Write one line of metrics and send it to wandb, under its phase's name."""
         self._append(METRICS, record)
         if self._wandb is not None:
             phase = record["phase"]
-            named = {f"{phase}/{key}": value for key, value in record.items() if key != "phase"}
-            self._wandb.log(named)
+            self._wandb.log({f"{phase}/{key}": record[key] for key in record if key != "phase"})
 
     def samples(self, records: list[dict[str, Any]], **common: Any) -> None:
         """Write completion samples, one line each."""
@@ -62,8 +60,7 @@ class RunLog:
     def notes(self, lines: Sequence[str]) -> None:
         """Write notes on the run's problems; each attempt replaces the file."""
         if self._files and lines:
-            text = "".join(f"{line}\n" for line in lines)
-            (self.directory / NOTES).write_text(text, encoding="utf-8")
+            (self.directory / NOTES).write_text("\n".join([*lines, ""]), encoding="utf-8")
 
     def alert(self, title: str, text: str) -> None:
         """Send an alert through wandb."""
@@ -99,10 +96,9 @@ class RunLog:
             self._files[name].flush()
 
 
-def _start_wandb(
-    directory: Path, logging: LoggingSettings, *, config: dict[str, Any], known: str | None
-) -> Any:
+def _start_wandb(directory: Path, settings: Settings, *, known: str | None) -> Any:
     """Start wandb, under the id of an earlier attempt if there was one."""
+    logging = settings.logging
     if logging.wandb == "disabled":
         return None
     import wandb
@@ -117,6 +113,6 @@ def _start_wandb(
         id=id_file.read_text(encoding="utf-8"),
         resume="allow",
         dir=str(directory),
-        config=config,
+        config=asdict(settings),
         settings=wandb.Settings(silent=True, console="off"),
     )

@@ -4,13 +4,13 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agrpo_megatron.runs.files import write_whole
+from agrpo_megatron.runs.files import free_name, write_whole
 
 CHECKPOINTS = "checkpoints"
 PROGRESS_FILE = "progress.json"
 LATEST, BEST = "latest", "best"  # files that name a checkpoint
 PARTIAL, DAMAGED = ".partial-", "damaged-"
-# Besides the tensors: settings of the model, settings of the run, Hugging Face files.
+# In a checkpoint with the tensors: settings of the model and of the run, Hugging Face files.
 MODEL_FILE, RUN_FILE, HF = "model.yaml", "run.yaml", "hf"
 PHASES = ("sft", "rl")
 
@@ -66,10 +66,8 @@ def pointed(root: Path, pointer: str) -> str | None:
 
 def set_aside(root: Path, path: Path, successor: Path | None) -> Path:
     """Rename a damaged checkpoint, and make `latest` name another; returns the new name."""
-    number, target = 0, root / f"{DAMAGED}{path.name}"
-    while target.exists():
-        number, target = number + 1, root / f"{DAMAGED}{path.name}.{number + 1}"
-    path.rename(target)
+    target = root / f"{DAMAGED}{path.name}"
+    target = path.rename(free_name(target) if target.exists() else target)
     if successor is None:
         (root / LATEST).unlink(missing_ok=True)
     else:
@@ -98,8 +96,7 @@ def checkpoint_path(run_dir: Path, name: str | None = None) -> Path:
     root = run_dir / CHECKPOINTS
     names = sorted(_names(root))
     if name in (None, LATEST, BEST):
-        found = pointed(root, name or LATEST)
-        if found is None:
+        if (found := pointed(root, name or LATEST)) is None:
             what = "best checkpoint" if name == BEST else "checkpoint"
             raise ValueError(f"{run_dir} holds no {what}; train it first")
         return root / found

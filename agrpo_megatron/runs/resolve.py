@@ -9,7 +9,7 @@ from pathlib import Path
 
 from agrpo_megatron.config.rules import validate
 from agrpo_megatron.config.schema import load
-from agrpo_megatron.config.settings import ModelSettings, Settings, SftSettings, TokenizerSettings
+from agrpo_megatron.config.settings import ModelSettings, Settings, TokenizerSettings
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.runs.progress import HF, MODEL_FILE
 from agrpo_megatron.tasks import Task, build_task
@@ -36,7 +36,7 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     """Fill what follows from `model.load` and the tokenizer, then check everything.
 
     Args:
-        needs: splits that must have problems; training ones only where there are iterations.
+        needs: splits that must have problems; training ones only if the run trains.
 
     Raises:
         ValueError: any rule is broken; the message names key, value, rule and fix.
@@ -48,8 +48,8 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     model = replace(
         model,
         vocab_size=model.vocab_size or tokenizer.vocab_size,
-        mask_token_id=_first(model.mask_token_id, tokenizer.mask_id),
-        eos_token_id=_first(model.eos_token_id, tokenizer.eos_id),
+        mask_token_id=tokenizer.mask_id if model.mask_token_id is None else model.mask_token_id,
+        eos_token_id=tokenizer.eos_id if model.eos_token_id is None else model.eos_token_id,
     )
     settings = replace(settings, model=model)
     validate(settings, world_size)
@@ -60,17 +60,12 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     check_prompts(settings, task, tokenizer)
     filter_by_pass_rate(task, settings.task)
     if settings.sft.iterations > 0 and "train" in needs:
-        length = settings.sampling.completion_length
-        _check_solutions(settings.sft, task, tokenizer, length=length)
+        _check_solutions(settings, task, tokenizer)
     return Resolved(settings, task, tokenizer)
 
 
-def _first(chosen: int | None, default: int) -> int:
-    return default if chosen is None else chosen
-
-
 def _with_loaded_model(settings: Settings) -> Settings:
-    """Take the architecture from `model.load`, and its tokenizer where none is named."""
+    """Take the architecture from `model.load`, and its tokenizer if none is set."""
     source = settings.model.load
     if source is None:
         return settings
@@ -122,7 +117,7 @@ def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
     A prompt is never cut. The notes count prompts with unknown text.
 
     Raises:
-        ValueError: long prompts where `task.long_prompts` refuses them, or nothing is left.
+        ValueError: `task.long_prompts` refuses long prompts, or nothing is left.
     """
     limit, length = settings.task.prompt_tokens, settings.sampling.completion_length
     room = settings.model.max_sequence_length - length
@@ -191,7 +186,7 @@ def _filled(task: Task, split: Split) -> list[str]:
 
 def _require_problems(task: Task, needs: Sequence[Split], *, trains: bool) -> None:
     """Refuse a task, or a part of a mixture, without problems in a split that is needed."""
-    fixes: dict[Split, str] = {
+    fix: dict[Split, str] = {
         "train": "give it some (task.options.train=none is only for `agrpo evaluate`), or use "
         "train.iterations=0 and sft.iterations=0",
         "eval": "give it some",
@@ -199,16 +194,13 @@ def _require_problems(task: Task, needs: Sequence[Split], *, trains: bool) -> No
     for split in needs:
         empty = [label for label, found in problems_by_task(task, split).items() if not found]
         if empty and (split == "eval" or trains):
-            raise ValueError(
-                f"task {empty[0]} has no {SPLIT_NAMES[split]} problems; {fixes[split]}"
-            )
+            raise ValueError(f"task {empty[0]} has no {SPLIT_NAMES[split]} problems; {fix[split]}")
 
 
-def _check_solutions(
-    settings: SftSettings, task: Task, tokenizer: Tokenizer, *, length: int
-) -> None:
+def _check_solutions(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
     """Refuse supervision on solutions that are missing or do not fit."""
-    shown, _ = solved_problems(task, settings)
+    length = settings.sampling.completion_length
+    shown, _ = solved_problems(task, settings.sft)
     longest = max(map(len, tokenizer.encode_prompts([problem.solution for problem in shown])))
     if longest > length:
         raise ValueError(

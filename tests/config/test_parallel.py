@@ -7,13 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agrpo_megatron.config.parallel import (
-    data_ranks,
-    layout_name,
-    parse_layout,
-    stage_layers,
-)
-from agrpo_megatron.config.schema import build
+from agrpo_megatron.config.parallel import data_ranks, layout_name, stage_layers
+from agrpo_megatron.config.schema import build, from_text
 from agrpo_megatron.config.settings import ModelSettings, ParallelSettings
 
 LLADA_8B = ModelSettings(
@@ -47,21 +42,21 @@ MODELS = st.builds(
 
 
 def parallel_of(text):
-    return build(ParallelSettings, parse_layout(text, "parallel"), "parallel.")
+    return build(ParallelSettings, from_text(ParallelSettings, text, key="parallel"), "parallel.")
 
 
 # The text.
 
 
 def test_a_text_names_the_settings_it_sets():
-    assert parse_layout("dp2-vpp4-tp8-pp2-sp", "parallel") == {
+    assert from_text(ParallelSettings, "dp2-vpp4-tp8-pp2-sp", key="parallel") == {
         "data": 2,
         "virtual": 4,
         "tensor": 8,
         "pipeline": 2,
         "sequence": True,
     }
-    assert parse_layout("cp16", "parallel") == {"context": 16}
+    assert from_text(ParallelSettings, "cp16", key="parallel") == {"context": 16}
 
 
 @pytest.mark.parametrize(
@@ -83,13 +78,13 @@ def test_a_text_names_the_settings_it_sets():
 )
 def test_a_wrong_text_names_its_key_and_the_part(text, part):
     with pytest.raises(ValueError, match="joined by -") as error:
-        parse_layout(text, "rollout.parallel")
+        from_text(ParallelSettings, text, key="rollout.parallel")
     assert str(error.value).startswith(f"rollout.parallel={text}: {part}")
 
 
 def test_a_part_is_written_once():
     with pytest.raises(ValueError, match="sp is written twice; write it once"):
-        parse_layout("sp-tp2-sp", "parallel")
+        from_text(ParallelSettings, "sp-tp2-sp", key="parallel")
 
 
 @pytest.mark.parametrize(

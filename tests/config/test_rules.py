@@ -250,7 +250,9 @@ def test_a_metric_that_no_evaluation_has_is_refused(key):
         validate(load(Settings, None, [f"{key}={name}", *rest]))
     validate(load(Settings, None, [f"{key}=accuracy/b", *rest, *TWO_TASKS]))
     for name, more in (("accuracy/b", []), ("accuracy/c", TWO_TASKS), ("loss", [])):
-        with pytest.raises(ValueError, match=f"^{key}={name} is no metric .*; use accuracy, ") as e:
+        with pytest.raises(
+            ValueError, match=f"^{key}={name} is not an evaluation metric; use accuracy, "
+        ) as e:
             validate(load(Settings, None, [f"{key}={name}", *rest, *more]))
         assert ("accuracy/a, accuracy/b" in str(e.value)) == bool(more)
 

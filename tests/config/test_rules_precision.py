@@ -35,7 +35,7 @@ def settings_of(*overrides):
             (FP8, DELAYED),
             "fp8.recipe=delayed scales by the values of earlier forwards, so a token's "
             "log-probability would depend on which rollouts came before it; use blockwise or "
-            "tensorwise, or train.iterations=0 for a supervised phase alone",
+            "tensorwise, or train.iterations=0 for a supervised phase only",
         ),
         (
             (FP8, DELAYED, NO_RL, "fp8.bf16_first_layers=1"),
@@ -69,7 +69,7 @@ def settings_of(*overrides):
         ),
         (
             (FP8, INVARIANT),
-            "kernels.batch_invariant=true has products of bfloat16 alone, and precision=fp8; use "
+            "kernels.batch_invariant=true has only bfloat16 products, and precision=fp8; use "
             "precision=bf16",
         ),
         (
@@ -124,12 +124,12 @@ def settings_of(*overrides):
         ),
         (
             (DISTRIBUTED, "optimizer.moments=bf16"),
-            "optimizer.moments=bf16 saves memory beside bf16 weights, and precision=fp32; use "
+            "optimizer.moments=bf16 is for bf16 weights, and precision=fp32; use "
             "precision=bf16 or optimizer.moments=fp32",
         ),
         (
             (DISTRIBUTED, "optimizer.offload=1"),
-            "optimizer.offload=1 saves memory beside bf16 weights, and precision=fp32; use "
+            "optimizer.offload=1 is for bf16 weights, and precision=fp32; use "
             "precision=bf16 or optimizer.offload=0",
         ),
         (
@@ -144,8 +144,8 @@ def settings_of(*overrides):
         ),
         (
             (FP8, PRIMARY),
-            "fp8.primary_weights=true needs the distributed optimizer, which alone turns its main "
-            "weights into FP8 ones; set optimizer.distributed=true",
+            "fp8.primary_weights=true needs the distributed optimizer, the only one that "
+            "casts its main weights to FP8; set optimizer.distributed=true",
         ),
         (
             (FP8, PRIMARY, DISTRIBUTED, "optimizer.offload=0.5"),
@@ -159,8 +159,8 @@ def settings_of(*overrides):
         ),
         (
             (FP8, PRIMARY, DISTRIBUTED, "fp8.recipe=mxfp8", "ddp.overlap_param_gather=true"),
-            "ddp.overlap_param_gather=true: FP8 weights of mxfp8 are gathered where gradients are "
-            "summed up, so all of them before the next forward; use ddp.overlap_param_gather=false "
+            "ddp.overlap_param_gather=true: mxfp8 weights are gathered in the gradient "
+            "buffer, so all of them before the next forward; use ddp.overlap_param_gather=false "
             "or fp8.primary_weights=false",
         ),
         (
@@ -180,12 +180,12 @@ def settings_of(*overrides):
         ),
         (
             (FP8, "model.hidden_size=136"),
-            "precision=fp8 needs widths that 16 divides, and model.hidden_size=136 is 136; use a "
+            "precision=fp8 needs widths divisible by 16, and model.hidden_size=136 is 136; use a "
             "smaller tensor-parallel size, other widths, or precision=bf16",
         ),
         (
             (FP8, "parallel.tensor=4", "model.hidden_size=96"),
-            "precision=fp8 needs widths that 16 divides, and the attention's output of 96 / "
+            "precision=fp8 needs widths divisible by 16, and the attention's output of 96 / "
             "parallel tensor=4 is 24; use a smaller tensor-parallel size, other widths, or "
             "precision=bf16",
         ),
@@ -205,7 +205,7 @@ def settings_of(*overrides):
                 "model.num_query_groups=2",
                 "rollout.parallel=tp4",
             ),
-            "precision=fp8 needs widths that 16 divides, and query, key and value of 96 / "
+            "precision=fp8 needs widths divisible by 16, and query, key and value of 96 / "
             "rollout.parallel tensor=4 is 24; use a smaller tensor-parallel size, other widths, or "
             "precision=bf16",
         ),
@@ -215,13 +215,13 @@ def settings_of(*overrides):
         ),
         (
             (FP8, "model.ffn_hidden_size=352", "rollout.parallel=tp4"),
-            "precision=fp8 needs widths that 16 divides, and model.ffn_hidden_size=352 / "
+            "precision=fp8 needs widths divisible by 16, and model.ffn_hidden_size=352 / "
             "rollout.parallel tensor=4 is 88; use a smaller tensor-parallel size, other widths, or "
             "precision=bf16",
         ),
         (
             (FP8, "fp8.recipe=mxfp8", "model.ffn_hidden_size=400"),
-            "precision=fp8 needs widths that 32 divides, and model.ffn_hidden_size=400 is 400; use "
+            "precision=fp8 needs widths divisible by 32, and model.ffn_hidden_size=400 is 400; use "
             "a smaller tensor-parallel size, other widths, or precision=bf16",
         ),
     ],
@@ -262,9 +262,8 @@ def test_the_rules_are_checked_with_all_others():
 
 def test_optimizers_are_those_of_the_phases():
     settings = settings_of("sft.iterations=2", "sft.optimizer.offload=1")
-    assert trained_phases(settings.sft, settings.train) == ("sft", "rl")
-    idle = settings_of(NO_RL)
-    assert trained_phases(idle.sft, idle.train) == ()
+    assert trained_phases(settings) == ("sft", "rl")
+    assert trained_phases(settings_of(NO_RL)) == ()
     found = optimizers(settings, ("rl", "sft"))
     assert {key: each.offload for key, each in found.items()} == {
         "optimizer": 0,

@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import yaml
 
 from agrpo_megatron.config.rules import validate
-from agrpo_megatron.config.schema import build, describe, flatten, load, to_tree, to_yaml
+from agrpo_megatron.config.schema import build, describe, flatten, load, to_yaml
 from agrpo_megatron.config.settings import (
     ParallelSettings,
     SamplingSettings,
@@ -41,7 +41,7 @@ def test_resolved_settings_read_back_equal(tmp_path):
     path = tmp_path / "resolved.yaml"
     path.write_text(to_yaml(settings))
     assert load(Settings, path) == settings
-    assert build(Settings, to_tree(settings)) == settings
+    assert build(Settings, asdict(settings)) == settings
 
 
 def test_the_defaults_are_valid_and_read_back_equal(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agrpo_megatron.config.schema import build, to_tree, to_yaml
+from agrpo_megatron.config.schema import build, to_yaml
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.runs.directory import (
     check_data,
@@ -34,7 +34,7 @@ def settings(tmp_path):
 
 
 def _changed(settings, key, value):
-    tree = to_tree(settings)
+    tree = asdict(settings)
     *sections, name = key.split(".")
     node = tree
     for part in sections:
@@ -129,10 +129,10 @@ def _own(file, text):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("range(3)", "range(4)", "whose training problems were others; restore them, choose"),
-        ('"1")', '"2")', "whose training problems were others"),
-        ('"e"', '"f"', "whose held-out problems were others"),
-        ('"own"', '"own"  # reworded', "own.py were others"),
+        ("range(3)", "range(4)", "whose training problems changed; restore them, choose"),
+        ('"1")', '"2")', "whose training problems changed"),
+        ('"e"', '"f"', "whose held-out problems changed"),
+        ('"own"', '"own"  # reworded', "own.py changed"),
     ],
 )
 def test_other_problems_or_another_task_file_are_refused(tmp_path, old, new, said):

@@ -17,14 +17,12 @@ from agrpo_megatron.config.settings.model import (
 )
 from agrpo_megatron.config.settings.precision import PRECISIONS, Fp8Settings, KernelSettings
 from agrpo_megatron.config.settings.resilience import LaunchSettings, ResilienceSettings
+from agrpo_megatron.config.settings.training import STEP_SAMPLERS as STEP_SAMPLERS
+from agrpo_megatron.config.settings.training import UNMASKING as UNMASKING
 from agrpo_megatron.config.settings.training import (
-    PROPOSALS,
-    STEP_SAMPLERS,
-    UNMASKING,
     AlgorithmSettings,
     CheckpointSettings,
     EvaluationSettings,
-    GraderSettings,
     LoggingSettings,
     OptimizerSettings,
     SamplingSettings,
@@ -32,32 +30,6 @@ from agrpo_megatron.config.settings.training import (
     TaskSettings,
     TrainSettings,
 )
-
-__all__ = [
-    "AlgorithmSettings",
-    "CheckpointSettings",
-    "EvaluationSettings",
-    "Fp8Settings",
-    "GraderSettings",
-    "KernelSettings",
-    "LaunchSettings",
-    "LoggingSettings",
-    "ModelSettings",
-    "OptimizerSettings",
-    "PROPOSALS",
-    "ParallelSettings",
-    "ResilienceSettings",
-    "RolloutSettings",
-    "RunSettings",
-    "STEP_SAMPLERS",
-    "SamplingSettings",
-    "Settings",
-    "SftSettings",
-    "TaskSettings",
-    "TokenizerSettings",
-    "TrainSettings",
-    "UNMASKING",
-]
 
 
 @dataclass(frozen=True)
@@ -92,7 +64,7 @@ class Settings:
 
     @cached_property
     def rollout_layout(self) -> ParallelSettings:
-        """The layout of the rollouts: `rollout.parallel`, or the training layout where null.
+        """The layout of the rollouts: `rollout.parallel`, or the training layout if null.
 
         Raises:
             ValueError: the text is not a layout.

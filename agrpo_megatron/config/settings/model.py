@@ -45,18 +45,21 @@ class ModelSettings:
     init_std: float = setting(0.02, "standard deviation of random initial weights", low=0)
     megatron: dict[str, Any] = setting({}, "passed to Megatron's TransformerConfig by name")
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the architecture is set, or was read from `load`."""
+        return self.load is None or self.vocab_size is not None
+
 
 @dataclass(frozen=True)
 class TokenizerSettings:
     """Text to token ids."""
 
     path: str | None = setting(
-        None,
-        "sentencepiece .model file or Hugging Face directory; null: the built-in characters",
+        None, "sentencepiece .model file or Hugging Face directory; null: the built-in characters"
     )
     chat_template: str | None = setting(
-        None,
-        "llada, dream, plain or a .jinja file; null: the tokenizer's own, or by its tokens",
+        None, "llada, dream, plain or a .jinja file; null: the tokenizer's own, or by its tokens"
     )
 
 
@@ -72,9 +75,7 @@ class ParallelSettings:
         None, "layers of each (virtual) stage in order; null: even, embedding and head counted"
     )
     context: int = setting(1, "ranks that share each row's tokens", low=1, short="cp")
-    data: int | None = setting(
-        None, "data-parallel ranks; null: all remaining ranks", low=1, short="dp"
-    )
+    data: int | None = setting(None, "data-parallel ranks; null: all remaining", low=1, short="dp")
 
 
 @dataclass(frozen=True)

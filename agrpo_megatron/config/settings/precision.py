@@ -20,9 +20,7 @@ class Fp8Settings:
     )
     bf16_first_layers: int = setting(0, "layers at the start that stay bf16", low=0)
     bf16_last_layers: int = setting(0, "layers at the end that stay bf16", low=0)
-    primary_weights: bool = setting(
-        False, "keep the layers' weights in FP8, with fp32 main weights"
-    )
+    primary_weights: bool = setting(False, "keep layers' weights in FP8, with fp32 main weights")
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,7 @@ class KernelSettings:
         "GPU are found and precision is not fp32",
         choices=("auto", "local", "te"),
     )
-    deterministic: bool = setting(
-        False, "a run repeats bit by bit on the same GPUs; slower attention"
-    )
+    deterministic: bool = setting(False, "repeat bit by bit on the same GPUs; slower attention")
     batch_invariant: bool = setting(
         False,
         "a row's result does not depend on the other rows, so rollout and training agree bit "

@@ -18,12 +18,8 @@ class ResilienceSettings:
     first_timeout: float = setting(
         1800.0, "limit of a section before one is learned", unit="seconds", low=0.1
     )
-    least_timeout: float = setting(
-        60.0, "no learned limit is shorter than this", unit="seconds", low=0.1
-    )
-    timeout_factor: float = setting(
-        5.0, "learned limit of a section, as a multiple of its longest time", low=1
-    )
+    least_timeout: float = setting(60.0, "shortest learned limit", unit="seconds", low=0.1)
+    timeout_factor: float = setting(5.0, "learned limit / longest time of a section", low=1)
     timeouts: dict[str, Any] = setting(
         {}, "fixed limits of sections by name, in seconds; see docs/reliability"
     )
@@ -62,16 +58,10 @@ class LaunchSettings:
         None, "time limit as SLURM writes it: 04:00:00, 1-12 (days-hours), or minutes"
     )
     grace: int = setting(
-        300,
-        "SLURM signals the job this long before its time limit",
-        unit="seconds",
-        low=0,
-        high=65535,
+        300, "SLURM signals the job this long before its limit", unit="seconds", low=0, high=65535
     )
     gpus_per_node: int = setting(8, "GPUs of each node; 0 runs on CPUs", low=0)
-    ranks_per_node: int | None = setting(
-        None, "ranks of each node; null: one per GPU, or one on CPUs", low=1
-    )
+    ranks_per_node: int | None = setting(None, "ranks per node; null: 1 per GPU, 1 on CPUs", low=1)
     gpu_memory: float = setting(80.0, "memory of each GPU, for the estimate", unit="GiB", low=1)
     cpus_per_task: int | None = setting(None, "CPUs of each node's task; null: all", low=1)
     exclude: str | None = setting(None, "nodes to exclude, as SLURM writes them")

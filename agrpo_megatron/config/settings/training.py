@@ -37,16 +37,12 @@ class TaskSettings:
         {}, "tasks of a mixture by label: each has name, weight, options, problems as here"
     )
     leaks: str = setting(
-        "drop",
-        "what to do with training problems that are also held out",
-        choices=("drop", "refuse", "keep"),
+        "drop", "training problems that are also held out", choices=("drop", "refuse", "keep")
     )
     prompt_tokens: int | None = setting(
         None, "longest prompt; null: what the completion leaves of the row", low=1
     )
-    long_prompts: str = setting(
-        "refuse", "what to do with longer prompts", choices=("refuse", "drop")
-    )
+    long_prompts: str = setting("refuse", "action on longer prompts", choices=("refuse", "drop"))
     pass_rates: str | None = setting(
         None, "completions.jsonl of an evaluation of training problems: a curriculum's filter"
     )
@@ -62,9 +58,7 @@ class OptimizerSettings:
     learning_rate: float = setting(1e-4, "peak learning rate", low=0)
     min_learning_rate: float = setting(0.0, "learning rate at the end of the decay", low=0)
     decay: str = setting(
-        "constant",
-        "shape after warm-up",
-        choices=("constant", "linear", "cosine", "inverse-square-root"),
+        "constant", "after warm-up", choices=("constant", "linear", "cosine", "inverse-square-root")
     )
     warmup_iterations: int = setting(0, "linear warm-up", unit="iterations", low=0)
     weight_decay: float = setting(0.01, "decoupled weight decay", low=0)
@@ -84,10 +78,7 @@ class OptimizerSettings:
         choices=("fp32", "bf16"),
     )
     offload: float = setting(
-        0.0,
-        "share of the optimizer's states kept and updated on the CPU; needs distributed",
-        low=0,
-        high=1,
+        0.0, "share of states kept and updated on the CPU; needs distributed", low=0, high=1
     )
     megatron: dict[str, Any] = setting({}, "passed to Megatron's OptimizerConfig by name")
 
@@ -98,9 +89,7 @@ class SftSettings:
 
     iterations: int = setting(0, "optimizer steps; 0 skips the phase", low=0)
     batch_size: int = setting(128, "examples per optimizer step, all ranks together", low=1)
-    problems: int | None = setting(
-        None, "training problems whose solutions are used; null: all of them", low=1
-    )
+    problems: int | None = setting(None, "problems whose solutions are used; null: all", low=1)
     mask_epsilon: float = setting(1e-3, "lowest masking rate t", low=0, high=1)
     optimizer: OptimizerSettings = section(OptimizerSettings, "optimizer of this phase")
 
@@ -113,9 +102,7 @@ class SamplingSettings:
     block_length: int = setting(32, "block length of semi-autoregressive decoding", low=1)
     denoising_steps: int = setting(128, "most forward passes per completion", low=1)
     schedule: str = setting(
-        "uniform",
-        "tokens per step: equal (LLaDA), or by Dream's time",
-        choices=("uniform", "dream"),
+        "uniform", "tokens per step: equal (LLaDA) or by Dream's time", choices=("uniform", "dream")
     )
     unmasking: str = setting("random", "which positions are fixed next", choices=UNMASKING)
     temperature: float = setting(1.0, "0 is greedy", low=0)
@@ -157,10 +144,7 @@ class AlgorithmSettings:
         choices=STEP_SAMPLERS,
     )
     uniform_mix: float = setting(
-        0.1,
-        "share of uniform in the proposal: bounds step weights by 1/share (published: 0)",
-        low=0,
-        high=1,
+        0.1, "uniform share of the proposal: step weights <= 1/share (published: 0)", low=0, high=1
     )
     enumerate_short: bool = setting(
         True, "score every live step once where mc_samples covers them all (published: false)"
@@ -187,9 +171,7 @@ class AlgorithmSettings:
     )
     updates_per_iteration: int = setting(1, "optimizer steps on each batch of rollouts", low=1)
     resample_rounds: int = setting(
-        0,
-        "rounds that replace groups of equal rewards by groups of other problems (published: 0)",
-        low=0,
+        0, "rounds that replace groups of equal rewards by other problems (published: 0)", low=0
     )
 
 
@@ -202,9 +184,7 @@ class TrainSettings:
     ratio_alarm: float = setting(
         1e-3, "warn when a first update's policy ratio is further from 1 than this", low=0
     )
-    stop_metric: str | None = setting(
-        None, "end early by this evaluation metric; null: after train.iterations"
-    )
+    stop_metric: str | None = setting(None, "end early by this evaluation metric; null: never")
     stop_target: float | None = setting(None, "end once train.stop_metric is this high")
     stop_patience: int | None = setting(
         None, "end after this many evaluations without a higher train.stop_metric", low=1
@@ -238,9 +218,7 @@ class EvaluationSettings:
     split: str = setting(
         "eval", "`agrpo evaluate`: train gives a curriculum's pass rates", choices=("eval", "train")
     )
-    samples: int = setting(
-        1, "`agrpo evaluate`: completions of each problem; several give pass@k", low=1
-    )
+    samples: int = setting(1, "`agrpo evaluate`: completions per problem; more give pass@k", low=1)
     batch_size: int | None = setting(
         None, "problems between two writes of `agrpo evaluate`; null: some rollout forwards", low=1
     )
@@ -252,14 +230,9 @@ class CheckpointSettings:
 
     interval: int = setting(50, "iterations between checkpoints; 0: last only", low=0)
     keep: int = setting(2, "newest checkpoints kept", low=1)
-    best: str | None = setting(
-        "accuracy",
-        "also save and keep the best by this evaluation metric; null: none",
-    )
+    best: str | None = setting("accuracy", "keep the best by this evaluation metric; null: none")
     background: bool = setting(False, "write in a separate process while training continues")
-    rollouts: bool = setting(
-        True, "keep rollouts until a checkpoint includes them, so a restart reuses them"
-    )
+    rollouts: bool = setting(True, "keep rollouts for restarts until a checkpoint includes them")
 
 
 @dataclass(frozen=True)
