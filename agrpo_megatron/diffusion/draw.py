@@ -173,6 +173,7 @@ class Forward(Protocol):
 
     def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
         """Start a group of rows; the returned function waits for the group's draws."""
+        ...
 
     def close(self) -> None:
         """Wait for all groups in flight; called when all draws are known."""

@@ -199,7 +199,8 @@ class _Grading:
     """Passes a replica's completions to the grader, in parts."""
 
     def __init__(self, run: Run, problems: Sequence[Problem], split: Split):
-        self._run, self._problems, self._split = run, problems, split
+        self._run, self._problems = run, problems
+        self._split: Split = split
         self._parts: list[tuple[Sequence[int], Future[list[Reward]]]] = []
 
     def __call__(self, rows: Sequence[int], tokens: Tensor) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.config.schema import Described, build, describe, to_tree
+from agrpo_megatron.config.schema import Described, build, describe
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.countdown import Countdown
@@ -95,7 +95,7 @@ def _build_part(settings: TaskSettings, label: Any, *, tree: Any) -> tuple[Task,
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not is_number or not math.isfinite(weight) or weight <= 0:
         raise ValueError(f"{key}.weight={weight!r} must be a number above 0; use for example 1")
-    defaults = {**to_tree(settings), "mixture": {}, "options": {}, "name": label}
+    defaults = {**dataclasses.asdict(settings), "mixture": {}, "options": {}, "name": label}
     part = build(TaskSettings, {**defaults, **own}, f"{key}.")
     if part.name == Mixture.name:
         raise ValueError(f"{key}.name=mixture: a mixture holds no mixtures; list their tasks")
