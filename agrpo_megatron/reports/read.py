@@ -157,7 +157,7 @@ def _order(row: Row) -> tuple[int, int]:
 
 
 def _distinct(samples: Sequence[Row]) -> tuple[Row, ...]:
-    """Return samples with a step for every piece; the newest of those that are equal."""
+    """Return samples with a step for every piece; of duplicates, the newest."""
     keys = ("phase", "iteration", "prompt", "completion")
     kept: dict[tuple[str, ...], Row] = {}
     for sample in samples:

@@ -18,10 +18,10 @@ from agrpo_megatron.reports.text import number
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One small chart: metrics by label and colour role; left out where the run has none."""
+    """One small chart: metrics by label and colour role; omitted if the run lacks the first."""
 
     title: str
-    curves: tuple[tuple[str, str, str], ...]  # (metric, label, role); no label for a lone curve
+    curves: tuple[tuple[str, str, str], ...]  # (metric, label, role); a single curve has no label
     percent: bool = False
     log: bool = False
     hide_zero: bool = False

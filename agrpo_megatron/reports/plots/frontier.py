@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter, FixedFormatter, FixedLocator, NullLo
 from agrpo_megatron.reports.evaluations import Results
 from agrpo_megatron.reports.plots.style import Theme, dress, end_labels, new_figure, write_png
 
-DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))  # by length, longest first
+DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))  # longest length first
 MARKERS = ("o", "s", "D")  # the next when the colours repeat
 CROWD = 4  # lines whose bands may overlap
 ROOM = 0.055  # share of the axis for a tick's number
@@ -124,7 +124,7 @@ def _panel(
 def _looks(lines: Sequence[FrontierLine], theme: Theme) -> list[Look]:
     """Return colour, dashes and marker of each line.
 
-    Models by colour and lengths by dashes; the lengths of a lone model by colour.
+    Models differ by colour and lengths by dashes; lengths of a single model differ by colour.
     """
     labels = list(dict.fromkeys(line.label for line in lines))
     lengths = sorted({line.length for line in lines}, reverse=True)
@@ -141,8 +141,8 @@ def _names(lines: Sequence[FrontierLine]) -> list[str]:
     """Return what distinguishes each line: its model, its length, or both."""
     if len({line.length for line in lines}) == 1:
         return [line.label for line in lines]
-    is_lone = len({line.label for line in lines}) == 1
-    return [("" if is_lone else f"{line.label}, ") + f"{line.length} tokens" for line in lines]
+    is_single = len({line.label for line in lines}) == 1
+    return [("" if is_single else f"{line.label}, ") + f"{line.length} tokens" for line in lines]
 
 
 def _step_ticks(axes: Axes, lines: Sequence[FrontierLine]) -> None:
