@@ -66,15 +66,11 @@ def print_results(evaluations: Sequence[Results]) -> None:
             table.add_column(Text(name), justify="left" if name in TEXT_COLUMNS else "right")
     for row in rows:
         table.add_row(*(Text(cell) for name, cell in row.items() if name not in shared))
-    console = Console(width=max(Console().width, _width(table)))  # a terminal wraps long lines
+    measuring = Console(width=WIDEST)
+    needed = Measurement.get(measuring, measuring.options, table).maximum
+    console = Console(width=max(Console().width, needed))  # a terminal wraps long lines
     console.print(Text("  ".join(rows[0][name] for name in shared), style="bold"))
     console.print(table)
-
-
-def _width(table: Table) -> int:
-    """Return the characters that a table needs so that no cell is cut."""
-    console = Console(width=WIDEST)
-    return Measurement.get(console, console.options, table).maximum
 
 
 def markdown_table(evaluations: Sequence[Results]) -> str:
@@ -88,12 +84,11 @@ def _rows(evaluations: Sequence[Results]) -> list[dict[str, str]]:
     Raises:
         ValueError: there is no cell.
     """
-    pairs = [(results, cell) for results in evaluations for cell in results["cells"]]
-    if not pairs:
+    rows = [_row(results, cell) for results in evaluations for cell in results["cells"]]
+    if not rows:
         raise ValueError("no evaluation has finished a cell; continue `agrpo evaluate`")
-    rows = [_row(results, cell) for results, cell in pairs]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    names = [name for name in names if name not in LAST_COLUMNS] + list(LAST_COLUMNS)
+    found = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in found if name not in LAST_COLUMNS] + list(LAST_COLUMNS)
     if all(row["failures"] == "0" for row in rows):
         names.remove("failures")
     return [{name: row.get(name, "") for name in names} for row in rows]
@@ -101,7 +96,9 @@ def _rows(evaluations: Sequence[Results]) -> list[dict[str, str]]:
 
 def _row(results: Results, cell: Mapping[str, Any]) -> dict[str, str]:
     low, high = cell["accuracy_interval"]
-    row = {
+    passes = {k: found["value"] for k, found in cell.get("pass_at", {}).items() if k != "1"}
+    means = {"score": cell["score"], **{visible(n): v for n, v in cell["summary"].items()}}
+    return {
         "model": visible(results["label"]),
         "task": visible(cell["task"]),
         "length": str(cell["completion_length"]),
@@ -109,12 +106,8 @@ def _row(results: Results, cell: Mapping[str, Any]) -> dict[str, str]:
         "problems": str(cell["problems"]),
         "accuracy": percent(cell["accuracy"]),
         "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}",
-    }
-    for k, found in cell.get("pass_at", {}).items():
-        row |= {f"pass@{k}": percent(found["value"])} if k != "1" else {}
-    row |= {"score": compact(round(cell["score"], 4))}
-    row |= {visible(name): compact(round(value, 4)) for name, value in cell["summary"].items()}
-    return row | {
+        **{f"pass@{k}": percent(value) for k, value in passes.items()},
+        **{name: compact(round(value, 4)) for name, value in means.items()},
         "steps run": compact(round(cell["steps_run"], 1)),
         "tokens": compact(round(cell["completion_tokens"], 1)),
         "FLOPs": f"{cell['flops']:.2e}",
@@ -132,9 +125,8 @@ class EvaluationView:
         self._is_main = is_main
         self._console = Console(stderr=True)
         self._is_live = live and is_main and self._console.is_terminal
-        bar, left = BarColumn(bar_width=12), TextColumn("{task.fields[left]}")
-        columns = (TextColumn("{task.description}"), bar, left)
-        self._bars = Bars(*columns, console=self._console)
+        texts = TextColumn("{task.description}"), TextColumn("{task.fields[left]}")
+        self._bars = Bars(texts[0], BarColumn(bar_width=12), texts[1], console=self._console)
         self._bar = self._bars.add_task("evaluating", total=1.0, left="")
         self._began = self._said = time.monotonic()
 
@@ -155,7 +147,8 @@ class EvaluationView:
     def show(self, progress: EvaluationProgress) -> None:
         """Show the progress of the evaluation."""
         now = time.monotonic()
-        left = self._remaining(progress, now)
+        pace = (now - self._began) / (progress.work_done - progress.work_before)
+        left = f"{duration(pace * (1 - progress.work_done))} left"
         if self._is_live:
             text = "\n".join(_described(progress))
             self._bars.update(self._bar, description=text, completed=progress.work_done, left=left)
@@ -163,10 +156,6 @@ class EvaluationView:
         if progress.problems_done == progress.problems or now - self._said > EVERY:
             self._said = now
             print("  ".join((*_described(progress), left)), file=sys.stderr, flush=True)
-
-    def _remaining(self, progress: EvaluationProgress, now: float) -> str:
-        done = progress.work_done - progress.work_before
-        return f"{duration((now - self._began) / done * (1 - progress.work_done))} left"
 
 
 def _described(progress: EvaluationProgress) -> tuple[str, str]:

@@ -1,13 +1,15 @@
 """Read a run directory: settings, metrics and completion samples."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from agrpo_megatron.config.schema import describe, flatten
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.config.yaml_files import read_yaml
 from agrpo_megatron.evaluation.statistics import Interval, wilson
 from agrpo_megatron.reports.text import number
@@ -23,20 +25,15 @@ class Run:
     """What a run directory holds; rows are in order of iteration, which counts within a phase."""
 
     path: Path
-    settings: dict[str, Any]  # nested, from config.yaml; empty if it is missing
+    settings: dict[str, Any]  # by dotted name, from config.yaml; empty if it is missing
     sft: tuple[Row, ...]
     rl: tuple[Row, ...]
     evaluations: tuple[Row, ...]
     samples: tuple[Row, ...]
     unreadable_lines: int  # lines cut off by a crash or not of the expected form
 
-    @property
-    def name(self) -> str:
-        """Return the run's name: the directory's."""
-        return self.path.resolve().name
 
-
-def read_run(run_dir: str | Path) -> Run:
+def read_run(path: Path) -> Run:
     """Read a run directory, whether the run has finished, is under way, or was cut off.
 
     Settings are taken as written, so that runs of other versions of the settings can be read.
@@ -45,24 +42,23 @@ def read_run(run_dir: str | Path) -> Run:
     Raises:
         ValueError: the directory holds no metrics, or its config.yaml is not YAML.
     """
-    path = Path(run_dir)
-    if not (path / "metrics.jsonl").is_file():
+    file = path / "metrics.jsonl"
+    if not file.is_file():
         what = "has no metrics.jsonl" if path.is_dir() else "does not exist"
         raise ValueError(f"run directory {path} {what}; give the run.dir of a run that has begun")
-    metrics, broken_metrics = _read_lines(path / "metrics.jsonl")
+    metrics, broken_metrics = _read_lines(file)
     samples, broken_samples = _read_lines(path / "samples.jsonl")
     if not metrics:
-        raise ValueError(
-            f"{path / 'metrics.jsonl'} holds no metrics yet; wait for the first iteration"
-        )
+        raise ValueError(f"{file} holds no metrics yet; wait for the first iteration")
     config = path / "config.yaml"
+    settings = read_yaml(config) if config.is_file() else {}
     return Run(
         path=path,
-        settings=read_yaml(config) if config.is_file() else {},
+        settings=flatten(settings, whole={line.key for line in describe(Settings)}),
         sft=_of_phase(metrics, "sft"),
         rl=_of_phase(metrics, "rl"),
         evaluations=_of_phase(metrics, "eval"),
-        samples=_distinct(sample for sample in samples if _is_sample(sample)),
+        samples=_distinct(samples),
         unreadable_lines=broken_metrics + broken_samples,
     )
 
@@ -76,14 +72,16 @@ def series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def before(run: Run) -> Row | None:
     """Return the evaluation made before reinforcement learning, if there is one."""
-    found = [row for row in run.evaluations if row.get("stage") == "before" and "accuracy" in row]
-    return found[0] if found else None
+    return next((row for row in _scored(run) if row.get("stage") == "before"), None)
 
 
 def after(run: Run) -> Row | None:
-    """Return the newest evaluation after training began, if any."""
-    found = [row for row in run.evaluations if row.get("stage") != "before" and "accuracy" in row]
-    return found[-1] if found else None
+    """Return the newest evaluation after training began, if there is one."""
+    return next((row for row in _scored(run)[::-1] if row.get("stage") != "before"), None)
+
+
+def _scored(run: Run) -> list[Row]:
+    return [row for row in run.evaluations if "accuracy" in row]
 
 
 def accuracy_interval(row: Row) -> Interval | None:
@@ -112,11 +110,11 @@ def time_totals(run: Run) -> dict[str, float]:
     }
 
 
-def smooth(values: np.ndarray, width: float | None = None) -> np.ndarray:
-    """Return a Gaussian-weighted running mean [n]; `width` in points, null: a fortieth of them."""
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Return a Gaussian-weighted running mean [n]; its width is a fortieth of the points."""
     if len(values) < 8:
         return values
-    width = width or max(1.0, len(values) / 40)
+    width = max(1.0, len(values) / 40)
     reach = int(4 * width)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
     total = np.convolve(values, kernel)[reach : reach + len(values)]
@@ -127,10 +125,10 @@ def _read_lines(path: Path) -> tuple[list[Row], int]:
     """Return the JSON objects that have a phase and an iteration, and how many lines do not."""
     if not path.is_file():
         return [], 0
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    parsed = [_parse(line) for line in lines if line.strip()]
-    rows = [row for row in parsed if row is not None]
-    return rows, len(parsed) - len(rows)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.split("\n") if line.strip()]
+    rows = [row for line in lines if (row := _parse(line))]
+    return rows, len(lines) - len(rows)
 
 
 def _parse(line: str) -> Row | None:
@@ -138,17 +136,15 @@ def _parse(line: str) -> Row | None:
         row = json.loads(line)
     except ValueError:
         return None
-    if isinstance(row, dict) and "phase" in row and isinstance(row.get("iteration"), int):
-        return row
-    return None
+    is_row = isinstance(row, dict) and "phase" in row and isinstance(row.get("iteration"), int)
+    return row if is_row else None
 
 
 def _of_phase(metrics: Sequence[Row], phase: str) -> tuple[Row, ...]:
     """Return the rows of a phase; a row replaces earlier rows of its own or a later iteration."""
+    rows = [row for row in metrics if row["phase"] == phase]
     kept: list[Row] = []
-    for row in metrics:
-        if row["phase"] != phase:
-            continue
+    for row in rows:
         while kept and _order(kept[-1]) >= _order(row):
             kept.pop()
         kept.append(row)
@@ -160,11 +156,12 @@ def _order(row: Row) -> tuple[int, int]:
     return row["iteration"], STAGES.index(stage) if stage in STAGES else 1
 
 
-def _is_sample(sample: Row) -> bool:
-    pieces, steps = sample.get("pieces"), sample.get("unmask_step")
-    return isinstance(pieces, list) and isinstance(steps, list) and len(pieces) == len(steps)
-
-
-def _distinct(samples: Iterable[Row]) -> tuple[Row, ...]:
+def _distinct(samples: Sequence[Row]) -> tuple[Row, ...]:
+    """Return samples with a step for every piece; of duplicates, the newest."""
     keys = ("phase", "iteration", "prompt", "completion")
-    return tuple({tuple(str(s.get(key)) for key in keys): s for s in samples}.values())
+    kept: dict[tuple[str, ...], Row] = {}
+    for sample in samples:
+        pieces, steps = sample.get("pieces"), sample.get("unmask_step")
+        if isinstance(pieces, list) and isinstance(steps, list) and len(pieces) == len(steps):
+            kept[tuple(str(sample.get(key)) for key in keys)] = sample
+    return tuple(kept.values())

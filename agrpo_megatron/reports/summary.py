@@ -9,6 +9,7 @@ from agrpo_megatron.reports.plots.compare import write_comparison
 from agrpo_megatron.reports.plots.figures import write_figures
 from agrpo_megatron.reports.read import after, before, read_run
 from agrpo_megatron.reports.tables import overview_table
+from agrpo_megatron.reports.text import points
 
 
 def conclude(run_dir: Path) -> None:
@@ -17,12 +18,10 @@ def conclude(run_dir: Path) -> None:
     page = write_report(run_dir)
     run = read_run(run_dir)
     first, last = before(run), after(run)
-    if first is not None and last is not None:
-        gain = 100 * (last["accuracy"] - first["accuracy"])
-        print(
-            f"held-out accuracy {100 * first['accuracy']:.1f} % -> {100 * last['accuracy']:.1f} % "
-            f"({gain:+.1f} points, {last['problems']} problems)"
-        )
+    if first and last:
+        old, new = first["accuracy"], last["accuracy"]
+        change = f"{100 * old:.1f} % -> {100 * new:.1f} %"
+        print(f"held-out accuracy {change} ({points(new - old)}, {last['problems']} problems)")
     print(f"report  {page}")
     print(f"next    agrpo sample {run_dir} --trace")
 
@@ -39,8 +38,8 @@ def compare(run_dirs: list[Path]) -> None:
         first, last = before(run), after(run)
         if first is None or last is None:
             raise ValueError(f"{run.path} has no evaluation before and after; let it finish first")
-        gain = last["accuracy"] - first["accuracy"]
-        values = [f"{100 * x:.1f}" for x in (first["accuracy"], last["accuracy"], gain)]
-        rows.append(dict(zip(("run", "before %", "after %", "gain"), (name, *values), strict=True)))
+        old, new = first["accuracy"], last["accuracy"]
+        shares = {"before %": old, "after %": new, "gain": new - old}
+        rows.append({"run": name, **{key: f"{100 * x:.1f}" for key, x in shares.items()}})
     print(write_comparison(runs, run_dirs[0].parent / "comparison.png"))
     Console().print(overview_table(rows, title="held-out accuracy"))

@@ -55,14 +55,8 @@ def markdown_table(rows: Sequence[Mapping[str, str]], left: Container[str]) -> s
 
 
 def _reference(name: str, members: Sequence[Described]) -> Table:
-    table = Table(
-        title=Text(name or "top level", style="bold"),
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-        header_style="dim",
-    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.title, table.title_justify = Text(name or "top level", style="bold"), "left"
     table.add_column("setting", style="cyan", no_wrap=True)
     for column in ("type", "default"):
         table.add_column(column, overflow="fold", max_width=18)
@@ -73,9 +67,8 @@ def _reference(name: str, members: Sequence[Described]) -> Table:
             help_text.append(f" [{setting.unit}]", style="dim")
         if setting.choices:
             help_text.append("\n" + " | ".join(map(str, setting.choices)), style="green")
-        table.add_row(
-            Text(setting.key), Text(setting.type), Text(written(setting.default)), help_text
-        )
+        texts = setting.key, setting.type, written(setting.default)
+        table.add_row(*map(Text, texts), help_text)
     return table
 
 
@@ -84,6 +77,6 @@ def _section(setting: Described) -> str:
 
 
 def _value(value: Any) -> Text:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return Text("" if value is None else str(value))
-    return Text(compact(value))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return Text(compact(value))
+    return Text("" if value is None else str(value))

@@ -1,9 +1,9 @@
 """Training progress: a live panel on a terminal, else compact lines."""
 
+import itertools
 import math
 import time
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
@@ -18,6 +18,35 @@ from agrpo_megatron.reports.text import compact, duration, number, percent, visi
 LINES_PER_PHASE = 25
 TITLES = {"sft": "supervised fine-tuning", "rl": "reinforcement learning"}
 Metrics = dict[str, Any]
+Form = Callable[[float], str]
+Cell = tuple[str, str, Form]  # name, metric, form
+
+FIXED: Form = "{:.3f}".format
+ACCURACY: Cell = ("accuracy", "accuracy", percent)
+HEADLINES: dict[str, tuple[Cell, ...]] = {  # by phase; the panel draws them as curves
+    "sft": (("loss", "loss", FIXED),),
+    "rl": (("reward", "reward/mean", FIXED), ACCURACY),
+}
+DETAILS: tuple[Cell, ...] = (
+    ("ratio error", "ratio/max_error", "{:.1e}".format),
+    ("entropy", "entropy", FIXED),
+    ("live steps", "live_steps/mean", "{:.1f}".format),
+    ("grad norm", "grad_norm", FIXED),
+    ("tokens/s", "perf/tokens_per_second", compact),
+    ("iteration", "timing/iteration", duration),
+)
+EVALUATION: tuple[Cell, ...] = (
+    ACCURACY,
+    ("reward", "reward/mean", FIXED),
+    ("", "problems", lambda count: f"{compact(count)} problems"),
+    ("", "timing/evaluation", duration),
+)
+CURVES: tuple[tuple[str, Form, str], ...] = (  # name, form, colour
+    ("loss", FIXED, "magenta"),
+    ("reward", FIXED, "green"),
+    ("accuracy", percent, "blue"),
+    ("held-out", percent, "yellow"),
+)
 
 
 class LiveView:
@@ -42,91 +71,73 @@ class LiveView:
         self._start = dict(self._done)
         self._phase = "sft" if start[0] < sft_iterations else "rl"
         self._metrics: Metrics = {}
-        self._history: dict[str, list[float]] = {"loss": [], "reward": [], "accuracy": []}
-        self._evaluations: list[Metrics] = []
+        self._history: dict[str, list[float]] = {name: [] for name, *_ in CURVES}
         self._is_main = is_main
         self._console = Console()
         self._wants_live = live and is_main and self._console.is_terminal
         self._live: Live | None = None
-        self._entered = self._phase_began = self._last_call = time.monotonic()
 
     def __enter__(self) -> Self:
         self._entered = self._phase_began = self._last_call = time.monotonic()
         if self._wants_live:
-            self._live = Live(
-                get_renderable=self._panel, console=self._console, refresh_per_second=4
-            )
+            panel, console = self._panel, self._console
+            self._live = Live(get_renderable=panel, console=console, refresh_per_second=4)
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 
     def sft(self, metrics: Metrics) -> None:
         """Show one supervised iteration."""
-        self._iteration("sft", metrics, {"loss": "loss"})
+        self._iteration("sft", metrics)
 
     def rl(self, metrics: Metrics) -> None:
         """Show one iteration of reinforcement learning."""
-        self._iteration("rl", metrics, {"reward": "reward/mean", "accuracy": "accuracy"})
+        self._iteration("rl", metrics)
 
     def evaluation(self, metrics: Metrics) -> None:
         """Show one held-out evaluation."""
-        self._evaluations.append(metrics)
-        cells = [metrics.get("stage"), _named("accuracy", number(metrics, "accuracy"), percent)]
-        cells.append(_named("reward", number(metrics, "reward/mean"), _fixed))
-        cells.append(_named("", number(metrics, "problems"), compact, " problems"))
-        cells.append(_named("", number(metrics, "timing/evaluation"), duration))
-        self._say(_line("eval", str(metrics.get("iteration", "")), cells))
-        self._last_call = time.monotonic()
+        self._remember(metrics, {"held-out": "accuracy"})
+        cells = [metrics.get("stage", ""), *_cells(metrics, EVALUATION)]
+        self.note(_line("eval", str(metrics.get("iteration", "")), cells))
 
-    def note(self, text: str) -> None:
-        """Show a line of text."""
-        self._say(text)
+    def note(self, text: str, *, style: str = "") -> None:
+        """Show a line of text, on the main rank only."""
+        if not self._is_main:
+            return
+        if self._live is not None:
+            self._console.print(Text(text, style=style))
+        else:
+            print(text, flush=True)
 
     def warn(self, text: str) -> None:
         """Show a warning; it stays visible above the panel."""
-        self._say(f"warning: {text}", style="bold yellow")
+        self.note(f"warning: {text}", style="bold yellow")
 
-    def _iteration(self, phase: str, metrics: Metrics, histories: dict[str, str]) -> None:
+    def _iteration(self, phase: str, metrics: Metrics) -> None:
         if phase != self._phase or self._done[phase] == self._start[phase]:
             self._phase, self._phase_began = phase, self._last_call
         self._metrics = metrics
         self._done[phase] = metrics.get("iteration", self._done[phase] + 1)
+        self._remember(metrics, {name: key for name, key, _ in HEADLINES[phase]})
+        if self._live is None and self._is_due(phase):
+            remaining = self._remaining()
+            eta = "" if remaining is None else f"eta {duration(remaining)}"
+            cells = [*_cells(metrics, (*HEADLINES[phase], *DETAILS)), eta]
+            self.note(_line(phase, f"{self._done[phase]}/{self._total[phase]}", cells))
+
+    def _remember(self, metrics: Metrics, histories: dict[str, str]) -> None:
         for name, key in histories.items():
             value = number(metrics, key)
             self._history[name] += [] if value is None else [value]
         self._last_call = time.monotonic()
-        if self._live is None and self._is_due(phase):
-            cells = self._cells()
-            cells += [_named("eta", self._remaining(), duration)]
-            self._say(_line(phase, f"{self._done[phase]}/{self._total[phase]}", cells))
 
     def _is_due(self, phase: str) -> bool:
         done, total = self._done[phase], self._total[phase]
         every = max(1, round(total / LINES_PER_PHASE))
         return done % every == 0 or done in (self._start[phase] + 1, total)
-
-    def _cells(self) -> list[str]:
-        """Return the newest metrics of the phase as `name value`, without missing ones."""
-        first = ("loss", "loss") if self._phase == "sft" else ("reward", "reward/mean")
-        shown = (
-            (*first, _fixed),
-            ("accuracy", "accuracy", percent),
-            ("ratio error", "ratio/max_error", "{:.1e}".format),
-            ("entropy", "entropy", _fixed),
-            ("live steps", "live_steps/mean", "{:.1f}".format),
-            ("grad norm", "grad_norm", _fixed),
-            ("tokens/s", "perf/tokens_per_second", compact),
-            ("iteration", "timing/iteration", duration),
-        )
-        return [_named(name, number(self._metrics, key), form) for name, key, form in shown]
 
     def _remaining(self) -> float | None:
         """Return seconds left in the phase at its pace so far, or None before it has one."""
@@ -135,14 +146,6 @@ class LiveView:
             return None
         pace = (self._last_call - self._phase_began) / done
         return pace * max(0, self._total[self._phase] - self._done[self._phase])
-
-    def _say(self, text: str, style: str = "") -> None:
-        if not self._is_main:
-            return
-        if self._live is not None:
-            self._console.print(Text(text, style=style))
-        else:
-            print(text, flush=True)
 
     def _panel(self) -> RenderableType:
         done, total = self._done[self._phase], self._total[self._phase]
@@ -155,8 +158,10 @@ class LiveView:
         clock += [] if remaining is None else [f"{duration(remaining)} left"]
         bar = ProgressBar(total=max(1, total), completed=done, complete_style="blue")
         head.add_row(Text(f"{done}/{total}", style="bold"), bar, Text(", ".join(clock)))
+        details = [cell for cell in _cells(self._metrics, DETAILS) if cell]
+        numbers = Text("   ".join(details), style="dim", overflow="fold")
         return Panel(
-            Group(head, Text(""), self._curves(), Text(""), self._numbers()),
+            Group(head, Text(""), self._curves(), Text(""), numbers),
             title=Text(TITLES[self._phase], style="bold"),
             title_align="left",
             border_style="bright_black",
@@ -165,44 +170,31 @@ class LiveView:
 
     def _curves(self) -> Table:
         """Return one row per history: newest value, sparkline, range."""
-        held_out = [v for e in self._evaluations if (v := number(e, "accuracy")) is not None]
-        rows = (
-            ("loss", self._history["loss"] if self._phase == "sft" else [], _fixed, "magenta"),
-            ("reward", self._history["reward"], _fixed, "green"),
-            ("accuracy", self._history["accuracy"], percent, "blue"),
-            ("held-out", held_out, percent, "yellow"),
-        )
         table = Table.grid(padding=(0, 2))
-        for name, values, form, colour in rows:
-            if values:
+        for name, form, colour in CURVES:
+            values = self._history[name]
+            if values and (name != "loss" or self._phase == "sft"):
                 span = f"{form(min(values))} to {form(max(values))}"
                 line = Text(sparkline(values), style=colour)
                 newest = Text(form(values[-1]), style=f"bold {colour}")
                 table.add_row(Text(name), newest, line, Text(span, style="dim"))
         return table
 
-    def _numbers(self) -> Text:
-        skipped = ("loss ", "reward ", "accuracy ")
-        cells = [cell for cell in self._cells() if cell and not cell.startswith(skipped)]
-        return Text("   ".join(cells), style="dim", overflow="fold")
 
-
-def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """Return values as block characters, lowest to highest; averaged down to `width` of them."""
-    count = min(width, len(values))
+def sparkline(values: Sequence[float]) -> str:
+    """Return values as block characters, lowest to highest; averaged down to 40 of them."""
+    count = min(40, len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     scale = 7 / (high - low) if high > low else 0.0
     return "".join(chr(0x2581 + math.floor((mean - low) * scale + 0.5)) for mean in means)
 
 
-def _fixed(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _named(name: str, value: float | None, form: Any, suffix: str = "") -> str:
-    return "" if value is None else f"{name} {form(value)}{suffix}".strip()
+def _cells(metrics: Metrics, cells: Iterable[Cell]) -> list[str]:
+    """Return metrics as `name value`; the text of a missing metric is empty."""
+    values = [(name, form, number(metrics, key)) for name, key, form in cells]
+    return ["" if v is None else f"{name} {form(v)}".strip() for name, form, v in values]
 
 
 def _line(phase: str, progress: str, cells: Sequence[Any]) -> str:

@@ -1,5 +1,6 @@
 """Numbers, durations and token pieces as readable text."""
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 MASK_DOT = "\u00b7"
 TAIL_BOX = "\u25a1"
 _SCALES = ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
-_NAMED = {"\n": "\u23ce", "\t": "\u21e5", "": "\u2205"}
+_NAMED = {"\n": "\u23ce", "\t": "\u21e5"}
+_EMPTY = "\u2205"
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -60,9 +62,7 @@ def number(row: dict[str, Any], key: str) -> float | None:
 
 def written(value: Any) -> str:
     """Return a setting's value as YAML."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def visible(piece: str) -> str:
@@ -70,20 +70,17 @@ def visible(piece: str) -> str:
 
     Line feeds, tabs and empty pieces get a symbol; other unprintable characters get U+FFFD.
     """
-    if piece in _NAMED:
-        return _NAMED[piece]
-    return "".join(
-        char if char.isprintable() else _NAMED.get(char, "\ufffd")
-        for char in piece  # a lone surrogate is not printable, so the result always encodes
-    )
+    # A lone surrogate is not printable, so the result always encodes.
+    shown = (char if char.isprintable() else _NAMED.get(char, "\ufffd") for char in piece)
+    return "".join(shown) or _EMPTY
 
 
-def tail_start(pieces: Sequence[str], shortest: int = 4) -> int:
-    """Return where the run of equal pieces at the end begins; `len(pieces)` if it is short.
+def tail_start(pieces: Sequence[str]) -> int:
+    """Return where the run of equal pieces at the end begins; `len(pieces)` if it is under four.
 
     Completions end in many end-of-text tokens; views fold this run into one cell.
     """
     start = len(pieces)
     while start and pieces[start - 1] == pieces[-1]:
         start -= 1
-    return start if len(pieces) - start >= shortest else len(pieces)
+    return start if len(pieces) - start >= 4 else len(pieces)

@@ -12,15 +12,11 @@ from rich.text import Text
 from agrpo_megatron.reports.text import MASK_DOT, TAIL_BOX, tail_start, visible
 
 INK = "#10151c"
+MAX_LINES = 64  # more steps are thinned out evenly; the first and the last are kept
 
 
 def trace(
-    pieces: Sequence[str],
-    unmask_step: Sequence[int],
-    console: Console,
-    *,
-    num_steps: int | None = None,
-    max_lines: int = 64,
+    pieces: Sequence[str], unmask_step: Sequence[int], console: Console, *, num_steps: int
 ) -> None:
     """Print a completion coloured by denoising step, then one line per step.
 
@@ -28,11 +24,8 @@ def trace(
     (end-of-text) are drawn as boxes.
 
     Args:
-        num_steps: tokens at or past it were filled in, not drawn; null: all were drawn.
-        max_lines: more steps than this are thinned out evenly, first and last kept.
+        num_steps: tokens at or past this step were filled in, not drawn.
     """
-    last = max(unmask_step, default=0)
-    num_steps = last + 1 if num_steps is None else num_steps
     tail = tail_start(pieces)
     shown = [TAIL_BOX if i >= tail else visible(piece) for i, piece in enumerate(pieces)]
     console.print(_legend(num_steps))
@@ -43,24 +36,23 @@ def trace(
     cells = zip(shown, unmask_step, strict=True)
     console.print(Text.assemble(*((text, _colour(step, num_steps)) for text, step in cells)))
     console.print()
-    console.print(_steps(shown, unmask_step, num_steps, max_lines))
+    console.print(_steps(shown, unmask_step, num_steps))
 
 
-def _steps(
-    shown: Sequence[str], unmask_step: Sequence[int], num_steps: int, max_lines: int
-) -> Table:
+def _steps(shown: Sequence[str], unmask_step: Sequence[int], num_steps: int) -> Table:
     """Return the state after each denoising step, with the tokens it unmasked coloured."""
-    table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
+    table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("step", justify="right", style="dim", no_wrap=True)
     table.add_column("new", justify="right", style="dim", no_wrap=True)
     table.add_column("after it", overflow="fold")
     drawn = sorted({step for step in unmask_step if step < num_steps})
-    for step in _thinned(drawn, max_lines):
+    for step in _thinned(drawn):
         state = Text()
         for text, when in zip(shown, unmask_step, strict=True):
-            style = _colour(step, num_steps) if when == step else Style()
-            hidden = MASK_DOT * cell_len(text)
-            state.append(text if when <= step else hidden, style if when <= step else "dim")
+            if when > step:
+                state.append(MASK_DOT * cell_len(text), "dim")
+            else:
+                state.append(text, _colour(step, num_steps) if when == step else None)
         table.add_row(str(step), f"+{list(unmask_step).count(step)}", state)
     filled = sum(step >= num_steps for step in unmask_step)
     if filled:
@@ -68,15 +60,14 @@ def _steps(
     return table
 
 
-def _thinned(steps: Sequence[int], most: int) -> list[int]:
-    if len(steps) <= most:
-        return list(steps)
-    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+def _thinned(steps: Sequence[int]) -> Sequence[int]:
+    if len(steps) <= MAX_LINES:
+        return steps
+    return [steps[round(i * (len(steps) - 1) / (MAX_LINES - 1))] for i in range(MAX_LINES)]
 
 
 def _legend(num_steps: int) -> Text:
-    legend = Text("denoising step  ")
-    legend.append("0 ")
+    legend = Text("denoising step  0 ")
     for i in range(24):
         legend.append(" ", _colour(round(i * (num_steps - 1) / 23), num_steps))
     return legend.append(f" {num_steps - 1}")

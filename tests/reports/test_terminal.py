@@ -88,7 +88,7 @@ def test_sparkline_spans_its_range():
 
 def test_trace_shows_each_step_in_order():
     console = plain_console()
-    trace(["ab", "[b]", "c\n", "d"], [2, 0, 2, 1], console)
+    trace(["ab", "[b]", "c\n", "d"], [2, 0, 2, 1], console, num_steps=3)
     lines = output(console).splitlines()
     states = [line.split()[:3] for line in lines if line.strip()[:1].isdigit()]
     dots = "\u00b7\u00b7"
@@ -99,9 +99,10 @@ def test_trace_shows_each_step_in_order():
     ]
 
 
-def test_trace_marks_filled_tokens_and_thins_long_runs():
+def test_trace_marks_filled_tokens_and_thins_long_runs(monkeypatch):
+    monkeypatch.setattr("agrpo_megatron.reports.trace.MAX_LINES", 3)
     console = plain_console()
-    trace([*"abcdefgh", *["<e>"] * 5], [*range(8), *[8] * 5], console, num_steps=8, max_lines=3)
+    trace([*"abcdefgh", *["<e>"] * 5], [*range(8), *[8] * 5], console, num_steps=8)
     text = output(console)
     steps = [line.split()[0] for line in text.splitlines() if line.strip()[:1].isdigit()]
     assert steps == ["0", "4", "7"]
@@ -110,7 +111,7 @@ def test_trace_marks_filled_tokens_and_thins_long_runs():
 
 def test_trace_sends_no_escape_codes_of_the_model():
     console = plain_console()
-    trace(["\x1b[2J", "x"], [0, 1], console)
+    trace(["\x1b[2J", "x"], [0, 1], console, num_steps=2)
     assert "\x1b" not in output(console)
 
 

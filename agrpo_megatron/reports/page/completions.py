@@ -1,6 +1,6 @@
 """The completions of the HTML report: every token a cell, coloured by its denoising step."""
 
-from collections.abc import Sequence
+import itertools
 from typing import Any
 
 from agrpo_megatron.reports.read import Row, Run
@@ -11,38 +11,30 @@ REPLAY_SECONDS = 5.0
 
 
 def prompts(run: Run) -> list[dict[str, Any]]:
-    """Return completions of the first and the last sampled iteration, by prompt; may be empty."""
+    """Return completions of the first and the last sampled iteration, by prompt; may be empty.
+
+    Each prompt has its first sample of an iteration; prompts sampled in both come first.
+    """
     phase = "eval" if any(sample["phase"] == "eval" for sample in run.samples) else "rl"
     chosen = [sample for sample in run.samples if sample["phase"] == phase]
     if not chosen:
         return []
-    ends = {min(s["iteration"] for s in chosen): None, max(s["iteration"] for s in chosen): None}
-    pairs = _by_prompt([[s for s in chosen if s["iteration"] == i] for i in reversed(ends)])
+    iterations = [sample["iteration"] for sample in chosen]
+    by_prompt: dict[str, list[Row]] = {}
+    for end in sorted({min(iterations), max(iterations)}, reverse=True):
+        samples = [sample for sample in reversed(chosen) if sample["iteration"] == end]
+        for prompt, sample in {str(s.get("prompt")): s for s in samples}.items():
+            by_prompt.setdefault(prompt, []).insert(0, sample)
+    ordered = sorted(by_prompt.items(), key=lambda item: -len(item[1]))
     return [
-        {
-            "text": prompt,
-            "solution": samples[-1].get("solution"),
-            "cards": [_card(sample) for sample in samples],
-        }
-        for prompt, samples in pairs
+        {"text": prompt, "solution": pair[-1].get("solution"), "cards": [*map(_card, pair)]}
+        for prompt, pair in ordered[:PROMPTS_SHOWN]
     ]
 
 
-def _by_prompt(newest_first: Sequence[Sequence[Row]]) -> list[tuple[str, list[Row]]]:
-    """Return up to PROMPTS_SHOWN prompts, each with its first sample per iteration, oldest first.
-
-    Prompts sampled at both ends come first.
-    """
-    prompts: dict[str, list[Row]] = {}
-    for samples in newest_first:
-        for prompt, sample in {str(s.get("prompt")): s for s in reversed(samples)}.items():
-            prompts.setdefault(prompt, []).insert(0, sample)
-    ordered = sorted(prompts.items(), key=lambda item: -len(item[1]))
-    return ordered[:PROMPTS_SHOWN]
-
-
 def _card(sample: Row) -> dict[str, Any]:
-    iteration, steps = sample["iteration"], _num_steps(sample)
+    iteration = sample["iteration"]
+    steps = int(number(sample, "num_steps") or max(map(int, sample["unmask_step"]), default=0) + 1)
     is_before = iteration == 0 and sample["phase"] == "eval"
     reward = number(sample, "reward")
     facts = [f"reward {compact(reward)}"] if reward is not None else []
@@ -55,34 +47,23 @@ def _card(sample: Row) -> dict[str, Any]:
     }
 
 
-def _num_steps(sample: Row) -> int:
-    steps = number(sample, "num_steps")
-    return int(steps) if steps else max(map(int, sample["unmask_step"]), default=0) + 1
-
-
 def _cells(sample: Row, num_steps: int) -> list[dict[str, Any]]:
     """Return a cell per token; the run of equal tokens at the end is folded into one."""
     pieces = [str(piece) for piece in sample["pieces"]]
     steps = [int(step) for step in sample["unmask_step"]]
-    tail = tail_start(pieces)
-    cells = [
-        _cell(piece, step, str(step), num_steps) | {"breaks": piece.count("\n")}
-        for piece, step in zip(pieces[:tail], steps[:tail], strict=True)
-    ]
-    if tail < len(pieces):
-        first, last = min(steps[tail:]), min(max(steps[tail:]), num_steps - 1)
-        label = f"{first} to {last}" if first < last else str(first)
-        cells.append(_cell(pieces[-1], first, label, num_steps) | {"count": len(pieces) - tail})
+    edges = sorted({*range(tail_start(pieces) + 1), len(pieces)})
+    cells = []
+    for start, end in itertools.pairwise(edges):
+        first, last = min(steps[start:end]), min(max(steps[start:end]), num_steps - 1)
+        is_folded = end - start > 1
+        cell = {
+            "text": visible(pieces[start]),
+            "label": f"{first} to {last}" if first < last else str(first),
+            "step": min(first, num_steps),
+            "share": f"{first / max(1, num_steps - 1):.3f}",
+            "is_filled": first >= num_steps,
+            "count": end - start if is_folded else 0,
+            "breaks": 0 if is_folded else pieces[start].count("\n"),
+        }
+        cells.append(cell)
     return cells
-
-
-def _cell(piece: str, step: int, label: str, num_steps: int) -> dict[str, Any]:
-    return {
-        "text": visible(piece),
-        "label": label,
-        "step": min(step, num_steps),
-        "share": f"{step / max(1, num_steps - 1):.3f}",
-        "is_filled": step >= num_steps,
-        "count": 0,
-        "breaks": 0,
-    }

@@ -1,7 +1,7 @@
 """The report of a run: one self-contained HTML file, in light and dark."""
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from agrpo_megatron.config.schema import Described, describe, flatten
+from agrpo_megatron.config.schema import describe
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.reports.page.completions import prompts
 from agrpo_megatron.reports.plots.figures import draw_figures
@@ -48,52 +48,47 @@ CAPTIONS = {
         "right name the colours.",
     ),
 }
+EVALUATION_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {  # metric and form by name
+    "accuracy": ("accuracy", percent),
+    "mean reward": ("reward/mean", compact),
+    "problems": ("problems", compact),
+    "time": ("timing/evaluation", duration),
+}
 SPANS = 4  # stretches of iterations that an alarm names
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: Path) -> Path:
     """Write the report of a run, finished or under way, to its `report.html`; return the path.
 
     Raises:
         ValueError: the directory holds no metrics.
     """
-    run = read_run(run_dir)
-    path = Path(run_dir) / "report.html"
-    path.write_text(_page(run), encoding="utf-8")
+    path = run_dir / "report.html"
+    path.write_text(_page(read_run(run_dir)), encoding="utf-8")
     return path
 
 
 def _page(run: Run) -> str:
-    seed = (run.settings.get("run") or {}).get("seed")
-    task = (run.settings.get("task") or {}).get("name")
-    family = (run.settings.get("model") or {}).get("family")
-    parts = [("task", task), ("model family", family), ("seed", seed)]
-    subtitle = ", ".join(f"{name} {value}" for name, value in parts if value is not None)
-    metrics = (("Reinforcement learning", run.rl), ("Supervised", run.sft))
-    return (
-        _templates()
-        .get_template("page.html.j2")
-        .render(
-            name=run.name,
-            subtitle=subtitle,
-            held_out=_held_out(run),
-            facts=list(_facts(run)),
-            figures=_figures(run),
-            prompts=prompts(run),
-            tables=[_evaluations(run), *(_metrics(title, rows) for title, rows in metrics)],
-            settings=_settings(run),
-            broken=run.unreadable_lines,
-        )
-    )
-
-
-def _templates() -> Environment:
-    return Environment(
+    templates = Environment(
         loader=PackageLoader("agrpo_megatron.reports.page", ""),
         autoescape=True,
         finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
+    )
+    named = {"task": "task.name", "model family": "model.family", "seed": "run.seed"}
+    parts = [(name, run.settings.get(key)) for name, key in named.items()]
+    metrics = (("Reinforcement learning", run.rl), ("Supervised", run.sft))
+    return templates.get_template("page.html.j2").render(
+        name=run.path.resolve().name,
+        subtitle=", ".join(f"{name} {value}" for name, value in parts if value is not None),
+        held_out=_held_out(run),
+        facts=_facts(run),
+        figures=_figures(run),
+        prompts=prompts(run),
+        tables=[_evaluations(run), *(_metrics(title, rows) for title, rows in metrics)],
+        settings=list(_settings(run)),
+        broken=run.unreadable_lines,
     )
 
 
@@ -121,11 +116,11 @@ def _facts(run: Run) -> Iterator[tuple[str, str, str]]:
     if spans := _alarms(run):
         named = "; ".join(f"{name}: {span}" for name, span in spans.items())
         yield ("Alarms", str(len(spans)), f"iterations of {named}")
-    left_out = sum(number(row, "skipped_updates") or 0 for row in (*run.sft, *run.rl))
+    left_out = series(run.sft + run.rl, "skipped_updates")[1].sum()
     if left_out:
         yield ("Updates left out", compact(left_out), "loss or gradient was not finite")
-    sizes = [size for row in (*run.sft, *run.rl) if (size := number(row, "parameters"))]
-    if sizes:
+    sizes = series(run.sft + run.rl, "parameters")[1]
+    if len(sizes):
         yield ("Parameters", compact(sizes[-1]), "")
 
 
@@ -151,7 +146,7 @@ def _held_out(run: Run) -> dict[str, Any] | None:
 
 def _alarm(run: Run, error: np.ndarray) -> str:
     """Return how many iterations exceeded the alarm of the settings; the median without one."""
-    level = number(run.settings.get("train") or {}, "ratio_alarm")
+    level = number(run.settings, "train.ratio_alarm")
     if not level:
         return f"median {np.median(error):.1e}"
     over = int(np.sum(error > level))
@@ -173,41 +168,25 @@ def _alarms(run: Run) -> dict[str, str]:
 
 
 def _planned(run: Run, section: str) -> str:
-    total = number(run.settings.get(section) or {}, "iterations")
+    total = number(run.settings, f"{section}.iterations")
     return f"of {compact(total)} planned" if total else ""
 
 
-def _figures(run: Run) -> list[dict[str, str]]:
-    """Return the figures, each in both themes; the browser shows the one that fits."""
+def _figures(run: Run) -> Iterator[tuple[str, ...]]:
+    """Yield title, caption and two data URIs of each figure: for light and for dark pages."""
     dark = draw_figures(run, DARK)
-    return [
-        {
-            "title": CAPTIONS[name][0],
-            "caption": CAPTIONS[name][1],
-            "light": _data_uri(light),
-            "dark": _data_uri(dark[name]),
-        }
-        for name, light in draw_figures(run).items()
-    ]
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    for name, light in draw_figures(run).items():
+        encoded = (base64.b64encode(png).decode("ascii") for png in (light, dark[name]))
+        yield (*CAPTIONS[name], *(f"data:image/png;base64,{text}" for text in encoded))
 
 
 def _evaluations(run: Run) -> dict[str, Any]:
-    rows = [
-        (
-            str(row["iteration"]),
-            str(row.get("stage", "")),
-            _shown(row, "accuracy", percent),
-            _shown(row, "reward/mean", compact),
-            _shown(row, "problems", compact),
-            _shown(row, "timing/evaluation", duration),
-        )
-        for row in run.evaluations
-    ]
-    names = ("iteration", "stage", "accuracy", "mean reward", "problems", "time")
+    rows = []
+    for row in run.evaluations:
+        values = [(number(row, key), form) for key, form in EVALUATION_COLUMNS.values()]
+        texts = ["" if value is None else form(value) for value, form in values]
+        rows.append((row["iteration"], row.get("stage", ""), *texts))
+    names = ("iteration", "stage", *EVALUATION_COLUMNS)
     return {"title": "Evaluations", "names": names, "rows": rows, "opened": True}
 
 
@@ -219,28 +198,17 @@ def _metrics(title: str, rows: Sequence[Row]) -> dict[str, Any]:
         values = series(rows, key)[1]
         if len(values):
             ends = values[0], values[-1], values.min(), values.max()
-            table.append((key, *(compact(float(value)) for value in ends)))
+            table.append((key, *map(compact, ends)))
     names = ("metric", "first", "last", "lowest", "highest")
     return {"title": f"{title}: all metrics", "names": names, "rows": table}
 
 
-def _shown(row: Row, key: str, form: Any) -> str:
-    value = number(row, key)
-    return "" if value is None else form(value)
-
-
-def _settings(run: Run) -> list[dict[str, Any]]:
+def _settings(run: Run) -> Iterator[tuple[str, str, str, str, bool]]:
+    """Yield name, value, default, meaning, and whether the value differs from the default."""
     known = {line.key: line for line in describe(Settings)}
-    values = flatten(run.settings, whole=known)
-    return [_setting(key, value, known.get(key)) for key, value in values.items()]
-
-
-def _setting(key: str, value: Any, line: Described | None) -> dict[str, Any]:
-    unit = f" [{line.unit}]" if line and line.unit else ""
-    return {
-        "key": key,
-        "value": written(value),
-        "default": "" if line is None else written(line.default),
-        "meaning": "" if line is None else line.help + unit,
-        "is_changed": line is None or value != line.default,
-    }
+    for key, value in run.settings.items():
+        default = meaning = ""
+        if line := known.get(key):
+            default = written(line.default)
+            meaning = f"{line.help} [{line.unit}]" if line.unit else line.help
+        yield key, written(value), default, meaning, not line or value != line.default

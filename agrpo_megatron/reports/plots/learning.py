@@ -1,24 +1,20 @@
 """The learning figure: accuracy and reward by iteration, held-out accuracy, supervised loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
-from agrpo_megatron.reports.plots.style import Theme, curve, dress, end_labels, new_figure, note
-from agrpo_megatron.reports.read import Row, Run, accuracy_interval, after, before, series
+from agrpo_megatron.reports.plots.style import Theme, curves, dress, end_labels, new_figure, note
+from agrpo_megatron.reports.read import Run, accuracy_interval, after, before, series
 from agrpo_megatron.reports.text import percent, points
-
-
-def has_learning(run: Run) -> bool:
-    """Return whether the run has a metric that this figure shows."""
-    return bool(_learning_charts(run))
 
 
 def learning_figure(run: Run, theme: Theme) -> Figure:
     """Draw accuracy large, with reward and supervised loss next to it where logged."""
-    charts = _learning_charts(run)
+    charts = learning_charts(run)
     first, *rest = charts
     figure = new_figure(11 if rest else 8, 4.8)
     mosaic: list[Any] = [[first, name] for name in rest] or [[first]]
@@ -28,7 +24,8 @@ def learning_figure(run: Run, theme: Theme) -> Figure:
     return figure
 
 
-def _learning_charts(run: Run) -> dict[str, Callable[[Axes, Run, Theme], None]]:
+def learning_charts(run: Run) -> dict[str, Callable[[Axes, Run, Theme], None]]:
+    """Return the charts that the run has metrics for, by name."""
     sources = {
         "accuracy": (_accuracy, run.rl + run.evaluations, "accuracy"),
         "reward": (_rewards, run.rl, "reward/mean"),
@@ -43,35 +40,25 @@ def _accuracy(axes: Axes, run: Run, theme: Theme) -> None:
     if first and last:
         title = f"Held-out accuracy: {points(last['accuracy'] - first['accuracy'])}"
     dress(axes, title, percent=True)
-    labels = []
-    x, y = series(run.rl, "accuracy")
-    if len(x):
-        labels.append((curve(axes, x, y, theme.blue), "training", theme.blue))
+    labels = curves(axes, run.rl, [("accuracy", "training", theme.blue)])
     x, y = series(run.evaluations, "accuracy")
-    axes.set_xlabel("RL iteration")
     if len(x):
-        axes.plot(x, y, color=theme.orange, linewidth=2.2, zorder=4)
-        axes.plot(x, y, "o", color=theme.orange, mec=theme.face, mew=1.5, ms=7.5, zorder=5)
+        axes.plot(x, y, "o-", color=theme.orange, lw=2.2, mec=theme.face, mew=1.5, ms=7.5, zorder=4)
         stage = run.evaluations[-1].get("stage", "after")
         word = "latest" if stage == "interval" else stage
         labels.append((float(y[-1]), f"held-out\n{percent(y[-1])} {word}", theme.orange))
-    if _intervals(axes, run.evaluations, theme):
-        axes.set_xlabel("RL iteration (bars: 95% interval)")
+    intervals = [(row["iteration"], accuracy_interval(row)) for row in run.evaluations]
+    drawn = [(at, interval) for at, interval in intervals if interval]
+    for at, interval in drawn:
+        axes.plot([at, at], interval, color=theme.orange, alpha=0.35, lw=1.6)
+    axes.set_xlabel("RL iteration (bars: 95% interval)" if drawn else "RL iteration")
     end_labels(axes, labels)
     if first and last:
+        text = f"before {percent(first['accuracy'])}"
         spot = (first["iteration"], first["accuracy"])
-        note(axes, f"before {percent(first['accuracy'])}", spot, theme.orange, offset=(8, -10))
-
-
-def _intervals(axes: Axes, evaluations: Sequence[Row], theme: Theme) -> int:
-    """Draw the 95% interval of the evaluations that have one; return how many."""
-    drawn = 0
-    for row in evaluations:
-        if interval := accuracy_interval(row):
-            spot = [row["iteration"]] * 2
-            axes.plot(spot, interval, color=theme.orange, alpha=0.35, lw=1.6)
-            drawn += 1
-    return drawn
+        bold: dict[str, Any] = {"color": theme.orange, "fontweight": "bold", "va": "top"}
+        stroke = withStroke(linewidth=3, foreground=theme.face)  # legible over lines
+        note(axes, text, spot, offset=(8, -10), **bold, path_effects=[stroke], zorder=6)
 
 
 def _rewards(axes: Axes, run: Run, theme: Theme) -> None:
@@ -82,17 +69,13 @@ def _rewards(axes: Axes, run: Run, theme: Theme) -> None:
     parts = of_tasks or [key for key in keys if key not in ("reward/mean", "reward/std")]
     colours = (theme.green, theme.purple, theme.grey, theme.red)
     shown = [("reward/mean", theme.blue), *zip(parts, colours, strict=False)]
-    labels = []
-    for key, colour in shown:
-        x, y = series(run.rl, key)
-        if len(x):
-            labels.append((curve(axes, x, y, colour), key.split("/")[1], colour))
+    metrics = [(key, key.split("/")[1], colour) for key, colour in shown]
     axes.set_xlabel("RL iteration")
-    end_labels(axes, labels)
+    end_labels(axes, curves(axes, run.rl, metrics))
 
 
 def _supervised(axes: Axes, run: Run, theme: Theme) -> None:
     dress(axes, "Supervised loss")
-    last = curve(axes, *series(run.sft, "loss"), theme.purple)
+    [(last, _, colour)] = curves(axes, run.sft, [("loss", "", theme.purple)])
     axes.set_xlabel("supervised iteration")
-    end_labels(axes, [(last, f"{last:.2f}", theme.purple)])
+    end_labels(axes, [(last, f"{last:.2f}", colour)])

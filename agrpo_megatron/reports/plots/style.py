@@ -1,11 +1,12 @@
-"""How charts look: two themes, one palette by role, and the marks of figures.
+"""Chart style: two themes, one palette by role, and the marks of figures.
 
 Matplotlib's object API only: no pyplot, no global state (`rc` is applied within a context).
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -14,11 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from PIL import Image
 
-from agrpo_megatron.reports.read import smooth
+from agrpo_megatron.reports.read import Row, series, smooth
 from agrpo_megatron.reports.text import compact
 
 DPI = 200
@@ -26,41 +26,32 @@ LABEL_SIZE = 9
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
 STEPS = (1, 2, 2.5, 5, 10)  # multiples that ticks may take
 
+Metric = tuple[str, str, str]  # key, label, colour
+Label = tuple[float, str, str]  # value, text, colour
+
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours by role."""
+    """Colours by role; the defaults are for a light page."""
 
-    face: str
-    ink: str
-    muted: str
-    grid: str
-    blue: str  # training
-    orange: str  # held-out
-    green: str
-    purple: str
-    red: str  # alarms
-    grey: str
-    pale: str  # the remainder
+    face: str = "#ffffff"
+    ink: str = "#1c2530"
+    muted: str = "#6b7684"
+    grid: str = "#e8ebef"
+    blue: str = "#2b6cd4"  # training
+    orange: str = "#e06c1f"  # held-out
+    green: str = "#148f6b"
+    purple: str = "#8250c8"
+    red: str = "#cf3f4f"  # alarms
+    grey: str = "#9aa5b1"
+    pale: str = "#cfd6de"  # the remainder
 
     def cycle(self) -> tuple[str, ...]:
-        """Return the colours of interchangeable things, in order."""
+        """Return the colours of interchangeable items, in order."""
         return self.blue, self.orange, self.green, self.purple, self.red, self.grey
 
 
-LIGHT = Theme(
-    face="#ffffff",
-    ink="#1c2530",
-    muted="#6b7684",
-    grid="#e8ebef",
-    blue="#2b6cd4",
-    orange="#e06c1f",
-    green="#148f6b",
-    purple="#8250c8",
-    red="#cf3f4f",
-    grey="#9aa5b1",
-    pale="#cfd6de",
-)
+LIGHT = Theme()
 DARK = Theme(
     face="#161b22",
     ink="#e6eaf0",
@@ -87,6 +78,13 @@ def render(draw: Callable[[Theme], Figure], theme: Theme = LIGHT) -> bytes:
     return packed.getvalue()
 
 
+def write_png(path: Path, draw: Callable[[Theme], Figure]) -> Path:
+    """Write a figure as PNG, below new folders if needed; return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(render(draw))
+    return path
+
+
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure; sizes in inches."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.04)
@@ -108,61 +106,55 @@ def dress(axes: Axes, title: str, *, percent: bool = False, log: bool = False) -
     axes.yaxis.set_major_formatter(PERCENT if percent else plain)
 
 
-def curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, *, width: float = 2.0) -> float:
-    """Draw values faintly with their running mean on top; return where the mean ends.
+def curves(axes: Axes, rows: Sequence[Row], metrics: Iterable[Metric]) -> list[Label]:
+    """Draw metrics faintly with their running means on top; return labels at the ends of the means.
 
-    On a log axis the mean is geometric, and values below 1e-9 are drawn at 1e-9.
+    A metric without values is left out. On a log axis the mean is geometric, and values below 1e-9
+    are drawn at 1e-9.
     """
+    labels = []
     log = axes.get_yscale() == "log"
-    drawn = np.maximum(y, 1e-9) if log else y
-    mean = np.exp(smooth(np.log(drawn))) if log else smooth(drawn)
-    if len(x) >= 8:
-        axes.plot(x, drawn, color=colour, alpha=0.22, linewidth=0.8, zorder=2)
-    marker = "o" if len(x) < 8 else ""
-    axes.plot(x, mean, color=colour, linewidth=width, zorder=3, marker=marker, ms=4.5)
-    return float(mean[-1])
+    for key, label, colour in metrics:
+        x, y = series(rows, key)
+        if not len(x):
+            continue
+        drawn = np.maximum(y, 1e-9) if log else y
+        mean = np.exp(smooth(np.log(drawn))) if log else smooth(drawn)
+        if len(x) >= 8:
+            axes.plot(x, drawn, color=colour, alpha=0.22, linewidth=0.8, zorder=2)
+        marker = "o" if len(x) < 8 else ""
+        axes.plot(x, mean, color=colour, linewidth=2.0, zorder=3, marker=marker, ms=4.5)
+        labels.append((float(mean[-1]), label, colour))
+    return labels
 
 
-def end_labels(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """Write (value, text, colour) right of the axes at their values, pushed apart to be readable.
+def end_labels(axes: Axes, labels: Iterable[Label]) -> None:
+    """Write labels right of the axes at their values, pushed apart to be readable.
 
     Call last: fixes the vertical limits.
     """
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)
+    axes.set_ylim(axes.get_ylim())
     to_axes = axes.transData + axes.transAxes.inverted()
     height = axes.get_position().height * axes.figure.get_figheight()  # type: ignore[union-attr]
-    gap = 1.45 * LABEL_SIZE / 72 / height
+    line = 1.45 * LABEL_SIZE / 72 / height
     placed = sorted((float(to_axes.transform((1.0, v))[1]), text, c) for v, text, c in labels)
-    spots = spread([spot for spot, _, _ in placed], [gap * _lines(t) for _, t, _ in placed])
+    sizes = [line * (text.count("\n") + 1) for _, text, _ in placed]
+    spots = spread([spot for spot, _, _ in placed], sizes)
+    look: dict[str, Any] = {"xycoords": "axes fraction", "va": "center", "annotation_clip": False}
     for spot, (_, text, colour) in zip(spots, placed, strict=True):
-        axes.annotate(
-            text,
-            (1.0, spot),
-            xycoords="axes fraction",
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=colour,
-            fontsize=LABEL_SIZE,
-            va="center",
-            annotation_clip=False,
-        )
+        note(axes, text, (1.0, spot), color=colour, **look)
 
 
-def spread(spots: list[float], sizes: list[float]) -> list[float]:
+def spread(spots: Iterable[float], sizes: Sequence[float]) -> list[float]:
     """Return ascending spots moved as little as needed so that labels of these sizes stay apart."""
-    groups: list[tuple[float, float, int]] = []  # centre, size, members
-    for spot, size in zip(spots, sizes, strict=True):
-        group = (spot, size, 1)
-        while groups and group[0] - groups[-1][0] < (group[1] + groups[-1][1]) / 2:
-            centre, extent, members = groups.pop()
-            count = members + group[2]
-            group = (
-                (centre * members + group[0] * group[2]) / count,
-                extent + group[1],
-                count,
-            )
-        groups.append(group)
+    groups: list[tuple[float, float, int]] = []  # centre, extent, members
+    for centre, extent in zip(spots, sizes, strict=True):
+        members = 1
+        while groups and centre - groups[-1][0] < (extent + groups[-1][1]) / 2:
+            below, size, count = groups.pop()
+            centre = (below * count + centre * members) / (count + members)
+            extent, members = size + extent, count + members
+        groups.append((centre, extent, members))
     moved: list[float] = []
     for centre, extent, members in groups:
         at = centre - extent / 2
@@ -172,28 +164,15 @@ def spread(spots: list[float], sizes: list[float]) -> list[float]:
     return moved
 
 
-def note(axes: Axes, text: str, xy: tuple[float, float], colour: str, *, offset=(0, 0)) -> None:
-    """Write next to a point, legible over lines; offset in typographic points."""
-    axes.annotate(
-        text,
-        xy,
-        xytext=offset,
-        textcoords="offset points",
-        color=colour,
-        fontsize=LABEL_SIZE,
-        fontweight="bold",
-        ha="center" if offset[0] == 0 else ("left" if offset[0] > 0 else "right"),
-        va="center" if offset[1] == 0 else ("bottom" if offset[1] > 0 else "top"),
-        path_effects=[withStroke(linewidth=3, foreground=axes.get_facecolor())],
-        zorder=6,
-    )
-
-
-def _lines(text: str) -> int:
-    return text.count("\n") + 1
+def note(
+    axes: Axes, text: str, xy: tuple[float, float], *, offset: tuple[int, int] = (6, 0), **look: Any
+) -> None:
+    """Write text next to a point; offset in typographic points."""
+    axes.annotate(text, xy, xytext=offset, textcoords="offset points", fontsize=LABEL_SIZE, **look)
 
 
 def _rc(theme: Theme) -> dict[Any, Any]:
+    ticks = {"color": theme.muted, "labelsize": 8.5, "major.size": 0, "minor.size": 0}
     return {
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
@@ -201,7 +180,6 @@ def _rc(theme: Theme) -> dict[Any, Any]:
         "text.color": theme.ink,
         "text.parse_math": False,
         "figure.facecolor": theme.face,
-        "savefig.facecolor": theme.face,
         "axes.facecolor": theme.face,
         "axes.edgecolor": theme.grid,
         "axes.linewidth": 1.0,
@@ -220,14 +198,7 @@ def _rc(theme: Theme) -> dict[Any, Any]:
         "axes.labelsize": 9,
         "grid.color": theme.grid,
         "grid.linewidth": 0.9,
-        "xtick.color": theme.muted,
-        "ytick.color": theme.muted,
-        "xtick.labelsize": 8.5,
-        "ytick.labelsize": 8.5,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "ytick.minor.size": 0,
-        "xtick.minor.size": 0,
+        **{f"{axis}tick.{key}": value for axis in "xy" for key, value in ticks.items()},
         "lines.solid_capstyle": "round",
         "lines.solid_joinstyle": "round",
     }

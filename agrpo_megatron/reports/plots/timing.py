@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from agrpo_megatron.reports.plots.style import LABEL_SIZE, Theme, dress, new_figure
+from agrpo_megatron.reports.plots.style import LABEL_SIZE, Theme, dress, new_figure, note
 from agrpo_megatron.reports.read import Run, time_shares, time_totals
 from agrpo_megatron.reports.text import duration, percent
 
@@ -64,11 +64,5 @@ def _totals(axes: Axes, totals: dict[str, float], colours: dict[str, str]) -> No
     axes.margins(x=0.42)
     axes.set_xlim(left=0)
     for row, seconds in zip(rows, totals.values(), strict=True):
-        axes.annotate(
-            f"{duration(seconds)}  {percent(seconds / whole, 0)}",
-            (seconds, row),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=LABEL_SIZE,
-        )
+        text = f"{duration(seconds)}  {percent(seconds / whole, 0)}"
+        note(axes, text, (seconds, row), va="center")
