@@ -221,7 +221,9 @@ def test_training_needs_problems_in_both_splits_of_every_part(tmp_path, empty, w
 def test_training_on_none_is_refused_and_evaluating_alone_is_not(gsm8k):
     eval_file = gsm8k[1].rpartition("eval: ")[2]
     alone = [*gsm8k, f"task.options={{train: none, eval: {eval_file}"]
-    with pytest.raises(ValueError, match="gsm8k has no training problems; .*train=none is only for"):
+    with pytest.raises(
+        ValueError, match="gsm8k has no training problems; .*train=none is only for"
+    ):
         resolved(alone)
     for phase in ("train.iterations=0", "sft.iterations=0"):
         with pytest.raises(ValueError, match="has no training problems"):
