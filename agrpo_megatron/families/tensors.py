@@ -41,7 +41,7 @@ class WeightMapping:
 
     @property
     def transform(self) -> str:
-        """Return the name of the layout and split."""
+        """Return the transform's name: how the parts are laid out and split over ranks."""
         return TRANSFORMS.get(self.module, "copy")
 
 

@@ -12,7 +12,7 @@ STEP_SAMPLERS = ("systematic", "stratified", "batch", "independent")
 
 @dataclass(frozen=True)
 class GraderSettings:
-    """Worker processes that grade in parallel with the sampler; tasks with limits need none."""
+    """Grading in worker processes while sampling continues; tasks with own limits use none."""
 
     workers: int = setting(2, "processes of each rank that grades", low=1)
     seconds: float = setting(10.0, "wall time of one reward", unit="seconds", low=0.1)

@@ -39,17 +39,17 @@ def parse_answer(text: str) -> str:
 
 
 def thinking_format_reward(text: str, _fields: Fields) -> float:
-    """0.5 for a block of thoughts."""
+    """Return 0.5 for a block of thoughts."""
     return 0.5 * (tagged(text, "think") is not None)
 
 
 def answer_format_reward(text: str, _fields: Fields) -> float:
-    """0.5 for an answer block."""
+    """Return 0.5 for an answer block."""
     return 0.5 * (tagged(text, "answer") is not None)
 
 
 def correctness_reward(text: str, fields: Fields) -> float:
-    """3 for an answer that is equal to the gold answer by math-verify."""
+    """Return 3 if math-verify finds the answer equal to the gold answer."""
     return 3.0 * equal(fields["answer"], parse_answer(text))
 
 
@@ -69,13 +69,13 @@ def countdown_format_reward(text: str, fields: Fields) -> float:
 
 
 def countdown_correctness_reward(text: str, fields: Fields) -> float:
-    """3 for an answer block with an equation; its left side must solve the problem."""
+    """Return 3 for an answer block with an equation; its left side must solve the problem."""
     answer = tagged(text, "answer")
     return 3.0 * (answer is not None and _solves(answer, fields))
 
 
 def sudoku_format_reward(text: str, fields: Fields) -> float:
-    """0.25 for 16 characters, 0.25 for four of each digit, 0.5 for unchanged clues."""
+    """Return 0.25 for 16 characters, 0.25 for four of each digit, 0.5 for unchanged clues."""
     grid = tagged(text, "answer")
     if grid is None or len(grid) != CELLS:
         return 0.0
@@ -85,7 +85,7 @@ def sudoku_format_reward(text: str, fields: Fields) -> float:
 
 
 def sudoku_correctness_reward(text: str, fields: Fields) -> float:
-    """3 times the share of empty cells that are right."""
+    """Return 3 times the share of empty cells that are right."""
     return 3.0 * sudoku_share(text, fields)
 
 

@@ -21,7 +21,7 @@ _DONE = re.compile(r"<\|eot_id\|>|<\|endoftext\|>")
 
 
 def xmlcount_reward_func(text: str, _fields: Fields) -> float:
-    """0.125 per tag on a separate line, minus 0.001 per character after the answer."""
+    """Return 0.125 per tag on a separate line, minus 0.001 per character after the answer."""
     count = 0.125 * (text.count("<reasoning>\n") == 1)
     count += 0.125 * (text.count("\n</reasoning>\n") == 1)
     if text.count("\n<answer>\n") == 1:
@@ -32,7 +32,7 @@ def xmlcount_reward_func(text: str, _fields: Fields) -> float:
 
 
 def soft_format_reward_func(text: str, _fields: Fields) -> float:
-    """0.5 for reasoning and an answer of one line each, at the start."""
+    """Return 0.5 for reasoning and an answer of one line each, at the start."""
     if not text.startswith("<reasoning>"):
         return 0.0
     first_line = _line_end(text, 0)
@@ -48,36 +48,36 @@ def soft_format_reward_func(text: str, _fields: Fields) -> float:
 
 
 def strict_format_reward_func(text: str, _fields: Fields) -> float:
-    """0.5 for reasoning and an answer of one line each, and nothing else but line ends."""
+    """Return 0.5 for reasoning and an answer of one line each, and nothing else but line ends."""
     pattern = r"<reasoning>\n.*\n</reasoning>\n<answer>\n.*\n</answer>\n\n?"
     return 0.5 * (re.fullmatch(pattern, text) is not None)
 
 
 def int_reward_func(text: str, _fields: Fields) -> float:
-    """0.5 for an answer of only digits."""
+    """Return 0.5 for an answer of only digits."""
     return 0.5 * _answer(text).isdigit()
 
 
 def correctness_reward_func(text: str, fields: Fields) -> float:
-    """2 for exactly the text of the gold answer."""
+    """Return 2 if the answer is exactly the gold text."""
     return 2.0 * (_answer(text) == fields["answer"])
 
 
 def correctness_reward_func_math(text: str, fields: Fields) -> float:
-    """2 if the last box, or a text without boxes, is equivalent to the gold answer."""
+    """Return 2 if the last box, or a text without boxes, is equivalent to the gold answer."""
     boxed = last_boxed(text)
     return 2.0 * is_equivalent(text if boxed is None else boxed, fields["answer"])
 
 
 def boxed_and_answer_tags_format_reward(text: str, _fields: Fields) -> float:
-    """0.75 with an answer tag, 0.25 without: the published pattern never matches a box."""
+    """Return 0.75 with an answer tag, 0.25 without: the published pattern never matches a box."""
     parts = text.split("<answer>")
     inner = parts[1].split("</answer>")[0] if len(parts) > 1 else text
     return 0.5 * ((len(parts) > 1) + (1.0 if "\boxed" in inner else 0.5))
 
 
 def countdown_reward_func(text: str, fields: Fields) -> float:
-    """1 for an expression that solves the problem, 0.1 for any other answer."""
+    """Return 1 for an expression that solves the problem, 0.1 for any other answer."""
     answer = last_tagged(text)
     if answer is None:
         return 0.0
