@@ -172,7 +172,7 @@ prepare() { # creates the directory of this attempt below AGRPO_RUN_DIR
     : "${TORCH_FR_DUMP_TEMP_FILE:=$attempt/collectives-}"
     export TORCH_FR_DUMP_TEMP_FILE
     trap on_term TERM
-    # This script alone gets the signal; the guard passes it on to the ranks.
+    # Only this script gets the signal; the guard passes it on to the ranks.
     trap 'touch "$attempt/stop"' USR1
     say "job $job, attempt $restarts, on $SLURM_JOB_NODELIST, logs in $attempt"
     container

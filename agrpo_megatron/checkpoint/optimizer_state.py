@@ -132,7 +132,7 @@ def _count(adam: Any, steps: int) -> None:
 
 @contextmanager
 def _exchangeable() -> Iterator[None]:
-    """Let the distributed optimizer give and take whole float32 weights, whatever it keeps."""
+    """Let the distributed optimizer exchange whole float32 weights, in any form it keeps."""
     get = DistributedOptimizer._get_main_param_and_optimizer_states
     put = DistributedOptimizer._set_main_param_and_optimizer_states
 

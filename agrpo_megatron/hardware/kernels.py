@@ -1,6 +1,6 @@
 """Which kernels a run computes with, and why: settings and the machine decide together.
 
-`rules_precision` checks what follows from settings alone; `machine` knows what each kernel needs.
+`rules_precision` checks what follows from settings only; `machine` knows what each kernel needs.
 """
 
 from collections.abc import Mapping, Sequence

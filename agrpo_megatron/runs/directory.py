@@ -1,8 +1,10 @@
 """The run directory before a run: new, to be resumed, or finished."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from agrpo_megatron.config.schema import flatten, load
 from agrpo_megatron.config.settings import Settings
@@ -33,8 +35,8 @@ def progress(settings: Settings) -> Progress | None:
     if found is None:
         return None
     may_change = MAY_CHANGE + (OF_RL if found[1].phase == "sft" else ())
-    there = _fixed(load(Settings, directory / RUN_SETTINGS), may_change)
-    here = _fixed(settings, may_change)
+    there = _fixed(asdict(load(Settings, directory / RUN_SETTINGS)), may_change)
+    here = _fixed(asdict(settings), may_change)
     for key in [*here, *there]:
         old, new = there.get(key), here.get(key)
         if old != new:
@@ -64,7 +66,7 @@ def check_data(directory: Path, task: Task, *, is_new: bool, is_main: bool) -> N
 
 def run_digest(settings: Settings, task: Task) -> str:
     """Return a digest of everything that determines what a run samples, except its weights."""
-    everything = [_fixed(settings, MAY_CHANGE), _digests(task)]
+    everything = [_fixed(asdict(settings), MAY_CHANGE), _digests(task)]
     return digest(json.dumps(everything, default=str).encode())
 
 
@@ -81,9 +83,9 @@ def move_away(directory: Path) -> Path | None:
     return directory.rename(free_name(directory)) if directory.exists() else None
 
 
-def _fixed(settings: Settings, may_change: tuple[str, ...]) -> dict[str, object]:
-    """Return the settings that may not change, by dotted name."""
-    free, flat = tuple(f"{name}." for name in may_change), flatten(asdict(settings))
+def _fixed(tree: Mapping[str, Any], may_change: tuple[str, ...]) -> dict[str, object]:
+    """Return the settings of a tree that may not change, by dotted name."""
+    free, flat = tuple(f"{name}." for name in may_change), flatten(tree)
     return {key: value for key, value in flat.items() if not f"{key}.".startswith(free)}
 
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from operator import attrgetter
 from typing import Any
 
-from agrpo_megatron.config.settings import Settings, TrainSettings
+from agrpo_megatron.config.settings import TrainSettings
 from agrpo_megatron.runs.progress import Progress
 
 
@@ -32,14 +31,13 @@ def with_early_stop(done: Progress, scores: Mapping[str, Any], settings: TrainSe
     return replace(done, stopped=why)
 
 
-def check_metrics(scores: Mapping[str, Any], settings: Settings) -> None:
-    """Check, before training, that evaluations have the metrics that the settings name.
+def check_metrics(scores: Mapping[str, Any], names: Mapping[str, str | None]) -> None:
+    """Check, before training, that evaluations have the metrics in `names`, by setting.
 
     Raises:
-        ValueError: an evaluation lacks `checkpoint.best` or `train.stop_metric`.
+        ValueError: an evaluation lacks one of them.
     """
-    for key in ("checkpoint.best", "train.stop_metric"):
-        name = attrgetter(key)(settings)
+    for key, name in names.items():
         if name is not None:
             metric(scores, name, key=key)
 
@@ -52,5 +50,5 @@ def metric(scores: Mapping[str, Any], name: str, *, key: str) -> float:
     """
     if name not in scores:
         known = ", ".join(key for key, value in scores.items() if isinstance(value, float))
-        raise ValueError(f"{key}={name}: no metric of evaluations; use {known}")
+        raise ValueError(f"{key}={name}: not an evaluation metric; use {known}")
     return float(scores[name])

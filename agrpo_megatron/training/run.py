@@ -178,7 +178,8 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
         scores = evaluate(session, engine.rollout_network(), iteration=0, stage="before")
         done = Progress("rl", 0, {})
     if scores:
-        check_metrics(scores, settings)
+        best, stop = settings.checkpoint.best, settings.train.stop_metric
+        check_metrics(scores, {"checkpoint.best": best, "train.stop_metric": stop})
     every, last = settings.evaluation.interval, settings.train.iterations
     checkpointer = Checkpointer(session, engine, "rl", last, done)
 
