@@ -137,7 +137,9 @@ def test_a_metric_that_evaluations_lack_is_refused_at_a_resume_too(tmp_path):
     with pytest.raises(AssertionError, match="killed by signal 9"):
         run_ranks(1, _train, tmp_path / "run", [], 6)  # before, 1, its evaluation, 2, its, 3
     (tmp_path / "run" / "config.yaml").unlink()
-    with pytest.raises(AssertionError, match="checkpoint.best=reward/typo: not an evaluation metric"):
+    with pytest.raises(
+        AssertionError, match="checkpoint.best=reward/typo: not an evaluation metric"
+    ):
         run_ranks(1, _train, tmp_path / "run", ["checkpoint.best=reward/typo"])
     assert [r["iteration"] for r in read(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 1, 2, 2]
 
