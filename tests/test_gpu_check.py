@@ -169,7 +169,7 @@ def test_the_tests_are_rehearsed_and_go_on_where_they_were_cut(tmp_path):
     done = _run(*command, timeout=1200, **given)
     suite = read_suite(results)
     assert done.returncode == 0, done.stdout[-6000:]
-    assert suite["passed"] >= 11 and not suite["failed"] and not suite["not_reached"]
+    assert suite["passed"] >= 10 and not suite["failed"] and not suite["not_reached"]
     assert all(test["reason"] for test in suite["skipped"])
     assert suite["passed"] + len(suite["skipped"]) == suite["collected"]
     assert suite["figures"]["mismatch/local bf16/mean"] >= 1

@@ -162,12 +162,12 @@ def _written(folder, name):
 
 def _killed_when_written(run_dir, count):
     """Kill the process without a word in the middle of a rollout, once so many are on disk."""
-    own = CompletionWriter.add
+    own, folder = CompletionWriter.add, run_dir / "rollouts"
 
     def add(self, part):
         self._free_at = 0.0
         own(self, part)
-        if self._name == "000001" and _written(self._folder, self._name)[0] >= count:
+        if _written(folder, "000001")[0] >= count:
             os.kill(os.getpid(), signal.SIGKILL)
 
     CompletionWriter.add = add
