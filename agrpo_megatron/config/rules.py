@@ -26,7 +26,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         ValueError: the first rule broken, with key, value, rule and fix.
     """
     if settings.model.is_known:
-        _validate_model(settings.model)
+        validate_model(settings.model)
         validate_layout(settings.model, settings.parallel, world_size=world_size)
         if settings.rollout.parallel is not None:
             _validate_rollout(settings, world_size)
@@ -249,7 +249,8 @@ def _validate_rollout(settings: Settings, world_size: int) -> None:
     validate_layout(model, parallel, world_size=world_size, key=key)
 
 
-def _validate_model(model: ModelSettings) -> None:
+def validate_model(model: ModelSettings) -> None:
+    """Check that heads and groups divide what they share; raises ValueError."""
     for name, of in (
         ("num_attention_heads", "hidden_size"),
         ("num_query_groups", "num_attention_heads"),

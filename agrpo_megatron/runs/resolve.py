@@ -55,6 +55,9 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     validate(settings, world_size)
     _check_tokens(model, tokenizer)
     task = build_task(settings.task)
+    for key, own in (("mask_token_id", tokenizer.mask_id), ("eos_token_id", tokenizer.eos_id)):
+        if (used := getattr(model, key)) != own:
+            task.notes.append(f"model.{key}={used} is used; the tokenizer's own is {own}")
     trains = settings.train.iterations > 0 or settings.sft.iterations > 0
     _require_problems(task, needs, trains=trains)
     check_prompts(settings, task, tokenizer)

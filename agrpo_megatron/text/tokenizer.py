@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.settings import TokenizerSettings
+from agrpo_megatron.families.config_json import CONFIG, GENERATION, end_ids, read_object
 from agrpo_megatron.text.chat import CONTROL_TOKENS, Template, choose_template, from_jinja
 from agrpo_megatron.types import Prompt
 
@@ -149,7 +150,7 @@ def _load_huggingface(path: Path, chat_template: str | None) -> Tokenizer:
         vocab_size=max(vocabulary.values()) + 1,
         mask_id=mask_id,
         eos_id=eos_id,
-        stop_ids=_stop_ids(vocabulary, eos_id),
+        stop_ids=_stop_ids(vocabulary, eos_id) | _declared_ends(path),
         unknown_id=None if model.unk_token_id == eos_id else model.unk_token_id,
         special=frozenset({*model.all_special_ids, *added, *control, mask_id, eos_id}),
         render=choose_template(chat_template, own, vocabulary=vocabulary, special_tokens=names),
@@ -178,6 +179,13 @@ def _find(vocabulary: dict[str, int], pieces: Iterable[str]) -> int | None:
 
 def _stop_ids(vocabulary: dict[str, int], eos_id: int) -> frozenset[int]:
     return frozenset({eos_id, *(vocabulary[p] for p in STOP_PIECES if p in vocabulary)})
+
+
+def _declared_ends(path: Path) -> frozenset[int]:
+    """Return the end-of-text ids in the model's configuration, one or several in each file."""
+    files = (path / name for name in (CONFIG, GENERATION))
+    found = [end for file in files if file.is_file() for end in end_ids(read_object(file))]
+    return frozenset(end for end in found if type(end) is int)
 
 
 def _require(path: Path, *, mask_id: int | None, eos_id: int | None) -> tuple[int, int]:
