@@ -236,7 +236,7 @@ def _convert(value: Any, hint: Any) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError):
             return None
     origin = typing.get_origin(hint)
     if origin is list and isinstance(value, list):

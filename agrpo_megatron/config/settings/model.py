@@ -28,19 +28,17 @@ class ModelSettings:
         "Hugging Face directory, Megatron checkpoint or run directory to start from, architecture "
         "included; null: random",
     )
-    num_layers: int = setting(4, "transformer layers", low=1, high=10**4)
-    hidden_size: int = setting(128, "width of the residual stream", low=1, high=10**6)
-    ffn_hidden_size: int = setting(384, "width of the SwiGLU hidden layer", low=1, high=10**7)
-    num_attention_heads: int = setting(4, "attention heads", low=1, high=10**6)
+    num_layers: int = setting(4, "transformer layers", low=1)
+    hidden_size: int = setting(128, "width of the residual stream", low=1)
+    ffn_hidden_size: int = setting(384, "width of the SwiGLU hidden layer", low=1)
+    num_attention_heads: int = setting(4, "attention heads", low=1)
     num_query_groups: int | None = setting(None, "key/value heads (GQA); null: one per head", low=1)
-    vocab_size: int | None = setting(
-        None, "rows of the embedding; null: the tokenizer's", low=2, high=10**9
-    )
+    vocab_size: int | None = setting(None, "rows of the embedding; null: the tokenizer's", low=2)
     mask_token_id: int | None = setting(None, "id of the mask token; null: the tokenizer's", low=0)
     eos_token_id: int | None = setting(None, "end-of-text id; null: the tokenizer's", low=0)
-    max_sequence_length: int = setting(4096, "longest row", unit="tokens", low=2, high=10**9)
-    rope_theta: float = setting(500000.0, "base of the rotary embedding", low=1, high=1e15)
-    norm_epsilon: float = setting(1e-5, "epsilon of RMSNorm", low=0, high=1)
+    max_sequence_length: int = setting(4096, "longest row", unit="tokens", low=2)
+    rope_theta: float = setting(500000.0, "base of the rotary embedding", low=1)
+    norm_epsilon: float = setting(1e-5, "epsilon of RMSNorm", low=0)
     qkv_bias: bool = setting(False, "biases on query, key and value")
     qk_norm: bool = setting(False, "RMSNorm on queries and keys, per head")
     shift: bool = setting(False, "the state at position i - 1 predicts token i (Dream)")
