@@ -2,13 +2,14 @@
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.parallel import layout_name, layout_text, model_ranks, stage_layers
+from agrpo_megatron.config.rules_megatron import validate_for_megatron
 from agrpo_megatron.config.rules_precision import validate_precision
 from agrpo_megatron.config.settings import (
     ModelSettings,
@@ -31,16 +32,17 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         if settings.rollout.parallel is not None:
             _validate_rollout(settings, world_size)
     validate_precision(settings)
+    validate_for_megatron(settings)
     validate_sampling(settings.sampling, "sampling")
     validate_sampling(settings.evaluation_sampling, "evaluation")
     path = settings.tokenizer.path
-    if path is not None and not Path(path).exists():
+    if path is not None and not os.path.exists(path):
         raise ValueError(
             f"tokenizer.path={path} does not exist; give a sentencepiece .model file, a Hugging "
             "Face directory, or null for the built-in characters"
         )
     load = settings.model.load
-    if load is not None and not Path(load).is_dir():
+    if load is not None and not os.path.isdir(load):
         raise ValueError(f"model.load={load} is not a directory; give a Hugging Face or run folder")
     _validate_metric("checkpoint.best", settings.checkpoint.best, settings.task)
     _validate_stop(settings)
@@ -56,7 +58,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
             "use a positive temperature such as 1.0 (evaluation.temperature may be 0)"
         )
     longest = settings.sampling.completion_length
-    if longest >= settings.model.max_sequence_length:
+    if settings.model.is_known and longest >= settings.model.max_sequence_length:
         raise ValueError(
             f"sampling.completion_length={longest} leaves no room for a prompt in "
             f"model.max_sequence_length={settings.model.max_sequence_length}; shorten or raise it"
@@ -260,11 +262,19 @@ def validate_model(model: ModelSettings) -> None:
         if whole % part:
             fix = min(divisors(whole), key=lambda divisor: abs(divisor - part))
             raise ValueError(f"model.{name}={part} does not divide model.{of}={whole}; use {fix}")
+    width, heads = model.hidden_size, model.num_attention_heads
+    if width // heads % 2:
+        raise ValueError(
+            f"model.hidden_size={width} has an odd width of {width // heads} for each of "
+            f"model.num_attention_heads={heads}, and rotary embeddings pair its entries; use a "
+            f"multiple of {2 * heads}"
+        )
 
 
 def divisors(whole: int) -> list[int]:
     """Return the divisors of a number, ascending."""
-    return [divisor for divisor in range(1, whole + 1) if whole % divisor == 0]
+    small = [divisor for divisor in range(1, math.isqrt(whole) + 1) if whole % divisor == 0]
+    return sorted({*small, *(whole // divisor for divisor in small)})
 
 
 def two_nearest(wanted: int, allowed: Sequence[int]) -> str:

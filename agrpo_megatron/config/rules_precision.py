@@ -15,6 +15,7 @@ from agrpo_megatron.config.settings import (
     RolloutSettings,
     Settings,
 )
+from agrpo_megatron.config.values import text
 
 # bf16 rounds by at most 2**-8 of a number: with 1 - beta2 below it, a second moment without new
 # gradients would never shrink.
@@ -92,7 +93,7 @@ def _fp8_misfit(precision: str, fp8: Fp8Settings, *, has_rl: bool) -> str:
         value = getattr(fp8, key)
         if precision != "fp8" and value != default:
             return (
-                f"fp8.{key}={_text(value)} is for precision=fp8, and precision={precision}; "
+                f"fp8.{key}={text(value)} is for precision=fp8, and precision={precision}; "
                 "set precision=fp8 or leave it out"
             )
     if fp8.recipe != "delayed":
@@ -168,7 +169,7 @@ def _graphs_misfit(layouts: Layouts) -> str:
 def _optimizer_misfit(precision: str, used: Mapping[str, OptimizerSettings]) -> str:
     for key, optimizer in used.items():
         for name, plain in (("moments", "fp32"), ("main_gradients", "fp32"), ("offload", "0")):
-            value = _text(getattr(optimizer, name))
+            value = text(getattr(optimizer, name))
             if value != plain and not optimizer.distributed:
                 return (
                     f"{key}.{name}={value} is for the distributed optimizer; set "
@@ -258,10 +259,3 @@ def _widths(model: ModelSettings, parallel: ParallelSettings, key: str) -> dict[
         ),
         f"model.ffn_hidden_size={model.ffn_hidden_size}{share}": model.ffn_hidden_size // size,
     }
-
-
-def _text(value: object) -> str:
-    """Return a value as the user writes it."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).lower() if isinstance(value, bool) else str(value)

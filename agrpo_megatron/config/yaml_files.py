@@ -1,20 +1,25 @@
 """YAML files of settings; a file may name a `base` and hold only the differences."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from yaml.composer import ComposerError
+from yaml.error import MarkedYAMLError
 
 BASE = "base"
+MOST_DIGITS, MOST_NESTED = 400, 50
 
 type Tree = dict[str, Any]
 
 
-class RepeatedKeyError(ComposerError):
-    """A mapping has a key twice; YAML would silently keep the last."""
+class RefusedError(MarkedYAMLError):
+    """YAML that would silently become something else, or that no setting can be."""
+
+    def __init__(self, problem: str, mark: yaml.Mark | None = None):
+        super().__init__(problem=problem, problem_mark=mark)
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,28 +29,77 @@ class _Loader(yaml.SafeLoader):
         known = set()
         for key, _ in node.value:
             if (key.tag, str(key.value)) in known:
-                said = f"{key.value} is written twice; write it once"
-                raise RepeatedKeyError(None, None, said, key.start_mark)
+                raise RefusedError(f"{key.value} is written twice; write it once", key.start_mark)
             known.add((key.tag, str(key.value)))
         return node
 
 
-# As in YAML 1.2, a time such as 10:00:00 is a text, not a number to base 60.
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+# As in YAML 1.2, a time such as 10:00:00 is a text, not a number to base 60, so is a date, and
+# 010 is ten. PyYAML takes the first that matches.
 _BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9][0-9_]*(:[0-9_.]+)+$"))
+_INTEGER = "tag:yaml.org,2002:int"
+_INTEGERS = (_INTEGER, re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$"))
+_DATE = "tag:yaml.org,2002:timestamp"
 _Loader.yaml_implicit_resolvers = {
-    first: [_BASE_60, *others] if first in "+-0123456789" else others
+    first: [_BASE_60, _INTEGERS, *(other for other in others if other[0] != _DATE)]
+    if first in "+-0123456789"
+    else others
     for first, others in _Loader.yaml_implicit_resolvers.items()
+}
+_Dumper.yaml_implicit_resolvers = {  # quotes texts that are numbers here
+    first: [_INTEGERS, *others] if first in "+-0123456789" else others
+    for first, others in _Dumper.yaml_implicit_resolvers.items()
 }
 
 
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node).replace("_", "")
+    if len(text) > MOST_DIGITS:
+        raise RefusedError(f"a number of {len(text)} digits is too large", node.start_mark)
+    return int(text, 0 if text.lstrip("+-")[:2] in ("0b", "0x") else 10)
+
+
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    text = loader.construct_scalar(node)
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise RefusedError("a text has a character that no file can hold", node.start_mark)
+    return text
+
+
+_Loader.add_constructor(_INTEGER, _integer)
+_Loader.add_constructor("tag:yaml.org,2002:str", _text)
+
+
 def parse_yaml(text: str) -> Any:
-    """Parse a YAML text.
+    """Parse a YAML text; what an anchor shares is copied, so a change has one place.
 
     Raises:
-        RepeatedKeyError: a mapping has a key twice.
+        RefusedError: a mapping has a key twice, or a value cannot be used.
         yaml.YAMLError: the text is not YAML.
     """
-    return yaml.load(text, _Loader)
+    try:
+        return _unshared(yaml.load(text, _Loader), MOST_NESTED)
+    except RecursionError:
+        raise RefusedError("it is nested too deep") from None
+    except (ValueError, LookupError, AttributeError, TypeError):  # PyYAML's, for !!int x
+        raise RefusedError("a value does not fit its tag; leave the tag out") from None
+
+
+def _unshared(value: Any, depth: int) -> Any:
+    if depth < 0:
+        raise RefusedError(f"it is nested over {MOST_NESTED} deep, or an alias in its own anchor")
+    if isinstance(value, dict):
+        return {key: _unshared(part, depth - 1) for key, part in value.items()}
+    return [_unshared(part, depth - 1) for part in value] if isinstance(value, list) else value
+
+
+def dump_yaml(tree: Any, **options: Any) -> str:
+    """Return the text that `parse_yaml` reads back to an equal tree."""
+    return yaml.dump(tree, Dumper=_Dumper, **{"sort_keys": False, "width": 100, **options})
 
 
 def read_override(override: str) -> tuple[str, Any]:
@@ -59,7 +113,7 @@ def read_override(override: str) -> tuple[str, Any]:
         raise ValueError(f"override {override!r}: write section.key=value, e.g. run.seed=1")
     try:
         return key.strip(), parse_yaml(text) if text else None
-    except RepeatedKeyError as error:
+    except RefusedError as error:
         raise ValueError(f"override {override!r}: {error.problem}") from None
     except yaml.YAMLError:
         raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
@@ -101,7 +155,7 @@ def read_chain(path: str | Path) -> list[tuple[Path, Tree]]:
         if base is None:
             return chain
         said = f"settings file {file}: base={base}"
-        if not isinstance(base, str) or not (file.parent / base).is_file():
+        if not isinstance(base, str) or not os.path.isfile(file.parent / base):
             raise ValueError(f"{said} is not a file; name one relative to {file.parent}")
         file = file.parent / base
         if any(file.resolve() == known.resolve() for known, _ in chain):

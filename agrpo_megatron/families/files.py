@@ -74,6 +74,9 @@ class HfWeights:
             found = self.tensors.get(name)
             if not name.endswith(BUFFER) and (found is None or found.file != self.directory / file):
                 raise ValueError(f"{self.directory / INDEX}: tensor {name} is not in {file}")
+        if model.num_layers > len(self.tensors):  # no names are made of a number without bounds
+            fewer = f"{model.num_layers} layers, and there are {len(self.tensors)} tensors"
+            raise ValueError(f"{self.directory}: config.json asks for {fewer}")
         self._check(hf_shapes(model), model.family)
         self._open: Any = None
         self._path, self._read = Path(), 0

@@ -4,12 +4,14 @@ Runs before any process group and before torch is needed, so wrong input is refu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from agrpo_megatron.config.rules import validate
-from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.schema import load, written
 from agrpo_megatron.config.settings import ModelSettings, Settings, TokenizerSettings
+from agrpo_megatron.config.values import text
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.runs.progress import HF, MODEL_FILE
 from agrpo_megatron.tasks import Task, build_task
@@ -20,6 +22,9 @@ from agrpo_megatron.text.tokenizer import Tokenizer, load_tokenizer
 from agrpo_megatron.types import Problem
 
 RUN_SETTINGS = "config.yaml"
+# Settings of `model` that need not be those of `model.load`: the weights have any of them.
+REPLACE_LOADED = ("max_sequence_length", "mask_token_id", "eos_token_id", "rope_theta")
+REPLACE_LOADED += ("norm_epsilon", "init_std")
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "eval": "held-out"}
 
 
@@ -41,8 +46,11 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     Raises:
         ValueError: any rule is broken; the message names key, value, rule and fix.
     """
-    validate(settings, world_size)
-    settings = _with_loaded_model(settings)
+    if settings.model.load is None:
+        validate(settings, world_size)
+    else:  # the architecture is not known before it is read
+        validate(replace(settings, model=replace(settings.model, vocab_size=None)), world_size)
+        settings = _with_loaded_model(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
     model = settings.model
     model = replace(
@@ -70,8 +78,7 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
 def _with_loaded_model(settings: Settings) -> Settings:
     """Take the architecture from `model.load`, and its tokenizer if none is set."""
     source = settings.model.load
-    if source is None:
-        return settings
+    assert source is not None
     run_file, model_file = Path(source) / RUN_SETTINGS, Path(source) / MODEL_FILE
     if run_file.exists():
         saved = load(Settings, run_file)
@@ -81,12 +88,34 @@ def _with_loaded_model(settings: Settings) -> Settings:
         carried = TokenizerSettings(_carried_tokenizer(model_file))
     else:
         model, carried = settings_from_hf(source), TokenizerSettings(source)
-    model = replace(model, load=source, megatron={**model.megatron, **settings.model.megatron})
+    model = _with_written(model, settings.model)
     tokenizer = settings.tokenizer
     if tokenizer.path is None:
         chat_template = tokenizer.chat_template or carried.chat_template
         tokenizer = replace(tokenizer, path=carried.path, chat_template=chat_template)
     return replace(settings, model=model, tokenizer=tokenizer)
+
+
+def _with_written(loaded: ModelSettings, ours: ModelSettings) -> ModelSettings:
+    """Return the model of `model.load` with the settings that were written besides; null is none.
+
+    Raises:
+        ValueError: a written setting contradicts the weights.
+    """
+    changes: dict[str, Any] = {"load": ours.load, "megatron": loaded.megatron | ours.megatron}
+    for name in (field.name for field in fields(ours) if field.name in written(ours)):
+        value, there = getattr(ours, name), getattr(loaded, name)
+        if name == "num_query_groups" and there is None:
+            there = loaded.num_attention_heads
+        if name in changes or value is None:
+            continue
+        if name not in REPLACE_LOADED and there not in (None, value):
+            raise ValueError(
+                f"model.{name}={text(value)} contradicts model.load={ours.load}, where it is "
+                f"{text(there)}; leave it out, or write model.{name}={text(there)}"
+            )
+        changes[name] = value
+    return replace(loaded, **changes)
 
 
 def _carried_tokenizer(model_file: Path) -> str | None:

@@ -3,6 +3,7 @@
 Every template ends at the start of the assistant's turn; the prefill follows it.
 """
 
+import os
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ CONTROL_TOKENS = {
     "llada": ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "dream": ("<|im_start|>", "<|im_end|>"),
 }
+DEFAULT = "default"  # the template of a tokenizer with one, or with several and no choice
 DREAM_SYSTEM = Message("system", "You are a helpful assistant.")
 
 
@@ -84,18 +86,31 @@ def from_jinja(text: str, special_tokens: Mapping[str, Any], *, source: str) -> 
 
 def choose_template(
     chosen: str | None,
-    own: Template | None,
+    own: Mapping[str, str],
     *,
+    source: str,
     vocabulary: Container[str],
     special_tokens: Mapping[str, Any],
 ) -> Template:
     """Return the template that `tokenizer.chat_template` names; null: the tokenizer's own, if any.
 
+    Args:
+        own: the tokenizer's Jinja texts by name; `default` is for null.
+        source: of the tokenizer, for errors.
+
     Raises:
         ValueError: no such template, or the tokenizer lacks tokens of the template.
     """
-    if chosen is None:
-        return own or _by_tokens(vocabulary)
+    if chosen is None and own and DEFAULT not in own:
+        return _refuse(
+            f"{source} has the chat templates {', '.join(own)} and none named {DEFAULT}; set "
+            f"tokenizer.chat_template to one of {', '.join([*own, *BUILT_IN])}, or a .jinja file"
+        )
+    if chosen is None and not own:
+        return _by_tokens(vocabulary)
+    if chosen not in BUILT_IN and (chosen or DEFAULT) in own:
+        return from_jinja(own[chosen or DEFAULT], special_tokens, source=source)
+    assert chosen is not None
     if chosen in BUILT_IN:
         missing = [t for t in CONTROL_TOKENS.get(chosen, ()) if t not in vocabulary]
         if missing:
@@ -105,10 +120,10 @@ def choose_template(
             )
         return BUILT_IN[chosen]
     path = Path(chosen)
-    if path.suffix != ".jinja" or not path.is_file():
+    if path.suffix != ".jinja" or not os.path.isfile(path):
         raise ValueError(
-            f"tokenizer.chat_template={chosen} must be one of {', '.join(BUILT_IN)}, an existing "
-            ".jinja file, or null for the tokenizer's own"
+            f"tokenizer.chat_template={chosen} must be one of {', '.join([*BUILT_IN, *own])}, an "
+            "existing .jinja file, or null for the tokenizer's own"
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -126,11 +141,17 @@ def _by_tokens(vocabulary: Container[str]) -> Template:
     if len(known) < 2:
         return BUILT_IN[known[0]] if known else plain
 
+    return _refuse(
+        f"the tokenizer has no chat template, but the tokens of {' and '.join(known)}; set "
+        f"tokenizer.chat_template to one of {', '.join(known)}"
+    )
+
+
+def _refuse(message: str) -> Template:
+    """Return a template that refuses the first chat: tasks of plain texts need none."""
+
     def refuse(chat: Chat) -> str:
-        raise ValueError(
-            f"the tokenizer has no chat template, but the tokens of {' and '.join(known)}; set "
-            f"tokenizer.chat_template to one of {', '.join(known)}"
-        )
+        raise ValueError(message)
 
     return refuse
 

@@ -69,17 +69,27 @@ REFUSED = {
     "more used rows than rows": ("llada", {"vocab_size": 161}, "vocab_size=161 must be an integer"),
     "a mask outside": ("llada", {"mask_token_id": 160}, "mask_token_id=160 must be an integer bel"),
     "an end outside": ("dream", {"eos_token_id": 384}, "eos_token_id=384 must be an integer below"),
-    "a later end outside": ("llada", {"eos_token_id": [158, 999]}, "eos_token_id=999 must be an in"),
+    "a later end outside": (
+        "llada",
+        {"eos_token_id": [158, 999]},
+        "eos_token_id=999 must be an in",
+    ),
     "an end that is null": ("llada", {"eos_token_id": [158, None]}, "eos_token_id=None must be an"),
     "no ends": ("llada", {"eos_token_id": []}, "eos_token_id is missing; the llada family needs"),
-    "a mask that ends": ("llada", {"eos_token_id": [158, 159]}, "mask_token_id=159 is eos_token_id"),
+    "a mask that ends": (
+        "llada",
+        {"eos_token_id": [158, 159]},
+        "mask_token_id=159 is eos_token_id",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_key_that_is_unknown_or_contradicts_another_is_refused(tmp_path, name):
     family, changes, said = REFUSED[name]
-    message = _refusal(_write(tmp_path, family, **changes)) if name != "heads that do not divide" else ""
+    message = (
+        _refusal(_write(tmp_path, family, **changes)) if name != "heads that do not divide" else ""
+    )
     if not message:
         with pytest.raises(ValueError, match=said):
             settings_from_hf(tmp_path)
