@@ -96,7 +96,7 @@ class Family:
         try:
             validate_model(model)
         except ValueError as error:
-            raise ValueError(f"{source} as {error}") from None
+            raise ValueError(f"{source}: {error}") from None
         self._check_others(given, model, source)
         return model
 
@@ -107,12 +107,12 @@ class Family:
         wanted["rope_parameters"] = {"rope_theta": model.rope_theta, "rope_type": "default"}
         wanted |= {**dict.fromkeys(OFF, False), **self.required}
         known = {*HARMLESS, *self.keys.values(), *self.others}
+        fix = f" is no key of the {self.name} family; remove it if logits are the same without it"
         for key in sorted(given.keys() - known):
-            fix = "is no key of it; remove it if the model computes the same without it"
             if given[key] != wanted.get(key):
-                fix = f"needs {wanted[key]} here" if key in wanted else fix
-                found = shown(key, given[key])
-                raise ValueError(f"{source}: {found}; the {self.name} family {fix}")
+                if key in wanted:
+                    fix = f"; the {self.name} family needs {wanted[key]} here"
+                raise ValueError(f"{source}: {shown(key, given[key])}{fix}")
 
     def config(self, model: ModelSettings) -> dict[str, Any]:
         """Return config.json for a model without one.

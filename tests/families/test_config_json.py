@@ -37,11 +37,11 @@ def _refusal(folder, name="config.json"):
 
 
 REFUSED = {
-    "experts": ("llada", {"num_experts": 64}, "num_experts=64; the llada family is no key of it"),
-    "a misspelt size": ("llada", {"d_modle": 64}, "d_modle=64; the llada family is no key of it"),
+    "experts": ("llada", {"num_experts": 64}, "num_experts=64 is no key of the llada family"),
+    "a misspelt size": ("llada", {"d_modle": 64}, "d_modle=64 is no key of the llada family"),
     "quantized": ("dream", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
-    "clipped": ("llada", {"clip_qkv": 8.0}, "clip_qkv=8.0; the llada family is no key of it"),
-    "a line break": ("llada", {"a\nb": 1}, "a\\nb=1; the llada family is no key of it"),
+    "clipped": ("llada", {"clip_qkv": 8.0}, "clip_qkv=8.0 is no key of the llada family"),
+    "a line break": ("llada", {"a\nb": 1}, "a\\nb=1 is no key of the llada family"),
     "a decoder": ("dream", {"is_decoder": True}, "is_decoder=True; the dream family needs False"),
     "dropout": ("llada", {"residual_dropout": 0.1}, "residual_dropout=0.1; the llada family needs"),
     "scaled as transformers 5 writes": (
@@ -72,14 +72,14 @@ REFUSED = {
     "a later end outside": (
         "llada",
         {"eos_token_id": [158, 999]},
-        "eos_token_id=999 must be an in",
+        "eos_token_id=999 must be",
     ),
     "an end that is null": ("llada", {"eos_token_id": [158, None]}, "eos_token_id=None must be an"),
     "no ends": ("llada", {"eos_token_id": []}, "eos_token_id is missing; the llada family needs"),
     "a mask that ends": (
         "llada",
         {"eos_token_id": [158, 159]},
-        "mask_token_id=159 is eos_token_id",
+        "mask_token_id=159 is eos_",
     ),
 }
 
@@ -87,13 +87,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_key_that_is_unknown_or_contradicts_another_is_refused(tmp_path, name):
     family, changes, said = REFUSED[name]
-    message = (
-        _refusal(_write(tmp_path, family, **changes)) if name != "heads that do not divide" else ""
-    )
-    if not message:
-        with pytest.raises(ValueError, match=said):
-            settings_from_hf(tmp_path)
-    assert message.startswith(said) or not message
+    assert _refusal(_write(tmp_path, family, **changes)).startswith(said)
 
 
 TAKEN = {
