@@ -120,19 +120,16 @@ def _pieces(model: ModelSettings, weights: HfWeights, dtype: str | None) -> list
 
 def _dtypes(model: ModelSettings, weights: HfWeights) -> dict[str, torch.dtype]:
     """Return the dtype of each checkpoint tensor, which its parts in all layers have to share."""
-    found: dict[str, dict[torch.dtype, str]] = {}  # and the first part that has it
+    found: dict[str, tuple[torch.dtype, str]] = {}  # and its first part
     for mapping in weight_mappings(model):
-        kinds = found.setdefault(checkpoint_key(mapping.megatron)[0], {})
         for name in mapping.parts:
-            kinds.setdefault(weights.tensors[name].dtype, name)
-    for kinds in found.values():
-        if len(kinds) > 1:
-            names = ", ".join(f"{name} ({kind})" for kind, name in kinds.items())
-            fix = "choose one for all by --dtype (fp32, bf16 or fp16)"
-            raise ValueError(
-                f"{weights.directory}: {names} differ in dtype, and become one tensor; {fix}"
-            )
-    return {key: next(iter(kinds)) for key, kinds in found.items()}
+            kind = weights.tensors[name].dtype
+            key, _ = checkpoint_key(mapping.megatron)
+            first, other = found.setdefault(key, (kind, name))
+            if kind != first:
+                both = f"{other} ({first}) and {name} ({kind}) become one tensor"
+                raise ValueError(f"{weights.directory}: {both}; choose one dtype by --dtype")
+    return {key: kind for key, (kind, _) in found.items()}
 
 
 def _rows(

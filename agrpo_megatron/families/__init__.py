@@ -28,7 +28,10 @@ def settings_from_hf(directory: str | Path) -> ModelSettings:
     if family is None:
         known = f"known families are {', '.join(FAMILIES)}"
         raise ValueError(f"{path}: {shown('model_type', kind)}; {known}")
-    model = family.settings(config, str(path))
+    try:
+        model = family.settings(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     check_ids(model, config, path)
     generation = path.with_name(GENERATION)
     if generation.exists():

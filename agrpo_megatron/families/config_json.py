@@ -52,13 +52,11 @@ def check_ids(model: ModelSettings, given: Mapping[str, Any], source: Path) -> N
     rows, mask, ends = model.vocab_size, given.get("mask_token_id"), end_ids(given)
     assert rows is not None
     mask = model.mask_token_id if mask is None else mask
+    counted = {"vocab_size": rows, **given}["vocab_size"]
     tokens = [("mask_token_id", mask), *(("eos_token_id", end) for end in ends)]
-    for key, value, limit in (
-        ("vocab_size", given.get("vocab_size", rows), rows + 1),
-        *((key, token, rows) for key, token in tokens),
-    ):
-        if type(value) is not int or not 0 <= value < limit:
-            by = f"must be an integer below {limit}: the embedding has {rows} rows"
+    for key, value in [("vocab_size", counted), *tokens]:
+        if type(value) is not int or not 0 <= value < rows + (key == "vocab_size"):
+            by = f"does not fit the embedding of {rows} rows; correct one of them"
             raise ValueError(f"{source}: {shown(key, value)} {by}")
     if mask != model.mask_token_id or mask in ends:
         other = "eos_token_id too" if mask in ends else f"{model.mask_token_id} in {CONFIG}"

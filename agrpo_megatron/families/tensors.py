@@ -70,11 +70,8 @@ class Family:
     mappings: Callable[[ModelSettings], dict[str, tuple[str, ...]]]
     others: frozenset[str]  # keys of config.json that `other_settings` reads, or that are harmless
 
-    def settings(self, config: Mapping[str, Any], source: str = "config.json") -> ModelSettings:
+    def settings(self, config: Mapping[str, Any]) -> ModelSettings:
         """Translate config.json; null means that a key is not set.
-
-        Args:
-            source: the file, for errors.
 
         Raises:
             ValueError: a key is missing or unknown, contradicts another, or has a value that the
@@ -86,21 +83,17 @@ class Family:
             same = {ours: (theirs, given[theirs]) for ours, theirs in self.keys.items()}
             found = {**same, **self.other_settings(given)}
         except KeyError as error:
-            needs = f"the {self.name} family needs it"
-            raise ValueError(f"{source}: {error.args[0]} is missing; {needs}") from None
+            missing = f"{error.args[0]} is missing"
+            raise ValueError(f"{missing}; the {self.name} family needs it") from None
         values: dict[str, Any] = {"family": self.name}
         for ours, (theirs, value) in found.items():
-            part = build(ModelSettings, {ours: value}, f"{source}: {theirs} as model.")
-            values[ours] = getattr(part, ours)
+            values[ours] = getattr(build(ModelSettings, {ours: value}, f"{theirs} as model."), ours)
         model = ModelSettings(**values)
-        try:
-            validate_model(model)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
-        self._check_others(given, model, source)
+        validate_model(model)
+        self._check_others(given, model)
         return model
 
-    def _check_others(self, given: Mapping[str, Any], model: ModelSettings, source: str) -> None:
+    def _check_others(self, given: Mapping[str, Any], model: ModelSettings) -> None:
         """Check the keys that give no setting."""
         wanted = {theirs: getattr(model, ours) for ours, theirs in STANDARD.items()}
         wanted["head_dim"] = model.hidden_size // model.num_attention_heads
@@ -112,7 +105,7 @@ class Family:
             if given[key] != wanted.get(key):
                 if key in wanted:
                     fix = f"; the {self.name} family needs {wanted[key]} here"
-                raise ValueError(f"{source}: {shown(key, given[key])}{fix}")
+                raise ValueError(shown(key, given[key]) + fix)
 
     def config(self, model: ModelSettings) -> dict[str, Any]:
         """Return config.json for a model without one.
