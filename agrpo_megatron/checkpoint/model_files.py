@@ -9,7 +9,7 @@ hf/         every file of the Hugging Face directory except weights: config.json
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,5 +91,5 @@ def config_of(model: ModelSettings, dtype: str, folder: Path) -> dict[str, Any]:
 def architecture(model: ModelSettings) -> dict[str, Any]:
     """Return the settings that two copies of a model share."""
     groups = model.num_query_groups or model.num_attention_heads
-    values = {**vars(model), "num_query_groups": groups}
+    values = {**asdict(model), "num_query_groups": groups}
     return {k: v for k, v in values.items() if k not in ("load", "init_std", "megatron")}

@@ -63,7 +63,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         try:
             return float(value)
         except OverflowError:
-            return math.copysign(math.inf, value)
+            return math.inf if value > 0 else -math.inf
         except (TypeError, ValueError):
             return None
     origin = typing.get_origin(hint)
