@@ -274,9 +274,8 @@ def _validate_model(model: ModelSettings) -> None:
     width, heads = model.hidden_size, model.num_attention_heads
     if width // heads % 2:
         raise ValueError(
-            f"model.hidden_size={width} has an odd width of {width // heads} for each of "
-            f"model.num_attention_heads={heads}, and rotary embeddings pair its entries; use a "
-            f"multiple of {2 * heads}"
+            f"model.hidden_size={width} / model.num_attention_heads={heads} is odd, and rotary "
+            f"embeddings turn pairs; use a multiple of {2 * heads}"
         )
 
 

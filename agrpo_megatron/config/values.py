@@ -58,9 +58,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)
-        except OverflowError:
-            return math.copysign(math.inf, value)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             return None
     origin = typing.get_origin(hint)
     if origin is list and isinstance(value, list):

@@ -18,9 +18,6 @@ type Tree = dict[str, Any]
 class RefusedError(MarkedYAMLError):
     """YAML that would silently become something else, or that no setting can be."""
 
-    def __init__(self, problem: str, mark: yaml.Mark | None = None):
-        super().__init__(problem=problem, problem_mark=mark)
-
 
 class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -29,7 +26,8 @@ class _Loader(yaml.SafeLoader):
         known = set()
         for key, _ in node.value:
             if (key.tag, str(key.value)) in known:
-                raise RefusedError(f"{key.value} is written twice; write it once", key.start_mark)
+                said = f"{key.value} is written twice; write it once"
+                raise RefusedError(problem=said, problem_mark=key.start_mark)
             known.add((key.tag, str(key.value)))
         return node
 
@@ -69,14 +67,15 @@ def parse_yaml(text: str) -> Any:
     try:
         return _unshared(yaml.load(text, _Loader), MOST_NESTED)
     except (RecursionError, ValueError, LookupError, AttributeError, TypeError):
-        raise RefusedError("a value is nested too deep, or does not fit its tag") from None
+        problem = "a value is nested too deep, or does not fit its tag"
+        raise RefusedError(problem=problem) from None
 
 
 def _unshared(value: Any, depth: int) -> Any:
     if depth < 0:
-        raise RefusedError(f"it is nested over {MOST_NESTED} deep, or an alias in its own anchor")
+        raise RefusedError(problem=f"it is nested over {MOST_NESTED} deep, or contains itself")
     if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-        raise RefusedError("a text has a character that no file can hold")
+        raise RefusedError(problem="a text has a character that no file can hold")
     if isinstance(value, dict):
         return {_unshared(k, depth): _unshared(part, depth - 1) for k, part in value.items()}
     return [_unshared(part, depth - 1) for part in value] if isinstance(value, list) else value

@@ -22,12 +22,14 @@ WHOLE = {key for key, line in LINES.items() if isinstance(line.default, dict)}
 CHANGED: dict[str, Any] = {
     "model.hidden_size": 48,
     "model.num_attention_heads": 2,
+    "model.vocab_size": 97,
     "model.num_query_groups": 2,
     "model.megatron": {"attention_dropout": 0.1},
     "tokenizer.chat_template": "plain",
+    "parallel.virtual": 2,
     "parallel.layers": [3, 1],
     "rollout.parallel": "tp2",
-    "task.name": "sudoku",
+    "task.name": "countdown",
     "task.options": {"numbers": 3},
     "task.mixture": {"sudoku": {"weight": 2.0}},
     "task.prompt_tokens": 90,
@@ -80,7 +82,7 @@ NEEDS |= {
 REFUSED = {
     "model.load=other": "is not a directory",
     "tokenizer.path=other": "does not exist",
-    "task.pass_rates=other": "does not exist",
+    "task.pass_rates=other": "cannot be read",
 }
 RANKS = {"parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.data"}
 
@@ -95,8 +97,9 @@ def _others(line):
         return [not line.default]
     if line.key in RANKS:
         return [2]
-    usual = USUAL[line.type.removesuffix(" or null")]
-    return [usual if usual != line.default else usual + 1]
+    if isinstance(line.default, int | float) and line.default > 1:
+        return [line.default + 1]
+    return [USUAL[line.type.removesuffix(" or null")]]
 
 
 @pytest.mark.parametrize("key", LINES)

@@ -59,7 +59,7 @@ def test_a_text_is_written_so_that_it_is_read_as_text(tmp_path, text):
 
 
 TAG = "a value is nested too deep, or does not fit its tag"
-ANCHOR = "it is nested over 50 deep, or an alias in its own anchor"
+ANCHOR = "it is nested over 50 deep, or contains itself"
 CHARACTER = "a text has a character that no file can hold"
 UNUSABLE = {
     "more digits than Python reads": (5000 * "9", TAG),
@@ -107,7 +107,7 @@ RANGES = {
     "optimizer.learning_rate=nan": "must be a finite number",
     "optimizer.learning_rate=1e39": "must be at most 3.4e+38",
     "optimizer.learning_rate=1e-40": "must be 0, or at least 1.2e-38: float32 has no smaller",
-    f"optimizer.clip_grad={400 * '9'}": "must be a finite number",
+    f"optimizer.clip_grad={400 * '9'}": "has the wrong type; it must be a number",
     "optimizer.adam_beta1=1": "must be at most 0.999999999",
     "sft.optimizer.adam_beta2=1.0": "must be at most 0.999999999",
     "task.grader.failed_score=-1e39": "must be at least -3.4e+38",
@@ -118,7 +118,7 @@ RANGES = {
     "task.options={a: [1, .inf]}": "must be a finite number",
     "task.options={a: !!set {b}}": "has the wrong type; write it in quotes",
     "logging.name=007": "has the wrong type; it must be text or null; write it in quotes",
-    "model.hidden_size=12": "has an odd width of 3 for each of model.num_attention_heads=4",
+    "model.hidden_size=12": " / model.num_attention_heads=4 is odd, and rotary",
 }
 
 
