@@ -3,13 +3,12 @@
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 from agrpo_megatron.config.parallel import layout_name, layout_text, model_ranks, stage_layers
-from agrpo_megatron.config.rules_megatron import validate_for_megatron
 from agrpo_megatron.config.rules_precision import validate_precision
 from agrpo_megatron.config.settings import (
     ModelSettings,
@@ -18,6 +17,8 @@ from agrpo_megatron.config.settings import (
     Settings,
     TaskSettings,
 )
+from agrpo_megatron.config.settings.resilience import SECTIONS
+from agrpo_megatron.config.values import MOST_SECONDS, text
 
 
 def validate(settings: Settings, world_size: int = 1) -> None:
@@ -32,7 +33,6 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         if settings.rollout.parallel is not None:
             _validate_rollout(settings, world_size)
     validate_precision(settings)
-    validate_for_megatron(settings)
     validate_sampling(settings.sampling, "sampling")
     validate_sampling(settings.evaluation_sampling, "evaluation")
     path = settings.tokenizer.path
@@ -46,6 +46,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         raise ValueError(f"model.load={load} is not a directory; give a Hugging Face or run folder")
     _validate_metric("checkpoint.best", settings.checkpoint.best, settings.task)
     _validate_stop(settings)
+    _validate_timeouts(settings.resilience.timeouts)
     rates = settings.task
     if rates.pass_rate_low > rates.pass_rate_high:
         raise ValueError(
@@ -98,6 +99,15 @@ def _validate_stop(settings: Settings) -> None:
             f"train.stop_metric={train.stop_metric} needs evaluations during training, "
             "and evaluation.interval=0 makes none; use for example evaluation.interval=25"
         )
+
+
+def _validate_timeouts(timeouts: Mapping[str, Any]) -> None:
+    for section, limit in timeouts.items():
+        said = f"resilience.timeouts.{section}={text(limit)}"
+        if section not in SECTIONS:
+            raise ValueError(f"{said} names no section; use {', '.join(SECTIONS)}")
+        if type(limit) not in (int, float) or not 0 < limit <= MOST_SECONDS:
+            raise ValueError(f"{said} is not a time limit; use 1 to {MOST_SECONDS} seconds")
 
 
 def validate_sampling(sampling: SamplingSettings, section_name: str) -> None:
@@ -265,9 +275,8 @@ def validate_model(model: ModelSettings) -> None:
     width, heads = model.hidden_size, model.num_attention_heads
     if width // heads % 2:
         raise ValueError(
-            f"model.hidden_size={width} has an odd width of {width // heads} for each of "
-            f"model.num_attention_heads={heads}, and rotary embeddings pair its entries; use a "
-            f"multiple of {2 * heads}"
+            f"model.hidden_size={width} / model.num_attention_heads={heads} is odd, and rotary "
+            f"embeddings turn pairs; use a multiple of {2 * heads}"
         )
 
 

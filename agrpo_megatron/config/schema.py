@@ -86,10 +86,7 @@ def build[T](cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def written(section: Any) -> frozenset[str]:
-    """Return the names that were written in a section; its other settings have their defaults.
-
-    `dataclasses.replace` forgets them.
-    """
+    """Return the names that a section was built with; `dataclasses.replace` forgets them."""
     return getattr(section, _WRITTEN, frozenset())
 
 

@@ -12,16 +12,12 @@ from typing import Any
 MOST_INT = 2**31 - 1
 MOST_FLOAT, LEAST_FLOAT = 3.4e38, 1.2e-38
 MOST_SECONDS = 2_000_000  # poll() counts milliseconds in C's int
-MOST_SEED = 2**63 - 1
+MOST_SEED = 2**63 - 1  # also of any integer that is passed on by name
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
-    """Return a value as the type of its setting.
-
-    Raises:
-        ValueError: wrong type, choice or range; names key and value.
-    """
+    """Return a value as its setting's type, or raise a ValueError that names key and value."""
     if value is None and type(None) in _options(hint):
         return None
     if value is None:
@@ -62,9 +58,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)
-        except OverflowError:
-            return math.inf if value > 0 else -math.inf
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             return None
     origin = typing.get_origin(hint)
     if origin is list and isinstance(value, list):
@@ -82,8 +76,9 @@ def _passed(key: str, value: Any) -> Any:
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
         value = float(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        _check_number(key, value, low=-MOST_SEED, high=None)
-    elif not isinstance(value, bool | str | None):
+        most = MOST_FLOAT if isinstance(value, float) else MOST_SEED
+        _check_number(key, value, low=-most, high=most)
+    elif value is not None and not isinstance(value, bool | str):
         raise ValueError(f"{key}={value!r} has the wrong type; write it in quotes")
     return value
 
@@ -101,12 +96,12 @@ def _check_range(key: str, value: Any, meta: Mapping[str, Any]) -> None:
 
 def _check_number(key: str, number: float, *, low: float | None, high: float | None) -> None:
     most = MOST_FLOAT if isinstance(number, float) else MOST_INT
-    low, high = -most if low is None else low, most if high is None else high
+    low, high, rule = -most if low is None else low, most if high is None else high, ""
     if isinstance(number, float) and not math.isfinite(number):
-        raise ValueError(f"{key}={number} must be a finite number")
-    if number < low:
-        raise ValueError(f"{key}={number} must be at least {low}")
-    if number > high:
-        raise ValueError(f"{key}={number} must be at most {high}")
-    if 0 < abs(number) < LEAST_FLOAT:
-        raise ValueError(f"{key}={number} is 0 as float32; write 0, or at least {LEAST_FLOAT}")
+        rule = "a finite number"
+    elif not low <= number <= high:
+        rule = f"at least {low}" if number < low else f"at most {high}"
+    elif 0 < abs(number) < LEAST_FLOAT:
+        rule = f"0, or at least {LEAST_FLOAT}: float32 has no smaller numbers"
+    if rule:
+        raise ValueError(f"{key}={number} must be {rule}")

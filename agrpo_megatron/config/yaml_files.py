@@ -10,16 +10,13 @@ import yaml
 from yaml.error import MarkedYAMLError
 
 BASE = "base"
-MOST_DIGITS, MOST_NESTED = 400, 50
+MOST_NESTED = 50
 
 type Tree = dict[str, Any]
 
 
 class RefusedError(MarkedYAMLError):
     """YAML that would silently become something else, or that no setting can be."""
-
-    def __init__(self, problem: str, mark: yaml.Mark | None = None):
-        super().__init__(problem=problem, problem_mark=mark)
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,7 +26,8 @@ class _Loader(yaml.SafeLoader):
         known = set()
         for key, _ in node.value:
             if (key.tag, str(key.value)) in known:
-                raise RefusedError(f"{key.value} is written twice; write it once", key.start_mark)
+                said = f"{key.value} is written twice; write it once"
+                raise RefusedError(problem=said, problem_mark=key.start_mark)
             known.add((key.tag, str(key.value)))
         return node
 
@@ -39,43 +37,28 @@ class _Dumper(yaml.SafeDumper):
 
 
 # As in YAML 1.2, a time such as 10:00:00 is a text, not a number to base 60, so is a date, and
-# 010 is ten. PyYAML takes the first that matches.
+# 010 is ten. The first that matches holds.
+_INTEGER, _DATE = "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp"
 _BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9][0-9_]*(:[0-9_.]+)+$"))
-_INTEGER = "tag:yaml.org,2002:int"
 _INTEGERS = (_INTEGER, re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$"))
-_DATE = "tag:yaml.org,2002:timestamp"
-_Loader.yaml_implicit_resolvers = {
+_Loader.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers = {
     first: [_BASE_60, _INTEGERS, *(other for other in others if other[0] != _DATE)]
     if first in "+-0123456789"
     else others
     for first, others in _Loader.yaml_implicit_resolvers.items()
 }
-_Dumper.yaml_implicit_resolvers = {  # quotes texts that are numbers here
-    first: [_INTEGERS, *others] if first in "+-0123456789" else others
-    for first, others in _Dumper.yaml_implicit_resolvers.items()
-}
 
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
-    text = loader.construct_scalar(node).replace("_", "")
-    if len(text) > MOST_DIGITS:
-        raise RefusedError(f"a number of {len(text)} digits is too large", node.start_mark)
-    return int(text, 0 if text.lstrip("+-")[:2] in ("0b", "0x") else 10)
-
-
-def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
-    text = loader.construct_scalar(node)
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise RefusedError("a text has a character that no file can hold", node.start_mark)
-    return text
+    digits = loader.construct_scalar(node).replace("_", "")
+    return int(digits, 0 if digits.lstrip("+-")[:2] in ("0b", "0x") else 10)
 
 
 _Loader.add_constructor(_INTEGER, _integer)
-_Loader.add_constructor("tag:yaml.org,2002:str", _text)
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse a YAML text; what an anchor shares is copied, so a change has one place.
+    """Parse a YAML text; what an anchor shares is copied, so that a change has one place.
 
     Raises:
         RefusedError: a mapping has a key twice, or a value cannot be used.
@@ -83,17 +66,18 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return _unshared(yaml.load(text, _Loader), MOST_NESTED)
-    except RecursionError:
-        raise RefusedError("it is nested too deep") from None
-    except (ValueError, LookupError, AttributeError, TypeError):  # PyYAML's, for !!int x
-        raise RefusedError("a value does not fit its tag; leave the tag out") from None
+    except (RecursionError, ValueError, LookupError, AttributeError, TypeError):
+        problem = "a value is nested too deep, or does not fit its tag"
+        raise RefusedError(problem=problem) from None
 
 
 def _unshared(value: Any, depth: int) -> Any:
     if depth < 0:
-        raise RefusedError(f"it is nested over {MOST_NESTED} deep, or an alias in its own anchor")
+        raise RefusedError(problem=f"it is nested over {MOST_NESTED} deep, or contains itself")
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise RefusedError(problem="a text has a character that no file can hold")
     if isinstance(value, dict):
-        return {key: _unshared(part, depth - 1) for key, part in value.items()}
+        return {_unshared(k, depth): _unshared(part, depth - 1) for k, part in value.items()}
     return [_unshared(part, depth - 1) for part in value] if isinstance(value, list) else value
 
 

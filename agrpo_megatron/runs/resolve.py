@@ -4,7 +4,7 @@ Runs before any process group and before torch is needed, so wrong input is refu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from agrpo_megatron.text.tokenizer import Tokenizer, load_tokenizer
 from agrpo_megatron.types import Problem
 
 RUN_SETTINGS = "config.yaml"
-# Settings of `model` that need not be those of `model.load`: the weights have any of them.
+# Settings of `model` that may differ from those of `model.load`: weights of that shape take any.
 REPLACE_LOADED = ("max_sequence_length", "mask_token_id", "eos_token_id", "rope_theta")
 REPLACE_LOADED += ("norm_epsilon", "init_std")
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "eval": "held-out"}
@@ -46,11 +46,10 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     Raises:
         ValueError: any rule is broken; the message names key, value, rule and fix.
     """
-    if settings.model.load is None:
-        validate(settings, world_size)
-    else:  # the architecture is not known before it is read
-        validate(replace(settings, model=replace(settings.model, vocab_size=None)), world_size)
-        settings = _with_loaded_model(settings)
+    model = settings.model
+    unread = model if model.load is None else replace(model, vocab_size=None)  # not `is_known`
+    validate(replace(settings, model=unread), world_size)
+    settings = _with_loaded_model(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
     model = settings.model
     model = replace(
@@ -78,7 +77,8 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
 def _with_loaded_model(settings: Settings) -> Settings:
     """Take the architecture from `model.load`, and its tokenizer if none is set."""
     source = settings.model.load
-    assert source is not None
+    if source is None:
+        return settings
     run_file, model_file = Path(source) / RUN_SETTINGS, Path(source) / MODEL_FILE
     if run_file.exists():
         saved = load(Settings, run_file)
@@ -103,18 +103,16 @@ def _with_written(loaded: ModelSettings, ours: ModelSettings) -> ModelSettings:
         ValueError: a written setting contradicts the weights.
     """
     changes: dict[str, Any] = {"load": ours.load, "megatron": loaded.megatron | ours.megatron}
-    for name in (field.name for field in fields(ours) if field.name in written(ours)):
+    for name in sorted(written(ours) - changes.keys()):
         value, there = getattr(ours, name), getattr(loaded, name)
-        if name == "num_query_groups" and there is None:
-            there = loaded.num_attention_heads
-        if name in changes or value is None:
-            continue
-        if name not in REPLACE_LOADED and there not in (None, value):
+        if name == "num_query_groups":
+            there = there or loaded.num_attention_heads
+        if value is not None and name not in REPLACE_LOADED and there not in (None, value):
             raise ValueError(
                 f"model.{name}={text(value)} contradicts model.load={ours.load}, where it is "
                 f"{text(there)}; leave it out, or write model.{name}={text(there)}"
             )
-        changes[name] = value
+        changes[name] = there if value is None else value
     return replace(loaded, **changes)
 
 

@@ -17,7 +17,7 @@ CONTROL_TOKENS = {
     "llada": ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "dream": ("<|im_start|>", "<|im_end|>"),
 }
-DEFAULT = "default"  # the template of a tokenizer with one, or with several and no choice
+DEFAULT = "default"  # name of a tokenizer's template that is used without a choice
 DREAM_SYSTEM = Message("system", "You are a helpful assistant.")
 
 
@@ -88,29 +88,30 @@ def choose_template(
     chosen: str | None,
     own: Mapping[str, str],
     *,
-    source: str,
     vocabulary: Container[str],
     special_tokens: Mapping[str, Any],
+    source: str = "",
 ) -> Template:
     """Return the template that `tokenizer.chat_template` names; null: the tokenizer's own, if any.
 
     Args:
-        own: the tokenizer's Jinja texts by name; `default` is for null.
-        source: of the tokenizer, for errors.
+        own: the tokenizer's Jinja texts by name.
+        source: of these, for errors.
 
     Raises:
         ValueError: no such template, or the tokenizer lacks tokens of the template.
     """
-    if chosen is None and own and DEFAULT not in own:
-        return _refuse(
-            f"{source} has the chat templates {', '.join(own)} and none named {DEFAULT}; set "
-            f"tokenizer.chat_template to one of {', '.join([*own, *BUILT_IN])}, or a .jinja file"
-        )
-    if chosen is None and not own:
-        return _by_tokens(vocabulary)
-    if chosen not in BUILT_IN and (chosen or DEFAULT) in own:
-        return from_jinja(own[chosen or DEFAULT], special_tokens, source=source)
-    assert chosen is not None
+    if chosen is None:
+        if not own:
+            return _by_tokens(vocabulary)
+        if DEFAULT not in own:
+            return _refuse(
+                f"{source} has no chat template named {DEFAULT}; set tokenizer.chat_template to "
+                f"one of {', '.join([*own, *BUILT_IN])}, or a .jinja file"
+            )
+        chosen = DEFAULT
+    if chosen in own and chosen not in BUILT_IN:
+        return from_jinja(own[chosen], special_tokens, source=source)
     if chosen in BUILT_IN:
         missing = [t for t in CONTROL_TOKENS.get(chosen, ()) if t not in vocabulary]
         if missing:

@@ -125,9 +125,7 @@ def _load_sentencepiece(path: Path, chat_template: str | None) -> Tokenizer:
         stop_ids=_stop_ids(vocabulary, eos_id),
         unknown_id=model.unk_id(),
         special=frozenset(special | {mask_id, eos_id}),
-        render=choose_template(
-            chat_template, {}, source=str(path), vocabulary=vocabulary, special_tokens={}
-        ),
+        render=choose_template(chat_template, {}, vocabulary=vocabulary, special_tokens={}),
         to_ids=model.encode,
         to_text=model.decode,
         to_piece=lambda i: model.id_to_piece(i).replace("\u2581", " "),

@@ -16,10 +16,7 @@ class RunSettings:
         0, "seed of weights, problems, noise and drawn steps", low=0, high=MOST_SEED
     )
     threads: int | None = setting(
-        None,
-        "CPU threads of each rank; null shares the cores among the local ranks",
-        low=1,
-        high=1024,
+        None, "CPU threads of each rank; null: a share of the cores", low=1, high=1024
     )
     timeout: float = setting(600.0, "longest wait in a collective", unit="seconds", low=1)
 
@@ -32,8 +29,7 @@ class ModelSettings:
     load: str | None = setting(
         None,
         "Hugging Face directory, Megatron checkpoint or run directory to start from, architecture "
-        "included: what is written here besides must agree, or replaces max_sequence_length, "
-        "mask_token_id, eos_token_id, rope_theta, norm_epsilon, init_std; null: random",
+        "included; null: random",
     )
     num_layers: int = setting(4, "transformer layers", low=1)
     hidden_size: int = setting(128, "width of the residual stream", low=1)
@@ -64,8 +60,8 @@ class TokenizerSettings:
 
     path: str | None = setting(
         None,
-        "sentencepiece .model file or Hugging Face directory; null: that of model.load, if any, or "
-        "the built-in characters",
+        "sentencepiece .model file or Hugging Face directory; null: that of model.load, else the "
+        "built-in characters",
     )
     chat_template: str | None = setting(
         None,
