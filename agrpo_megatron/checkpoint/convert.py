@@ -18,11 +18,12 @@ from torch import Tensor
 
 from agrpo_megatron.checkpoint.card import write_card
 from agrpo_megatron.checkpoint.integrity import seal, verify
-from agrpo_megatron.checkpoint.model_files import carry, set_dtype, write_config, write_model_files
+from agrpo_megatron.checkpoint.model_files import carry, config_of, write_config, write_model_files
 from agrpo_megatron.checkpoint.torch_dist import BLOCK, Piece, checkpoint_key, write_checkpoint
 from agrpo_megatron.checkpoint.weights import DTYPES, MegatronWeights, is_megatron, open_weights
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families import FAMILIES, hf_shapes, weight_mappings
+from agrpo_megatron.families import hf_shapes, weight_mappings
+from agrpo_megatron.families.config_json import read_object
 from agrpo_megatron.families.files import (
     INDEX,
     SINGLE,
@@ -73,9 +74,10 @@ def to_hf_directory(
     """
     verify(source)
     weights = MegatronWeights(source, dtype)
-    model, has_config = weights.model, (source / HF / "config.json").exists()
-    config = {} if has_config else FAMILIES[model.family].config(model)
     tensors, files = weights.tensors, _shards(weights.tensors, source / HF)
+    kinds = Counter(tensor.dtype for tensor in tensors.values())
+    common = str(kinds.most_common(1)[0][0]).removeprefix("torch.")
+    config = config_of(weights.model, common, source / HF)
     count = _Count(sum(tensor.nbytes for tensor in tensors.values()), progress)
     with _unfinished(target, source, dtype) as partial:
         for file in sorted(set(files.values())):
@@ -83,6 +85,7 @@ def to_hf_directory(
             if (partial / file).exists():
                 count.add(sum(tensor.nbytes for tensor in held.values()))
                 continue
+            (partial / file).parent.mkdir(parents=True, exist_ok=True)
             write_safetensors(
                 partial / file, held, lambda name: count.passing(weights.blocks(name))
             )
@@ -90,24 +93,18 @@ def to_hf_directory(
         if config:
             write_config(partial, config)
         _write_index(partial, files, tensors)
-        kinds = Counter(tensor.dtype for tensor in tensors.values())
-        set_dtype(partial, str(kinds.most_common(1)[0][0]).removeprefix("torch."))
         write_card(source, partial)
 
 
 def _pieces(model: ModelSettings, weights: HfWeights, dtype: str | None) -> list[Piece]:
     """Return the pieces of a checkpoint: blocks of rows, or whole tensors if they are joined."""
-    shapes, pieces = hf_shapes(model), []
+    shapes, pieces, kinds = hf_shapes(model), [], {} if dtype else _dtypes(model, weights)
     for mapping in weight_mappings(model):
         parts = [weights.part(name) for name in mapping.parts]
-        kinds = {weights.tensors[name].dtype for name in mapping.parts}
-        if len(kinds) > 1 and dtype is None:
-            names = ", ".join(mapping.parts)
-            raise ValueError(f"{weights.directory}: {names} differ in dtype; choose one for all")
-        kind = DTYPES[dtype] if dtype else kinds.pop()
         shape = megatron_shape(mapping, shapes)
         count, width = shape[0], shape[1:]
         key, layer = checkpoint_key(mapping.megatron)
+        kind = DTYPES[dtype] if dtype else kinds[key]
         whole = shape if layer is None else (model.num_layers, *shape)
         block = max(1, BLOCK // (torch.Size(width).numel() * kind.itemsize))
         step = count if len(parts) > 1 else block
@@ -121,6 +118,20 @@ def _pieces(model: ModelSettings, weights: HfWeights, dtype: str | None) -> list
     return pieces
 
 
+def _dtypes(model: ModelSettings, weights: HfWeights) -> dict[str, torch.dtype]:
+    """Return the dtype of each checkpoint tensor, which its parts in all layers have to share."""
+    found: dict[str, tuple[torch.dtype, str]] = {}  # and its first part
+    for mapping in weight_mappings(model):
+        for name in mapping.parts:
+            kind = weights.tensors[name].dtype
+            key, _ = checkpoint_key(mapping.megatron)
+            first, other = found.setdefault(key, (kind, name))
+            if kind != first:
+                both = f"{other} ({first}) and {name} ({kind}) become one tensor"
+                raise ValueError(f"{weights.directory}: {both}; choose one dtype by --dtype")
+    return {key: kind for key, (kind, _) in found.items()}
+
+
 def _rows(
     parts: Sequence[Part], transform: str, model: ModelSettings, rows: slice, dtype: torch.dtype
 ) -> Tensor:
@@ -131,8 +142,8 @@ def _rows(
 def _shards(tensors: Mapping[str, Stored], carried: Path) -> dict[str, str]:
     """Return the file of each tensor: from the carried index, or filled in order."""
     index = read_index(carried)
-    if index is not None and set(index) == set(tensors):
-        return index
+    if index is not None and set(tensors) <= set(index):  # it may have left-out buffers too
+        return {name: index[name] for name in tensors}
     number, filled, numbers = 0, 0, {}
     for name, tensor in tensors.items():
         if filled and filled + tensor.nbytes > SHARD:
@@ -149,8 +160,9 @@ def _write_index(folder: Path, files: Mapping[str, str], tensors: Mapping[str, S
     """Write the index of several shards, unless the carried one is right."""
     size, path = sum(tensor.nbytes for tensor in tensors.values()), folder / INDEX
     if path.exists():
-        carried = json.loads(path.read_text(encoding="utf-8"))
-        has_size = carried.get("metadata", {}).get("total_size", size) == size
+        carried = read_object(path)
+        said = carried.get("metadata")
+        has_size = not isinstance(said, dict) or said.get("total_size", size) == size
         if has_size and carried.get("weight_map") == files:
             return
     elif set(files.values()) == {SINGLE}:

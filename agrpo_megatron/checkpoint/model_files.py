@@ -9,12 +9,14 @@ hf/         every file of the Hugging Face directory except weights: config.json
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.schema import load, to_yaml
 from agrpo_megatron.config.settings import ModelSettings
+from agrpo_megatron.families import FAMILIES, settings_from_hf
+from agrpo_megatron.families.config_json import CONFIG, read_object
 from agrpo_megatron.families.files import PICKLED
 from agrpo_megatron.runs.progress import HF, MODEL_FILE
 
@@ -63,12 +65,31 @@ def carry(source: Path, target: Path) -> None:
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write config.json as transformers does."""
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def set_dtype(folder: Path, dtype: str) -> None:
-    """Set the weights' dtype in config.json."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def config_of(model: ModelSettings, dtype: str, folder: Path) -> dict[str, Any]:
+    """Return config.json for a model; empty if the folder's describes it.
+
+    The folder's may be of the tokenizer's model, or from before a setting was changed.
+
+    Raises:
+        ValueError: the modelling code does not support this model.
+    """
+    try:
+        described, carried = settings_from_hf(folder), read_object(folder / CONFIG)
+    except ValueError:
+        described, carried = None, {}
+    config = carried if described and described.family == model.family else {}
+    if described is None or architecture(described) != architecture(model):
+        config = {**config, **FAMILIES[model.family].config(model)}
     keys = [key for key in DTYPE_KEYS if key in config] or [DTYPE_KEYS[0]]
-    if any(config.get(key) != dtype for key in keys):
-        write_config(folder, {**config, **dict.fromkeys(keys, dtype)})
+    config = {**config, **dict.fromkeys(keys, dtype)}
+    return {} if config == carried else config
+
+
+def architecture(model: ModelSettings) -> dict[str, Any]:
+    """Return the settings that two copies of a model share."""
+    groups = model.num_query_groups or model.num_attention_heads
+    values = {**asdict(model), "num_query_groups": groups}
+    return {k: v for k, v in values.items() if k not in ("load", "init_std", "megatron")}

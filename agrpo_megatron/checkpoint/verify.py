@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agrpo_megatron.checkpoint.model_files import architecture
 from agrpo_megatron.checkpoint.weights import MegatronWeights, open_weights
 from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.diffusion.packing import pack
@@ -83,7 +84,7 @@ def _difference(name: str, ours: Tensor, theirs: Tensor) -> Difference:
 
 def _open_copies(first: Path, second: Path) -> tuple[ModelSettings, Weights, Weights]:
     (model, ours), (other, theirs) = open_weights(first), open_weights(second)
-    values, others = _architecture(model), _architecture(other)
+    values, others = architecture(model), architecture(other)
     for name, value in values.items():
         if others[name] != value:
             raise ValueError(
@@ -91,10 +92,3 @@ def _open_copies(first: Path, second: Path) -> tuple[ModelSettings, Weights, Wei
                 "two copies of one model"
             )
     return model, ours, theirs
-
-
-def _architecture(model: ModelSettings) -> dict[str, Any]:
-    """Return the settings that two copies of a model share."""
-    groups = model.num_query_groups or model.num_attention_heads
-    values = {**vars(model), "num_query_groups": groups}
-    return {k: v for k, v in values.items() if k not in ("load", "init_std", "megatron")}

@@ -103,6 +103,5 @@ def open_weights(path: Path) -> tuple[ModelSettings, HfWeights | MegatronWeights
         verify(path)
         weights = MegatronWeights(path)
         return weights.model, weights
-    model, weights = settings_from_hf(path), HfWeights(path)
-    weights.check(hf_shapes(model), model.family)
-    return model, weights
+    model = settings_from_hf(path)
+    return model, HfWeights(path, model)

@@ -3,11 +3,12 @@
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.config.yaml_files import dump_yaml
 from agrpo_megatron.evaluation.grid import EVALUATIONS
 
 OVERRIDES = "section.key=value ..., for instance run.seed=1 train.iterations=200"
@@ -83,6 +84,9 @@ def open_target(arguments: argparse.Namespace) -> Target:
     target, name = Path(arguments.target), arguments.checkpoint
     if target.is_file():
         return _from_file(arguments, target)
+    for override in arguments.overrides:
+        if override.partition("=")[0].strip() == "model.load":
+            raise ValueError(f"{override}: the weights are those of {target}; leave it out")
     if (target / RUN_SETTINGS).exists():
         settings = _load(arguments, target / RUN_SETTINGS)
         path = find(target, name)
@@ -97,8 +101,8 @@ def open_target(arguments: argparse.Namespace) -> Target:
             "checkpoint, nor config.json of a Hugging Face directory"
         )
     own = target / RUN_FILE
-    settings = _load(arguments, own if is_megatron and own.exists() else None)
-    settings = replace(settings, model=replace(settings.model, load=str(target)))
+    weights = f"model.load={dump_yaml(str(target))}"
+    settings = _load(arguments, own if is_megatron and own.exists() else None, weights)
     whole = target.resolve()
     if whole.parent.name != CHECKPOINTS:
         return Target(settings, None, whole.name, "", Path(EVALUATIONS))
@@ -116,8 +120,8 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _load(arguments: argparse.Namespace, own: Path | None) -> Settings:
-    return load(Settings, arguments.settings or own, arguments.overrides)
+def _load(arguments: argparse.Namespace, own: Path | None, *more: str) -> Settings:
+    return load(Settings, arguments.settings or own, [*arguments.overrides, *more])
 
 
 def _from_file(arguments: argparse.Namespace, file: Path) -> Target:

@@ -60,11 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         if os.environ.get("AGRPO_TRACEBACK"):
             raise
+        said = " ".join(str(error).splitlines())  # values are shown as they are
         if is_main():
-            print(f"agrpo: error: {error}", file=sys.stderr)
-            exit_status.report_outcome("refused", str(error))
+            print(f"agrpo: error: {said}", file=sys.stderr)
+            exit_status.report_outcome("refused", said)
         elif not exit_status.main_rank_reported("refused"):  # only this rank fails: not status 0
-            print(f"agrpo: rank {os.environ['RANK']}: error: {error}", file=sys.stderr)
+            print(f"agrpo: rank {os.environ['RANK']}: error: {said}", file=sys.stderr)
             return 2
         return exit_status.launcher_status(2)
     except (BrokenPipeError, SystemExit) as error:

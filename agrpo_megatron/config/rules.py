@@ -2,10 +2,10 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.parallel import layout_name, layout_text, model_ranks, stage_layers
@@ -17,6 +17,8 @@ from agrpo_megatron.config.settings import (
     Settings,
     TaskSettings,
 )
+from agrpo_megatron.config.settings.resilience import SECTIONS
+from agrpo_megatron.config.values import MOST_SECONDS, text
 
 
 def validate(settings: Settings, world_size: int = 1) -> None:
@@ -26,7 +28,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         ValueError: the first rule broken, with key, value, rule and fix.
     """
     if settings.model.is_known:
-        _validate_model(settings.model)
+        validate_model(settings.model)
         validate_layout(settings.model, settings.parallel, world_size=world_size)
         if settings.rollout.parallel is not None:
             _validate_rollout(settings, world_size)
@@ -34,16 +36,17 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     validate_sampling(settings.sampling, "sampling")
     validate_sampling(settings.evaluation_sampling, "evaluation")
     path = settings.tokenizer.path
-    if path is not None and not Path(path).exists():
+    if path is not None and not os.path.exists(path):
         raise ValueError(
             f"tokenizer.path={path} does not exist; give a sentencepiece .model file, a Hugging "
             "Face directory, or null for the built-in characters"
         )
     load = settings.model.load
-    if load is not None and not Path(load).is_dir():
+    if load is not None and not os.path.isdir(load):
         raise ValueError(f"model.load={load} is not a directory; give a Hugging Face or run folder")
     _validate_metric("checkpoint.best", settings.checkpoint.best, settings.task)
     _validate_stop(settings)
+    _validate_timeouts(settings.resilience.timeouts)
     rates = settings.task
     if rates.pass_rate_low > rates.pass_rate_high:
         raise ValueError(
@@ -56,7 +59,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
             "use a positive temperature such as 1.0 (evaluation.temperature may be 0)"
         )
     longest = settings.sampling.completion_length
-    if longest >= settings.model.max_sequence_length:
+    if settings.model.is_known and longest >= settings.model.max_sequence_length:
         raise ValueError(
             f"sampling.completion_length={longest} leaves no room for a prompt in "
             f"model.max_sequence_length={settings.model.max_sequence_length}; shorten or raise it"
@@ -96,6 +99,15 @@ def _validate_stop(settings: Settings) -> None:
             f"train.stop_metric={train.stop_metric} needs evaluations during training, "
             "and evaluation.interval=0 makes none; use for example evaluation.interval=25"
         )
+
+
+def _validate_timeouts(timeouts: Mapping[str, Any]) -> None:
+    for section, limit in timeouts.items():
+        said = f"resilience.timeouts.{section}={text(limit)}"
+        if section not in SECTIONS:
+            raise ValueError(f"{said} names no section; use {', '.join(SECTIONS)}")
+        if type(limit) not in (int, float) or not 0 < limit <= MOST_SECONDS:
+            raise ValueError(f"{said} is not a time limit; use 1 to {MOST_SECONDS} seconds")
 
 
 def validate_sampling(sampling: SamplingSettings, section_name: str) -> None:
@@ -249,7 +261,8 @@ def _validate_rollout(settings: Settings, world_size: int) -> None:
     validate_layout(model, parallel, world_size=world_size, key=key)
 
 
-def _validate_model(model: ModelSettings) -> None:
+def validate_model(model: ModelSettings) -> None:
+    """Check that heads and groups divide what they share; raises ValueError."""
     for name, of in (
         ("num_attention_heads", "hidden_size"),
         ("num_query_groups", "num_attention_heads"),
@@ -259,11 +272,18 @@ def _validate_model(model: ModelSettings) -> None:
         if whole % part:
             fix = min(divisors(whole), key=lambda divisor: abs(divisor - part))
             raise ValueError(f"model.{name}={part} does not divide model.{of}={whole}; use {fix}")
+    width, heads = model.hidden_size, model.num_attention_heads
+    if width // heads % 2:
+        raise ValueError(
+            f"model.hidden_size={width} / model.num_attention_heads={heads} is odd, and rotary "
+            f"embeddings turn pairs; use a multiple of {2 * heads}"
+        )
 
 
 def divisors(whole: int) -> list[int]:
     """Return the divisors of a number, ascending."""
-    return [divisor for divisor in range(1, whole + 1) if whole % divisor == 0]
+    small = [divisor for divisor in range(1, math.isqrt(whole) + 1) if whole % divisor == 0]
+    return sorted({*small, *(whole // divisor for divisor in small)})
 
 
 def two_nearest(wanted: int, allowed: Sequence[int]) -> str:

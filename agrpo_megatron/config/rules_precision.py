@@ -1,10 +1,11 @@
-"""Rules of precision, kernels and optimizer states that need settings only.
+"""Rules of precision, kernels and optimizers that need settings only.
 
 `hardware/kernels` has the rules of the machine. Imports neither torch nor Megatron.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from typing import Any
 
 from agrpo_megatron.config.settings import (
     Fp8Settings,
@@ -15,10 +16,15 @@ from agrpo_megatron.config.settings import (
     RolloutSettings,
     Settings,
 )
+from agrpo_megatron.config.values import text
 
 # bf16 rounds by at most 2**-8 of a number: with 1 - beta2 below it, a second moment without new
 # gradients would never shrink.
 BF16_BETA2 = 0.996
+# Settings that have another name in Megatron.
+RENAMED = {"layernorm_epsilon": "norm_epsilon", "add_qkv_bias": "qkv_bias", "lr": "learning_rate"}
+RENAMED |= {"qk_layernorm": "qk_norm", "init_method_std": "init_std", "min_lr": "min_learning_rate"}
+RENAMED |= {"use_distributed_optimizer": "distributed"}
 
 type Layouts = list[tuple[str, ParallelSettings]]
 
@@ -32,8 +38,11 @@ def validate_precision(settings: Settings) -> None:
     precision, fp8, kernels = settings.precision, settings.fp8, settings.kernels
     layouts = _layouts(settings)
     used = optimizers(settings, trained_phases(settings))
+    every = optimizers(settings, ("sft", "rl"))
     problem = (
-        _fp8_misfit(precision, fp8, has_rl=settings.train.iterations > 0)
+        _passed_misfit({"model": settings.model, **every})
+        or _rates_misfit(every)
+        or _fp8_misfit(precision, fp8, has_rl=settings.train.iterations > 0)
         or _spec_misfit(precision, kernels)
         or (kernels.batch_invariant and _batch_invariant_misfit(precision, layouts))
         or (kernels.cuda_graphs and _graphs_misfit(layouts))
@@ -87,12 +96,33 @@ def optimizers(settings: Settings, phases: Sequence[str]) -> dict[str, Optimizer
     return dict(every[phase] for phase in phases)
 
 
+def _passed_misfit(sections: Mapping[str, Any]) -> str:
+    for key, section in sections.items():
+        for name, value in section.megatron.items():
+            own = RENAMED.get(name, name)
+            if any(field.name == own for field in fields(section)):
+                said = f"{key}.megatron.{name}={text(value)}"
+                return f"{said} would replace {key}.{own} unseen; write {key}.{own}"
+    return ""
+
+
+def _rates_misfit(optimizers: Mapping[str, OptimizerSettings]) -> str:
+    for key, optimizer in optimizers.items():
+        peak, least = optimizer.learning_rate, optimizer.min_learning_rate
+        if least > peak:
+            return (
+                f"{key}.min_learning_rate={least:g} is above {key}.learning_rate={peak:g}, the "
+                f"peak that it decays from; lower the first to {peak:g}, or raise the other"
+            )
+    return ""
+
+
 def _fp8_misfit(precision: str, fp8: Fp8Settings, *, has_rl: bool) -> str:
     for key, default in asdict(Fp8Settings()).items():
         value = getattr(fp8, key)
         if precision != "fp8" and value != default:
             return (
-                f"fp8.{key}={_text(value)} is for precision=fp8, and precision={precision}; "
+                f"fp8.{key}={text(value)} is for precision=fp8, and precision={precision}; "
                 "set precision=fp8 or leave it out"
             )
     if fp8.recipe != "delayed":
@@ -168,7 +198,7 @@ def _graphs_misfit(layouts: Layouts) -> str:
 def _optimizer_misfit(precision: str, used: Mapping[str, OptimizerSettings]) -> str:
     for key, optimizer in used.items():
         for name, plain in (("moments", "fp32"), ("main_gradients", "fp32"), ("offload", "0")):
-            value = _text(getattr(optimizer, name))
+            value = text(getattr(optimizer, name))
             if value != plain and not optimizer.distributed:
                 return (
                     f"{key}.{name}={value} is for the distributed optimizer; set "
@@ -258,10 +288,3 @@ def _widths(model: ModelSettings, parallel: ParallelSettings, key: str) -> dict[
         ),
         f"model.ffn_hidden_size={model.ffn_hidden_size}{share}": model.ffn_hidden_size // size,
     }
-
-
-def _text(value: object) -> str:
-    """Return a value as the user writes it."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -7,17 +7,15 @@ torch nor Megatron, so that a wrong file is refused in well under a second.
 import dataclasses
 import difflib
 import re
-import types
 import typing
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from agrpo_megatron.config.values import MOST_SECONDS, checked, type_name
+from agrpo_megatron.config.yaml_files import dump_yaml, merge, read_chain, read_override
 
-from agrpo_megatron.config.yaml_files import merge, read_chain, read_override
-
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+_WRITTEN = "_written"  # attribute of a section, not a setting of it
 
 
 def setting(
@@ -34,6 +32,8 @@ def setting(
 
     A section whose settings have a `short` name may also be written as one text, see `from_text`.
     """
+    if unit == "seconds" and high is None:
+        high = MOST_SECONDS
     metadata = {"help": help, "unit": unit, "choices": choices, "low": low, "high": high}
     metadata["short"] = short
     if isinstance(default, dict):
@@ -79,8 +79,15 @@ def build[T](cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
                 )
             values[name] = build(hints[name], value, f"{key}.")  # type: ignore[arg-type]
         else:
-            values[name] = _checked(key, value, hints[name], fields[name].metadata)
-    return cls(**values)
+            values[name] = checked(key, value, hints[name], fields[name].metadata)
+    built = cls(**values)
+    object.__setattr__(built, _WRITTEN, frozenset(values))
+    return built
+
+
+def written(section: Any) -> frozenset[str]:
+    """Return the names that a section was built with; `dataclasses.replace` forgets them."""
+    return getattr(section, _WRITTEN, frozenset())
 
 
 def from_text(cls: type, text: str, *, key: str) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def from_text(cls: type, text: str, *, key: str) -> dict[str, Any]:
 
 def to_yaml(settings: Any) -> str:
     """Return settings as YAML that `load` reads back to an equal value."""
-    return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, width=100)
+    return dump_yaml(dataclasses.asdict(settings))
 
 
 def flatten(
@@ -148,7 +155,7 @@ def describe(cls: type, prefix: str = "") -> Iterator[Described]:
             as_text = f"; as text {prefix[:-1]}={_written(field)}" if meta["short"] else ""
             yield Described(
                 prefix + field.name,
-                _type_name(hint),
+                type_name(hint),
                 getattr(defaults, field.name),
                 meta["unit"],
                 meta["help"] + as_text,
@@ -206,6 +213,11 @@ def _apply_override(cls: type, tree: dict[str, Any], override: str) -> None:
         node = node[part]
         if not isinstance(node, dict):
             raise ValueError(f"override {override!r}: {part} is a value, not a section")
+    if dataclasses.is_dataclass(owner):
+        hint = typing.get_type_hints(owner).get(name)
+        below = _as_mapping(hint, node.get(name), key=key)
+        if dataclasses.is_dataclass(hint) and isinstance(below, dict) and isinstance(value, dict):
+            value = merge(below, value, file=Path(override))
     node[name] = value
 
 
@@ -214,66 +226,3 @@ def _unknown_key(prefix: str, key: str, fields: Mapping[str, Any]) -> str:
         return f"{prefix}{key} is not a setting; did you mean {prefix}{nearest[0]}?"
     where = f"section {prefix.rstrip('.')}" if prefix else "a settings file"
     return f"{prefix}{key} is not a setting; {where} has {', '.join(fields)}"
-
-
-def _checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
-    if value is None and type(None) in _options(hint):
-        return None
-    if value is None:
-        raise ValueError(f"{key} is empty; it must be {_type_name(hint)}")
-    for option in _options(hint):
-        if (converted := _convert(value, option)) is not None:
-            _check_range(key, converted, meta)
-            return converted
-    raise ValueError(f"{key}={value!r} has the wrong type; it must be {_type_name(hint)}")
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """Return `value` as `hint`, or None if it does not fit (YAML reads 1e-4 as text)."""
-    if hint in (bool, int, str):
-        fits = isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
-        return value if fits else None
-    if hint is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            return None
-    origin = typing.get_origin(hint)
-    if origin is list and isinstance(value, list):
-        items = [_convert(item, *typing.get_args(hint)) for item in value]
-        return None if None in items else items
-    return _with_numbers(value) if origin is dict and isinstance(value, Mapping) else None
-
-
-def _with_numbers(value: Any) -> Any:
-    """Read 1e-4 as a number in passed-through settings, which declare no type."""
-    if isinstance(value, Mapping):
-        return {key: _with_numbers(part) for key, part in value.items()}
-    is_number = isinstance(value, str) and _EXPONENT.fullmatch(value)
-    return float(value) if is_number else value
-
-
-def _check_range(key: str, value: Any, meta: Mapping[str, Any]) -> None:
-    choices, low, high = meta["choices"], meta["low"], meta["high"]
-    if choices and value not in choices:
-        nearest = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"{key}={value} must be one of {', '.join(map(str, choices))}{hint}")
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
-    if low is not None and not value >= low:
-        raise ValueError(f"{key}={value} must be at least {low}")
-    if high is not None and not value <= high:
-        raise ValueError(f"{key}={value} must be at most {high}")
-
-
-def _type_name(hint: Any) -> str:
-    names: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false"}
-    names |= {str: "text", list[int]: "a list of integers", list[str]: "a list of texts"}
-    names |= {type(None): "null"}
-    options = sorted(_options(hint), key=lambda option: option is type(None))
-    return " or ".join(names.get(option, "a mapping") for option in options)
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

@@ -1,20 +1,22 @@
 """YAML files of settings; a file may name a `base` and hold only the differences."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from yaml.composer import ComposerError
+from yaml.error import MarkedYAMLError
 
 BASE = "base"
+MOST_NESTED = 50
 
 type Tree = dict[str, Any]
 
 
-class RepeatedKeyError(ComposerError):
-    """A mapping has a key twice; YAML would silently keep the last."""
+class RefusedError(MarkedYAMLError):
+    """YAML that would silently become something else, or that no setting can be."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -25,27 +27,63 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if (key.tag, str(key.value)) in known:
                 said = f"{key.value} is written twice; write it once"
-                raise RepeatedKeyError(None, None, said, key.start_mark)
+                raise RefusedError(problem=said, problem_mark=key.start_mark)
             known.add((key.tag, str(key.value)))
         return node
 
 
-# As in YAML 1.2, a time such as 10:00:00 is a text, not a number to base 60.
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+# As in YAML 1.2, a time such as 10:00:00 is a text, not a number to base 60, so is a date, and
+# 010 is ten. The first that matches holds.
+_INTEGER, _DATE = "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp"
 _BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9][0-9_]*(:[0-9_.]+)+$"))
-_Loader.yaml_implicit_resolvers = {
-    first: [_BASE_60, *others] if first in "+-0123456789" else others
+_INTEGERS = (_INTEGER, re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$"))
+_Loader.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers = {
+    first: [_BASE_60, _INTEGERS, *(other for other in others if other[0] != _DATE)]
+    if first in "+-0123456789"
+    else others
     for first, others in _Loader.yaml_implicit_resolvers.items()
 }
 
 
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    digits = loader.construct_scalar(node).replace("_", "")
+    return int(digits, 0 if digits.lstrip("+-")[:2] in ("0b", "0x") else 10)
+
+
+_Loader.add_constructor(_INTEGER, _integer)
+
+
 def parse_yaml(text: str) -> Any:
-    """Parse a YAML text.
+    """Parse a YAML text; what an anchor shares is copied, so that a change has one place.
 
     Raises:
-        RepeatedKeyError: a mapping has a key twice.
+        RefusedError: a mapping has a key twice, or a value cannot be used.
         yaml.YAMLError: the text is not YAML.
     """
-    return yaml.load(text, _Loader)
+    try:
+        return _unshared(yaml.load(text, _Loader), MOST_NESTED)
+    except (RecursionError, ValueError, LookupError, AttributeError, TypeError):
+        problem = "a value is nested too deep, or does not fit its tag"
+        raise RefusedError(problem=problem) from None
+
+
+def _unshared(value: Any, depth: int) -> Any:
+    if depth < 0:
+        raise RefusedError(problem=f"it is nested over {MOST_NESTED} deep, or contains itself")
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise RefusedError(problem="a text has a character that no file can hold")
+    if isinstance(value, dict):
+        return {_unshared(k, depth): _unshared(part, depth - 1) for k, part in value.items()}
+    return [_unshared(part, depth - 1) for part in value] if isinstance(value, list) else value
+
+
+def dump_yaml(tree: Any, **options: Any) -> str:
+    """Return the text that `parse_yaml` reads back to an equal tree."""
+    return yaml.dump(tree, Dumper=_Dumper, **{"sort_keys": False, "width": 100, **options})
 
 
 def read_override(override: str) -> tuple[str, Any]:
@@ -59,7 +97,7 @@ def read_override(override: str) -> tuple[str, Any]:
         raise ValueError(f"override {override!r}: write section.key=value, e.g. run.seed=1")
     try:
         return key.strip(), parse_yaml(text) if text else None
-    except RepeatedKeyError as error:
+    except RefusedError as error:
         raise ValueError(f"override {override!r}: {error.problem}") from None
     except yaml.YAMLError:
         raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
@@ -101,7 +139,7 @@ def read_chain(path: str | Path) -> list[tuple[Path, Tree]]:
         if base is None:
             return chain
         said = f"settings file {file}: base={base}"
-        if not isinstance(base, str) or not (file.parent / base).is_file():
+        if not isinstance(base, str) or not os.path.isfile(file.parent / base):
             raise ValueError(f"{said} is not a file; name one relative to {file.parent}")
         file = file.parent / base
         if any(file.resolve() == known.resolve() for known, _ in chain):

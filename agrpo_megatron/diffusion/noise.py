@@ -20,7 +20,8 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 def noise_key(seed: int, stream: int, *indices: Tensor) -> Tensor:
     """Fold int64 index tensors, which broadcast, into one int64 key per element."""
     device = indices[0].device if indices else "cpu"
-    key = _mix(torch.tensor(seed * 1000003 + stream, dtype=torch.int64, device=device))
+    start = (seed * 1000003 + stream + 2**63) % 2**64 - 2**63  # wraps around, as `_mix` does
+    key = _mix(torch.tensor(start, dtype=torch.int64, device=device))
     for index in indices:
         key = fold(key, index)
     return key

@@ -3,10 +3,10 @@
 A family is one file with `FAMILY`, a `Family` record. `FAMILIES` has them by `model_type`.
 """
 
-import json
 from pathlib import Path
 
 from agrpo_megatron.config.settings import ModelSettings
+from agrpo_megatron.families.config_json import CONFIG, GENERATION, check_ids, read_object, shown
 from agrpo_megatron.families.dream import FAMILY as DREAM
 from agrpo_megatron.families.llada import FAMILY as LLADA
 from agrpo_megatron.families.tensors import Family, Shapes, WeightMapping, expand, part_shapes
@@ -15,22 +15,32 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM)}
 
 
 def settings_from_hf(directory: str | Path) -> ModelSettings:
-    """Read the model settings of a Hugging Face directory.
+    """Read the model settings of a Hugging Face directory; weights, if it has some, must fit.
 
     Raises:
-        ValueError: config.json is missing, or of an unknown family.
+        ValueError: config.json is missing, of an unknown family, has a key that the family lacks,
+            or disagrees with generation_config.json or the weights.
     """
-    path = Path(directory) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        fix = "give a Hugging Face directory"
-        raise ValueError(f"{path}: cannot be read ({error}); {fix}") from None
+    path = Path(directory) / CONFIG
+    config = read_object(path)
+    kind = config.get("model_type")
     family = FAMILIES.get(str(kind).lower())  # Dream's has a capital letter
     if family is None:
-        raise ValueError(f"{path}: model_type={kind!r}; known families are {', '.join(FAMILIES)}")
-    return family.settings(config)
+        known = f"known families are {', '.join(FAMILIES)}"
+        raise ValueError(f"{path}: {shown('model_type', kind)}; {known}")
+    try:
+        model = family.settings(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    check_ids(model, config, path)
+    generation = path.with_name(GENERATION)
+    if generation.exists():
+        check_ids(model, read_object(generation), generation)
+    if any(path.parent.glob("*.safetensors*")):
+        from agrpo_megatron.families.files import HfWeights  # loads torch
+
+        HfWeights(directory, model)
+    return model
 
 
 def weight_mappings(model: ModelSettings) -> list[WeightMapping]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.tensors import Family
+from agrpo_megatron.families.tensors import STANDARD, Family
 
 _REQUIRED = {
     "hidden_act": "silu",
@@ -19,23 +19,20 @@ _REQUIRED = {
     "attention_dropout": 0.0,
 }
 _KEYS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads",
+    **STANDARD,
     "vocab_size": "vocab_size",
     "mask_token_id": "mask_token_id",
     "eos_token_id": "eos_token_id",
-    "max_sequence_length": "max_position_embeddings",
     "rope_theta": "rope_theta",
     "norm_epsilon": "rms_norm_eps",
 }
+# A window is not used without `use_sliding_window`.
+_OTHERS = frozenset(("max_window_layers", "sliding_window"))
 
 
-def _other_settings(_config: Mapping[str, Any]) -> dict[str, Any]:
+def _other_settings(_config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     # Query, key and value always have biases, the output projection has none.
-    return {"qkv_bias": True, "shift": True}
+    return {"qkv_bias": ("model_type", True), "shift": ("model_type", True)}
 
 
 def _other_keys(model: ModelSettings) -> dict[str, Any]:
@@ -75,4 +72,4 @@ def _mappings(_model: ModelSettings) -> dict[str, tuple[str, ...]]:
     }
 
 
-FAMILY = Family("dream", _REQUIRED, _KEYS, _other_settings, _other_keys, _mappings)
+FAMILY = Family("dream", _REQUIRED, _KEYS, _other_settings, _other_keys, _mappings, _OTHERS)

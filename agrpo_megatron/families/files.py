@@ -7,7 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from agrpo_megatron.config.settings import ModelSettings
+from agrpo_megatron.families import hf_shapes
+from agrpo_megatron.families.config_json import read_object, shown
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+BUFFER = "rotary_emb.inv_freq"  # ends such names in old checkpoints; made from rope_theta here
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {
     "F64": torch.float64,
@@ -50,17 +55,28 @@ class HfWeights:
     """The tensors of a Hugging Face directory; indexing a tensor reads only that part.
 
     Raises:
-        ValueError: there are no safetensors, or a shard is missing, damaged or truncated.
+        ValueError: there are no safetensors, a shard is missing, damaged or truncated, the index
+            names another place of a tensor, or they are not the model's tensors.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, model: ModelSettings):
         self.directory = Path(directory)
         self.tensors: dict[str, Stored] = {}
-        for file in _files(self.directory):
+        index = read_index(self.directory)
+        for file in _files(self.directory, index):
             for name, entry in read_header(file).items():
+                if name.endswith(BUFFER):
+                    continue
                 if name in self.tensors:
                     raise ValueError(f"{file}: tensor {name} is also in {self.tensors[name].file}")
                 self.tensors[name] = Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        for name, file in (index or {}).items():
+            found = self.tensors.get(name)
+            if not name.endswith(BUFFER) and (found is None or found.file != self.directory / file):
+                raise ValueError(f"{self.directory / INDEX}: tensor {name} is not in {file}")
+        # If there are more layers than tensors, one is missing in the first of them.
+        layers = min(model.num_layers, len(self.tensors) + 1)
+        self._check(hf_shapes(replace(model, num_layers=layers)), model.family)
         self._open: Any = None
         self._path, self._read = Path(), 0
 
@@ -68,17 +84,16 @@ class HfWeights:
         """Return a lazy tensor of the directory."""
         return _FilePart(self, name)
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]], family: str) -> None:
-        """Check that the directory has exactly the tensors of a model.
-
-        Raises:
-            ValueError: a tensor is missing, has another shape, or is unknown; names the first.
-        """
+    def _check(self, shapes: Mapping[str, tuple[int, ...]], family: str) -> None:
+        """Check that the directory has exactly the tensors of a model."""
         for name, shape in shapes.items():
             if name not in self.tensors:
                 fix = f"the {family} family needs it; does config.json belong to them?"
                 raise ValueError(f"{self.directory}: tensor {name} is missing; {fix}")
             found = self.tensors[name]
+            if not found.dtype.is_floating_point:
+                fix = "quantized weights are not read; save them as bfloat16 or float32"
+                raise ValueError(f"{found.file}: tensor {name} has dtype {found.dtype}; {fix}")
             if found.shape != shape:
                 raise ValueError(
                     f"{found.file}: tensor {name} has shape {list(found.shape)}, and config.json "
@@ -125,6 +140,8 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         ValueError: the file is damaged or shorter than its header says; names the first
             truncated tensor.
     """
+    damaged = OSError, struct.error, json.JSONDecodeError, UnicodeDecodeError, SafetensorError
+    damaged += LookupError, TypeError, AttributeError, RecursionError
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -138,7 +155,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError(f"{file}: tensor {name} has the unknown dtype {entry['dtype']}")
         with safe_open(file, framework="pt"):  # the library's own, stricter checks
             return entries
-    except (OSError, struct.error, json.JSONDecodeError, SafetensorError, LookupError) as error:
+    except damaged as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
 
 
@@ -151,23 +168,32 @@ def read_index(directory: Path) -> dict[str, str] | None:
     """Return the file of each tensor from the directory's index; None without an index.
 
     Raises:
-        ValueError: the index cannot be read.
+        ValueError: the index cannot be read, or names a file that is not in its folder.
     """
     path = directory / INDEX
     if not path.exists():
         return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path}: not an index of safetensors ({error})") from None
+    files = read_object(path).get("weight_map")
+    if not isinstance(files, dict):
+        raise ValueError(f"{path}: not an index of safetensors: it has no weight_map")
+    for name, file in files.items():
+        # A conversion back writes these names. Links may lead anywhere, as in the hub's cache.
+        parts = Path(file).parts if isinstance(file, str) else ("..",)
+        if ".." in parts or Path(file).is_absolute() or not file.endswith(".safetensors"):
+            fix = "name a .safetensors file in this folder or below it"
+            raise ValueError(f"{path}: {shown('weight_map', {name: file})}; {fix}")
+    return files
 
 
-def _files(directory: Path) -> list[Path]:
+def _files(directory: Path, index: Mapping[str, str] | None) -> list[Path]:
     """Return the weight files of the index, or all without an index."""
-    if (index := read_index(directory)) is not None:
+    if index is not None:
         for name, file in index.items():
-            if not (directory / file).is_file():
+            if not os.path.isfile(directory / file):  # False for any text, unlike Path.is_file
                 raise ValueError(f"{directory}: shard {file} is missing (tensor {name} is in it)")
+        if SINGLE not in index.values() and (directory / SINGLE).exists():
+            unlike = f"{SINGLE}, which other tools read in its place; remove one of the two"
+            raise ValueError(f"{directory / INDEX} leaves out {unlike}")
         return sorted({directory / file for file in index.values()})
     if files := sorted(directory.glob("*.safetensors")):
         return files

@@ -26,6 +26,10 @@ _REQUIRED = {
     "rope_full_precision": True,
     "multi_query_attention": False,
     "block_group_size": 1,
+    # The modelling code's own default is 0.1.
+    "attention_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "residual_dropout": 0.0,
 }
 _KEYS = {
     "num_layers": "n_layers",
@@ -37,16 +41,29 @@ _KEYS = {
     "rope_theta": "rope_theta",
     "norm_epsilon": "rms_norm_eps",
 }
+_SIZES = ("embedding_size", "mlp_hidden_size", "mlp_ratio", "n_kv_heads", "vocab_size")
+# About parts that this model lacks, how weights begin, and how the modelling code runs; it reads
+# `weight_tying` in place of transformers' `tie_word_embeddings`.
+_HARMLESS = """
+alibi_bias_max attention_layer_norm_with_affine flash_attention init_cutoff_factor init_device
+init_fn init_std precision tie_word_embeddings train_max_sequence_length
+"""
+_OTHERS = frozenset((*_SIZES, "include_qkv_bias", *_HARMLESS.split()))
 
 
-def _other_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _other_settings(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    # `mlp_hidden_size` overrides `mlp_ratio` in the modelling code.
+    width = "mlp_hidden_size" if "mlp_hidden_size" in config else "mlp_ratio"
+    given, hidden = config[width], config["d_model"]
+    is_ratio = width == "mlp_ratio" and type(given) is int and type(hidden) is int
+    groups = "n_kv_heads" if "n_kv_heads" in config else "n_heads"
+    # `embedding_size` is the number of rows of the tensors, `vocab_size` of the used ones.
+    rows = "embedding_size" if "embedding_size" in config else "vocab_size"
     return {
-        # `mlp_hidden_size` overrides `mlp_ratio` in the modelling code.
-        "ffn_hidden_size": config.get("mlp_hidden_size") or config["mlp_ratio"] * config["d_model"],
-        "num_query_groups": config.get("n_kv_heads") or config["n_heads"],
-        # `embedding_size` is the number of rows of the tensors, `vocab_size` of the used ones.
-        "vocab_size": config.get("embedding_size") or config["vocab_size"],
-        "qkv_bias": config.get("include_qkv_bias", False),
+        "ffn_hidden_size": (width, given * hidden if is_ratio else given),
+        "num_query_groups": (groups, config[groups]),
+        "vocab_size": (rows, config[rows]),
+        "qkv_bias": ("include_qkv_bias", config.get("include_qkv_bias", False)),
     }
 
 
@@ -93,4 +110,4 @@ def _mappings(model: ModelSettings) -> dict[str, tuple[str, ...]]:
     return names
 
 
-FAMILY = Family("llada", _REQUIRED, _KEYS, _other_settings, _other_keys, _mappings)
+FAMILY = Family("llada", _REQUIRED, _KEYS, _other_settings, _other_keys, _mappings, _OTHERS)

@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agrpo_megatron.config.rules import validate_model
 from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
+from agrpo_megatron.families.config_json import HARMLESS, OFF, end_ids, shown
 
 type Shapes = dict[str, tuple[int, ...]]  # by Hugging Face name
 # Layout and split by Megatron module, see `families.transforms`; other modules are copied.
@@ -23,6 +25,15 @@ TRANSFORMS = {
 FUSED_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+# Sizes as transformers' own code names them; a family with other names may have these too.
+STANDARD = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "max_sequence_length": "max_position_embeddings",
 }
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -52,31 +63,49 @@ class Family:
     name: str
     required: Mapping[str, Any]  # config.json: features of the modelling code that this model lacks
     keys: Mapping[str, str]  # settings with equal values: our key -> key of config.json
-    other_settings: Callable[[Mapping[str, Any]], dict[str, Any]]  # from config.json
+    # From config.json without its nulls: by setting, the key that gives it, and the value.
+    other_settings: Callable[[Mapping[str, Any]], dict[str, tuple[str, Any]]]
     other_keys: Callable[[ModelSettings], dict[str, Any]]  # of config.json
     # Hugging Face names by Megatron's; `{i}` is the layer number.
     mappings: Callable[[ModelSettings], dict[str, tuple[str, ...]]]
+    others: frozenset[str]  # keys of config.json that `other_settings` reads, or that are harmless
 
     def settings(self, config: Mapping[str, Any]) -> ModelSettings:
-        """Translate config.json.
+        """Translate config.json; null means that a key is not set.
 
         Raises:
-            ValueError: a key is missing, or this family does not support its value.
+            ValueError: a key is missing or unknown, contradicts another, or has a value that the
+                family does not support.
         """
-        for key, value in self.required.items():
-            if config.get(key) not in (None, value):
-                raise ValueError(
-                    f"config.json: {key}={config[key]!r}; the {self.name} family needs {value}"
-                )
+        first = (*end_ids(config), None)[0]  # of several, it fills completions
+        given = {k: v for k, v in {**config, "eos_token_id": first}.items() if v is not None}
         try:
-            same = {ours: config[theirs] for ours, theirs in self.keys.items()}
-            values = {"family": self.name, **same, **self.other_settings(config)}
+            same = {ours: (theirs, given[theirs]) for ours, theirs in self.keys.items()}
+            found = {**same, **self.other_settings(given)}
         except KeyError as error:
-            key = error.args[0]
-            raise ValueError(
-                f"config.json: {key} is missing; the {self.name} family needs it"
-            ) from None
-        return build(ModelSettings, values, "config.json as model.")
+            missing = f"{error.args[0]} is missing"
+            raise ValueError(f"{missing}; the {self.name} family needs it") from None
+        values: dict[str, Any] = {"family": self.name}
+        for ours, (theirs, value) in found.items():
+            values[ours] = getattr(build(ModelSettings, {ours: value}, f"{theirs} as model."), ours)
+        model = ModelSettings(**values)
+        validate_model(model)
+        self._check_others(given, model)
+        return model
+
+    def _check_others(self, given: Mapping[str, Any], model: ModelSettings) -> None:
+        """Check the keys that give no setting."""
+        wanted = {theirs: getattr(model, ours) for ours, theirs in STANDARD.items()}
+        wanted["head_dim"] = model.hidden_size // model.num_attention_heads
+        wanted["rope_parameters"] = {"rope_theta": model.rope_theta, "rope_type": "default"}
+        wanted |= {**dict.fromkeys(OFF, False), **self.required}
+        known = {*HARMLESS, *self.keys.values(), *self.others}
+        fix = f" is no key of the {self.name} family; remove it if logits are the same without it"
+        for key in sorted(given.keys() - known):
+            if given[key] != wanted.get(key):
+                if key in wanted:
+                    fix = f"; the {self.name} family needs {wanted[key]} here"
+                raise ValueError(shown(key, given[key]) + fix)
 
     def config(self, model: ModelSettings) -> dict[str, Any]:
         """Return config.json for a model without one.

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from agrpo_megatron.config.schema import flatten
-from agrpo_megatron.config.yaml_files import read_override, read_yaml
+from agrpo_megatron.config.yaml_files import dump_yaml, read_override, read_yaml
 
 SWEEP = "sweep.yaml"
 UNSWEPT = {"run.dir": "each member has its own", "launch": "all members are one job"}
@@ -38,7 +36,7 @@ class Sweep:
     def text(self) -> str:
         """Return the content of the file."""
         tree = {"file": self.file, "overrides": list(self.overrides), "members": self.members}
-        return yaml.safe_dump(tree, sort_keys=False, width=100)
+        return dump_yaml(tree)
 
 
 def read_grid(texts: Sequence[str]) -> Grid:
@@ -112,7 +110,7 @@ def check_directory(directory: Path, sweep: Sweep) -> None:
 
 def flow(value: Any) -> str:
     """Return a value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize, allow_unicode=True)
+    text = dump_yaml(value, default_flow_style=True, width=sys.maxsize, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -28,9 +28,7 @@ def load_hf(network: Network, settings: ModelSettings, directory: str | Path) ->
     Raises:
         ValueError: a tensor is missing, unknown, damaged or has the wrong shape.
     """
-    weights = HfWeights(directory)
-    weights.check(hf_shapes(settings), settings.family)
-    return load_named(network, settings, weights.part)
+    return load_named(network, settings, HfWeights(directory, settings).part)
 
 
 def initialise(network: Network, settings: ModelSettings, seed: int) -> dict[str, Tensor]:

@@ -2,11 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
-from agrpo_megatron.resilience.sections import NAMES
 from agrpo_megatron.runs.files import write_whole
 
 LEARNED = "sections.json"  # in the folder `launch` of a run, read by its next attempt
@@ -21,15 +19,11 @@ class Limits:
     Args:
         world_size: times learned with another number of ranks are ignored.
         is_main: whether this rank saves the learned times with the run.
-
-    Raises:
-        ValueError: `resilience.timeouts` does not map sections to seconds.
     """
 
     def __init__(self, settings: Settings, *, world_size: int, is_main: bool):
         self._settings, self._world_size, self._is_main = settings.resilience, world_size, is_main
         self._file = Path(settings.run.dir) / LAUNCH_FOLDER / LEARNED
-        _check(self._settings.timeouts)
         self._longest: dict[str, float] = {}
         self._seen: set[str] = set()
         self._read()
@@ -77,12 +71,3 @@ class Limits:
             return
         if learned["world_size"] == self._world_size:
             self._longest, self._seen = learned["longest"], set(learned["seen"])
-
-
-def _check(timeouts: dict[str, Any]) -> None:
-    for section, limit in timeouts.items():
-        said = f"resilience.timeouts.{section}={limit}"
-        if section not in NAMES:
-            raise ValueError(f"{said} names no section; use {', '.join(NAMES)}")
-        if not isinstance(limit, int | float) or not limit > 0:
-            raise ValueError(f"{said} is not a time limit; use a number of seconds")

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-NAMES: tuple[str, ...] = ("setup", "rollout", "reward", "update", "checkpoint", "evaluation")
+from agrpo_megatron.config.settings.resilience import SECTIONS as NAMES
 
 
 class Monitor:

@@ -6,10 +6,12 @@ Runs before any process group and before torch is needed, so wrong input is refu
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from agrpo_megatron.config.rules import validate
-from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.schema import load, written
 from agrpo_megatron.config.settings import ModelSettings, Settings, TokenizerSettings
+from agrpo_megatron.config.values import text
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.runs.progress import HF, MODEL_FILE
 from agrpo_megatron.tasks import Task, build_task
@@ -20,6 +22,9 @@ from agrpo_megatron.text.tokenizer import Tokenizer, load_tokenizer
 from agrpo_megatron.types import Problem
 
 RUN_SETTINGS = "config.yaml"
+# Settings of `model` that may differ from those of `model.load`: weights of that shape take any.
+REPLACE_LOADED = ("max_sequence_length", "mask_token_id", "eos_token_id", "rope_theta")
+REPLACE_LOADED += ("norm_epsilon", "init_std")
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "eval": "held-out"}
 
 
@@ -41,7 +46,9 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     Raises:
         ValueError: any rule is broken; the message names key, value, rule and fix.
     """
-    validate(settings, world_size)
+    model = settings.model
+    unread = model if model.load is None else replace(model, vocab_size=None)  # not `is_known`
+    validate(replace(settings, model=unread), world_size)
     settings = _with_loaded_model(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
     model = settings.model
@@ -55,6 +62,9 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     validate(settings, world_size)
     _check_tokens(model, tokenizer)
     task = build_task(settings.task)
+    for key, own in (("mask_token_id", tokenizer.mask_id), ("eos_token_id", tokenizer.eos_id)):
+        if (used := getattr(model, key)) != own:
+            task.notes.append(f"model.{key}={used} is used; the tokenizer's own is {own}")
     trains = settings.train.iterations > 0 or settings.sft.iterations > 0
     _require_problems(task, needs, trains=trains)
     check_prompts(settings, task, tokenizer)
@@ -78,12 +88,32 @@ def _with_loaded_model(settings: Settings) -> Settings:
         carried = TokenizerSettings(_carried_tokenizer(model_file))
     else:
         model, carried = settings_from_hf(source), TokenizerSettings(source)
-    model = replace(model, load=source, megatron={**model.megatron, **settings.model.megatron})
+    model = _with_written(model, settings.model)
     tokenizer = settings.tokenizer
     if tokenizer.path is None:
         chat_template = tokenizer.chat_template or carried.chat_template
         tokenizer = replace(tokenizer, path=carried.path, chat_template=chat_template)
     return replace(settings, model=model, tokenizer=tokenizer)
+
+
+def _with_written(loaded: ModelSettings, ours: ModelSettings) -> ModelSettings:
+    """Return the model of `model.load` with the settings that were written besides; null is none.
+
+    Raises:
+        ValueError: a written setting contradicts the weights.
+    """
+    changes: dict[str, Any] = {"load": ours.load, "megatron": loaded.megatron | ours.megatron}
+    for name in sorted(written(ours) - changes.keys()):
+        value, there = getattr(ours, name), getattr(loaded, name)
+        if name == "num_query_groups":
+            there = there or loaded.num_attention_heads
+        if value is not None and name not in REPLACE_LOADED and there not in (None, value):
+            raise ValueError(
+                f"model.{name}={text(value)} contradicts model.load={ours.load}, where it is "
+                f"{text(there)}; leave it out, or write model.{name}={text(there)}"
+            )
+        changes[name] = there if value is None else value
+    return replace(loaded, **changes)
 
 
 def _carried_tokenizer(model_file: Path) -> str | None:

@@ -5,7 +5,7 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
-import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from agrpo_megatron.config.schema import Described, build, describe
 from agrpo_megatron.config.settings import TaskSettings
+from agrpo_megatron.config.values import MOST_FLOAT
 from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.countdown import Countdown
 from agrpo_megatron.tasks.gym import ReasoningGym
@@ -93,7 +94,7 @@ def _build_part(settings: TaskSettings, label: Any, *, tree: Any) -> tuple[Task,
     own: dict[str, Any] = dict(tree)
     weight = own.pop("weight", 1.0)
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not math.isfinite(weight) or weight <= 0:
+    if not is_number or not 0 < weight <= MOST_FLOAT:
         raise ValueError(f"{key}.weight={weight!r} must be a number above 0; use for example 1")
     defaults = {**dataclasses.asdict(settings), "mixture": {}, "options": {}, "name": label}
     part = build(TaskSettings, {**defaults, **own}, f"{key}.")
@@ -111,7 +112,7 @@ def _load_class(name: str) -> type[Task]:
     """
     file, _, wanted = name.partition(":")
     path = Path(file)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"task.name={name}: {path} does not exist; give the path of a Python file")
     # The path makes the module name unique and the same in every worker.
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]

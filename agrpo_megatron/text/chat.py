@@ -3,6 +3,7 @@
 Every template ends at the start of the assistant's turn; the prefill follows it.
 """
 
+import os
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ CONTROL_TOKENS = {
     "llada": ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "dream": ("<|im_start|>", "<|im_end|>"),
 }
+DEFAULT = "default"  # name of a tokenizer's template that is used without a choice
 DREAM_SYSTEM = Message("system", "You are a helpful assistant.")
 
 
@@ -84,18 +86,32 @@ def from_jinja(text: str, special_tokens: Mapping[str, Any], *, source: str) -> 
 
 def choose_template(
     chosen: str | None,
-    own: Template | None,
+    own: Mapping[str, str],
     *,
     vocabulary: Container[str],
     special_tokens: Mapping[str, Any],
+    source: str = "",
 ) -> Template:
     """Return the template that `tokenizer.chat_template` names; null: the tokenizer's own, if any.
+
+    Args:
+        own: the tokenizer's Jinja texts by name.
+        source: of these, for errors.
 
     Raises:
         ValueError: no such template, or the tokenizer lacks tokens of the template.
     """
     if chosen is None:
-        return own or _by_tokens(vocabulary)
+        if not own:
+            return _by_tokens(vocabulary)
+        if DEFAULT not in own:
+            return _refuse(
+                f"{source} has no chat template named {DEFAULT}; set tokenizer.chat_template to "
+                f"one of {', '.join([*own, *BUILT_IN])}, or a .jinja file"
+            )
+        chosen = DEFAULT
+    if chosen in own and chosen not in BUILT_IN:
+        return from_jinja(own[chosen], special_tokens, source=source)
     if chosen in BUILT_IN:
         missing = [t for t in CONTROL_TOKENS.get(chosen, ()) if t not in vocabulary]
         if missing:
@@ -105,10 +121,10 @@ def choose_template(
             )
         return BUILT_IN[chosen]
     path = Path(chosen)
-    if path.suffix != ".jinja" or not path.is_file():
+    if path.suffix != ".jinja" or not os.path.isfile(path):
         raise ValueError(
-            f"tokenizer.chat_template={chosen} must be one of {', '.join(BUILT_IN)}, an existing "
-            ".jinja file, or null for the tokenizer's own"
+            f"tokenizer.chat_template={chosen} must be one of {', '.join([*BUILT_IN, *own])}, an "
+            "existing .jinja file, or null for the tokenizer's own"
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -126,11 +142,17 @@ def _by_tokens(vocabulary: Container[str]) -> Template:
     if len(known) < 2:
         return BUILT_IN[known[0]] if known else plain
 
+    return _refuse(
+        f"the tokenizer has no chat template, but the tokens of {' and '.join(known)}; set "
+        f"tokenizer.chat_template to one of {', '.join(known)}"
+    )
+
+
+def _refuse(message: str) -> Template:
+    """Return a template that refuses the first chat: tasks of plain texts need none."""
+
     def refuse(chat: Chat) -> str:
-        raise ValueError(
-            f"the tokenizer has no chat template, but the tokens of {' and '.join(known)}; set "
-            f"tokenizer.chat_template to one of {', '.join(known)}"
-        )
+        raise ValueError(message)
 
     return refuse
 

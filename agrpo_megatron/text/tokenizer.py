@@ -5,13 +5,15 @@ Importing this module loads neither torch, sentencepiece nor transformers.
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.settings import TokenizerSettings
-from agrpo_megatron.text.chat import CONTROL_TOKENS, Template, choose_template, from_jinja
+from agrpo_megatron.families.config_json import CONFIG, GENERATION, end_ids, read_object
+from agrpo_megatron.text.chat import CONTROL_TOKENS, DEFAULT, Template, choose_template
 from agrpo_megatron.types import Prompt
 
 CHARACTERS = Path(__file__).parent / "characters.model"
@@ -92,9 +94,9 @@ def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
             end-of-text token, or the chat template cannot be used.
     """
     path = CHARACTERS if settings.path is None else Path(settings.path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise ValueError(f"tokenizer.path={path} does not exist; {FIX}")
-    if path.is_dir():
+    if os.path.isdir(path):
         return _load_huggingface(path, settings.chat_template)
     if path.suffix == ".model":
         return _load_sentencepiece(path, settings.chat_template)
@@ -123,7 +125,7 @@ def _load_sentencepiece(path: Path, chat_template: str | None) -> Tokenizer:
         stop_ids=_stop_ids(vocabulary, eos_id),
         unknown_id=model.unk_id(),
         special=frozenset(special | {mask_id, eos_id}),
-        render=choose_template(chat_template, None, vocabulary=vocabulary, special_tokens={}),
+        render=choose_template(chat_template, {}, vocabulary=vocabulary, special_tokens={}),
         to_ids=model.encode,
         to_text=model.decode,
         to_piece=lambda i: model.id_to_piece(i).replace("\u2581", " "),
@@ -140,19 +142,24 @@ def _load_huggingface(path: Path, chat_template: str | None) -> Tokenizer:
     if mask_id is None:  # LLaDA's and Dream's directories do not register it
         mask_id = _find(vocabulary, MASK_PIECES)
     mask_id, eos_id = _require(path, mask_id=mask_id, eos_id=model.eos_token_id)
-    own = None
-    if model.chat_template:
-        own = from_jinja(model.get_chat_template(), names, source=f"tokenizer.path={path}")
+    own = model.chat_template or {}
+    own = {DEFAULT: own} if isinstance(own, str) else own
     added = {i for i, token in model.added_tokens_decoder.items() if token.special}
     control = {vocabulary[t] for t in itertools.chain(*CONTROL_TOKENS.values()) if t in vocabulary}
     return Tokenizer(
         vocab_size=max(vocabulary.values()) + 1,
         mask_id=mask_id,
         eos_id=eos_id,
-        stop_ids=_stop_ids(vocabulary, eos_id),
+        stop_ids=_stop_ids(vocabulary, eos_id) | _declared_ends(path),
         unknown_id=None if model.unk_token_id == eos_id else model.unk_token_id,
         special=frozenset({*model.all_special_ids, *added, *control, mask_id, eos_id}),
-        render=choose_template(chat_template, own, vocabulary=vocabulary, special_tokens=names),
+        render=choose_template(
+            chat_template,
+            own,
+            source=f"tokenizer.path={path}",
+            vocabulary=vocabulary,
+            special_tokens=names,
+        ),
         to_ids=lambda texts: model(texts, add_special_tokens=False)["input_ids"] if texts else [],
         to_text=lambda ids: model.decode(ids, clean_up_tokenization_spaces=False),
         to_piece=lambda i: model.decode([i], clean_up_tokenization_spaces=False),
@@ -178,6 +185,13 @@ def _find(vocabulary: dict[str, int], pieces: Iterable[str]) -> int | None:
 
 def _stop_ids(vocabulary: dict[str, int], eos_id: int) -> frozenset[int]:
     return frozenset({eos_id, *(vocabulary[p] for p in STOP_PIECES if p in vocabulary)})
+
+
+def _declared_ends(path: Path) -> frozenset[int]:
+    """Return the end-of-text ids in the model's configuration, one or several in each file."""
+    files = (path / name for name in (CONFIG, GENERATION))
+    found = [end for file in files if file.is_file() for end in end_ids(read_object(file))]
+    return frozenset(end for end in found if type(end) is int)
 
 
 def _require(path: Path, *, mask_id: int | None, eos_id: int | None) -> tuple[int, int]:

@@ -87,7 +87,7 @@ def _through(source, target, overrides):
     settings = type(settings)(
         run=settings.run, parallel=settings.parallel, model=read_model(Path(source))
     )
-    model = type(settings.model)(**{**vars(settings.model), "load": str(source)})
+    model = replace(settings.model, load=str(source))
     ranks = start_ranks(settings)
     engine = build_engine(settings, settings.optimizer, iterations=1, ranks=ranks)
     load_start_weights(engine.network, replace(settings, model=model))

@@ -168,7 +168,7 @@ def test_an_unknown_key_names_the_nearest(override, message):
         ("logging.live=1", "logging.live=1 has the wrong type; it must be true or false"),
         ("algorithm.group_size=1", "algorithm.group_size=1 must be at least 2"),
         ("sampling.top_p=1.5", "sampling.top_p=1.5 must be at most 1"),
-        ("optimizer.learning_rate=.nan", "optimizer.learning_rate=nan must be at least 0"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate=nan must be a finite number"),
         (
             "sampling.unmasking=entropie",
             "sampling.unmasking=entropie must be one of random, low_confidence, entropy, margin, "

@@ -28,6 +28,19 @@ def test_numbers_are_uniform(seed, stream):
     assert kolmogorov_smirnov(numbers(seed=seed, stream=stream)) < 1.95  # 0.1 % level
 
 
+def test_large_seeds_wrap_around_and_stay_apart():
+    """Dates with their time and nanoseconds are seeds; the last product that fits is unchanged."""
+    last = 9223344366082
+    assert last * 1000003 + noise.MASKS < 2**63 <= (last + 1) * 1000003
+    seeds = (last, last + 1, 20260131094500, 1769852700123456789, 2**63 - 1, 2**63 - 1 + 7919)
+    index = torch.tensor([0])
+    keys = {int(noise.noise_key(s, stream, index)) for s in seeds for stream in STREAMS}
+    assert len(keys) == len(seeds) * len(STREAMS)
+    wrapped = (2**63 - 1) * 1000003 % 2**64
+    assert torch.equal(noise.noise_key(2**63 - 1, 0, index), noise.noise_key(0, wrapped, index))
+    assert kolmogorov_smirnov(numbers(seed=1769852700123456789)) < 1.95
+
+
 def test_fixed_values():
     """A newer version must draw the same noise, or a resumed run would not go on as it began."""
     key = noise.noise_key(7, noise.TOKENS, torch.tensor([0, 1, 2**40]), torch.tensor([3]))

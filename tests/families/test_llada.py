@@ -87,12 +87,14 @@ def test_the_embedding_counts_rows_and_the_ratio_stands_in_for_the_size(tmp_path
         ("layer_norm_with_affine", False),
         ("rope_full_precision", False),
         ("multi_query_attention", True),
+        ("residual_dropout", 0.1),
         ("block_group_size", 2),
     ],
 )
 def test_what_this_model_does_not_do_is_refused_by_its_key(tmp_path, key, value):
     message = _refusal(_write(tmp_path, **{key: value}))
-    assert message.startswith(f"config.json: {key}={value!r}; the llada family needs ")
+    said = f"{tmp_path / 'config.json'}: {key}={value!r}; the llada family needs "
+    assert message.startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -110,16 +112,18 @@ def test_what_this_model_does_not_do_is_refused_by_its_key(tmp_path, key, value)
 )
 def test_a_missing_key_is_named(tmp_path, key):
     message = _refusal(_write(tmp_path, **{key: "absent"}))
-    assert message == f"config.json: {key} is missing; the llada family needs it"
+    said = f"{tmp_path / 'config.json'}: {key} is missing; the llada family needs it"
+    assert message == said
 
 
 @pytest.mark.parametrize(
     ("key", "value", "ours"),
-    [("n_layers", "two", "num_layers"), ("d_model", 0, "hidden_size"), ("rope_theta", None, "")],
+    [("n_layers", "two", "num_layers"), ("d_model", 0, "hidden_size"), ("rope_theta", "b", "")],
 )
 def test_a_value_of_the_wrong_kind_is_named_as_the_setting_it_becomes(tmp_path, key, value, ours):
     message = _refusal(_write(tmp_path, **{key: value}))
-    assert message.startswith(f"config.json as model.{ours or key}")
+    said = f"{tmp_path / 'config.json'}: {key} as model.{ours or key}={value!r}"
+    assert message.startswith(said)
 
 
 def test_another_family_is_refused_with_those_that_are_known(tmp_path):

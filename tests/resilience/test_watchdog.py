@@ -157,18 +157,6 @@ def test_a_limit_that_is_set_is_the_limit(tmp_path):
     assert limits.of("rollout", "rl") == 7.0
 
 
-@pytest.mark.parametrize(
-    "timeouts, message",
-    [({"rolout": 5}, "rolout=5 names no section"), ({"rollout": "x"}, "x is not a time limit")],
-)
-def test_a_limit_that_makes_no_sense_is_refused(tmp_path, timeouts, message):
-    settings = Settings(
-        run=RunSettings(dir=str(tmp_path)), resilience=ResilienceSettings(timeouts=timeouts)
-    )
-    with pytest.raises(ValueError, match=message):
-        Limits(settings, world_size=1, is_main=True)
-
-
 def test_watching_a_section_costs_next_to_nothing(tmp_path):
     limits = Limits(Settings(run=RunSettings(dir=str(tmp_path))), world_size=1, is_main=True)
     watchdog = Watchdog(limits, rank=0, ends=True)

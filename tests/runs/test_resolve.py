@@ -175,7 +175,8 @@ def test_supervision_needs_solutions_that_are_there_and_fit(tmp_path):
 
 def test_a_run_directory_brings_its_tokenizer_and_template(tmp_path, gsm8k):
     (tmp_path / "config.yaml").write_text(
-        f"model: {{vocab_size: 300}}\ntokenizer: {{{gsm8k[4].replace('tokenizer.path=', 'path: ')}"
+        "model: {num_layers: 2, hidden_size: 16, ffn_hidden_size: 32, num_query_groups: 2, "
+        f"vocab_size: 300}}\ntokenizer: {{{gsm8k[4].replace('tokenizer.path=', 'path: ')}"
         ", chat_template: plain}\n"
     )
     more = (f"model.load={tmp_path}", "model.vocab_size=null")

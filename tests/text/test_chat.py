@@ -111,6 +111,59 @@ def test_tokens_of_both_families_and_no_template_is_a_choice_for_the_user(tmp_pa
         tokenizer.encode_prompt(QUESTION)
 
 
+SAYS = "{% for m in messages %}NAME {{ m['content'] }}{% endfor %}"
+SEVERAL = {
+    "the default of several": (["default", "tools"], None, "default What is 6 x 7?"),
+    "one of several": (["default", "tools"], "tools", "tools What is 6 x 7?"),
+    "the default by its name": (["default", "tools"], "default", "default What is 6 x 7?"),
+    "one without a default": (["chat", "tools"], "chat", "chat What is 6 x 7?"),
+    "published": (["chat", "tools"], "llada", LLADA_QUESTION),
+    "plain": (["chat", "tools"], "plain", "What is 6 x 7?\n\n"),
+    "a name that is built in": (["plain"], "plain", "What is 6 x 7?\n\n"),
+    "a file": (["chat", "tools"], "own.jinja", "own What is 6 x 7?"),
+    "none": ([], None, LLADA_QUESTION),
+}
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Return a function that writes a tokenizer with named templates, and loads it."""
+
+    def write(names, chosen):
+        path = write_llada(tmp_path / "several", chat_template=None)
+        file = path / "tokenizer_config.json"
+        texts = [{"name": name, "template": SAYS.replace("NAME", name)} for name in names]
+        file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": texts}))
+        (tmp_path / "own.jinja").write_text(SAYS.replace("NAME", "own"))
+        if chosen == "own.jinja":
+            chosen = str(tmp_path / chosen)
+        return path, load_tokenizer(TokenizerSettings(str(path), chat_template=chosen))
+
+    return write
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_one_of_several_templates_is_chosen(several, name):
+    names, chosen, text = SEVERAL[name]
+    assert several(names, chosen)[1].render(QUESTION) == text
+
+
+def test_several_templates_without_a_default_need_a_choice(several):
+    path, tokenizer = several(["chat", "tools"], None)
+    assert tokenizer.decode_raw(tokenizer.encode_prompt("as it is")) == "as it is"
+    with pytest.raises(ValueError, match=".") as error:
+        tokenizer.encode_prompt(QUESTION)
+    assert str(error.value) == (
+        f"tokenizer.path={path} has no chat template named default; set tokenizer.chat_template "
+        "to one of chat, tools, llada, dream, plain, or a .jinja file"
+    )
+
+
+def test_a_template_that_is_not_there_names_those_that_are(several):
+    with pytest.raises(ValueError, match="=tool must be one of llada, dream, plain, chat, tools, "):
+        several(["chat", "tools"], "tool")
+
+
 @pytest.mark.parametrize("family, end", [("llada", "<|eot_id|>"), ("dream", "<|im_end|>")])
 def test_text_ends_at_the_first_stop_token_and_raw_text_does_not(published, family, end):
     tokenizer, fill = published[family], "<|endoftext|>"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agrpo_megatron.config.schema import setting
+from agrpo_megatron.config.values import MOST_SEED
 
 
 @dataclass(frozen=True)
@@ -11,9 +12,11 @@ class RunSettings:
     """The run directory, and what makes a run repeatable."""
 
     dir: str = setting("runs/default", "run directory; everything a run writes goes here")
-    seed: int = setting(0, "seed of weights, problems, noise and drawn steps", low=0)
+    seed: int = setting(
+        0, "seed of weights, problems, noise and drawn steps", low=0, high=MOST_SEED
+    )
     threads: int | None = setting(
-        None, "CPU threads of each rank; null shares the cores among the local ranks", low=1
+        None, "CPU threads of each rank; null: a share of the cores", low=1, high=1024
     )
     timeout: float = setting(600.0, "longest wait in a collective", unit="seconds", low=1)
 
@@ -56,10 +59,14 @@ class TokenizerSettings:
     """Text to token ids."""
 
     path: str | None = setting(
-        None, "sentencepiece .model file or Hugging Face directory; null: the built-in characters"
+        None,
+        "sentencepiece .model file or Hugging Face directory; null: that of model.load, else the "
+        "built-in characters",
     )
     chat_template: str | None = setting(
-        None, "llada, dream, plain or a .jinja file; null: the tokenizer's own, or by its tokens"
+        None,
+        "llada, dream, plain, a .jinja file, or the name of one of the tokenizer's; null: the "
+        "tokenizer's own, or by its tokens",
     )
 
 

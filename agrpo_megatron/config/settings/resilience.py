@@ -5,6 +5,9 @@ from typing import Any
 
 from agrpo_megatron.config.schema import setting
 
+# The sections of a run, which have a time limit each.
+SECTIONS: tuple[str, ...] = ("setup", "rollout", "reward", "update", "checkpoint", "evaluation")
+
 
 @dataclass(frozen=True)
 class ResilienceSettings:
@@ -19,7 +22,9 @@ class ResilienceSettings:
         1800.0, "limit of a section before one is learned", unit="seconds", low=0.1
     )
     least_timeout: float = setting(60.0, "shortest learned limit", unit="seconds", low=0.1)
-    timeout_factor: float = setting(5.0, "learned limit / longest time of a section", low=1)
+    timeout_factor: float = setting(
+        5.0, "learned limit / longest time of a section", low=1, high=1000
+    )
     timeouts: dict[str, Any] = setting(
         {}, "fixed limits of sections by name, in seconds; see docs/reliability"
     )
@@ -60,8 +65,10 @@ class LaunchSettings:
     grace: int = setting(
         300, "SLURM signals the job this long before its limit", unit="seconds", low=0, high=65535
     )
-    gpus_per_node: int = setting(8, "GPUs of each node; 0 runs on CPUs", low=0)
-    ranks_per_node: int | None = setting(None, "ranks per node; null: 1 per GPU, 1 on CPUs", low=1)
+    gpus_per_node: int = setting(8, "GPUs of each node; 0 runs on CPUs", low=0, high=1024)
+    ranks_per_node: int | None = setting(
+        None, "ranks per node; null: 1 per GPU, 1 on CPUs", low=1, high=1024
+    )
     gpu_memory: float = setting(80.0, "memory of each GPU, for the estimate", unit="GiB", low=1)
     cpus_per_task: int | None = setting(None, "CPUs of each node's task; null: all", low=1)
     exclude: str | None = setting(None, "nodes to exclude, as SLURM writes them")

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from agrpo_megatron.config.schema import section, setting
+from agrpo_megatron.config.values import MOST_SEED
 
 UNMASKING = ("random", "low_confidence", "entropy", "margin", "bernoulli")
 PROPOSALS = ("uniform", "entropy")
+MOST_BETA = 1 - 1e-9  # Adam divides by 1 - beta
 STEP_SAMPLERS = ("systematic", "stratified", "batch", "independent")
 
 
@@ -31,7 +33,9 @@ class TaskSettings:
     eval_problems: int | None = setting(
         None, "most held-out problems; null: all of a file, 256 generated ones", low=1
     )
-    seed: int = setting(0, "seed of generated problems and of drawn subsets, not run.seed", low=0)
+    seed: int = setting(
+        0, "seed of generated problems and of drawn subsets, not run.seed", low=0, high=MOST_SEED
+    )
     options: dict[str, Any] = setting({}, "passed to the task by name; see `agrpo config --tasks`")
     mixture: dict[str, Any] = setting(
         {}, "tasks of a mixture by label: each has name, weight, options, problems as here"
@@ -63,8 +67,8 @@ class OptimizerSettings:
     warmup_iterations: int = setting(0, "linear warm-up", unit="iterations", low=0)
     weight_decay: float = setting(0.01, "decoupled weight decay", low=0)
     clip_grad: float = setting(1.0, "gradient-norm clip; 0 turns it off", low=0)
-    adam_beta1: float = setting(0.9, "Adam's first decay", low=0, high=1)
-    adam_beta2: float = setting(0.99, "Adam's second decay", low=0, high=1)
+    adam_beta1: float = setting(0.9, "Adam's first decay", low=0, high=MOST_BETA)
+    adam_beta2: float = setting(0.99, "Adam's second decay", low=0, high=MOST_BETA)
     distributed: bool = setting(False, "shard optimizer state over the data-parallel ranks")
     moments: str = setting(
         "fp32",
@@ -200,7 +204,7 @@ class EvaluationSettings:
     unmasking: str = setting("low_confidence", "as in sampling", choices=UNMASKING)
     denoising_steps: int | None = setting(None, "as in sampling", low=1)
     block_length: int | None = setting(None, "as in sampling", low=1)
-    top_k: int | None = setting(None, "as in sampling", low=1)
+    top_k: int | None = setting(None, "as in sampling; null: all tokens", low=1)
     top_p: float = setting(1.0, "as in sampling", low=0, high=1)
     # The rest is for `agrpo evaluate` only.
     completion_lengths: list[int] | None = setting(

@@ -1,0 +1,123 @@
+"""Every setting of the schema, changed: the resolved settings have it, or one line says why not."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from agrpo_megatron.config.schema import describe, flatten, load
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.config.yaml_files import dump_yaml
+from agrpo_megatron.runs.resolve import resolve
+
+SMALL = {
+    "task": {"name": "countdown", "train_problems": 8, "eval_problems": 4},
+    "model": {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "vocab_size": 96},
+    "sampling": {"completion_length": 12, "block_length": 4, "denoising_steps": 6},
+    "algorithm": {"mc_samples": 2},
+}
+LINES = {line.key: line for line in describe(Settings)}
+WHOLE = {key for key, line in LINES.items() if isinstance(line.default, dict)}
+# Another value than a kind's usual one, where that one does not fit the small run.
+CHANGED: dict[str, Any] = {
+    "model.hidden_size": 48,
+    "model.num_attention_heads": 2,
+    "model.vocab_size": 97,
+    "model.num_query_groups": 2,
+    "model.megatron": {"attention_dropout": 0.1},
+    "tokenizer.chat_template": "plain",
+    "parallel.virtual": 2,
+    "parallel.layers": [3, 1],
+    "rollout.parallel": "tp2",
+    "task.name": "countdown",
+    "task.options": {"numbers": 3},
+    "task.mixture": {"sudoku": {"weight": 2.0}},
+    "task.prompt_tokens": 90,
+    "optimizer.megatron": {"adam_eps": 1e-6},
+    "sft.optimizer.megatron": {"adam_eps": 1e-6},
+    "optimizer.min_learning_rate": 1e-5,
+    "sft.optimizer.min_learning_rate": 1e-5,
+    "sampling.completion_length": 24,
+    "sampling.block_length": 6,
+    "sampling.denoising_steps": 9,
+    "evaluation.denoising_steps": 9,
+    "evaluation.block_length": 6,
+    "ddp": {"overlap_grad_reduce": True},
+    "train.stop_metric": "accuracy",
+    "evaluation.tasks": {"sudoku": {}},
+    "checkpoint.best": "reward/mean",
+    "resilience.timeouts": {"rollout": 5},
+    "launch.time": "04:00:00",
+}
+USUAL = {"an integer": 3, "a number": 0.75, "text": "other", "a list of integers": [1, 2]}
+USUAL |= {"a list of texts": ["--reservation=x"]}
+# What else a setting needs, by its key, or by key=value.
+NEEDS = {
+    "fp8.recipe": ["precision=fp8"],
+    "fp8.recipe=delayed": ["precision=fp8", "train.iterations=0"],
+    "fp8.bf16_first_layers": ["precision=fp8", "model.num_layers=6"],
+    "fp8.bf16_last_layers": ["precision=fp8", "model.num_layers=6"],
+    "fp8.primary_weights": ["precision=fp8", "optimizer.distributed=true"],
+    "kernels.layer_spec=te": ["precision=bf16"],
+    "kernels.batch_invariant": ["precision=bf16"],
+    "kernels.cuda_graphs": ["precision=bf16"],
+    "parallel.sequence": ["parallel.tensor=2"],
+    "parallel.virtual": ["parallel.pipeline=2"],
+    "parallel.layers": ["parallel.pipeline=2"],
+    "task.mixture": ["task.name=mixture"],
+    "sampling.schedule=dream": ["sampling.block_length=12"],
+    "sampling.unmasking=bernoulli": ["sampling.schedule=dream", "sampling.block_length=12"],
+    "evaluation.unmasking=bernoulli": ["sampling.schedule=dream", "sampling.block_length=12"],
+    "train.stop_metric": ["train.stop_patience=2"],
+    "train.stop_target": ["train.stop_metric=accuracy"],
+    "train.stop_patience": ["train.stop_metric=accuracy"],
+}
+SHARDED = ["precision=bf16", "optimizer.distributed=true", "sft.optimizer.distributed=true"]
+NEEDS |= {
+    f"{section}.{name}": SHARDED
+    for section in ("optimizer", "sft.optimizer")
+    for name in ("moments", "main_gradients", "offload")
+}
+# Refused in the small run, with the reason.
+REFUSED = {
+    "model.load=other": "is not a directory",
+    "tokenizer.path=other": "does not exist",
+    "task.pass_rates=other": "cannot be read",
+}
+RANKS = {"parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.data"}
+
+
+def _others(line):
+    """Return values that differ from the default: every choice, or one value."""
+    if line.key in CHANGED:
+        return [CHANGED[line.key]]
+    if line.choices:
+        return [choice for choice in line.choices if choice != line.default]
+    if isinstance(line.default, bool):
+        return [not line.default]
+    if line.key in RANKS:
+        return [2]
+    if isinstance(line.default, int | float) and line.default > 1:
+        return [line.default + 1]
+    return [USUAL[line.type.removesuffix(" or null")]]
+
+
+@pytest.mark.parametrize("key", LINES)
+def test_a_changed_setting_is_resolved_as_written_or_refused(tmp_path, key):
+    for value in _others(LINES[key]):
+        said = f"{key}={value}"
+        tree = {name: dict(section) for name, section in SMALL.items()}
+        path = tmp_path / "settings.yaml"
+        path.write_text(dump_yaml(tree))
+        more = NEEDS.get(said, NEEDS.get(key, []))
+        override = f"{key}={dump_yaml(value)}"
+        if said in REFUSED:
+            with pytest.raises(ValueError, match=REFUSED[said]) as error:
+                resolve(load(Settings, path, [*more, override]), world_size=2)
+            assert said in str(error.value) and "\n" not in str(error.value)
+            continue
+        settings = resolve(load(Settings, path, [*more, override]), world_size=2).settings
+        found = flatten(dataclasses.asdict(settings), whole=WHOLE)
+        assert value != LINES[key].default and found[key] == value
+        path.write_text(dump_yaml(dataclasses.asdict(settings)))
+        assert resolve(load(Settings, path), world_size=2).settings == settings

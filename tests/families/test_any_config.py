@@ -1,0 +1,149 @@
+"""Whatever config.json says: the model has those settings, or one line names file and key.
+
+AGRPO_EXAMPLES sets the number of generated files.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from agrpo_megatron.families import settings_from_hf
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+EXAMPLES = int(os.environ.get("AGRPO_EXAMPLES", "300"))
+CONFIGS = {
+    name: json.loads((FIXTURES / f"{name}_tiny" / "hf" / "config.json").read_text())
+    for name in ("llada", "dream")
+}
+# Keys of each file that may change: sizes and ids, and what changes no logits.
+SIZES = {
+    "llada": {
+        "num_layers": "n_layers",
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "max_sequence_length": "max_sequence_length",
+        "rope_theta": "rope_theta",
+        "norm_epsilon": "rms_norm_eps",
+        "mask_token_id": "mask_token_id",
+    },
+    "dream": {
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "ffn_hidden_size": "intermediate_size",
+        "num_attention_heads": "num_attention_heads",
+        "num_query_groups": "num_key_value_heads",
+        "vocab_size": "vocab_size",
+        "max_sequence_length": "max_position_embeddings",
+        "rope_theta": "rope_theta",
+        "norm_epsilon": "rms_norm_eps",
+        "mask_token_id": "mask_token_id",
+    },
+}
+OTHER_SIZES = {
+    *("embedding_size", "eos_token_id", "include_qkv_bias", "mlp_hidden_size", "mlp_ratio"),
+    *("model_type", "n_kv_heads", "vocab_size"),
+}
+FREE = {
+    *("alibi_bias_max", "architectures", "attention_layer_norm_with_affine", "auto_map"),
+    *("bos_token_id", "dtype", "flash_attention", "init_cutoff_factor", "init_device", "init_fn"),
+    *("init_std", "initializer_range", "max_window_layers", "pad_token_id", "precision"),
+    *("sliding_window", "torch_dtype", "train_max_sequence_length", "transformers_version"),
+    "use_cache",
+}
+MORE = (
+    *("auto_map", "head_dim", "hidden_size", "is_decoder", "max_position_embeddings"),
+    *("num_hidden_layers", "num_key_value_heads", "rope_parameters", "torch_dtype"),
+    *("clip_qkv", "d_modle", "num_experts", "quantization_config", "rope_scaling", "a\nb"),
+)
+LEAVES = (
+    st.sampled_from([0, 1, 2, -1, 4, 8, 10**5, 10**9, 10**30, 10**400, 0.5, 32.0, 1e308, 1e-400])
+    | st.sampled_from(["", "silu", "4", "nan", "dream", "true", [], {}, None, True, False])
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner)
+)
+
+
+@st.composite
+def files(draw):
+    """Return a family's name and the text of a changed config.json, a key perhaps twice."""
+    name = draw(st.sampled_from(list(CONFIGS)))
+    pairs = list(CONFIGS[name].items())
+    for _ in range(draw(st.integers(0, 3))):
+        known = st.sampled_from([*CONFIGS[name], *MORE]) | st.text(max_size=5)
+        key, other = draw(known), draw(st.sampled_from(pairs))[1]
+        value = draw(VALUES | st.just(other))
+        how = draw(st.sampled_from(["set", "set", "remove", "twice", "nest"]))
+        if how != "twice":
+            pairs = [pair for pair in pairs if pair[0] != key] or pairs
+        if how != "remove":
+            pairs.append((key, {key: value} if how == "nest" else value))
+    text = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in pairs)
+    return name, draw(st.sampled_from([f"{{{text}}}"] * 20 + [f"{{{text}", f"[{{{text}}}]"]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("config")
+
+
+@example(("llada", "[" * 100_000))
+@example(("llada", '{"model_type": "llada", "rope_theta": NaN}'))
+@given(files())
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+def test_a_config_is_taken_as_written_or_refused_in_one_line(folder, written):
+    _, text = written
+    path = folder / "config.json"
+    path.write_text(text)
+    try:
+        model = settings_from_hf(folder)
+    except ValueError as error:
+        _check_refusal(str(error), path, text)
+        return
+    _check_settings(model, json.loads(text, object_pairs_hook=_pairs))
+
+
+def _pairs(pairs):
+    assert len(dict(pairs)) == len(pairs), "a file with a key twice was taken"
+    return dict(pairs)
+
+
+def _check_refusal(message, path, text):
+    assert "\n" not in message and message.startswith(str(path))
+    said = message.removeprefix(str(path))
+    if "not a JSON object" not in said:
+        assert said.startswith(": ") and ("=" in said or "is missing" in said)
+        config = json.loads(text)
+        names = [ascii(key)[1:-1] for key in config] + list(SIZES["llada"].values())
+        assert any(name in said for name in [*names, *OTHER_SIZES, *SIZES["dream"].values()])
+
+
+def _check_settings(model, config):
+    """Compare with what the two modelling codes read, spelled out again."""
+    given = {key: value for key, value in config.items() if value is not None}
+    eos = given["eos_token_id"]
+    expected = {ours: given[theirs] for ours, theirs in SIZES[model.family].items()}
+    expected["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
+    if model.family == "llada":
+        ffn = given.get("mlp_hidden_size")
+        expected["ffn_hidden_size"] = given["mlp_ratio"] * given["d_model"] if ffn is None else ffn
+        expected["num_query_groups"] = given.get("n_kv_heads", given["n_heads"])
+        expected["vocab_size"] = given.get("embedding_size", given.get("vocab_size"))
+        expected["qkv_bias"] = given.get("include_qkv_bias", False)
+    for name in ("rope_theta", "norm_epsilon"):  # a number may be written as text, as in settings
+        expected[name] = float(expected[name])
+    found = {name: getattr(model, name) for name in expected}
+    assert found == expected and list(map(type, found.values())) == [
+        type(value) for value in expected.values()
+    ]
+    assert model.shift == (model.family == "dream") == (str(given["model_type"]).lower() == "dream")
+    free = {*SIZES[model.family].values(), *OTHER_SIZES, *FREE, *MORE}
+    for key in given.keys() - free:
+        assert given[key] == CONFIGS[model.family].get(key, object()), key
