@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,5 +96,5 @@ def _open_copies(first: Path, second: Path) -> tuple[ModelSettings, Weights, Wei
 def _architecture(model: ModelSettings) -> dict[str, Any]:
     """Return the settings that two copies of a model share."""
     groups = model.num_query_groups or model.num_attention_heads
-    values = {**vars(model), "num_query_groups": groups}
+    values = {**asdict(model), "num_query_groups": groups}
     return {k: v for k, v in values.items() if k not in ("load", "init_std", "megatron")}
