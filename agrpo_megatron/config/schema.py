@@ -222,7 +222,7 @@ def _apply_override(cls: type, tree: dict[str, Any], override: str) -> None:
 
 
 def _unknown_key(prefix: str, key: str, fields: Mapping[str, Any]) -> str:
-    if nearest := difflib.get_close_matches(key, fields, n=1, cutoff=0.5):
+    if nearest := difflib.get_close_matches(key.lower(), fields, n=1, cutoff=0.5):
         return f"{prefix}{key} is not a setting; did you mean {prefix}{nearest[0]}?"
     where = f"section {prefix.rstrip('.')}" if prefix else "a settings file"
     return f"{prefix}{key} is not a setting; {where} has {', '.join(fields)}"

@@ -41,7 +41,7 @@ class _Dumper(yaml.SafeDumper):
 _INTEGER, _DATE = "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp"
 _BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9][0-9_]*(:[0-9_.]+)+$"))
 _INTEGERS = (_INTEGER, re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$"))
-_Loader.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers = {
+_Loader.yaml_implicit_resolvers = {
     first: [_BASE_60, _INTEGERS, *(other for other in others if other[0] != _DATE)]
     if first in "+-0123456789"
     else others
@@ -55,6 +55,7 @@ def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 
 _Loader.add_constructor(_INTEGER, _integer)
+_Dumper.add_implicit_resolver(*_INTEGERS, list("+-0123456789"))  # quotes 08, a number here
 
 
 def parse_yaml(text: str) -> Any:
