@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
-from agrpo_megatron.tasks.base import Task
+from agrpo_megatron.tasks.base import Split, Task
 from agrpo_megatron.tasks.sandbox import Sandbox, ServerEnded
 from agrpo_megatron.types import Problem, Reward
+
+MAX_GRADED = 100  # solutions of a split of a task that are graded before a run
 
 
 class Call(NamedTuple):
@@ -129,6 +131,33 @@ def grade_call(task: Task, call: Call) -> Reward:
     score = _finite("score", reward.score)
     parts = {str(name): _finite(str(name), part) for name, part in reward.parts.items()}
     return Reward(score, bool(reward.correct), parts, reward.failure)
+
+
+def wrong_solutions(task: Task, grader: Grader, split: Split) -> list[str]:
+    """Grade the solutions of a split; return a note for each task that refuses some.
+
+    A task with more than `MAX_GRADED` solutions has as many graded, evenly spread.
+    """
+    solved: dict[str, list[Problem]] = {}
+    for problem in task.problems(split):
+        if problem.solution:
+            solved.setdefault(problem.task, []).append(problem)
+    notes = []
+    for problems in solved.values():
+        graded = problems[:: math.ceil(len(problems) / MAX_GRADED)]
+        raw = [p.solution if split == "eval" else None for p in graded]
+        calls = [Call(p, p.solution, text) for p, text in zip(graded, raw, strict=True)]
+        rewards = zip(graded, grader.grade(calls), strict=True)
+        wrong = [(p.key, reward.failure) for p, reward in rewards if not reward.correct]
+        if wrong:
+            key, failure = wrong[0]
+            capped = f" graded of {len(problems)}" if len(graded) < len(problems) else ""
+            notes.append(
+                f"{split}: the gold answers of {len(wrong)} of {len(graded)} problems{capped} are "
+                f"graded as wrong, such as of {key!r:.80}{f' ({failure})' if failure else ''}: "
+                "correct those, or no completion may ever be right"
+            )
+    return notes
 
 
 def load_grader(settings: TaskSettings) -> Callable[..., Reward]:
