@@ -168,12 +168,13 @@ def text_column(row: Row, *names: str) -> str:
     value = first_column(row, *names)
     if not isinstance(value, str):
         raise _not(value, "text", names)
-    broken = next((c for c in value if "\ud800" <= c <= "\udfff"), None)
-    if broken:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
         raise ValueError(
-            f"column {' or '.join(names)} holds {broken!r} at character {value.index(broken) + 1}, "
-            "half of a character or a byte that is not UTF-8; remove it"
-        )
+            f"column {' or '.join(names)} holds {value[error.start]!r} at character "
+            f"{error.start + 1}, half of a character or a byte that is not UTF-8; remove it"
+        ) from None
     return value
 
 
