@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from agrpo_megatron.config.schema import setting
 from agrpo_megatron.tasks.base import Split, Task
-from agrpo_megatron.tasks.benchmarks import PROTOCOLS
-from agrpo_megatron.tasks.countdown_problems import SIGNS, Rules, make_problems
+from agrpo_megatron.tasks.benchmarks import PROTOCOLS, solution_text
+from agrpo_megatron.tasks.countdown_problems import SIGNS, Rules, make_problems, solve
 from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions, PublicTask
 from agrpo_megatron.tasks.rewards.arithmetic import evaluate_whole
 from agrpo_megatron.types import Problem, Prompt, Reward
@@ -73,6 +73,16 @@ class Countdown(GeneratedTask):
     def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
         """Return the problems with `numbers` numbers; the published data mixes counts."""
         return [p for p in problems if len(p.fields["numbers"]) == self.options.numbers]
+
+    def known_solution(self, problem: Problem) -> str:
+        """Return a solution; a file has none, and a search is fast and complete for 3 numbers."""
+        numbers, options = problem.fields["numbers"], self.options
+        if problem.solution or len(numbers) != 3:
+            return problem.solution
+        plain = Rules(3, operators=options.operators, parentheses=options.parentheses)
+        rules = plain if self.is_plain else Rules(3)
+        found = solve(numbers, problem.fields["target"], rules=rules) or "no solution"
+        return solution_text(self.name, self.options.protocol, problem.fields, found)
 
     def leak_key(self, problem: Problem, other: Task) -> str:
         """Return the numbers; between generated splits also the target."""

@@ -136,26 +136,24 @@ def grade_call(task: Task, call: Call) -> Reward:
 def wrong_solutions(task: Task, grader: Grader, split: Split) -> list[str]:
     """Grade the solutions of a split; return a note for each task that refuses some.
 
-    A task with more than `MAX_GRADED` solutions has as many graded, evenly spread.
+    At most `MAX_GRADED` of each task are graded, evenly spread.
     """
-    solved: dict[str, list[Problem]] = {}
+    by_task: dict[str, list[Problem]] = {}
     for problem in task.problems(split):
-        if problem.solution:
-            solved.setdefault(problem.task, []).append(problem)
+        by_task.setdefault(problem.task, []).append(problem)
     notes = []
-    for problems in solved.values():
-        graded = problems[:: math.ceil(len(problems) / MAX_GRADED)]
-        raw = [p.solution if split == "eval" else None for p in graded]
-        calls = [Call(p, p.solution, text) for p, text in zip(graded, raw, strict=True)]
-        rewards = zip(graded, grader.grade(calls), strict=True)
-        wrong = [(p.key, reward.failure) for p, reward in rewards if not reward.correct]
+    for problems in by_task.values():
+        spread = problems[:: math.ceil(len(problems) / MAX_GRADED)]
+        golds = [(p, gold) for p in spread if (gold := task.known_solution(p))]
+        calls = [Call(p, gold, gold if split == "eval" else None) for p, gold in golds]
+        rewards = zip(golds, grader.grade(calls) if calls else [], strict=True)
+        wrong = [(p.key, reward.failure) for (p, _), reward in rewards if not reward.correct]
         if wrong:
             key, failure = wrong[0]
-            capped = f" graded of {len(problems)}" if len(graded) < len(problems) else ""
             notes.append(
-                f"{split}: the gold answers of {len(wrong)} of {len(graded)} problems{capped} are "
-                f"graded as wrong, such as of {key!r:.80}{f' ({failure})' if failure else ''}: "
-                "correct those, or no completion may ever be right"
+                f"{split}: the gold answers of {len(wrong)} of {len(golds)} problems (of "
+                f"{len(problems)}) are graded as wrong, such as of {key!r:.80}"
+                f"{f' ({failure})' if failure else ''}: no completion may ever solve them"
             )
     return notes
 

@@ -16,6 +16,9 @@ GOLDS = {
     "d1: all are right": ("math", "d1", [r"\frac{1}{2}", "x+1"], None),
     "plain: a grid that breaks the rules": ("sudoku", "plain", ["1" * 16], "1 of 1"),
     "d1: no empty cell": ("sudoku", "d1", ["1234341221434321"], "1 of 1"),
+    "plain: no expression": ("countdown", "plain", [6, 7, 5, 9], "1 of 4"),
+    "d1: no expression": ("countdown", "d1", [999, 6], "1 of 2"),
+    "d1: zero and a negative target": ("countdown", "d1", [-4, 0, 9], None),
     "agrpo: not closed": ("math", "agrpo", ["{5", "7"], "1 of 2"),
     "agrpo: all are right": ("gsm8k", "agrpo", ["2,125", "7", "-3"], None),
 }
@@ -28,6 +31,7 @@ def test_golds_that_no_answer_equals_are_counted(tmp_path, name, protocol, golds
     rows = {
         "gsm8k": lambda n, gold: {"question": f"{n}?", "answer": f"#### {gold}"},
         "math": lambda n, gold: {"problem": f"{n}?", "answer": gold},
+        "countdown": lambda _, gold: {"nums": [1, 2, 3], "target": gold},
         "sudoku": lambda _, gold: {"puzzle": puzzle, "solution": gold},
     }
     lines = [json.dumps(rows[name](n, gold)) for n, gold in enumerate(golds)]
@@ -38,7 +42,10 @@ def test_golds_that_no_answer_equals_are_counted(tmp_path, name, protocol, golds
     notes = wrong_solutions(task, grader, "eval")
     grader.close()
     assert len(notes) == (said is not None)
-    assert said is None or f"eval: the gold answers of {said} problems are graded as" in notes[0]
+    assert (
+        said is None
+        or f"eval: the gold answers of {said} problems (of {len(golds)}) are graded" in notes[0]
+    )
 
 
 OWN = """
@@ -68,6 +75,8 @@ def test_solutions_of_a_users_task_are_graded_and_capped(tmp_path):
     task = build_task(TaskSettings(name=str(path)))
     grader = Grader(task, task.settings)
     (train,) = wrong_solutions(task, grader, "train")
-    assert train.startswith("train: the gold answers of 4 of 84 problems graded of 250 are graded")
+    assert train.startswith("train: the gold answers of 3 of 83 problems (of 300) are graded as")
     (held_out,) = wrong_solutions(task, grader, "eval")
-    assert "of 1 of 1 problems are graded as wrong, such as of 'last' (ValueError: " in held_out
+    assert (
+        "of 1 of 1 problems (of 1) are graded as wrong, such as of 'last' (ValueError: " in held_out
+    )

@@ -147,7 +147,7 @@ def test_unusable_path_is_refused_in_one_line(tmp_path, name, content, reason):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("text", ["\ud83e", "A fox \ud83e eats", "\udce9", "a" * 99 + "\udfff"])
+@pytest.mark.parametrize("text", ["\ud83e", "A fox \ud83e eats", "a" * 99 + "\udfff"])
 def test_half_of_a_character_is_refused_in_one_line(text):
     tokenizer = load_tokenizer(TokenizerSettings())
     calls = (
