@@ -53,8 +53,8 @@ class Task:
         """Grade a completion for training; it ends before end-of-text, without special tokens."""
         raise NotImplementedError
 
-    def known_solution(self, problem: Problem) -> str:
-        """Return a completion that has to be graded as right; empty if none is known."""
+    def known_solution(self, problem: Problem, split: Split) -> str:
+        """Return a completion that the split's grader has to accept; empty if none is known."""
         return problem.solution
 
     def verdict(self, problem: Problem, completion: str, raw: str) -> Reward:

@@ -9,6 +9,7 @@ from agrpo_megatron.tasks.benchmarks import PROTOCOLS, solution_text
 from agrpo_megatron.tasks.countdown_problems import SIGNS, Rules, make_problems, solve
 from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions, PublicTask
 from agrpo_megatron.tasks.rewards.arithmetic import evaluate_whole
+from agrpo_megatron.tasks.rewards.extract import last_tagged
 from agrpo_megatron.types import Problem, Prompt, Reward
 
 MAX_EXPRESSION = 200  # characters; longer text is wrong, and is not parsed
@@ -74,15 +75,16 @@ class Countdown(GeneratedTask):
         """Return the problems with `numbers` numbers; the published data mixes counts."""
         return [p for p in problems if len(p.fields["numbers"]) == self.options.numbers]
 
-    def known_solution(self, problem: Problem) -> str:
-        """Return a solution; a file has none, and a search is fast and complete for 3 numbers."""
-        numbers, options = problem.fields["numbers"], self.options
-        if problem.solution or len(numbers) != 3:
-            return problem.solution
-        plain = Rules(3, operators=options.operators, parentheses=options.parentheses)
-        rules = plain if self.is_plain else Rules(3)
-        found = solve(numbers, problem.fields["target"], rules=rules) or "no solution"
-        return solution_text(self.name, self.options.protocol, problem.fields, found)
+    def known_solution(self, problem: Problem, split: Split) -> str:
+        """Return a solution; for a problem of a file it is searched if it has 3 numbers."""
+        text, numbers, options = problem.solution, problem.fields["numbers"], self.options
+        if not text and len(numbers) == 3:
+            plain = Rules(3, operators=options.operators, parentheses=options.parentheses)
+            rules = plain if self.is_plain else Rules(3)
+            found = solve(numbers, problem.fields["target"], rules=rules) or "no solution"
+            text = solution_text(self.name, options.protocol, problem.fields, found)
+        reads_box = split == "eval" and options.protocol == "d1"
+        return f"\\boxed{{{last_tagged(text)}}}" if reads_box and text else text
 
     def leak_key(self, problem: Problem, other: Task) -> str:
         """Return the numbers; between generated splits also the target."""

@@ -144,7 +144,7 @@ def wrong_solutions(task: Task, grader: Grader, split: Split) -> list[str]:
     notes = []
     for problems in by_task.values():
         spread = problems[:: math.ceil(len(problems) / MAX_GRADED)]
-        golds = [(p, gold) for p in spread if (gold := task.known_solution(p))]
+        golds = [(p, gold) for p in spread if (gold := task.known_solution(p, split))]
         calls = [Call(p, gold, gold if split == "eval" else None) for p, gold in golds]
         rewards = zip(golds, grader.grade(calls) if calls else [], strict=True)
         wrong = [(p.key, reward.failure) for (p, _), reward in rewards if not reward.correct]
