@@ -92,9 +92,7 @@ def _read_countdown(row: Row) -> Fields:
     if isinstance(numbers, str):
         numbers = numbers.replace("[", " ").replace("]", " ").replace(",", " ").split()
     if not isinstance(numbers, list | tuple) or not numbers:
-        raise ValueError(
-            f"column {' or '.join(columns)} holds {numbers!r:.80}, which is not a list"
-        )
+        raise data.wrong_value(numbers, "a list", *columns)
     return {
         "numbers": [to_whole(number, *columns) for number in numbers],
         "target": to_whole(first_column(row, *targets), *targets),

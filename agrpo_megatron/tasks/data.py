@@ -167,7 +167,7 @@ def text_column(row: Row, *names: str) -> str:
     """Return the text in the first of `names` that a row has."""
     value = first_column(row, *names)
     if not isinstance(value, str):
-        raise _not(value, "text", names)
+        raise wrong_value(value, "text", *names)
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -187,7 +187,7 @@ def answer_column(row: Row, name: str) -> str | None:
         value = f"{Decimal(str(value)):f}"
         value = value.rstrip("0").rstrip(".") if "." in value else value
     if isinstance(value, bool) or not isinstance(value, str | int | None):
-        raise _not(value, "one answer", [name])
+        raise wrong_value(value, "one answer", name)
     return None if value is None else text_column({name: str(value)}, name)
 
 
@@ -198,11 +198,12 @@ def to_whole(value: Any, *names: str) -> int:
     except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or not isinstance(value, str) and value != number:
-        raise _not(value, "a whole number", names)
+        raise wrong_value(value, "a whole number", *names)
     return number
 
 
-def _not(value: Any, what: str, names: Sequence[str]) -> ValueError:
+def wrong_value(value: Any, what: str, *names: str) -> ValueError:
+    """Return the error for a column's value that is not `what` the column holds."""
     return ValueError(f"column {' or '.join(names)} holds {value!r:.80}, which is not {what}")
 
 
