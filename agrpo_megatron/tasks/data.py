@@ -25,9 +25,7 @@ NO_PACKAGE = "is not installed; `pip install agrpo-megatron[data]`, or give a .j
 def read_rows(source: str, *, key: str, split: str) -> list[tuple[int, Row]]:
     """Return the numbered rows of a file, or of `NAME[:CONFIG][@SPLIT]` on Hugging Face's hub.
 
-    Args:
-        key: the setting of the source, for errors.
-        split: default split of a dataset.
+    `key` is the setting of the source, for errors; `split` is the default split of a dataset.
 
     Raises:
         ValueError: the source is missing, unreadable or empty.
@@ -150,16 +148,16 @@ def optional_column(row: Row, *names: str) -> Any:
 
 def first_column(row: Row, *names: str) -> Any:
     """Return the same as `optional_column`; raise an error instead of returning None."""
-    value = optional_column(row, *names)
+    value, either = optional_column(row, *names), " or ".join(names)
     if value is None and has_column(row, *names):
-        raise ValueError(f"column {' or '.join(names)} is empty")
+        raise ValueError(f"column {either} is empty")
     if value is None:
-        raise KeyError(" or ".join(names))
+        raise KeyError(either)
     return value
 
 
 def has_column(row: Row, *names: str) -> bool:
-    """Return whether a row has one of `names`, in any letter case, also without a value."""
+    """Return whether a row has one of `names`, in any letter case; its value may be missing."""
     return any(str(column).casefold() in names for column in row)
 
 
@@ -203,7 +201,6 @@ def to_whole(value: Any, *names: str) -> int:
 
 
 def wrong_value(value: Any, what: str, *names: str) -> ValueError:
-    """Return the error for a column's value that is not `what` the column holds."""
     return ValueError(f"column {' or '.join(names)} holds {value!r:.80}, which is not {what}")
 
 
@@ -217,9 +214,8 @@ def _cell(row: Row, name: str) -> Any:
 def _is_missing(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
-    if isinstance(value, float | Decimal):
-        return math.isnan(value)
-    return value is None or isinstance(value, list | tuple) and not value
+    is_nan = isinstance(value, float | Decimal) and math.isnan(value)
+    return value is None or is_nan or isinstance(value, list | tuple) and not value
 
 
 def _kind(path: Path) -> str:
@@ -258,11 +254,10 @@ def _read_file(path: Path, kind: str, *, key: str) -> list[Row]:
 def _read_csv(file: Iterable[str]) -> list[Row]:
     reader = csv.DictReader(file, strict=True)
     _object([(name, None) for name in reader.fieldnames or [] if name])
-    rows: list[Row] = []
-    for row in reader:
-        if None in row:
-            raise ValueError(f"line {reader.line_num} has more cells than the header")
-        rows.append(row)
+    rows = list(reader)
+    wide = next((number for number, row in enumerate(rows, start=1) if None in row), None)
+    if wide is not None:
+        raise ValueError(f"row {wide} has more cells than the header")
     return rows
 
 

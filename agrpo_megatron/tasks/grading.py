@@ -13,7 +13,7 @@ from agrpo_megatron.tasks.base import Split, Task
 from agrpo_megatron.tasks.sandbox import Sandbox, ServerEnded
 from agrpo_megatron.types import Problem, Reward
 
-MAX_GRADED = 100  # solutions of a split of a task that are graded before a run
+MAX_GRADED = 1000, 100  # problems of a split whose solutions are graded: at once, in workers
 
 
 class Call(NamedTuple):
@@ -136,14 +136,14 @@ def grade_call(task: Task, call: Call) -> Reward:
 def wrong_solutions(task: Task, grader: Grader, split: Split) -> list[str]:
     """Grade the solutions of a split; return a note for each task that refuses some.
 
-    At most `MAX_GRADED` of each task are graded, evenly spread.
+    `MAX_GRADED` limits the problems of each task; they are evenly spread.
     """
     by_task: dict[str, list[Problem]] = {}
     for problem in task.problems(split):
         by_task.setdefault(problem.task, []).append(problem)
     notes = []
     for problems in by_task.values():
-        spread = problems[:: math.ceil(len(problems) / MAX_GRADED)]
+        spread = problems[:: math.ceil(len(problems) / MAX_GRADED[grader.has_workers])]
         golds = [(p, gold) for p in spread if (gold := task.known_solution(p, split))]
         calls = [Call(p, gold, gold if split == "eval" else None) for p, gold in golds]
         rewards = zip(golds, grader.grade(calls) if calls else [], strict=True)

@@ -140,7 +140,7 @@ def test_a_column_of_the_wrong_type_is_refused_with_its_row(tmp_path, name, row,
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("question,answer\nTom, has 5,#### 5\n", "line 2 has more cells than the header"),
+        ("question,answer\nTom, has 5,#### 5\n", "row 1 has more cells than the header"),
         ('question,answer\n"Tom has 5,#### 5\n', "unexpected end of data"),
         ('question,answer\n"Tom" has 5,#### 5\n', "',' expected after"),
         ("question,answer,answer\n?,#### 5,#### 6\n", "a column occurs twice"),

@@ -57,7 +57,7 @@ class Own(Task):
     is_bounded = True
 
     def load(self):
-        made = [Problem(str(n), {}, "" if n < 50 else str(n)) for n in range(300)]
+        made = [Problem(str(n), {}, "" if n < 50 else str(n)) for n in range(3000)]
         return {"train": made, "eval": [Problem("last", {}, "ninety")]}
 
     def prompt(self, problem):
@@ -65,7 +65,7 @@ class Own(Task):
 
     def reward(self, problem, completion):
         number = int(completion)
-        return Reward(1.0, number < 290)
+        return Reward(1.0, number < 2990)
 """
 
 
@@ -75,7 +75,7 @@ def test_solutions_of_a_users_task_are_graded_and_capped(tmp_path):
     task = build_task(TaskSettings(name=str(path)))
     grader = Grader(task, task.settings)
     (train,) = wrong_solutions(task, grader, "train")
-    assert train.startswith("train: the gold answers of 3 of 83 problems (of 300) are graded as")
+    assert train.startswith("train: the gold answers of 3 of 983 problems (of 3000) are graded as")
     (held_out,) = wrong_solutions(task, grader, "eval")
     assert (
         "of 1 of 1 problems (of 1) are graded as wrong, such as of 'last' (ValueError: " in held_out
