@@ -151,11 +151,15 @@ def _run(plan, store):
     from agrpo_megatron.evaluation.open import opened
     from agrpo_megatron.reports.evaluations import EvaluationView
     from agrpo_megatron.resilience.failure import ending_together
+    from agrpo_megatron.tasks.grading import wrong_solutions
 
     view = EvaluationView(live=plan.resolved.settings.logging.live, is_main=is_main())
     for note in plan.resolved.task.notes:
         view.note(note)
     with ending_together(view), opened(plan.resolved, plan.checkpoint) as (session, network):
+        if is_main():
+            for note in wrong_solutions(session.run.task, session.run.grader, plan.split):
+                view.note(note)
         return evaluate_grid(session, network, plan, store, view.show)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.tasks import countdown_problems
+from agrpo_megatron.tasks import countdown_problems, data
 from agrpo_megatron.tasks.data import Row, first_column, optional_column, text_column, to_whole
 from agrpo_megatron.tasks.rewards import agrpo, d1
 from agrpo_megatron.tasks.rewards.extract import CELLS, Fields, share
@@ -63,21 +63,26 @@ def _read_gsm8k(row: Row) -> Fields:
 
 
 def _read_math(row: Row) -> Fields:
-    """Read the gold answer from its own column, or from the last box of the solution."""
-    question, answer = text_column(row, "problem", "question"), optional_column(row, "answer")
-    has_solution = optional_column(row, "solution") not in (None, "")
-    if answer is None and not has_solution:
+    """Read the gold answer from its own column, or from the last box of the solution.
+
+    It is None if neither has one.
+    """
+    question, answer = text_column(row, "problem", "question"), data.answer_column(row, "answer")
+    has_solution = optional_column(row, "solution") is not None
+    if not data.has_column(row, "answer", "solution"):
         raise KeyError("answer or solution")
     solution = text_column(row, "solution") if has_solution else ""
     if answer is None and "\\boxed" in solution:
-        answer = last_boxed(solution)
+        answer = data.answer_column({"answer": last_boxed(solution)}, "answer")
     level = optional_column(row, "level")
-    digits = re.search(r"\d+", str(level))
+    if isinstance(level, str):  # such as `Level 4`; the data set has a `Level ?`, which is none
+        digits = re.search(r"\d+", level)
+        level = digits[0] if digits else 0
     return {
         "question": question,
-        "answer": None if answer is None else str(answer),
+        "answer": answer,
         "rationale": solution,
-        "level": None if level is None else int(digits[0]) if digits else 0,
+        "level": None if level is None else to_whole(level, "level"),
     }
 
 
@@ -86,10 +91,8 @@ def _read_countdown(row: Row) -> Fields:
     numbers = first_column(row, *columns)
     if isinstance(numbers, str):
         numbers = numbers.replace("[", " ").replace("]", " ").replace(",", " ").split()
-    if not isinstance(numbers, Sequence) or not numbers:
-        raise ValueError(
-            f"column {' or '.join(columns)} holds {numbers!r:.80}, which is not a list"
-        )
+    if not isinstance(numbers, list | tuple) or not numbers:
+        raise data.wrong_value(numbers, "a list", *columns)
     return {
         "numbers": [to_whole(number, *columns) for number in numbers],
         "target": to_whole(first_column(row, *targets), *targets),

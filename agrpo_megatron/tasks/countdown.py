@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from agrpo_megatron.config.schema import setting
 from agrpo_megatron.tasks.base import Split, Task
-from agrpo_megatron.tasks.benchmarks import PROTOCOLS
-from agrpo_megatron.tasks.countdown_problems import SIGNS, Rules, make_problems
+from agrpo_megatron.tasks.benchmarks import PROTOCOLS, solution_text
+from agrpo_megatron.tasks.countdown_problems import SIGNS, Rules, make_problems, solve
 from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions, PublicTask
 from agrpo_megatron.tasks.rewards.arithmetic import evaluate_whole
+from agrpo_megatron.tasks.rewards.extract import last_tagged
 from agrpo_megatron.types import Problem, Prompt, Reward
 
 MAX_EXPRESSION = 200  # characters; longer text is wrong, and is not parsed
@@ -73,6 +74,17 @@ class Countdown(GeneratedTask):
     def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
         """Return the problems with `numbers` numbers; the published data mixes counts."""
         return [p for p in problems if len(p.fields["numbers"]) == self.options.numbers]
+
+    def known_solution(self, problem: Problem, split: Split) -> str:
+        """Return a solution; for a problem of a file it is searched if it has 3 numbers."""
+        text, numbers, options = problem.solution, problem.fields["numbers"], self.options
+        if not text and len(numbers) == 3:
+            plain = Rules(3, operators=options.operators, parentheses=options.parentheses)
+            rules = plain if self.is_plain else Rules(3)
+            found = solve(numbers, problem.fields["target"], rules=rules) or "no solution"
+            text = solution_text(self.name, options.protocol, problem.fields, found)
+        reads_box = split == "eval" and options.protocol == "d1"
+        return f"\\boxed{{{last_tagged(text)}}}" if reads_box and text else text
 
     def leak_key(self, problem: Problem, other: Task) -> str:
         """Return the numbers; between generated splits also the target."""

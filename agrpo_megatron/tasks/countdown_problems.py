@@ -46,9 +46,9 @@ def problem_key(numbers: Sequence[int], target: int) -> str:
     return f"{' '.join(map(str, sorted(numbers)))} = {target}"
 
 
-def solve(numbers: Sequence[int], target: int) -> str:
+def solve(numbers: Sequence[int], target: int, *, rules: Rules | None = None) -> str:
     """Return an expression over exactly `numbers` with the value `target`; empty if none exists."""
-    found = _expressions(tuple(sorted(numbers)), {}, rules=Rules(len(numbers)))
+    found = _expressions(tuple(sorted(numbers)), {}, rules=rules or Rules(len(numbers)))
     return next((text for text, value, _ in found if value == target), "")
 
 

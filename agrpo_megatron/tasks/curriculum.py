@@ -104,13 +104,17 @@ def _read_rates(path: str) -> Rates:
         ValueError: the file is missing, or no evaluation wrote it.
     """
     marks: dict[tuple[str, str], list[bool]] = {}
+    number = 0
     try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            found = json.loads(line)
-            marks.setdefault((found["task"], found["key"]), []).append(bool(found["correct"]))
+        for line in Path(path).read_text(encoding="utf-8").split("\n"):
+            number += 1
+            if line.strip():
+                found = json.loads(line)
+                mark = {True: True, False: False}[found["correct"]]
+                marks.setdefault((found["task"], found["key"]), []).append(mark)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"task.pass_rates={path} cannot be read ({reason}); {FIX}") from None
+        reason = f"({type(error).__name__}: {error})" + f" in line {number}" * (number > 0)
+        raise ValueError(f"task.pass_rates={path} cannot be read {reason}; {FIX}") from None
     return {key: sum(right) / len(right) for key, right in marks.items()}
 
 

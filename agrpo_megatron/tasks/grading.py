@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
-from agrpo_megatron.tasks.base import Task
+from agrpo_megatron.tasks.base import Split, Task
 from agrpo_megatron.tasks.sandbox import Sandbox, ServerEnded
 from agrpo_megatron.types import Problem, Reward
+
+MAX_GRADED = 1000, 100  # problems of a split whose solutions are graded: at once, in workers
 
 
 class Call(NamedTuple):
@@ -129,6 +131,31 @@ def grade_call(task: Task, call: Call) -> Reward:
     score = _finite("score", reward.score)
     parts = {str(name): _finite(str(name), part) for name, part in reward.parts.items()}
     return Reward(score, bool(reward.correct), parts, reward.failure)
+
+
+def wrong_solutions(task: Task, grader: Grader, split: Split) -> list[str]:
+    """Grade the solutions of a split; return a note for each task that refuses some.
+
+    `MAX_GRADED` limits the problems of each task; they are evenly spread.
+    """
+    by_task: dict[str, list[Problem]] = {}
+    for problem in task.problems(split):
+        by_task.setdefault(problem.task, []).append(problem)
+    notes = []
+    for problems in by_task.values():
+        spread = problems[:: math.ceil(len(problems) / MAX_GRADED[grader.has_workers])]
+        golds = [(p, gold) for p in spread if (gold := task.known_solution(p, split))]
+        calls = [Call(p, gold, gold if split == "eval" else None) for p, gold in golds]
+        rewards = zip(golds, grader.grade(calls) if calls else [], strict=True)
+        wrong = [(p.key, reward.failure) for (p, _), reward in rewards if not reward.correct]
+        if wrong:
+            key, failure = wrong[0]
+            notes.append(
+                f"{split}: the gold answers of {len(wrong)} of {len(golds)} problems (of "
+                f"{len(problems)}) are graded as wrong, such as of {key!r:.80}"
+                f"{f' ({failure})' if failure else ''}: no completion may ever solve them"
+            )
+    return notes
 
 
 def load_grader(settings: TaskSettings) -> Callable[..., Reward]:

@@ -85,7 +85,6 @@ class ReasoningGym(Task):
 
 
 def _read_entry(entry: dict[str, Any]) -> Problem:
-    question = entry["question"]
-    answer = "" if entry["answer"] is None else str(entry["answer"])
+    question, answer = entry["question"], entry["answer"]
     fields = {"question": question, "entry": entry}
-    return Problem(question, fields, f"<answer>{answer}</answer>")
+    return Problem(question, fields, "" if answer is None else f"<answer>{answer}</answer>")

@@ -6,7 +6,7 @@ from typing import Any
 from agrpo_megatron.config.schema import setting
 from agrpo_megatron.tasks import benchmarks
 from agrpo_megatron.tasks.base import Split
-from agrpo_megatron.tasks.data import optional_column
+from agrpo_megatron.tasks.data import answer_column, optional_column
 from agrpo_megatron.tasks.public import PublicOptions, PublicTask
 from agrpo_megatron.tasks.rewards.extract import boxed
 from agrpo_megatron.types import Problem
@@ -48,15 +48,15 @@ class Math(PublicTask):
         """Read one row; without a column `answer`, AGRPO's gold answer is the first box."""
         problem = super().make_problem(row)
         if self.options.protocol == "agrpo" and optional_column(row, "answer") is None:
-            fields = {**problem.fields, "answer": boxed(problem.fields["rationale"]) or None}
+            answer = answer_column({"answer": boxed(problem.fields["rationale"])}, "answer")
+            fields = {**problem.fields, "answer": answer}
             return replace(problem, fields=fields, solution=self.solution(fields))
         return problem
 
     def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
-        """Return the problems with an answer; in training only those of the chosen levels."""
+        """Return the problems; in training only those of the chosen levels."""
         levels = self.options.levels or ([1, 2, 3, 4] if self.options.protocol == "agrpo" else None)
-        kept = [problem for problem in problems if problem.fields["answer"] is not None]
         if split == "train" and levels is not None:
             # A problem without a level is kept.
-            kept = [problem for problem in kept if problem.fields["level"] in (None, *levels)]
-        return kept
+            return [p for p in problems if p.fields["level"] in (None, *levels)]
+        return problems

@@ -76,6 +76,10 @@ class Mixture(Task):
         """Grade by the problem's task."""
         return self._task(problem).reward(problem, completion)
 
+    def known_solution(self, problem: Problem, split: Split) -> str:
+        """Return a right completion of the problem's task."""
+        return self._task(problem).known_solution(problem, split)
+
     def verdict(self, problem: Problem, completion: str, raw: str) -> Reward:
         """Grade for evaluation by the problem's task."""
         return self._task(problem).verdict(problem, completion, raw)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from agrpo_megatron.config.schema import setting
 from agrpo_megatron.config.settings import TaskSettings
-from agrpo_megatron.tasks import benchmarks
+from agrpo_megatron.tasks import benchmarks, data
 from agrpo_megatron.tasks.base import Split, Splits, Task, problem_count, split_problems
-from agrpo_megatron.tasks.data import d1_rows, is_local, read_rows, to_problems, without_leaks
+from agrpo_megatron.tasks.data import without_leaks
 from agrpo_megatron.tasks.rewards import equivalence
 from agrpo_megatron.types import Problem, Prompt, Reward
 
@@ -106,7 +106,7 @@ class PublicTask(Task):
 
     def _is_remote(self, split: Split) -> bool:
         source = self.source(split)
-        return source not in (None, NONE) and not is_local(source)
+        return source not in (None, NONE) and not data.is_local(source)
 
     def _read(self, split: Split) -> list[Problem] | None:
         """Return the problems of a split's file or dataset; None for a generated split."""
@@ -116,21 +116,24 @@ class PublicTask(Task):
         if source == NONE and split == "train":
             return []
         key = f"task.options.{split}"
-        rows = read_rows(source, key=key, split="train" if split == "train" else "test")
+        rows = data.read_rows(source, key=key, split="train" if split == "train" else "test")
         if split == "eval" and self.options.eval_rows == "d1":
-            rows = d1_rows(rows)
-        problems = to_problems(rows, self.make_problem, key=key, source=source)
-        repeated = len(rows) - len(problems)
-        if repeated:
-            self.notes.append(f"{key}={source}: {repeated} repeated problems left out")
+            rows = data.d1_rows(rows)
+        found = data.to_problems(rows, self.make_problem, key=key, source=source)
+        answered = [(row, p) for row, p in found if p.fields.get("answer", "") is not None]
+        if not answered:
+            raise ValueError(f"{key}={source}: no row has an answer; give another file")
+        problems, notes = data.without_repeats(answered)
+        left_out = len(rows) - len(answered)
+        notes = [f"{left_out} rows without an answer left out"] * (left_out > 0) + notes
         selected = self.select(split, problems)
         if not selected:
             raise ValueError(
                 f"{key}={source}: the options select none of its problems; {self.selection_fix}"
             )
         if len(selected) < len(problems):
-            other = len(problems) - len(selected)
-            self.notes.append(f"{key}={source}: {other} problems of another kind left out")
+            notes.append(f"{len(problems) - len(selected)} problems of another kind left out")
+        self.notes += [f"{key}={source}: {note}" for note in notes]
         return selected
 
     def _subset(self, split: Split, problems: Sequence[Problem]) -> Sequence[Problem]:

@@ -15,7 +15,7 @@ from agrpo_megatron.config.schema import setting
 from agrpo_megatron.tasks.base import Splits, distinct
 from agrpo_megatron.tasks.benchmarks import PROTOCOLS, cell_averages, prompt_text
 from agrpo_megatron.tasks.public import GeneratedTask, PublicOptions
-from agrpo_megatron.tasks.rewards.extract import CELLS
+from agrpo_megatron.tasks.rewards.extract import CELLS, share
 from agrpo_megatron.types import Problem, Reward
 
 EMPTY = "0"
@@ -90,10 +90,10 @@ class Sudoku(GeneratedTask):
         clues = [i for i, digit in enumerate(puzzle) if digit != EMPTY]
         units = sum(len({grid[i] for i in unit}) == 4 for unit in UNITS)
         kept = sum(grid[i] == puzzle[i] for i in clues)
-        parts = {"valid": units / len(UNITS), "clues": kept / len(clues)}
+        parts = {"valid": units / len(UNITS), "clues": share(kept, len(clues))}
         correct = units == len(UNITS) and kept == len(clues)
-        share = (units + kept) / (len(UNITS) + len(clues))
-        return Reward(1.0 if correct else self.options.partial_credit * share, correct, parts)
+        held = (units + kept) / (len(UNITS) + len(clues))
+        return Reward(1.0 if correct else self.options.partial_credit * held, correct, parts)
 
 
 @functools.cache

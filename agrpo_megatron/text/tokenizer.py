@@ -45,15 +45,25 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without added tokens."""
-        return self.to_ids([text])[0]
+        return self.encode_prompts([text])[0]
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Return the ids of a text, or of a chat in the chat template."""
         return self.encode_prompts([prompt])[0]
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Return the ids of each prompt in one call, which is faster."""
-        return self.to_ids([p if isinstance(p, str) else self.render(p) for p in prompts])
+        """Return the ids of each prompt in one call, which is faster.
+
+        Raises:
+            ValueError: a text holds half of a surrogate pair.
+        """
+        texts = [p if isinstance(p, str) else self.render(p) for p in prompts]
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            near = error.object[max(0, error.start - 40) : error.end]
+            raise ValueError(f"a text with {near!r} holds half of a character; remove it") from None
+        return self.to_ids(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text before the first stop token, without special or unknown ids."""

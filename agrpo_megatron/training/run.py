@@ -25,7 +25,8 @@ from agrpo_megatron.runs.directory import check_data, run_digest
 from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.runs.progress import CHECKPOINTS, Progress
 from agrpo_megatron.runs.resolve import Resolved
-from agrpo_megatron.tasks.grading import Grader
+from agrpo_megatron.tasks.base import SPLITS
+from agrpo_megatron.tasks.grading import Grader, wrong_solutions
 from agrpo_megatron.training.checkpointing import MODEL_FILES, Checkpointer, describe_model
 from agrpo_megatron.training.early_stopping import check_metrics
 from agrpo_megatron.training.nan_guard import Found, with_roll_backs
@@ -128,6 +129,9 @@ def _show_notes(session: Session) -> None:
     if run.settings.precision != "fp32":
         view.note(in_one_line(kernels_for(run.settings)))
     run.task.problems("train")  # loading the problems creates the notes
+    if run.ranks.is_main:
+        for split in SPLITS:
+            run.task.notes.extend(wrong_solutions(run.task, run.grader, split))
     for note in run.task.notes:
         view.note(note)
     session.output.log.notes(run.task.notes)

@@ -78,7 +78,11 @@ def test_a_mixture_takes_rates_measured_in_it_or_with_its_tasks_alone(tmp_path, 
     [
         (None, r"cannot be read \(FileNotFoundError"),
         ("not json\n", r"cannot be read \(JSONDecodeError"),
-        ('{"task": "countdown"}\n', r"cannot be read \(KeyError: 'key'\)"),
+        (
+            '{"task": "countdown", "correct": true}\n',
+            r"cannot be read \(KeyError: 'key'\) in line 1",
+        ),
+        ('\n{"task": "a", "key": "b", "correct": "false"}', r"\(KeyError: 'false'\) in line 2"),
         ('{"task": "sudoku", "key": "1", "correct": true}\n', "rates no training problem of task"),
     ],
 )

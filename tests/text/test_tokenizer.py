@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from agrpo_megatron.config.settings import TaskSettings, TokenizerSettings
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.text.tokenizer import CHARACTERS, load_tokenizer
+from agrpo_megatron.types import Chat, Message
 
 ALPHABET = string.digits + string.ascii_letters + "+-*/=():., \n"
 BUILT_IN = load_tokenizer(TokenizerSettings())
@@ -144,6 +145,20 @@ def test_unusable_path_is_refused_in_one_line(tmp_path, name, content, reason):
     assert message.startswith(f"tokenizer.path={path} {reason}")
     assert message.endswith("or null for the built-in characters")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["\ud83e", "A fox \ud83e eats", "a" * 99 + "\udfff"])
+def test_half_of_a_character_is_refused_in_one_line(text):
+    tokenizer = load_tokenizer(TokenizerSettings())
+    calls = (
+        lambda: tokenizer.encode(text),
+        lambda: tokenizer.encode_prompt(Chat((Message("user", text),))),
+        lambda: tokenizer.encode_prompts(["fine", text]),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="holds half of a character; remove it") as caught:
+            call()
+        assert str(caught.value).isprintable()
 
 
 def test_importing_and_loading_needs_neither_torch_nor_transformers():

@@ -6,6 +6,7 @@ docs/tasks.md lists each exception. Source: github.com/probablyabot/agrpo, rewar
 """
 
 import re
+import unicodedata
 from collections.abc import Callable
 
 from agrpo_megatron.tasks.rewards.arithmetic import (
@@ -18,14 +19,28 @@ from agrpo_megatron.tasks.rewards.equivalence import equal, equal_in_text
 from agrpo_megatron.tasks.rewards.extract import CELLS, Fields, boxed, cells_right, share, tagged
 
 MAX_PLAIN = 200  # characters of a plain expression
-# A number with its sign, thousands commas and decimals.
+# Digits with thousands commas and decimals; a number has a sign before them.
+_DIGITS = r"(?>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
 _NUMBER = re.compile(
-    r"(?:(?<![\w.)\]}\u2212-])[\u2212-]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    r"(?P<no>\\sqrt\W{0,3}|\b(?:negative|minus)\W{0,3}|[\u2212-]\\?\$)?"  # not the value alone
+    r"(?:(?<![\w.)\]}\u2212-])[\u2212-][\s({]{0,3})?" + _DIGITS
 )
-# Two numbers with a joining sign or word: neither is the answer. Division by zero does not count.
-_PAIR = re.compile(
-    r"[$\d,.\s]+(?:[-+*/^\u2212]|\\times|\\cdot|\\div|and|or|to)\s*\$?(?!0\b)\d[\d,.\s]*"
+# What joins the number before it to another: a sign, a word, a power, a fraction, or a blank.
+_JOINED = re.compile(
+    r"[^\S\n]*(?:[-+*/^\u2212]+|\\(?:times|cdot|div|pm)\b|[xX]|plus|minus|times|over)"
+    r"[^\S\n]*[({\\$]*\.?\d|[^\S\n]*(?:\\[dt]?frac|\\over)\W*\d|[)}]\s*[({]\s*\d"
+    r"|[,:'\u2019]\d|[eE][-+]?\d|[^\S\n]+(?:\$?\.?\d|and\s+(?:\d+/|\w+\s+(?:half|third|quarter)))"
 )
+# Only numbers, with blanks, commas or words between them: none is the answer.
+_LIST = re.compile(
+    rf"[\s$(\[{{]*{_DIGITS}(?:(?:\s*(?:[,;&]|\b(?:and|or|to)\b)|\s)\s*\$?{_DIGITS})+[\s.$)\]}}]*"
+)
+# Signs that math-verify skips, in LaTeX.
+_LATEX = {"\u00d7": r"\times ", "\u22c5": r"\cdot ", "\u00b7": r"\cdot ", "\u00f7": "/"}
+_LATEX |= {"\u00b2": "^{2}", "\u00b3": "^{3}"}
+for _sign in map(chr, (0xBC, 0xBD, 0xBE, *range(0x2150, 0x215F))):  # fractions, such as one half
+    _top, _bottom = unicodedata.normalize("NFKC", _sign).split("\u2044")
+    _LATEX[_sign] = rf"\frac{{{_top}}}{{{_bottom}}}"
 
 
 def parse_answer(text: str) -> str:
@@ -102,7 +117,10 @@ def sudoku_cells(text: str, fields: Fields) -> tuple[int, int]:
 
 def gsm8k_verdict(text: str, fields: Fields) -> bool:
     """Compare the answer, or its first number, with the gold answer."""
-    answer = parse_answer(text)
+    answer = parse_answer(text).translate(str.maketrans(_LATEX))
+    answer = re.sub(r"(?<=\d)(?:\{,\}|\\[,!;:])(?=\d)", ",", answer)
+    for sign, ours in ((r"\*\*", "^"), ("[\u2013\u2014]", "-")):
+        answer = re.sub(rf"(?<=\d)\s*{sign}\s*(?=\d)", ours, answer)
     return _begins_with(answer, fields["answer"]) or equal(fields["answer"], answer)
 
 
@@ -120,11 +138,10 @@ def countdown_verdict(text: str, fields: Fields) -> bool:
 
 def _begins_with(answer: str, gold: str) -> bool:
     """Return whether the first number of an answer is the gold answer, sign and decimals too."""
-    digits, number = re.search(r"\d+", answer), _NUMBER.search(answer)
-    if digits is None or number is None or _PAIR.fullmatch(answer):
+    number = _NUMBER.search(answer)
+    if number is None or number["no"] or _JOINED.match(answer, number.end()):
         return False
-    same = number[0] == digits[0]
-    return equal(gold, digits[0]) and (same or equal(gold, number[0]))
+    return not _LIST.fullmatch(answer) and equal(gold, re.sub(r"[\s({]", "", number[0]))
 
 
 def _solves(equation: str, fields: Fields) -> bool:
