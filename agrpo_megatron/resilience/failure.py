@@ -26,6 +26,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from agrpo_megatron.resilience.store import STORE_TIMEOUT, RankStore, first_line, open_store, say
+from agrpo_megatron.runs.files import DiskFull
 
 FAILED, SCREEN_FREE, PRINTED, MAIN_DONE = "failed", "screen_free", "printed", "main_done"
 REFUSALS, ALL_REFUSED, REPORTED = "refusals", "all_refused", "reported"
@@ -229,7 +230,9 @@ def _print_error(rank: int, error: BaseException, *, is_lost: bool) -> None:
     if is_lost:
         lines.append("its peer was lost without an error: killed, out of memory, or broken link?\n")
     sys.stdout.flush()
-    sys.stderr.write("".join([*lines, *traceback.format_exception(error)]))
+    if not isinstance(error, DiskFull):
+        lines += traceback.format_exception(error)
+    sys.stderr.write("".join(lines))
     sys.stderr.flush()
 
 

@@ -3,16 +3,40 @@
 import json
 import os
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.schema import to_yaml
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.runs.files import write_whole
+from agrpo_megatron.runs.files import check_folder, write_whole
 
 METRICS, SAMPLES, NOTES = "metrics.jsonl", "samples.jsonl", "notes.txt"
+
+
+def check_log(settings: Settings) -> None:
+    """Check, before any rank starts, that a run can write its folder and log in to wandb.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    check_folder(Path(settings.run.dir), key="run.dir")
+    if settings.logging.wandb != "online":
+        return
+    import wandb
+
+    try:
+        reason = "" if wandb.login(prompt=False) else "no API key, or WANDB_MODE forbids it"
+    except wandb.Error as error:  # a key in a wrong form
+        reason = " ".join(str(error).split())
+    if reason:
+        raise ValueError(
+            f"logging.wandb=online cannot log in ({reason}); run `wandb login`, set WANDB_API_KEY, "
+            "or use logging.wandb=offline"
+        )
 
 
 class RunLog:
@@ -37,6 +61,7 @@ class RunLog:
         self.directory, self.check = directory, check
         self._files: dict[str, Any] = {}
         self._wandb: Any = None
+        self._lines = 0  # of metrics
         if not is_main:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -50,7 +75,10 @@ class RunLog:
         self._append(METRICS, record)
         if self._wandb is not None:
             phase = record["phase"]
-            self._wandb.log({f"{phase}/{key}": record[key] for key in record if key != "phase"})
+            named = {f"{phase}/{key}": record[key] for key in record if key != "phase"}
+            # Equal in all attempts. wandb leaves out a step that it has: this one, repeated.
+            self._wandb.log(named, step=self._lines, commit=True)
+        self._lines += 1
 
     def samples(self, records: list[dict[str, Any]], **common: Any) -> None:
         """Write completion samples, one line each."""
@@ -81,6 +109,8 @@ class RunLog:
         for name, file in self._files.items():
             file.truncate(min(offsets.get(name, 0), file.seek(0, os.SEEK_END)))
             file.seek(0, os.SEEK_END)
+        if self._files:
+            self._lines = (self.directory / METRICS).read_bytes().count(b"\n")
 
     def close(self) -> None:
         """Close the files and wandb."""
@@ -105,9 +135,9 @@ def _start_wandb(directory: Path, settings: Settings, *, known: str | None) -> A
 
     id_file = directory / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(known or secrets.token_hex(4), encoding="utf-8")
-    return wandb.init(
-        mode=logging.wandb,  # type: ignore[arg-type]
+        write_whole(id_file, known or secrets.token_hex(4))
+    start = partial(
+        wandb.init,
         project=logging.project,
         name=logging.name or directory.name,
         id=id_file.read_text(encoding="utf-8"),
@@ -116,3 +146,11 @@ def _start_wandb(directory: Path, settings: Settings, *, known: str | None) -> A
         config=asdict(settings),
         settings=wandb.Settings(silent=True, console="off"),
     )
+    try:
+        return start(mode=logging.wandb)
+    except wandb.Error as error:
+        if logging.wandb != "online":
+            raise
+        reason = " ".join(str(error).split())
+        print(f"warning: wandb is offline in this attempt ({reason})", file=sys.stderr)
+        return start(mode="offline")

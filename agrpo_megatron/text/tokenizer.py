@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.settings import TokenizerSettings
-from agrpo_megatron.text.chat import CONTROL_TOKENS, Template, choose_template, from_jinja
+from agrpo_megatron.text.chat import CONTROL_TOKENS, Jinja, Template, choose_template
 from agrpo_megatron.types import Prompt
 
 CHARACTERS = Path(__file__).parent / "characters.model"
@@ -142,7 +142,7 @@ def _load_huggingface(path: Path, chat_template: str | None) -> Tokenizer:
     mask_id, eos_id = _require(path, mask_id=mask_id, eos_id=model.eos_token_id)
     own = None
     if model.chat_template:
-        own = from_jinja(model.get_chat_template(), names, source=f"tokenizer.path={path}")
+        own = Jinja(model.get_chat_template(), names, source=f"tokenizer.path={path}")
     added = {i for i, token in model.added_tokens_decoder.items() if token.special}
     control = {vocabulary[t] for t in itertools.chain(*CONTROL_TOKENS.values()) if t in vocabulary}
     return Tokenizer(
