@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from agrpo_megatron.runs.log import RunLog
 from tests.cli.test_main import call, probe, write_settings
 from tests.ranks import run_ranks
 from tests.text.chat_tokenizers import write_llada
@@ -84,7 +85,7 @@ def finished(tmp_path_factory):
 def alone(finished, tmp_path):
     """Return the folder of a run whose base, tokenizer and template are gone, and its command."""
     folder, command = finished
-    shutil.copytree(folder / "run", tmp_path / "run", copy_function=os.link)
+    shutil.copytree(folder / "run", tmp_path / "run")
     (tmp_path / "elsewhere").mkdir()
     return tmp_path, command
 
@@ -138,14 +139,7 @@ def test_evaluations_are_those_of_before_the_base_was_gone(finished, alone):
 def _cut_off(run):
     """Take away a run's last checkpoint, as if it had been killed before it."""
     shutil.rmtree(run / "checkpoints" / "rl-000002")
-    (run / "checkpoints" / "latest").unlink()
     (run / "checkpoints" / "latest").write_text("rl-000001")
-    lines = (run / "metrics.jsonl").read_text()
-    for name in ("metrics.jsonl", "samples.jsonl"):  # the other run's files stay as they are
-        text = (run / name).read_text()
-        (run / name).unlink()
-        (run / name).write_text(text)
-    return lines
 
 
 @pytest.mark.parametrize("place", [".", "elsewhere"])
@@ -176,7 +170,7 @@ def test_what_a_resumed_run_still_needs_is_refused_without_ranks(alone):
         "train.iterations=4": "train.iterations=2, not 4; choose another run.dir (model.load=RUN",
     }.items():
         done = probe(*command, run, more)
-        assert (done.returncode, done.stdout) == (2, "loaded:\n"), done.stderr
+        assert done.returncode == 2 and "megatron" not in done.stdout
         assert said in done.stderr and "Traceback" not in done.stderr
 
 
@@ -223,28 +217,28 @@ def test_a_folder_that_cannot_be_written_is_refused_before_ranks_start(alone, na
 
 # Where the disk is full: module, function, the call of it; and whether half is written.
 FULL = {
-    "metrics": ("agrpo_megatron.runs.log.RunLog", "_append", 4),
-    "the first line": ("agrpo_megatron.runs.log.RunLog", "_append", 1),
-    "the rollout cache": ("agrpo_megatron.rollout.cache", "save_file", 3),
-    "a checkpoint's tensors": ("agrpo_megatron.checkpoint.saving", "_write", 2),
-    "a checkpoint's sums": ("agrpo_megatron.checkpoint.saving", "seal", 2),
-    "the name of the latest": ("agrpo_megatron.checkpoint.saving", "point", 3),
-    "the model's files": ("agrpo_megatron.training.run", "describe_model", 1),
-    "figures": ("agrpo_megatron.reports.summary", "write_figures", 1),
-    "the page": ("agrpo_megatron.reports.summary", "write_report", 1),
+    "metrics": ("log", "_append", 4),
+    "the first line": ("log", "_append", 1),
+    "the rollout cache": ("rollout.cache", "save_file", 3),
+    "a checkpoint's tensors": ("checkpoint.saving", "_write", 2),
+    "a checkpoint's sums": ("checkpoint.saving", "seal", 2),
+    "the name of the latest": ("checkpoint.saving", "point", 3),
+    "the model's files": ("training.run", "describe_model", 1),
+    "figures": ("reports.summary", "write_figures", 1),
+    "the page": ("reports.summary", "write_report", 1),
 }
 
 
 def _with_full_disk(where, several, folder):
     """Make calls; in the first, the disk is full in one place."""
     holder, name, last = where
-    head, _, tail = holder.rpartition(".")
-    owner = getattr(importlib.import_module(head), tail)
+    owner = RunLog if holder == "log" else importlib.import_module(f"agrpo_megatron.{holder}")
     own, counted = getattr(owner, name), []
+    is_it = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
 
     def stand_in(*args, **kwargs):
         counted.append(name)
-        if len(counted) != last:
+        if len(counted) != last or not is_it:
             return own(*args, **kwargs)
         if name == "_append":
             args[0]._files[args[1]].write('{"half')
