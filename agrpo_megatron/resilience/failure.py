@@ -149,7 +149,8 @@ def _watch(store: RankStore, over: threading.Event, leave_screen: Callable[[], o
 
 def _end_all(store: RankStore, error: BaseException) -> None:
     """End all ranks because of this rank's error; returns only for wrong input."""
-    if isinstance(error, ValueError) and _every_rank_refuses(store):
+    is_own = isinstance(error, DiskFull) and store.world_size > 1  # the others will not have it
+    if isinstance(error, ValueError) and not is_own and _every_rank_refuses(store):
         return
     if threading.current_thread() is threading.main_thread():
         # A launcher ends the other ranks once one dies: they must first print why.

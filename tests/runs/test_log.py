@@ -174,26 +174,23 @@ def test_a_server_that_refuses_leaves_the_attempt_offline(tmp_path, monkeypatch,
     assert capsys.readouterr().err == said
 
 
+MACHINE = f"machine {{}} login user password {'0' * 40}"
 KEYS = {  # environment, whether there is a key
     "no key": ({}, False),
     "a key": ({"WANDB_API_KEY": "0" * 40}, True),
-    "a key in the netrc file": (
-        {"NETRC": "machine api.wandb.ai login user password " + "0" * 40},
+    "a key in the netrc file": ({"NETRC": MACHINE.format("api.wandb.ai")}, True),
+    "a key of another server": ({"NETRC": MACHINE.format("example.org")}, False),
+    "a key that is too short": ({"WANDB_API_KEY": "abc"}, False),
+    "a token's file": ({"WANDB_IDENTITY_TOKEN_FILE": "token"}, True),
+    "a server of one's own, without a key": (
+        {"WANDB_BASE_URL": "https://x.org", "NETRC": MACHINE.format("api.wandb.ai")},
+        False,
+    ),
+    "a server of one's own": (
+        {"WANDB_BASE_URL": "https://x.org", "NETRC": MACHINE.format("x.org")},
         True,
     ),
-    "a key of another server": (
-        {"NETRC": "machine example.org login user password " + "0" * 40},
-        False,
-    ),
-    "a key that is too short": ({"WANDB_API_KEY": "abc"}, False),
-    "a key and a token": (
-        {"WANDB_API_KEY": "0" * 40, "WANDB_IDENTITY_TOKEN_FILE": "token"},
-        False,
-    ),
-    "a key, and a mode that forbids it": (
-        {"WANDB_API_KEY": "0" * 40, "WANDB_MODE": "offline"},
-        False,
-    ),
+    "a netrc file that cannot be read": ({"NETRC": "machine"}, False),
 }
 
 
@@ -219,7 +216,8 @@ def test_a_key_of_wandb_is_looked_for_before_ranks_start(tmp_path, name):
     (error,) = run_ranks(1, _checked, str(tmp_path), environment)
     assert (error is None) == has_key
     if error is not None:
-        assert error.startswith("logging.wandb=online cannot log in (") and "\n" not in error
+        said = "logging.wandb=online cannot log in: there is no valid API key"
+        assert error.startswith(said) and "\n" not in error
         assert error.endswith("run `wandb login`, set WANDB_API_KEY, or use logging.wandb=offline")
 
 
