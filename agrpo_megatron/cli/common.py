@@ -79,7 +79,7 @@ def open_target(arguments: argparse.Namespace) -> Target:
     """
     from agrpo_megatron.runs.progress import CHECKPOINTS, MODEL_FILE, RUN_FILE
     from agrpo_megatron.runs.progress import checkpoint_path as find
-    from agrpo_megatron.runs.resolve import RUN_SETTINGS
+    from agrpo_megatron.runs.resolve import RUN_SETTINGS, on_its_own
 
     target, name = Path(arguments.target), arguments.checkpoint
     if target.is_file():
@@ -88,8 +88,8 @@ def open_target(arguments: argparse.Namespace) -> Target:
         if override.partition("=")[0].strip() == "model.load":
             raise ValueError(f"{override}: the weights are those of {target}; leave it out")
     if (target / RUN_SETTINGS).exists():
-        settings = _load(arguments, target / RUN_SETTINGS)
         path = find(target, name)
+        settings = on_its_own(_load(arguments, target / RUN_SETTINGS), path)
         return Target(settings, path, path.name, target.resolve().name, target / EVALUATIONS)
     if name is not None:
         raise ValueError(f"--checkpoint {name}: {target} is not a run directory; leave it out")
@@ -103,6 +103,7 @@ def open_target(arguments: argparse.Namespace) -> Target:
     own = target / RUN_FILE
     weights = f"model.load={dump_yaml(str(target))}"
     settings = _load(arguments, own if is_megatron and own.exists() else None, weights)
+    settings = on_its_own(settings, target)
     whole = target.resolve()
     if whole.parent.name != CHECKPOINTS:
         return Target(settings, None, whole.name, "", Path(EVALUATIONS))

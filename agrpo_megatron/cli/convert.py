@@ -56,9 +56,11 @@ def convert(arguments: argparse.Namespace) -> int:
     if is_to_hf:
         source = _checkpoint(source, arguments.checkpoint)
     from agrpo_megatron.checkpoint.convert import to_hf_directory, to_megatron_checkpoint
+    from agrpo_megatron.runs.files import check_folder, naming_full_disk
 
+    check_folder(arguments.target.parent, key="TARGET's folder")
     write = to_hf_directory if is_to_hf else to_megatron_checkpoint
-    with _bar("converting") as progress:
+    with naming_full_disk(arguments.target.parent), _bar("converting") as progress:
         write(source, arguments.target, dtype=arguments.dtype, progress=progress)
     print(arguments.target)
     return 0

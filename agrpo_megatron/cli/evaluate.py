@@ -85,10 +85,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.evaluation.results import ResultStore
     from agrpo_megatron.hardware.kernels import kernels_for
     from agrpo_megatron.runs.directory import move_away
+    from agrpo_megatron.runs.files import check_folder, naming_full_disk
 
     name = f"{target.name}-{arguments.name}" if arguments.name else target.name
     store = ResultStore(arguments.output or target.folder / name)
     is_begun = store.is_begun()  # --restart moves no directory of something else
+    check_folder(store.directory, key="--output")
     plan = plan_evaluation(
         target.settings,
         checkpoint=target.checkpoint,
@@ -109,8 +111,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
         results = _run(plan, store)
     elif is_main():
         _say(f"{store.directory} is finished; add --restart to evaluate again")
-    if is_main():
-        _conclude(results, store.directory, as_json=arguments.json)
+    with naming_full_disk(store.directory):
+        if is_main():
+            _conclude(results, store.directory, as_json=arguments.json)
     return 0
 
 
@@ -151,12 +154,14 @@ def _run(plan, store):
     from agrpo_megatron.evaluation.open import opened
     from agrpo_megatron.reports.evaluations import EvaluationView
     from agrpo_megatron.resilience.failure import ending_together
+    from agrpo_megatron.runs.files import naming_full_disk
     from agrpo_megatron.tasks.grading import wrong_solutions
 
     view = EvaluationView(live=plan.resolved.settings.logging.live, is_main=is_main())
     for note in plan.resolved.task.notes:
         view.note(note)
-    with ending_together(view), opened(plan.resolved, plan.checkpoint) as (session, network):
+    opening = opened(plan.resolved, plan.checkpoint)
+    with ending_together(view), naming_full_disk(store.directory), opening as (session, network):
         if is_main():
             for note in wrong_solutions(session.run.task, session.run.grader, plan.split):
                 view.note(note)

@@ -25,6 +25,7 @@ from agrpo_megatron.cli.launch import add_launch
 from agrpo_megatron.config.schema import describe, load, to_yaml
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.resilience import exit_status
+from agrpo_megatron.runs.files import naming_full_disk
 
 UNREAD = 141  # exit status after SIGPIPE, as in a shell
 EPILOG = """\
@@ -83,21 +84,22 @@ def train(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.hardware.kernels import kernels_for
     from agrpo_megatron.reports.summary import conclude
     from agrpo_megatron.runs import directory
-    from agrpo_megatron.runs.resolve import resolve
 
-    resolved = resolve(settings, world_size=world_size())
+    restart = arguments.restart
+    resolved = directory.resolve_run(settings, world_size=world_size(), is_restart=restart)
     settings, run_dir = resolved.settings, Path(resolved.settings.run.dir)
     # After --restart there is no progress, though another rank may still be moving the old run.
-    done = None if arguments.restart else directory.progress(settings)
+    done = None if restart else directory.progress(settings)
     is_finished = directory.is_finished(settings, done)
     if not is_finished:
         kernels_for(settings, phases=phases)  # check this machine first
-    if arguments.restart and is_main() and (moved := directory.move_away(run_dir)):
+    if restart and is_main() and (moved := directory.move_away(run_dir)):
         print(f"the earlier run is now {moved}")
     if is_finished:
         if is_main():
             why = f" ({done.stopped})" if done and done.stopped else ""
-            print(f"{settings.run.dir} is finished{why}; add --restart to run it again\n")
+            more = f"model.load={run_dir} with another run.dir trains it further"
+            print(f"{run_dir} is finished{why}; add --restart to run it again; {more}\n")
             conclude(run_dir)
         return _end("finished", "", 0)
     from agrpo_megatron.reports.terminal import LiveView
@@ -117,7 +119,7 @@ def train(arguments: argparse.Namespace) -> int:
         start=finished,
     )
     stopped, stuck = None, None
-    with ending_together(view):
+    with ending_together(view), naming_full_disk(run_dir):
         try:
             stopped = run(resolved, view, phases=phases)
         except Stuck as error:
@@ -127,8 +129,9 @@ def train(arguments: argparse.Namespace) -> int:
     if stopped is not None:
         reason = f"{stopped}; saved, run the same command to resume"
         return _end("requeue", reason, exit_status.REQUEUE)
-    if is_main():
-        conclude(run_dir)
+    with naming_full_disk(run_dir):
+        if is_main():
+            conclude(run_dir)
     return _end("finished", "", 0)
 
 
@@ -152,15 +155,20 @@ def sample(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.reports.trace import trace
     from agrpo_megatron.resilience.failure import ending_together
     from agrpo_megatron.rollout.generate import grading_calls
-    from agrpo_megatron.runs.resolve import resolve
+    from agrpo_megatron.runs.resolve import check_prompt, resolve
+    from agrpo_megatron.tasks.base import task_prompts
     from agrpo_megatron.text.chat import shown_prompt
 
-    needs = () if arguments.prompt else ("eval",)
+    if arguments.number < 1:
+        raise ValueError(f"--number={arguments.number} must be at least 1; use for example 3")
+    given = [] if arguments.prompt is None else [arguments.prompt]
+    needs = () if given else ("eval",)
     resolved = resolve(target.settings, world_size=world_size(), needs=needs)
+    notes = check_prompt(resolved, given[0]) if given else resolved.task.notes
     kernels_for(resolved.settings)
     console, tokenizer, task = Console(), resolved.tokenizer, resolved.task
-    problems = [] if arguments.prompt else task.problems("eval")[: arguments.number]
-    prompts = [task.eval_prompt(problem) for problem in problems] or [arguments.prompt]
+    problems = [] if given else task.problems("eval")[: arguments.number]
+    prompts = given or task_prompts(task, problems, split="eval")
     with ending_together(), opened(resolved, target.checkpoint) as (session, network):
         trajectory = complete(session.run, network, prompts)
         tokens = trajectory.tokens[: len(problems)]
@@ -168,6 +176,8 @@ def sample(arguments: argparse.Namespace) -> int:
         rewards = session.run.grader.grade(calls)
     if not is_main():
         return 0
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     for row, prompt in enumerate(prompts):
         ids = trajectory.tokens[row].tolist()
         console.print(Text.assemble(("prompt      ", "dim"), shown_prompt(prompt)))
@@ -223,9 +233,9 @@ def config(arguments: argparse.Namespace) -> int:
         settings_reference(describe(Settings), Console(), prefix=arguments.section)
         return 0
     settings = load(Settings, arguments.file, arguments.overrides)
-    from agrpo_megatron.runs.resolve import resolve
+    from agrpo_megatron.runs.directory import resolve_run
 
-    resolved = resolve(settings, world_size=arguments.ranks or world_size())
+    resolved = resolve_run(settings, world_size=arguments.ranks or world_size())
     print(to_yaml(resolved.settings), end="")
     return 0
 

@@ -10,8 +10,7 @@ from agrpo_megatron.config.settings import LaunchSettings, Settings
 from agrpo_megatron.launch.cluster import parse_time, write_time
 from agrpo_megatron.launch.job import check_launch, ranks_per_node
 from agrpo_megatron.launch.sweep import SWEEP
-from agrpo_megatron.runs.directory import is_finished, progress
-from agrpo_megatron.runs.resolve import resolve
+from agrpo_megatron.runs.directory import is_finished, progress, resolve_run
 from agrpo_megatron.scaling.memory import PARTS, SPARE, Memory, worst_rank
 
 GIB, MIB = 2**30, 2**20
@@ -38,12 +37,12 @@ def plan_run(
 
     Raises:
         ValueError: wrong settings, missing data, an impossible layout, too little memory, or a
-            directory with another run or a sweep.
+            directory with another run or a sweep, or that cannot be written.
     """
     settings = load(Settings, file, overrides)
     check_launch(settings.launch, nodes)
     world_size = nodes * ranks_per_node(settings.launch)
-    settings = resolve(settings, world_size=world_size).settings
+    settings = resolve_run(settings, world_size=world_size, is_restart=is_restart).settings
     directory = Path(settings.run.dir)
     if (directory / SWEEP).exists() and not is_restart:
         raise ValueError(f"run.dir={directory} holds a sweep; choose another run.dir")

@@ -26,6 +26,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from agrpo_megatron.resilience.store import STORE_TIMEOUT, RankStore, first_line, open_store, say
+from agrpo_megatron.runs.files import DiskFull
 
 FAILED, SCREEN_FREE, PRINTED, MAIN_DONE = "failed", "screen_free", "printed", "main_done"
 REFUSALS, ALL_REFUSED, REPORTED = "refusals", "all_refused", "reported"
@@ -148,7 +149,8 @@ def _watch(store: RankStore, over: threading.Event, leave_screen: Callable[[], o
 
 def _end_all(store: RankStore, error: BaseException) -> None:
     """End all ranks because of this rank's error; returns only for wrong input."""
-    if isinstance(error, ValueError) and _every_rank_refuses(store):
+    is_own = isinstance(error, DiskFull) and store.world_size > 1  # the others will not have it
+    if isinstance(error, ValueError) and not is_own and _every_rank_refuses(store):
         return
     if threading.current_thread() is threading.main_thread():
         # A launcher ends the other ranks once one dies: they must first print why.
@@ -229,7 +231,9 @@ def _print_error(rank: int, error: BaseException, *, is_lost: bool) -> None:
     if is_lost:
         lines.append("its peer was lost without an error: killed, out of memory, or broken link?\n")
     sys.stdout.flush()
-    sys.stderr.write("".join([*lines, *traceback.format_exception(error)]))
+    if not isinstance(error, DiskFull):
+        lines += traceback.format_exception(error)
+    sys.stderr.write("".join(lines))
     sys.stderr.flush()
 
 

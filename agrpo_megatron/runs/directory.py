@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.schema import flatten, load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.runs.files import digest, free_name, write_whole
+from agrpo_megatron.runs.log import check_log
 from agrpo_megatron.runs.progress import CHECKPOINTS, Progress, latest_checkpoint
-from agrpo_megatron.runs.resolve import RUN_SETTINGS, SPLIT_NAMES
+from agrpo_megatron.runs.resolve import RUN_SETTINGS, SPLIT_NAMES, Resolved, on_its_own, resolve
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.mixture import Mixture
 
@@ -18,10 +19,35 @@ from agrpo_megatron.tasks.mixture import Mixture
 MAY_CHANGE = ("run.dir", "run.threads", "run.timeout", "logging", "checkpoint", "parallel")
 MAY_CHANGE += ("rollout", "ddp", "optimizer.distributed", "sft.optimizer.distributed")
 MAY_CHANGE += ("task.grader.workers", "resilience", "launch")
+# Files, which may be moved: `check_data` compares the problems.
+MAY_CHANGE += ("task.options.train", "task.options.eval", "task.pass_rates")
 # The supervised phase does not use these; the RL phase may refuse their metric.
 OF_RL = ("train.stop_metric", "train.stop_target", "train.stop_patience")
 DATA = "data.json"  # digests of the problems and of the task's file
-FIX = "choose another run.dir, or move it away with --restart"
+FIX = "choose another run.dir (model.load=RUN continues from its weights), or use --restart"
+
+
+def resolve_run(settings: Settings, *, world_size: int, is_restart: bool = False) -> Resolved:
+    """Resolve the settings of a run that is to write its directory.
+
+    A run that resumes needs nothing that it started from.
+
+    Raises:
+        ValueError: as `resolve` and `check_log`.
+    """
+    check_log(settings)
+    directory, source, given = Path(settings.run.dir), settings.model.load, settings.tokenizer
+    found = None if is_restart else latest_checkpoint(directory / CHECKPOINTS)
+    saved = load(Settings, directory / RUN_SETTINGS) if found else None
+    is_reference = settings.algorithm.kl_coefficient > 0 and settings.sft.iterations == 0
+    if found is None or saved is None or saved.model.load != source or is_reference:
+        return resolve(settings, world_size=world_size)
+    resolved = resolve(on_its_own(settings, found[0]), world_size=world_size)
+    if source is not None and given.path is None:
+        template = given.chat_template or saved.tokenizer.chat_template
+        given = replace(saved.tokenizer, chat_template=template)
+    model = replace(resolved.settings.model, load=source)
+    return replace(resolved, settings=replace(resolved.settings, model=model, tokenizer=given))
 
 
 def progress(settings: Settings) -> Progress | None:

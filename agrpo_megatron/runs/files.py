@@ -1,9 +1,21 @@
 """Atomic file writes, free names, and the digest of bytes."""
 
+import errno
 import hashlib
 import itertools
 import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+# safetensors and Megatron pass on only the text of the system's error.
+FULL = re.compile("|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT))))
+
+
+class DiskFull(ValueError):
+    """The disk is full; the message names the folder and the fix."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -14,6 +26,48 @@ def write_whole(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
+
+
+def check_folder(path: Path, *, key: str) -> None:
+    """Check that a folder can be written, or made; leaves nothing behind.
+
+    Raises:
+        ValueError: it cannot; names `key`, the setting or argument.
+    """
+    whole = path.absolute()
+    there = next(folder for folder in (whole, *whole.parents) if os.path.lexists(folder))
+    try:
+        if there != whole:
+            with tempfile.TemporaryDirectory(prefix=".agrpo-", dir=there) as trial:
+                (Path(trial) / whole.relative_to(there)).mkdir(parents=True)
+        elif not os.access(f"{there}/", os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, "no folder that this user may write")
+    except OSError as error:
+        raise ValueError(
+            f"{key}={path} cannot be written ({there}: {error.strerror}); choose another folder, "
+            "or make this one writable"
+        ) from None
+
+
+@contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """Replace any error that a full disk caused.
+
+    Raises:
+        DiskFull: an error, or a cause of it, was a full disk or an exceeded quota.
+    """
+    try:
+        yield
+    except Exception as error:
+        link: BaseException | None = error
+        while link is not None and not (found := FULL.search(f"{link} {link!r}")):
+            link = link.__cause__ or link.__context__
+        if link is None:
+            raise
+        raise DiskFull(
+            f"{folder} cannot be written ({found[0]}); what is saved there stays whole: free "
+            "some space, or raise the quota, and run the same command again"
+        ) from error
 
 
 def free_name(path: Path) -> Path:

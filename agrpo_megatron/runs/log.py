@@ -1,18 +1,52 @@
 """The files of a run: metrics, samples, resolved settings; and wandb."""
 
 import json
+import netrc
 import os
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from agrpo_megatron.config.schema import to_yaml
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.runs.files import write_whole
+from agrpo_megatron.runs.files import check_folder, write_whole
 
 METRICS, SAMPLES, NOTES = "metrics.jsonl", "samples.jsonl", "notes.txt"
+KEY_LENGTH = 40  # characters of wandb's shortest key
+SENT = "wandb_steps"  # holds how many lines of metrics wandb has, as attempts that ended know it
+
+
+def check_log(settings: Settings) -> None:
+    """Check, before any rank starts, that a run can write its folder and log in to wandb.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    check_folder(Path(settings.run.dir), key="run.dir")
+    if settings.logging.wandb != "online":
+        return
+    import wandb
+
+    problem = "there is no valid API key"
+    try:
+        known = wandb.setup().settings
+        host, place = urlsplit(known.base_url).netloc, os.environ.get("NETRC", "~/.netrc")
+        if len(known.api_key or "") >= KEY_LENGTH or known.identity_token_file:
+            return
+        hosts = [host, "api.wandb.ai"][: 1 + host.endswith("coreweave.com")]  # wandb's own, both
+        if any(map(netrc.netrc(os.path.expanduser(place)).authenticators, hosts)):
+            return
+    except (wandb.Error, ValueError, OSError, netrc.NetrcParseError) as error:
+        problem = f"{problem}: {' '.join(str(error).split())}"
+    raise ValueError(
+        f"logging.wandb=online cannot log in: {problem}; run `wandb login`, set WANDB_API_KEY, or "
+        "use logging.wandb=offline"
+    )
 
 
 class RunLog:
@@ -37,6 +71,7 @@ class RunLog:
         self.directory, self.check = directory, check
         self._files: dict[str, Any] = {}
         self._wandb: Any = None
+        self._lines = self._sent = 0  # of metrics: in the file, and of those in wandb
         if not is_main:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -44,13 +79,14 @@ class RunLog:
             self._files[name] = (directory / name).open("a", encoding="utf-8")
         write_whole(directory / "config.yaml", to_yaml(settings))
         self._wandb = _start_wandb(directory, settings, known=wandb_id)
+        if (directory / SENT).exists():
+            self._sent = int((directory / SENT).read_text(encoding="utf-8"))
 
     def metrics(self, record: dict[str, Any]) -> None:
         """Write one line of metrics and send it to wandb, under its phase's name."""
         self._append(METRICS, record)
-        if self._wandb is not None:
-            phase = record["phase"]
-            self._wandb.log({f"{phase}/{key}": record[key] for key in record if key != "phase"})
+        self._lines += 1
+        self._send(record)
 
     def samples(self, records: list[dict[str, Any]], **common: Any) -> None:
         """Write completion samples, one line each."""
@@ -81,6 +117,11 @@ class RunLog:
         for name, file in self._files.items():
             file.truncate(min(offsets.get(name, 0), file.seek(0, os.SEEK_END)))
             file.seek(0, os.SEEK_END)
+        if self._wandb is not None:
+            kept = (self.directory / METRICS).read_text(encoding="utf-8").splitlines()
+            for self._lines, line in enumerate(kept, start=1):
+                self._send(json.loads(line))  # what a killed attempt may not have written
+            self._lines = len(kept)
 
     def close(self) -> None:
         """Close the files and wandb."""
@@ -88,6 +129,15 @@ class RunLog:
             file.close()
         if self._wandb is not None:
             self._wandb.finish()
+            write_whole(self.directory / SENT, str(self._sent))
+
+    def _send(self, record: dict[str, Any]) -> None:
+        """Send the newest line to wandb, unless wandb has it; a step is the index of a line."""
+        if self._wandb is None or self._lines <= self._sent:
+            return
+        phase, self._sent = record["phase"], self._lines
+        named = {f"{phase}/{key}": record[key] for key in record if key != "phase"}
+        self._wandb.log(named, step=self._lines - 1, commit=True)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if name in self._files:
@@ -105,9 +155,9 @@ def _start_wandb(directory: Path, settings: Settings, *, known: str | None) -> A
 
     id_file = directory / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(known or secrets.token_hex(4), encoding="utf-8")
-    return wandb.init(
-        mode=logging.wandb,  # type: ignore[arg-type]
+        write_whole(id_file, known or secrets.token_hex(4))
+    start = partial(
+        wandb.init,
         project=logging.project,
         name=logging.name or directory.name,
         id=id_file.read_text(encoding="utf-8"),
@@ -116,3 +166,11 @@ def _start_wandb(directory: Path, settings: Settings, *, known: str | None) -> A
         config=asdict(settings),
         settings=wandb.Settings(silent=True, console="off"),
     )
+    try:
+        return start(mode=logging.wandb)
+    except wandb.Error as error:
+        if logging.wandb != "online":
+            raise
+        reason = " ".join(str(error).split())
+        print(f"warning: wandb is offline in this attempt ({reason})", file=sys.stderr)
+        return start(mode="offline")

@@ -13,13 +13,21 @@ from agrpo_megatron.config.schema import load, written
 from agrpo_megatron.config.settings import ModelSettings, Settings, TokenizerSettings
 from agrpo_megatron.config.values import text
 from agrpo_megatron.families import settings_from_hf
-from agrpo_megatron.runs.progress import HF, MODEL_FILE
+from agrpo_megatron.runs.progress import (
+    CHECKPOINTS,
+    HF,
+    MODEL_FILE,
+    RUN_FILE,
+    TEMPLATE,
+    latest_checkpoint,
+)
 from agrpo_megatron.tasks import Task, build_task
-from agrpo_megatron.tasks.base import SPLITS, Split, task_prompts
+from agrpo_megatron.tasks.base import SPLITS, Split, as_prompt, task_prompts
 from agrpo_megatron.tasks.curriculum import filter_by_pass_rate, solved_problems
 from agrpo_megatron.tasks.mixture import Mixture
+from agrpo_megatron.text.chat import Jinja
 from agrpo_megatron.text.tokenizer import Tokenizer, load_tokenizer
-from agrpo_megatron.types import Problem
+from agrpo_megatron.types import Chat, Problem, Prompt
 
 RUN_SETTINGS = "config.yaml"
 # Settings of `model` that may differ from those of `model.load`: weights of that shape take any.
@@ -74,6 +82,22 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     return Resolved(settings, task, tokenizer)
 
 
+def on_its_own(settings: Settings, checkpoint: Path) -> Settings:
+    """Replace what a run started from, which may be gone, by its checkpoint's own files."""
+    if not (checkpoint / MODEL_FILE).exists() or not (checkpoint / RUN_FILE).exists():
+        return settings
+    load_from = settings.model.load and str(checkpoint)
+    saved, given = load(Settings, checkpoint / RUN_FILE).tokenizer, settings.tokenizer
+    if saved.path is not None and given.path in (None, saved.path):
+        path = _carried_tokenizer(checkpoint, is_file=saved.path.endswith(".model"))
+        given = replace(given, path=path or saved.path)
+    template = checkpoint / HF / TEMPLATE
+    is_own = given.chat_template in (None, saved.chat_template)
+    if is_own and (saved.chat_template or "").endswith(".jinja") and template.exists():
+        given = replace(given, chat_template=str(template))
+    return replace(settings, model=replace(settings.model, load=load_from), tokenizer=given)
+
+
 def _with_loaded_model(settings: Settings) -> Settings:
     """Take the architecture from `model.load`, and its tokenizer if none is set."""
     source = settings.model.load
@@ -81,11 +105,12 @@ def _with_loaded_model(settings: Settings) -> Settings:
         return settings
     run_file, model_file = Path(source) / RUN_SETTINGS, Path(source) / MODEL_FILE
     if run_file.exists():
-        saved = load(Settings, run_file)
-        model, carried = saved.model, saved.tokenizer
+        saved, found = load(Settings, run_file), latest_checkpoint(Path(source) / CHECKPOINTS)
+        model = saved.model
+        carried = (on_its_own(saved, found[0]) if found else saved).tokenizer
     elif model_file.exists():
         model = load(ModelSettings, model_file)
-        carried = TokenizerSettings(_carried_tokenizer(model_file))
+        carried = TokenizerSettings(_carried_tokenizer(Path(source)))
     else:
         model, carried = settings_from_hf(source), TokenizerSettings(source)
     model = _with_written(model, settings.model)
@@ -116,10 +141,10 @@ def _with_written(loaded: ModelSettings, ours: ModelSettings) -> ModelSettings:
     return replace(loaded, **changes)
 
 
-def _carried_tokenizer(model_file: Path) -> str | None:
-    """Return the checkpoint's own tokenizer, if it has one."""
-    folder = model_file.parent / HF
-    if any(folder.glob("tokenizer*.json")):
+def _carried_tokenizer(checkpoint: Path, *, is_file: bool = False) -> str | None:
+    """Return the checkpoint's own tokenizer, if it has one: a directory, or a file."""
+    folder = checkpoint / HF
+    if not is_file and any(folder.glob("tokenizer*.json")):
         return str(folder)
     file = folder / "tokenizer.model"
     return str(file) if file.exists() else None
@@ -160,8 +185,9 @@ def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
     before = {split: _filled(task, split) for split in SPLITS}
     for split in SPLITS:
         problems, what = task.problems(split), SPLIT_NAMES[split]
-        prompts = tokenizer.encode_prompts(task_prompts(task, problems, split=split))
-        lengths = [len(prompt) for prompt in prompts]
+        prompts = task_prompts(task, problems, split=split)
+        encoded = tokenizer.encode_prompts(prompts)
+        lengths = [len(ids) for ids in encoded]
         long = [p for p, n in zip(problems, lengths, strict=True) if n > (limit or room)]
         if long:
             said = f"{len(long)} of {len(problems)} {what} problems have prompts over"
@@ -170,11 +196,13 @@ def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
                 raise ValueError(_too_long(said, limit, room, longest=longest, length=length))
             dropped |= {(split, problem.key) for problem in long}
             task.notes.append(f"{said} {limit or room} tokens; left out (task.long_prompts=drop)")
-        unknown = sum(tokenizer.unknown_id in prompt for prompt in prompts)
-        if unknown:
-            task.notes.append(
-                f"{unknown} of {len(problems)} {what} prompts hold text that the tokenizer lacks"
-            )
+        task.notes += _text_notes(tokenizer, prompts, encoded, what=f"{what} prompts")
+    template, is_chat = tokenizer.render, any(isinstance(prompt, Chat) for prompt in prompts)
+    if isinstance(template, Jinja) and template.is_dated and is_chat:
+        task.notes.append(
+            f"the chat template of {template.source} prints today's date, so prompts change from "
+            "day to day; to fix the date, use a copy as tokenizer.chat_template"
+        )
     if dropped:
         task.keep(lambda split, problem: (split, problem.key) not in dropped)
         if any(_filled(task, split) != before[split] for split in SPLITS):
@@ -182,6 +210,45 @@ def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
                 f"task.long_prompts=drop leaves a task without problems of at most {limit or room} "
                 "prompt tokens; raise task.prompt_tokens or model.max_sequence_length"
             )
+
+
+def check_prompt(resolved: Resolved, text: str) -> list[str]:
+    """Check the text of `agrpo sample --prompt`, which is never cut; return notes on it.
+
+    Raises:
+        ValueError: it is empty, not valid Unicode, or too long.
+    """
+    settings, tokenizer = resolved.settings, resolved.tokenizer
+    encoded = tokenizer.encode_prompts([as_prompt(text, of="--prompt")])
+    limit, length = settings.model.max_sequence_length, settings.sampling.completion_length
+    if len(encoded[0]) + length > limit:
+        raise ValueError(
+            f"--prompt has {len(encoded[0])} tokens, and model.max_sequence_length={limit} leaves "
+            f"{limit - length} besides sampling.completion_length={length}; shorten one of them"
+        )
+    return _text_notes(tokenizer, [text], encoded, what="prompts")
+
+
+def _text_notes(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], encoded: Sequence[list[int]], *, what: str
+) -> list[str]:
+    """Return notes on texts that the model reads otherwise than people do."""
+    notes, unknown = [], sum(tokenizer.unknown_id in ids for ids in encoded)
+    if unknown:
+        notes.append(f"{unknown} of {len(prompts)} {what} hold text that the tokenizer lacks")
+    control = tokenizer.special - {tokenizer.unknown_id}
+    texts = [
+        "\n".join(message.content for message in prompt.messages)  # without the template's tokens
+        if isinstance(prompt, Chat)
+        else prompt
+        for prompt, ids in zip(prompts, encoded, strict=True)
+        if not control.isdisjoint(ids)
+    ]
+    held = [found for ids in tokenizer.to_ids(texts) if (found := control.intersection(ids))]
+    if held:
+        name = tokenizer.decode_raw([min(held[0])])
+        notes.append(f"{len(held)} of {len(prompts)} {what} hold control tokens such as {name}")
+    return notes
 
 
 def problems_by_task(task: Task, split: Split) -> dict[str, list[Problem]]:
@@ -231,9 +298,12 @@ def _check_solutions(settings: Settings, task: Task, tokenizer: Tokenizer) -> No
     """Refuse supervision on solutions that are missing or do not fit."""
     length = settings.sampling.completion_length
     shown, _ = solved_problems(task, settings.sft)
-    longest = max(map(len, tokenizer.encode_prompts([problem.solution for problem in shown])))
+    texts = [problem.solution for problem in shown]
+    encoded = tokenizer.encode_prompts(texts)
+    longest = max(map(len, encoded))
     if longest > length:
         raise ValueError(
             f"sampling.completion_length={length} is shorter than the longest solution of task "
             f"{task.settings.name} ({longest} tokens); use at least {longest}"
         )
+    task.notes += _text_notes(tokenizer, texts, encoded, what="solutions")

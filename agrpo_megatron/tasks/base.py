@@ -1,16 +1,19 @@
 """The interface of a task: its problems, their prompts, and the grading of completions."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from agrpo_megatron.config.settings import TaskSettings
-from agrpo_megatron.types import Problem, Prompt, Reward
+from agrpo_megatron.types import Chat, Message, Problem, Prompt, Reward
 
 type Split = Literal["train", "eval"]
 type Splits = Mapping[Split, Sequence[Problem]]
 
 SPLITS: tuple[Split, ...] = ("train", "eval")
+MESSAGE = set(Message._fields)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,10 @@ class Task:
             return self.load()
         name = f"task.name={self.settings.name}"
         try:
-            splits = self.load()
+            loaded = self.load()
+            splits: Splits = {split: list(loaded[split]) for split in SPLITS}  # may be generators
+            for problem in (*splits["train"], *splits["eval"]):
+                _check_problem(problem, name)
             train, held_out = ({p.key for p in splits[split]} for split in SPLITS)
         except ValueError:
             raise
@@ -120,9 +126,56 @@ class Task:
 
 
 def task_prompts(task: Task, problems: Sequence[Problem], *, split: Split) -> list[Prompt]:
-    """Return the prompt of each problem in training, or in evaluation."""
-    write = task.eval_prompt if split == "eval" else task.prompt
-    return [write(problem) for problem in problems]
+    """Return the prompt of each problem in training, or in evaluation.
+
+    Raises:
+        ValueError: the task raised an error or returned no prompt; names task and problem.
+    """
+    write, prompts = task.eval_prompt if split == "eval" else task.prompt, []
+    for problem in problems:
+        at = f"task.mixture.{problem.task}" if problem.task else f"task.name={task.settings.name}"
+        at += f", problem {problem.key!r:.80}: its prompt"
+        try:
+            made = write(problem)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{at}() raised {reason}; fix it there") from error
+        prompts.append(as_prompt(made, of=at))
+    return prompts
+
+
+def as_prompt(made: Any, *, of: str) -> Prompt:
+    """Return text, a Chat, or a list of messages (dicts of role and content) as a prompt.
+
+    Raises:
+        ValueError: it is of another kind, empty, or not valid Unicode; `of` names the prompt.
+    """
+    prompt = made
+    if isinstance(made, list) and all(isinstance(m, dict) and set(m) == MESSAGE for m in made):
+        prompt = Chat(tuple(Message(**message) for message in made))
+    texts = [prompt]
+    if isinstance(prompt, Chat) and all(isinstance(each, Message) for each in prompt.messages):
+        texts = [prompt.prefill, *(message.content for message in prompt.messages)]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"{of} is {made!r:.80}; give text, a Chat, or a list of messages such as "
+            "{'role': 'user', 'content': '...'}"
+        )
+    text = "".join(texts)
+    if not text.strip() or _SURROGATE.search(text):
+        problem = "holds a lone surrogate" if text.strip() else "is empty"
+        raise ValueError(f"{of} {problem}; give it valid text")
+    return prompt
+
+
+def _check_problem(problem: Any, name: str) -> None:
+    """Refuse what a custom task's `load` returned in place of a problem."""
+    is_problem = isinstance(problem, Problem) and isinstance(problem.fields, Mapping)
+    if not is_problem or not all(isinstance(t, str) for t in (problem.key, problem.solution)):
+        raise ValueError(
+            f"{name}: its load() has {problem!r:.120}; return Problem(key, fields, solution), with "
+            "text as key and solution, and a mapping as fields"
+        )
 
 
 GENERATED: dict[Split, int] = {"train": 20000, "eval": 256}  # default numbers of problems

@@ -4,7 +4,8 @@ Every template ends at the start of the assistant's turn; the prefill follows it
 """
 
 import os
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,35 +54,56 @@ def plain(chat: Chat) -> str:
 BUILT_IN: dict[str, Template] = {"llada": llada, "dream": dream, "plain": plain}
 
 
-def from_jinja(text: str, special_tokens: Mapping[str, Any], *, source: str) -> Template:
-    """Return the template of a Jinja text; it is rendered in a sandbox.
+@dataclass(frozen=True)
+class Jinja:
+    """A template written in Jinja; it is rendered in a sandbox."""
 
-    Args:
-        special_tokens: names for use in the text, such as bos_token.
-        source: of the text, for errors.
-    """
+    text: str
+    special_tokens: Mapping[str, Any]  # names for use in the text, such as bos_token
+    source: str  # of the text, for errors
 
-    def render(chat: Chat) -> str:
-        """Format a chat by the Jinja text."""
+    @property
+    def is_dated(self) -> bool:
+        """Whether the text may print today's date."""
+        return "strftime_now" in self.text
+
+    def __call__(self, chat: Chat) -> str:
+        """Format a chat.
+
+        Raises:
+            ValueError: the text cannot be rendered, or leaves out a message.
+        """
+        rendered = self._render(chat.messages)
+        for place, message in enumerate(chat.messages):
+            if message.content.strip() in rendered:
+                continue
+            other = message._replace(content=f"{message.content}?")  # does it show at all?
+            others = (*chat.messages[:place], other, *chat.messages[place + 1 :])
+            if self._render(others) == rendered:
+                raise self._error(chat.messages, f"it leaves out the text of {message.role}")
+        return rendered + chat.prefill
+
+    def _render(self, messages: Sequence[Message]) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             (rendered,), _ = render_jinja_template(
-                conversations=[[message._asdict() for message in chat.messages]],
-                chat_template=text,
+                conversations=[[message._asdict() for message in messages]],
+                chat_template=self.text,
                 add_generation_prompt=True,
-                **special_tokens,
+                **self.special_tokens,
             )
         except Exception as error:  # a template may compute anything, such as 1 / 0
-            roles = ", ".join(message.role for message in chat.messages)
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"the chat template of {source} cannot write a chat of {roles} ({reason}); use "
-                f"tokenizer.chat_template={'|'.join(BUILT_IN)}, or a .jinja file that can"
-            ) from None
-        return rendered + chat.prefill
+            raise self._error(messages, reason) from None
+        return rendered
 
-    return render
+    def _error(self, messages: Sequence[Message], reason: str) -> ValueError:
+        roles = ", ".join(message.role for message in messages)
+        return ValueError(
+            f"the chat template of {self.source} cannot write a chat of {roles} ({reason}); use "
+            f"tokenizer.chat_template={'|'.join(BUILT_IN)}, or a .jinja file that can"
+        )
 
 
 def choose_template(
@@ -111,7 +133,7 @@ def choose_template(
             )
         chosen = DEFAULT
     if chosen in own and chosen not in BUILT_IN:
-        return from_jinja(own[chosen], special_tokens, source=source)
+        return Jinja(own[chosen], special_tokens, source)
     if chosen in BUILT_IN:
         missing = [t for t in CONTROL_TOKENS.get(chosen, ()) if t not in vocabulary]
         if missing:
@@ -132,7 +154,7 @@ def choose_template(
         raise ValueError(
             f"tokenizer.chat_template={chosen} is not UTF-8 at byte {error.start}; save it as UTF-8"
         ) from None
-    return from_jinja(text, special_tokens, source=chosen)
+    return Jinja(text, special_tokens, source=chosen)
 
 
 def _by_tokens(vocabulary: Container[str]) -> Template:

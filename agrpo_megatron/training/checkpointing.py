@@ -1,5 +1,6 @@
 """When a run saves checkpoints: at intervals, the best one, at its end, and when it stops."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from agrpo_megatron.families.files import is_huggingface
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.rollout.cache import sampling_number
 from agrpo_megatron.rollout.session import Session
-from agrpo_megatron.runs.progress import CHECKPOINTS, HF, RUN_FILE, Progress
+from agrpo_megatron.runs.progress import CHECKPOINTS, HF, RUN_FILE, TEMPLATE, Progress
 from agrpo_megatron.text.tokenizer import CHARACTERS
 from agrpo_megatron.training.early_stopping import metric, with_early_stop
 from agrpo_megatron.training.nan_guard import refuse_nonfinite_weights
@@ -107,15 +108,25 @@ class Checkpointer:
         self._saved = iteration
 
 
-def describe_model(folder: Path, settings: Settings) -> None:
+def describe_model(folder: Path, settings: Settings, checkpoint: Path | None = None) -> None:
     """Write the files that checkpoints hold besides their tensors; one rank.
 
-    The tokenizer, and the files of the Hugging Face model that the run starts from.
+    The tokenizer, and the files of the Hugging Face model that the run starts from; of a resumed
+    run, those of its checkpoint. Earlier checkpoints share the folder's files: it is made anew.
     """
-    load, tokenizer = settings.model.load, settings.tokenizer.path
-    sources = [CHARACTERS if tokenizer is None else Path(tokenizer)]
-    if load is not None:
+    load, tokenizer = settings.model.load, settings.tokenizer
+    sources = [CHARACTERS if tokenizer.path is None else Path(tokenizer.path)]
+    own = checkpoint / HF if checkpoint is not None else None
+    if own is not None and own.is_dir():
+        sources = [own]
+    elif load is not None:
         places = (Path(load), Path(load, HF), Path(load, MODEL_FILES, HF))
         sources = [path for path in places if is_huggingface(path)] + sources
-    write_model_files(folder, settings.model, dict.fromkeys(sources))
-    (folder / RUN_FILE).write_text(to_yaml(settings), encoding="utf-8")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_model_files(partial, settings.model, dict.fromkeys(sources))
+    if own not in sources and (tokenizer.chat_template or "").endswith(".jinja"):
+        shutil.copyfile(str(tokenizer.chat_template), partial / HF / TEMPLATE)
+    (partial / RUN_FILE).write_text(to_yaml(settings), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -112,7 +112,7 @@ def _opened(
             view.note(f"resuming after {done.phase} iteration {done.iteration}")
         _show_notes(session)
         if ranks.is_main:
-            describe_model(directory / MODEL_FILES, settings)
+            describe_model(directory / MODEL_FILES, settings, found[0] if found else None)
         yield session, found
 
 

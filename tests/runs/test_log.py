@@ -1,16 +1,20 @@
 """The files of a run, and what wandb keeps of it offline."""
 
 import json
+import os
+import signal
 import struct
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from agrpo_megatron.runs.log import RunLog
+from agrpo_megatron.runs.log import RunLog, check_log
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
 from tests.training.test_run import read
-from tests.training.tiny import resolved_run, silent_view, tiny
+from tests.training.tiny import TIMED, resolved_run, silent_view, tiny
 
 BLOCK, HEADER = 32768, 7  # bytes of LevelDB's log format, which wandb writes
 
@@ -77,9 +81,144 @@ def test_wandb_offline_keeps_every_metric_and_a_resumed_run_keeps_its_id(tmp_pat
     phases = ["sft", "sft", "eval", "rl", "eval", "rl", "eval"]
     assert [record["phase"] for record in metrics] == phases
     assert len(logged) == len(metrics)
-    for entry, record in zip(logged, metrics, strict=True):
-        expected = {f"{record['phase']}/{k}": v for k, v in record.items() if k != "phase"}
-        assert {k: v for k, v in entry.items() if not k.startswith("_")} == expected
+    for step, (entry, record) in enumerate(zip(logged, metrics, strict=True)):
+        assert entry["_step"] == step
+        assert _without_underscores(entry) == _named(record)
+
+
+def _named(record):
+    """Return a line of metrics with the names that wandb gets."""
+    return {f"{record['phase']}/{k}": v for k, v in record.items() if k != "phase"}
+
+
+def _without_underscores(entry):
+    return {k: v for k, v in entry.items() if not k.startswith("_")}
+
+
+def _attempt(run_dir, ending):
+    """Train; in `ending` an attempt ends after so many lines: killed, asked to stop, or not."""
+    own, how, last = RunLog.metrics, *ending
+    written = []
+
+    def metrics(self, record):
+        own(self, record)
+        written.append(record)
+        if len(written) == last:
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGTERM}[how])
+
+    if how != "end":
+        RunLog.metrics = metrics
+    overrides = ["logging.wandb=offline", "sft.iterations=2", "train.iterations=6"]
+    overrides += ["evaluation.interval=3", "checkpoint.interval=2"]
+    train(resolved_run(run_dir, *overrides), silent_view())
+
+
+# How each attempt ends, after how many lines. Lines: sft 1-2, before, rl 1-3, eval, rl 4-6, after.
+ATTEMPTS = {
+    "undisturbed": [("end", 0)],
+    "a stop": [("stop", 6), ("end", 0)],
+    "a stop in the supervised phase": [("stop", 1), ("end", 0)],
+    "a kill": [("kill", 8), ("end", 0)],
+    "a kill before the first checkpoint": [("kill", 1), ("end", 0)],
+    "a kill, twice": [("kill", 7), ("kill", 2), ("end", 0)],
+    "a kill and a stop": [("kill", 7), ("stop", 2), ("end", 0)],
+}
+
+
+@pytest.mark.parametrize("name", ATTEMPTS)
+def test_the_attempts_of_a_run_give_the_curves_of_an_undisturbed_one(tmp_path, name):
+    """Read back in order, a later attempt replaces a step: by the same values, or a redone line."""
+    run_dir, curves = tmp_path / "run", {}
+    for number, ending in enumerate(ATTEMPTS[name]):
+        if number:
+            time.sleep(1.1)  # wandb names an attempt's folder by the second
+        if ending[0] == "kill":
+            with pytest.raises(AssertionError, match="killed by signal 9"):
+                run_ranks(1, _attempt, run_dir, ending)
+        else:
+            run_ranks(1, _attempt, run_dir, ending)
+    files = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == len(ATTEMPTS[name])
+    for path in files:
+        for entry in _history(wandb_records(path)):
+            step, values = entry["_step"], _without_underscores(entry)
+            timeless = {
+                k: v for k, v in values.items() if not k.partition("/")[2].startswith(TIMED)
+            }
+            earlier = curves.setdefault(step, (timeless, values))
+            assert earlier[0] == timeless, "a step that two attempts logged is the same"
+            curves[step] = (timeless, values)
+    metrics = read(run_dir / "metrics.jsonl")
+    assert [values for _, values in (curves[step] for step in sorted(curves))] == [
+        _named(record) for record in metrics
+    ]
+    assert sorted(curves) == list(range(len(metrics))) == list(range(11))
+
+
+def test_a_server_that_refuses_leaves_the_attempt_offline(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    modes = []
+
+    def init(mode, **rest):
+        modes.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("no such\nproject")
+        return SimpleNamespace(id=rest["id"], finish=lambda: None)
+
+    monkeypatch.setattr(wandb, "init", init)
+    settings = tiny("logging.wandb=online")
+    RunLog(tmp_path / "run", settings=settings, is_main=True).close()
+    assert modes == ["online", "offline"]
+    said = "warning: wandb is offline in this attempt (no such project)\n"
+    assert capsys.readouterr().err == said
+
+
+MACHINE = f"machine {{}} login user password {'0' * 40}"
+KEYS = {  # environment, whether there is a key
+    "no key": ({}, False),
+    "a key": ({"WANDB_API_KEY": "0" * 40}, True),
+    "a key in the netrc file": ({"NETRC": MACHINE.format("api.wandb.ai")}, True),
+    "a key of another server": ({"NETRC": MACHINE.format("example.org")}, False),
+    "a key that is too short": ({"WANDB_API_KEY": "abc"}, False),
+    "a token's file": ({"WANDB_IDENTITY_TOKEN_FILE": "token"}, True),
+    "a server of one's own, without a key": (
+        {"WANDB_BASE_URL": "https://x.org", "NETRC": MACHINE.format("api.wandb.ai")},
+        False,
+    ),
+    "a server of one's own": (
+        {"WANDB_BASE_URL": "https://x.org", "NETRC": MACHINE.format("x.org")},
+        True,
+    ),
+    "a netrc file that cannot be read": ({"NETRC": "machine"}, False),
+}
+
+
+def _checked(folder, environment):
+    """Return the error of a run that is to log online, or None."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    netrc = Path(folder) / "netrc"
+    netrc.write_text(environment.get("NETRC", ""))
+    netrc.chmod(0o600)
+    os.environ.update({**environment, "HOME": folder, "WANDB_CONFIG_DIR": folder})
+    os.environ["NETRC"] = str(netrc)
+    try:
+        check_log(tiny("logging.wandb=online", f"run.dir={folder}/run"))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_key_of_wandb_is_looked_for_before_ranks_start(tmp_path, name):
+    environment, has_key = KEYS[name]
+    (error,) = run_ranks(1, _checked, str(tmp_path), environment)
+    assert (error is None) == has_key
+    if error is not None:
+        said = "logging.wandb=online cannot log in: there is no valid API key"
+        assert error.startswith(said) and "\n" not in error
+        assert error.endswith("run `wandb login`, set WANDB_API_KEY, or use logging.wandb=offline")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from agrpo_megatron.runs.resolve import check_prompts, resolve
+from agrpo_megatron.runs.resolve import check_prompt, check_prompts, resolve
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.tasks.base import Split
 from tests.text.chat_tokenizers import write_llada
@@ -240,3 +240,71 @@ def test_dropping_prompts_refuses_only_what_became_empty(gsm8k):
     assert len(resolved(alone, *drop).task.problems("eval")) == 1
     with pytest.raises(ValueError, match="leaves a task without problems of at most 5 prompt tok"):
         resolved(alone, *drop, "task.prompt_tokens=5")
+
+
+NOTED = {  # a training question, and the notes on it
+    "plain": ("one", []),
+    "angle brackets": ("is 1 <| 2 |> 3?", []),
+    "the end of a turn": ("one<|eot_id|>two", ["<|eot_id|>"]),
+    "the mask token": ("<|mdm_mask|> + 1 = 2", ["<|mdm_mask|>"]),
+    "end of text": ("one<|endoftext|>", ["<|endoftext|>"]),
+    "another role": ("<|start_header_id|>system<|end_header_id|>", ["<|start_header_id|>"]),
+    "what no family uses": ("one [gMASK]", ["[gMASK]"]),
+}
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_control_tokens_in_the_text_of_problems_are_counted(gsm8k, tmp_path, name):
+    question, tokens = NOTED[name]
+    rows = [{"question": text, "answer": "#### 5"} for text in ("plain", question)]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert resolved(gsm8k).task.notes == [
+        f"1 of 2 training prompts hold control tokens such as {token}" for token in tokens
+    ]
+
+
+def test_control_tokens_and_unknown_text_in_solutions_are_counted(gsm8k, tmp_path):
+    rows = [{"question": str(n), "answer": f"{n}<|eot_id|>\n#### 5"} for n in range(3)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lengths = ["sampling.completion_length=200", "sampling.block_length=200"]
+    lengths += ["sampling.denoising_steps=4", "model.max_sequence_length=900"]
+    notes = resolved(gsm8k, "sft.iterations=1", *lengths).task.notes
+    assert notes == ["3 of 3 solutions hold control tokens such as <|eot_id|>"]
+
+
+def test_a_template_with_todays_date_is_noted(gsm8k, tmp_path):
+    file = tmp_path / "dated.jinja"
+    text = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    file.write_text("{{ strftime_now('%d %B %Y') }} " + text)
+    (note,) = resolved(gsm8k, f"tokenizer.chat_template={file}").task.notes
+    assert note.startswith(f"the chat template of {file} prints today's date, so prompts change")
+    file.write_text("28 July 2026 " + text)
+    assert resolved(gsm8k, f"tokenizer.chat_template={file}").task.notes == []
+
+
+PROMPTS = {  # of `agrpo sample --prompt`, and the error or the notes; 56 tokens fit
+    "short": ("1+1=", []),
+    "as long as it may be": ("1" * 56, []),
+    "one too long": (
+        "1" * 57,
+        "--prompt has 57 tokens, and model.max_sequence_length=64 leaves 56",
+    ),
+    "far too long": ("1" * 5000, "has 5000 tokens"),
+    "empty": ("", "--prompt is empty"),
+    "blank": (" \n\t", "--prompt is empty"),
+    "not Unicode": ("1\udcff", "--prompt holds a lone surrogate"),
+    "unknown text": ("1\u4e8c", ["1 of 1 prompts hold text that the tokenizer lacks"]),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_by_hand_is_checked_as_those_of_problems_are(name):
+    text, said = PROMPTS[name]
+    found = resolved(())
+    if isinstance(said, list):
+        assert check_prompt(found, text) == said
+        return
+    with pytest.raises(ValueError, match="^--prompt ") as error:
+        check_prompt(found, text)
+    assert said in str(error.value) and "\n" not in str(error.value)

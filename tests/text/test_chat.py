@@ -276,3 +276,58 @@ def test_a_template_that_refuses_a_role_is_an_error_with_a_fix(tmp_path):
 def test_a_template_that_cannot_be_used_is_refused(chosen, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_tokenizer(TokenizerSettings(chat_template=chosen))
+
+
+LOSING = {  # templates as people write them, and the role whose text is lost
+    "another key": ("{% for m in messages %}{{ m.text }}{% endfor %}", "system"),
+    "only the first message": ("{{ messages[0].content }}", "user"),
+    "no system message": (
+        "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+        "system",
+    ),
+    "a cut text": ("{% for m in messages %}{{ m.content[:8] }}{% endfor %}", "system"),
+    "only assistants": (
+        "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}",
+        "system",
+    ),
+    "nothing": ("Question:", "system"),
+}
+KEEPING = {  # templates that change a text, and keep it
+    "trimmed": "{% for m in messages %}{{ m.content | trim }}{% endfor %}",
+    "in capitals": "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+    "escaped": "{% for m in messages %}{{ m.content | tojson }}{% endfor %}",
+    "two texts in one": "{{ messages[0].content ~ messages[1].content }}",
+    "words joined anew": "{% for m in messages %}{{ m.content.split() | join(' ') }}{% endfor %}",
+}
+
+
+def _with_template(folders, tmp_path, text):
+    file = tmp_path / "own.jinja"
+    file.write_text(text)
+    return load_tokenizer(TokenizerSettings(str(folders["llada"]), chat_template=str(file)))
+
+
+@pytest.mark.parametrize("name", LOSING)
+def test_a_template_that_leaves_out_a_text_is_refused(folders, tmp_path, name):
+    text, role = LOSING[name]
+    tokenizer = _with_template(folders, tmp_path, text)
+    with pytest.raises(
+        ValueError, match=f"own.jinja cannot write .* leaves out the text of {role}"
+    ):
+        tokenizer.encode_prompt(CHAT)
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_a_template_that_changes_a_text_is_not(folders, tmp_path, name):
+    tokenizer = _with_template(folders, tmp_path, KEEPING[name])
+    assert tokenizer.render(CHAT).endswith("<reasoning>")
+    assert "6" in tokenizer.render(CHAT)
+
+
+def test_equal_texts_hide_no_loss(folders, tmp_path):
+    """The first text stands in the prompt, though only the second was written."""
+    tokenizer = _with_template(folders, tmp_path, "{{ messages[-1].content }}")
+    twice = Chat((Message("user", "Hi"), Message("user", "Hi there")))
+    with pytest.raises(ValueError, match="leaves out the text of user"):
+        tokenizer.render(Chat((Message("user", "Bye"), *twice.messages)))
+    assert tokenizer.render(twice) == "Hi there"  # every text is there
