@@ -91,7 +91,7 @@ def to_hf_directory(
             )
         carry(source / HF, partial)
         if config:
-            write_config(partial, config)
+            write_config(partial, config, weights.model)
         _write_index(partial, files, tensors)
         write_card(source, partial)
 

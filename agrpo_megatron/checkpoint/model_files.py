@@ -16,7 +16,7 @@ from typing import Any
 from agrpo_megatron.config.schema import load, to_yaml
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import FAMILIES, settings_from_hf
-from agrpo_megatron.families.config_json import CONFIG, read_object
+from agrpo_megatron.families.config_json import CONFIG, GENERATION, check_ids, read_object
 from agrpo_megatron.families.files import PICKLED
 from agrpo_megatron.runs.progress import HF, MODEL_FILE
 
@@ -62,10 +62,15 @@ def carry(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write config.json as transformers does."""
+def write_config(folder: Path, config: dict[str, Any], model: ModelSettings) -> None:
+    """Write config.json as transformers does; remove a generation_config.json of another model."""
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
+    generation = folder / GENERATION
+    try:
+        check_ids(model, read_object(generation), generation)
+    except ValueError:
+        generation.unlink(missing_ok=True)
 
 
 def config_of(model: ModelSettings, dtype: str, folder: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def settings_from_hf(directory: str | Path) -> ModelSettings:
     generation = path.with_name(GENERATION)
     if generation.exists():
         check_ids(model, read_object(generation), generation)
-    if any(path.parent.glob("*.safetensors*")):
+    if any(path.parent.rglob("*.safetensors")):
         from agrpo_megatron.families.files import HfWeights  # loads torch
 
         HfWeights(directory, model)

@@ -273,9 +273,11 @@ def _other(folder, **changes):
 def test_an_exported_config_describes_the_model_and_keeps_the_rest(tmp_path, changes):
     """Settings may replace those of the weights that a run starts from."""
     kept = {"auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"}, "precision": "amp_bf16"}
-    source = _other(tmp_path / "base", **kept)
+    source, generation = _other(tmp_path / "base", **kept), '{"eos_token_id": [158, 157]}'
+    (source / "generation_config.json").write_text(generation)
     config = _exported_config(tmp_path, replace(settings_from_hf(LLADA), **changes), source)
     assert {key: config[key] for key in kept} == kept
+    assert (tmp_path / "h" / "generation_config.json").read_text() == generation
     assert config["max_sequence_length"] == changes.get("max_sequence_length", 4096)
 
 
@@ -294,3 +296,4 @@ def test_an_exported_config_is_not_that_of_the_tokenizer(tmp_path):
         (tmp_path / str(number)).mkdir()
         config = _exported_config(tmp_path / str(number), model, source)
         assert config["d_model"] == 32 and not {"num_experts", "hidden_act"} & set(config)
+    assert not (tmp_path / "2" / "h" / "generation_config.json").exists(), "Dream's ids"

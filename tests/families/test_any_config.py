@@ -146,4 +146,5 @@ def _check_settings(model, config):
     assert model.shift == (model.family == "dream") == (str(given["model_type"]).lower() == "dream")
     free = {*SIZES[model.family].values(), *OTHER_SIZES, *FREE, *MORE}
     for key in given.keys() - free:
-        assert given[key] == CONFIGS[model.family].get(key, object()), key
+        published = CONFIGS[model.family][key]
+        assert given[key] == (False if published is None else published), key
