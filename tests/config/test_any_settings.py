@@ -170,8 +170,8 @@ def _block(tree, indent):
 
 def _same(found, written):
     """Return whether a resolved value is what was written; numbers may be written as text."""
-    if isinstance(found, float) and isinstance(written, str):
-        return found == float(written)
+    if isinstance(found, float) and isinstance(written, int | str):
+        return found == float(written) and not isinstance(written, bool)
     return found == written and isinstance(found, bool) == isinstance(written, bool)
 
 
