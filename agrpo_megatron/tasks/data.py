@@ -83,7 +83,7 @@ def without_repeats(found: Iterable[tuple[int, Problem]]) -> tuple[list[Problem]
         other_row, other = first.setdefault(problem.key, (row, problem))
         repeated += other is not problem
         theirs, mine = (p.fields.get("answer", p.fields.get("solution")) for p in (other, problem))
-        if mine != theirs and not is_equivalent(mine, theirs):
+        if mine != theirs and not is_equivalent(str(mine), str(theirs)):
             unlike.append(f"rows {other_row} and {row}: {theirs!r:.40} and {mine!r:.40}")
     notes = [f"{repeated} repeated problems left out"] if repeated else []
     if unlike:
@@ -233,8 +233,8 @@ def _read_file(path: Path, kind: str, *, key: str) -> list[Row]:
             return _read_parquet(path)
         opened = gzip.open if path.suffix.lower() == ".gz" else open
         # A byte that is not UTF-8 becomes a lone surrogate: `text_column` refuses it with the row.
-        decoded = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
-        with opened(path, "rt", newline="", **decoded) as file:
+        utf8, errors = "utf-8-sig", "surrogateescape"
+        with opened(path, "rt", encoding=utf8, errors=errors, newline="") as file:
             if kind == ".csv":
                 return _read_csv(file)
             if kind == ".json":

@@ -19,10 +19,11 @@ from agrpo_megatron.tasks.rewards.equivalence import equal, equal_in_text
 from agrpo_megatron.tasks.rewards.extract import CELLS, Fields, boxed, cells_right, share, tagged
 
 MAX_PLAIN = 200  # characters of a plain expression
-# Digits with thousands commas and decimals; a number has a sign before them.
+# Digits with thousands commas and decimals; a number has a sign before them. Nested roots are not
+# read, as in the published code.
 _DIGITS = r"(?>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
 _NUMBER = re.compile(
-    r"(?P<no>\\sqrt\W{0,3}|\b(?:negative|minus)\W{0,3}|[\u2212-]\\?\$)?"  # not the value alone
+    r"(?P<no>(?<!{)\\sqrt\W{0,3}|\b(?:negative|minus)\W{0,3}|[\u2212-]\\?\$)?"  # changes its value
     r"(?:(?<![\w.)\]}\u2212-])[\u2212-][\s({]{0,3})?" + _DIGITS
 )
 # What joins the number before it to another: a sign, a word, a power, a fraction, or a blank.
