@@ -153,7 +153,7 @@ def as_prompt(made: Any, *, of: str) -> Prompt:
     prompt = made
     if isinstance(made, list) and all(isinstance(m, dict) and set(m) == MESSAGE for m in made):
         prompt = Chat(tuple(Message(**message) for message in made))
-    texts = [prompt]
+    texts: list[Any] = [prompt]
     if isinstance(prompt, Chat) and all(isinstance(each, Message) for each in prompt.messages):
         texts = [prompt.prefill, *(message.content for message in prompt.messages)]
     if not all(isinstance(text, str) for text in texts):

@@ -73,37 +73,33 @@ class Jinja:
         Raises:
             ValueError: the text cannot be rendered, or leaves out a message.
         """
-        rendered = self._render(chat.messages)
-        for place, message in enumerate(chat.messages):
-            if message.content.strip() in rendered:
-                continue
-            other = message._replace(content=f"{message.content}?")  # does it show at all?
-            others = (*chat.messages[:place], other, *chat.messages[place + 1 :])
-            if self._render(others) == rendered:
-                raise self._error(chat.messages, f"it leaves out the text of {message.role}")
+        messages = chat.messages
+        try:
+            rendered = self._render(messages)
+            for place, message in enumerate(messages):
+                other = message._replace(content=f"{message.content}?")  # does it show at all?
+                others = (*messages[:place], other, *messages[place + 1 :])
+                if message.content.strip() not in rendered and self._render(others) == rendered:
+                    raise ValueError(f"it leaves out the text of {message.role}")
+        except Exception as error:  # a template may compute anything, such as 1 / 0
+            roles = ", ".join(message.role for message in messages)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"the chat template of {self.source} cannot write a chat of {roles} ({reason}); "
+                f"use tokenizer.chat_template={'|'.join(BUILT_IN)}, or a .jinja file that can"
+            ) from None
         return rendered + chat.prefill
 
     def _render(self, messages: Sequence[Message]) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        try:
-            (rendered,), _ = render_jinja_template(
-                conversations=[[message._asdict() for message in messages]],
-                chat_template=self.text,
-                add_generation_prompt=True,
-                **self.special_tokens,
-            )
-        except Exception as error:  # a template may compute anything, such as 1 / 0
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise self._error(messages, reason) from None
-        return rendered
-
-    def _error(self, messages: Sequence[Message], reason: str) -> ValueError:
-        roles = ", ".join(message.role for message in messages)
-        return ValueError(
-            f"the chat template of {self.source} cannot write a chat of {roles} ({reason}); use "
-            f"tokenizer.chat_template={'|'.join(BUILT_IN)}, or a .jinja file that can"
+        (rendered,), _ = render_jinja_template(
+            conversations=[[message._asdict() for message in messages]],
+            chat_template=self.text,
+            add_generation_prompt=True,
+            **self.special_tokens,
         )
+        return rendered
 
 
 def choose_template(
