@@ -9,8 +9,7 @@ from agrpo_megatron.checkpoint.sharded import load_weights
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.weights import initialise, load_hf
-from agrpo_megatron.runs.progress import MODEL_FILE, checkpoint_path
-from agrpo_megatron.runs.resolve import RUN_SETTINGS
+from agrpo_megatron.runs.progress import MODEL_FILE, RUN_SETTINGS, checkpoint_path
 
 
 def load_start_weights(network: Network, settings: Settings) -> dict[str, Tensor]:

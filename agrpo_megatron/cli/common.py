@@ -77,9 +77,9 @@ def open_target(arguments: argparse.Namespace) -> Target:
     Raises:
         ValueError: there is no such model, or the settings are wrong.
     """
-    from agrpo_megatron.runs.progress import CHECKPOINTS, MODEL_FILE, RUN_FILE
+    from agrpo_megatron.runs.loaded_model import on_its_own
+    from agrpo_megatron.runs.progress import CHECKPOINTS, MODEL_FILE, RUN_FILE, RUN_SETTINGS
     from agrpo_megatron.runs.progress import checkpoint_path as find
-    from agrpo_megatron.runs.resolve import RUN_SETTINGS, on_its_own
 
     target, name = Path(arguments.target), arguments.checkpoint
     if target.is_file():

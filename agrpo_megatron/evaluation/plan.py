@@ -13,8 +13,8 @@ from agrpo_megatron.config.parallel import model_ranks
 from agrpo_megatron.config.settings import EvaluationSettings, ModelSettings, Settings, TaskSettings
 from agrpo_megatron.evaluation.grid import Cell, cell_sampling, evaluation_grid
 from agrpo_megatron.runs.files import digest
-from agrpo_megatron.runs.progress import checkpoint_path
-from agrpo_megatron.runs.resolve import RUN_SETTINGS, Resolved, problems_by_task, resolve
+from agrpo_megatron.runs.progress import RUN_SETTINGS, checkpoint_path
+from agrpo_megatron.runs.resolve import Resolved, problems_by_task, resolve
 from agrpo_megatron.tasks import Task, build_task
 from agrpo_megatron.tasks.base import Split, task_prompts
 from agrpo_megatron.tasks.mixture import Mixture

@@ -102,7 +102,7 @@ def check_directory(directory: Path, sweep: Sweep) -> None:
                 "away with --restart"
             )
         return
-    from agrpo_megatron.runs.resolve import RUN_SETTINGS  # a member's job does not need it
+    from agrpo_megatron.runs.progress import RUN_SETTINGS  # a member's job does not need it
 
     if (directory / RUN_SETTINGS).exists():
         raise ValueError(f"run.dir={directory} holds a run, not a sweep; choose another run.dir")

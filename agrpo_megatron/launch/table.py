@@ -18,8 +18,7 @@ from agrpo_megatron.reports.text import number, percent
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 from agrpo_megatron.runs.directory import is_finished
 from agrpo_megatron.runs.files import write_whole
-from agrpo_megatron.runs.progress import CHECKPOINTS, latest_checkpoint
-from agrpo_megatron.runs.resolve import RUN_SETTINGS
+from agrpo_megatron.runs.progress import CHECKPOINTS, RUN_SETTINGS, latest_checkpoint
 
 # The cause of a failure in a log: the last line that matches the first pattern with any match.
 CAUSES = (

@@ -9,9 +9,10 @@ from typing import Any
 from agrpo_megatron.config.schema import flatten, load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.runs.files import digest, free_name, write_whole
+from agrpo_megatron.runs.loaded_model import on_its_own
 from agrpo_megatron.runs.log import check_log
-from agrpo_megatron.runs.progress import CHECKPOINTS, Progress, latest_checkpoint
-from agrpo_megatron.runs.resolve import RUN_SETTINGS, SPLIT_NAMES, Resolved, on_its_own, resolve
+from agrpo_megatron.runs.progress import CHECKPOINTS, RUN_SETTINGS, Progress, latest_checkpoint
+from agrpo_megatron.runs.resolve import SPLIT_NAMES, Resolved, resolve
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.mixture import Mixture
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from agrpo_megatron.runs.files import free_name, write_whole
 
+RUN_SETTINGS = "config.yaml"  # in a run directory: the settings of the run
 CHECKPOINTS = "checkpoints"
 PROGRESS_FILE = "progress.json"
 LATEST, BEST = "latest", "best"  # files that name a checkpoint

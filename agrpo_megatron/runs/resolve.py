@@ -5,22 +5,10 @@ Runs before any process group and before torch is needed, so wrong input is refu
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from agrpo_megatron.config.rules import validate
-from agrpo_megatron.config.schema import load, written
-from agrpo_megatron.config.settings import ModelSettings, Settings, TokenizerSettings
-from agrpo_megatron.config.values import text
-from agrpo_megatron.families import settings_from_hf
-from agrpo_megatron.runs.progress import (
-    CHECKPOINTS,
-    HF,
-    MODEL_FILE,
-    RUN_FILE,
-    TEMPLATE,
-    latest_checkpoint,
-)
+from agrpo_megatron.config.settings import ModelSettings, Settings
+from agrpo_megatron.runs.loaded_model import with_loaded_model
 from agrpo_megatron.tasks import Task, build_task
 from agrpo_megatron.tasks.base import SPLITS, Split, as_prompt, task_prompts
 from agrpo_megatron.tasks.curriculum import filter_by_pass_rate, solved_problems
@@ -29,10 +17,6 @@ from agrpo_megatron.text.chat import Jinja
 from agrpo_megatron.text.tokenizer import Tokenizer, load_tokenizer
 from agrpo_megatron.types import Chat, Problem, Prompt
 
-RUN_SETTINGS = "config.yaml"
-# Settings of `model` that may differ from those of `model.load`: weights of that shape take any.
-REPLACE_LOADED = ("max_sequence_length", "mask_token_id", "eos_token_id", "rope_theta")
-REPLACE_LOADED += ("norm_epsilon", "init_std")
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "eval": "held-out"}
 
 
@@ -57,7 +41,7 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     model = settings.model
     unread = model if model.load is None else replace(model, vocab_size=None)  # not `is_known`
     validate(replace(settings, model=unread), world_size)
-    settings = _with_loaded_model(settings)
+    settings = with_loaded_model(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
     model = settings.model
     model = replace(
@@ -80,74 +64,6 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     if settings.sft.iterations > 0 and "train" in needs:
         _check_solutions(settings, task, tokenizer)
     return Resolved(settings, task, tokenizer)
-
-
-def on_its_own(settings: Settings, checkpoint: Path) -> Settings:
-    """Replace what a run started from, which may be gone, by its checkpoint's own files."""
-    if not (checkpoint / MODEL_FILE).exists() or not (checkpoint / RUN_FILE).exists():
-        return settings
-    load_from = settings.model.load and str(checkpoint)
-    saved, given = load(Settings, checkpoint / RUN_FILE).tokenizer, settings.tokenizer
-    if saved.path is not None and given.path in (None, saved.path):
-        path = _carried_tokenizer(checkpoint, is_file=saved.path.endswith(".model"))
-        given = replace(given, path=path or saved.path)
-    template = checkpoint / HF / TEMPLATE
-    is_own = given.chat_template in (None, saved.chat_template)
-    if is_own and (saved.chat_template or "").endswith(".jinja") and template.exists():
-        given = replace(given, chat_template=str(template))
-    return replace(settings, model=replace(settings.model, load=load_from), tokenizer=given)
-
-
-def _with_loaded_model(settings: Settings) -> Settings:
-    """Take the architecture from `model.load`, and its tokenizer if none is set."""
-    source = settings.model.load
-    if source is None:
-        return settings
-    run_file, model_file = Path(source) / RUN_SETTINGS, Path(source) / MODEL_FILE
-    if run_file.exists():
-        saved, found = load(Settings, run_file), latest_checkpoint(Path(source) / CHECKPOINTS)
-        model = saved.model
-        carried = (on_its_own(saved, found[0]) if found else saved).tokenizer
-    elif model_file.exists():
-        model = load(ModelSettings, model_file)
-        carried = TokenizerSettings(_carried_tokenizer(Path(source)))
-    else:
-        model, carried = settings_from_hf(source), TokenizerSettings(source)
-    model = _with_written(model, settings.model)
-    tokenizer = settings.tokenizer
-    if tokenizer.path is None:
-        chat_template = tokenizer.chat_template or carried.chat_template
-        tokenizer = replace(tokenizer, path=carried.path, chat_template=chat_template)
-    return replace(settings, model=model, tokenizer=tokenizer)
-
-
-def _with_written(loaded: ModelSettings, ours: ModelSettings) -> ModelSettings:
-    """Return the model of `model.load` with the settings that were written besides; null is none.
-
-    Raises:
-        ValueError: a written setting contradicts the weights.
-    """
-    changes: dict[str, Any] = {"load": ours.load, "megatron": loaded.megatron | ours.megatron}
-    for name in sorted(written(ours) - changes.keys()):
-        value, there = getattr(ours, name), getattr(loaded, name)
-        if name == "num_query_groups":
-            there = there or loaded.num_attention_heads
-        if value is not None and name not in REPLACE_LOADED and there not in (None, value):
-            raise ValueError(
-                f"model.{name}={text(value)} contradicts model.load={ours.load}, where it is "
-                f"{text(there)}; leave it out, or write model.{name}={text(there)}"
-            )
-        changes[name] = there if value is None else value
-    return replace(loaded, **changes)
-
-
-def _carried_tokenizer(checkpoint: Path, *, is_file: bool = False) -> str | None:
-    """Return the checkpoint's own tokenizer, if it has one: a directory, or a file."""
-    folder = checkpoint / HF
-    if not is_file and any(folder.glob("tokenizer*.json")):
-        return str(folder)
-    file = folder / "tokenizer.model"
-    return str(file) if file.exists() else None
 
 
 def _check_tokens(model: ModelSettings, tokenizer: Tokenizer) -> None:

@@ -16,8 +16,8 @@ from agrpo_megatron.evaluation.grid import RESULTS
 from agrpo_megatron.evaluation.open import opened
 from agrpo_megatron.evaluation.plan import plan_evaluation
 from agrpo_megatron.evaluation.results import COMPLETIONS, ResultStore
-from agrpo_megatron.runs.progress import checkpoint_path
-from agrpo_megatron.runs.resolve import RUN_SETTINGS, resolve
+from agrpo_megatron.runs.progress import RUN_SETTINGS, checkpoint_path
+from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.training.run import train
 from tests.cli.test_main import call
 from tests.ranks import run_ranks

@@ -6,8 +6,15 @@ from pathlib import Path
 
 from agrpo_megatron.config.schema import load, to_yaml
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.runs.progress import CHECKPOINTS, LATEST, PROGRESS_FILE, Progress, point
-from agrpo_megatron.runs.resolve import RUN_SETTINGS, resolve
+from agrpo_megatron.runs.progress import (
+    CHECKPOINTS,
+    LATEST,
+    PROGRESS_FILE,
+    RUN_SETTINGS,
+    Progress,
+    point,
+)
+from agrpo_megatron.runs.resolve import resolve
 
 
 def leave_run(file, overrides, *, iteration, accuracies=()):
