@@ -156,7 +156,7 @@ def _start_wandb(directory: Path, settings: Settings, *, known: str | None) -> A
     id_file = directory / "wandb_id"
     if not id_file.exists():
         write_whole(id_file, known or secrets.token_hex(4))
-    start = partial(
+    start: Callable[..., Any] = partial(
         wandb.init,
         project=logging.project,
         name=logging.name or directory.name,
