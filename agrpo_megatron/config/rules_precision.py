@@ -106,8 +106,8 @@ def _passed_misfit(sections: Mapping[str, Any]) -> str:
     return ""
 
 
-def _rates_misfit(optimizers: Mapping[str, OptimizerSettings]) -> str:
-    for key, optimizer in optimizers.items():
+def _rates_misfit(every: Mapping[str, OptimizerSettings]) -> str:
+    for key, optimizer in every.items():
         peak, least = optimizer.learning_rate, optimizer.min_learning_rate
         if least > peak:
             return (

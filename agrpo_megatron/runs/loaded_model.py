@@ -71,14 +71,16 @@ def _with_written(loaded: ModelSettings, ours: ModelSettings) -> ModelSettings:
     changes: dict[str, Any] = {"load": ours.load, "megatron": loaded.megatron | ours.megatron}
     for name in sorted(written(ours) - changes.keys()):
         value, there = getattr(ours, name), getattr(loaded, name)
+        if value is None:
+            continue
         if name == "num_query_groups":
             there = there or loaded.num_attention_heads
-        if value is not None and name not in REPLACE_LOADED and there not in (None, value):
+        if name not in REPLACE_LOADED and there not in (None, value):
             raise ValueError(
                 f"model.{name}={text(value)} contradicts model.load={ours.load}, where it is "
                 f"{text(there)}; leave it out, or write model.{name}={text(there)}"
             )
-        changes[name] = there if value is None else value
+        changes[name] = value
     return replace(loaded, **changes)
 
 
