@@ -167,7 +167,7 @@ def _start_wandb(directory: Path, settings: Settings, *, known: str | None) -> A
         settings=wandb.Settings(silent=True, console="off"),
     )
     try:
-        return start(mode=logging.wandb)
+        return start(mode=logging.wandb)  # type: ignore[arg-type]
     except wandb.Error as error:
         if logging.wandb != "online":
             raise
