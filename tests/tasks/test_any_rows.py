@@ -108,7 +108,7 @@ def is_as_written(name, fields, row):
         elif isinstance(answer, str):
             same = answer == fields["answer"]
         else:
-            same = Fraction(answer) == Fraction(fields["answer"])
+            same = Fraction(str(answer)) == Fraction(fields["answer"])  # in decimals, as written
         return same and cell(row, "problem", "question") == fields["question"]
     if name == "countdown":
         numbers = cell(row, "nums", "numbers", "input")
