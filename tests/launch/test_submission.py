@@ -145,7 +145,8 @@ def test_a_sweep_is_submitted_with_its_table(launch, jobs, tmp_path):
 
 def test_a_submission_that_fails_is_told(launch, monkeypatch, tmp_path):
     run = tmp_path / "run"
-    run.write_text("in the way")
+    run.mkdir()
+    (run / "launch").write_text("in the way")
     file = write_settings(tmp_path / "s.yaml", run={"dir": str(run)})
     status, _, errors = launch(file, "--nodes", 1, *HELD)
     assert status == 2
