@@ -93,6 +93,12 @@ def room(path: Path) -> str:
     return inside(path).split("/")[0].removesuffix(".py")
 
 
+def module_file(path: Path, known: set[Path]) -> Path | None:
+    """Return the file of a module, package, or name in one of them; None outside `known`."""
+    files = (f for p in (path, path.parent) for f in (p.with_suffix(".py"), p / "__init__.py"))
+    return next((file for file in files if file in known), None)
+
+
 def imports(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
     """Yield every import, late ones too, as a dotted name; `from a import b` gives `a.b`."""
     for node in ast.walk(tree):
@@ -172,9 +178,8 @@ def test_files_do_not_import_each_other_in_a_circle():
     graph: dict[str, set[str]] = {}
     for path, tree in parsed(PACKAGE):
         names = [name for _, name in imports(tree) if within(name, PACKAGE)]
-        places = [ROOT / name.replace(".", "/") for name in names]
-        files = {f for p in places for f in (p.with_suffix(".py"), p.parent.with_suffix(".py"))}
-        graph[place(path)] = {place(file) for file in files & paths}
+        targets = {module_file(ROOT / name.replace(".", "/"), paths) for name in names}
+        graph[place(path)] = {place(file) for file in targets if file is not None}
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:

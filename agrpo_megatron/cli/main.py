@@ -211,7 +211,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     console.print()
     of = " ".join([file or "default settings", *overrides])
     if file is None and not overrides:
-        of += "; agrpo doctor FILE, or precision=bf16, shows those of others"
+        of += "; agrpo doctor FILE, or precision=bf16, shows the kernels of other settings"
     print_kernels(kernels_for(settings, phases=trained_phases(settings)), of, console)
     return 0
 

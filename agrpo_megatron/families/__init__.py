@@ -15,11 +15,11 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM)}
 
 
 def settings_from_hf(directory: str | Path) -> ModelSettings:
-    """Read the model settings of a Hugging Face directory; weights, if it has some, must fit.
+    """Read the model settings of a Hugging Face directory; the weights stay closed.
 
     Raises:
         ValueError: config.json is missing, of an unknown family, has a key that the family lacks,
-            or disagrees with generation_config.json or the weights.
+            or disagrees with generation_config.json.
     """
     path = Path(directory) / CONFIG
     config = read_object(path)
@@ -36,10 +36,6 @@ def settings_from_hf(directory: str | Path) -> ModelSettings:
     generation = path.with_name(GENERATION)
     if generation.exists():
         check_ids(model, read_object(generation), generation)
-    if any(path.parent.rglob("*.safetensors")):
-        from agrpo_megatron.families.files import HfWeights  # loads torch
-
-        HfWeights(directory, model)
     return model
 
 

@@ -54,12 +54,21 @@ def with_loaded_model(settings: Settings) -> Settings:
         carried = TokenizerSettings(_carried_tokenizer(Path(source)))
     else:
         model, carried = settings_from_hf(source), TokenizerSettings(source)
+        _check_weights(source, model)
     model = _with_written(model, settings.model)
     tokenizer = settings.tokenizer
     if tokenizer.path is None:
         chat_template = tokenizer.chat_template or carried.chat_template
         tokenizer = replace(tokenizer, path=carried.path, chat_template=chat_template)
     return replace(settings, model=model, tokenizer=tokenizer)
+
+
+def _check_weights(source: str, model: ModelSettings) -> None:
+    """Check that a Hugging Face directory has the model's tensors, if it has any weights."""
+    if any(Path(source).rglob("*.safetensors")):
+        from agrpo_megatron.families.files import HfWeights  # loads torch
+
+        HfWeights(source, model)
 
 
 def _with_written(loaded: ModelSettings, ours: ModelSettings) -> ModelSettings:

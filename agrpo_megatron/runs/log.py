@@ -119,9 +119,10 @@ class RunLog:
             file.seek(0, os.SEEK_END)
         if self._wandb is not None:
             kept = (self.directory / METRICS).read_text(encoding="utf-8").splitlines()
-            for self._lines, line in enumerate(kept, start=1):
+            self._lines = 0
+            for line in kept:
+                self._lines += 1
                 self._send(json.loads(line))  # what a killed attempt may not have written
-            self._lines = len(kept)
 
     def close(self) -> None:
         """Close the files and wandb."""

@@ -98,7 +98,7 @@ def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
             f"model.max_sequence_length={settings.model.max_sequence_length}; use at most {room}"
         )
     dropped: set[tuple[Split, str]] = set()
-    before = {split: _filled(task, split) for split in SPLITS}
+    before, has_chats = {split: _filled(task, split) for split in SPLITS}, False
     for split in SPLITS:
         problems, what = task.problems(split), SPLIT_NAMES[split]
         prompts = task_prompts(task, problems, split=split)
@@ -113,8 +113,9 @@ def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
             dropped |= {(split, problem.key) for problem in long}
             task.notes.append(f"{said} {limit or room} tokens; left out (task.long_prompts=drop)")
         task.notes += _text_notes(tokenizer, prompts, encoded, what=f"{what} prompts")
-    template, is_chat = tokenizer.render, any(isinstance(prompt, Chat) for prompt in prompts)
-    if isinstance(template, Jinja) and template.is_dated and is_chat:
+        has_chats |= any(isinstance(prompt, Chat) for prompt in prompts)
+    template = tokenizer.render
+    if isinstance(template, Jinja) and template.is_dated and has_chats:
         task.notes.append(
             f"the chat template of {template.source} prints today's date, so prompts change from "
             "day to day; to fix the date, use a copy as tokenizer.chat_template"

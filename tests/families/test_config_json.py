@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from agrpo_megatron.config.settings import TokenizerSettings
 from agrpo_megatron.families import FAMILIES, settings_from_hf
+from agrpo_megatron.families.files import HfWeights
 from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.text.tokenizer import load_tokenizer
 from tests.text.chat_tokenizers import write_llada
@@ -226,4 +227,4 @@ def test_weights_of_whole_numbers_are_refused(tmp_path):
     name = "model.transformer.blocks.1.ff_out.weight"
     save_file({**tensors, name: tensors[name].byte()}, _write(tmp_path) / "model.safetensors")
     with pytest.raises(ValueError, match=f"{name} has dtype torch.uint8; quantized weights are n"):
-        settings_from_hf(tmp_path)
+        HfWeights(tmp_path, settings_from_hf(tmp_path))

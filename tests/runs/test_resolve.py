@@ -285,7 +285,7 @@ def test_a_template_with_todays_date_is_noted(gsm8k, tmp_path):
 
 PROMPTS = {  # of `agrpo sample --prompt`, and the error or the notes; 56 tokens fit
     "short": ("1+1=", []),
-    "as long as it may be": ("1" * 56, []),
+    "the longest that fits": ("1" * 56, []),
     "one too long": (
         "1" * 57,
         "--prompt has 57 tokens, and model.max_sequence_length=64 leaves 56",

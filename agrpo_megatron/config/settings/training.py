@@ -8,8 +8,8 @@ from agrpo_megatron.config.values import MOST_SEED
 
 UNMASKING = ("random", "low_confidence", "entropy", "margin", "bernoulli")
 PROPOSALS = ("uniform", "entropy")
-MOST_BETA = 1 - 1e-9  # Adam divides by 1 - beta
 STEP_SAMPLERS = ("systematic", "stratified", "batch", "independent")
+MOST_BETA = 1 - 1e-9  # Adam divides by 1 - beta
 
 
 @dataclass(frozen=True)
