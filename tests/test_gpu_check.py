@@ -203,6 +203,14 @@ def test_a_test_that_was_running_at_the_end_of_the_time_was_not_reached(tmp_path
     assert [test["test"] for test in suite["failed"]] == ["b"] and suite["not_reached"] == 2
 
 
+def test_tests_that_do_not_load_are_wrong(tmp_path):
+    file = tmp_path / "tests.jsonl"
+    file.write_text(json.dumps({"event": "broken", "status": 2}) + "\n")
+    suite = report.read_suite(file)
+    assert suite["ran"] and suite["failed"][0]["reason"].startswith("pytest ended with status 2")
+    assert report.finish(_record(suite=suite, **FAST))["verdict"]["status"] == WRONG
+
+
 def test_jobs_with_the_same_kernels_share_a_process():
     shared = [[job.name for job in jobs] for jobs in by_process(JOBS)]
     assert shared[0][:3] == ["ceiling", "te bf16", "graphs te bf16"]
@@ -222,13 +230,13 @@ def test_the_deterministic_job_fits_into_memory():
 
 def test_what_is_missing_is_told_with_the_command_that_gets_it(monkeypatch):
     has = importlib.import_module("tools.gpu_needs")
-    monkeypatch.setattr(has, "_has", lambda package: package not in ("psutil", "rich"))
+    monkeypatch.setattr(has, "_has", lambda package: package not in ("psutil", "numpy"))
     lines = missing("gpus_check", "some/wheels")
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     (psutil,) = [pin for pin in pins if pin.startswith("psutil==")]
-    assert [line.partition(" is not installed; ")[0] for line in lines] == ["psutil", "rich"]
-    assert f"pip install {psutil}, or on a machine with network" in lines[0]
-    assert "tools/gpus_check.sh --collect --wheels some/wheels" in lines[0]
+    assert [line.partition(" is not installed; ")[0] for line in lines] == ["numpy", "psutil"]
+    assert f"pip install {psutil}, or on a machine with network" in lines[1]
+    assert "tools/gpus_check.sh --collect --wheels some/wheels" in lines[1]
     told = "\n".join(has.transformer_engine("some/wheels"))
     assert (
         "pip wheel --no-deps --no-build-isolation -w some/wheels transformer_engine_torch" in told

@@ -50,10 +50,14 @@ run_tests() {
       echo '{"event": "cut"}' >>"$AGRPO_GPU_RESULTS"
       break
     fi
-    # 0: passed; 1: some failed; 2, 4: interrupted, or they do not even load; 5: all ran before.
+    # 0: passed; 1: some failed; 5: all ran before; 2, 4: interrupted, or they do not even load.
     # Others, such as a lost context of the GPU (3, tests/gpu/conftest.py): go on after that test.
     case $status in
-      0 | 1 | 2 | 4 | 5) break ;;
+      0 | 1 | 5) break ;;
+      2 | 4)
+        echo "{\"event\": \"broken\", \"status\": $status}" >>"$AGRPO_GPU_RESULTS"
+        break
+        ;;
     esac
   done
 }

@@ -2,6 +2,7 @@
 
     python tools/gpu_needs.py NAME WHEELS      of the check NAME, which installs the folder WHEELS
     python tools/gpu_needs.py --te WHEELS      how to get the wheels of Transformer Engine
+    python tools/gpu_needs.py --collect WHEELS        what to fetch that WHEELS lacks, as pinned
 
 Exit status 1 if the check cannot run without what is missing. Transformer Engine may be missing.
 """
@@ -13,11 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = (3, 12)
 # Of the project's dependencies, those that the checks import.
-NEEDED = (
-    *("torch", "megatron-core", "psutil", "numpy", "pyyaml", "rich", "jinja2"),
-    *("safetensors", "sentencepiece", "transformers", "pytest"),
-)
-COLLECTED = ("megatron-core", "psutil")  # by --collect
+COLLECTED = ("megatron-core", "psutil", "safetensors", "sentencepiece")  # by --collect
+NEEDED = ("torch", "numpy", "pyyaml", "pytest", *COLLECTED)
 TE = "transformer_engine"
 TE_VERSION = "2.20.2"
 TE_WHEELS = (
@@ -31,6 +29,11 @@ def main() -> int:
     name, wheels = sys.argv[1:]
     if name == "--te":
         print("\n".join(transformer_engine(wheels)))
+        return 0
+    if name == "--collect":
+        there = {path.name.partition("-")[0] for path in Path(wheels).glob("*.whl")}
+        lacking = [name for name in COLLECTED if name.replace("-", "_") not in there]
+        print("\n".join(map(_pinned, lacking)))
         return 0
     lines = missing(name, wheels)
     if not lines and not _has("transformer-engine"):

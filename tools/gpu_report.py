@@ -39,6 +39,11 @@ def read_suite(path: Path | None) -> Record:
         {"test": lines[number]["test"], "reason": "its process ended in it"}
         for number in open_at[: -1 if is_cut else None]
     ]
+    crashed += [
+        {"test": "tests/gpu", "reason": f"pytest ended with status {line['status']}; see tests.log"}
+        for line in lines
+        if line["event"] == "broken"
+    ]
     by = {
         outcome: [
             {"test": line["test"], "reason": line["reason"]}

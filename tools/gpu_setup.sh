@@ -1,9 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # shared with gpu_check.sh and gpus_check.sh
 # Find a Python, install what it lacks from wheels, and read the arguments of both checks.
 
-# What a machine with torch, transformers and pytest lacks beside them; pinned in constraints.txt.
-NEEDED=(megatron-core psutil)
-
 wheels=.gpu/wheels given='' out='' commit='' collect='' rehearse='' gpus='' python=''
 
 fail() {
@@ -60,12 +57,8 @@ find_python() {
 # Fetch what is missing, for Python 3.12 on x86-64, and note which commit the tree is at.
 collect_wheels() {
   mkdir -p "$wheels"
-  local package pin
-  for package in "${NEEDED[@]}"; do
-    pin=$(grep -E "^${package}==" constraints.txt) || fail "constraints.txt does not pin $package"
-    if compgen -G "$wheels/${package//-/_}-*.whl" >/dev/null; then
-      continue
-    fi
+  local pin
+  for pin in $(python3 tools/gpu_needs.py --collect "$wheels"); do
     python3 -m pip download --quiet --disable-pip-version-check --no-deps \
       --only-binary=:all: --python-version 3.12 --implementation cp \
       --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \

@@ -118,11 +118,14 @@ def _measure(arguments: argparse.Namespace) -> int:
     """Run as one rank of some rows: the first rank appends each result to a file as a line."""
     from gpus_measure import measure
 
+    from agrpo_megatron.megatron.parallel import stop_ranks
+
     rows = {row.name: row for row in ROWS}
     for name in arguments.row:
         result = measure(rows[name], arguments.folder, is_rehearsal=arguments.rehearse)
         if os.environ["RANK"] == "0":
             append_result(arguments.results, name, result)
+    stop_ranks()
     return 0
 
 
