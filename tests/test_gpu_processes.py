@@ -19,16 +19,14 @@ sys.path.append({str(TOOLS)!r})
 from gpu_processes import append_result
 rank, results, *names = sys.argv[1:]
 for name in names:
-    if name.startswith("die") and rank == name[-1]:
-        os._exit(7)
+    if name.startswith("die"):
+        os._exit(7) if rank == name[-1] else time.sleep(60)
     if name == "hang":
         time.sleep(60)
     if name == "nothing":
         sys.exit()
     if rank == "0":
         append_result(pathlib.Path(results), name, {{"pid": os.getpid()}})
-    else:
-        time.sleep(0.3)  # so that a rank that dies is still there
 """
 
 
