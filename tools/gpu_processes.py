@@ -58,16 +58,9 @@ def run_tasks(
         if left() < LEAST:
             yield from ((task.name, {"cut": NO_TIME}) for task in waiting)
             return
-        with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-            results = Path(folder) / "results"
-            results.touch()
-            processes = start([task.name for task in waiting], results)
-            try:
-                for name, result in _follow(waiting, processes, results, left, log, patience):
-                    waiting.pop(0)
-                    yield name, result
-            finally:
-                _end(processes, END if not waiting else 0.0)
+        for name, result in _in_one_set(list(waiting), start, left, log, patience):
+            waiting.pop(0)
+            yield name, result
 
 
 def append_result(results: Path, name: str, result: Result) -> None:
@@ -76,16 +69,31 @@ def append_result(results: Path, name: str, result: Result) -> None:
         file.write(json.dumps({"name": name, "result": result}) + "\n")
 
 
+def _in_one_set(
+    tasks: Sequence[Task], start: Start, left: Callable[[], float], log: str, patience: float
+) -> Iterator[tuple[str, Result]]:
+    """Run tasks in one set of processes; the first without a result is the last yielded."""
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        results = Path(folder) / "results"
+        results.touch()
+        processes, is_done = start([task.name for task in tasks], results), False
+        try:
+            yield from _follow(tasks, processes, results, left, log, patience)
+            is_done = len(_read(results)) == len(tasks)
+        finally:
+            _end(processes, END if is_done else 0.0)
+
+
 def _follow(
-    waiting: Sequence[Task],
+    tasks: Sequence[Task],
     processes: Sequence[subprocess.Popen],
     results: Path,
     left: Callable[[], float],
     log: str,
     patience: float,
 ) -> Iterator[tuple[str, Result]]:
-    """Yield results until all are there, or until a task failed, which is the last yielded."""
-    tasks, done, begun = list(waiting), 0, time.monotonic()
+    """Yield results as they come, until all are there or a task failed."""
+    done, begun = 0, time.monotonic()
     own = patience * (START + tasks[0].seconds)
     while done < len(tasks):
         ended = _ended(processes)  # before the results are read, so that none is missed

@@ -26,6 +26,6 @@ def verdict(
 
 def verdict_lines(found: dict[str, Any]) -> list[str]:
     """Return a verdict as Markdown: the status on one line, then a line for each finding."""
-    lines = [f"**Exit status {found['status']}: {found['meaning']}.**", ""]
-    lines += [f"- {key}: {text}" for key, *_ in PARTS for text in found[key]]
-    return lines
+    findings = [f"- {key}: {text}" for key, *_ in PARTS for text in found[key]]
+    status = f"**Exit status {found['status']}: {found['meaning']}.**"
+    return [status, *([""] if findings else []), *findings]

@@ -41,7 +41,7 @@ PROMPT = 256  # tokens, of the task
 WIDE = replace(LLADA_8B, layers=4, vocab=32768, prompt=PROMPT, steps=32, group=2, micro_batches=4)
 # Small enough for float32, in which a layout's rounding hides no fault.
 EXACT = replace(WIDE, hidden=1024, ffn=3072, heads=8, vocab=8192, completion=64, steps=16, rows=8)
-TINY = replace(EXACT, hidden=64, ffn=96, heads=4, vocab=512, completion=8, steps=4)
+TINY = replace(EXACT, hidden=64, ffn=96, heads=4, vocab=512, completion=8, steps=2, micro_batches=1)
 SCALES = {"fp32": EXACT, "bf16": WIDE}
 RESHARDS = 3  # updates of the rollout copy that are timed
 
