@@ -129,7 +129,7 @@ def random_weights(network: Network, model: ModelSettings, *, seed: int) -> dict
         name for each in weight_mappings(model) if each.transform == "row" for name in each.parts
     }
 
-    def draw(name: str) -> Tensor:
+    def _draw(name: str) -> Tensor:
         shape = shapes[name]
         if len(shape) == 1:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=device)
@@ -138,7 +138,7 @@ def random_weights(network: Network, model: ModelSettings, *, seed: int) -> dict
         scale = (2 * model.num_layers) ** -0.5 if name in into_residual else 1.0
         return drawn.mul_(scale * model.init_std)
 
-    return load_named(network, model, draw)
+    return load_named(network, model, _draw)
 
 
 def random_prompts(scale: Scale, *, seed: int, device: torch.device) -> list[Tensor]:

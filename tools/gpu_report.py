@@ -170,11 +170,14 @@ def _suite(suite: Record) -> list[str]:
         "",
     ]
     lines += [f"- FAILED {test['test']}: {test['reason']}" for test in failed]
-    lines += [f"- skipped {test['test']}: {test['reason']}" for test in skipped]
+    for reason in dict.fromkeys(test["reason"] for test in skipped):
+        names = [test["test"].partition("::")[2] for test in skipped if test["reason"] == reason]
+        lines.append(f"- {len(names)} skipped, {reason}: {', '.join(names)}")
     figures = suite["figures"]
     if figures:
         lines += ["", "| measured by a test | |", "|---|---|"]
-        lines += [f"| {name} | {shown(figures[name])} |" for name in sorted(figures)]
+        names = {name: name.replace("|", "\\|") for name in sorted(figures)}
+        lines += [f"| {said} | {shown(figures[name])} |" for name, said in names.items()]
     return lines
 
 

@@ -62,10 +62,10 @@ def _run(
     """Run rows of one number of ranks, and return the record with their results."""
     ranks = rows[0].ranks
 
-    def left() -> float:
+    def _left() -> float:
         return arguments.seconds - (time.monotonic() - arguments.started)
 
-    def start(names: list[str], results: Path) -> list[subprocess.Popen]:
+    def _start_all(names: list[str], results: Path) -> list[subprocess.Popen]:
         with (arguments.out / LOG).open("a") as log:
             print(f"\n== {ranks} ranks: {', '.join(names)}", file=log)
         port = _free_port()
@@ -80,7 +80,7 @@ def _run(
         found = ((row.name, {"cut": why}) for row in rows)
     else:
         patience = 10 if arguments.rehearse else 1
-        found = run_tasks(rows, start, left=left, log=LOG, patience=patience)
+        found = run_tasks(rows, _start_all, left=_left, log=LOG, patience=patience)
     for name, result in found:
         record["machine"].update(result.pop("machine", {}))
         record["rows"][name] = result
