@@ -25,7 +25,8 @@ from agrpo_megatron.megatron.layers.context import padded_rows, part_of, scored_
 from agrpo_megatron.megatron.layers.local import local_spec
 from agrpo_megatron.megatron.layers.packed import PackedLayout, packed_layout, rotary_angles
 from agrpo_megatron.megatron.parallel import Ranks
-from agrpo_megatron.megatron.precision import kernel_values, megatron_record
+from agrpo_megatron.megatron.precision import kernel_values
+from agrpo_megatron.megatron.records import megatron_record
 from agrpo_megatron.types import PackedRows
 
 # A matrix of fewer rows takes another CPU kernel, which sums in another order: a token's logits
@@ -183,8 +184,7 @@ def transformer_config(
         **kernel_values(precision, fp8, settings.kernels, kernels_for(settings)),
         **_layout_values(model, parallel, stage),
     }
-    key = f"model.megatron={model.megatron}"
-    return megatron_record(TransformerConfig, {**values, **model.megatron}, key)
+    return megatron_record(TransformerConfig, values, model.megatron, key="model.megatron")
 
 
 def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel, ...]:
