@@ -6,8 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from tests.cli.test_main import agrpo, call_all, probe, write_settings
-from tests.ranks import run_ranks
+from tests.cli.test_main import agrpo, probe, write_settings
 
 
 @pytest.fixture(scope="module")
