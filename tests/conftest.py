@@ -31,6 +31,7 @@ LONGEST = (
     "resilience/test_stop.py",
     "tasks/test_golden.py",
     "test_gpu_check.py",
+    "test_gpus_check.py",
     "resilience/test_failure.py",
     "megatron/test_pipeline.py",
     "launch/test_sweep_jobs.py",

@@ -13,9 +13,11 @@ from torch import Tensor
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, pack
+from agrpo_megatron.families import hf_shapes, weight_mappings
 from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import start_ranks
+from agrpo_megatron.megatron.weights import load_named
 from agrpo_megatron.scaling.flops import row_flops
 from agrpo_megatron.types import PackedRows, TimestepBatch
 
@@ -104,8 +106,8 @@ def open_engine(settings: Settings) -> Engine:
     """Start the one rank and build an engine with random weights."""
     ranks = start_ranks(settings)
     engine = build_engine(settings, settings.optimizer, iterations=1000, ranks=ranks)
-    random_weights(engine.network, settings.model, seed=settings.run.seed)
-    engine.optimizer.reload_model_params()
+    uncast = random_weights(engine.network, settings.model, seed=settings.run.seed)
+    engine.init_main_weights(uncast)
     return engine
 
 
@@ -116,24 +118,27 @@ def open_network(settings: Settings) -> Network:
     return network
 
 
-def random_weights(network: Network, model: ModelSettings, *, seed: int) -> None:
-    """Draw weights by name on the network's own device; mutates them.
+def random_weights(network: Network, model: ModelSettings, *, seed: int) -> dict[str, Tensor]:
+    """Draw weights on the network's own device, the same under any layout; mutates them.
 
     The distribution is `megatron.weights.initialise`'s, which draws on the CPU: slow at 8B shapes.
+    Returns the values of FP8 weights before their cast, by Megatron's name.
     """
-    residual = model.init_std / (2 * model.num_layers) ** 0.5
-    for name, parameter in network.named_parameters():
-        with torch.no_grad():
-            if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            device = parameter.device
-            generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            drawn = torch.randn(
-                parameter.shape, generator=generator, device=device, dtype=torch.float32
-            )
-            is_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-            parameter.copy_(drawn.mul_(residual if is_residual else model.init_std))
+    shapes, device = hf_shapes(model), network.ranks.device
+    into_residual = {
+        name for each in weight_mappings(model) if each.transform == "row" for name in each.parts
+    }
+
+    def draw(name: str) -> Tensor:
+        shape = shapes[name]
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=device)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        drawn = torch.randn(shape, generator=generator, device=device)
+        scale = (2 * model.num_layers) ** -0.5 if name in into_residual else 1.0
+        return drawn.mul_(scale * model.init_std)
+
+    return load_named(network, model, draw)
 
 
 def random_prompts(scale: Scale, *, seed: int, device: torch.device) -> list[Tensor]:

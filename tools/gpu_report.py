@@ -1,37 +1,48 @@
-"""The results of a GPU check: figures compared with targets, and as a table."""
+"""The results of a GPU check: figures compared with targets, a verdict, and a table."""
 
 import json
 from pathlib import Path
-from typing import Any
 
-SCHEMA = 1
-Record = dict[str, Any]
+from gpu_record import Record, heading, shown
+from gpu_verdict import verdict, verdict_lines
 
-# Name, comparison, number.
+SCHEMA = 2
+SPEED, RESULT, TESTS = "speed", "result", "tests"
+# Name, what it is a target of, comparison, number.
 TARGETS = (
-    ("FP8 blockwise updates, in bf16's tokens/s (te)", ">=", 1.25),
-    ("FP8 blockwise rollouts, in bf16's tokens/s (te)", ">=", 1.2),
-    ("bf16 update, share of the matrix ceiling (te)", ">=", 0.45),
-    ("mismatch in bf16, mean of exp(abs(dlogp))", "<", 1.01),
-    ("mismatch in FP8 blockwise, mean of exp(abs(dlogp))", "<", 1.03),
-    ("tests that failed", "<=", 0),
+    ("FP8 blockwise updates, in bf16's tokens/s (te)", SPEED, ">=", 1.25),
+    ("FP8 blockwise rollouts, in bf16's tokens/s (te)", SPEED, ">=", 1.2),
+    ("bf16 update, share of the matrix ceiling (te)", SPEED, ">=", 0.45),
+    ("mismatch in bf16, mean of exp(abs(dlogp))", RESULT, "<", 1.01),
+    ("mismatch in FP8 blockwise, mean of exp(abs(dlogp))", RESULT, "<", 1.03),
+    ("tests that failed", TESTS, "<=", 0),
 )
 NOT_MEASURED = "not measured"
 REHEARSED = "rehearsed, not measured"
 
 
-def read_suite(path: Path) -> Record:
-    """Return the test results, from the lines that `tests/gpu` writes."""
-    if not path.exists():
+def read_suite(path: Path | None) -> Record:
+    """Return the test results, from the lines that `tests/gpu` writes; None: no test ran.
+
+    A test without an end took its process down. Only one that the script cut for time, the last
+    before a line `cut`, was not reached.
+    """
+    if path is None or not path.exists():
         return {"ran": False, "failed": [], "skipped": [], "figures": {}}
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     collected = max((line["count"] for line in lines if line["event"] == "collected"), default=0)
     ends = [line for line in lines if line["event"] == "end"]
     ended = {line["test"] for line in ends}
+    open_at = [n for n, line in enumerate(lines) if line.get("test") not in {*ended, None}]
+    is_cut = bool(lines) and lines[-1]["event"] == "cut" and open_at[-1:] == [len(lines) - 2]
     crashed = [
-        {"test": line["test"], "reason": "the process died in it, or it ran out of time"}
+        {"test": lines[number]["test"], "reason": "its process ended in it"}
+        for number in open_at[: -1 if is_cut else None]
+    ]
+    crashed += [
+        {"test": "tests/gpu", "reason": f"pytest ended with status {line['status']}; see tests.log"}
         for line in lines
-        if line["event"] == "start" and line["test"] not in ended
+        if line["event"] == "broken"
     ]
     by = {
         outcome: [
@@ -57,7 +68,7 @@ def read_suite(path: Path) -> Record:
 
 
 def finish(record: Record) -> Record:
-    """Add ratios and targets, which follow from what was measured."""
+    """Add ratios, targets and the verdict, which follow from what was measured."""
     ratios = _ratios(record)
     suite = record["suite"]
     figures = suite["figures"]
@@ -67,14 +78,37 @@ def finish(record: Record) -> Record:
         ratios.get("te bf16 update / bf16 ceiling"),
         figures.get("mismatch/bf16/mean"),
         figures.get("mismatch/fp8 blockwise/mean"),
-        len(suite["failed"]) + suite.get("not_reached", 0) if suite["ran"] else None,
+        len(suite["failed"]) if suite["ran"] else None,
     )
     targets = []
-    for (name, sign, number), value in zip(TARGETS, found, strict=True):
+    for (name, kind, sign, number), value in zip(TARGETS, found, strict=True):
         state = REHEARSED if record["rehearsal"] else _state(value, sign, number)
         wanted = f"{sign} {number:g}"
-        targets.append({"target": name, "wanted": wanted, "found": value, "state": state})
-    return {**record, "ratios": ratios, "targets": targets}
+        target = {"target": name, "of": kind, "wanted": wanted, "found": value, "state": state}
+        targets.append(target)
+    record = {**record, "ratios": ratios, "targets": targets}
+    return {**record, "verdict": _verdict(record)}
+
+
+def _verdict(record: Record) -> Record:
+    """Return the verdict on a record with its targets."""
+    suite, jobs = record["suite"], record["jobs"]
+    wrong = [f"test {test['test']}" for test in suite["failed"]]
+    wrong += [f"{name}: {job['failed']}" for name, job in jobs.items() if "failed" in job]
+    not_reached = [f"{name}: {job['cut']}" for name, job in jobs.items() if "cut" in job]
+    not_reached += [f"{name}: not begun" for name in record["planned"] if name not in jobs]
+    if not suite["ran"]:
+        not_reached.append("the tests did not run")
+    elif missing := suite["not_reached"]:
+        not_reached.append(f"{missing} of {suite['collected']} tests")
+    slow = []
+    for target in record["targets"]:
+        said = f"{target['target']}: {shown(target['found'])}, wanted {target['wanted']}"
+        if target["state"] == NOT_MEASURED:
+            not_reached.append(f"{target['target']}: {NOT_MEASURED}")
+        elif target["state"] == "missed" and target["of"] != TESTS:  # those are listed by name
+            (slow if target["of"] == SPEED else wrong).append(said)
+    return verdict(wrong=wrong, not_reached=not_reached, slow=slow)
 
 
 def _state(value: float | None, sign: str, number: float) -> str:
@@ -92,7 +126,7 @@ def _ratios(record: Record) -> dict[str, float]:
         "fp8 tensorwise / bf16": ("te fp8 tensorwise", "te bf16"),
         "te / local in bf16": ("te bf16", "local bf16"),
         "local bf16 / local fp32": ("local bf16", "local fp32"),
-        "deterministic / not": ("te bf16 deterministic", "te bf16"),
+        "deterministic / not, 2048 tokens": ("te bf16 deterministic", "te bf16 2048 tokens"),
         "batch-invariant / not": ("te bf16 batch-invariant", "te bf16"),
     }
     found = {}
@@ -112,26 +146,17 @@ def _ratios(record: Record) -> dict[str, float]:
 
 def table(record: Record) -> str:
     """Return the record as Markdown."""
-    machine, suite = record["machine"], record["suite"]
-    lines = [f"# GPU check: {machine.get('gpu') or 'no GPU'}", ""]
-    if record["rehearsal"]:
-        lines += [
-            "**REHEARSAL at tiny sizes on a CPU: it shows that the check runs. No figure here is a "
-            "measurement.**",
-            "",
-        ]
-    lines += [f"- {name}: {machine[name]}" for name in sorted(machine)]
-    lines += [f"- {name}: {record[name]}" for name in ("commit", "date", "command", "seconds")]
-    lines += ["", "## Tests", "", *_suite(suite)]
+    lines = [*heading(record, "GPU check"), "", *verdict_lines(record["verdict"])]
     lines += ["", "## Speed", "", *_ceiling(record), *_speeds(record)]
     lines += _graphs(record["jobs"])
     lines += ["", "| ratio of tokens/s, or share | |", "|---|---|"]
     lines += [f"| {name} | {value:.3f} |" for name, value in record["ratios"].items()]
     lines += ["", "## Targets", "", "| target | wanted | found | |", "|---|---|---|---|"]
     lines += [
-        f"| {t['target']} | {t['wanted']} | {_number(t['found'])} | {t['state']} |"
+        f"| {t['target']} | {t['wanted']} | {shown(t['found'])} | {t['state']} |"
         for t in record["targets"]
     ]
+    lines += ["", "## Tests", "", *_suite(record["suite"])]
     return "\n".join(lines) + "\n"
 
 
@@ -149,7 +174,7 @@ def _suite(suite: Record) -> list[str]:
     figures = suite["figures"]
     if figures:
         lines += ["", "| measured by a test | |", "|---|---|"]
-        lines += [f"| {name} | {_number(figures[name])} |" for name in sorted(figures)]
+        lines += [f"| {name} | {shown(figures[name])} |" for name in sorted(figures)]
     return lines
 
 
@@ -196,8 +221,3 @@ def _graphs(jobs: Record) -> list[str]:
             lines.append(f"| {name} | {found['rows']} | {way} | {1e3 * found['seconds']:.2f} |")
     head = ["", "| small rollout forwards | rows | launched | ms |", "|---|---|---|---|"]
     return head + lines if lines else []
-
-
-def _number(value: float | None) -> str:
-    """Return a figure with four digits; empty for None."""
-    return "" if value is None else f"{value:.4g}"

@@ -1,7 +1,4 @@
-"""Measurements of one GPU: matrix ceilings, rollout forwards and updates. One job a process.
-
-Each job runs in a separate process (`gpu_check.py --job NAME`), so no job can disturb the next.
-"""
+"""Measurements of one GPU: matrix ceilings, rollout forwards and updates."""
 
 import statistics
 import time
@@ -44,7 +41,9 @@ TRAINING_FACTOR = 3  # FLOPs of a forward and its backward, in forwards
 
 def run_job(job: Job, *, is_rehearsal: bool) -> dict[str, Any]:
     """Return the figures of a job; `refused` says why it cannot run here."""
+    free_memory()  # of the job before
     scale = REHEARSAL if is_rehearsal else LLADA_8B
+    scale = replace(scale, rows=max(1, scale.rows // job.fewer))
     if job.kind == "ceiling":
         size = 256 if is_rehearsal else 8192
         device = torch.device("cpu" if is_rehearsal else "cuda")

@@ -19,7 +19,7 @@ def sft_loss(logprobs: Tensor, batch: SftBatch) -> Tensor:
 def policy_loss(
     logprobs: Tensor, batch: TimestepBatch, algorithm: AlgorithmSettings
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the clipped policy loss summed over rollouts, and sums for the metrics.
+    """Return the clipped policy loss summed over rollouts, and what the metrics are made of.
 
     Per token: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coefficient * KL * r, with
     r the policy ratio and KL the k3 estimate against the frozen reference, weighted by the
@@ -27,6 +27,10 @@ def policy_loss(
 
     Args:
         logprobs: [S] of the current policy, with gradient.
+
+    Returns:
+        The loss, and metrics as `training.step` combines them: sums, a maximum, and for
+        `ratio_p99_error` the value of each token [S], -1 where it has no weight.
     """
     log_ratio = logprobs - batch.old_logprobs
     ratio = log_ratio.exp()
@@ -41,10 +45,12 @@ def policy_loss(
         per_token = per_token + algorithm.kl_coefficient * kl
     with torch.no_grad():
         used = batch.weights != 0
+        error = (ratio - 1).abs()
         metrics = {
             "scored_tokens": used.sum(),
             "ratio_sum": (ratio * used).sum(),
-            "ratio_max_error": ((ratio - 1).abs() * used).max() if len(ratio) else ratio.sum(),
+            "ratio_max_error": (error * used).max() if len(ratio) else ratio.sum(),
+            "ratio_p99_error": torch.where(used, error, -1.0),
             "clipped_tokens": ((clipped_gain < gain) & used).sum(),
             "kl_sum": (kl * used).sum(),
         }

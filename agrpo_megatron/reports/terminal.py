@@ -29,6 +29,7 @@ HEADLINES: dict[str, tuple[Cell, ...]] = {  # by phase; the panel draws them as 
 }
 DETAILS: tuple[Cell, ...] = (
     ("ratio error", "ratio/max_error", "{:.1e}".format),
+    ("ratio p99", "ratio/p99_error", "{:.1e}".format),
     ("entropy", "entropy", FIXED),
     ("live steps", "live_steps/mean", "{:.1f}".format),
     ("grad norm", "grad_norm", FIXED),

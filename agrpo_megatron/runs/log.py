@@ -88,6 +88,17 @@ class RunLog:
         self._lines += 1
         self._send(record)
 
+    def first_values(self, phase: str, key: str, *, iterations: int) -> dict[int, float]:
+        """Return a metric of a phase's first iterations, as logged; empty on other ranks."""
+        found: dict[int, float] = {}
+        if not self._files or not iterations:
+            return found
+        with (self.directory / METRICS).open(encoding="utf-8") as file:
+            for record in map(json.loads, file):
+                if record["phase"] == phase and record["iteration"] <= iterations:
+                    found[record["iteration"]] = record[key]
+        return found
+
     def samples(self, records: list[dict[str, Any]], **common: Any) -> None:
         """Write completion samples, one line each."""
         for record in records:

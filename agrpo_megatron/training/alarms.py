@@ -1,11 +1,17 @@
 """Alarms: signs of a failing run; each is a metric, a warning and a wandb alert."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.rollout.session import Output
+
+FIRST = 10  # iterations whose mean entropy a rise is measured against
+# Of the largest possible entropy. A policy below it is sharp, however small its first entropy was.
+SHARE = 0.1
+RISE = "entropy_rise"
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,14 @@ ALARMS = (
         "the mean entropy of a rollout is {value:.3g} nats; the policy has nearly collapsed",
     ),
     Alarm(
+        RISE,
+        RISE,
+        "resilience.entropy_rise_alarm",
+        lambda value, level: value >= level > 0,
+        f"a rollout's mean entropy is {{value:.3g}} times that of the first {FIRST} iterations; "
+        "the policy is turning into noise",
+    ),
+    Alarm(
         "zero_variance",
         "zero_advantage_fraction",
         "resilience.zero_variance_alarm",
@@ -52,18 +66,38 @@ ALARMS = (
 
 
 class Alarms:
-    """The alarms of a run; each warns only when it turns on."""
+    """The alarms of a run; each warns only when it turns on.
 
-    def __init__(self, settings: Settings, output: Output):
+    Args:
+        entropies: `entropy` by iteration, of an earlier attempt's first `FIRST` iterations.
+    """
+
+    def __init__(
+        self, settings: Settings, output: Output, *, entropies: Mapping[int, float] | None = None
+    ):
         self._levels = {alarm.name: attrgetter(alarm.key)(settings) for alarm in ALARMS}
         self._output, self._on = output, set[str]()
+        self._first, self._least = dict(entropies or {}), SHARE * _largest_entropy(settings)
 
     def check(self, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return `alarm/NAME` of each alarm: 1 where it is on, else 0; called by every rank.
 
         A missing metric triggers no alarm.
         """
-        return {f"alarm/{a.name}": float(self._is_on(a, iteration, metrics)) for a in ALARMS}
+        rise = self._rise(iteration, metrics.get("entropy"))
+        seen = metrics if rise is None else {**metrics, RISE: rise}
+        return {f"alarm/{a.name}": float(self._is_on(a, iteration, seen)) for a in ALARMS}
+
+    def _rise(self, iteration: int, entropy: float | None) -> float | None:
+        """Return the entropy over its mean in the first iterations; None for a sharp policy."""
+        if entropy is None:
+            return None
+        if iteration <= FIRST:
+            self._first[iteration] = entropy
+        if len(self._first) < FIRST or entropy < self._least:
+            return None
+        mean = sum(self._first.values()) / FIRST
+        return entropy / mean if mean > 0 else math.inf
 
     def _is_on(self, alarm: Alarm, iteration: int, metrics: Mapping[str, float]) -> bool:
         value, level = metrics.get(alarm.metric), self._levels[alarm.name]
@@ -75,3 +109,10 @@ class Alarms:
             self._output.log.alert(f"{alarm.name} alarm", text)
         (self._on.add if is_on else self._on.discard)(alarm.name)
         return is_on
+
+
+def _largest_entropy(settings: Settings) -> float:
+    """Return the entropy of a uniform policy, in nats."""
+    vocab, top_k = settings.model.vocab_size, settings.sampling.top_k
+    assert vocab is not None
+    return math.log(min(vocab, top_k or vocab))

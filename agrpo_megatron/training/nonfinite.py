@@ -3,7 +3,6 @@
 Runs only after a failure, so it may take a second forward pass.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -114,4 +113,4 @@ def _numbered(bad: list[int], count: int) -> str:
 
 
 def _all_finite(metrics: Metrics) -> bool:
-    return all(math.isfinite(float(value)) for value in metrics.values())
+    return all(bool(value.isfinite().all()) for value in metrics.values())

@@ -20,7 +20,7 @@ from agrpo_megatron.resilience.stragglers import Stragglers
 from agrpo_megatron.rollout.dynamic_sampling import sample_groups
 from agrpo_megatron.rollout.generate import sample_records
 from agrpo_megatron.rollout.session import Run, Session
-from agrpo_megatron.training.alarms import Alarms
+from agrpo_megatron.training.alarms import FIRST, Alarms
 from agrpo_megatron.training.nan_guard import NanGuard, Update, rollout_keys
 from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import Rollout, StepDraws, TimestepBatch
@@ -46,7 +46,8 @@ def run_rl(
     """
     run, output, sections = session.run, session.output, session.safety.sections
     guard, stragglers = NanGuard(session, "rl"), Stragglers()
-    alarms = Alarms(run.settings, output)
+    first = output.log.first_values("rl", "entropy", iterations=min(start, FIRST))
+    alarms = Alarms(run.settings, output, entropies=first)
     for iteration in range(start, run.settings.train.iterations):
         started = time.perf_counter()
         sections.at("rl", iteration + 1)
@@ -229,6 +230,7 @@ def _made_metrics(results: list[dict[str, float]]) -> dict[str, float]:
         "grad_norm": max(r["grad_norm"] for r in results),
         "ratio/mean": sum(r["ratio_sum"] for r in results) / tokens if tokens else 1.0,
         "ratio/max_error": results[0]["ratio_max_error"],
+        "ratio/p99_error": results[0]["ratio_p99_error"],
         "clip_fraction": sum(r["clipped_tokens"] for r in results) / scored,
         "kl": sum(r["kl_sum"] for r in results) / scored,
     }

@@ -34,7 +34,7 @@ from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.diffusion.packing import assign_rows
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import for_schedule
-from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.megatron.parallel import Ranks, gather_objects
 from agrpo_megatron.training.nonfinite import (
     Loss,
     Metrics,
@@ -56,7 +56,8 @@ def optimizer_step[Batch: (SftBatch, TimestepBatch)](
             context-parallel rank.
         loss: (logits shard [S, V / tensor parallel], batch) -> loss summed over rows, metrics,
             of the scored tokens that the rank holds. A metric is summed over micro-batches and
-            ranks; one named `*_max*` is maximised.
+            ranks; one named `*_max*` is maximised; one named `*_p99*` holds a value of each
+            token, and the result is their 99th percentile, without negative values.
         examples: rollouts or examples of all ranks, the normaliser.
 
     Returns:
@@ -175,8 +176,9 @@ def _combined(computed: list[Metrics], ranks: Ranks, *, examples: int) -> dict[s
 
 
 def _reduced(computed: list[Metrics], ranks: Ranks, *, examples: int) -> dict[str, float]:
-    """Combine micro-batches and ranks: sums, or maxima for `*_max*`; the last stage."""
-    names, group = list(computed[0]), ranks.data_context.group
+    """Combine micro-batches and ranks: sums, maxima or percentiles by name; the last stage."""
+    group = ranks.data_context.group
+    names = [name for name in computed[0] if "_p99" not in name]
     values = torch.tensor(
         [[float(m[name]) for name in names] for m in computed], device=ranks.device
     )
@@ -184,4 +186,16 @@ def _reduced(computed: list[Metrics], ranks: Ranks, *, examples: int) -> dict[st
     dist.all_reduce(sums, group=group)
     dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=group)
     metrics = {n: float(tops[i] if "_max" in n else sums[i]) for i, n in enumerate(names)}
+    for name in computed[0].keys() - names:
+        mine = torch.cat([metric[name].float() for metric in computed]).cpu()
+        metrics[name] = _percentile_99(torch.cat(gather_objects(mine, group)))
     return {**metrics, "loss": metrics["loss"] / examples}
+
+
+def _percentile_99(values: Tensor) -> float:
+    """Return the least value that 99 % of the values do not exceed; 0 for none.
+
+    Negative values are left out. The result is one of the values: the same under every layout.
+    """
+    kept = values[values >= 0]
+    return float(kept.kthvalue(-(-99 * len(kept) // 100)).values) if len(kept) else 0.0

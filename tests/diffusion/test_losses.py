@@ -71,6 +71,9 @@ def test_policy_loss_equals_a_literal_loop(low, high, beta):
     assert float(metrics["ratio_sum"]) == pytest.approx(float(ratio.sum()), rel=1e-13)
     error = float((ratio - 1).abs().max())
     assert float(metrics["ratio_max_error"]) == pytest.approx(error, rel=1e-13)
+    errors = metrics["ratio_p99_error"]
+    assert torch.equal(errors[:5], torch.full_like(errors[:5], -1))  # tokens without weight
+    assert torch.allclose(errors[5:], (ratio - 1).abs(), rtol=1e-12, atol=0)
 
 
 def test_clip_stops_the_gradient_only_where_the_ratio_has_gone_too_far():
@@ -130,7 +133,7 @@ def test_an_empty_batch_has_zero_loss_and_a_connected_graph():
     loss, metrics = policy_loss(weights[:0], batch, AlgorithmSettings())
     (gradient,) = torch.autograd.grad(loss, weights)
     assert float(loss.detach()) == 0 and gradient.tolist() == [0.0, 0.0, 0.0]
-    assert all(float(value.detach()) == 0 for value in metrics.values())
+    assert all(float(value.detach().sum()) == 0 for value in metrics.values())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

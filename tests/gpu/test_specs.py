@@ -1,5 +1,6 @@
 """The te layers match the local ones, packed or not, and read their checkpoints."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from tests.gpu.common import (
     update,
     weights_of,
 )
-from tools.gpu_model import random_batch, random_rows
+from tools.gpu_model import random_batch
 
 pytestmark = pytest.mark.gpu
 
@@ -39,15 +40,22 @@ def _rounded(weights):
     return {name: w.to(torch.bfloat16).float() for name, w in weights.items()}
 
 
-def _weights(*more):
-    with engine_of(*local("fp32"), *more) as (engine, _):
+@cache
+def _weights(head_dim=128):
+    with engine_of(*_with_heads(local("fp32"), head_dim)) as (engine, _):
         return _rounded(weights_of(engine.network))
 
 
-def _logits_and_gradients(overrides, weights):
-    with engine_of(*overrides, weights=weights) as (engine, _):
+@cache
+def _logits_and_gradients(overrides, head_dim=128):
+    chosen = _with_heads(overrides, head_dim)
+    with engine_of(*chosen, weights=_weights(head_dim)) as (engine, _):
         batch = random_batch(SCALE, seed=5, device=engine.ranks.device)
         return logits_of(engine.network, batch.rows), gradients_of(engine, [batch])
+
+
+def _with_heads(overrides, head_dim):
+    return (*overrides, f"model.num_attention_heads={SCALE.hidden // head_dim}")
 
 
 def _kind(name):
@@ -72,11 +80,9 @@ def _errors(found, reference):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_te_is_as_near_to_float32_as_the_local_spec(head_dim, record_property):
-    heads = f"model.num_attention_heads={SCALE.hidden // head_dim}"
-    weights = _weights(heads)
-    reference = _logits_and_gradients((*local("fp32"), heads), weights)
-    ours = _errors(_logits_and_gradients((*te("bf16"), heads), weights), reference)
-    theirs = _errors(_logits_and_gradients((*local("bf16"), heads), weights), reference)
+    reference = _logits_and_gradients(local("fp32"), head_dim)
+    ours = _errors(_logits_and_gradients(te("bf16"), head_dim), reference)
+    theirs = _errors(_logits_and_gradients(local("bf16"), head_dim), reference)
     for name in ("logits", "self_attention.linear_qkv.weight"):
         record_property(f"error/te/{head_dim}/{name}", ours[name])
         record_property(f"error/local/{head_dim}/{name}", theirs[name])
@@ -87,9 +93,8 @@ def test_te_is_as_near_to_float32_as_the_local_spec(head_dim, record_property):
 @pytest.mark.parametrize("recipe", ["blockwise", "tensorwise"])
 def test_fp8_is_near_to_bf16(recipe, record_property):
     """FP8 has 3 bits after the point: a product errs by some hundredths, and they add up."""
-    weights = _weights()
-    reference = _logits_and_gradients(local("fp32"), weights)
-    errors = _errors(_logits_and_gradients(te(f"fp8 {recipe}"), weights), reference)
+    reference = _logits_and_gradients(local("fp32"))
+    errors = _errors(_logits_and_gradients(te(f"fp8 {recipe}")), reference)
     record_property(f"error/fp8 {recipe}/logits", errors["logits"])
     assert 0.01 < errors["logits"] < 0.25, errors
     assert max(errors.values()) < 0.4, errors
@@ -98,15 +103,12 @@ def test_fp8_is_near_to_bf16(recipe, record_property):
 @pytest.mark.parametrize("overrides", PACKED, ids=[" ".join(case) for case in PACKED])
 def test_packed_rows_do_not_see_one_another(overrides):
     """Rows packed together err from rows alone by less than the precision errs from float32."""
-    weights = _weights()
-    rows = None
-    with engine_of(*overrides, weights=weights) as (engine, _):
-        rows = random_rows(SCALE, seed=3, device=engine.ranks.device)
+    with engine_of(*_with_heads(overrides, 128), weights=_weights()) as (engine, _):
+        rows = random_batch(SCALE, seed=5, device=engine.ranks.device).rows
         packed = logits_of(engine.network, rows)
         parts = [one_row(rows, number) for number in range(SCALE.rows)]
         alone = torch.cat([logits_of(engine.network, part) for part in parts])
-    with engine_of(*local("fp32"), weights=weights) as (engine, _):
-        exact = logits_of(engine.network, rows)
+    exact, _ = _logits_and_gradients(local("fp32"))
     assert len(parts) == SCALE.rows > 1 and len(packed) == len(alone) == len(exact)
     bound = max(relative(alone, exact), 1e-5)
     assert relative(packed, alone) <= bound < 0.25

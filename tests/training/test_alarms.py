@@ -1,19 +1,20 @@
 """Alarms begin, speak once, end; and runs that are driven into each of their states."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
 from agrpo_megatron.training import rl, sft
-from agrpo_megatron.training.alarms import ALARMS, Alarms
+from agrpo_megatron.training.alarms import ALARMS, FIRST, Alarms
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
 from tests.runs.test_log import wandb_records
 from tests.training.test_run import read
 from tests.training.tiny import open_session, resolved_run, silent_view
 
-NAMES = ["ratio", "empty", "entropy", "zero_variance"]
+NAMES = ["ratio", "empty", "entropy", "entropy_rise", "zero_variance"]
 # alarm: metric, setting, a value that is past it, one that is not
 STATES = {
     "ratio": ("ratio/max_error", "train.ratio_alarm", 0.02, 0.01),
@@ -34,19 +35,23 @@ class _Alerts:
         self.alerts.append((title, text))
 
 
-def _go_through(overrides, values):
-    """Check one metric after the other; return what was on, and what was said at each."""
+def _go_through(overrides, values, known=None):
+    """Check one metric after the other; return what was on, and what was said at each.
+
+    `known` are entropies of an earlier attempt, which had as many iterations.
+    """
     session, _ = open_session(*overrides)
     log, told, found = _Alerts(), [], []
     session.output.view.warn = told.append  # type: ignore[method-assign]
-    alarms = Alarms(session.run.settings, replace(session.output, log=log))  # type: ignore[arg-type]
-    for iteration, metrics in enumerate(values, start=1):
+    output = replace(session.output, log=log)  # type: ignore[arg-type]
+    alarms = Alarms(session.run.settings, output, entropies=known)
+    for iteration, metrics in enumerate(values, start=1 + len(known or {})):
         before = len(told)
         found.append((alarms.check(iteration, metrics), told[before:]))
     return found, log.alerts, told
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STATES)
 def test_an_alarm_speaks_as_it_begins_and_again_only_after_it_had_ended(name):
     metric, key, past, fine = STATES[name]
     values = [{metric: value} for value in (fine, past, past, fine, past)] + [{}]
@@ -58,6 +63,41 @@ def test_an_alarm_speaks_as_it_begins_and_again_only_after_it_had_ended(name):
     assert [title for title, _ in alerts] == [f"{name} alarm"] * 2
     assert [text for _, text in alerts] == told
     assert told[0].startswith("iteration 2: ") and f"({key}={LEVELS[name]})" in told[0]
+
+
+RISEN = [0.59, 0.61, 0.8, 0.4, 0.65]  # after a first mean of 0.3
+ON = [0, 1, 1, 0, 1]
+
+
+def _rises(overrides, entropies, known=None):
+    values = [{"entropy": value} for value in entropies]
+    [(found, _, told)] = run_ranks(1, _go_through, overrides, values, known)
+    return [now["alarm/entropy_rise"] for now, _ in found], told
+
+
+def test_an_entropy_of_twice_the_first_iterations_sets_off_an_alarm():
+    on, told = _rises([], [0.2, 0.4] * (FIRST // 2) + RISEN)
+    assert on == [0] * FIRST + ON
+    assert len(told) == 2
+    assert told[0].startswith("iteration 12: a rollout's mean entropy is 2.03 times that of the")
+    assert told[0].endswith("turning into noise (resilience.entropy_rise_alarm=2.0)")
+    on, told = _rises(["resilience.entropy_rise_alarm=3"], [0.3] * FIRST + [0.8, 0.95])
+    assert on[FIRST:] == [0, 1] and told[0].endswith("(resilience.entropy_rise_alarm=3.0)")
+    assert _rises(["resilience.entropy_rise_alarm=0"], [0.3] * FIRST + RISEN)[1] == []
+
+
+def test_a_sharp_policy_may_double_its_entropy():
+    """A tenth of log(83) is 0.44 nats; of a policy cut to 8 tokens, a tenth of log(8) is 0.21."""
+    assert _rises([], [0.1] * FIRST + [0.3, 0.43, 0.45])[0][FIRST:] == [0, 0, 1]
+    top_k = ["sampling.top_k=8"]
+    assert _rises(top_k, [0.05] * FIRST + [0.15, 0.2, 0.22])[0][FIRST:] == [0, 0, 1]
+
+
+def test_a_resumed_run_measures_the_rise_against_the_iterations_of_earlier_attempts():
+    known = dict.fromkeys(range(1, FIRST + 1), 0.3)
+    assert _rises([], RISEN, known)[0] == ON
+    few = dict(list(known.items())[:4])
+    assert _rises([], [0.3] * (FIRST - 4) + RISEN, few)[0] == [0] * (FIRST - 4) + ON
 
 
 def test_levels_of_zero_set_off_no_alarm_of_shares_or_entropy():
@@ -126,13 +166,15 @@ def test_a_policy_that_says_nothing_any_more_is_told_once(tmp_path):
     changes = ["sft.iterations=30", "sft.optimizer.learning_rate=3e-2"]
     [told] = run_ranks(1, _train, run_dir, changes, _learn_to_say_nothing)
     expected = {name: [float(name != "ratio")] * 3 for name in NAMES}
+    expected["entropy_rise"] = [0.0] * 3
     assert _on(run_dir) == expected
     keys = ["resilience.empty_alarm=0.5", "resilience.entropy_alarm=0.2"]
     keys += ["resilience.zero_variance_alarm=1.0"]
     assert len(told) == 3
     for text, key in zip(told, keys, strict=True):
         assert text.startswith("iteration 1: ") and text.endswith(f"({key})")
-    alerts = [(f"{name} alarm", text, "WARN") for name, text in zip(NAMES[1:], told, strict=True)]
+    said = ["empty", "entropy", "zero_variance"]
+    alerts = [(f"{name} alarm", text, "WARN") for name, text in zip(said, told, strict=True)]
     assert _alerts(run_dir) == alerts
 
 
@@ -144,3 +186,39 @@ def test_a_rollout_that_training_does_not_agree_with_is_told(tmp_path):
     assert text.startswith("iteration 2: a first update's policy ratio is 1.0")
     assert text.endswith("rollout and training disagree (train.ratio_alarm=0.001)")
     assert _alerts(run_dir) == [("ratio alarm", text, "WARN")]
+
+
+def _fail_in_the_third_iteration():
+    plain = rl.update_policy
+
+    def faulty(session, engine, rollout, *args, **options):
+        if rollout.trajectory.weights_version == 2:
+            raise RuntimeError("as asked")
+        return plain(session, engine, rollout, *args, **options)
+
+    rl.update_policy = faulty
+
+
+def _attempt(run_dir, is_first):
+    """Train; return the entropies that the alarms started with."""
+    started = []
+
+    class Noted(Alarms):
+        def __init__(self, *args, entropies, **options):
+            super().__init__(*args, entropies=entropies, **options)
+            started.append(dict(entropies))
+
+    rl.Alarms = Noted  # type: ignore[misc]
+    fault = _fail_in_the_third_iteration if is_first else None
+    with pytest.raises(RuntimeError, match="as asked") if is_first else nullcontext():
+        _train(run_dir, ["checkpoint.interval=1"], fault)
+    return started
+
+
+def test_a_restart_reads_the_first_entropies_from_the_log(tmp_path):
+    run_dir = tmp_path / "run"
+    assert run_ranks(1, _attempt, run_dir, True) == [[{}]]
+    rows = [row for row in read(run_dir / "metrics.jsonl") if row["phase"] == "rl"]
+    expected = {row["iteration"]: row["entropy"] for row in rows}
+    assert list(expected) == [1, 2]
+    assert run_ranks(1, _attempt, run_dir, False) == [[expected]]

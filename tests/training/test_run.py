@@ -36,6 +36,7 @@ METRICS = {
         "learning_rate",
         "ratio/mean",
         "ratio/max_error",
+        "ratio/p99_error",
         "clip_fraction",
         "kl",
         "rows",

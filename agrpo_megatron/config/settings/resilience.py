@@ -44,6 +44,12 @@ class ResilienceSettings:
     entropy_alarm: float = setting(
         0.0, "warn when a rollout's mean entropy is under this; 0: never", unit="nats", low=0
     )
+    entropy_rise_alarm: float = setting(
+        2.0,
+        "warn when a rollout's mean entropy is this many times that of the first 10 iterations, "
+        "and over a tenth of its maximum; 0: never",
+        low=0,
+    )
     empty_alarm: float = setting(
         0.5, "warn when this share of completions is only end-of-text; 0: never", low=0, high=1
     )

@@ -112,7 +112,9 @@ def _facts(run: Run) -> Iterator[tuple[str, str, str]]:
         yield ("Tokens per second", compact(float(np.median(speed))), "median iteration")
     error = series(run.rl, "ratio/max_error")[1]
     if len(error):
-        yield ("Policy ratio error", f"{error.max():.1e}", f"largest; {_alarm(run, error)}")
+        most = series(run.rl, "ratio/p99_error")[1]
+        share = f"99 % of tokens within {most.max():.1e}; " if len(most) else ""
+        yield ("Policy ratio error", f"{error.max():.1e}", f"largest; {share}{_alarm(run, error)}")
     if spans := _alarms(run):
         named = "; ".join(f"{name}: {span}" for name, span in spans.items())
         yield ("Alarms", str(len(spans)), f"iterations of {named}")

@@ -30,7 +30,11 @@ class Panel:
 POLICY_PANELS = (
     Panel(
         "Policy ratio error, |ratio - 1|",
-        (("ratio/max_error", "largest", "blue"), ("ratio/mean_error", "of mean", "green")),
+        (
+            ("ratio/max_error", "largest", "blue"),
+            ("ratio/p99_error", "99 % below", "purple"),
+            ("ratio/mean_error", "of mean", "green"),
+        ),
         log=True,
     ),
     Panel("Clipped tokens", (("clip_fraction", "", "purple"),), percent=True),
