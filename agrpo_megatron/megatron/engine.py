@@ -1,7 +1,9 @@
 """A trainable model: network, data parallelism, optimizer and schedule, all from Megatron."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,9 @@ from agrpo_megatron.megatron.reshard import RolloutCopy
 
 # State dtypes of Transformer Engine's Adam; it scales the FP8 states.
 STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
+# The largest factor that an FP8 moment is scaled by: it stores 1e-28 still, and moments that small
+# move no weight.
+LARGEST_SCALE = 2.0**100
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,26 @@ def build_engine(
     config.grad_scale_func = built.scale_loss
     rollout = ranks.rollout_layout
     copy = RolloutCopy(build_network(settings, rollout)) if rollout is not None else None
-    return Engine(network, ddp, built, _scheduler(built, optimizer, iterations), copy)
+    engine = Engine(network, ddp, built, _scheduler(built, optimizer, iterations), copy)
+    if optimizer.moments == "fp8":
+        for part in engine.optimizers:
+            part.optimizer._apply_scale = partial(_scale_finitely, part.optimizer._apply_scale)
+    return engine
+
+
+def _scale_finitely(
+    apply_scale: Callable[..., None], name: str, values: Tensor, stored: Any, scale: Tensor
+) -> None:
+    """Store a moment as Transformer Engine's Adam does, and zeros as zeros; mutates `stored`.
+
+    Without a gradient so far, in this rank's part of a tensor, the moment is zero. The optimizer
+    scales it by the inverse of its largest value: 0 * inf is NaN, and so is the next weight.
+    """
+    apply_scale(name, values, stored, scale)
+    quantizer = getattr(stored, "_quantizer", None)
+    if quantizer is not None:
+        quantizer.scale.clamp_(max=LARGEST_SCALE)
+        stored.copy_(values)
 
 
 def _one_or_all(functions: list[Any]) -> Any:

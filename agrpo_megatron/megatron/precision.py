@@ -32,9 +32,9 @@ def kernel_values(
         "use_te_activation_func": kernels.layer_spec == "te",
         "deterministic_mode": switches.deterministic,
     }
-    if switches.batch_invariant:
+    if kernels.flash_attention is not None:
         values |= {
-            "batch_invariant_mode": True,
+            "batch_invariant_mode": switches.batch_invariant,
             "attention_backend": AttnBackend.flash,
             "flash_attention_version": kernels.flash_attention,
         }
