@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.megatron.one_queue import Part, Step, record, stuck
+from tests.megatron.one_queue import Part, Step, stuck
+from tests.megatron.recorded import record
 from tests.ranks import run_ranks
 from tests.training.tiny import tiny
 
