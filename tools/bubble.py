@@ -95,7 +95,8 @@ def _measure(
     prompts = torch.randint(0, 900, (rows, PROMPT), generator=generator).to(network.ranks.device)
     model = settings.model
     assert model.mask_token_id is not None
-    forward = make_forward(network, RolloutSettings(schedule=schedule, groups=groups))
+    rollout = RolloutSettings(schedule=schedule, groups=groups)
+    forward = make_forward(network, rollout, sampling=settings.sampling)
     context = SamplerContext(
         forward=forward,
         vocab=network.vocab,

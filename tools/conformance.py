@@ -128,7 +128,7 @@ def check_sampler(golden: Golden) -> Iterator[Check]:
     assert model.mask_token_id is not None
     for case in sampler_cases(golden.cases, golden.tensors):
         context = SamplerContext(
-            forward=make_forward(golden.network, golden.settings.rollout),
+            forward=make_forward(golden.network, golden.settings.rollout, sampling=case.sampling),
             vocab=golden.network.vocab,
             mask_id=model.mask_token_id,
             eos_id=model.eos_token_id,

@@ -70,7 +70,9 @@ def test_graphs_give_the_same_completions(record_property):
     with engine_of(*te("bf16")) as (engine, settings):
         plain, plain_seconds = _rollout(engine, settings)
     with engine_of(*te("bf16", "kernels.cuda_graphs=true")) as (engine, settings):
-        forward = make_forward(engine.rollout_network(), settings.rollout)
+        forward = make_forward(
+            engine.rollout_network(), settings.rollout, sampling=settings.sampling
+        )
         assert isinstance(forward._logits, Graphs)  # type: ignore[attr-defined]
         replayed, seconds = _rollout(engine, settings)
     record_property("graphs/seconds of a rollout without", plain_seconds)
