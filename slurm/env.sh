@@ -26,8 +26,9 @@ fi
 AGRPO_SRUN=()
 
 # --- Processes ------------------------------------------------------------------------------------
-# Kernels of one stream keep their order, which overlapped tensor parallelism needs before Blackwell.
-: "${CUDA_DEVICE_MAX_CONNECTIONS:=1}"
+# `agrpo launch` sets CUDA_DEVICE_MAX_CONNECTIONS=1 for tensor or context parallelism without a
+# pipeline, whose messages overlap with computation only then. Not needed from Blackwell on:
+# unset CUDA_DEVICE_MAX_CONNECTIONS
 # Lengths differ between batches; expandable segments reduce fragmentation of GPU memory.
 : "${PYTORCH_CUDA_ALLOC_CONF:=expandable_segments:True}"
 # A crash in native code prints Python's stack.
@@ -37,7 +38,7 @@ AGRPO_SRUN=()
 # Seconds for ranks to end after another rank failed; without it they cannot save.
 : "${PET_SHUTDOWN_TIMEOUT:=10}"
 # `run.threads` sets the threads of a rank; OMP_NUM_THREADS would only duplicate it.
-export CUDA_DEVICE_MAX_CONNECTIONS PYTORCH_CUDA_ALLOC_CONF PYTHONFAULTHANDLER PYTHONUNBUFFERED
+export PYTORCH_CUDA_ALLOC_CONF PYTHONFAULTHANDLER PYTHONUNBUFFERED
 export PET_SHUTDOWN_TIMEOUT
 
 # Connections and data files are open files: hundreds of ranks need more than the usual 1024.

@@ -2,7 +2,8 @@
 
 Each wraps a CPU tensor and says its device is `meta`, which has no data of its own in torch, so
 whatever the code would mix up on a GPU is refused here: an operation takes tensors of one device,
-besides single numbers, and indices from the CPU. Values are real, so a whole iteration runs.
+besides single numbers, and indices from the CPU. So is a sum whose bits depend on an order that a
+GPU does not keep. Values are real, so a whole iteration runs.
 """
 
 from typing import Any
@@ -106,6 +107,8 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     others = [t for t in tensors if isinstance(t, Elsewhere)]
     if others:
         _refuse_mixture(name, tensors, args)
+    if others and name == "aten::scatter_add_":
+        _refuse_any_order(*map(_here, args))
     is_other = bool(others)
     if kwargs.get("device") is not None:
         is_other, kwargs = _is_other(kwargs["device"]), {**kwargs, "device": "cpu"}
@@ -118,6 +121,16 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
         return Elsewhere(value) if is_other else value
 
     return tree_map(wrapped, result)
+
+
+def _refuse_any_order(
+    target: torch.Tensor, dim: int, index: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Raise if a sum depends on the order: a GPU adds the values of one place in any order."""
+    orders = ((index, values), (index.flip(dim), values.flip(dim)))
+    forth, back = (target.clone().scatter_add_(dim, *order) for order in orders)
+    if not torch.equal(forth, back):
+        raise RuntimeError("aten::scatter_add_ adds in any order")
 
 
 def _refuse_mixture(name: str, tensors: list[torch.Tensor], args: tuple) -> None:

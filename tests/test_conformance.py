@@ -7,11 +7,14 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from tests.devices import DEVICE, Elsewhere, OtherDevice, move
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +80,29 @@ def test_the_golden_numbers_of_dream_hold(tmp_path, layout):
     checks, last = _errors(results[0][1])
     assert list(checks) == DREAM_NAMES
     assert last == f"{DREAM}: 14 of 14 checks passed at {_whole_name(layout)}"
+
+
+def _check_elsewhere(folder):
+    """Check logits and samplers with weights and golden tensors on another device."""
+    tool = runpy.run_path(str(TOOL), run_name="conformance")
+    golden = tool["_open"](folder, "tp1")
+    network, ranks = golden.network, replace(golden.network.ranks, device=DEVICE)
+    for chunk in network.chunks:
+        move(chunk)
+        chunk.ranks = ranks
+    engine = replace(golden.engine, network=replace(network, ranks=ranks))
+    there = {name: Elsewhere(tensor) for name, tensor in golden.tensors.items()}
+    golden = replace(golden, engine=engine, tensors=there)
+    dist.all_reduce = lambda *_: None  # gloo takes no stand-in; there is one rank
+    with OtherDevice():
+        checks = [*tool["check_logits"](golden), *tool["check_sampler"](golden)]
+    return {check.name: check.error <= check.limit for check in checks}
+
+
+@pytest.mark.parametrize(("folder", "count"), [(GOLDEN, 4), (DREAM, 14)])
+def test_golden_numbers_are_compared_on_the_networks_device(folder, count):
+    (passed,) = run_ranks(1, _check_elsewhere, folder)
+    assert len(passed) == count and all(passed.values())
 
 
 def _whole_name(layout):

@@ -92,10 +92,11 @@ def _measure(
     network: Network, settings: Settings, groups: int, schedule: str, rows: int
 ) -> Measured:
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, 900, (rows, PROMPT), generator=generator)
+    prompts = torch.randint(0, 900, (rows, PROMPT), generator=generator).to(network.ranks.device)
     model = settings.model
     assert model.mask_token_id is not None
-    forward = make_forward(network, RolloutSettings(schedule=schedule, groups=groups))
+    rollout = RolloutSettings(schedule=schedule, groups=groups)
+    forward = make_forward(network, rollout, sampling=settings.sampling)
     context = SamplerContext(
         forward=forward,
         vocab=network.vocab,
@@ -105,9 +106,8 @@ def _measure(
         token_budget=1 << 20,
     )
     started = time.perf_counter()
-    trajectory = sample(
-        list(prompts), torch.arange(rows), context=context, sampling=settings.sampling
-    )
+    ids = torch.arange(rows, device=prompts.device)
+    trajectory = sample(list(prompts), ids, context=context, sampling=settings.sampling)
     seconds = time.perf_counter() - started
     return Measured(trajectory.tokens, forward.slots.bubble, seconds)
 

@@ -86,7 +86,7 @@ def main() -> int:
         return 2
     failed, total = 0, 0
     for check in [*check_logits(golden), *check_sampler(golden), *check_agrpo(golden)]:
-        check = replace(check, error=_most(check.error))
+        check = replace(check, error=_most(check.error, golden.network.ranks.device))
         passed = check.error <= check.limit
         total, failed = total + 1, failed + (not passed)
         if golden.network.ranks.is_main:
@@ -115,7 +115,8 @@ def check_logits(golden: Golden) -> Iterator[Check]:
             shard = expected[:, : ours.shape[1]]
             return float((ours[:, : shard.shape[1]] - shard).abs().amax())
 
-        error = _most(max(forward_rows(network, [rows], compare), default=0.0))
+        error = max(forward_rows(network, [rows], compare), default=0.0)
+        error = _most(error, network.ranks.device)
         scale = float(case.expected.abs().max())
         detail = f"{len(rows.scored)} tokens, largest difference {error:.2e} of {scale:.1f}"
         yield Check(case.name, error / max(1.0, scale), LOGITS, detail)
@@ -127,7 +128,7 @@ def check_sampler(golden: Golden) -> Iterator[Check]:
     assert model.mask_token_id is not None
     for case in sampler_cases(golden.cases, golden.tensors):
         context = SamplerContext(
-            forward=make_forward(golden.network, golden.settings.rollout),
+            forward=make_forward(golden.network, golden.settings.rollout, sampling=case.sampling),
             vocab=golden.network.vocab,
             mask_id=model.mask_token_id,
             eos_id=model.eos_token_id,
@@ -136,7 +137,7 @@ def check_sampler(golden: Golden) -> Iterator[Check]:
             shift=model.shift,
             uniforms=case.uniforms,
         )
-        ids = torch.arange(len(case.prompts))
+        ids = torch.arange(len(case.prompts), device=case.expected.device)
         ours = sample(case.prompts, ids, context=context, sampling=case.sampling).tokens
         wrong = int((ours != case.expected).sum())
         yield Check(case.name, wrong, 0, f"{ours.numel()} tokens, {case.detail}")
@@ -208,7 +209,8 @@ def _published(case: dict) -> tuple[SamplingSettings, AlgorithmSettings]:
 
 
 def _stored_rollout(part: dict[str, Tensor], sampling: SamplingSettings) -> Rollout:
-    masks, count = part.get("sampling_masks"), len(part["advantages"])
+    masks, zeros = part.get("sampling_masks"), torch.zeros_like(part["advantages"])
+    numbers = torch.arange(len(zeros), device=zeros.device)
     trajectory = Trajectory(
         prompts=tuple(part["prompt_ids"]),
         tokens=part["completion_ids"],
@@ -216,25 +218,25 @@ def _stored_rollout(part: dict[str, Tensor], sampling: SamplingSettings) -> Roll
         logprobs=part["old_logprobs"],
         entropies=part["old_entropies"],
         support_ids=_support_ids(masks) if masks is not None else None,
-        num_steps=torch.full((count,), sampling.denoising_steps),
-        rollout_ids=torch.arange(count),
+        num_steps=torch.full_like(numbers, sampling.denoising_steps),
+        rollout_ids=numbers,
         sampling=sampling,
         weights_version=0,
     )
-    zeros = torch.zeros(count)
     return Rollout(trajectory, zeros, correct=zeros.bool(), advantages=part["advantages"])
 
 
 def _support_ids(masks: Tensor) -> Tensor:
     """Turn vocabulary-wide masks [R, C, V] into candidate ids [R, C, K], padded with -1."""
     width = int(masks.sum(-1).max())
-    ids = torch.arange(masks.shape[-1]).expand(masks.shape).masked_fill(~masks, -1)
+    ids = torch.arange(masks.shape[-1], device=masks.device)
+    ids = ids.expand(masks.shape).masked_fill(~masks, -1)
     return ids.sort(-1, descending=True).values[..., :width].to(torch.int32)
 
 
-def _most(error: float) -> float:
+def _most(error: float, device: torch.device) -> float:
     """Return the largest error of all ranks."""
-    top = torch.tensor(error, dtype=torch.float64)
+    top = torch.tensor(error, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX)
     return float(top)
 
@@ -255,9 +257,11 @@ def _open(directory: Path, parallel: str) -> Golden:
         train=replace(settings.train, token_budget=512),
     )
     validate(settings, world_size())
-    engine = build_engine(settings, settings.optimizer, iterations=1, ranks=start_ranks(settings))
+    ranks = start_ranks(settings)
+    engine = build_engine(settings, settings.optimizer, iterations=1, ranks=ranks)
     load_hf(engine.network, model, directory / "hf")
-    return Golden(directory, cases, tensors, settings, engine)
+    there = {name: tensor.to(ranks.device) for name, tensor in tensors.items()}
+    return Golden(directory, cases, there, settings, engine)
 
 
 def _arguments() -> argparse.Namespace:

@@ -55,7 +55,7 @@ def logit_cases(tensors: dict[str, Tensor]) -> Iterator[LogitCase]:
         ids = part["input_ids"]
         is_real = part.get("attention_mask", torch.ones_like(ids)).bool()
         lengths = is_real.sum(1)
-        valid = torch.arange(ids.shape[1]) < lengths[:, None]
+        valid = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         canvas = torch.zeros_like(ids).masked_scatter(valid, ids[is_real])
         yield LogitCase(group, canvas, lengths, valid, part["logits"][is_real], shift=False)
         if "shifted_logits" in part:

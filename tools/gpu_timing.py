@@ -108,7 +108,7 @@ def time_rollout(network: Network, settings: Settings, scale: Scale) -> dict[str
     """Time one denoising step of packed rows: the forward, and the draws at the scored tokens."""
     device = network.ranks.device
     sets = [random_rows(scale, seed=seed, device=device) for seed in range(SETS)]
-    forward = make_forward(network, settings.rollout)
+    forward = make_forward(network, settings.rollout, sampling=settings.sampling)
     draw = partial(_draw, network, settings)
     _start_memory(device)
     calls = [partial(_denoise, forward, rows, draw) for rows in sets]

@@ -7,6 +7,7 @@ hf/         every file of the Hugging Face directory except weights: config.json
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -22,6 +23,11 @@ from agrpo_megatron.runs.progress import HF, MODEL_FILE
 
 WEIGHTS = (".safetensors", ".h5", ".msgpack", ".gguf", *PICKLED)
 TOKENIZER = "tokenizer.model"
+EVERY = re.compile(".*")
+# Files of a tokenizer in a Hugging Face directory.
+OF_TOKENIZER = re.compile(
+    r"(tokeniz|special_tokens_map|added_tokens|vocab|merges|chat_template).*|.*\.(tiktoken|model)"
+)
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json; the newer name first
 
 
@@ -29,14 +35,18 @@ def write_model_files(folder: Path, model: ModelSettings, sources: Iterable[Path
     """Write `model.yaml` and `hf/`; one rank.
 
     Args:
-        sources: Hugging Face directories and sentencepiece files; later ones win.
+        sources: Hugging Face directories and sentencepiece files. The first one is the model's;
+            each later one replaces the whole tokenizer, and nothing else.
     """
     target = folder / HF
     target.mkdir(parents=True, exist_ok=True)
     (folder / MODEL_FILE).write_text(to_yaml(replace(model, load=None)), encoding="utf-8")
-    for source in sources:
+    for number, source in enumerate(sources):
+        for path in target.iterdir():
+            if OF_TOKENIZER.fullmatch(path.name):
+                path.unlink()
         if source.is_dir():
-            carry(source, target)
+            carry(source, target, names=OF_TOKENIZER if number else EVERY)
         else:
             shutil.copyfile(source, target / TOKENIZER)
 
@@ -55,10 +65,11 @@ def read_model(folder: Path) -> ModelSettings:
     return load(ModelSettings, folder / MODEL_FILE)
 
 
-def carry(source: Path, target: Path) -> None:
-    """Copy the files of a directory except weights."""
+def carry(source: Path, target: Path, *, names: re.Pattern[str] = EVERY) -> None:
+    """Copy the files of a directory with these names, except weights and hidden files."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHTS and not path.name.startswith("."):
+        is_carried = path.is_file() and path.suffix not in WEIGHTS and names.fullmatch(path.name)
+        if is_carried and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
 
 

@@ -11,8 +11,6 @@ A loaded optimizer keeps its own non-tensor state, as that of another kind does 
 schedule gives learning rates and the step count.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,21 +19,27 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch import Tensor
 
+from agrpo_megatron.checkpoint.distributed_state import FORMAT, fill_owned, owned_state
 from agrpo_megatron.megatron.engine import Engine
 
 MAIN = ("optimizer.state.param.", "optimizer.state.fp32_param.")
-FORMAT = "fully_reshardable"
 
 
 def sharded_optimizer(engine: Engine, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     """Return the optimizer's sharded state; called by every rank."""
     if is_loading:
         _prepare_to_load(engine)
-    metadata = {"distrib_optim_sharding_type": FORMAT}
-    with _exchangeable():
-        return engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    distributed = _distributed(engine)
+    if distributed is None:
+        return engine.optimizer.sharded_state_dict(model, is_loading=is_loading)
+    if is_loading:
+        distributed.load_state_dict(distributed.state_dict())  # allocates what is missing
+    return {
+        **distributed.state_dict(),
+        "param_state": owned_state(distributed, model, is_loading=is_loading),
+        "param_state_sharding_type": FORMAT,
+    }
 
 
 def use_stored_names(wanted: dict[str, Any], stored: set[str]) -> None:
@@ -66,20 +70,27 @@ def fill_optimizer(engine: Engine, loaded: dict[str, Any], steps: int) -> None:
         steps: optimizer steps done.
     """
     own: Any = engine.optimizer.state_dict()
-    if any(isinstance(part, DistributedOptimizer) for part in engine.optimizers):
+    distributed = _distributed(engine)
+    if distributed is not None:
         for group in own["optimizer"]["param_groups"]:
             group["step"] = steps
-        state = {**own, "param_state": loaded["param_state"], "param_state_sharding_type": FORMAT}
+        distributed.load_state_dict(own)
+        fill_owned(distributed, loaded["param_state"])
     elif "fp32_from_fp16_params" in own:
         adam = {**own["optimizer"], "state": _moments(engine, loaded["optimizer"], steps)}
         main = loaded["fp32_from_fp16_params"]
         state = {**own, "optimizer": adam, "fp32_from_fp16_params": main}
-    else:
-        state = {**own, "state": _moments(engine, loaded, steps)}
-    with _exchangeable():
         engine.optimizer.load_state_dict(state)
+    else:
+        engine.optimizer.load_state_dict({**own, "state": _moments(engine, loaded, steps)})
     for part in engine.optimizers:
         _count(part.optimizer, steps)
+
+
+def _distributed(engine: Engine) -> DistributedOptimizer | None:
+    """Return the distributed optimizer, if the engine has one."""
+    first = engine.optimizers[0]
+    return first if isinstance(first, DistributedOptimizer) else None
 
 
 def _prepare_to_load(engine: Engine) -> None:
@@ -128,66 +139,3 @@ def _count(adam: Any, steps: int) -> None:
     else:
         for group in adam.param_groups:
             group["step"] = steps
-
-
-@contextmanager
-def _exchangeable() -> Iterator[None]:
-    """Let the distributed optimizer exchange whole float32 weights, in any form it keeps."""
-    get = DistributedOptimizer._get_main_param_and_optimizer_states
-    put = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def get_whole(self, model_param):
-        tensors = get(self, model_param)
-        if tensors["param"].dtype == torch.int16:
-            tensors["param"] = whole_weights(_shard(self, model_param), tensors["param"])
-        return tensors
-
-    def put_whole(self, model_param, tensors):
-        """Take whole float32 weights, in the form that the optimizer keeps."""
-        # Torch's Adam has a step for each tensor, which no checkpoint holds.
-        tensors.setdefault("step", None)
-        if isinstance(self.optimizer, HybridDeviceOptimizer):
-            # It keeps its arguments: here views of tensors that belong to all ranks.
-            tensors = {k: v if v is None else v.clone() for k, v in tensors.items()}
-        elif getattr(self.optimizer, "store_param_remainders", False):
-            tensors["param"] = lower_halves(_shard(self, model_param), tensors["param"])
-        return put(self, model_param, tensors)
-
-    DistributedOptimizer._get_main_param_and_optimizer_states = get_whole
-    DistributedOptimizer._set_main_param_and_optimizer_states = put_whole
-    try:
-        yield
-    finally:
-        DistributedOptimizer._get_main_param_and_optimizer_states = get
-        DistributedOptimizer._set_main_param_and_optimizer_states = put
-
-
-def _shard(optimizer: DistributedOptimizer, model_param: Tensor) -> Tensor:
-    """Return the part of a weight that this rank's optimizer updates."""
-    group, order = optimizer.model_param_group_index_map[model_param]
-    return optimizer.optimizer.param_groups[group]["params"][order]
-
-
-def whole_weights(weights: Tensor, lower: Tensor) -> Tensor:
-    """Return float32 weights from bf16 weights and their signed lower halves.
-
-    A negative half means that the bf16 weight was rounded up: the sum is right in both cases.
-    Source: `multi_tensor_adam_param_remainder` of Transformer Engine.
-
-    Args:
-        weights: [n] bf16.
-        lower: [n] int16.
-    """
-    upper = weights.detach().view(torch.int16).to(torch.int32) << 16
-    return (upper + lower.to(torch.int32)).view(torch.float32)
-
-
-def lower_halves(weights: Tensor, whole: Tensor) -> Tensor:
-    """Return the lower halves [n] int16 that complete bf16 weights to float32.
-
-    The bf16 weight is the one nearest to the float32 weight. On a tie the kernel takes the bf16
-    weight further from zero; with the other, the result is one float32 step nearer to zero.
-    """
-    upper = weights.detach().view(torch.int16).to(torch.int32) << 16
-    missing = whole.to(weights.device, torch.float32).view(torch.int32) - upper
-    return missing.clamp(-(2**15), 2**15 - 1).to(torch.int16)

@@ -68,7 +68,9 @@ def _logits(network: Network, model: ModelSettings, weights: Weights) -> Tensor:
     length = min(LENGTH, model.max_sequence_length)
     ids = torch.randint(0, model.vocab_size, (ROWS, length), generator=generator)
     masked = torch.rand(ROWS, length, generator=generator) < torch.linspace(0.1, 0.9, ROWS)[:, None]
-    rows = pack(ids.masked_fill(masked, model.mask_token_id), torch.full((ROWS,), length), masked)
+    device, lengths = network.ranks.device, torch.full((ROWS,), length)  # drawn on the CPU
+    canvas = ids.masked_fill(masked, model.mask_token_id).to(device)
+    rows = pack(canvas, lengths.to(device), masked.to(device))
     load_named(network, model, weights.part)
     (logits,) = forward_rows(network, [rows], lambda _, logits: logits)
     return logits.float().cpu()

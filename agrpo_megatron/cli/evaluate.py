@@ -125,6 +125,7 @@ def report(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.reports.page.html import write_report
     from agrpo_megatron.reports.plots.figures import write_figures
     from agrpo_megatron.reports.summary import compare
+    from agrpo_megatron.runs.files import check_folder
 
     runs, evaluations = [], []
     for text in arguments.targets:
@@ -137,6 +138,8 @@ def report(arguments: argparse.Namespace) -> int:
         if not found or (path / "metrics.jsonl").exists():
             runs.append(path)
     for run_dir in runs:
+        for folder in (run_dir, run_dir / "figures"):
+            check_folder(folder, key="DIR")
         for path in [*write_figures(run_dir), write_report(run_dir)]:
             print(path)
     if len(runs) > 1:
@@ -144,6 +147,7 @@ def report(arguments: argparse.Namespace) -> int:
     if evaluations:
         folder, _ = evaluations[0]
         path = arguments.output or folder.parent / "frontier.png"
+        check_folder(path.parent, key="--output")
         _frontier([results for _, results in evaluations], path)
     return 0
 

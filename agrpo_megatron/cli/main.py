@@ -84,6 +84,7 @@ def train(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.hardware.kernels import kernels_for
     from agrpo_megatron.reports.summary import conclude
     from agrpo_megatron.runs import directory
+    from agrpo_megatron.training.passed import check_passed
 
     restart = arguments.restart
     resolved = directory.resolve_run(settings, world_size=world_size(), is_restart=restart)
@@ -93,6 +94,7 @@ def train(arguments: argparse.Namespace) -> int:
     is_finished = directory.is_finished(settings, done)
     if not is_finished:
         kernels_for(settings, phases=phases)  # check this machine first
+        check_passed(settings)
     if restart and is_main() and (moved := directory.move_away(run_dir)):
         print(f"the earlier run is now {moved}")
     if is_finished:
@@ -234,8 +236,10 @@ def config(arguments: argparse.Namespace) -> int:
         return 0
     settings = load(Settings, arguments.file, arguments.overrides)
     from agrpo_megatron.runs.directory import resolve_run
+    from agrpo_megatron.training.passed import check_passed
 
     resolved = resolve_run(settings, world_size=arguments.ranks or world_size())
+    check_passed(resolved.settings)
     print(to_yaml(resolved.settings), end="")
     return 0
 

@@ -25,9 +25,11 @@ def step_entropies(trajectory: Trajectory, num_steps: int) -> Tensor:
     """Return the summed entropy of the tokens fixed at each step, [R, num_steps] float64, nats."""
     ran = trajectory.unmask_step < trajectory.num_steps[:, None]
     steps = trajectory.unmask_step.masked_fill(~ran, num_steps).clamp(max=num_steps)
-    entropies = trajectory.entropies.double()
+    # On the CPU: a GPU adds the tokens of a step in any order, and all ranks of a replica, and a
+    # resumed run, must draw the same steps.
+    entropies = trajectory.entropies.double().cpu()
     sums = entropies.new_zeros(len(entropies), num_steps + 1)
-    return sums.scatter_add_(1, steps, entropies)[:, :num_steps]
+    return sums.scatter_add_(1, steps.cpu(), entropies)[:, :num_steps].to(steps.device)
 
 
 def uniform_steps(live: Tensor, count: int) -> Tensor:

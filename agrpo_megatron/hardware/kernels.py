@@ -16,6 +16,7 @@ from agrpo_megatron.hardware.machine import (
     Machine,
     Missing,
     default_recipe,
+    deterministic_flash,
     fp8_missing,
     fused_adam_missing,
     invariant_flash,
@@ -23,6 +24,7 @@ from agrpo_megatron.hardware.machine import (
     recipe_missing,
     te_missing,
 )
+from agrpo_megatron.hardware.workspace import LIMIT, largest_budget, training_workspace
 
 # A weight gradient is accumulated over micro-batches inside the GEMM that computes it, or after it.
 FUSED, SEPARATE = "fused", "separate"
@@ -45,7 +47,7 @@ class Kernels:
     recipe: str | None  # of FP8; None without FP8
     fuse_layer_gradients: bool  # GEMMs accumulate the weight gradients of the layers
     fuse_head_gradient: bool  # the same for the head, which is Megatron's own layer
-    flash_attention: int | None  # major version pinned for batch-invariant attention
+    flash_attention: int | None  # major version that attention must use; None: the layers choose
     optimizer: str  # te, apex or torch
     notes: tuple[Note, ...]
 
@@ -72,18 +74,20 @@ def choose(settings: Settings, machine: Machine, *, phases: Sequence[str] = ()) 
     layers = _layers(settings.precision, switches, machine)
     spec = layers.chosen
     optimizer, adam = _optimizer(optimizers(settings, phases), machine)
-    flash, invariant = _batch_invariant(switches, machine)
-    in_layers, in_head = _layer_gradients(switches, machine, spec), _head_gradient(machine)
+    invariant_flash, invariant = _batch_invariant(switches, machine)
+    repeating_flash, deterministic = _deterministic(settings, machine, spec, phases)
+    flash = invariant_flash or repeating_flash
+    in_layers, in_head = _layer_gradients(machine, spec), _head_gradient(machine)
     notes = (
         layers,
-        _attention(switches, machine, spec),
+        _attention(switches, machine, spec, flash),
         _products(spec),
         precision,
         in_layers,
         in_head,
         adam,
         invariant,
-        _deterministic(switches, machine, spec),
+        deterministic,
         _graphs(switches, machine),
     )
     fused = in_layers.chosen == FUSED, in_head.chosen == FUSED
@@ -135,12 +139,14 @@ def _precision(settings: Settings, machine: Machine) -> tuple[str | None, Note]:
     return recipe, Note(part, f"FP8 {recipe}", why)
 
 
-def _attention(switches: KernelSettings, machine: Machine, spec: str) -> Note:
+def _attention(switches: KernelSettings, machine: Machine, spec: str, pinned: int | None) -> Note:
     part, flash = "attention", "flash attention"
     if spec == "local":
         return Note(part, "torch SDPA", "of the local layers")
     if switches.batch_invariant:
         return Note(part, flash, "kernels.batch_invariant=true; cuDNN's is not")
+    if pinned:
+        return Note(part, flash, "kernels.deterministic=true; cuDNN's needs too much memory")
     if machine.capability >= HOPPER:
         return Note(part, "cuDNN fused", "Transformer Engine's choice from Hopper on")
     if machine.flash_attention:
@@ -155,13 +161,10 @@ def _products(spec: str) -> Note:
     return Note(part, "torch", "of the local layers")
 
 
-def _layer_gradients(switches: KernelSettings, machine: Machine, spec: str) -> Note:
+def _layer_gradients(machine: Machine, spec: str) -> Note:
     part = "gradients of layers"
     if spec == "local":
         return _head_gradient(machine)._replace(part=part)
-    if switches.batch_invariant:
-        # Megatron's batch-invariant product overwrites the sum instead of adding to it.
-        return Note(part, SEPARATE, "batch-invariant products cannot add")
     return Note(part, FUSED, "by Transformer Engine")
 
 
@@ -213,21 +216,35 @@ def _batch_invariant(switches: KernelSettings, machine: Machine) -> tuple[int | 
     return found, Note(part, "yes", f"{said}=true, by flash attention {found}")
 
 
-def _deterministic(switches: KernelSettings, machine: Machine, spec: str) -> Note:
-    part = "deterministic"
+def _deterministic(
+    settings: Settings, machine: Machine, spec: str, phases: Sequence[str]
+) -> tuple[int | None, Note]:
+    """Return the flash attention version that replaces cuDNN's attention, or None, and the note."""
+    part, said = "deterministic", "kernels.deterministic"
     if machine.gpu is None:
-        return Note(part, "yes", "CPU kernels are deterministic")
-    if not switches.deterministic:
-        return Note(part, "no", _off("kernels.deterministic", None))
-    why = "kernels.deterministic=true"
-    # cuDNN's deterministic backward of packed rows needs 128 bytes per score on Hopper.
+        return None, Note(part, "yes", "CPU kernels are deterministic")
+    if not settings.kernels.deterministic:
+        return None, Note(part, "no", _off(said, None))
+    why = f"{said}=true"
     is_hopper = HOPPER <= machine.capability < BLACKWELL
-    if spec == "te" and is_hopper and not machine.flash_attention:
-        why += (
-            "; many long rows (rows x heads x longest^2 from 2^30 on) use unfused attention, slow "
-            "and large, as flash-attn is not installed"
-        )
-    return Note(part, "yes", why)
+    is_cudnn = spec == "te" and is_hopper and not settings.kernels.batch_invariant
+    if not is_cudnn or not settings.model.is_known:
+        return None, Note(part, "yes", why)
+    budget = settings.train.token_budget
+    bytes_needed = training_workspace(settings, budget)
+    if bytes_needed <= LIMIT:
+        return None, Note(part, "yes", why)
+    needs = f"cuDNN's attention would reserve {_gib(bytes_needed)} for train.token_budget={budget}"
+    if flash := deterministic_flash(machine):
+        return flash, Note(part, "yes", f"{why}, by flash attention {flash}: {needs}")
+    if not phases:
+        return None, Note(part, "yes", f"{why}; in training {needs}")
+    fits = largest_budget(settings)
+    lower = f"use train.token_budget={fits} or less, " if fits else ""
+    raise ValueError(
+        f"{why}: {needs}, and {_gib(LIMIT)} is the most; {lower}install flash-attn (2.4.1 or "
+        f"newer) or flash-attn-3 as docs/install.md says, or use {said}=false"
+    )
 
 
 def _graphs(switches: KernelSettings, machine: Machine) -> Note:
@@ -240,6 +257,10 @@ def _graphs(switches: KernelSettings, machine: Machine) -> Note:
 def _off(key: str, missing: Missing | None) -> str:
     """Return why a switch is off: the machine cannot, or the setting."""
     return f"{key}=true needs {missing.what}" if missing else f"{key} is off"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.0f} GiB"
 
 
 def _refusal(said: str, missing: Missing, instead: str) -> ValueError:

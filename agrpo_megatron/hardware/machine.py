@@ -19,6 +19,7 @@ from typing import NamedTuple
 MISSING = "it is not installed"
 FLASH_ATTENTION = {2: "flash-attn", 3: "flash-attn-3", 4: "flash-attn-4"}  # their packages
 AMPERE, ADA, HOPPER, BLACKWELL, WORKSTATION = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
+TE_ATTENTION = "transformer_engine.pytorch.attention.dot_product_attention.utils"
 TE_OLDEST = (2, 10)  # Megatron-Core 0.19 needs it for the newest features used here
 CUDA_OF_BLOCKWISE = (12, 9)
 INSTALL = "install it as docs/install.md says"
@@ -49,7 +50,7 @@ class Machine:
     te_problem: str = MISSING  # why it cannot be used, as a clause; empty if it can
     apex_adam: bool = False  # Apex's fused optimizer and its kernels
     apex_gradient: bool = False  # Apex's GEMM that accumulates weight gradients
-    flash_attention: tuple[int, ...] = ()  # installed major versions
+    flash_attention: tuple[int, ...] = ()  # major versions that Transformer Engine can use
 
 
 @functools.cache
@@ -63,7 +64,7 @@ def look() -> Machine:
         with quiet():
             torch = importlib.import_module("torch")
             if torch.cuda.is_available():
-                index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+                index = device_index(torch.cuda.device_count())
                 device = torch.cuda.get_device_properties(index)
     except Exception:  # torch without a working driver: no GPU
         return Machine()
@@ -78,8 +79,16 @@ def look() -> Machine:
         te_problem=import_problem("transformer_engine.pytorch"),
         apex_adam=not apex_problem(),
         apex_gradient=not import_problem("fused_weight_gradient_mlp_cuda"),
-        flash_attention=tuple(major for major, name in FLASH_ATTENTION.items() if version(name)),
+        flash_attention=_flash_attention(),
     )
+
+
+def device_index(count: int) -> int:
+    """Return which of the visible GPUs is this rank's.
+
+    A launcher shows each rank all GPUs of the machine, or only its own.
+    """
+    return int(os.environ.get("LOCAL_RANK", "0")) % count
 
 
 def te_missing(machine: Machine) -> Missing | None:
@@ -131,6 +140,11 @@ def invariant_flash(machine: Machine) -> int | Missing:
     if found:
         return found[0]
     return Missing(" or ".join(FLASH_ATTENTION[each] for each in fitting), MISSING, INSTALL)
+
+
+def deterministic_flash(machine: Machine) -> int | None:
+    """Return the version of a flash attention that Hopper's backward pass can repeat, or None."""
+    return next((major for major in (3, 2) if major in machine.flash_attention), None)
 
 
 def fused_adam_missing(machine: Machine) -> Missing | None:
@@ -198,6 +212,22 @@ def one_line(error: Exception) -> str:
     """Return an error's type and the beginning of its first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+
+
+def _flash_attention() -> tuple[int, ...]:
+    """Return the installed major versions; 2 only within the bounds of Transformer Engine.
+
+    It does not use releases that are too new, and older ones than 2.4.1 are not deterministic.
+    """
+    installed = [major for major, name in FLASH_ATTENTION.items() if version(name)]
+    if 2 in installed:
+        try:
+            with quiet():
+                usable = importlib.import_module(TE_ATTENTION).FlashAttentionUtils.v2_4_1_plus
+        except Exception:  # without Transformer Engine nothing uses it
+            usable = False
+        installed = installed if usable else [major for major in installed if major != 2]
+    return tuple(installed)
 
 
 def _older(machine: Machine, least: tuple[int, int], name: str) -> Missing | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agrpo_megatron.config.settings import LaunchSettings
+from agrpo_megatron.config.settings import LaunchSettings, ParallelSettings
 from agrpo_megatron.launch.cluster import parse_time
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 
@@ -93,12 +93,14 @@ def run_job(
     *,
     nodes: int,
     arguments: Sequence[str],
+    layouts: Sequence[ParallelSettings],
     array: str | None = None,
 ) -> Job:
     """Return the job of a run, or of a sweep.
 
     Args:
         directory: absolute path of the run or of the sweep.
+        layouts: all layouts of the ranks, of training and of rollouts.
         array: indices of the sweep's members as SLURM writes them; None for a single run.
     """
     root = scripts_root()
@@ -124,6 +126,7 @@ def run_job(
         "AGRPO_RANKS_PER_NODE": str(ranks_per_node(launch)),
         "AGRPO_LAUNCHER": launch.launcher,
         "AGRPO_RESTARTS": str(launch.restarts),
+        **_one_queue(layouts),
     }
     return Job(tuple(words), environment)
 
@@ -151,6 +154,17 @@ def shell_script(notes: Sequence[str], commands: Sequence[str]) -> str:
     comments = [f"# {line}".rstrip() for note in notes for line in note.splitlines()]
     literal = [LITERAL] if any(mark in body for mark in "$`\\") else []
     return "\n".join(["#!/usr/bin/env bash", *literal, *comments, "set -euo pipefail", body, ""])
+
+
+def _one_queue(layouts: Sequence[ParallelSettings]) -> dict[str, str]:
+    """Return the variable that lets a GPU start kernels in the order in which they are queued.
+
+    Before Blackwell, Megatron-Core overlaps the messages of tensor and context parallelism with
+    computation only then; between pipeline stages, messages overlap only without it.
+    """
+    is_split = any(max(layout.tensor, layout.context) > 1 for layout in layouts)
+    has_stages = any(layout.pipeline > 1 for layout in layouts)
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if is_split and not has_stages else {}
 
 
 def _common(launch: LaunchSettings, directory: Path, suffix: str, number: str) -> list[str]:

@@ -59,7 +59,8 @@ def launch_run(file: str, overrides: Sequence[str], *, nodes: int, is_restart: b
         fix = "add --restart to move it away and run it again"
         raise ValueError(f"run.dir={plan.settings.run.dir} is finished; {fix}")
     words = [file, *overrides]
-    job = run_job(settings, directory, nodes=nodes, arguments=words)
+    layouts = [plan.settings.parallel, plan.settings.rollout_layout]
+    job = run_job(settings, directory, nodes=nodes, arguments=words, layouts=layouts)
     prepared = _prepare(directory, is_restart=is_restart)
     return Launch(directory, settings, nodes, notes(plan), prepared, job)
 
@@ -89,7 +90,8 @@ def launch_sweep(
         raise ValueError(f"run.dir={directory}: all members are finished; add --restart")
     settings = plans[0].settings.launch
     words, array = [str(directory)], ranges(left)
-    job = run_job(settings, directory, nodes=nodes, arguments=words, array=array)
+    layouts = [p for plan in plans for p in (plan.settings.parallel, plan.settings.rollout_layout)]
+    job = run_job(settings, directory, nodes=nodes, arguments=words, layouts=layouts, array=array)
     words = [sys.executable, "-m", "agrpo_megatron.launch", str(directory), "--table"]
     table = wrapped_job(settings, directory, name="table", words=words)
     prepared = _prepare(directory, is_restart=is_restart)

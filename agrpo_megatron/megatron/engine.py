@@ -1,7 +1,9 @@
 """A trainable model: network, data parallelism, optimizer and schedule, all from Megatron."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +22,14 @@ from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.megatron.platform import use_torch_optimizers
-from agrpo_megatron.megatron.precision import megatron_record
+from agrpo_megatron.megatron.records import megatron_record
 from agrpo_megatron.megatron.reshard import RolloutCopy
 
 # State dtypes of Transformer Engine's Adam; it scales the FP8 states.
 STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
+# The largest factor that an FP8 moment is scaled by: it stores 1e-28 still, and moments that small
+# move no weight.
+LARGEST_SCALE = 2.0**100
 
 
 @dataclass(frozen=True)
@@ -109,42 +114,70 @@ def build_engine(
         use_torch_optimizers()
     network = build_network(settings, ranks)
     config = network.config
-    ddp_config = _ddp_config(settings.ddp, optimizer, config)
+    data_parallel = ddp_config(settings.ddp, optimizer, config)
     ddp: list[Any] = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
+        DistributedDataParallel(config, data_parallel, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(network.chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
-    if ddp_config.overlap_grad_reduce:
+    if data_parallel.overlap_grad_reduce:
         config.no_sync_func = _one_or_all([part.no_sync for part in ddp])
-    if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
+    if data_parallel.overlap_param_gather and data_parallel.align_param_gather:
         config.param_sync_func = _one_or_all([part.start_param_sync for part in ddp])
     built = get_megatron_optimizer(optimizer_config(optimizer, config), ddp)
     config.grad_scale_func = built.scale_loss
     rollout = ranks.rollout_layout
     copy = RolloutCopy(build_network(settings, rollout)) if rollout is not None else None
-    return Engine(network, ddp, built, _scheduler(built, optimizer, iterations), copy)
+    engine = Engine(network, ddp, built, _scheduler(built, optimizer, iterations), copy)
+    if optimizer.moments == "fp8":
+        for part in engine.optimizers:
+            part.optimizer._apply_scale = partial(_scale_finitely, part.optimizer._apply_scale)
+    return engine
+
+
+def _scale_finitely(
+    apply_scale: Callable[..., None], name: str, values: Tensor, stored: Any, scale: Tensor
+) -> None:
+    """Store a moment as Transformer Engine's Adam does, and zeros as zeros; mutates `stored`.
+
+    Without a gradient so far, in this rank's part of a tensor, the moment is zero. The optimizer
+    scales it by the inverse of its largest value: 0 * inf is NaN, and so is the next weight.
+    """
+    apply_scale(name, values, stored, scale)
+    quantizer = getattr(stored, "_quantizer", None)
+    if quantizer is not None:
+        quantizer.scale.clamp_(max=LARGEST_SCALE)
+        stored.copy_(values)
 
 
 def _one_or_all(functions: list[Any]) -> Any:
     return functions[0] if len(functions) == 1 else functions
 
 
-def _ddp_config(
+def ddp_config(
     chosen: dict[str, Any], optimizer: OptimizerSettings, config: TransformerConfig
 ) -> DistributedDataParallelConfig:
+    """Translate a phase's settings into Megatron's; `ddp` overrides.
+
+    Raises:
+        ValueError: Megatron refuses a value or does not know a key of `ddp`.
+    """
     values = {
         "use_distributed_optimizer": optimizer.distributed,
         "grad_reduce_in_fp32": config.bf16 and optimizer.main_gradients == "fp32",
         "fp8_param_gather": config.fp8_param,
         "reuse_grad_buf_for_mxfp8_param_ag": _gathers_in_gradients(config),
-        **chosen,
     }
-    return megatron_record(DistributedDataParallelConfig, values, "ddp")
+    return megatron_record(DistributedDataParallelConfig, values, chosen, key="ddp")
 
 
-def optimizer_config(optimizer: OptimizerSettings, config: TransformerConfig) -> OptimizerConfig:
+def optimizer_config(
+    optimizer: OptimizerSettings, config: TransformerConfig, *, key: str = "optimizer"
+) -> OptimizerConfig:
     """Translate a phase's settings into Megatron's; `optimizer.megatron` overrides.
+
+    Args:
+        key: the section that holds `optimizer`.
 
     Raises:
         ValueError: Megatron refuses a value or does not know a key of `optimizer.megatron`.
@@ -162,7 +195,7 @@ def optimizer_config(optimizer: OptimizerSettings, config: TransformerConfig) ->
         "use_distributed_optimizer": optimizer.distributed,
         **_state_values(optimizer, config),
     }
-    return megatron_record(OptimizerConfig, {**values, **optimizer.megatron}, "optimizer.megatron")
+    return megatron_record(OptimizerConfig, values, optimizer.megatron, key=f"{key}.megatron")
 
 
 def _state_values(optimizer: OptimizerSettings, config: TransformerConfig) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 Parameters have GPTModel's names, so other Megatron tools can read the checkpoints.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, Concatenate
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,35 @@ from agrpo_megatron.megatron.layers.context import padded_rows, part_of, scored_
 from agrpo_megatron.megatron.layers.local import local_spec
 from agrpo_megatron.megatron.layers.packed import PackedLayout, packed_layout, rotary_angles
 from agrpo_megatron.megatron.parallel import Ranks
-from agrpo_megatron.megatron.precision import kernel_values, megatron_record
+from agrpo_megatron.megatron.precision import kernel_values
+from agrpo_megatron.megatron.records import megatron_record
 from agrpo_megatron.types import PackedRows
 
 # A matrix of fewer rows takes another CPU kernel, which sums in another order: a token's logits
 # would depend on how many tokens share its forward pass.
 LEAST_ROWS = 4
+
+
+def _batch_invariant[**Inputs](
+    method: Callable[Concatenate["MaskedDiffusionModel", Inputs], Tensor],
+) -> Callable[Concatenate["MaskedDiffusionModel", Inputs], Tensor]:
+    """Run a method with Megatron's batch-invariant kernels, if the model is to use them.
+
+    They replace torch's for the whole process, so they are in place only within a forward pass.
+    Elsewhere they would be wrong: they refuse float64, and a mean over all dimensions is the sum.
+    A backward pass needs none, also where it recomputes a layer.
+    """
+
+    @wraps(method)
+    def run(self: "MaskedDiffusionModel", *args: Inputs.args, **kwargs: Inputs.kwargs) -> Tensor:
+        if not self.config.batch_invariant_mode:
+            return method(self, *args, **kwargs)
+        from megatron.core.transformer.custom_layers import batch_invariant_kernels  # loads Triton
+
+        with batch_invariant_kernels.set_batch_invariant_mode():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class MaskedDiffusionModel(LanguageModule):
@@ -105,6 +129,7 @@ class MaskedDiffusionModel(LanguageModule):
             (input_tensor,) = input_tensor
         self.decoder.set_input_tensor(input_tensor)  # type: ignore[arg-type]
 
+    @_batch_invariant
     def forward(self, rows: PackedRows) -> Tensor:
         """Return the logits [S, V / tensor parallel] of this rank's scored tokens.
 
@@ -119,11 +144,13 @@ class MaskedDiffusionModel(LanguageModule):
         hidden = self.body(rows.tokens[first:last], layout)
         return self.head(hidden, rows.scored[mine] - first) if self.post_process else hidden
 
+    @_batch_invariant
     def body(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
         """Run this rank's tokens [T] through the layers; [T / sequence parallel, 1, hidden]."""
         hidden = self.embedding(tokens[None], None) if self.pre_process else None
         return self.decoder(hidden, attention_mask=None, packed_seq_params=layout)
 
+    @_batch_invariant
     def head(self, hidden: Tensor, places: Tensor) -> Tensor:
         """Return the logits [S, V / tensor parallel] at these positions of the rank's tokens."""
         if self.config.sequence_parallel:
@@ -183,8 +210,7 @@ def transformer_config(
         **kernel_values(precision, fp8, settings.kernels, kernels_for(settings)),
         **_layout_values(model, parallel, stage),
     }
-    key = f"model.megatron={model.megatron}"
-    return megatron_record(TransformerConfig, {**values, **model.megatron}, key)
+    return megatron_record(TransformerConfig, values, model.megatron, key="model.megatron")
 
 
 def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel, ...]:

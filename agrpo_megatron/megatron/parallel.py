@@ -39,7 +39,6 @@ class Ranks:
     context: Axis
     data: Axis
     data_context: Axis  # data x context: the ranks with the same weights
-    returning: dist.ProcessGroup  # the pipeline's ranks again, for messages backwards
     replica: dist.ProcessGroup | None  # the ranks of one model copy, over gloo; None: one rank
     token_multiple: int = 1  # packed tokens of a rank are padded to it
     rollout_layout: "Ranks | None" = None  # if rollouts have a separate layout
@@ -87,6 +86,7 @@ def start_ranks(settings: Settings) -> Ranks:
 
 def stop_ranks() -> None:
     """Destroy all process groups; called by every rank."""
+    _made.clear()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -101,18 +101,20 @@ def gather_objects[Item](mine: Item, group: dist.ProcessGroup | None = None) -> 
 
 
 def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.device) -> Ranks:
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
-        context_parallel_size=parallel.context,
-        distributed_timeout_minutes=max(1, round(settings.run.timeout / 60)),
-    )
+    """Return this rank's place in a layout, and make its groups Megatron's global ones.
+
+    A layout that this process had before gets the groups from then: each has threads and, on
+    GPUs, channels of its own.
+    """
+    timeout, world = settings.run.timeout, dist.group.WORLD
+    key = (world, timeout, parallel.tensor, parallel.pipeline, parallel.virtual, parallel.context)
+    if key not in _made:
+        vars(parallel_state).update(_NO_GROUPS)
+        replica = _make_groups(parallel, timeout)
+        _made[key] = _megatron_globals(), replica
+    megatron, replica = _made[key]
+    vars(parallel_state).update(megatron)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    pipeline = _axis(groups.pp)
-    limit = datetime.timedelta(seconds=settings.run.timeout)
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -120,43 +122,47 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
         parallel=parallel,
         groups=groups,
         tensor=_axis(groups.tp),
-        pipeline=pipeline,
+        pipeline=_axis(groups.pp),
         context=_axis(groups.cp),
         data=_axis(groups.dp),
         data_context=_axis(groups.dp_cp),
-        returning=_same_ranks(pipeline.group, limit),
-        replica=None if model_ranks(parallel) == 1 else _replica(groups.dp.rank(), limit),
+        replica=replica,
         token_multiple=token_multiple(settings.precision),
     )
+
+
+def _make_groups(parallel: ParallelSettings, timeout: float) -> dist.ProcessGroup | None:
+    """Let Megatron make the groups of a layout; returns the replica's, which is none of them."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=max(1, round(timeout / 60)),
+    )
+    if model_ranks(parallel) == 1:
+        return None
+    numbers = gather_objects(parallel_state.get_data_parallel_rank())
+    limit, mine = datetime.timedelta(seconds=timeout), numbers[dist.get_rank()]
+    made: dict[int, Any] = {}
+    for number in sorted(set(numbers)):
+        members = [rank for rank, other in enumerate(numbers) if other == number]
+        made[number] = dist.new_group(members, timeout=limit, backend="gloo")
+    return made[mine]
+
+
+def _megatron_globals() -> dict[str, Any]:
+    """Return the values by which Megatron knows the current layout, by name."""
+    return {
+        name: value
+        for name, value in vars(parallel_state).items()
+        if name.startswith("_") and not name.startswith("__") and not callable(value)
+    }
 
 
 def _axis(group: dist.ProcessGroup | None) -> Axis:
     assert group is not None
     return Axis(group, group.rank(), group.size())
-
-
-def _same_ranks(group: dist.ProcessGroup, limit: datetime.timedelta) -> dist.ProcessGroup:
-    """Return a second group of the same ranks, with separate channels; called by all ranks."""
-    if group.size() == 1:
-        return group
-    return _new_groups(tuple(dist.get_process_group_ranks(group)), limit)
-
-
-def _replica(number: int, limit: datetime.timedelta) -> dist.ProcessGroup:
-    """Return the group of all ranks that pass the same number; called by all ranks."""
-    numbers = gather_objects(number)
-    members = tuple(rank for rank, other in enumerate(numbers) if other == number)
-    return _new_groups(members, limit, backend="gloo")
-
-
-def _new_groups(
-    members: tuple[int, ...], limit: datetime.timedelta, *, backend: str | None = None
-) -> dist.ProcessGroup:
-    """Create every rank's group, and return this rank's; called by all ranks."""
-    made: dict[tuple[int, ...], Any] = {}
-    for group in sorted(set(gather_objects(members))):
-        made[group] = dist.new_group(list(group), timeout=limit, backend=backend)
-    return made[members]
 
 
 def _join_world(device: torch.device, timeout: float) -> None:
@@ -165,3 +171,8 @@ def _join_world(device: torch.device, timeout: float) -> None:
     is_single = "RANK" not in os.environ
     place: Any = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_single else {}
     dist.init_process_group(backend, timeout=limit, **place)
+
+
+_NO_GROUPS = _megatron_globals()
+# By layout: Megatron's globals, and the group of the replica.
+_made: dict[tuple[Any, ...], tuple[dict[str, Any], dist.ProcessGroup | None]] = {}

@@ -1,8 +1,7 @@
 """Forward passes without gradient, through any number of pipeline stages.
 
 Every rank of a replica runs the same sampler on the same rows. The stage with the head draws, and
-sends the draws back to the other stages; so every stage knows what comes next without further
-messages.
+sends the draws to the other stages; so every stage knows what comes next without further messages.
 
 `Lockstep` sends all groups of rows through Megatron's schedule, then draws for all: each
 denoising step fills and drains the pipeline. `Ring` does not drain it: a denoising step depends
@@ -11,9 +10,7 @@ only on its own rows, so a group starts its next step while others are still in 
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,92 +18,25 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from agrpo_megatron.config.settings import RolloutSettings
-from agrpo_megatron.diffusion.draw import Draw, DrawAt, Forward
+from agrpo_megatron.config.settings import RolloutSettings, SamplingSettings
+from agrpo_megatron.diffusion.draw import Draw
 from agrpo_megatron.diffusion.packing import unscored_row
+from agrpo_megatron.megatron.forward import Item, RolloutForward, Staged, draw_group
 from agrpo_megatron.megatron.graphs import Graphs
-from agrpo_megatron.megatron.layers.context import for_schedule, hidden_tokens, scored_slices
+from agrpo_megatron.megatron.layers.context import for_schedule, hidden_tokens
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.megatron.parallel import Ranks
-from agrpo_megatron.megatron.wire import broadcast_draw, gather_draw, receive_draw, send_draw
 from agrpo_megatron.types import PackedRows
 
 
-class Slots:
-    """Count the slots of the stages; one slot is a forward pass of one group on a virtual stage.
-
-    Each stage works in order; a group enters a stage after it left the previous stage.
-    """
-
-    def __init__(self, stages: int):
-        self.ends = [0] * stages
-        self.busy = 0
-
-    def run(self, ready: int = 0) -> int:
-        """Send a group through all stages from slot `ready`; returns the slot where it leaves."""
-        for stage, free in enumerate(self.ends):
-            ready = max(ready, free) + 1
-            self.ends[stage] = ready
-        self.busy += len(self.ends)
-        return ready
-
-    def wait_for_all(self) -> None:
-        """Let every stage start only after all stages have ended."""
-        self.ends = [max(self.ends)] * len(self.ends)
-
-    @property
-    def bubble(self) -> float:
-        """Return the share of slots in which a stage was idle."""
-        total = len(self.ends) * max(self.ends)
-        return 1 - self.busy / total if total else 0.0
-
-
-@dataclass(eq=False)
-class _Item:
-    """A group of rows in the pipeline."""
-
-    rows: PackedRows
-    draw_at: DrawAt
-    passes: int = 0  # virtual stages of each rank it has passed
-    through: int = 0  # slot in which it left the last stage
-    drawn: Draw | None = None  # on the last stage only, until it is shared
-
-
-class RolloutForward(Forward):
-    """Runs the rows of a rollout, and counts its work."""
-
-    def __init__(self, network: Network, *, groups: int):
-        self.network, self.in_flight = network, groups
-        self.tokens = 0  # packed tokens so far
-        self.slots = Slots(network.ranks.pipeline.size)
-        network.set_training("eval")
-        network.renew_casts()
-
-    def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
-        """Start a group of rows; the returned function waits for the group's draws."""
-        self.tokens += len(rows.tokens)
-        item = _Item(rows, draw_at)
-        self._start(item)
-        return partial(self._finish, item)
-
-    def close(self) -> None:
-        """Do nothing: no group is in flight once its draws are known."""
-
-    def _start(self, item: _Item) -> None:
-        raise NotImplementedError
-
-    def _finish(self, item: _Item) -> Draw:
-        assert item.drawn is not None
-        return item.drawn
-
-
-def make_forward(network: Network, rollout: RolloutSettings) -> RolloutForward:
-    """Return the sampler's forward; build one for each call of `sample`."""
+def make_forward(
+    network: Network, rollout: RolloutSettings, *, sampling: SamplingSettings
+) -> RolloutForward:
+    """Return the sampler's forward; build one for each call of `sample`, on every rank."""
     stages = network.ranks.pipeline.size
     if stages == 1:
         return Direct(network, groups=rollout.groups or 1)
     cls = Ring if rollout.schedule == "ring" else Lockstep
-    return cls(network, groups=rollout.groups or 2 * stages)
+    return cls(network, groups=rollout.groups or 2 * stages, sampling=sampling)
 
 
 @torch.no_grad()
@@ -164,23 +94,23 @@ class Direct(RolloutForward):
         self._logits = Graphs(network.chunks[0]) if network.has_graphs else network.chunks[0]
 
     @torch.no_grad()
-    def _start(self, item: _Item) -> None:
+    def _start(self, item: Item) -> None:
         self.slots.run()
-        item.drawn = _draw(item, self._logits(item.rows), self.network.ranks)
+        item.drawn = draw_group(item, self._logits(item.rows), self.network.ranks)
 
 
-class Lockstep(RolloutForward):
+class Lockstep(Staged):
     """Megatron's schedule, once per denoising step, for all groups together."""
 
-    def __init__(self, network: Network, *, groups: int):
-        super().__init__(network, groups=groups)
-        self._waiting: list[_Item] = []
+    def __init__(self, network: Network, *, groups: int, sampling: SamplingSettings):
+        super().__init__(network, groups=groups, sampling=sampling)
+        self._waiting: list[Item] = []
 
-    def _start(self, item: _Item) -> None:
+    def _start(self, item: Item) -> None:
         """Queue a group; it runs when the first draw is requested."""
         self._waiting.append(item)
 
-    def _finish(self, item: _Item) -> Draw:
+    def _finish(self, item: Item) -> Draw:
         if item.drawn is None:
             self._run_all()
         return super()._finish(item)
@@ -188,14 +118,18 @@ class Lockstep(RolloutForward):
     def _run_all(self) -> None:
         items, ranks = self._waiting, self.network.ranks
         rows = [item.rows for item in items]
-        drawn = forward_rows(self.network, rows, lambda n, logits: _draw(items[n], logits, ranks))
+        drawn = forward_rows(
+            self.network, rows, lambda n, logits: draw_group(items[n], logits, ranks)
+        )
+        sends = [send for each in drawn for send in self._share(each)]
         for number, item in enumerate(items):
-            count = len(item.rows.scored)
-            item.drawn = broadcast_draw(drawn[number] if drawn else None, count, ranks)
+            item.drawn = drawn[number] if drawn else self._receive_draw(item)
+        for work, _ in sends:
+            work.wait()
         self._count(items)
         self._waiting = []
 
-    def _count(self, items: list[_Item]) -> None:
+    def _count(self, items: list[Item]) -> None:
         """Count slots in the schedule's order: as many groups as stages pass a chunk at a time."""
         stages = self.network.ranks.pipeline.size
         for first in range(0, len(items), stages):
@@ -205,24 +139,36 @@ class Lockstep(RolloutForward):
         self.slots.wait_for_all()
 
 
-class Ring(RolloutForward):
+class _Returning(NamedTuple):
+    """A hidden state that the last stage sends back to the first."""
+
+    item: Item
+    unit: int  # forward passes of the first stage when it sent this one
+    turn: int  # groups that it had finished
+
+
+class Ring(Staged):
     """Groups follow each other through the stages without draining between denoising steps.
 
     Stage s works on one group while stage s + 1 works on the previous group. With as many groups as
     stages, the first stage receives a group's draws exactly when that group's next turn comes.
+
+    No stages wait for each other in a circle, even if a device runs all its kernels in one queue
+    and a send lasts until its receiver takes it: all stages pass groups on in the same order, and
+    the first stage takes what returns to it before the last stage must have sent it.
     """
 
-    def __init__(self, network: Network, *, groups: int):
-        super().__init__(network, groups=groups)
-        self._under_way: deque[_Item] = deque()
-        self._sent: deque[tuple[Any, ...]] = deque()  # sends, and the tensors they read
+    def __init__(self, network: Network, *, groups: int, sampling: SamplingSettings):
+        super().__init__(network, groups=groups, sampling=sampling)
+        self._under_way: deque[Item] = deque()
+        self._returning: deque[_Returning] = deque()  # on the first stage
+        self._sent: deque[list[tuple[Any, Tensor]]] = deque()  # sends, and the tensors they read
         self._ready = 0  # slot in which the latest draws were known
-        members = dist.get_process_group_ranks(network.ranks.pipeline.group)
-        stage = network.ranks.pipeline.rank
+        self._unit = self._turn = 0
+        stage, members = network.ranks.pipeline.rank, self._members
         self._before, self._after = members[stage - 1], members[(stage + 1) % len(members)]
-        *self._others, self._last = members
 
-    def _start(self, item: _Item) -> None:
+    def _start(self, item: Item) -> None:
         """Run this stage for a group and pass it on."""
         item.through = self._ready
         self._pass_on(item)
@@ -230,56 +176,79 @@ class Ring(RolloutForward):
 
     def close(self) -> None:
         """Wait until everything sent has arrived."""
-        while self._sent:
-            self._sent.popleft()[0].wait()
+        self._wait_for_sends(but=0)
 
-    def _finish(self, item: _Item) -> Draw:
+    def _finish(self, item: Item) -> Draw:
         """Return a group's draws; groups with virtual stages left advance first."""
+        self._turn += 1
         while item.passes < len(self.network.chunks):
             for other in self._under_way:
                 if other.passes <= item.passes:
                     self._pass_on(other)
+        self._take_returned()
         self._under_way.remove(item)
         self._ready = item.through
-        if self.network.ranks.is_last_stage:
-            return super()._finish(item)
-        return receive_draw(self._last, len(item.rows.scored), self.network.ranks)
+        is_last = self.network.ranks.is_last_stage
+        return super()._finish(item) if is_last else self._receive_draw(item)
 
     @torch.no_grad()
-    def _pass_on(self, item: _Item) -> None:
+    def _pass_on(self, item: Item) -> None:
         """Run one virtual stage of a group: receive, compute, send to the next stage."""
         ranks, chunk = self.network.ranks, self.network.chunks[item.passes]
         item.passes += 1
         item.through = self.slots.run(item.through)
+        self._unit += 1
         if not chunk.pre_process:
-            chunk.set_input_tensor(self._receive(item.rows))
+            chunk.set_input_tensor(self._input(item))
         output = chunk(item.rows)
+        self._take_returned()
         if chunk.post_process:
-            item.drawn = _draw(item, output, ranks)
-            for other in self._others:
-                self._keep(*send_draw(item.drawn, other, ranks))
+            item.drawn = draw_group(item, output, ranks)
+            self._sent.append(self._share(item.drawn))
         else:
-            group = ranks.returning if ranks.is_last_stage else ranks.pipeline.group
-            self._keep((dist.isend(output, self._after, group=group), output))
+            send = dist.isend(output, self._after, group=ranks.pipeline.group)
+            self._sent.append([(send, output)])
+            if ranks.pipeline.rank == 0 and item.passes < len(self.network.chunks):
+                self._returning.append(_Returning(item, self._unit, self._turn))
+        # What was sent two denoising steps ago has arrived.
+        self._wait_for_sends(but=2 * len(self.network.chunks) * self.in_flight)
+
+    def _input(self, item: Item) -> Tensor:
+        """Return a group's hidden state from the stage before."""
+        if self.network.ranks.pipeline.rank > 0:
+            return self._receive(item.rows)
+        while item.returned is None:
+            self._take_first()
+        hidden, item.returned = item.returned, None
+        return hidden
+
+    def _take_returned(self) -> None:
+        """Take the hidden states that the last stage must send back before this one goes on.
+
+        In a full pipeline, a send of the first stage ends only after the last stage has sent back
+        what entered `lag` passes before. Near the end of a rollout, groups finish and none
+        enters; then finished groups count, since no rank gets far ahead in a vote of the replica.
+        """
+        lag = len(self._members) - 1
+        while self._returning:
+            first = self._returning[0]
+            if self._unit - first.unit < lag and self._turn - first.turn <= lag:
+                return
+            self._take_first()
+
+    def _take_first(self) -> None:
+        item = self._returning.popleft().item
+        item.returned = self._receive(item.rows)
 
     def _receive(self, rows: PackedRows) -> Tensor:
         ranks, config = self.network.ranks, self.network.config
         shape = (hidden_tokens(rows, ranks), 1, config.hidden_size)
         hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=ranks.device)
-        group = ranks.returning if ranks.pipeline.rank == 0 else ranks.pipeline.group
-        dist.recv(hidden, self._before, group=group)
+        dist.recv(hidden, self._before, group=ranks.pipeline.group)
         return hidden
 
-    def _keep(self, *sends: tuple[Any, ...]) -> None:
-        """Keep tensors alive while they are sent; sends two denoising steps old have arrived."""
-        self._sent.extend(sends)
-        each = len(self.network.chunks) + 2 * len(self._others)
-        while len(self._sent) > 2 * each * self.in_flight:
-            self._sent.popleft()[0].wait()
-
-
-def _draw(item: _Item, logits: Tensor, ranks: Ranks) -> Draw:
-    """Draw at the scored tokens of all context-parallel ranks; called on the last stage."""
-    slices = scored_slices(item.rows, ranks)
-    mine = item.draw_at(logits, slices[ranks.context.rank])
-    return gather_draw(mine, [part.stop - part.start for part in slices], ranks)
+    def _wait_for_sends(self, *, but: int) -> None:
+        """Wait for all sends but those of the last `but` passes; frees the tensors they read."""
+        while len(self._sent) > but:
+            for work, _ in self._sent.popleft():
+                work.wait()

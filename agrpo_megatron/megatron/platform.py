@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from agrpo_megatron.config.settings import KernelSettings
+from agrpo_megatron.hardware.machine import device_index
 
 
 def prepare_platform(threads: int | None = None) -> torch.device:
@@ -25,7 +26,7 @@ def prepare_platform(threads: int | None = None) -> torch.device:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", device_index(torch.cuda.device_count()))
         torch.cuda.set_device(device)
         return device
     _stand_in_for_cuda()
@@ -45,10 +46,12 @@ def prepare_kernels(settings: KernelSettings, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    if settings.batch_invariant:
-        from megatron.core.transformer.custom_layers import batch_invariant_kernels
-
-        batch_invariant_kernels.enable_batch_invariant_mode()
+        # Else every `torch.empty` is filled, which finds reads of memory that nothing wrote.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if settings.cuda_graphs:
+        # Registered buffers of captured collectives and expandable segments of torch's allocator
+        # give illegal accesses. Source: Megatron-Core, which requires this for its own graphs.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
 
 
 def use_torch_optimizers() -> None:

@@ -1,6 +1,5 @@
 """Translate precision and kernels into values of Megatron's TransformerConfig."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,9 +32,9 @@ def kernel_values(
         "use_te_activation_func": kernels.layer_spec == "te",
         "deterministic_mode": switches.deterministic,
     }
-    if switches.batch_invariant:
+    if kernels.flash_attention is not None:
         values |= {
-            "batch_invariant_mode": True,
+            "batch_invariant_mode": switches.batch_invariant,
             "attention_backend": AttnBackend.flash,
             "flash_attention_version": kernels.flash_attention,
         }
@@ -57,15 +56,3 @@ def _fp8_values(fp8: Fp8Settings, recipe: str | None) -> dict[str, Any]:
         "num_layers_at_start_in_bf16": first,
         "num_layers_at_end_in_bf16": last,
     }
-
-
-def megatron_record[Record](cls: Callable[..., Record], values: dict[str, Any], key: str) -> Record:
-    """Build a record of Megatron's; `key` names the setting that may override its values.
-
-    Raises:
-        ValueError: Megatron refuses a value or does not know a key.
-    """
-    try:
-        return cls(**values)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"{key}: Megatron refuses it: {error}") from None

@@ -3,6 +3,7 @@
 The transfer plan is made once; after that an update costs only its transfers.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,10 @@ from torch import Tensor, nn
 
 from agrpo_megatron.megatron.network import Network
 
+# Transfers of a rank in one group. NCCL can hang in groups of a thousand.
+# (Source: github.com/pytorch/pytorch/pull/174942.)
+LARGEST_GROUP = 256
+
 
 @dataclass
 class RolloutCopy:
@@ -35,8 +40,8 @@ class RolloutCopy:
     def update(self, source: Network, step: int) -> Network:
         """Return the network with the weights of an optimizer step; called by every rank."""
         if step != self.step:
-            method = "nccl" if self.network.ranks.device.type == "cuda" else _HostCopy()
-            swap_model_weights(_Whole(source), _Whole(self.network), method)  # type: ignore[arg-type]
+            torch.cuda.synchronize()  # the optimizer has streams of its own
+            swap_model_weights(_Whole(source), _Whole(self.network), GroupedCopy())  # type: ignore[arg-type]
             self.step = step
         return self.network
 
@@ -54,8 +59,13 @@ class _Whole(nn.Module):
         return self._named()
 
 
-class _HostCopy(CopyService):
-    """Copies between CPU ranks: megatron-core's services need CUDA."""
+class GroupedCopy(CopyService):
+    """Copies tensors between ranks in groups of bounded size.
+
+    Transfers from one rank to another are cut into rounds, in the order of the plan. Both ranks
+    cut them alike and every rank runs its rounds in order, so no ranks wait for each other in a
+    circle, and all pairs of ranks transfer at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,24 +81,33 @@ class _HostCopy(CopyService):
         self._receives.append(RecvOp(task_id, dest_tensor, src_rank))
 
     def run(self) -> None:
-        """Run all queued operations, and wait for them."""
+        """Run all queued transfers, and wait for them."""
         here = [op for op in self._sends if op.dest_rank == self.rank]
         own = [op for op in self._receives if op.src_rank == self.rank]
-        for send, receive in match_local_ops_by_task_id(here, own, "host copy", self.rank):
+        for send, receive in match_local_ops_by_task_id(here, own, "copy", self.rank):
             receive.tensor.copy_(send.tensor)
-        receives = [op for op in self._receives if op.src_rank != self.rank]
-        buffers = [(op, torch.empty_like(op.tensor).contiguous()) for op in receives]
-        sent = [(op, op.tensor.contiguous()) for op in self._sends if op.dest_rank != self.rank]
-        waits = [dist.isend(tensor, op.dest_rank, tag=_tag(op)) for op, tensor in sent]
-        waits += [dist.irecv(tensor, op.src_rank, tag=_tag(op)) for op, tensor in buffers]
-        for wait in waits:
-            assert wait is not None
-            wait.wait()
-        for op, tensor in buffers:
-            op.tensor.copy_(tensor)
+        for group in self._rounds():
+            for work in dist.batch_isend_irecv(group):
+                work.wait()
         self._sends, self._receives = [], []
 
+    def _rounds(self) -> Iterator[list[dist.P2POp]]:
+        """Yield the transfers with other ranks, one round after another."""
+        each = max(1, LARGEST_GROUP // max(1, 2 * (self.world_size - 1)))  # to or from one rank
+        remote = [(dist.isend, op, op.dest_rank) for op in self._sends]
+        remote += [(dist.irecv, op, op.src_rank) for op in self._receives]
+        remote = [entry for entry in remote if entry[2] != self.rank]
+        places: Counter[tuple[Any, int]] = Counter()
+        rounds: defaultdict[int, list[dist.P2POp]] = defaultdict(list)
+        for function, op, peer in sorted(remote, key=lambda entry: _task(entry[1])):
+            number = places[function, peer] // each
+            rounds[number].append(dist.P2POp(function, op.tensor, peer))
+            places[function, peer] += 1
+        for number in sorted(rounds):
+            yield rounds[number]
 
-def _tag(operation: SendOp | RecvOp) -> int:
+
+def _task(operation: SendOp | RecvOp) -> int:
+    """Return the transfer's place in the plan: the same for its sender and its receiver."""
     assert operation.task_id is not None
     return operation.task_id

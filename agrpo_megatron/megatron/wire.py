@@ -1,8 +1,11 @@
-"""Draws between ranks: a header with the width of the support, then one float64 tensor.
+"""Messages between the stages of a pipeline.
 
-Token ids and float32 log-probs are exact in float64.
+Hidden states travel between devices. Draws travel between hosts, over the replica's gloo group:
+they are small, and no kernel of any stage waits for them. A draw is one message whose size the
+settings give, so its receiver needs no header first.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -11,40 +14,75 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion.draw import Draw
 from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.trajectories import SUPPORT
 
 COLUMNS = tuple(field.name for field in fields(Draw) if field.name != SUPPORT)  # one each
+NUCLEUS = 64  # columns for the support where only top-p bounds it; the rest follows
 
 
-def send_draw(draw: Draw, receiver: int, ranks: Ranks) -> list[tuple[Any, Tensor]]:
-    """Start sending to a global rank; returns the sends with the tensors they read."""
-    content = _encode(draw)
-    header = torch.tensor([content.shape[1]], device=content.device)
-    group = ranks.returning
-    return [(dist.isend(t, receiver, group=group), t) for t in (header, content)]
+def connect(ranks: Ranks) -> None:
+    """Open the channels of a pipeline's devices, and wait for them; called by every stage.
+
+    NCCL opens a channel at its first message, where both ends wait for each other. Every stage
+    opens its channels in the same order, before rollouts use them in theirs.
+    """
+    group, stage = ranks.pipeline.group, ranks.pipeline.rank
+    members = dist.get_process_group_ranks(group)
+    element = torch.zeros(1, device=ranks.device)
+    dist.all_reduce(element, group=group)
+    if stage > 0:
+        dist.recv(element, members[stage - 1], group=group)
+    if stage < len(members) - 1:
+        dist.send(element, members[stage + 1], group=group)
+    if ranks.parallel.virtual > 1 and ranks.is_last_stage:
+        dist.send(element, members[0], group=group)
+    if ranks.parallel.virtual > 1 and stage == 0:
+        dist.recv(element, members[-1], group=group)
+    element.item()
 
 
-def receive_draw(sender: int, count: int, ranks: Ranks) -> Draw:
+def support_room(sampling: SamplingSettings) -> int:
+    """Return how many support ids of a token fit into a draw's message."""
+    if sampling.top_k is not None:
+        return sampling.top_k
+    return NUCLEUS if sampling.top_p < 1 else 0
+
+
+def send_draw(
+    draw: Draw, receivers: Sequence[int], ranks: Ranks, *, room: int
+) -> list[tuple[Any, Tensor]]:
+    """Start sending to global ranks; returns the sends with the tensors they read.
+
+    A support wider than `room` columns, see `support_room`, is completed by a second message.
+    """
+    table = _encode(draw).cpu()
+    width = table.shape[1] - len(COLUMNS)
+    usual, rest = table.split([len(COLUMNS) + min(width, room), max(0, width - room)], 1)
+    usual = F.pad(usual, (0, max(0, room - width)), value=-1)
+    messages = [torch.cat([table.new_tensor([width]), usual.flatten()])]
+    if width > room:
+        messages.append(rest.contiguous())
+    return [
+        (dist.isend(message, receiver, group=ranks.replica), message)
+        for receiver in receivers
+        for message in messages
+    ]
+
+
+def receive_draw(sender: int, count: int, ranks: Ranks, *, room: int) -> Draw:
     """Wait for the draws of `count` scored tokens from a global rank."""
-    header = torch.zeros(1, dtype=torch.int64, device=ranks.device)
-    dist.recv(header, sender, group=ranks.returning)
-    content = torch.empty(count, int(header), dtype=torch.float64, device=ranks.device)
-    dist.recv(content, sender, group=ranks.returning)
-    return _decode(content)
-
-
-def broadcast_draw(draw: Draw | None, count: int, ranks: Ranks) -> Draw:
-    """Share the last stage's draws with all stages; the others pass None."""
-    last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
-    content = None if draw is None else _encode(draw)
-    header = torch.tensor([0 if content is None else content.shape[1]], device=ranks.device)
-    dist.broadcast(header, last, group=ranks.pipeline.group)
-    if content is None:
-        content = torch.empty(count, int(header), dtype=torch.float64, device=ranks.device)
-    dist.broadcast(content, last, group=ranks.pipeline.group)
-    return _decode(content)
+    columns = len(COLUMNS) + room
+    message = torch.empty(1 + count * columns, dtype=torch.int32)
+    dist.recv(message, sender, group=ranks.replica)
+    width, table = int(message[0]), message[1:].view(count, columns)
+    if width > room:
+        rest = table.new_empty(count, width - room)
+        dist.recv(rest, sender, group=ranks.replica)
+        table = torch.cat([table, rest], 1)
+    return _decode(table[:, : len(COLUMNS) + width].to(ranks.device))
 
 
 def gather_draw(draw: Draw, counts: list[int], ranks: Ranks) -> Draw:
@@ -63,13 +101,16 @@ def gather_draw(draw: Draw, counts: list[int], ranks: Ranks) -> Draw:
 
 
 def _encode(draw: Draw) -> Tensor:
-    columns = torch.stack([getattr(draw, name).double() for name in COLUMNS], 1)
-    return columns if draw.support_ids is None else torch.cat([columns, draw.support_ids], 1)
+    """Return a draw as a table [S, columns] of int32: ids, and the bits of float32 values."""
+    values = [getattr(draw, name) for name in COLUMNS]
+    columns = [v.float().view(torch.int32) if v.is_floating_point() else v.int() for v in values]
+    table = torch.stack(columns, 1)
+    return table if draw.support_ids is None else torch.cat([table, draw.support_ids.int()], 1)
 
 
-def _decode(content: Tensor) -> Draw:
-    columns = dict(zip(COLUMNS, content[:, : len(COLUMNS)].unbind(1), strict=True))
-    support = content[:, len(COLUMNS) :].long()
-    values = {name: column.float() for name, column in columns.items()}
+def _decode(table: Tensor) -> Draw:
+    columns = dict(zip(COLUMNS, table[:, : len(COLUMNS)].unbind(1), strict=True))
+    support = table[:, len(COLUMNS) :].long()
+    values = {name: column.view(torch.float32) for name, column in columns.items()}
     values["tokens"] = columns["tokens"].long()
     return Draw(**values, support_ids=support if support.shape[1] else None)

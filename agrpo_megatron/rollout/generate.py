@@ -10,9 +10,10 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion.sampler import SamplerContext, SamplerHooks, SamplingStopped, sample
+from agrpo_megatron.megatron.forward import RolloutForward
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import gather_objects
-from agrpo_megatron.megatron.pipeline import RolloutForward, make_forward
+from agrpo_megatron.megatron.pipeline import make_forward
 from agrpo_megatron.resilience.stop import Stopped, Turns
 from agrpo_megatron.rollout.session import Run, Safety, Session
 from agrpo_megatron.tasks.base import Split, task_prompts
@@ -104,7 +105,7 @@ def sample_prompts(
     Called by every rank of a replica with the same prompts.
     """
     settings = run.settings
-    forward = make_forward(network, settings.rollout)
+    forward = make_forward(network, settings.rollout, sampling=sampling)
     context = SamplerContext(
         forward=forward,
         vocab=network.vocab,

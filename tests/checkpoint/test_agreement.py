@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from agrpo_megatron.checkpoint.convert import to_hf_directory, to_megatron_checkpoint
 from agrpo_megatron.checkpoint.integrity import MANIFEST
 from agrpo_megatron.checkpoint.model_files import architecture, read_model, write_model_files
+from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.families.files import INDEX, HfWeights, read_index
 from tests.text.chat_tokenizers import write_llada
@@ -250,6 +251,24 @@ def _exported_config(folder, model, *sources):
     to_hf_directory(folder / "m", folder / "h", progress=_quiet)
     assert architecture(settings_from_hf(folder / "h")) == architecture(read_model(folder / "m"))
     return json.loads((folder / "h" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_another_tokenizer_replaces_the_whole_tokenizer_and_nothing_else(tmp_path, is_file):
+    base, other = tmp_path / "base", tmp_path / "other"
+    for folder, names in (
+        (base, ["config.json", "modeling_a.py", "tokenizer.json", "merges.txt", "a.jinja"]),
+        (other, ["config.json", "modeling_a.py", "tokenizer.model", "tokenization_b.py"]),
+    ):
+        folder.mkdir()
+        for name in [*names, "tokenizer_config.json"]:
+            (folder / name).write_text(folder.name)
+    second = other / "tokenizer.model" if is_file else other
+    write_model_files(tmp_path / "m", ModelSettings(), [base, second])
+    found = {path.name: path.read_text() for path in (tmp_path / "m" / "hf").iterdir()}
+    kept = dict.fromkeys(["config.json", "modeling_a.py", "a.jinja"], "base")
+    more = [] if is_file else ["tokenization_b.py", "tokenizer_config.json"]
+    assert found == kept | dict.fromkeys(["tokenizer.model", *more], "other")
 
 
 def _other(folder, **changes):

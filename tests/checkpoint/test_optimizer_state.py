@@ -2,7 +2,7 @@
 
 import torch
 
-from agrpo_megatron.checkpoint.optimizer_state import lower_halves, whole_weights
+from agrpo_megatron.checkpoint.distributed_state import lower_halves, whole_weights
 
 
 def _float(bits):

@@ -6,8 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from tests.cli.test_main import agrpo, call_all, probe, write_settings
-from tests.ranks import run_ranks
+from tests.cli.test_main import agrpo, probe, write_settings
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +50,6 @@ def test_a_run_that_ended_early_says_why_it_is_finished(run, tmp_path):
     assert status == 0 and f"is finished ({why}); add --restart" in printed.replace("\n", " ")
 
 
-def test_what_megatron_refuses_is_one_line_too(tmp_path):
-    """Its own records are built after the ranks have started: nothing earlier knows them."""
-    file = write_settings(tmp_path / "wrong.yaml", run={"dir": str(tmp_path / "run")})
-    changes = ["model.megatron.no_such=1", "optimizer.megatron.no_such=1", "ddp.no_such=1"]
-    calls = [["train", file, "sft.iterations=0", change] for change in changes]
-    for status, printed in run_ranks(1, call_all, calls, tmp_path)[0]:
-        assert status == 2
-        error = [line for line in printed.splitlines() if line.startswith("agrpo: error: ")]
-        assert len(error) == 1 and "Megatron refuses it: " in error[0] and "no_such" in error[0]
-
-
 def test_restart_moves_the_earlier_run_aside(run, tmp_path):
     run_dir, file, _ = run
     copy = shutil.copytree(run_dir, tmp_path / "run")
@@ -96,3 +84,11 @@ def test_report_can_be_written_again(run, tmp_path):
     status, printed = agrpo(tmp_path, "report", run_dir)
     assert status == 0 and str(page) in printed.splitlines()
     assert "held-out" in page.read_text().lower()
+    figures = run_dir / "figures"
+    figures.rename(run_dir / "kept")
+    figures.touch()
+    refused = probe("report", run_dir)
+    assert refused.returncode == 2 and f"error: DIR={figures} cannot be written" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    figures.unlink()
+    (run_dir / "kept").rename(figures)

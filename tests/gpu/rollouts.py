@@ -23,7 +23,7 @@ def sampled(network: Network, settings: Settings) -> Trajectory:
     assert model.mask_token_id is not None
     prompts = random_prompts(SCALE, seed=7, device=device)
     context = SamplerContext(
-        forward=make_forward(network, settings.rollout),
+        forward=make_forward(network, settings.rollout, sampling=settings.sampling),
         vocab=network.vocab,
         mask_id=model.mask_token_id,
         eos_id=None,

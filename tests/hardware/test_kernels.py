@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from megatron.core.transformer.enums import AttnBackend
 
 from agrpo_megatron.config.rules_precision import validate_precision
 from agrpo_megatron.config.schema import load
@@ -10,6 +11,7 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.hardware import kernels
 from agrpo_megatron.hardware.kernels import Kernels, choose, in_one_line, kernels_for
 from agrpo_megatron.hardware.machine import MISSING, Machine
+from agrpo_megatron.megatron.precision import kernel_values
 from tests.hardware.test_machine import HOPPER, gpu
 
 CPU = Machine()
@@ -74,12 +76,12 @@ INVARIANT = "kernels.batch_invariant=true"
         ),
         (EVERYTHING, (), ("local", None, True, True, None, "te")),
         (EVERYTHING, (BF16,), ("te", None, True, True, None, "te")),
-        # Batch-invariant products overwrite the sum: no gradient of layers is fused.
-        (EVERYTHING, (BF16, INVARIANT), ("te", None, False, True, 3, "te")),
+        # Batch-invariant products are for forwards: gradients of layers stay fused.
+        (EVERYTHING, (BF16, INVARIANT), ("te", None, True, True, 3, "te")),
         (
             replace(BLACKWELL, flash_attention=(2, 3, 4)),
             (BF16, INVARIANT),
-            ("te", None, False, False, 4, "te"),
+            ("te", None, True, False, 4, "te"),
         ),
         (HOPPER, (FP8,), ("te", "blockwise", True, False, None, "te")),
         (BLACKWELL, (FP8,), ("te", "mxfp8", True, False, None, "te")),
@@ -305,13 +307,78 @@ def test_notes_say_why_a_better_kernel_was_not_chosen():
     assert _notes(flash, BF16)["attention"].chosen == "flash attention"
 
 
-def test_deterministic_attention_of_long_rows_wants_flash_attention_on_hopper():
-    """cuDNN's needs 128 bytes per score, so Transformer Engine does not use it."""
-    deterministic = (BF16, "kernels.deterministic=true")
-    for here, is_warned in ((HOPPER, True), (EVERYTHING, False), (BLACKWELL, False)):
-        assert ("unfused" in _notes(here, *deterministic)["deterministic"].why) == is_warned
-    local = _notes(HOPPER, *deterministic, "kernels.layer_spec=local")["deterministic"]
-    assert local == ("deterministic", "yes", "kernels.deterministic=true")
+# As examples/llada_8b on one GPU: 32 heads, 8192 tokens of rows that have 256 and a prompt.
+LARGE = (
+    BF16,
+    "kernels.deterministic=true",
+    "model.hidden_size=4096",
+    "model.num_attention_heads=32",
+    "sampling.completion_length=256",
+    "sampling.block_length=32",
+    "sampling.denoising_steps=256",
+    "train.token_budget=8192",
+)
+
+
+def test_deterministic_attention_is_flash_attention_where_cudnns_would_not_fit():
+    """On Hopper cuDNN's reserves 128 GiB for these; a fourth of the tokens is within the limit."""
+    for flash, pinned in (((2,), 2), ((2, 3, 4), 3)):
+        here = replace(HOPPER, flash_attention=flash)
+        found = choose(settings_of(*LARGE), here, phases=("rl",))
+        notes = {note.part: note for note in found.notes}
+        assert found.flash_attention == pinned and notes["attention"].chosen == "flash attention"
+        assert notes["deterministic"].why == (
+            f"kernels.deterministic=true, by flash attention {pinned}: cuDNN's attention would "
+            "reserve 128 GiB for train.token_budget=8192"
+        )
+        settings = settings_of(*LARGE)
+        values = kernel_values("bf16", settings.fp8, settings.kernels, found)
+        assert values["attention_backend"] == AttnBackend.flash
+        assert values["flash_attention_version"] == pinned and not values["batch_invariant_mode"]
+        small = choose(settings_of(*LARGE, "train.token_budget=2048"), here, phases=("rl",))
+        assert small.flash_attention is None
+        values = kernel_values("bf16", settings.fp8, settings.kernels, small)
+        assert "attention_backend" not in values
+
+
+@pytest.mark.parametrize(
+    ("more", "needed", "fix"),
+    [
+        ((), (128, 8192), "use train.token_budget=2048 or less, install"),
+        (("parallel=tp2",), (64, 8192), "use train.token_budget=2048 or less, install"),
+        # Four ranks hold 4096 tokens each, and keys of all.
+        (("parallel=cp4", "train.token_budget=16384"), (256, 16384), "use train.token_budget=4096"),
+        # The smallest bucket does not fit.
+        (
+            (
+                "model.num_attention_heads=256",
+                "train.token_budget=1000",
+            ),
+            (16, 1000),
+            "is the most; install",
+        ),
+    ],
+)
+def test_deterministic_attention_that_does_not_fit_is_refused_with_a_budget(more, needed, fix):
+    gib, budget = needed
+    here = replace(HOPPER, flash_attention=(4,))  # whose backward pass is not known to repeat
+    with pytest.raises(ValueError, match="8 GiB is the most") as refusal:
+        choose(settings_of(*LARGE, *more), here, phases=("rl",))
+    said = str(refusal.value)
+    assert f"reserve {gib} GiB for train.token_budget={budget}, and" in said and fix in said
+    assert said.endswith("or use kernels.deterministic=false")
+    # An evaluation has no backward pass.
+    notes = _notes(here, *LARGE, *more)
+    assert notes["attention"].chosen == "cuDNN fused"
+    assert "in training" in notes["deterministic"].why
+
+
+def test_other_machines_and_layers_are_deterministic_at_any_size():
+    plain = ("deterministic", "yes", "kernels.deterministic=true")
+    for here in (BLACKWELL, AMPERE):
+        assert _notes(here, *LARGE)["deterministic"] == plain
+    assert _notes(HOPPER, *LARGE, "kernels.layer_spec=local")["deterministic"] == plain
+    assert _notes(EVERYTHING, *LARGE, INVARIANT)["deterministic"] == plain
     assert _notes(CPU)["deterministic"].chosen == "yes"
 
 

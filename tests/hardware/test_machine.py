@@ -12,6 +12,7 @@ from agrpo_megatron.hardware.machine import (
     Machine,
     apex_problem,
     default_recipe,
+    device_index,
     fp8_missing,
     import_problem,
     invariant_flash,
@@ -138,6 +139,28 @@ def test_a_gpu_is_described_with_the_installed_kernels(looked, package, monkeypa
         "H100", (9, 0), release(torch.version.cuda or ""), "2.20.2", problem, True, True, (3,)
     )
     assert asked == [2]
+
+
+@pytest.mark.parametrize(("is_usable", "found"), [(True, (2, 4)), (False, (4,))])
+def test_flash_attention_2_counts_where_transformer_engine_can_use_it(
+    package, monkeypatch, is_usable, found
+):
+    versions = {"flash-attn": "2.8.3", "flash-attn-4": "4.0.0b11"}
+    monkeypatch.setattr(machine, "version", lambda name: versions.get(name, ""))
+    text = f"class FlashAttentionUtils:\n    v2_4_1_plus = {is_usable}\n"
+    package("te_attention", utils=text)
+    monkeypatch.setattr(machine, "TE_ATTENTION", "te_attention.utils")
+    assert machine._flash_attention() == found
+    monkeypatch.setattr(machine, "TE_ATTENTION", "no_such_package.utils")
+    assert machine._flash_attention() == (4,)
+
+
+@pytest.mark.parametrize(("rank", "count", "index"), [("6", 8, 6), ("6", 1, 0), (None, 4, 0)])
+def test_a_rank_takes_its_own_gpu_or_the_only_one_it_sees(monkeypatch, rank, count, index):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert device_index(count) == index
 
 
 def test_a_torch_that_cannot_ask_has_no_gpu(looked, monkeypatch):

@@ -128,6 +128,30 @@ def test_notes_tell_directory_layout_memory_and_what_was_not_checked(launch, no_
         assert f"\n{note}" in script
 
 
+@pytest.mark.parametrize(
+    ("layouts", "is_set"),
+    [
+        (["parallel=tp2"], True),
+        (["parallel=dp4", "rollout.parallel=tp2"], True),
+        (["parallel=cp2"], True),
+        (["parallel=dp4"], False),
+        (["parallel=tp2-pp2"], False),
+        (["parallel=tp2", "rollout.parallel=pp2"], False),
+    ],
+)
+def test_one_queue_only_where_messages_overlap_and_no_stages_wait(
+    layouts, is_set, launch, no_slurm, tmp_path
+):
+    run = {"dir": str(tmp_path / "run")}
+    file = write_settings(tmp_path / "s.yaml", run=run, model={"num_layers": 4})
+    given = [*CPU, "launch.ranks_per_node=4", *layouts]
+    status, script, errors = launch(file, "--nodes", 1, "--dry-run", *given)
+    assert (status, errors) == (0, "")
+    assert ("CUDA_DEVICE_MAX_CONNECTIONS=1 " in script) == is_set
+    site = (ROOT / "slurm" / "env.sh").read_text()
+    assert "CUDA_DEVICE_MAX_CONNECTIONS:=" not in site and "export CUDA_DEVICE" not in site
+
+
 def test_it_answers_before_torch_is_loaded(tmp_path):
     file = write_settings(tmp_path / "s.yaml", run={"dir": str(tmp_path / "run")})
     done = probe("launch", file, "--nodes", "1", "--dry-run", *CPU, PATH="/nowhere")

@@ -43,18 +43,6 @@ def test_what_is_passed_by_name_wins():
     assert config.adam_eps == 1e-6 and not config.overlap_cpu_optimizer_d2h_h2d
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        "optimizer.megatron={adam_epsilon: 1.0e-6}",
-        "optimizer.megatron={exp_avg_dtype: bf16}",
-    ],
-)
-def test_what_megatron_refuses_is_said_under_its_key(given):
-    with pytest.raises(ValueError, match="^optimizer.megatron: Megatron refuses it: .*"):
-        _config(given)
-
-
 def _weights_alive_as_another_begins():
     """Return how many weights there are with an engine, and as the next one begins to be built."""
 

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agrpo_megatron.config.settings import ModelSettings, ParallelSettings, RunSettings, Settings
-from agrpo_megatron.megatron.model import transformer_config
+from agrpo_megatron.config.settings import ModelSettings, RunSettings, Settings
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.weights import export_hf, initialise
@@ -125,15 +124,6 @@ def _names(model):
     return [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (chunk, theirs)]
 
 
-def _refusal(value):
-    try:
-        settings = Settings(model=replace(MODEL, megatron=value))
-        transformer_config(settings, ParallelSettings(), stage=0)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_packed_rows_equal_rows_alone_and_a_literal_transformer(name):
     alone, literal = run_ranks(1, _forward_errors, VARIANTS[name])[0]
@@ -159,10 +149,3 @@ def test_parameters_are_named_and_shaped_as_gptmodels(name):
     ours, theirs = run_ranks(1, _names, VARIANTS[name])[0]
     assert ours == theirs
     assert len(ours) == (6 if name == "llada" else 9) * 2 + 3
-
-
-def test_megatrons_own_settings_pass_through_and_a_refusal_names_the_section():
-    message = run_ranks(1, _refusal, {"no_such_key": 1})[0]
-    assert message.startswith("model.megatron={'no_such_key': 1}: Megatron refuses it: ")
-    assert "\n" not in message
-    assert run_ranks(1, _refusal, {"attention_dropout": 0.1})[0] is None

@@ -1,21 +1,66 @@
-"""The groups of the layout that Megatron does not make."""
+"""The groups of the layout: those that Megatron does not make, and how many there are."""
+
+import os
+
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from agrpo_megatron.config.settings import ParallelSettings, RunSettings, Settings
 from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
 from tests.ranks import run_ranks
+from tests.training.tiny import tiny
 
 
 def _timeouts():
-    """Return the longest waits, in seconds, of the groups that are not made by Megatron."""
+    """Return the longest wait, in seconds, of the group that is not made by Megatron."""
     settings = Settings(
         run=RunSettings(timeout=77, threads=1), parallel=ParallelSettings(pipeline=2)
     )
     ranks = start_ranks(settings)
-    groups = (ranks.returning, ranks.replica)
-    backends = [group._get_backend(ranks.device) for group in groups if group is not None]
+    assert ranks.replica is not None
+    backend = ranks.replica._get_backend(ranks.device)
     stop_ranks()
-    return [backend.options._timeout.total_seconds() for backend in backends]
+    return backend.options._timeout.total_seconds()
 
 
-def test_groups_of_our_own_wait_as_long_as_the_run_says():
-    assert run_ranks(2, _timeouts) == 2 * [2 * [77.0]]
+def test_a_group_of_our_own_waits_as_long_as_the_run_says():
+    assert run_ranks(2, _timeouts) == 2 * [77.0]
+
+
+def _counts():
+    """Return the numbers of groups and of threads of this process."""
+    return len(dist.distributed_c10d._world.pg_map), len(os.listdir("/proc/self/task"))
+
+
+def _is_megatrons(ranks):
+    groups = ranks.groups
+    return (
+        groups.tp is parallel_state.get_tensor_model_parallel_group()
+        and groups.pp is parallel_state.get_pipeline_model_parallel_group()
+        and groups.dp_cp is parallel_state.get_data_parallel_group(with_context_parallel=True)
+        and parallel_state.get_pipeline_model_parallel_world_size() == ranks.pipeline.size
+        and parallel_state.get_tensor_model_parallel_rank() == ranks.tensor.rank
+    )
+
+
+def _starts():
+    """Start ten times, then in another layout, then as before; return what was counted."""
+    here, there = tiny("parallel=tp2", "rollout.parallel=pp2"), tiny("parallel=pp2")
+    counts, right = [], []
+    for settings in [here] * 10 + [there, here]:
+        ranks = start_ranks(settings)
+        gloo = parallel_state.get_data_parallel_group_gloo()
+        dist.barrier(gloo)
+        right.append(_is_megatrons(ranks))
+        counts.append(_counts())
+    stop_ranks()
+    left = _counts()[0]
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    right.append(_is_megatrons(start_ranks(tiny())))
+    return counts, right, left
+
+
+def test_starting_again_makes_no_more_groups():
+    for counts, right, left in run_ranks(2, _starts):
+        assert counts[1:] == 11 * [counts[0]]
+        assert all(right) and left == 0

@@ -1,15 +1,17 @@
 """Rollouts under a pipeline: the same tokens by either schedule; the ring keeps stages busy."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from agrpo_megatron.diffusion.draw import Draw
-from agrpo_megatron.megatron.pipeline import Slots
-from agrpo_megatron.megatron.wire import broadcast_draw, receive_draw, send_draw
-from agrpo_megatron.training.rl import collect_rollout
+from agrpo_megatron.megatron.forward import Slots
+from agrpo_megatron.megatron.wire import receive_draw, send_draw
+from agrpo_megatron.training.rl import collect_rollout, update_policy
 from tests.ranks import run_ranks
-from tests.training.tiny import open_session
+from tests.training.tiny import open_session, tiny
 
 FOUR_LAYERS = "model.num_layers=4"
 LONG = ["sampling.completion_length=32", "sampling.denoising_steps=16", "sampling.block_length=16"]
@@ -93,35 +95,104 @@ def test_the_cases_are_what_they_say(alone):
     assert alone["truncated", 3][0][2] is not None
 
 
-def _exchange():
-    """Send draws back and share them; return what arrived, by kind."""
+class _Done:
+    """A message that has arrived."""
+
+    def wait(self):
+        pass
+
+
+def _let_sends_wait(ranks):
+    """Let each send of a device last until its receiver takes it; mutates torch.distributed."""
+    begin, operation, batch = dist.isend, dist.P2POp, dist.batch_isend_irecv
+
+    def isend(tensor, dst, group=None):
+        work = begin(tensor, dst, group=group)
+        if group is ranks.replica:
+            return work
+        work.wait()
+        return _Done()
+
+    def batched(operations):
+        for work in batch(operations):
+            work.wait()
+        return [_Done() for _ in operations]
+
+    dist.isend, dist.batch_isend_irecv = isend, batched
+    dist.P2POp = lambda op, *rest: operation(begin if op is isend else op, *rest)
+
+
+def _patient(overrides):
+    """Sample and train where sends wait; returns the completions and the loss."""
+    session, engine = open_session(
+        FOUR_LAYERS,
+        *SAMPLINGS["ragged"],
+        *overrides,
+        "algorithm.prompts_per_iteration=4",
+        world_size=dist.get_world_size(),
+    )
+    _let_sends_wait(engine.ranks)
+    rollout, _ = collect_rollout(session, engine, 0)
+    metrics, _ = update_policy(session, engine, rollout, None)
+    return rollout.trajectory.tokens, metrics["loss"]
+
+
+def _ends(first):
+    """Return the order in which a send ends and its receiver begins, by rank."""
     from agrpo_megatron.megatron.parallel import start_ranks
-    from tests.training.tiny import tiny
+
+    _let_sends_wait(start_ranks(tiny("parallel=pp2", FOUR_LAYERS)))
+    started = time.monotonic()
+    if dist.get_rank() == first:
+        dist.isend(torch.zeros(4), 1 - first)
+    else:
+        time.sleep(1.0)
+        dist.recv(torch.zeros(4), first)
+    return time.monotonic() - started
+
+
+def test_a_send_waits_for_its_receiver():
+    assert run_ranks(2, _ends, 0)[0] > 0.8
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2-vpp2", "pp4"])
+@pytest.mark.parametrize("schedule", ["ring", "lockstep"])
+def test_iterations_end_where_sends_wait_for_their_receivers(layout, schedule):
+    expected, loss = run_ranks(1, _patient, [])[0]
+    overrides = [f"parallel={layout}", f"rollout.schedule={schedule}"]
+    for tokens, ours in run_ranks(int(layout[2]), _patient, overrides):
+        assert torch.equal(tokens, expected) and ours == pytest.approx(loss, rel=1e-5)
+
+
+def _exchange():
+    """Send draws back, with more room than they need, the same and less; return what arrived."""
+    from agrpo_megatron.megatron.parallel import start_ranks
 
     ranks = start_ranks(tiny("parallel=pp2", FOUR_LAYERS))
-    huge = torch.tensor([2**31 + 5, 0, 126463])
-    some = torch.tensor([-1e-7, -3.25, -90.0])
-    support = torch.tensor([[2**31 + 5, 7, -1], [0, -1, -1], [126463, 1, 2]])
-    arrived = []
-    for ids in (None, support):
-        draw = Draw(huge, some, some.exp(), some * 3, ids)
-        if ranks.is_last_stage:
-            for work, _ in send_draw(draw, 0, ranks):
-                work.wait()
-            broadcast_draw(draw, 3, ranks)
-        else:
-            arrived += [receive_draw(1, 3, ranks), broadcast_draw(None, 3, ranks)]
+    huge = torch.tensor([2**31 - 5, 0, 126463])
+    some = torch.tensor([-1e-7, float("-inf"), -90.0])
+    support = torch.tensor([[2**31 - 5, 7, -1], [0, -1, -1], [126463, 1, 2]])
+    whole = [Draw(huge, some, some.exp(), some * 3, ids) for ids in (None, support)]
     empty = Draw(huge[:0], some[:0], some[:0], some[:0], None)
-    arrived.append(broadcast_draw(empty if ranks.is_last_stage else None, 0, ranks))
+    arrived = []
+    for draw in (*whole, empty):
+        for room in (0, 2, 3, 5):
+            if ranks.is_last_stage:
+                sent = send_draw(draw, [0], ranks, room=room)
+                assert len(sent) == (2 if draw.support_ids is not None and room < 3 else 1)
+                for work, _ in sent:
+                    work.wait()
+            else:
+                arrived.append(receive_draw(1, len(draw.tokens), ranks, room=room))
     return arrived, (huge, some, support)
 
 
 def test_draws_travel_without_loss():
     (arrived, (huge, some, support)), _ = run_ranks(2, _exchange)
-    *full, empty = arrived
-    for number, draw in enumerate(full):
+    for number, draw in enumerate(arrived[:8]):
         assert torch.equal(draw.tokens, huge) and torch.equal(draw.logprobs, some)
         assert torch.equal(draw.entropies, some.exp()) and torch.equal(draw.confidences, some * 3)
-        assert (draw.support_ids is None) == (number < 2)
+        assert (draw.support_ids is None) == (number < 4)
         assert draw.support_ids is None or torch.equal(draw.support_ids, support)
-    assert len(empty.tokens) == 0 and empty.support_ids is None
+    for draw in arrived[8:]:
+        assert len(draw.tokens) == 0 and draw.support_ids is None

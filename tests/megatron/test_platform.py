@@ -95,6 +95,51 @@ def test_what_megatron_asks_of_cuda_runs_on_the_cpu():
     assert seen["threads"] == max(1, seen["cores"] // 2)
 
 
+def _switch(*overrides):
+    """Set the switches of a run on a GPU; returns what they are then."""
+    import os
+
+    from agrpo_megatron.megatron.platform import prepare_kernels
+    from tests.training.tiny import tiny
+
+    prepare_kernels(tiny(*overrides).kernels, torch.device("cuda"))
+    return {
+        "register": os.environ.get("NCCL_GRAPH_REGISTER"),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "fills": torch.utils.deterministic.fill_uninitialized_memory,
+    }
+
+
+def _choose_device():
+    """Return the device of local rank 3, which sees one GPU, and what was made current."""
+    import os
+
+    from agrpo_megatron.megatron.platform import prepare_platform
+
+    os.environ["LOCAL_RANK"], current = "3", []
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+    torch.cuda.set_device = current.append
+    return str(prepare_platform(threads=1)), [str(device) for device in current]
+
+
+def test_graphs_do_not_register_buffers_with_nccl():
+    graphs = "kernels.cuda_graphs=true"
+    assert run_ranks(1, _switch)[0]["register"] is None
+    assert run_ranks(1, _switch, graphs)[0]["register"] == "0"
+
+
+def test_a_deterministic_run_fills_no_memory():
+    plain, deterministic = run_ranks(1, _switch)[0], run_ranks(1, _switch, DETERMINISTIC)[0]
+    assert not plain["deterministic"] and plain["fills"]  # torch's default, without effect
+    assert deterministic["deterministic"] and not deterministic["fills"]
+
+
+def test_a_rank_that_sees_one_gpu_uses_it():
+    assert run_ranks(1, _choose_device) == [("cuda:0", ["cuda:0"])]
+
+
+DETERMINISTIC = "kernels.deterministic=true"
+
 ON_A_GPU = """
 import torch
 from megatron.core.tensor_parallel import random as tracker

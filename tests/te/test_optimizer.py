@@ -186,6 +186,33 @@ def test_fp8_moments_are_rounded_once_more_by_a_checkpoint(tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
 
 
+def _without_gradient(overrides):
+    """Make an update whose gradient is zero, then a real one.
+
+    Returns:
+        The first moments' largest number after the first, and whether all is finite at the end.
+    """
+    _install(overrides)
+    session, engine = plain._open(overrides)
+    (part,) = engine.optimizer.chained_optimizers
+    for ddp in engine.ddp:
+        ddp.zero_grad_buffer()
+    engine.optimizer.step()
+    moments = [state["exp_avg"] for state in part.optimizer.state.values()]
+    zeros = max(float(moment.float().abs().max()) for moment in moments)
+    run_sft(session, engine, start=3, on_iteration_end=lambda _: None)
+    weights = [p for _, p in engine.network.named_parameters()]
+    values = [*weights, *(moment.float() for moment in moments)]
+    trained = max(float(moment.float().abs().max()) for moment in moments)
+    return zeros, trained, all(bool(value.isfinite().all()) for value in values)
+
+
+def test_fp8_moments_without_a_gradient_are_zero():
+    """The scale of a tensor of zeros has no inverse; a moment's part on a rank may be such."""
+    [(zeros, trained, is_finite)] = run_ranks(1, _without_gradient, [*DISTRIBUTED, *FP8_MOMENTS])
+    assert zeros == 0.0 and trained > 0 and is_finite
+
+
 def _beginning(overrides):
     """Return how far main weights of FP8 weights are from the values and from the casts."""
     from megatron.core.fp8_utils import is_float8tensor

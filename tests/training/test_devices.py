@@ -41,6 +41,11 @@ CASES = {
         "algorithm.enumerate_short=false",
         "algorithm.live_steps=text",
     ],
+    "many tokens of a step": [
+        "algorithm.proposal=entropy",
+        "sampling.block_length=8",
+        "sampling.denoising_steps=1",
+    ],
     "stratified": ["algorithm.step_sampler=stratified", "algorithm.proposal=entropy"],
     "independent": ["algorithm.step_sampler=independent"],
     "all steps": ["algorithm.name=full_trajectory"],
@@ -118,6 +123,7 @@ def _mix(kind):
             "scatter": lambda: there.scatter(0, here, 1),
             "index elsewhere": lambda: here[there],
             "values here": lambda: there.__setitem__(here, here),
+            "any order": lambda: (there * 0.0).scatter_add_(0, there * 0, there * 0.1 + 1e-3),
             "allowed": lambda: there[here] + 1 + torch.tensor(2),
         }
         try:
@@ -140,3 +146,7 @@ def test_supervision_stays_on_its_device():
 def test_a_mixture_is_noticed(kind):
     found = _mix(kind)
     assert found is True if kind == "allowed" else "two devices" in found
+
+
+def test_a_sum_in_any_order_is_noticed():
+    assert "in any order" in _mix("any order")

@@ -41,8 +41,13 @@ def equal_in_text(gold: str, text: str) -> bool:
         return _compare_in_time(gold, text)
     for _ in range(2):  # another process may have killed the server
         with contextlib.suppress(sandbox.ServerEnded):
-            return bool(_sandbox().run([(gold, text)])[0].value)
+            return _in_sandbox(gold, text)
     return False
+
+
+@functools.lru_cache(maxsize=4096)  # an evaluation asks twice: for the reward and the verdict
+def _in_sandbox(gold: str, text: str) -> bool:
+    return bool(_sandbox().run([(gold, text)])[0].value)
 
 
 def load_killable_comparison() -> Comparison:
