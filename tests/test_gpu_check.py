@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from agrpo_megatron.hardware.workspace import LIMIT, training_workspace
 from tools.gpu_jobs import JOBS, by_process
 from tools.gpu_needs import missing
 from tools.gpu_verdict import NO_START, NOT_REACHED, RIGHT, SLOW, WRONG
@@ -221,11 +223,14 @@ def test_jobs_with_the_same_kernels_share_a_process():
 
 
 def test_the_deterministic_job_fits_into_memory():
-    """cuDNN's deterministic backward reserves 2 * 32 * heads * tokens^2 bytes on Hopper."""
-    scale = importlib.import_module("gpu_model").LLADA_8B
+    model = importlib.import_module("gpu_model")
     (job,) = [job for job in JOBS if job.name == "te bf16 deterministic"]
-    tokens = scale.tokens // job.fewer
-    assert tokens <= 2048 and 2 * 32 * scale.heads * tokens**2 <= 8 * 2**30
+    scale = replace(model.LLADA_8B, rows=model.LLADA_8B.rows // job.fewer)
+    settings = model.scale_settings(scale, *job.overrides)
+    assert settings.train.token_budget == scale.tokens == 2048
+    assert training_workspace(settings, scale.tokens) <= LIMIT
+    whole = model.scale_settings(model.LLADA_8B, *job.overrides)
+    assert training_workspace(whole, model.LLADA_8B.tokens) > LIMIT
 
 
 def test_what_is_missing_is_told_with_the_command_that_gets_it(monkeypatch):

@@ -69,7 +69,7 @@ class BackwardAlone:
         gradients = [parameter.grad for parameter in chunk.parameters()]
         assert all(isinstance(gradient, Elsewhere) for gradient in gradients)
         names = collected[0]
-        sums = {name: sum(float(metrics[name]) for metrics in collected) for name in names}
+        sums = {name: sum(float(metrics[name].sum()) for metrics in collected) for name in names}
         return {**sums, "grad_norm": 0.0, "learning_rate": 0.0, "skipped_updates": 0}
 
 
