@@ -153,7 +153,7 @@ def _is_cut(sampling: SamplingSettings) -> bool:
 
 
 def _is_ranked_untempered(sampling: SamplingSettings) -> bool:
-    """Say whether positions are ranked by other log-probs than the policy's."""
+    """Whether positions are ranked by other log-probs than the policy's."""
     is_other = _is_cut(sampling) or sampling.temperature not in (0, 1)
     return sampling.confidence == "untempered" and is_other
 
