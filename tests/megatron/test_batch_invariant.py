@@ -1,7 +1,7 @@
 """Megatron's batch-invariant kernels are in place within a forward pass, and nowhere else.
 
-Without a GPU they are registered for the CPU. Megatron's own functions run; plain torch computes what
-they leave to Triton, and refuses what Triton's kernels do not compile for.
+Without a GPU they are registered for the CPU. Megatron's own functions run; plain torch computes
+what they leave to Triton, and refuses what Triton's kernels do not compile for.
 """
 
 import math
@@ -19,7 +19,7 @@ from tests.training.tiny import open_session
 TOP_K = "sampling.top_k=20"
 
 
-def _replace_triton():
+def replace_triton(*, has_te=False):
     """Return Megatron's module with plain torch for Triton, and the counts of its calls."""
     from megatron.core.transformer.custom_layers import batch_invariant_kernels as kernels
 
@@ -27,7 +27,8 @@ def _replace_triton():
 
     def count(name, *operands):
         calls[name] += 1
-        if any(x.dtype == torch.float64 for x in operands):
+        # The stand-ins for the kernels of Transformer Engine compute in float64.
+        if not has_te and any(x.dtype == torch.float64 for x in operands):
             raise TypeError(f"{name} has no kernel for float64")
 
     def product(a, b, bias=None):
@@ -45,7 +46,9 @@ def _replace_triton():
 
     kernels.matmul_persistent, kernels.log_softmax, kernels.mean_dim = product, log_softmax, mean
     torch.accelerator.current_accelerator = lambda **_: None
-    kernels._te_patch_for_batch_invariant = kernels._te_unpatch_for_batch_invariant = lambda: None
+    if not has_te:
+        kernels._te_patch_for_batch_invariant = lambda: None
+        kernels._te_unpatch_for_batch_invariant = lambda: None
     return kernels, calls
 
 
@@ -58,7 +61,7 @@ def _session(*overrides):
 
 def _iterate(*overrides):
     """Return the metrics of an iteration, the calls, and whether the kernels are still there."""
-    kernels, calls = _replace_triton()
+    kernels, calls = replace_triton()
     session, engine = _session(*overrides)
     rollout, _ = collect_rollout(session, engine, 0)
     sampled = calls["product"]
@@ -69,7 +72,7 @@ def _iterate(*overrides):
 
 def _iterate_throughout(*overrides):
     """Return how an iteration ends where the kernels are in place for the whole process."""
-    kernels, _ = _replace_triton()
+    kernels, _ = replace_triton()
     session, engine = _session(*overrides)
     kernels.enable_batch_invariant_mode()
     try:
@@ -82,7 +85,7 @@ def _iterate_throughout(*overrides):
 
 def _forward_and_backward():
     """Return the products of a forward, of its backward, and of its two parts, as graphs run it."""
-    _, calls = _replace_triton()
+    _, calls = replace_triton()
     _, engine = _session()
     model = engine.network.chunks[0]
     bounds = torch.tensor([0, 4], dtype=torch.int32)
