@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
@@ -160,6 +161,8 @@ class Recording:
 class Stage(nn.Module):
     """A virtual stage without weights: every token is as likely as any other."""
 
+    model_type = ModelType.encoder_or_decoder
+
     def __init__(self, config: Any, *, is_first: bool, is_last: bool):
         super().__init__()
         self.config, self.pre_process, self.post_process = config, is_first, is_last
@@ -202,7 +205,7 @@ def _sampled(settings: Settings, world: Recording, virtual: int, stop_at: int | 
         return turns.is_asked() or seen["turns"] == stop_at
 
     forward = make_forward(network, settings.rollout, sampling=settings.sampling)
-    count = 2 * forward.in_flight
+    count = forward.in_flight + world.size  # some groups start with another row
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
     context = SamplerContext(
