@@ -9,7 +9,9 @@ tokens, T packed tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agrpo_megatron.config.settings import SamplingSettings
@@ -117,6 +119,12 @@ class PackedRows:
     tokens: Tensor  # [T] int64
     cu_seqlens: Tensor  # [rows + 1] int32
     scored: Tensor  # [S] int64 indices into the T tokens; the head runs on these only
+    host_bounds: Sequence[int] | None = None  # cu_seqlens, where the host knows them already
+
+    @cached_property
+    def bounds(self) -> Sequence[int]:
+        """Return cu_seqlens on the host; a GPU is waited for only if they must be read from it."""
+        return self.cu_seqlens.tolist() if self.host_bounds is None else self.host_bounds
 
 
 @dataclass(frozen=True)

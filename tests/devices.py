@@ -47,7 +47,7 @@ class Elsewhere(torch.Tensor):
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
     def tolist(self) -> Any:
-        return self.inner.tolist()
+        return self.cpu().tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]

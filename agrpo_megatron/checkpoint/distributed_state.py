@@ -125,6 +125,7 @@ def _blocks(
     begin = 0
     for first, part in _parts(leaf):
         lead, size = part.prepend_axis_num, math.prod(part.local_shape)
+        assert isinstance(part.replica_id, tuple)
         inside = max(start - first, 0), min(stop - first, size)
         if inside[0] >= inside[1]:
             continue

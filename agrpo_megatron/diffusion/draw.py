@@ -1,7 +1,11 @@
 """Draw tokens from a policy: temperature, top-k, top-p and counter-based Gumbel noise."""
 
+import functools
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from subprocess import SubprocessError
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -14,6 +18,7 @@ from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.logprobs import (
     Vocabulary,
     entropy,
+    lowest_of_best,
     policy_logits,
     reduce,
     token_logprobs,
@@ -23,6 +28,10 @@ from agrpo_megatron.types import PackedRows
 
 # Logits processed at a time: each float64 tensor of this size takes 0.5 GiB.
 MAX_LOGITS = 2**26
+
+# Likeliest tokens that are searched for top-p's mass, and the factor for another search: the host
+# waits after each, four times for a vocabulary of 2**17.
+FIRST_CANDIDATES, MORE_CANDIDATES = 64, 16
 
 
 @dataclass(frozen=True)
@@ -53,50 +62,100 @@ def draw_tokens(
 
 
 def _draw(logits: Tensor, keys: Tensor, vocab: Vocabulary, sampling: SamplingSettings) -> Draw:
-    policy = policy_logits(logits, vocab, temperature=sampling.temperature)
-    is_greedy = sampling.temperature == 0
-    is_cut = sampling.top_k is not None or sampling.top_p < 1
-    support_ids = support = None
-    if is_cut and (not is_greedy or sampling.truncation == "top_p_first"):
-        support_ids, support = _support(policy, vocab, sampling)
-        chosen = torch.zeros_like(support_ids[:, :1])
-        if not is_greedy:
-            noisy = support + noise.gumbel(noise.fold(keys[:, None], support_ids))
-            chosen = noisy.argmax(-1, keepdim=True)
-        tokens = support_ids.gather(-1, chosen).squeeze(-1)
-        logprobs = support.gather(-1, chosen).squeeze(-1).to(policy.dtype)
-        entropies = entropy(support).to(policy.dtype)
+    support = None
+    if _is_cut(sampling) and (sampling.temperature > 0 or sampling.truncation == "top_p_first"):
+        draw, support = _draw_kept(logits, keys, vocab, sampling)
+    elif (kernel := kernel_for(logits)) is not None:
+        tokens, logprobs, entropies, untempered = kernel.draw_whole(
+            logits, keys, vocab=vocab, temperature=sampling.temperature
+        )
+        confidences = untempered if _is_ranked_untempered(sampling) else logprobs
+        draw = Draw(tokens, logprobs, entropies, confidences, None)
     else:
-        noisy = policy
-        if not is_greedy:
-            ids = vocab.start + torch.arange(policy.shape[-1], device=policy.device)
-            noisy = policy.double() + noise.gumbel(noise.fold(keys[:, None], ids))
-        tokens = _argmax(noisy, vocab)
-        logprobs, entropies = token_logprobs(policy, tokens, vocab=vocab)
-    confidences = logprobs
-    if sampling.confidence == "untempered" and (is_cut or sampling.temperature not in (0, 1)):
-        confidences, _ = token_logprobs(policy_logits(logits, vocab), tokens, vocab=vocab)
-    if sampling.unmasking == "margin":
-        confidences = _margins(policy, support, vocab)
-    return Draw(tokens, logprobs, entropies, confidences, support_ids)
-
-
-def _margins(policy: Tensor, support: Tensor | None, vocab: Vocabulary) -> Tensor:
-    """Return the probability of the likeliest token minus that of the second likeliest [S]."""
+        draw = _draw_whole(logits, keys, vocab, sampling)
+    if sampling.unmasking != "margin":
+        return draw
     if support is None:
-        top, _ = _top_candidates(policy, 2, vocab)
-        support = top - _log_total(policy, vocab)[:, None]
+        policy = policy_logits(logits, vocab, temperature=sampling.temperature)
+        support = _top_candidates(policy, 2, vocab)[0] - _log_total(policy, vocab)[:, None]
     chances = F.pad(support.exp(), (0, 1))
-    return (chances[:, 0] - chances[:, 1]).to(policy.dtype)
+    margins = chances[:, 0] - chances[:, 1]  # of the likeliest and the second likeliest token
+    return replace(draw, confidences=margins.to(draw.logprobs.dtype))
 
 
-def _argmax(values: Tensor, vocab: Vocabulary) -> Tensor:
-    """Return the id of the largest value over all shards; the lowest id wins a tie."""
-    best, column = values.max(-1)
-    ids = column + vocab.start
+def kernel_for(logits: Tensor) -> ModuleType | None:
+    """Return the module whose kernel draws from such logits; None: tensor operations do."""
+    return _gpu_kernel() if logits.is_cuda and logits.dtype != torch.float64 else None
+
+
+@functools.cache
+def _gpu_kernel() -> ModuleType | None:
+    """Return `fused_draw`, once Triton has shown that it can start kernels here."""
+    try:
+        from triton.runtime import driver  # type: ignore[reportMissingImports]
+
+        assert driver.active  # compiles the part that starts kernels
+        from agrpo_megatron.diffusion import fused_draw
+    except (ImportError, AssertionError, OSError, RuntimeError, SubprocessError) as error:
+        warnings.warn(
+            f"tokens are drawn without Triton, which is slower: {error}; Triton needs a C compiler "
+            "and Python's headers",
+            stacklevel=2,
+        )
+        return None
+    return fused_draw
+
+
+def _draw_whole(
+    logits: Tensor, keys: Tensor, vocab: Vocabulary, sampling: SamplingSettings
+) -> Draw:
+    """Draw from the whole vocabulary, as `fused_draw` does on a GPU."""
+    policy = policy_logits(logits, vocab, temperature=sampling.temperature)
+    noisy = policy
+    if sampling.temperature > 0:
+        ids = vocab.start + torch.arange(policy.shape[-1], device=policy.device)
+        noisy = policy.double() + noise.gumbel(noise.fold(keys[:, None], ids))
+    best, column = noisy.max(-1)
     top = reduce(best.clone(), vocab.group, dist.ReduceOp.MAX)
-    ids = ids.masked_fill(best < top, torch.iinfo(torch.int64).max)
-    return reduce(ids, vocab.group, dist.ReduceOp.MIN)
+    tokens = lowest_of_best(column + vocab.start, best < top, vocab.group)
+    logprobs, entropies = token_logprobs(policy, tokens, vocab=vocab)
+    confidences = _confidences(logits, tokens, logprobs, vocab, sampling)
+    return Draw(tokens, logprobs, entropies, confidences, None)
+
+
+def _draw_kept(
+    logits: Tensor, keys: Tensor, vocab: Vocabulary, sampling: SamplingSettings
+) -> tuple[Draw, Tensor]:
+    """Draw from what top-k and top-p keep; also return the log-probs [S, K] of the candidates."""
+    policy = policy_logits(logits, vocab, temperature=sampling.temperature)
+    support_ids, support = _support(policy, vocab, sampling)
+    chosen = torch.zeros_like(support_ids[:, :1])
+    if sampling.temperature > 0:
+        noisy = support + noise.gumbel(noise.fold(keys[:, None], support_ids))
+        chosen = noisy.argmax(-1, keepdim=True)
+    tokens = support_ids.gather(-1, chosen).squeeze(-1)
+    logprobs = support.gather(-1, chosen).squeeze(-1).to(policy.dtype)
+    entropies = entropy(support).to(policy.dtype)
+    confidences = _confidences(logits, tokens, logprobs, vocab, sampling)
+    return Draw(tokens, logprobs, entropies, confidences, support_ids), support
+
+
+def _confidences(
+    logits: Tensor, tokens: Tensor, logprobs: Tensor, vocab: Vocabulary, sampling: SamplingSettings
+) -> Tensor:
+    if not _is_ranked_untempered(sampling):
+        return logprobs
+    return token_logprobs(policy_logits(logits, vocab), tokens, vocab=vocab)[0]
+
+
+def _is_cut(sampling: SamplingSettings) -> bool:
+    return sampling.top_k is not None or sampling.top_p < 1
+
+
+def _is_ranked_untempered(sampling: SamplingSettings) -> bool:
+    """Whether positions are ranked by other log-probs than the policy's."""
+    is_other = _is_cut(sampling) or sampling.temperature not in (0, 1)
+    return sampling.confidence == "untempered" and is_other
 
 
 def _support(
@@ -107,25 +166,25 @@ def _support(
     By default top-k comes first and top-p filters its candidates. Without top-k, K grows until
     the candidates hold top-p's mass, so that only the needed part of the vocabulary is gathered.
     Log-probs are float64: rounded to float32, they do not depend on K, the widest support of the
-    batch.
+    batch. The host waits for K under top-p alone; top-k keeps as many of every row.
     """
-    if sampling.top_k is not None:
-        values, ids = _top_candidates(policy, sampling.top_k, vocab)
-        logprobs = values.log_softmax(-1)
-        if sampling.truncation == "top_p_first":
-            logprobs = values - _log_total(policy, vocab)[:, None]
-    else:
-        count = 64
-        while True:
-            values, ids = _top_candidates(policy, count, vocab)
-            logprobs = values - _log_total(policy, vocab)[:, None]
-            mass = logprobs.double().exp().sum(-1)
-            if count >= vocab.size or bool((mass > sampling.top_p).all()):
-                break
-            count = min(4 * count, vocab.size)
-    before = logprobs.double().exp().cumsum(-1) - logprobs.double().exp()
-    cut = (before > sampling.top_p) | (values == float("-inf"))
-    width = int((~cut).sum(-1).max())
+    top_k, top_p, total = sampling.top_k, sampling.top_p, None
+    if top_k is None or sampling.truncation == "top_p_first":
+        total = _log_total(policy, vocab)[:, None]
+    count = FIRST_CANDIDATES if top_k is None else top_k
+    while True:
+        values, ids = _top_candidates(policy, count, vocab)
+        logprobs = values.log_softmax(-1) if total is None else values - total
+        chances = logprobs.double().exp()
+        cut = (chances.cumsum(-1) - chances > top_p) | (values == float("-inf"))
+        if top_p == 1 and top_k is not None:
+            width = min(top_k, vocab.drawable)
+            break
+        is_enough = (chances.sum(-1) > top_p).all()
+        is_enough, width = torch.stack([is_enough.long(), (~cut).sum(-1).max()]).tolist()
+        if top_k is not None or is_enough or count >= vocab.size:
+            break
+        count = min(MORE_CANDIDATES * count, vocab.size)
     ids, cut = ids[:, :width], cut[:, :width]
     kept = values[:, :width].double().masked_fill(cut, float("-inf"))
     return ids.masked_fill(cut, -1), kept.log_softmax(-1)

@@ -20,6 +20,11 @@ class Vocabulary:
     forbidden: tuple[int, ...] = ()  # ids that are never drawn, such as the mask token
     group: dist.ProcessGroup | None = None  # tensor-parallel group; None: the shard is all
 
+    @property
+    def drawable(self) -> int:
+        """Return how many ids may be drawn."""
+        return self.size - len({id for id in self.forbidden if id < self.size})
+
 
 def policy_logits(logits: Tensor, vocab: Vocabulary, *, temperature: float = 1.0) -> Tensor:
     """Return the shard in float32 (float64 stays), tempered; impossible ids are -inf.
@@ -29,14 +34,19 @@ def policy_logits(logits: Tensor, vocab: Vocabulary, *, temperature: float = 1.0
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
-    width = logits.shape[-1]
-    shut = [i - vocab.start for i in vocab.forbidden if vocab.start <= i < vocab.start + width]
-    if not shut and vocab.start + width <= vocab.size:
+    width, end = logits.shape[-1], vocab.start + logits.shape[-1]
+    if end <= vocab.size and not any(vocab.start <= i < end for i in vocab.forbidden):
         return logits
-    columns = torch.arange(width, device=logits.device)
-    impossible = columns + vocab.start >= vocab.size
-    impossible[shut] = True
-    return logits.masked_fill(impossible, float("-inf"))
+    return logits.masked_fill(impossible_columns(width, vocab, logits.device), float("-inf"))
+
+
+def impossible_columns(width: int, vocab: Vocabulary, device: torch.device) -> Tensor:
+    """Mark the columns [width] of a shard that hold padding or a forbidden id."""
+    ids = vocab.start + torch.arange(width, device=device)
+    impossible = ids >= vocab.size
+    for forbidden in vocab.forbidden:  # few; a list of them would be copied to the GPU
+        impossible |= ids == forbidden
+    return impossible
 
 
 def token_logprobs(
@@ -77,6 +87,12 @@ def reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.Re
     if group is not None and group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)
     return tensor
+
+
+def lowest_of_best(ids: Tensor, is_less: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the lowest of the shards' ids [S], without those whose value is less than the best."""
+    ids = ids.masked_fill(is_less, torch.iinfo(torch.int64).max)
+    return reduce(ids, group, dist.ReduceOp.MIN)
 
 
 class _SumOverShards(torch.autograd.Function):

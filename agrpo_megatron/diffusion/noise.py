@@ -4,6 +4,7 @@ The noise of (rollout, denoising step, position, token) is the same under any te
 layout, batch size, compaction or resume, and a vocabulary shard computes its own slice.
 """
 
+import functools
 import math
 
 import torch
@@ -12,22 +13,20 @@ from torch import Tensor
 # Streams keep the uses of one seed apart.
 TOKENS, POSITIONS, STEPS, PROBLEMS, MASKS = range(5)
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the splitmix64 increment
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the splitmix64 increment
+MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def noise_key(seed: int, stream: int, *indices: Tensor) -> Tensor:
     """Fold int64 index tensors, which broadcast, into one int64 key per element."""
-    device = indices[0].device if indices else "cpu"
-    start = (seed * 1000003 + stream + 2**63) % 2**64 - 2**63  # wraps around, as `_mix` does
-    key = _mix(torch.tensor(start, dtype=torch.int64, device=device))
+    key: Tensor | int = _root(seed, stream)
     for index in indices:
         key = fold(key, index)
-    return key
+    return key if isinstance(key, Tensor) else torch.tensor(key)
 
 
-def fold(key: Tensor, index: Tensor) -> Tensor:
+def fold(key: Tensor | int, index: Tensor) -> Tensor:
     """Return the keys of `index` below `key`; shapes broadcast."""
     return _mix(key ^ _mix(index.to(torch.int64) + 1))
 
@@ -43,11 +42,18 @@ def gumbel(key: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform(key)))
 
 
+@functools.cache
+def _root(seed: int, stream: int) -> int:
+    """Return the key of a stream: a number of the host, as a tensor would be copied to the GPU."""
+    start = (seed * 1000003 + stream + 2**63) % 2**64 - 2**63  # wraps around, as `_mix` does
+    return int(_mix(torch.tensor(start)))
+
+
 def _mix(x: Tensor) -> Tensor:
     """Apply the splitmix64 finaliser; int64 products wrap around as uint64 ones do."""
-    x = x + _GOLDEN
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    x = x + GOLDEN
+    x = (x ^ _shift_right(x, 30)) * MIX_1
+    x = (x ^ _shift_right(x, 27)) * MIX_2
     return x ^ _shift_right(x, 31)
 
 

@@ -1,6 +1,7 @@
 """Packed rows: rows of different length laid end to end, filled to a token budget."""
 
 import heapq
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -14,10 +15,9 @@ def make_canvas(prompts: Sequence[Tensor], completions: Tensor) -> tuple[Tensor,
 
     Returns the canvas and the prompt lengths [R]; row r is its first `prompt + C` columns.
     """
-    lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64, device=completions.device)
-    width = completions.shape[1]
-    longest = int(lengths.max()) + width if len(prompts) else width
-    canvas = completions.new_zeros(len(prompts), longest)
+    sizes, width = [len(prompt) for prompt in prompts], completions.shape[1]
+    lengths = on_device(sizes, completions.device)
+    canvas = completions.new_zeros(len(prompts), max(sizes, default=0) + width)
     for row, prompt in enumerate(prompts):
         canvas[row, : len(prompt)] = prompt
     return canvas.scatter(1, completion_columns(lengths, width), completions), lengths
@@ -35,20 +35,51 @@ def pack(canvas: Tensor, lengths: Tensor, scored: Tensor, *, shift: bool = False
     the state before it, and the first token of a row from its own state.
     """
     valid = torch.arange(canvas.shape[1], device=canvas.device) < lengths[:, None]
-    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=canvas.device)
-    cu_seqlens[1:] = lengths.cumsum(0)
-    places = scored[valid].nonzero().squeeze(1)
+    row, column = (scored & valid).nonzero(as_tuple=True)
+    return pack_scored(canvas, lengths.tolist(), row, column, shift=shift)
+
+
+def pack_scored(
+    canvas: Tensor, lengths: Sequence[int], row: Tensor, column: Tensor, *, shift: bool = False
+) -> PackedRows:
+    """Pack as `pack` does, given the scored tokens' canvas rows [S] and columns [S], in order.
+
+    The host knows the lengths, so it need not wait for a GPU.
+    """
+    bounds = (0, *itertools.accumulate(lengths))
+    cu_seqlens = on_device(bounds, canvas.device, dtype=torch.int32)
+    owner = torch.arange(len(lengths), device=canvas.device)
+    owner = owner.repeat_interleave(cu_seqlens.diff(), output_size=bounds[-1])
+    tokens = canvas[owner, positions_in_rows(cu_seqlens, bounds[-1])]
     if shift:
-        places = places - (~torch.isin(places, cu_seqlens[:-1])).long()
-    return PackedRows(canvas[valid], cu_seqlens, places)
+        column = (column - 1).clamp(min=0)
+    return PackedRows(tokens, cu_seqlens, cu_seqlens[row].long() + column, bounds)
+
+
+def positions_in_rows(cu_seqlens: Tensor, count: int) -> Tensor:
+    """Return each token's position in its row, [count]; `count` is the last boundary."""
+    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=count)
+    return torch.arange(count, device=cu_seqlens.device) - starts
+
+
+def on_device(
+    numbers: Sequence[int], device: torch.device, *, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Copy numbers to a device without waiting for its work: a GPU reads them from pinned memory.
+
+    `torch.tensor(numbers, device=...)` waits until the GPU has done all that it was given before.
+    """
+    numbers_here = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    return numbers_here.to(device, non_blocking=True)
 
 
 def unscored_row(mask_id: int, device: torch.device) -> PackedRows:
     """Return one row of one mask token with nothing to score: a forward of weight 0."""
     return PackedRows(
-        tokens=torch.tensor([mask_id], device=device),
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        tokens=on_device([mask_id], device),
+        cu_seqlens=on_device([0, 1], device, dtype=torch.int32),
         scored=torch.zeros(0, dtype=torch.int64, device=device),
+        host_bounds=(0, 1),
     )
 
 

@@ -16,7 +16,7 @@ from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.draw import Draw, Forward, draw_tokens
 from agrpo_megatron.diffusion.logprobs import Vocabulary
-from agrpo_megatron.diffusion.packing import pack
+from agrpo_megatron.diffusion.packing import on_device, pack_scored
 from agrpo_megatron.diffusion.sampler_state import (
     SamplerState,
     advance,
@@ -25,8 +25,7 @@ from agrpo_megatron.diffusion.sampler_state import (
     start,
     trajectory,
 )
-from agrpo_megatron.diffusion.schedule import bernoulli_plan, step_counts
-from agrpo_megatron.trajectories import map_tensors
+from agrpo_megatron.diffusion.schedule import bernoulli_plan
 from agrpo_megatron.types import Trajectory
 
 
@@ -63,10 +62,11 @@ class SamplerHooks:
 class _Group:
     """Rows that share a forward pass: one denoising step of each."""
 
-    rows: Tensor  # [n]
+    numbers: list[int]  # n rows
+    rows: Tensor  # [n] the same, on the device
     positions: Tensor  # [n, block length] of their blocks, in the completion
     wanted: Tensor  # [n, block length] whether this step scores the position
-    owners: Tensor  # [S] row of each scored token
+    spots: tuple[Tensor, ...]  # [S] and [S]: where `wanted` is true
     draws: Callable[[], Draw]  # waits for the draws
 
 
@@ -93,7 +93,7 @@ def sample(
     state = start(tuple(prompts), rollout_ids, mask_id=context.mask_id, sampling=sampling)
     if sampling.unmasking == "bernoulli":
         state.plan = bernoulli_plan(_step_uniforms(state, context))
-    lengths = state.lengths.tolist()
+    lengths = state.lengths
     waiting = deque(sorted(range(len(lengths)), key=lambda row: -lengths[row]))
     in_flight: deque[_Group] = deque()
     most = context.forward.in_flight
@@ -107,14 +107,13 @@ def sample(
         if len(in_flight) == most or not waiting:
             group = in_flight.popleft()
             live = _finish(state, group, context)
-            complete = sorted(set(group.rows.tolist()) - set(live))
+            complete = sorted(set(group.numbers) - set(live))
             if complete and hooks.on_complete is not None:
                 hooks.on_complete(complete, trajectory(state, complete))
         live += _fill(live, waiting, lengths, free=most - len(in_flight), context=context)
         if live:
             live.sort(key=lambda row: -lengths[row])  # equal lengths share one attention call
-            rows = torch.tensor(live, device=rollout_ids.device)
-            in_flight.append(_launch(state, rows, context))
+            in_flight.append(_launch(state, live, context))
     context.forward.close()
     return trajectory(state, list(range(len(lengths))))
 
@@ -136,31 +135,36 @@ def _fill(
     return rows
 
 
-def _launch(state: SamplerState, rows: Tensor, context: SamplerContext) -> _Group:
-    """Send rows into their next denoising step."""
+def _launch(state: SamplerState, numbers: list[int], context: SamplerContext) -> _Group:
+    """Send rows into their next denoising step.
+
+    The host waits for the GPU once here, for the number of scored tokens, and once in `_finish`,
+    for which rows are over. Each wait costs tens of microseconds, in which the GPU has no work.
+    """
+    rows = on_device(numbers, state.rollout_ids.device)
     positions = block_positions(state, rows)
     wanted = _wanted(state, rows, positions, context)
-    scored = torch.zeros_like(state.canvas[rows], dtype=torch.bool)
-    scored.scatter_(1, state.columns[rows].gather(1, positions), wanted)
-    owners = rows[wanted.nonzero(as_tuple=True)[0]]
+    spots = row, _ = wanted.nonzero(as_tuple=True)
+    owners, scored = rows[row], positions[spots]
     keys = noise.noise_key(
-        context.seed, noise.TOKENS, state.rollout_ids[owners], state.step[owners], positions[wanted]
+        context.seed, noise.TOKENS, state.rollout_ids[owners], state.step[owners], scored
     )
 
     def draw_at(logits: Tensor, part: slice) -> Draw:
         return draw_tokens(logits, keys[part], vocab=context.vocab, sampling=state.sampling)
 
-    packed = pack(state.canvas[rows], state.lengths[rows], scored, shift=context.shift)
-    return _Group(rows, positions, wanted, owners, context.forward(packed, draw_at))
+    lengths = [state.lengths[number] for number in numbers]
+    columns = state.columns[owners, scored]
+    packed = pack_scored(state.canvas[rows], lengths, row, columns, shift=context.shift)
+    return _Group(numbers, rows, positions, wanted, spots, context.forward(packed, draw_at))
 
 
 def _finish(state: SamplerState, group: _Group, context: SamplerContext) -> list[int]:
     """Fix the best of a group's draws and end its step; returns the rows still live."""
-    draw, wanted = group.draws(), group.wanted
-    kept = _fixed(state, group, draw, context)[wanted]
-    positions = group.positions[wanted][kept]
-    commit(state, group.owners[kept], positions, map_tensors(draw, lambda t: t[kept]))
-    return advance(state, group.rows, context.eos_id)
+    draw, spots = group.draws(), group.spots
+    is_fixed = _fixed(state, group, draw, context)[spots]
+    commit(state, group.rows[spots[0]], group.positions[spots], draw, is_fixed)
+    return advance(state, group.numbers, group.rows, context.eos_id)
 
 
 def _wanted(
@@ -181,27 +185,27 @@ def _wanted(
 
 def _fixed(state: SamplerState, group: _Group, draw: Draw, context: SamplerContext) -> Tensor:
     """Return which wanted positions [n, block length] this step fixes."""
-    rows, wanted, sampling = group.rows, group.wanted, state.sampling
+    rows, wanted, spots, sampling = group.rows, group.wanted, group.spots, state.sampling
     if state.plan is not None or (sampling.unmasking == "random" and sampling.threshold is None):
         return wanted
-    rank = torch.full(wanted.shape, float("-inf"), dtype=torch.float64, device=rows.device)
     if sampling.unmasking == "random":
-        rank[wanted] = _position_noise(state, rows, group.positions, context)[wanted]
+        chance = _position_noise(state, rows, group.positions, context)
+        rank = chance.masked_fill(~wanted, float("-inf"))
     else:
         by_entropy = sampling.unmasking == "entropy"
-        rank[wanted] = (-draw.entropies if by_entropy else draw.confidences).double()
+        rank = torch.full(wanted.shape, float("-inf"), dtype=torch.float64, device=rows.device)
+        rank[spots] = (-draw.entropies if by_entropy else draw.confidences).double()
     fixed = _best(rank, _scheduled(state, rows))
     if sampling.threshold is not None:
         sure = torch.zeros_like(wanted)
-        sure[wanted] = draw.confidences.exp() >= sampling.threshold
+        sure[spots] = draw.confidences.exp() >= sampling.threshold
         fixed = fixed | sure
     return fixed & wanted
 
 
 def _scheduled(state: SamplerState, rows: Tensor) -> Tensor:
     """Return how many tokens the schedule fixes in this step, [n, 1]."""
-    table = torch.tensor(step_counts(state.sampling), device=rows.device)
-    return table[state.step_in_block[rows]][:, None]
+    return state.schedule[state.step_in_block[rows]][:, None]
 
 
 def _position_noise(

@@ -1,5 +1,6 @@
 """The state of the sampler: its rows, and their current blocks and steps."""
 
+import itertools
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion.draw import Draw
-from agrpo_megatron.diffusion.packing import completion_columns, make_canvas
+from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, on_device
+from agrpo_megatron.diffusion.schedule import step_counts
 from agrpo_megatron.trajectories import SUPPORT
 from agrpo_megatron.types import Trajectory
 
@@ -25,7 +27,7 @@ class SamplerState:
     sampling: SamplingSettings
     prompts: tuple[Tensor, ...]
     canvas: Tensor  # [R, longest] prompts and completions
-    lengths: Tensor  # [R] tokens of each row: prompt and completion
+    lengths: list[int]  # R: tokens of each row, prompt and completion
     columns: Tensor  # [R, C] canvas columns of the completion
     rollout_ids: Tensor  # [R]
     unmask_step: Tensor  # [R, C]; -1 where still masked
@@ -34,6 +36,7 @@ class SamplerState:
     step: Tensor  # [R] denoising steps done
     block: Tensor  # [R] block being decoded
     step_in_block: Tensor  # [R]
+    schedule: Tensor  # [steps of a block] tokens that each fixes
     plan: Tensor | None = None  # [R, C] step that fixes each position, where known beforehand
 
 
@@ -49,7 +52,7 @@ def start(
         sampling=sampling,
         prompts=prompts,
         canvas=canvas,
-        lengths=prompt_lengths + width,
+        lengths=[len(prompt) + width for prompt in prompts],
         columns=completion_columns(prompt_lengths, width),
         rollout_ids=rollout_ids,
         unmask_step=torch.full((rows, width), -1, dtype=torch.int64, device=device),
@@ -58,6 +61,7 @@ def start(
         step=zeros,
         block=zeros.clone(),
         step_in_block=zeros.clone(),
+        schedule=on_device(step_counts(sampling), device),
     )
 
 
@@ -67,43 +71,59 @@ def block_positions(state: SamplerState, rows: Tensor) -> Tensor:
     return state.block[rows, None] * length + torch.arange(length, device=rows.device)
 
 
-def commit(state: SamplerState, rows: Tensor, positions: Tensor, draw: Draw) -> None:
-    """Write the tokens that a step fixes, and the recorded values of each."""
-    state.canvas[rows, state.columns[rows, positions]] = draw.tokens
-    state.unmask_step[rows, positions] = state.step[rows]
+def commit(
+    state: SamplerState, rows: Tensor, positions: Tensor, draw: Draw, is_fixed: Tensor
+) -> None:
+    """Write the drawn tokens that a step fixes, and the recorded values of each.
+
+    Args:
+        rows, positions: [S] of the drawn tokens; all different.
+        is_fixed: [S]. What is not fixed is written as it was: to leave it out, the host would
+            have to wait for its number.
+    """
+    places = rows, positions
+    _write(state.canvas, (rows, state.columns[places]), draw.tokens, is_fixed)
+    _write(state.unmask_step, places, state.step[rows], is_fixed)
     for name, values in state.recorded.items():
-        values[rows, positions] = getattr(draw, name).float()
+        _write(values, places, getattr(draw, name).float(), is_fixed)
     if draw.support_ids is None:
         return
     missing = draw.support_ids.shape[-1] - state.support_ids.shape[-1]
     if missing > 0:
         state.support_ids = F.pad(state.support_ids, (0, missing), value=-1)
     ids = F.pad(draw.support_ids, (0, max(0, -missing)), value=-1)
-    state.support_ids[rows, positions] = ids.to(torch.int32)
+    _write(state.support_ids, places, ids.to(torch.int32), is_fixed[:, None])
 
 
-def advance(state: SamplerState, rows: Tensor, eos_id: int | None) -> list[int]:
-    """Count the step, move finished blocks on, end rows, and return the rows still live."""
+def advance(state: SamplerState, numbers: list[int], rows: Tensor, eos_id: int | None) -> list[int]:
+    """Count the step, move finished blocks on, end rows, and return the rows still live.
+
+    The host waits once: for which rows are over.
+
+    Args:
+        numbers, rows: the same rows, on the host and on the device [n].
+    """
     blocks = state.sampling.completion_length // state.sampling.block_length
-    state.step[rows] += 1
-    state.step_in_block[rows] += 1
     positions = block_positions(state, rows)
     done = (state.unmask_step[rows].gather(1, positions) >= 0).all(1)
-    finished = rows[done]
-    state.block[finished] += 1
-    state.step_in_block[finished] = 0
+    state.step[rows] += 1
+    state.step_in_block[rows] = (state.step_in_block[rows] + 1).masked_fill(done, 0)
+    state.block[rows] += done.long()
     over = state.block[rows] == blocks
+    ended = torch.zeros_like(over)
     if state.sampling.early_end and eos_id is not None:
         tokens = state.canvas[rows].gather(1, state.columns[rows].gather(1, positions))
         ended = done & ~over & (tokens == eos_id).all(1)
-        _fill_tail(state, rows[ended], eos_id)
-        over = over | ended
-    return rows[~over].tolist()
+    over_here, ended_here = torch.stack([over | ended, ended]).tolist()
+    if any(ended_here):
+        assert eos_id is not None
+        _fill_tail(state, list(itertools.compress(numbers, ended_here)), eos_id)
+    return [number for number, is_over in zip(numbers, over_here, strict=True) if not is_over]
 
 
 def trajectory(state: SamplerState, rows: list[int]) -> Trajectory:
     """Return the trajectory of complete rows."""
-    chosen = torch.tensor(rows, dtype=torch.int64, device=state.step.device)
+    chosen = on_device(rows, state.step.device)
     recorded: dict[str, Any] = {name: values[chosen] for name, values in state.recorded.items()}
     support = state.support_ids
     return Trajectory(
@@ -118,9 +138,16 @@ def trajectory(state: SamplerState, rows: list[int]) -> Trajectory:
     )
 
 
-def _fill_tail(state: SamplerState, rows: Tensor, eos_id: int) -> None:
+def _fill_tail(state: SamplerState, numbers: list[int], eos_id: int) -> None:
     """End rows: positions still masked become end-of-text, at a step that never ran."""
-    tail = state.unmask_step[rows] < 0
-    owners = rows[:, None].expand_as(tail)[tail]
-    state.canvas[owners, state.columns[rows][tail]] = eos_id
-    state.unmask_step[owners, tail.nonzero()[:, 1]] = state.step[owners]
+    rows = on_device(numbers, state.step.device)
+    steps, tokens = state.unmask_step[rows], state.canvas[rows]
+    tail, columns = steps < 0, state.columns[rows]
+    ended = tokens.gather(1, columns).masked_fill(tail, eos_id)
+    state.canvas[rows] = tokens.scatter(1, columns, ended)
+    state.unmask_step[rows] = torch.where(tail, state.step[rows, None], steps)
+
+
+def _write(into: Tensor, places: tuple[Tensor, ...], values: Tensor, where: Tensor) -> None:
+    """Write values [S, ...] at places, which all differ, but keep those outside `where`."""
+    into[places] = torch.where(where, values, into[places])

@@ -1,5 +1,7 @@
 """How many tokens each denoising step fixes, known before the first one."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -39,12 +41,13 @@ def dream_chances(steps: int) -> Tensor:
     return chances
 
 
-def step_counts(sampling: SamplingSettings) -> list[int]:
+@functools.cache
+def step_counts(sampling: SamplingSettings) -> tuple[int, ...]:
     """Return how many tokens each step of a block fixes."""
     if sampling.schedule == "dream":
-        return dream_schedule(sampling.completion_length, sampling.denoising_steps)
+        return tuple(dream_schedule(sampling.completion_length, sampling.denoising_steps))
     blocks = sampling.completion_length // sampling.block_length
-    return transfer_schedule(sampling.block_length, sampling.denoising_steps // blocks)
+    return tuple(transfer_schedule(sampling.block_length, sampling.denoising_steps // blocks))
 
 
 def bernoulli_plan(uniforms: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def _scale_finitely(
     apply_scale(name, values, stored, scale)
     quantizer = getattr(stored, "_quantizer", None)
     if quantizer is not None:
-        quantizer.scale.clamp_(max=LARGEST_SCALE)
+        quantizer.scale.abs_().clamp_(max=LARGEST_SCALE)  # zeros may be -0.0, and their scale -inf
         stored.copy_(values)
 
 

@@ -6,7 +6,7 @@ captured, the head is not: the number of scored tokens changes from step to step
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agrpo_megatron.megatron.layers.packed import PackedLayout, positions_in_rows
+from agrpo_megatron.diffusion.packing import on_device, positions_in_rows
+from agrpo_megatron.megatron.layers.packed import PackedLayout
 from agrpo_megatron.megatron.model import MaskedDiffusionModel
 from agrpo_megatron.types import PackedRows
 
@@ -43,7 +44,7 @@ class _Recording:
     replay: Callable[[], object]
 
 
-def bucket_of(bounds: list[int]) -> Bucket:
+def bucket_of(bounds: Sequence[int]) -> Bucket:
     """Return the bucket of packed rows with these boundaries.
 
     Tokens are rounded up by at most an eighth. Padding rows are no longer than the longest row, so
@@ -56,7 +57,7 @@ def bucket_of(bounds: list[int]) -> Bucket:
     return Bucket(tokens, 2 ** (needed - 1).bit_length(), longest)
 
 
-def bucket_bounds(bounds: list[int], bucket: Bucket) -> list[int]:
+def bucket_bounds(bounds: Sequence[int], bucket: Bucket) -> list[int]:
     """Return boundaries [rows + 1] of a bucket: the rows, rows of padding, and empty rows."""
     padding = range(bounds[-1] + bucket.longest, bucket.tokens, bucket.longest)
     filled = [*bounds, *padding]
@@ -78,7 +79,7 @@ class Graphs:
     @torch.no_grad()
     def __call__(self, rows: PackedRows) -> Tensor:
         """Return the logits [S, V / tensor parallel] of the scored tokens."""
-        bounds = rows.cu_seqlens.tolist()
+        bounds = rows.bounds
         bucket = bucket_of(bounds)
         if bucket not in self._seen:
             self._seen.add(bucket)
@@ -86,7 +87,7 @@ class Graphs:
         if bucket not in self._recorded:
             self._recorded[bucket] = self._recording(bucket, rows.tokens.device)
         found = self._recorded[bucket]
-        full = rows.cu_seqlens.new_tensor(bucket_bounds(bounds, bucket))
+        full = on_device(bucket_bounds(bounds, bucket), rows.tokens.device, dtype=torch.int32)
         found.tokens.copy_(F.pad(rows.tokens, (0, bucket.tokens - len(rows.tokens))))
         found.bounds.copy_(full)
         found.angles.copy_(self.model.angles(positions_in_rows(full, bucket.tokens)))
@@ -96,7 +97,7 @@ class Graphs:
     def _recording(self, bucket: Bucket, device: torch.device) -> _Recording:
         tokens = torch.zeros(bucket.tokens, dtype=torch.int64, device=device)
         even = bucket_bounds([0, min(bucket.longest, bucket.tokens)], bucket)
-        bounds = torch.tensor(even, dtype=torch.int32, device=device)
+        bounds = on_device(even, device, dtype=torch.int32)
         angles = self.model.angles(positions_in_rows(bounds, bucket.tokens))
         layout = PackedLayout(
             cu_seqlens_q=bounds,

@@ -139,7 +139,7 @@ class MaskedDiffusionModel(LanguageModule):
         mine = scored_slices(rows, self.ranks)[self.ranks.context.rank]
         rows = padded_rows(rows, self.ranks)
         context = self.ranks.context
-        layout = packed_layout(rows.cu_seqlens, angles=self.angles, context=context)
+        layout = packed_layout(rows, angles=self.angles, context=context)
         first, last = part_of(len(rows.tokens), context, context.rank)
         hidden = self.body(rows.tokens[first:last], layout)
         return self.head(hidden, rows.scored[mine] - first) if self.post_process else hidden

@@ -109,11 +109,11 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
     timeout, world = settings.run.timeout, dist.group.WORLD
     key = (world, timeout, parallel.tensor, parallel.pipeline, parallel.virtual, parallel.context)
     if key not in _made:
-        vars(parallel_state).update(_NO_GROUPS)
+        _set_megatron_globals(_NO_GROUPS)
         replica = _make_groups(parallel, timeout)
         _made[key] = _megatron_globals(), replica
     megatron, replica = _made[key]
-    vars(parallel_state).update(megatron)
+    _set_megatron_globals(megatron)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Ranks(
         rank=dist.get_rank(),
@@ -158,6 +158,11 @@ def _megatron_globals() -> dict[str, Any]:
         for name, value in vars(parallel_state).items()
         if name.startswith("_") and not name.startswith("__") and not callable(value)
     }
+
+
+def _set_megatron_globals(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(parallel_state, name, value)
 
 
 def _axis(group: dist.ProcessGroup | None) -> Axis:

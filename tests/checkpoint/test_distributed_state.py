@@ -60,9 +60,10 @@ def _save_both(root, overrides):
     ours = _save(root / "ours", engine, 2)
     saving.run_state = _gathered
     theirs = _save(root / "theirs", engine, 2)
+    names = [dist_checkpointing.load_tensors_metadata(str(path)).keys() for path in (ours, theirs)]
+    assert names[0] == names[1]
     stored = [dist_checkpointing.load_plain_tensors(str(path)) for path in (ours, theirs)]
-    assert stored[0].keys() == stored[1].keys()
-    return {name: torch.equal(tensor, stored[1][name]) for name, tensor in stored[0].items()}
+    return {name: torch.equal(stored[0][name], stored[1][name]) for name in names[0]}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -102,11 +103,14 @@ def _measure(root, overrides):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_rank_holds_its_share_and_no_more(tmp_path, ranks):
-    """Besides, the first data-parallel rank writes the weights; a load reads a weight at a time."""
+    """A save: also the weights, on the first data-parallel rank.
+
+    A load: also the moments of the optimizer, and gate and up projections, which Megatron joins.
+    """
     costs = run_ranks(ranks, _measure, tmp_path, [DISTRIBUTED, *WIDE])
     whole = sum(own for own, *_ in costs)
     for rank, (own, weights, saved, loaded, written) in enumerate(costs):
         share = own + (weights if rank == 0 else 0)
         assert own < 1.1 * whole / ranks
-        assert saved < 1.2 * share and loaded < 1.2 * own + weights / 4
+        assert saved < 1.2 * share and loaded < 1.2 * own + own * 2 / 3 + weights / 2
         assert share < written < 1.2 * share

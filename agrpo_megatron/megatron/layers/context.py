@@ -27,8 +27,9 @@ def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRow
     if not missing:
         return rows
     end = rows.cu_seqlens[-1:] + missing
+    bounds = None if rows.host_bounds is None else (*rows.host_bounds, len(rows.tokens) + missing)
     return PackedRows(
-        F.pad(rows.tokens, (0, missing)), torch.cat([rows.cu_seqlens, end]), rows.scored
+        F.pad(rows.tokens, (0, missing)), torch.cat([rows.cu_seqlens, end]), rows.scored, bounds
     )
 
 

@@ -1,15 +1,17 @@
 """The layout of packed rows for attention: boundaries, positions, batched runs."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from agrpo_megatron.diffusion.packing import positions_in_rows
 from agrpo_megatron.megatron.layers.context import part_of
 from agrpo_megatron.megatron.parallel import Axis
+from agrpo_megatron.types import PackedRows
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,15 @@ class PackedLayout(PackedSeqParams):
 
 
 def packed_layout(
-    cu_seqlens: Tensor, *, angles: Callable[[Tensor], Tensor], context: Axis
+    rows: PackedRows, *, angles: Callable[[Tensor], Tensor], context: Axis
 ) -> PackedLayout:
     """Describe packed rows: positions restart at every row.
 
     Args:
-        cu_seqlens: [rows + 1] int32 row boundaries, of all context-parallel ranks together.
+        rows: of all context-parallel ranks together.
         angles: positions [T] -> rotary angles [T, 1, head_dim] float32.
     """
-    bounds = cu_seqlens.tolist()
+    cu_seqlens, bounds = rows.cu_seqlens, rows.bounds
     first, last = part_of(bounds[-1], context, context.rank)
     turns = angles(positions_in_rows(cu_seqlens, bounds[-1])[first:last])
     cuts = {part_of(bounds[-1], context, rank)[0] for rank in range(context.size)}
@@ -67,12 +69,6 @@ def packed_layout(
     )
 
 
-def positions_in_rows(cu_seqlens: Tensor, count: int) -> Tensor:
-    """Return each token's position in its row, [count]; `count` is the last boundary."""
-    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=count)
-    return torch.arange(count, device=cu_seqlens.device) - starts
-
-
 def rotary_angles(positions: Tensor, *, head_dim: int, rope_theta: float) -> Tensor:
     """Return the rotary angles of positions [T], [T, 1, head_dim] float32."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
@@ -80,12 +76,12 @@ def rotary_angles(positions: Tensor, *, head_dim: int, rope_theta: float) -> Ten
     return torch.cat([angles, angles], dim=-1)[:, None]
 
 
-def _rows_around(bounds: list[int], first: int, last: int) -> slice:
+def _rows_around(bounds: Sequence[int], first: int, last: int) -> slice:
     """Return the token range of all rows that overlap `first` to `last`."""
     return slice(max(b for b in bounds if b <= first), min(b for b in bounds if b >= last))
 
 
-def _runs(bounds: list[int], first: int, last: int, *, origin: int) -> list[Run]:
+def _runs(bounds: Sequence[int], first: int, last: int, *, origin: int) -> list[Run]:
     """Join neighbouring rows of equal length that lie completely in `first` to `last`."""
     runs: list[Run] = []
     for start, end in itertools.pairwise(bounds):
