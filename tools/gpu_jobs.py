@@ -25,11 +25,11 @@ def _model(spec: str, precision: str, recipe: str | None = None, *more: str) -> 
 BF16 = _model("te", "bf16")
 DETERMINISTIC, INVARIANT = "kernels.deterministic=true", "kernels.batch_invariant=true"
 # On Hopper, cuDNN's deterministic backward pass reserves memory with the square of a micro-batch's
-# tokens: 128 GiB at 8192, 8 GiB at 2048 (hardware/workspace.py). So that job has 2048 tokens, as has
-# the one that it is compared with.
+# tokens: 128 GiB at 8192, 8 GiB at 2048 (hardware/workspace.py). So that job, and the one that it
+# is compared with, have 2048.
 QUARTER = 4
-# The most important first: jobs that the time does not reach are reported as cut. Deterministic and
-# batch-invariant kernels are switches of a whole process.
+# The most important first: jobs that the time does not reach are reported as cut. Deterministic
+# and batch-invariant kernels are switches of a whole process.
 JOBS = (
     Job("ceiling", 40, "bf16", kind="ceiling"),
     Job("te bf16", 60, "bf16", BF16),
