@@ -124,31 +124,28 @@ def _blocks(
     """Yield the empty blocks of elements [start, stop) of a weight, and where each begins there."""
     begin = 0
     for first, part in _parts(leaf):
-        lead, size = part.prepend_axis_num, math.prod(part.local_shape)
-        assert isinstance(part.replica_id, tuple)
-        inside = max(start - first, 0), min(stop - first, size)
+        lead, replica = (0,) * part.prepend_axis_num, part.replica_id
+        inside = max(start - first, 0), min(stop - first, math.prod(part.local_shape))
         if inside[0] >= inside[1]:
             continue
         for corner, shape in boxes(part.local_shape, *inside):
-            corner = (0,) * lead + corner
-            yield (
-                begin,
-                replace(
-                    part,
-                    data=None,
-                    dtype=torch.float32,
-                    local_shape=(1,) * lead + shape,
-                    global_offset=tuple(map(sum, zip(part.global_offset, corner, strict=True))),
-                    axis_fragmentations=None,  # blocks are no regular grid
-                    prepend_axis_num=0,
-                    # No other data-parallel rank has this block.
-                    replica_id=(*part.replica_id[:2], optimizer.distributed_optimizer_instance_id),
-                ),
+            offset = zip(part.global_offset, lead + corner, strict=True)
+            block = replace(
+                part,
+                data=None,
+                dtype=torch.float32,
+                local_shape=(1,) * len(lead) + shape,
+                global_offset=tuple(map(sum, offset)),
+                axis_fragmentations=None,  # no regular grid
+                prepend_axis_num=0,
+                # The last place counts the data-parallel ranks that have the same.
+                replica_id=(*replica[:2], optimizer.distributed_optimizer_instance_id),
             )
+            yield begin, block
             begin += math.prod(shape)
 
 
-def _parts(leaf: Any) -> list[tuple[int, ShardedTensor]]:
+def _parts(leaf: Any) -> list[tuple[int, Any]]:
     """Return the parts in which a weight is stored, and the element where each begins.
 
     Gate and up projection are one weight of the model, and apart in the stored tensor.
@@ -170,7 +167,7 @@ def _filled(block: ShardedTensor, kind: str, own: Tensor | None) -> ShardedTenso
     data = None
     if own is not None:
         data = own[: math.prod(block.local_shape)].view(block.local_shape)
-        # A view would be copied by the writer, together with what else is in its storage.
+        # Also from the host: a background save writes while the optimizer goes on.
         data = data.to("cpu", torch.float32, copy=True)
     return replace(block, key=f"optimizer.state.{kind}.{block.key}", data=data)
 

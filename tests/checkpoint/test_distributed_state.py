@@ -19,7 +19,6 @@ from tests.ranks import run_ranks
 # A range is far larger than a weight, and than what ranks tell each other about their blocks.
 WIDE = ["model.hidden_size=64", "model.ffn_hidden_size=160", "model.num_layers=6"]
 LAYOUTS = {  # ranks, settings
-    "dp2": (2, [DISTRIBUTED]),
     "dp3": (3, [DISTRIBUTED]),
     "tp2 dp2": (4, [DISTRIBUTED, "parallel.tensor=2"]),
     "pp2 dp2, bf16": (4, [DISTRIBUTED, "parallel.pipeline=2", "precision=bf16"]),
