@@ -45,7 +45,7 @@ def _batch_invariant[**Inputs](
     """
 
     @wraps(method)
-    def run(self: "MaskedDiffusionModel", *args: Inputs.args, **kwargs: Inputs.kwargs) -> Tensor:
+    def _run(self: "MaskedDiffusionModel", *args: Inputs.args, **kwargs: Inputs.kwargs) -> Tensor:
         if not self.config.batch_invariant_mode:
             return method(self, *args, **kwargs)
         from megatron.core.transformer.custom_layers import batch_invariant_kernels  # loads Triton
@@ -53,7 +53,7 @@ def _batch_invariant[**Inputs](
         with batch_invariant_kernels.set_batch_invariant_mode():
             return method(self, *args, **kwargs)
 
-    return run
+    return _run
 
 
 class MaskedDiffusionModel(LanguageModule):
