@@ -46,7 +46,7 @@ def _batch_invariant[**Inputs](
     """
 
     @wraps(method)
-    def run(self: "MaskedDiffusionModel", *args: Inputs.args, **kwargs: Inputs.kwargs) -> Tensor:
+    def _run(self: "MaskedDiffusionModel", *args: Inputs.args, **kwargs: Inputs.kwargs) -> Tensor:
         if not self.config.batch_invariant_mode:
             return method(self, *args, **kwargs)
         from megatron.core.transformer.custom_layers import batch_invariant_kernels  # loads Triton
@@ -54,7 +54,7 @@ def _batch_invariant[**Inputs](
         with batch_invariant_kernels.set_batch_invariant_mode():
             return method(self, *args, **kwargs)
 
-    return run
+    return _run
 
 
 class MaskedDiffusionModel(LanguageModule):
