@@ -66,7 +66,7 @@ class _Group:
     rows: Tensor  # [n] the same, on the device
     positions: Tensor  # [n, block length] of their blocks, in the completion
     wanted: Tensor  # [n, block length] whether this step scores the position
-    spots: tuple[Tensor, Tensor]  # [S] and [S]: where `wanted` is true
+    spots: tuple[Tensor, ...]  # [S] and [S]: where `wanted` is true
     draws: Callable[[], Draw]  # waits for the draws
 
 
