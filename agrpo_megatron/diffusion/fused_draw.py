@@ -32,14 +32,15 @@ from agrpo_megatron.diffusion.logprobs import (
 BLOCK = 2048  # columns of a program
 WARPS = 8
 
+# Tokens, log-probs, entropies, log-probs at temperature 1: [S] each.
+type Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
+
 _GOLDEN = tl.constexpr(noise.GOLDEN % 2**64)
 _MIX_1 = tl.constexpr(noise.MIX_1 % 2**64)
 _MIX_2 = tl.constexpr(noise.MIX_2 % 2**64)
 
 
-def draw_whole(
-    logits: Tensor, keys: Tensor, *, vocab: Vocabulary, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw_whole(logits: Tensor, keys: Tensor, *, vocab: Vocabulary, temperature: float) -> Drawn:
     """Draw one token per row of a logits shard [S, shard]; equal on every rank of the group.
 
     Returns the tokens [S] int64, and in nats [S] float32: their log-probs, the entropies, and
@@ -67,13 +68,13 @@ def draw_whole(
             rows * blocks,
             HAS_NOISE=temperature != 0,
             BLOCK=BLOCK,
-            num_warps=WARPS,
+            num_warps=WARPS,  # type: ignore[reportCallIssue]
         )
     return _combine(parts, ids, vocab)
 
 
-def _combine(parts: Tensor, ids: Tensor, vocab: Vocabulary) -> tuple[Tensor, ...]:
-    """Join blocks [8, S, blocks] and shards: tokens, log-probs, entropies, untempered log-probs."""
+def _combine(parts: Tensor, ids: Tensor, vocab: Vocabulary) -> Drawn:
+    """Join what the kernel wrote for the blocks [8, S, blocks] of all shards."""
     noisy, chosen, raw, top, total, mean, raw_top, raw_total = parts.unbind(0)
     best, block = noisy.max(-1, keepdim=True)  # the first, so the lowest id, of equal ones
     mine = torch.cat([best, top.amax(-1, keepdim=True), raw_top.amax(-1, keepdim=True)], 1)
@@ -132,14 +133,14 @@ def _kernel(
     out = parts + row * tl.num_programs(1) + block
     tl.store(ids + row * tl.num_programs(1) + block, (block * BLOCK + place).to(tl.int64) + start)
     tl.store(out, best)
-    tl.store(out + count, tl.max(tl.where(lane == place, policy, float("-inf")), 0).to(tl.float64))
-    tl.store(out + 2 * count, tl.max(tl.where(lane == place, raw, float("-inf")), 0).to(tl.float64))
-    tl.store(out + 3 * count, top.to(tl.float64))
-    tl.store(out + 4 * count, tl.sum(weight, 0).to(tl.float64))
-    mean = tl.sum(tl.where(weight == 0, 0.0, weight * shifted), 0)
-    tl.store(out + 5 * count, mean.to(tl.float64))
-    tl.store(out + 6 * count, raw_top.to(tl.float64))
-    tl.store(out + 7 * count, tl.sum(raw_weight, 0).to(tl.float64))
+    is_drawn = lane == place
+    tl.store(out + count, tl.max(tl.where(is_drawn, policy, float("-inf")), 0))
+    tl.store(out + 2 * count, tl.max(tl.where(is_drawn, raw, float("-inf")), 0))
+    tl.store(out + 3 * count, top)
+    tl.store(out + 4 * count, tl.sum(weight, 0))
+    tl.store(out + 5 * count, tl.sum(tl.where(weight == 0, 0.0, weight * shifted), 0))
+    tl.store(out + 6 * count, raw_top)
+    tl.store(out + 7 * count, tl.sum(raw_weight, 0))
 
 
 @triton.jit

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agrpo_megatron.diffusion.packing import assign_rows, make_canvas, pack
+from agrpo_megatron.diffusion.packing import assign_rows, make_canvas, pack, pack_scored
+from agrpo_megatron.types import PackedRows
 
 torch.set_num_threads(1)
 
@@ -19,6 +20,30 @@ def test_pack_lays_rows_end_to_end():
     assert rows.tokens.tolist() == [1, 2, 3, 7, 8, 9, 7, 4, 8, 9]
     assert rows.cu_seqlens.tolist() == [0, 5, 7, 10] and rows.cu_seqlens.dtype == torch.int32
     assert rows.scored.tolist() == [4, 5, 9]
+    assert list(rows.bounds) == [0, 5, 7, 10]
+
+
+def test_bounds_are_read_from_the_tensor_only_where_the_host_does_not_know_them():
+    bounds = torch.tensor([0, 2, 3], dtype=torch.int32)
+    ids = torch.zeros(3, dtype=torch.int64)
+    assert PackedRows(ids, bounds, ids).bounds == [0, 2, 3]
+    assert PackedRows(ids, bounds, ids, (0, 2, 3)).bounds == (0, 2, 3)
+
+
+def test_packing_scored_places_is_packing_their_marks():
+    random = torch.Generator().manual_seed(0)
+    canvas = torch.randint(50, (5, 9), generator=random)
+    lengths = torch.tensor([9, 4, 7, 1, 9])
+    marks = torch.rand(5, 9, generator=random) < 0.5
+    marks &= torch.arange(9) < lengths[:, None]
+    for shift in (False, True):
+        whole = pack(canvas, lengths, marks, shift=shift)
+        places = pack_scored(canvas, lengths.tolist(), *marks.nonzero(as_tuple=True), shift=shift)
+        for field in ("tokens", "cu_seqlens", "scored"):
+            assert torch.equal(getattr(whole, field), getattr(places, field))
+        flat = marks[torch.arange(9) < lengths[:, None]].nonzero().squeeze(1)
+        first = torch.isin(flat, whole.cu_seqlens[:-1])
+        assert torch.equal(whole.scored, flat - (~first).long() if shift else flat)
 
 
 @settings(max_examples=200, deadline=None)

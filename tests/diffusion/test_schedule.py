@@ -1,13 +1,21 @@
 """Dream's schedule and its Bernoulli unmasking; the shift that its predictions need."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from agrpo_megatron.config.rules import validate_sampling
 from agrpo_megatron.config.settings import SamplingSettings
+from agrpo_megatron.diffusion import schedule
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.diffusion.sampler import sample
-from agrpo_megatron.diffusion.schedule import bernoulli_plan, dream_chances, dream_schedule
+from agrpo_megatron.diffusion.schedule import (
+    bernoulli_plan,
+    dream_chances,
+    dream_schedule,
+    step_counts,
+)
 from tests.diffusion.hashed import HashedModel, prompts_of
 
 BERNOULLI = SamplingSettings(
@@ -25,6 +33,15 @@ def test_the_schedule_is_the_published_one():
     assert dream_schedule(24, 8) == [2, 3, 3, 3, 3, 3, 3, 4]
     assert dream_schedule(24, 24) == [1] * 22 + [2]
     assert dream_schedule(20, 32) == [1] * 18 + [2]
+
+
+def test_a_schedule_is_computed_once(monkeypatch):
+    """It takes milliseconds, and every rollout asks for it."""
+    calls = []
+    monkeypatch.setattr(schedule, "dream_chances", lambda n: calls.append(n) or dream_chances(n))
+    settings = replace(BERNOULLI, denoising_steps=7)
+    first, second = step_counts(settings), step_counts(replace(settings))
+    assert calls == [7] and first == second == tuple(dream_schedule(8, 7))
 
 
 @pytest.mark.parametrize("length", [1, 7, 64])
