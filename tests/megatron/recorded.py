@@ -159,13 +159,14 @@ class Recording:
 
 
 class Stage(nn.Module):
-    """A virtual stage without weights: every token is as likely as any other."""
+    """A virtual stage without weights: tokens are equally likely, but the shortest rows end."""
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, config: Any, *, is_first: bool, is_last: bool):
+    def __init__(self, config: Any, *, shortest: int, is_first: bool, is_last: bool):
         super().__init__()
-        self.config, self.pre_process, self.post_process = config, is_first, is_last
+        self.config, self.shortest = config, shortest
+        self.pre_process, self.post_process = is_first, is_last
 
     def set_input_tensor(self, hidden: Tensor | list[Tensor]) -> None:
         self.hidden = hidden[0] if isinstance(hidden, list) else hidden
@@ -178,26 +179,32 @@ class Stage(nn.Module):
         if self.pre_process:
             self.hidden = torch.zeros(shape)
         assert self.hidden.shape == shape
-        return torch.zeros(len(rows.scored), VOCABULARY) if self.post_process else self.hidden + 1
+        if not self.post_process:
+            return self.hidden + 1
+        logits = torch.zeros(len(rows.scored), VOCABULARY)
+        owners = torch.bucketize(rows.scored, rows.cu_seqlens[1:], right=True)
+        logits[:, END] = torch.where(rows.cu_seqlens.diff()[owners] == self.shortest, 99.0, 0.0)
+        return logits
 
 
 def record(
-    settings: Settings, *, stages: int, virtual: int, stop_at: int | None = None
+    settings: Settings, prompts: list[int], *, stop_at: int | None = None
 ) -> tuple[list[list[Step]], list[Any]]:
     """Run the sampler on all stages; returns their programs and what they sampled.
 
     For a process of its own: it replaces functions of torch.distributed and torch.cuda.
 
     Args:
+        prompts: their lengths; a prompt of one token is answered by the end of text.
         stop_at: turn in which all stages are told to stop.
     """
     platform.prepare_platform(threads=1)
-    world = Recording(stages)
-    return world.programs, world.run(lambda rank: _sampled(settings, world, virtual, stop_at))
+    world = Recording(settings.parallel.pipeline)
+    return world.programs, world.run(lambda _: _sampled(settings, world, prompts, stop_at))
 
 
-def _sampled(settings: Settings, world: Recording, virtual: int, stop_at: int | None) -> Any:
-    network = _network(settings, world, virtual)
+def _sampled(settings: Settings, world: Recording, prompts: list[int], stop_at: int | None) -> Any:
+    network = _network(settings, world)
     turns, seen = Turns(NoStop(), network.ranks), Counter[str]()
 
     def should_stop() -> bool:
@@ -205,17 +212,14 @@ def _sampled(settings: Settings, world: Recording, virtual: int, stop_at: int | 
         return turns.is_asked() or seen["turns"] == stop_at
 
     forward = make_forward(network, settings.rollout, sampling=settings.sampling)
-    count = forward.in_flight + world.size  # some groups start with another row
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
     context = SamplerContext(
         forward, network.vocab, mask_id=MASK, eos_id=END, seed=0, token_budget=1 << 20
     )
     tokens = None
     with contextlib.suppress(SamplingStopped):
         tokens = sample(
-            [torch.zeros(length, dtype=torch.int64) for length in lengths],
-            torch.arange(count),
+            [torch.zeros(length, dtype=torch.int64) for length in prompts],
+            torch.arange(len(prompts)),
             context=context,
             sampling=settings.sampling,
             hooks=SamplerHooks(should_stop=should_stop),
@@ -224,7 +228,7 @@ def _sampled(settings: Settings, world: Recording, virtual: int, stop_at: int | 
     return tokens
 
 
-def _network(settings: Settings, world: Recording, virtual: int) -> Network:
+def _network(settings: Settings, world: Recording) -> Network:
     rank, one = world.rank, Axis(Alone(), 0, 1)  # type: ignore[arg-type]
     ranks = Ranks(
         rank=rank,
@@ -240,8 +244,11 @@ def _network(settings: Settings, world: Recording, virtual: int) -> Network:
         replica=world.replica,  # type: ignore[arg-type]
     )
     config = transformer_config(settings, settings.parallel, stage=rank)
-    last = world.size * virtual - 1
-    numbers = [number * world.size + rank for number in range(virtual)]
-    chunks = [Stage(config, is_first=n == 0, is_last=n == last) for n in numbers]
+    shortest = 1 + settings.sampling.completion_length
+    last = world.size * settings.parallel.virtual - 1
+    chunks = [
+        Stage(config, shortest=shortest, is_first=number == 0, is_last=number == last)
+        for number in range(rank, last + 1, world.size)
+    ]
     vocab = Vocabulary(size=VOCABULARY, forbidden=(MASK,))
     return Network(tuple(chunks), ranks, vocab)  # type: ignore[arg-type]

@@ -8,23 +8,30 @@ from tests.megatron.recorded import record
 from tests.ranks import run_ranks
 from tests.training.tiny import tiny
 
-RAGGED = [  # rows end at different steps, and leave their group
+SAMPLING = [
     "sampling.completion_length=3",
     "sampling.denoising_steps=3",
     "sampling.block_length=1",
-    "model.eos_token_id=6",
 ]
 STAGES = (2, 3, 4, 8)
 
 
-def _programs(schedule, stages, virtual=1, stop_at=None):
+def _prompts(kind, stages, groups):
+    """Return lengths of prompts; those of one token end at once, and leave their group."""
+    if kind == "one stays":  # it is in flight while all others only finish
+        return [8, *[1] * (groups - 1)]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, 9, (groups + stages,), generator=generator).tolist()
+
+
+def _programs(schedule, stages, virtual, kind="ragged", stop_at=None):
     """Return programs and samples, with as many groups as stages, and 2, 3 and 4 times as many."""
     layout = f"parallel=pp{stages}" + (f"-vpp{virtual}" if virtual > 1 else "")
     overrides = [layout, f"model.num_layers={stages * virtual}", f"rollout.schedule={schedule}"]
     results = []
-    for times in (1, 2, 3, 4):
-        settings = tiny(*overrides, *RAGGED, f"rollout.groups={times * stages}")
-        results.append(record(settings, stages=stages, virtual=virtual, stop_at=stop_at))
+    for groups in range(stages, 5 * stages, stages):
+        settings = tiny(*overrides, *SAMPLING, f"rollout.groups={groups}")
+        results.append(record(settings, _prompts(kind, stages, groups), stop_at=stop_at))
     return results
 
 
@@ -38,11 +45,15 @@ def test_rollouts_end_with_one_queue_and_sends_that_wait(schedule, stages, virtu
 
 
 @pytest.mark.parametrize("stages", STAGES)
-def test_a_stop_within_a_rollout_ends_too(stages):
-    for virtual in (1, 2):
-        found = run_ranks(1, _programs, "ring", stages, virtual, stages + 1)[0]
-        for programs, sampled in found:
-            assert stuck(programs) == {} and sampled == stages * [None]
+def test_so_do_groups_that_finish_while_none_enters(stages):
+    for programs, _ in run_ranks(1, _programs, "ring", stages, 2, "one stays")[0]:
+        assert stuck(programs) == {}
+
+
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_so_does_a_rollout_that_is_stopped(virtual):
+    for programs, sampled in run_ranks(1, _programs, "ring", 3, virtual, "ragged", 5)[0]:
+        assert stuck(programs) == {} and sampled == 3 * [None]
 
 
 def _send(peer):
