@@ -55,6 +55,8 @@ def draw_whole(logits: Tensor, keys: Tensor, *, vocab: Vocabulary, temperature: 
     blocks = triton.cdiv(width, BLOCK)
     parts = torch.empty(8, rows, blocks, dtype=torch.float64, device=logits.device)
     ids = torch.empty(rows, blocks, dtype=torch.int64, device=logits.device)
+    # As torch divides by a number on a GPU: by its reciprocal, in float32.
+    scale = float(torch.tensor(temperature or 1.0).reciprocal())
     if rows:
         _kernel[rows, blocks](
             logits.contiguous(),
@@ -62,7 +64,7 @@ def draw_whole(logits: Tensor, keys: Tensor, *, vocab: Vocabulary, temperature: 
             keys.contiguous(),
             parts,
             ids,
-            1.0 / temperature if temperature else 1.0,  # torch, too, multiplies on a GPU
+            scale,
             vocab.start,
             width,
             rows * blocks,
