@@ -4,14 +4,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.megatron.reshard import LARGEST_GROUP, GroupedCopy
+from agrpo_megatron.megatron.reshard import GroupedCopy
 from tests.megatron.one_queue import Part, Step, stuck
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
 
-DEEP = [  # as many tensors as LLaDA-8B has
+MOST = 256  # transfers of a group
+DEEP = [  # as many tensors as LLaDA-8B has; no rows of the vocabulary are padding
     "model.num_layers=32",
     "model.num_query_groups=4",
+    "model.vocab_size=84",
 ]
 
 
@@ -49,15 +51,20 @@ def _update(overrides):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "training", "rollouts", "most"),
-    [(2, "tp2", "tp1", 600), (4, "tp4", "tp2", 600), (4, "tp2-pp2", "tp1-pp1", 1000)],
+    ("training", "rollouts", "transfers"),  # the last: of each rank
+    [
+        ("tp2", "tp1", [324, 324]),
+        ("tp4", "tp2", [324, 648, 648, 324]),
+        ("tp2-pp2", "tp1", [551, 551, 551, 551]),
+    ],
 )
-def test_weights_are_copied_in_small_groups(ranks, training, rollouts, most):
+def test_weights_are_copied_in_small_groups(training, rollouts, transfers):
     overrides = [f"parallel={training}", f"rollout.parallel={rollouts}"]
-    results = run_ranks(ranks, _update, overrides)
+    results = run_ranks(len(transfers), _update, overrides)
     programs = [program for program, _, _ in results]
     sizes = [[len(step.parts) for step in program] for program in programs]
-    assert all(max(each) <= LARGEST_GROUP < sum(each) < most for each in sizes), sizes
+    assert [sum(each) for each in sizes] == transfers
+    assert max(max(each) for each in sizes) <= MOST
     assert stuck(programs) == {}
 
 
@@ -73,9 +80,9 @@ def test_groups_that_each_rank_cuts_for_itself_hang():
     """First all sends, then all receives, cut by their number: the second rank does the same."""
 
     def program(peer):
-        ways = ["send"] * LARGEST_GROUP + ["receive"] * LARGEST_GROUP
+        ways = ["send"] * MOST + ["receive"] * MOST
         parts = [Part(way, peer, "", 1) for way in ways]
-        groups = (parts[:LARGEST_GROUP], parts[LARGEST_GROUP:])
+        groups = (parts[:MOST], parts[MOST:])
         return [Step("exchange", parts=tuple(group)) for group in groups]
 
     assert set(stuck([program(1), program(0)])) == {0, 1}
