@@ -51,8 +51,7 @@ def _starts():
     counts, right = [], []
     for settings in [here] * 10 + [there, here]:
         ranks = start_ranks(settings)
-        gloo = parallel_state.get_data_parallel_group_gloo()
-        dist.barrier(gloo)
+        dist.barrier(parallel_state.get_data_parallel_group_gloo())  # type: ignore[arg-type]
         right.append(_is_right(ranks))
         counts.append(_counts())
     stop_ranks()
