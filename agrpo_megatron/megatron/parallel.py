@@ -109,11 +109,11 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
     timeout, world = settings.run.timeout, dist.group.WORLD
     key = (world, timeout, parallel.tensor, parallel.pipeline, parallel.virtual, parallel.context)
     if key not in _made:
-        _set_megatron_globals(_NO_GROUPS)
+        parallel_state.__dict__.update(_NO_GROUPS)
         replica = _make_groups(parallel, timeout)
         _made[key] = _megatron_globals(), replica
     megatron, replica = _made[key]
-    _set_megatron_globals(megatron)
+    parallel_state.__dict__.update(megatron)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Ranks(
         rank=dist.get_rank(),
@@ -155,14 +155,9 @@ def _megatron_globals() -> dict[str, Any]:
     """Return the values by which Megatron knows the current layout, by name."""
     return {
         name: value
-        for name, value in vars(parallel_state).items()
+        for name, value in parallel_state.__dict__.items()
         if name.startswith("_") and not name.startswith("__") and not callable(value)
     }
-
-
-def _set_megatron_globals(values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        setattr(parallel_state, name, value)
 
 
 def _axis(group: dist.ProcessGroup | None) -> Axis:

@@ -44,6 +44,18 @@ def test_rollouts_end_with_one_queue_and_sends_that_wait(schedule, stages, virtu
         assert all(torch.equal(tokens, sampled[0]) for tokens in sampled)
 
 
+def test_channels_are_opened_in_one_order_before_they_are_used():
+    """NCCL opens a channel at its first message; the first ones have one element."""
+    for programs, _ in run_ranks(1, _programs, "ring", 3, 2)[0]:
+        for rank, program in enumerate(programs):
+            assert program[0].kind == "meet"
+            parts = [part for step in program for part in step.parts]
+            opened = [part.peer for part in parts if part.size == 1]
+            assert opened == [[1, 2], [0, 2], [1, 0]][rank]
+            assert {part.peer for part in parts} == set(opened)
+            assert all(part.size == 1 for part in parts[: len(opened)])
+
+
 @pytest.mark.parametrize("stages", STAGES)
 def test_so_do_groups_that_finish_while_none_enters(stages):
     for programs, _ in run_ranks(1, _programs, "ring", stages, 2, "one stays")[0]:

@@ -32,13 +32,15 @@ def _counts():
     return len(dist.distributed_c10d._world.pg_map), len(os.listdir("/proc/self/task"))
 
 
-def _is_megatrons(ranks):
-    groups = ranks.groups
+def _is_right(ranks):
+    """Say whether groups have the size of their layout, and Megatron knows the same ones."""
+    groups, layout = ranks.groups, ranks.parallel
     return (
-        groups.tp is parallel_state.get_tensor_model_parallel_group()
+        (ranks.tensor.size, ranks.pipeline.size) == (layout.tensor, layout.pipeline)
+        and groups.tp is parallel_state.get_tensor_model_parallel_group()
         and groups.pp is parallel_state.get_pipeline_model_parallel_group()
         and groups.dp_cp is parallel_state.get_data_parallel_group(with_context_parallel=True)
-        and parallel_state.get_pipeline_model_parallel_world_size() == ranks.pipeline.size
+        and parallel_state.get_pipeline_model_parallel_world_size() == layout.pipeline
         and parallel_state.get_tensor_model_parallel_rank() == ranks.tensor.rank
     )
 
@@ -49,14 +51,13 @@ def _starts():
     counts, right = [], []
     for settings in [here] * 10 + [there, here]:
         ranks = start_ranks(settings)
-        gloo = parallel_state.get_data_parallel_group_gloo()
-        dist.barrier(gloo)
-        right.append(_is_megatrons(ranks))
+        dist.barrier(parallel_state.get_data_parallel_group_gloo())  # type: ignore[arg-type]
+        right.append(_is_right(ranks))
         counts.append(_counts())
     stop_ranks()
     left = _counts()[0]
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    right.append(_is_megatrons(start_ranks(tiny())))
+    right.append(_is_right(start_ranks(tiny())))
     return counts, right, left
 
 

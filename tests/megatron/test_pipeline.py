@@ -110,6 +110,7 @@ def _let_sends_wait(ranks):
         work = begin(tensor, dst, group=group)
         if group is ranks.replica:
             return work
+        assert work is not None
         work.wait()
         return _Done()
 
