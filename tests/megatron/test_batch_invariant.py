@@ -88,9 +88,8 @@ def _forward_and_backward():
     _, calls = replace_triton()
     _, engine = _session()
     model = engine.network.chunks[0]
-    bounds = torch.tensor([0, 4], dtype=torch.int32)
-    rows = PackedRows(torch.arange(4), bounds, torch.arange(4))
-    layout = packed_layout(bounds, angles=model.angles, context=engine.ranks.context)
+    rows = PackedRows(torch.arange(4), torch.tensor([0, 4], dtype=torch.int32), torch.arange(4))
+    layout = packed_layout(rows, angles=model.angles, context=engine.ranks.context)
     counts = []
 
     def counted(run):
