@@ -4,7 +4,6 @@
 rank is a new interpreter, which takes seconds to start.
 """
 
-import importlib
 import os
 import pickle
 import subprocess
@@ -13,6 +12,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.ranks import call_in_group
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,18 +47,8 @@ def run_interpreted(ranks: int, function: Callable[..., Any], *args: Any) -> lis
 
 
 def _be_a_rank(folder: Path, rank: int, ranks: int) -> None:
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
-    )
-    module, name, args = pickle.loads((folder / "job").read_bytes())
-    result = getattr(importlib.import_module(module), name)(*args)
+    result = call_in_group(folder, rank, ranks)
     (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def _rank_main(
     os.environ.update({key: str(value) for key, value in place.items()})
     os.environ.update(shared)
     try:
-        result = _call_in_group(folder, rank, world_size)
+        result = call_in_group(folder, rank, world_size)
         (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
     except BaseException:
         (folder / f"failure-{rank}").write_text(traceback.format_exc())
@@ -151,7 +151,8 @@ def _rank_main(
     _leave(0)
 
 
-def _call_in_group(folder: Path, rank: int, world_size: int) -> Any:
+def call_in_group(folder: Path, rank: int, world_size: int) -> Any:
+    """Join the gloo group of `folder`, call the function in its file `job`, and leave the group."""
     import torch
     import torch.distributed as dist
 

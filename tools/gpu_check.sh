@@ -8,7 +8,7 @@
 #   tools/gpu_check.sh --rehearse [--wheels DIR] [--out DIR]     without a GPU: the same code, tiny
 #
 # DIR of wheels is .gpu/wheels, which git ignores: Transformer Engine's wheels, and those that
-# --collect fetches. Without it, what is installed is used; what is missing is told, with the
+# --collect fetches. Without it, what is installed is used. What is missing is listed with the
 # command that gets it. DIR of results is gpu_check: it gets gpu_check.json, gpu_check.md,
 # gpu_check.log, tests.log and tests.jsonl. PYTHON names a Python with torch; otherwise python3,
 # then .venv/bin/python.

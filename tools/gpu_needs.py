@@ -1,4 +1,4 @@
-"""Tell which packages a GPU check lacks, and how to get each; needs nothing itself.
+"""List the packages that a GPU check lacks, and how to get each; imports only Python's library.
 
     python tools/gpu_needs.py NAME WHEELS      of the check NAME, which installs the folder WHEELS
     python tools/gpu_needs.py --te WHEELS      how to get the wheels of Transformer Engine

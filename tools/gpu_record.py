@@ -47,7 +47,7 @@ def begin(*, schema: int, is_rehearsal: bool, commit: str | None, command: str |
 
 
 def write(record: Record, path: Path, table: Callable[[Record], str]) -> None:
-    """Write a record as `path`, which ends in .json, and its table beside it."""
+    """Write a record as `path`, which ends in .json, and its table into the same folder."""
     path.write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(table(record))
 

@@ -1,4 +1,4 @@
-"""What a check of GPUs found: an exit status that tells wrong from not reached from slow."""
+"""The exit status of a check of GPUs: right, wrong, slow, or not reached."""
 
 from collections.abc import Sequence
 from typing import Any

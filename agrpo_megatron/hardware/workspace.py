@@ -7,7 +7,7 @@ as all rows together, both sizes rounded up so that few plans are built.
 Sources: `get_max_batch_size` and `get_max_tokens` of Transformer Engine's fused_attn/utils.cu, and
 the dP workspace of cudnn-frontend's CompositeSDPABackwardNode. From cuDNN 9.25 on, another
 algorithm needs much less; whether it is used depends on the cudnn-frontend that Transformer Engine
-was compiled with, which it does not tell, so it is not counted on.
+was compiled with. No version number shows that, so the arithmetic leaves it out.
 """
 
 import bisect

@@ -272,7 +272,7 @@ def test_the_kernel_is_for_gpus_alone():
 
 @needs_triton
 def test_without_a_compiler_tokens_are_drawn_by_tensor_operations(monkeypatch):
-    """A GPU machine without a C compiler: Triton cannot start kernels, and the user is told."""
+    """A GPU machine without a C compiler: Triton cannot start kernels, and the user is warned."""
     import triton.runtime
 
     class Failing:

@@ -196,7 +196,7 @@ def record(
 
     Args:
         prompts: their lengths; a prompt of one token is answered by the end of text.
-        stop_at: turn in which all stages are told to stop.
+        stop_at: turn in which all stages are asked to stop.
     """
     platform.prepare_platform(threads=1)
     world = Recording(settings.parallel.pipeline)

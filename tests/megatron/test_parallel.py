@@ -33,7 +33,7 @@ def _counts():
 
 
 def _is_right(ranks):
-    """Say whether groups have the size of their layout, and Megatron knows the same ones."""
+    """Return whether each group has its layout's size, and Megatron uses the same groups."""
     groups, layout = ranks.groups, ranks.parallel
     return (
         (ranks.tensor.size, ranks.pipeline.size) == (layout.tensor, layout.pipeline)

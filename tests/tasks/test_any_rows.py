@@ -120,7 +120,7 @@ def is_as_written(name, fields, row):
 
 
 def identity(name, row):
-    """Return what tells the problem of a good row from another."""
+    """Return the values in which the problems of two good rows differ."""
     if name == "countdown":
         numbers, target = cell(row, "nums", "input"), cell(row, "target", "output")
         numbers = numbers.split(",") if isinstance(numbers, str) else numbers
