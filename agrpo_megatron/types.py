@@ -1,9 +1,10 @@
 """The records that flow through a run; a stage that adds information returns a new record.
 
     Problem -> prompt ids -> Trajectory -> rewards -> advantages = Rollout
-            -> drawn steps and weights = StepDraws -> TimestepBatch -> scored log-probs -> loss
+            -> states, targets and weights = ScoredRows -> TimestepBatch -> scored log-probs
+            = LossInputs -> LossOutputs
 
-Shapes: R rollouts, C completion tokens, K support ids, N drawn (rollout, step) rows, S scored
+Shapes: R rollouts, C completion tokens, K support ids, N rows that an estimator scores, S scored
 tokens, T packed tokens.
 """
 
@@ -113,6 +114,27 @@ class StepDraws:
 
 
 @dataclass(frozen=True)
+class ScoredRows:
+    """What an estimator scores: partially masked states of rollouts, targets and weights.
+
+    A weight includes everything but the mean over rollouts. With `unit`, scored tokens are first
+    summed: the log-likelihood of a unit is the sum of `coefficient` times log-prob over its
+    tokens, of any rows, and the ratio, the clip and the KL are of units.
+    """
+
+    rollout: Tensor  # [N] int64
+    hidden: Tensor  # [N, C] bool, completion positions that hold the mask token
+    scored: Tensor  # [N, C] bool, positions whose token is a target
+    weight: Tensor  # [N, C] float32 or float64, of the token, or of its unit
+    is_sampled: bool  # each state and target is the sampler's: the rollout has its log-probs
+    hidden_prompt: tuple[Tensor, ...] | None = None  # N tensors [prompt length] bool
+    unit: Tensor | None = None  # [N, C] int64 from 0; None: each token is its own unit
+    coefficient: Tensor | None = None  # [N, C] of the log-prob in the unit's log-likelihood
+    kl_weight: Tensor | None = None  # [N, C] of the KL; None: as `weight`
+    advantage: Tensor | None = None  # [N]; None: that of the row's rollout
+
+
+@dataclass(frozen=True)
 class PackedRows:
     """Rows laid end to end without padding."""
 
@@ -129,16 +151,52 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class TimestepBatch:
-    """One micro-batch of the policy gradient: states at drawn steps, and their scored tokens."""
+    """One micro-batch of the policy gradient: partially masked states, and their scored tokens."""
 
     rows: PackedRows
     targets: Tensor  # [S] int64
-    old_logprobs: Tensor  # [S] float32, from the rollout
+    support_ids: Tensor | None  # [S, K] int32; None: the whole vocabulary
+    old_logprobs: Tensor | None  # [S] float32, of the rollout; None: not known yet
     reference_logprobs: Tensor | None  # [S] float32, from the frozen reference
-    support_ids: Tensor | None  # [S, K] int32
     advantages: Tensor  # [S] float32, of the rollout the token belongs to
-    weights: Tensor  # [S] float32, of the row the token belongs to
+    weights: Tensor  # [S] float32, of the token
+    kl_weights: Tensor  # [S] float32
     sources: Tensor  # [S] int64, which of the R rollouts the token belongs to
+    row: Tensor  # [S] int64, which of the N rows
+    position: Tensor  # [S] int64, in the completion
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Scored tokens, or units, as a loss receives them.
+
+    A loss of single tokens receives those of one micro-batch of one rank; all others receive all
+    tokens of the update, in the order of rows and positions.
+    """
+
+    logprobs: Tensor  # [S] nats, of the current policy, with gradient
+    old_logprobs: Tensor  # [S] nats, of the policy that sampled
+    reference_logprobs: Tensor | None  # [S] nats, of the frozen reference
+    advantages: Tensor  # [S]
+    weights: Tensor  # [S], including everything but the mean over rollouts
+    kl_weights: Tensor  # [S]
+    rollout: Tensor  # [S] int64, which of the R rollouts the token belongs to
+    row: Tensor  # [S] int64, which of the N rows
+    position: Tensor  # [S] int64, in the completion
+    unit: Tensor | None = None  # [S] int64, see ScoredRows; None: each token is its own unit
+    coefficient: Tensor | None = None  # [S]
+
+
+@dataclass(frozen=True)
+class LossOutputs:
+    """A loss summed over rollouts, and its metrics.
+
+    A metric is summed over micro-batches and ranks; one named `*_max*` is maximised; one named
+    `*_p99*` has one value per token [S], -1 where there is none, and becomes their percentile.
+    """
+
+    loss: Tensor  # scalar
+    metrics: dict[str, Tensor]
 
 
 @dataclass(frozen=True)

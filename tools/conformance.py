@@ -29,19 +29,19 @@ from agrpo_megatron.config.settings import (
     SamplingSettings,
     Settings,
 )
-from agrpo_megatron.diffusion import estimators
-from agrpo_megatron.diffusion.batches import row_lengths, timestep_batch
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.steps import draws_at, rows_at
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.megatron.engine import Engine, build_engine
-from agrpo_megatron.megatron.layers.context import local_part, scored_slices
+from agrpo_megatron.megatron.layers.context import scored_slices
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks, world_size
 from agrpo_megatron.megatron.pipeline import forward_rows, make_forward
 from agrpo_megatron.megatron.weights import export_hf, load_hf, load_named
-from agrpo_megatron.training.rl import make_loss, with_reference
-from agrpo_megatron.training.step import accumulate_gradients, my_micro_batches
+from agrpo_megatron.training.step import accumulate_gradients
+from agrpo_megatron.training.update import packed_part, with_loss, with_reference
 from agrpo_megatron.types import Rollout, Trajectory
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -150,24 +150,19 @@ def check_agrpo(golden: Golden) -> Iterator[Check]:
     for number, case in enumerate(golden.cases.get("agrpo", [])):
         part = below(golden.tensors, f"agrpo.{number}.")
         sampling, algorithm = _published(case)
-        context = estimators.DrawContext(algorithm, eos_id=model.eos_token_id, seed=0)
+        settings = replace(golden.settings, sampling=sampling, algorithm=algorithm)
+        context = DrawContext(algorithm, eos_id=model.eos_token_id, seed=0)
         rollout = _stored_rollout(part, sampling)
-        draws = estimators.draws_at(rollout.trajectory, part["u"].double(), context)
-        lengths, budget = row_lengths(rollout, draws), golden.settings.train.token_budget
-        plan = my_micro_batches(lengths, model, network.ranks, budget=budget)
-        batches = [
-            timestep_batch(rollout, draws, rows, mask_id=model.mask_token_id, shift=model.shift)
-            for rows in plan
-        ]
-        batches = [local_part(batch, network.ranks) for batch in batches]
+        draws = draws_at(rollout.trajectory, part["u"].double(), context)
+        scored = packed_part(settings, network.ranks, rollout, rows_at(rollout.trajectory, draws))
         if algorithm.kl_coefficient > 0:
             reference = build_network(golden.settings, network.ranks)
             load_hf(reference, model, golden.directory / "hf")
-            batches = with_reference(batches, reference, sampling)
+            scored = with_reference(scored, reference, settings)
         load_named(network, model, below(part, "policy.").__getitem__)
-        loss = make_loss(network.vocab, sampling, algorithm)
+        scored, loss = with_loss(golden.engine, scored, rollout, settings, is_first=True)
         metrics = accumulate_gradients(
-            golden.engine, batches, loss=loss, examples=len(rollout.rewards)
+            golden.engine, scored.batches, loss=loss, examples=len(rollout.rewards)
         )
         expected = float(part["loss"])
         error = abs(metrics["loss"] - expected)

@@ -16,8 +16,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from agrpo_megatron.diffusion.estimators import step_weights
-from agrpo_megatron.diffusion.timesteps import invert, step_proposal
+from agrpo_megatron.estimators.steps import step_weights
+from agrpo_megatron.estimators.timesteps import invert, step_proposal
 
 COMPLETION = ["(", "7", "+", "3", ")", "*", "2", "eos", "eos", "eos"]
 UNMASK_STEP = [1, 0, 2, 0, 1, 3, 2, 3, 4, 4]

@@ -7,8 +7,8 @@ of the inverse CDF, so first and second moments are finite sums.
 import torch
 from torch import Tensor
 
-from agrpo_megatron.diffusion.estimators import step_weights
-from agrpo_megatron.diffusion.timesteps import invert
+from agrpo_megatron.estimators.steps import step_weights
+from agrpo_megatron.estimators.timesteps import invert
 
 
 def estimator_variance(

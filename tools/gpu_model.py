@@ -183,7 +183,10 @@ def random_batch(scale: Scale, *, seed: int, device: torch.device) -> TimestepBa
         support_ids=None,
         advantages=sign.to(device),
         weights=torch.ones(count, device=device),
+        kl_weights=torch.ones(count, device=device),
         sources=torch.arange(count, device=device) // max(1, count // scale.rows),
+        row=torch.arange(count, device=device) // max(1, count // scale.rows),
+        position=torch.arange(count, device=device) % max(1, count // scale.rows),
     )
 
 

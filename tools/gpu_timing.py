@@ -30,7 +30,7 @@ from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import make_forward
-from agrpo_megatron.training.rl import make_loss
+from agrpo_megatron.training.objective import make_loss
 from agrpo_megatron.training.step import optimizer_step
 from agrpo_megatron.types import PackedRows
 

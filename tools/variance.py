@@ -38,12 +38,13 @@ from agrpo_megatron.config.settings import (
     AlgorithmSettings,
     SamplingSettings,
 )
-from agrpo_megatron.diffusion import timesteps
 from agrpo_megatron.diffusion.batches import timestep_batch
 from agrpo_megatron.diffusion.draw import LogitsForward
-from agrpo_megatron.diffusion.estimators import advantages
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
+from agrpo_megatron.estimators import timesteps
+from agrpo_megatron.estimators.advantages import advantages
+from agrpo_megatron.estimators.steps import rows_at
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -147,7 +148,7 @@ def sampled_case(unmasking: str, seed: int) -> Case:
     prompts = [torch.arange(8) + 10 * g for g in range(2) for _ in range(group_size)]
     trajectory = sample(prompts, torch.arange(len(prompts)), context=context, sampling=sampling)
     rewards = (trajectory.tokens % 2 == 0).double().mean(1)
-    gains = advantages(rewards, group_size=group_size, baseline=AlgorithmSettings().baseline)
+    gains = advantages(rewards, AlgorithmSettings())
     name = f"2 x {group_size} rollouts of a random model, unmasking {unmasking}"
     return make_case(name, model, trajectory, gains, group_size)
 
@@ -211,7 +212,9 @@ def make_case(
     for r, t in (torch.arange(most) < live[:, None]).nonzero().tolist():
         one = StepDraws(torch.tensor([r]), torch.tensor([t]), torch.ones(1).double())
         mask_id = model.config["mask_token_id"]
-        batch = timestep_batch(rollout, one, torch.tensor([0]), mask_id=mask_id)
+        batch = timestep_batch(
+            rollout, rows_at(trajectory, one), torch.tensor([0]), mask_id=mask_id
+        )
         temperature = trajectory.sampling.temperature
         logits = policy_logits(model.score(batch.rows), model.vocab, temperature=temperature)
         logprobs, _ = token_logprobs(

@@ -7,47 +7,64 @@ from torch import Tensor
 
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, pack, unscored_row
-from agrpo_megatron.types import PackedRows, Rollout, SftBatch, StepDraws, TimestepBatch, Trajectory
+from agrpo_megatron.types import PackedRows, Rollout, ScoredRows, SftBatch, TimestepBatch
 
 
-def rebuild_state(trajectory: Trajectory, rollout: Tensor, step: Tensor, mask_id: int) -> Tensor:
-    """Return the completions [N, C] in their state before the given steps [N]."""
-    unseen = trajectory.unmask_step[rollout] >= step[:, None]
-    return trajectory.tokens[rollout].masked_fill(unseen, mask_id)
-
-
-def row_lengths(rollout: Rollout, draws: StepDraws) -> Tensor:
-    """Return the number of tokens of each drawn row [N]: prompt and completion."""
+def row_lengths(rollout: Rollout, scored: ScoredRows) -> Tensor:
+    """Return the number of tokens of each row [N]: prompt and completion."""
     trajectory = rollout.trajectory
     prompts = torch.tensor([len(p) for p in trajectory.prompts], dtype=torch.int64)
-    return prompts[draws.rollout.cpu()] + trajectory.tokens.shape[1]
+    return prompts[scored.rollout.cpu()] + trajectory.tokens.shape[1]
 
 
 def timestep_batch(
-    rollout: Rollout, draws: StepDraws, rows: Tensor, *, mask_id: int, shift: bool = False
+    rollout: Rollout, scored: ScoredRows, rows: Tensor, *, mask_id: int, shift: bool = False
 ) -> TimestepBatch:
-    """Pack one micro-batch: some of the drawn rows.
+    """Pack one micro-batch: some of the scored rows.
 
     Args:
-        rows: [n] indices of draws; without any, the batch has weight 0.
+        rows: [n] indices of scored rows; without any, the batch has weight 0.
     """
-    trajectory, rows = rollout.trajectory, rows.to(draws.rollout.device)
-    source, step = draws.rollout[rows], draws.step[rows]
-    states = rebuild_state(trajectory, source, step, mask_id)
-    target = trajectory.unmask_step[source] == step[:, None]
-    prompts = [trajectory.prompts[r] for r in source.tolist()]
+    trajectory, rows = rollout.trajectory, rows.to(scored.rollout.device)
+    source, target = scored.rollout[rows], scored.scored[rows]
+    states = trajectory.tokens[source].masked_fill(scored.hidden[rows], mask_id)
     row, position = target.nonzero(as_tuple=True)
-    scored, support = source[row], trajectory.support_ids
+    owner, number = source[row], rows[row]
+    gains = rollout.advantages[owner]
+    if scored.advantage is not None:
+        gains = scored.advantage[number].to(gains.dtype)
+    kl_weight = scored.weight if scored.kl_weight is None else scored.kl_weight
+    support = trajectory.support_ids if scored.is_sampled else None
     return TimestepBatch(
-        rows=_packed(prompts, states, target, mask_id=mask_id, shift=shift),
-        targets=trajectory.tokens[scored, position],
-        old_logprobs=trajectory.logprobs[scored, position],
+        rows=_packed(
+            _states_of_prompts(rollout, scored, rows, mask_id),
+            states,
+            target,
+            mask_id=mask_id,
+            shift=shift,
+        ),
+        targets=trajectory.tokens[owner, position],
+        support_ids=support[owner, position] if support is not None else None,
+        old_logprobs=trajectory.logprobs[owner, position] if scored.is_sampled else None,
         reference_logprobs=None,
-        support_ids=support[scored, position] if support is not None else None,
-        advantages=rollout.advantages[scored],
-        weights=draws.weight[rows][row].to(rollout.advantages.dtype),
-        sources=scored,
+        advantages=gains,
+        weights=scored.weight[number, position].to(gains.dtype),
+        kl_weights=kl_weight[number, position].to(gains.dtype),
+        sources=owner,
+        row=number,
+        position=position,
     )
+
+
+def _states_of_prompts(
+    rollout: Rollout, scored: ScoredRows, rows: Tensor, mask_id: int
+) -> list[Tensor]:
+    """Return the prompts of rows, with the mask token at their hidden positions."""
+    prompts = [rollout.trajectory.prompts[r] for r in scored.rollout[rows].tolist()]
+    if scored.hidden_prompt is None:
+        return prompts
+    hidden = [scored.hidden_prompt[row] for row in rows.tolist()]
+    return [p.masked_fill(h, mask_id) for p, h in zip(prompts, hidden, strict=True)]
 
 
 def _packed(
@@ -60,6 +77,15 @@ def _packed(
     columns = completion_columns(prompt_lengths, completions.shape[1])
     marks = torch.zeros_like(canvas, dtype=torch.bool).scatter_(1, columns, scored)
     return pack(canvas, prompt_lengths + completions.shape[1], marks, shift=shift)
+
+
+def sft_loss(logprobs: Tensor, batch: SftBatch) -> Tensor:
+    """Return the weighted cross-entropy, summed over examples; the caller divides it.
+
+    With weights 1 / (t * length) this bounds each example's mean negative log-likelihood per
+    response token, in nats. Source: LLaDA (arXiv 2502.09992), equation 5.
+    """
+    return -(logprobs * batch.weights).sum()
 
 
 def sft_batches(

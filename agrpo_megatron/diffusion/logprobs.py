@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+LEAST = -1e4  # nats: finite in place of -inf, and its probability is 0
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -54,7 +56,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs of `targets` [S] and entropies [S], in nats.
 
-    Gradients flow only through the log-probs. With `support_ids` [S, K] (padded with -1) the
+    Both have gradients. With `support_ids` [S, K] (padded with -1) the
     distribution is renormalised over these candidates, which must include the target.
 
     Args:
@@ -65,12 +67,13 @@ def token_logprobs(
     candidates = gather_logits(logits, support_ids, vocab)
     logprobs = candidates.log_softmax(-1)
     chosen = (support_ids == targets[:, None]).to(torch.int64).argmax(-1, keepdim=True)
-    return logprobs.gather(-1, chosen).squeeze(-1), entropy(logprobs.detach())
+    return logprobs.gather(-1, chosen).squeeze(-1), entropy(logprobs)
 
 
 def entropy(logprobs: Tensor) -> Tensor:
     """Return the entropy of each row of normalised log-probs, in nats; -inf counts as 0."""
-    return -(logprobs.exp() * logprobs.masked_fill(logprobs == float("-inf"), 0.0)).sum(-1)
+    logprobs = logprobs.clamp(min=LEAST)
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def gather_logits(logits: Tensor, ids: Tensor, vocab: Vocabulary) -> Tensor:
@@ -125,12 +128,18 @@ class _VocabParallelLogProb(torch.autograd.Function):
         sums = reduce(torch.stack([weights.sum(-1), mean_part, chosen]), group, dist.ReduceOp.SUM)
         log_total = sums[0].log()
         entropies = log_total - sums[1] / sums[0]
-        ctx.save_for_backward(logits, top + log_total, local, here)
-        ctx.mark_non_differentiable(entropies)
+        ctx.save_for_backward(logits, top + log_total, local, here, entropies)
+        ctx.set_materialize_grads(False)
         return sums[2] - log_total, entropies
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _entropies: Tensor):  # type: ignore[override]
-        logits, log_total, local, here = ctx.saved_tensors
-        result = (logits - log_total[:, None]).exp_().mul_(-grad[:, None])
+    def backward(ctx, grad: Tensor | None, of_entropy: Tensor | None):  # type: ignore[override]
+        logits, log_total, local, here, entropies = ctx.saved_tensors
+        logprobs = logits - log_total[:, None]
+        if grad is None:
+            grad = torch.zeros_like(entropies)
+        factor = -grad[:, None]
+        if of_entropy is not None:
+            factor = factor - of_entropy[:, None] * (logprobs.clamp(min=LEAST) + entropies[:, None])
+        result = logprobs.exp_().mul_(factor)
         return result.scatter_add_(-1, local[:, None], (grad * here)[:, None]), None, None, None

@@ -40,7 +40,7 @@ def resolve_run(settings: Settings, *, world_size: int, is_restart: bool = False
     directory, source, given = Path(settings.run.dir), settings.model.load, settings.tokenizer
     found = None if is_restart else latest_checkpoint(directory / CHECKPOINTS)
     saved = load(Settings, directory / RUN_SETTINGS) if found else None
-    is_reference = settings.algorithm.kl_coefficient > 0 and settings.sft.iterations == 0
+    is_reference = settings.algorithm.needs_reference and settings.sft.iterations == 0
     if found is None or saved is None or saved.model.load != source or is_reference:
         return resolve(settings, world_size=world_size)
     resolved = resolve(on_its_own(settings, found[0]), world_size=world_size)

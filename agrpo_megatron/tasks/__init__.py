@@ -2,15 +2,11 @@
 
 import dataclasses
 import difflib
-import hashlib
-import importlib.util
 import inspect
-import os
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from agrpo_megatron.config.own_code import import_file, is_file_name, split_name
 from agrpo_megatron.config.schema import Described, build, describe
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.config.values import MOST_FLOAT
@@ -41,7 +37,7 @@ def build_task(settings: TaskSettings) -> Task:
             f"task.mixture is for task.name=mixture, not for task.name={settings.name}; use "
             "task.name=mixture, or task.mixture={}"
         )
-    cls = _load_class(settings.name) if ".py" in settings.name else TASKS.get(settings.name)
+    cls = _load_class(settings.name) if is_file_name(settings.name) else TASKS.get(settings.name)
     if cls is None:
         raise ValueError(
             f"task.name={settings.name} must be one of {', '.join(TASKS)}, {Mixture.name}, or a "
@@ -110,27 +106,12 @@ def _load_class(name: str) -> type[Task]:
     Raises:
         ValueError: the file is missing, its import fails, or it has no such class.
     """
-    file, _, wanted = name.partition(":")
-    path = Path(file)
-    if not os.path.isfile(path):
-        raise ValueError(f"task.name={name}: {path} does not exist; give the path of a Python file")
-    # The path makes the module name unique and the same in every worker.
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    module_name = f"agrpo_task_{path.stem}_{digest}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses need the module here
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"task.name={name}: importing {path} raised {type(error).__name__}: {error}"
-        ) from error
+    path, wanted = split_name(name)
+    module = import_file(path, said=f"task.name={name}")
     classes = {
         key: cls
         for key, cls in inspect.getmembers(module, inspect.isclass)
-        if issubclass(cls, Task) and cls.__module__ == module_name
+        if issubclass(cls, Task) and cls.__module__ == module.__name__
     }
     if wanted in classes or (not wanted and len(classes) == 1):
         cls = classes[wanted] if wanted else next(iter(classes.values()))

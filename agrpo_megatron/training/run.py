@@ -174,7 +174,7 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
     start = _sft_end(Path(settings.run.dir), settings.sft.iterations)
     _fill(run, engine, checkpoint, start)
     reference = None
-    if settings.algorithm.kl_coefficient > 0:
+    if settings.algorithm.needs_reference:
         reference = build_network(settings, run.ranks)
         _load_start(run, reference, start)
     scores = done.scores  # none without an evaluation before this checkpoint

@@ -7,9 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from agrpo_megatron.diffusion.batches import sft_batches
+from agrpo_megatron.diffusion.batches import sft_batches, sft_loss
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
-from agrpo_megatron.diffusion.losses import sft_loss
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.parallel import Ranks

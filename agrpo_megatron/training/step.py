@@ -55,9 +55,8 @@ def optimizer_step[Batch: (SftBatch, TimestepBatch)](
             `my_micro_batches`), each cut by `local_part` to the scored tokens of its
             context-parallel rank.
         loss: (logits shard [S, V / tensor parallel], batch) -> loss summed over rows, metrics,
-            of the scored tokens that the rank holds. A metric is summed over micro-batches and
-            ranks; one named `*_max*` is maximised; one named `*_p99*` holds a value of each
-            token, and the result is their 99th percentile, without negative values.
+            of the scored tokens that the rank holds. Metrics combine as `LossOutputs` has it; one
+            named `loss` is reported in place of the loss, which then only has its gradient.
         examples: rollouts or examples of all ranks, the normaliser.
 
     Returns:
@@ -117,7 +116,7 @@ def _forward_and_backward[Batch: (SftBatch, TimestepBatch)](
         def reduce_loss(logits: Tensor):
             total, metrics = loss(logits, batch)
             count = torch.tensor(next(counts), dtype=torch.int, device=total.device)
-            return total, count, {**metrics, "loss": total.detach()}
+            return total, count, {"loss": total.detach(), **metrics}
 
         return model(rows), reduce_loss
 

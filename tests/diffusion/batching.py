@@ -1,10 +1,18 @@
 """Micro-batches of one rank, as the training loop plans them."""
 
+import torch
 from torch import Tensor
 
 from agrpo_megatron.diffusion.batches import row_lengths, timestep_batch
 from agrpo_megatron.diffusion.packing import assign_rows
-from agrpo_megatron.types import Rollout, StepDraws, TimestepBatch
+from agrpo_megatron.estimators.steps import rows_at
+from agrpo_megatron.types import Rollout, ScoredRows, StepDraws, TimestepBatch, Trajectory
+
+
+def rebuild_state(trajectory: Trajectory, rollout: Tensor, step: Tensor, mask_id: int) -> Tensor:
+    """Return the completions [N, C] as the estimators see them before the given steps [N]."""
+    rows = rows_at(trajectory, StepDraws(rollout, step, torch.ones(len(step))))
+    return trajectory.tokens[rollout].masked_fill(rows.hidden, mask_id)
 
 
 def plan(lengths: Tensor, token_budget: int) -> list[Tensor]:
@@ -14,8 +22,8 @@ def plan(lengths: Tensor, token_budget: int) -> list[Tensor]:
 
 
 def batches_of(
-    rollout: Rollout, draws: StepDraws, *, mask_id: int, token_budget: int
+    rollout: Rollout, scored: ScoredRows, *, mask_id: int, token_budget: int
 ) -> list[TimestepBatch]:
-    """Return the packed micro-batches of drawn rows."""
-    micro_batches = plan(row_lengths(rollout, draws), token_budget)
-    return [timestep_batch(rollout, draws, rows, mask_id=mask_id) for rows in micro_batches]
+    """Return the packed micro-batches of scored rows."""
+    micro_batches = plan(row_lengths(rollout, scored), token_budget)
+    return [timestep_batch(rollout, scored, rows, mask_id=mask_id) for rows in micro_batches]

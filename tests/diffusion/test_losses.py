@@ -7,7 +7,7 @@ import torch
 
 from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
-from agrpo_megatron.diffusion.losses import policy_loss
+from agrpo_megatron.estimators.losses import of_tokens, policy
 from agrpo_megatron.types import PackedRows, TimestepBatch
 
 torch.set_num_threads(1)
@@ -33,9 +33,21 @@ def batch_of(count=40, *, reference=False, zero_weights=0):
         support_ids=None,
         advantages=random(),
         weights=weights,
-        sources=torch.zeros(count, dtype=torch.int64),
+        **_places(count, weights),
     )
     return logprobs, batch
+
+
+def _places(count, weights):
+    """Return the fields of a batch that say where its tokens come from."""
+    zeros = torch.zeros(count, dtype=torch.int64)
+    places = {"sources": zeros, "row": zeros, "position": torch.arange(count)}
+    return {**places, "kl_weights": weights}
+
+
+def _loss(logprobs, batch, algorithm):
+    outputs = policy(of_tokens(logprobs, batch), algorithm)
+    return outputs.loss, outputs.metrics
 
 
 def literal_loss(logprobs, batch, *, low, high, beta):
@@ -61,7 +73,7 @@ def literal_loss(logprobs, batch, *, low, high, beta):
 def test_policy_loss_equals_a_literal_loop(low, high, beta):
     logprobs, batch = batch_of(reference=beta > 0, zero_weights=5)
     algorithm = AlgorithmSettings(clip_low=low, clip_high=high, kl_coefficient=beta)
-    loss, metrics = policy_loss(logprobs, batch, algorithm)
+    loss, metrics = _loss(logprobs, batch, algorithm)
     expected, clipped, kl = literal_loss(logprobs, batch, low=low, high=high, beta=beta)
     assert float(loss) == pytest.approx(expected, rel=1e-13)
     assert int(metrics["clipped_tokens"]) == clipped > 0
@@ -79,7 +91,7 @@ def test_policy_loss_equals_a_literal_loop(low, high, beta):
 def test_clip_stops_the_gradient_only_where_the_ratio_has_gone_too_far():
     logprobs, batch = batch_of()
     logprobs.requires_grad_()
-    loss, _ = policy_loss(logprobs, batch, AlgorithmSettings())
+    loss, _ = _loss(logprobs, batch, AlgorithmSettings())
     (gradient,) = torch.autograd.grad(loss, logprobs)
     ratio = (logprobs - batch.old_logprobs).exp().detach()
     gain = batch.advantages
@@ -93,7 +105,7 @@ def test_gradient_at_ratio_one_is_reinforce():
     """Both arguments of the minimum tie there; their halves add up to the whole."""
     logprobs, batch = batch_of()
     logprobs = batch.old_logprobs.clone().requires_grad_()
-    loss, _ = policy_loss(logprobs, batch, AlgorithmSettings())
+    loss, _ = _loss(logprobs, batch, AlgorithmSettings())
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert torch.allclose(gradient, -batch.advantages * batch.weights, rtol=1e-14)
 
@@ -116,9 +128,9 @@ def test_kl_term_is_the_gradient_of_the_reverse_kl():
         support_ids=None,
         advantages=torch.zeros(5, dtype=DOUBLE),
         weights=probs,
-        sources=torch.zeros(5, dtype=torch.int64),
+        **_places(5, probs),
     )
-    loss, _ = policy_loss(logprobs, batch, AlgorithmSettings(kl_coefficient=1.0))
+    loss, _ = _loss(logprobs, batch, AlgorithmSettings(kl_coefficient=1.0))
     (got,) = torch.autograd.grad(loss, logits)
     again = logits.log_softmax(0)
     kl = (again.exp() * (again - reference)).sum()
@@ -130,7 +142,7 @@ def test_kl_term_is_the_gradient_of_the_reverse_kl():
 def test_an_empty_batch_has_zero_loss_and_a_connected_graph():
     _, batch = batch_of(0)
     weights = torch.ones(3, dtype=DOUBLE, requires_grad=True)
-    loss, metrics = policy_loss(weights[:0], batch, AlgorithmSettings())
+    loss, metrics = _loss(weights[:0], batch, AlgorithmSettings())
     (gradient,) = torch.autograd.grad(loss, weights)
     assert float(loss.detach()) == 0 and gradient.tolist() == [0.0, 0.0, 0.0]
     assert all(float(value.detach().sum()) == 0 for value in metrics.values())

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion.draw import LogitsForward
-from agrpo_megatron.diffusion.estimators import DrawContext, draws_at
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
-from agrpo_megatron.diffusion.losses import policy_loss
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
+from agrpo_megatron.estimators import losses
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.steps import draws_at, rows_at
 from agrpo_megatron.types import Rollout
 from tests.diffusion.batching import batches_of
 from tools.variance import below, stored_model, stored_trajectory
@@ -91,7 +92,7 @@ def test_estimator_and_loss_reproduce_agrpo(number, token_budget):
     draws = draws_at(trajectory, stored["u"].double(), DrawContext(algorithm, EOS, 0))
     batches = batches_of(
         Rollout(trajectory, gains, gains > 0, gains),
-        draws,
+        rows_at(trajectory, draws),
         mask_id=MASK,
         token_budget=token_budget,
     )
@@ -103,7 +104,7 @@ def test_estimator_and_loss_reproduce_agrpo(number, token_budget):
         logprobs, _ = token_logprobs(
             logits, batch.targets, vocab=policy.vocab, support_ids=batch.support_ids
         )
-        loss = loss + policy_loss(logprobs, batch, algorithm)[0] / len(gains)
+        loss = loss + losses.policy(losses.of_tokens(logprobs, batch), algorithm).loss / len(gains)
     assert float(loss.detach()) == pytest.approx(float(stored["loss"]), abs=1e-5)
     gradients = torch.autograd.grad(loss, list(weights.values()))
     for name, gradient in zip(weights, gradients, strict=True):

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
-from agrpo_megatron.diffusion.batches import rebuild_state
 from agrpo_megatron.diffusion.draw import LogitsForward
-from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import sample
 from agrpo_megatron.diffusion.schedule import transfer_schedule
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.steps import all_steps, rows_at
 from agrpo_megatron.types import Rollout
-from tests.diffusion.batching import batches_of
+from tests.diffusion.batching import batches_of, rebuild_state
 from tests.diffusion.hashed import (
     EOS,
     MASK,
@@ -152,9 +152,9 @@ def test_first_ratio_is_one(name):
     """Scoring every step again gives the log-probs and entropies that the sampler recorded."""
     model, _, trajectory = run(name)
     ones = torch.ones(ROWS)
-    draws = ESTIMATORS["full_trajectory"](trajectory, DrawContext(AlgorithmSettings(), EOS, 0))
+    draws = all_steps(trajectory, DrawContext(AlgorithmSettings(), EOS, 0))
     rollout = Rollout(trajectory, ones, ones > 0, ones)
-    batches = batches_of(rollout, draws, mask_id=MASK, token_budget=100)
+    batches = batches_of(rollout, rows_at(trajectory, draws), mask_id=MASK, token_budget=100)
     vocab = model.context().vocab
     trainer = HashedModel()
     for batch in batches:
@@ -220,9 +220,9 @@ def test_no_prompts_give_an_empty_trajectory():
 def test_no_draws_give_one_batch_without_weight():
     _, _, trajectory = run("random, one token a step")
     none = torch.zeros(0, dtype=torch.int64)
-    draws = ESTIMATORS["full_trajectory"](trajectory, DrawContext(AlgorithmSettings(), EOS, 0))
+    draws = all_steps(trajectory, DrawContext(AlgorithmSettings(), EOS, 0))
     draws = replace(draws, rollout=none, step=none, weight=draws.weight[:0])
     rollout = Rollout(trajectory, torch.ones(ROWS), torch.ones(ROWS) > 0, torch.ones(ROWS))
-    (batch,) = batches_of(rollout, draws, mask_id=MASK, token_budget=100)
+    (batch,) = batches_of(rollout, rows_at(trajectory, draws), mask_id=MASK, token_budget=100)
     assert batch.rows.tokens.tolist() == [MASK]
     assert len(batch.rows.scored) == len(batch.targets) == len(batch.weights) == 0

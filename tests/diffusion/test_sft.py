@@ -8,7 +8,6 @@ import torch
 
 from agrpo_megatron.diffusion import batches, noise
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
-from agrpo_megatron.diffusion.losses import sft_loss
 from tests.diffusion.toy import Toy, relative_error
 
 torch.set_num_threads(1)
@@ -50,7 +49,7 @@ def mean_loss(monkeypatch, table, toy, response, epsilon):
     assert float(chance.sum()) == pytest.approx(1, rel=1e-12)
     logits = policy_logits(toy.score(table)(batch.rows), toy.vocab)
     logprobs, _ = token_logprobs(logits, batch.targets, vocab=toy.vocab)
-    return sft_loss(logprobs * chance.repeat_interleave(masks), batch)
+    return batches.sft_loss(logprobs * chance.repeat_interleave(masks), batch)
 
 
 def negative_loglik(table, toy, response, hidden, place):

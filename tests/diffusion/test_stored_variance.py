@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from agrpo_megatron.config.settings import AlgorithmSettings
-from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.steps import all_steps, rows_at
 from agrpo_megatron.types import Rollout
 from tests.diffusion.batching import batches_of
 from tools.variance import (
@@ -75,10 +76,10 @@ def test_contributions_add_up_to_the_full_trajectory_gradient(cases):
     stored = below(load_file(STORED), "agrpo.1.")
     trajectory = stored_trajectory(stored, {"temperature": 0.6})
     gains = stored["advantages"].double()
-    draws = ESTIMATORS["full_trajectory"](trajectory, DrawContext(AlgorithmSettings(), 158, 0))
+    draws = all_steps(trajectory, DrawContext(AlgorithmSettings(), 158, 0))
     rollout = Rollout(trajectory, gains, gains > 0, gains)
     total = torch.zeros((), dtype=torch.float64)
-    for batch in batches_of(rollout, draws, mask_id=159, token_budget=10**6):
+    for batch in batches_of(rollout, rows_at(trajectory, draws), mask_id=159, token_budget=10**6):
         logits = policy_logits(model.score(batch.rows), model.vocab, temperature=0.6)
         logprobs, _ = token_logprobs(
             logits, batch.targets, vocab=model.vocab, support_ids=batch.support_ids

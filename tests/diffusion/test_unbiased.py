@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
-from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext, advantages
 from agrpo_megatron.diffusion.sampler import sample
+from agrpo_megatron.estimators.advantages import advantages
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.steps import all_steps, full_trajectory
+from agrpo_megatron.types import Rollout
 from tests.diffusion.toy import (
     Toy,
     enumerate_trajectories,
@@ -51,7 +54,7 @@ def mean_gradient(table, toy, sampling, **options):
     listed = enumerate_trajectories(table, toy, sampling)
     algorithm = AlgorithmSettings(normaliser="constant", normaliser_constant=1.0, **options)
     context = DrawContext(algorithm, toy.eos_id, 0)
-    draws = ESTIMATORS["full_trajectory"](listed.trajectory, context)
+    draws = all_steps(listed.trajectory, context)
     gains = listed.probability * toy.rewards(listed.trajectory.tokens)
     return estimator_gradient(table, toy, listed.trajectory, gains, draws, algorithm)
 
@@ -84,10 +87,10 @@ def test_mean_over_pairs_with_a_baseline(name, baseline, factor):
     pairs = torch.cartesian_prod(torch.arange(count), torch.arange(count))
     trajectory = take(listed.trajectory, pairs.reshape(-1))
     rewards = toy.rewards(trajectory.tokens)
-    gains = advantages(rewards, group_size=2, baseline=baseline)
+    gains = advantages(rewards, AlgorithmSettings(group_size=2, baseline=baseline))
     gains = gains * listed.probability[pairs].prod(1).repeat_interleave(2) / 2
     algorithm = AlgorithmSettings(normaliser="constant", normaliser_constant=1.0, group_size=2)
-    draws = ESTIMATORS["full_trajectory"](trajectory, DrawContext(algorithm, toy.eos_id, 0))
+    draws = all_steps(trajectory, DrawContext(algorithm, toy.eos_id, 0))
     got = estimator_gradient(table, toy, trajectory, gains, draws, algorithm)
     expected = factor * reward_gradient(table, toy, sampling)
     assert relative_error(got, expected) < EXACT
@@ -97,8 +100,11 @@ def test_constant_normaliser_divides_by_the_denoising_steps_unless_told():
     toy, options = CASES["blocks that end early"]
     listed = enumerate_trajectories(toy.table(), toy, settings_of(toy, options))
     algorithm = AlgorithmSettings(normaliser="constant")
-    draws = ESTIMATORS["full_trajectory"](listed.trajectory, DrawContext(algorithm, 0, 0))
-    assert torch.allclose(draws.weight, torch.tensor(1 / 3, dtype=torch.float64), rtol=1e-15)
+    gains = toy.rewards(listed.trajectory.tokens)
+    rollout = Rollout(listed.trajectory, gains, gains > 0, gains)
+    rows = full_trajectory(rollout, DrawContext(algorithm, 0, 0))
+    weights = rows.weight[rows.scored]
+    assert torch.allclose(weights, torch.tensor(1 / 3, dtype=torch.float64), rtol=1e-15)
 
 
 def test_live_steps_normaliser_is_the_mean_over_each_rollouts_own_steps():
@@ -110,7 +116,7 @@ def test_live_steps_normaliser_is_the_mean_over_each_rollouts_own_steps():
     results = []
     for normaliser, scale in (("live_steps", 1.0), ("constant", listed.trajectory.num_steps)):
         algorithm = AlgorithmSettings(normaliser=normaliser, normaliser_constant=1.0)
-        draws = ESTIMATORS["full_trajectory"](listed.trajectory, DrawContext(algorithm, 0, 0))
+        draws = all_steps(listed.trajectory, DrawContext(algorithm, 0, 0))
         results.append(
             estimator_gradient(table, toy, listed.trajectory, gains / scale, draws, algorithm)
         )

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from agrpo_megatron.config.settings import STEP_SAMPLERS, AlgorithmSettings, SamplingSettings
-from agrpo_megatron.diffusion import estimators, noise, timesteps
-from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
+from agrpo_megatron.diffusion import noise
+from agrpo_megatron.estimators import timesteps
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.steps import all_steps, drawn_steps, step_weights
 from tests.diffusion.toy import (
     Toy,
     enumerate_trajectories,
@@ -144,10 +146,10 @@ def test_mean_over_all_draws_is_the_full_trajectory_gradient(
     gains = gains.double()
     rows, repeated, own, order, weights = listed_draws(trajectory, algorithm)
     queue = replay(monkeypatch, own, order)
-    draws = ESTIMATORS["agrpo"](repeated, context)
+    draws = drawn_steps(repeated, context)
     assert not queue
     got = estimator_gradient(TABLE, TOY, repeated, gains[rows] * weights, draws, algorithm)
-    full = ESTIMATORS["full_trajectory"](trajectory, context)
+    full = all_steps(trajectory, context)
     expected = estimator_gradient(TABLE, TOY, trajectory, gains, full, algorithm)
     assert relative_error(got, expected) < EXACT
 
@@ -163,9 +165,9 @@ def test_mean_over_draws_of_a_truncated_policy_with_many_tokens_a_step(monkeypat
     gains = torch.tensor([1.0, -0.3, 0.7, 2.0], dtype=torch.float64)
     rows, repeated, own, order, weights = listed_draws(trajectory, algorithm)
     replay(monkeypatch, own, order)
-    draws = ESTIMATORS["agrpo"](repeated, context)
+    draws = drawn_steps(repeated, context)
     got = estimator_gradient(TABLE, TOY, repeated, gains[rows] * weights, draws, algorithm)
-    full = ESTIMATORS["full_trajectory"](trajectory, context)
+    full = all_steps(trajectory, context)
     expected = estimator_gradient(TABLE, TOY, trajectory, gains, full, algorithm)
     assert relative_error(got, expected) < EXACT
 
@@ -178,8 +180,8 @@ def test_as_many_draws_as_live_steps_are_the_full_trajectory(sampler, count):
         mc_samples=count, step_sampler=sampler, proposal="entropy", group_size=2
     )
     context = DrawContext(algorithm, TOY.eos_id, 5)
-    drawn = ESTIMATORS["agrpo"](trajectory, context)
-    full = ESTIMATORS["full_trajectory"](trajectory, context)
+    drawn = drawn_steps(trajectory, context)
+    full = all_steps(trajectory, context)
     for name in ("rollout", "step", "weight"):
         assert torch.equal(getattr(drawn, name), getattr(full, name))
 
@@ -189,7 +191,7 @@ def test_only_short_rollouts_are_enumerated():
     trajectory = trajectories()
     for enumerate_short in (True, False):
         algorithm = AlgorithmSettings(mc_samples=2, enumerate_short=enumerate_short)
-        draws = ESTIMATORS["agrpo"](trajectory, DrawContext(algorithm, TOY.eos_id, 5))
+        draws = drawn_steps(trajectory, DrawContext(algorithm, TOY.eos_id, 5))
         rows = torch.bincount(draws.rollout, minlength=15)
         short = trajectory.num_steps <= 2
         assert (rows <= 2).all() and (rows >= 1).all()
@@ -202,8 +204,8 @@ def test_a_comb_of_all_steps_is_the_full_trajectory_without_enumeration(sampler)
     trajectory = take(trajectory, (trajectory.num_steps == 3).nonzero().squeeze(1))
     algorithm = AlgorithmSettings(mc_samples=3, step_sampler=sampler, enumerate_short=False)
     context = DrawContext(algorithm, TOY.eos_id, 5)
-    drawn = ESTIMATORS["agrpo"](trajectory, context)
-    full = ESTIMATORS["full_trajectory"](trajectory, context)
+    drawn = drawn_steps(trajectory, context)
+    full = all_steps(trajectory, context)
     assert torch.equal(drawn.step, full.step)
     assert torch.allclose(drawn.weight, full.weight, rtol=1e-14)
 
@@ -214,7 +216,7 @@ def test_step_weights_average_one_and_the_mix_bounds_them(mix):
     algorithm = AlgorithmSettings(proposal="entropy", uniform_mix=mix)
     live, proposal = proposal_of(trajectory, algorithm)
     steps = torch.arange(proposal.shape[1]).expand_as(proposal)
-    weights = estimators.step_weights(proposal, live, steps)
+    weights = step_weights(proposal, live, steps)
     assert torch.allclose((proposal * weights).sum(1), torch.ones(15).double(), atol=1e-13)
     assert torch.allclose(proposal.sum(1), torch.ones(15).double(), atol=1e-13)
     if mix > 0:
@@ -274,9 +276,9 @@ def test_rollouts_without_live_steps_weigh_nothing():
     trajectory = trajectories()
     empty = replace(trajectory, tokens=torch.zeros_like(trajectory.tokens))
     algorithm = AlgorithmSettings(live_steps="text", group_size=3)
-    for sampler, name in itertools.product(STEP_SAMPLERS, ESTIMATORS):
+    for sampler, steps in itertools.product(STEP_SAMPLERS, (all_steps, drawn_steps)):
         chosen = replace(algorithm, step_sampler=sampler, mc_samples=1, proposal="entropy")
-        draws = ESTIMATORS[name](empty, DrawContext(chosen, 0, 0))
+        draws = steps(empty, DrawContext(chosen, 0, 0))
         assert len(draws.rollout) == 0
         gradient = estimator_gradient(TABLE, TOY, empty, torch.ones(15).double(), draws, chosen)
         assert float(gradient.abs().max()) == 0

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from agrpo_megatron.config.settings import STEP_SAMPLERS
-from agrpo_megatron.diffusion import estimators, timesteps
+from agrpo_megatron.estimators import timesteps
+from agrpo_megatron.estimators.steps import step_weights
 from tools.estimator_variance import estimator_variance
 
 torch.set_num_threads(1)
@@ -31,7 +32,7 @@ def drawn_sums(contributions, proposal, live, *, count, sampler, enumerate_short
     )
     repeated = proposal.repeat(REPEATS, 1)
     steps = timesteps.invert(repeated, uniforms)
-    weights = estimators.step_weights(repeated, live.repeat(REPEATS), steps) / count
+    weights = step_weights(repeated, live.repeat(REPEATS), steps) / count
     owners = torch.arange(rows).repeat(REPEATS)
     values = (weights[:, :, None] * contributions[owners[:, None], steps]).sum(1)
     values = values.view(REPEATS, rows, -1)

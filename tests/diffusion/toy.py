@@ -13,8 +13,10 @@ from torch import Tensor
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion.draw import LogitsForward
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
-from agrpo_megatron.diffusion.losses import policy_loss
 from agrpo_megatron.diffusion.sampler import SamplerContext
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.losses import LOSSES, of_tokens
+from agrpo_megatron.estimators.steps import at_level
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
 from tests.diffusion.batching import batches_of
 
@@ -255,14 +257,15 @@ def estimator_gradient(
     """Return the ascent direction of the package's loss, summed over rollouts."""
     table = table.detach().requires_grad_()
     rollout = Rollout(trajectory, advantages, advantages > 0, advantages)
+    rows = at_level(draws, rollout, DrawContext(algorithm, toy.eos_id, 0))
     score, total = toy.score(table), table.sum() * 0
-    for batch in batches_of(rollout, draws, mask_id=toy.mask_id, token_budget=4096):
+    for batch in batches_of(rollout, rows, mask_id=toy.mask_id, token_budget=4096):
         temperature = trajectory.sampling.temperature
         logits = policy_logits(score(batch.rows), toy.vocab, temperature=temperature)
         logprobs, _ = token_logprobs(
             logits, batch.targets, vocab=toy.vocab, support_ids=batch.support_ids
         )
-        total = total - policy_loss(logprobs, batch, algorithm)[0]
+        total = total - LOSSES["policy"](of_tokens(logprobs, batch), algorithm).loss
     return torch.autograd.grad(total, table)[0]
 
 

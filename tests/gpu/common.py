@@ -31,7 +31,7 @@ from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron import graphs
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.training.rl import make_loss
+from agrpo_megatron.training.objective import make_loss
 from agrpo_megatron.training.step import accumulate_gradients, optimizer_step
 from agrpo_megatron.types import PackedRows, TimestepBatch
 from tools.gpu_model import LLADA_8B, REHEARSAL, Scale, open_engine, random_batch, scale_settings

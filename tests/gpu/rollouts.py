@@ -5,9 +5,10 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.batches import row_lengths, timestep_batch
-from agrpo_megatron.diffusion.estimators import DrawContext, full_trajectory
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.steps import full_trajectory
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import make_forward
@@ -43,12 +44,12 @@ def mismatch(engine: Engine, settings: Settings) -> Tensor:
     count, device = len(trajectory.tokens), trajectory.tokens.device
     ones = torch.ones(count, device=device)
     rollout = Rollout(trajectory, rewards=ones, correct=ones > 0, advantages=ones)
-    draws = full_trajectory(trajectory, DrawContext(settings.algorithm, eos_id=None, seed=0))
-    lengths, budget = row_lengths(rollout, draws), settings.train.token_budget
+    scored = full_trajectory(rollout, DrawContext(settings.algorithm, eos_id=None, seed=0))
+    lengths, budget = row_lengths(rollout, scored), settings.train.token_budget
     order = my_micro_batches(lengths, settings.model, engine.ranks, budget=budget)
     mask_id = settings.model.mask_token_id
     assert mask_id is not None
-    batches = [timestep_batch(rollout, draws, rows, mask_id=mask_id) for rows in order]
+    batches = [timestep_batch(rollout, scored, rows, mask_id=mask_id) for rows in order]
     found: list[Tensor] = []
 
     def loss(logits: Tensor, batch: TimestepBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from agrpo_megatron.diffusion.timesteps import step_entropies
+from agrpo_megatron.estimators.timesteps import step_entropies
 from agrpo_megatron.evaluation.evaluate import evaluate
 from agrpo_megatron.training import sft
 from agrpo_megatron.training.rl import collect_rollout, update_policy

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from agrpo_megatron.estimators import losses
 from agrpo_megatron.rollout import dynamic_sampling
 from agrpo_megatron.training import rl, sft
 from agrpo_megatron.training.nan_guard import NONFINITE, NanGuard, rollout_keys
@@ -112,15 +113,15 @@ def _break_once(overrides):
     """Let one micro-batch on the last rank come out wrong, once."""
     session, engine = open_session(*overrides, world_size=dist.get_world_size())
     rollout, _ = collect_rollout(session, engine, 0)
-    plain, calls = rl.policy_loss, []
+    plain, calls = losses.LOSSES["policy"], []
 
     def faulty(*args):
-        total, metrics = plain(*args)
+        outputs = plain(*args)
         calls.append(1)
         is_it = len(calls) == 2 and dist.get_rank() == dist.get_world_size() - 1
-        return (total * NAN if is_it else total), metrics
+        return replace(outputs, loss=outputs.loss * NAN) if is_it else outputs
 
-    rl.policy_loss = faulty
+    losses.LOSSES["policy"] = faulty
     with pytest.raises(NotFinite) as error:
         update_policy(session, engine, rollout, None)
     return error.value.finding, str(error.value)

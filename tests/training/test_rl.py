@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 
 from agrpo_megatron.checkpoint.start import load_start_weights
-from agrpo_megatron.diffusion.estimators import ESTIMATORS, DrawContext
+from agrpo_megatron.estimators import table
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.steps import all_steps, drawn_steps
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.weights import export_hf
-from agrpo_megatron.training import rl
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from tests.megatron.literal import literal_logits
 from tests.ranks import run_ranks
@@ -129,7 +130,8 @@ def _compare_with_literal(overrides):
     _perturb(engine.network)
     algorithm = session.run.settings.algorithm
     context = DrawContext(algorithm, eos_id=session.run.eos_id, seed=session.run.settings.run.seed)
-    draws = ESTIMATORS[algorithm.name](rollout.trajectory, context)
+    steps = all_steps if algorithm.name == "full_trajectory" else drawn_steps
+    draws = steps(rollout.trajectory, context)
     metrics, grads = gradient(
         session, engine, rollout, reference if algorithm.kl_coefficient > 0 else None
     )
@@ -228,10 +230,10 @@ def _skip_or_not():
     rollout = replace(rollout, advantages=flat)
     _perturb(engine.network)
     skipped = gradient(session, engine, rollout)
-    keep = rl.useful_draws
-    rl.useful_draws = lambda draws, *_: draws
+    keep = table.useful_rows
+    table.useful_rows = lambda rows, *_: rows
     kept = gradient(session, engine, rollout)
-    rl.useful_draws = keep
+    table.useful_rows = keep
     return skipped, kept
 
 

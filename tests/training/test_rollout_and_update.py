@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 import torch
 
-from agrpo_megatron.diffusion.batches import rebuild_state
 from agrpo_megatron.megatron.model import LEAST_ROWS
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.sft import run_sft
+from tests.diffusion.batching import rebuild_state
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
 

@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from agrpo_megatron.config.schema import build, from_text, section, setting
+from agrpo_megatron.config.settings.algorithm import STEP_SAMPLERS as STEP_SAMPLERS
+from agrpo_megatron.config.settings.algorithm import AlgorithmSettings
 from agrpo_megatron.config.settings.model import (
     ModelSettings,
     ParallelSettings,
@@ -17,10 +19,8 @@ from agrpo_megatron.config.settings.model import (
 )
 from agrpo_megatron.config.settings.precision import PRECISIONS, Fp8Settings, KernelSettings
 from agrpo_megatron.config.settings.resilience import LaunchSettings, ResilienceSettings
-from agrpo_megatron.config.settings.training import STEP_SAMPLERS as STEP_SAMPLERS
 from agrpo_megatron.config.settings.training import UNMASKING as UNMASKING
 from agrpo_megatron.config.settings.training import (
-    AlgorithmSettings,
     CheckpointSettings,
     EvaluationSettings,
     LoggingSettings,

@@ -7,8 +7,6 @@ from agrpo_megatron.config.schema import section, setting
 from agrpo_megatron.config.values import MOST_SEED
 
 UNMASKING = ("random", "low_confidence", "entropy", "margin", "bernoulli")
-PROPOSALS = ("uniform", "entropy")
-STEP_SAMPLERS = ("systematic", "stratified", "batch", "independent")
 MOST_BETA = 1 - 1e-9  # Adam divides by 1 - beta
 
 
@@ -127,56 +125,6 @@ class SamplingSettings:
     )
     early_end: bool = setting(True, "a row ends after a block that is all end-of-text")
     forbid_mask_token: bool = setting(True, "never draw the mask token (published code: false)")
-
-
-@dataclass(frozen=True)
-class AlgorithmSettings:
-    """AGRPO: the policy gradient over denoising steps, and its published choices."""
-
-    name: str = setting(
-        "agrpo",
-        "agrpo draws mc_samples live steps of every rollout; full_trajectory takes all of them",
-        choices=("agrpo", "full_trajectory"),
-    )
-    prompts_per_iteration: int = setting(16, "problems per iteration, all ranks together", low=1)
-    group_size: int = setting(8, "completions per problem", low=2)
-    mc_samples: int = setting(8, "denoising steps drawn per rollout (published: 24)", low=1)
-    proposal: str = setting("uniform", "distribution that steps are drawn from", choices=PROPOSALS)
-    step_sampler: str = setting(
-        "systematic",
-        "how draws are spread; batch is the published low-discrepancy sampler",
-        choices=STEP_SAMPLERS,
-    )
-    uniform_mix: float = setting(
-        0.1, "uniform share of the proposal: step weights <= 1/share (published: 0)", low=0, high=1
-    )
-    enumerate_short: bool = setting(
-        True, "score every live step once where mc_samples covers them all (published: false)"
-    )
-    live_steps: str = setting(
-        "sampled",
-        "steps that are scored: all that ran, or up to the last text token (published)",
-        choices=("sampled", "text"),
-    )
-    baseline: str = setting(
-        "mean", "subtracted from the reward", choices=("none", "mean", "leave_one_out")
-    )
-    scale_by_std: bool = setting(False, "divide advantages by the group's standard deviation")
-    clip_low: float = setting(0.2, "ratio clipped below at 1 - clip_low", low=0)
-    clip_high: float = setting(0.2, "ratio clipped above at 1 + clip_high", low=0)
-    kl_coefficient: float = setting(0.0, "weight of the KL to the frozen reference", low=0)
-    normaliser: str = setting(
-        "live_steps",
-        "mean over each rollout's live steps (published), or over a constant number",
-        choices=("live_steps", "constant"),
-    )
-    normaliser_constant: float | None = setting(
-        None, "steps that `constant` divides by; null: sampling.denoising_steps", low=1e-9
-    )
-    updates_per_iteration: int = setting(1, "optimizer steps on each batch of rollouts", low=1)
-    resample_rounds: int = setting(
-        0, "rounds that replace groups of equal rewards by other problems (published: 0)", low=0
-    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,129 @@
+"""Estimators that draw denoising steps of the rollout itself: AGRPO and the full trajectory."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from agrpo_megatron.estimators import timesteps
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.weights import by_rollout, by_row, kl_weights, share_of_rollouts
+from agrpo_megatron.types import Rollout, ScoredRows, StepDraws, Trajectory
+
+
+def agrpo(rollout: Rollout, context: DrawContext) -> ScoredRows:
+    """Score drawn steps: an unbiased estimate of `full_trajectory`.
+
+    Exact for orders of unmasking that do not depend on the weights, such as `random`. Forward
+    passes: `mc_samples` with gradient. Source: arXiv 2510.04019, probablyabot/agrpo.
+    """
+    return at_level(drawn_steps(rollout.trajectory, context), rollout, context)
+
+
+def full_trajectory(rollout: Rollout, context: DrawContext) -> ScoredRows:
+    """Score every live step of every rollout: the exact gradient, at the cost of all states.
+
+    Forward passes: the live steps, with gradient.
+    """
+    return at_level(all_steps(rollout.trajectory, context), rollout, context)
+
+
+def drawn_steps(trajectory: Trajectory, context: DrawContext) -> StepDraws:
+    """Draw `mc_samples` live steps of every rollout.
+
+    Draws of the same step share a row. If a rollout has at most `mc_samples` live steps, each is
+    scored once (`enumerate_short`), which is exact.
+    """
+    settings = context.algorithm.filled
+    assert settings.mc_samples is not None
+    uniforms = timesteps.draw_uniforms(
+        trajectory.rollout_ids,
+        settings.mc_samples,
+        sampler=settings.step_sampler,
+        seed=context.seed,
+        group_size=settings.group_size,
+    )
+    return draws_at(trajectory, uniforms, context)
+
+
+def draws_at(trajectory: Trajectory, uniforms: Tensor, context: DrawContext) -> StepDraws:
+    """Draw rows from the proposal at uniform numbers [R, k], by inverse CDF."""
+    settings, count = context.algorithm, uniforms.shape[1]
+    live, most = live_of(trajectory, context)
+    entropies = timesteps.step_entropies(trajectory, most)
+    proposal = timesteps.step_proposal(
+        live, entropies, proposal=settings.proposal, uniform_mix=settings.uniform_mix
+    )
+    steps = timesteps.invert(proposal, uniforms)
+    weights = step_weights(proposal, live, steps) / count
+    table = torch.zeros_like(proposal).scatter_add_(1, steps, weights)
+    if settings.enumerate_short:
+        is_short = (live <= count)[:, None]
+        table = torch.where(is_short, timesteps.uniform_steps(live, most), table)
+    return _draws(table)
+
+
+def all_steps(trajectory: Trajectory, context: DrawContext) -> StepDraws:
+    """Return every live step of every rollout once."""
+    live, most = live_of(trajectory, context)
+    table = timesteps.uniform_steps(live, most)
+    return _draws(table)
+
+
+def rows_at(trajectory: Trajectory, draws: StepDraws) -> ScoredRows:
+    """Return the state before each drawn step, and the tokens that it fixed."""
+    fixed, step = trajectory.unmask_step[draws.rollout], draws.step[:, None]
+    scored = fixed == step
+    weight = draws.weight[:, None] * scored
+    return ScoredRows(draws.rollout, fixed >= step, scored, weight, is_sampled=True)
+
+
+def at_level(draws: StepDraws, rollout: Rollout, context: DrawContext) -> ScoredRows:
+    """Return the rows of drawn steps with one ratio per token, step or rollout."""
+    trajectory, settings = rollout.trajectory, context.algorithm.filled
+    per_rollout = _normaliser(draws, rollout, context)
+    rows = rows_at(trajectory, replace(draws, weight=draws.weight * per_rollout[draws.rollout]))
+    if settings.level == "row":
+        return by_row(rows, torch.ones_like(draws.weight), context)
+    if settings.level == "sequence":
+        live, _ = live_of(trajectory, context)
+        return by_rollout(rows, draws.weight * live[draws.rollout], rollout, context)
+    return replace(rows, kl_weight=kl_weights(rows, context))
+
+
+def step_weights(proposal: Tensor, live: Tensor, steps: Tensor) -> Tensor:
+    """Return the step weights [R, k]: uniform over proposal, 0 for rollouts without live steps.
+
+    Their mean under the proposal is 1.
+    """
+    drawn = proposal.gather(1, steps)
+    uniform = 1 / live.clamp(min=1)[:, None].double()
+    return torch.where(drawn > 0, uniform / drawn.clamp(min=1e-300), 0.0)
+
+
+def live_of(trajectory: Trajectory, context: DrawContext) -> tuple[Tensor, int]:
+    """Return the live steps of each rollout [R], and the most of any rollout, at least 1."""
+    rule = context.algorithm.live_steps
+    live = timesteps.live_steps(trajectory, eos_id=context.eos_id, rule=rule)
+    return live, max([1, *live.tolist()])
+
+
+def _normaliser(draws: StepDraws, rollout: Rollout, context: DrawContext) -> Tensor:
+    """Return the factor [R] from a mean over each rollout's live steps to `normaliser`."""
+    settings, trajectory = context.algorithm.filled, rollout.trajectory
+    live, _ = live_of(trajectory, context)
+    steps, share = live.double(), share_of_rollouts(rollout, context)
+    if settings.normaliser == "live_steps":
+        return torch.full_like(steps, share)
+    if settings.normaliser == "constant":
+        return steps * share / (settings.normaliser_constant or trajectory.sampling.denoising_steps)
+    total = steps.sum()
+    if settings.normaliser == "tokens":
+        total = (trajectory.unmask_step < live[:, None]).sum()
+    return steps * len(steps) * share / total.clamp(min=1)
+
+
+def _draws(table: Tensor) -> StepDraws:
+    """Turn weights [R, M] into rows."""
+    rollout, step = table.nonzero(as_tuple=True)
+    return StepDraws(rollout, step, table[rollout, step])

@@ -1,0 +1,75 @@
+"""Every estimator by its `algorithm.name`; docs/estimators.md compares them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from agrpo_megatron.config.own_code import find_function, is_file_name
+from agrpo_megatron.config.settings import AlgorithmSettings
+from agrpo_megatron.config.settings.estimators import ON_MASKS
+from agrpo_megatron.estimators import steps, trajectory
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.family import family
+from agrpo_megatron.estimators.losses import LOSSES, OF_TOKENS, Loss
+from agrpo_megatron.estimators.weights import select_rows
+from agrpo_megatron.types import Rollout, ScoredRows
+
+type Estimator = Callable[[Rollout, DrawContext], ScoredRows]
+
+ESTIMATORS: dict[str, Estimator] = {
+    "agrpo": steps.agrpo,
+    "full_trajectory": steps.full_trajectory,
+    "just_grpo": trajectory.just_grpo,
+    "cj_grpo": trajectory.cj_grpo,
+    "step_merge": trajectory.step_merge,
+    "tracerl": trajectory.tracerl,
+    "egspo": trajectory.egspo,
+    "rldf": trajectory.rldf,
+    **dict.fromkeys(ON_MASKS, family),
+}
+
+
+def find_estimator(algorithm: AlgorithmSettings) -> Estimator:
+    """Return the estimator of `algorithm.name`: an entry, or the user's `FILE.py:FUNCTION`.
+
+    Raises:
+        ValueError: the file or the function does not exist.
+    """
+    if is_file_name(algorithm.name):
+        return find_function(algorithm.name, said=f"algorithm.name={algorithm.name}")
+    return ESTIMATORS[algorithm.name]
+
+
+def find_loss(algorithm: AlgorithmSettings) -> Loss:
+    """Return the loss of `algorithm.loss`: an entry, or the user's `FILE.py:FUNCTION`.
+
+    Raises:
+        ValueError: the file or the function does not exist.
+    """
+    name = algorithm.filled.loss
+    assert name is not None
+    if is_file_name(name):
+        return find_function(name, said=f"algorithm.loss={name}")
+    return LOSSES[name]
+
+
+def scored_rows(rollout: Rollout, context: DrawContext) -> ScoredRows:
+    """Return the rows of the estimator that have a gradient."""
+    settings = context.algorithm.filled
+    rows = find_estimator(settings)(rollout, context)
+    if settings.scored_policy == "model":
+        rows = replace(rows, is_sampled=False)
+    return useful_rows(rows, rollout, settings)
+
+
+def useful_rows(rows: ScoredRows, rollout: Rollout, algorithm: AlgorithmSettings) -> ScoredRows:
+    """Drop rows without advantage where a loss, a KL or a bonus has no gradient there."""
+    has_more = algorithm.kl_coefficient > 0 or algorithm.entropy_bonus > 0
+    if has_more or algorithm.filled.loss not in (*OF_TOKENS, "sandwich"):
+        return rows
+    gains = rollout.advantages[rows.rollout] if rows.advantage is None else rows.advantage
+    return select_rows(rows, (gains != 0).nonzero()[:, 0])
+
+
+def is_joint(rows: ScoredRows, algorithm: AlgorithmSettings) -> bool:
+    """Return whether the loss needs all tokens of an update at once."""
+    return rows.unit is not None or algorithm.filled.loss not in OF_TOKENS

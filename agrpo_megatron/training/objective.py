@@ -1,0 +1,112 @@
+"""The loss of micro-batches: of single tokens, or of all tokens of an update together.
+
+A loss of single tokens takes one pass through the network. A loss that joins tokens (a sequence's
+ratio, a pair of completions) needs the log-probs of all of them, which other micro-batches, ranks
+and rows hold. So a pass without gradient computes all log-probs first; every rank differentiates
+the loss by them; and the pass with gradient takes the sum of log-probs times these derivatives.
+By the chain rule its gradient is that of the loss, whatever the loss is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
+from agrpo_megatron.diffusion.logprobs import Vocabulary
+from agrpo_megatron.estimators.losses import of_tokens
+from agrpo_megatron.estimators.table import find_loss
+from agrpo_megatron.training.scoring import score_tokens
+from agrpo_megatron.types import LossInputs, Rollout, ScoredRows, TimestepBatch
+
+type BatchLoss = Callable[[Tensor, TimestepBatch], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Log-probs of all scored tokens, [N, C] each, under three policies."""
+
+    current: Tensor
+    old: Tensor
+    reference: Tensor | None
+
+
+def joint_loss(
+    scored: ScoredRows, tables: Tables, rollout: Rollout, algorithm: AlgorithmSettings
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the metrics of a loss of all tokens, and its derivatives by log-probs [N, C].
+
+    The loss itself is the metric `loss`.
+    """
+    row, position = spots = scored.scored.nonzero(as_tuple=True)
+    gains = rollout.advantages[scored.rollout] if scored.advantage is None else scored.advantage
+    kl_weight = scored.weight if scored.kl_weight is None else scored.kl_weight
+    logprobs = tables.current[spots].double().requires_grad_()
+    inputs = LossInputs(
+        logprobs=logprobs,
+        old_logprobs=tables.old[spots].double(),
+        reference_logprobs=None if tables.reference is None else tables.reference[spots].double(),
+        advantages=gains[row].double(),
+        weights=scored.weight[spots].double(),
+        kl_weights=kl_weight[spots].double(),
+        rollout=scored.rollout[row],
+        row=row,
+        position=position,
+        unit=None if scored.unit is None else scored.unit[spots],
+        coefficient=None if scored.coefficient is None else scored.coefficient[spots].double(),
+    )
+    slope = torch.zeros_like(tables.current)
+    with torch.enable_grad():
+        outputs = find_loss(algorithm)(inputs, algorithm)
+        if outputs.loss.requires_grad:
+            slope[spots] = torch.autograd.grad(outputs.loss, logprobs)[0].to(slope.dtype)
+    metrics = {**outputs.metrics, "loss": outputs.loss}
+    return {name: metric.detach() for name, metric in metrics.items()}, slope
+
+
+def make_loss(
+    vocab: Vocabulary, sampling: SamplingSettings, algorithm: AlgorithmSettings
+) -> BatchLoss:
+    """Return the loss of one micro-batch of single tokens, for `optimizer_step`."""
+    loss_of = find_loss(algorithm)
+
+    def loss(logits: Tensor, batch: TimestepBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, entropies = score_tokens(logits, batch, vocab, sampling, algorithm)
+        outputs = loss_of(of_tokens(logprobs, batch), algorithm)
+        return outputs.loss - _bonus(entropies, batch, algorithm), outputs.metrics
+
+    return loss
+
+
+def make_tangent(
+    slope: Tensor,
+    metrics: dict[str, Tensor],
+    vocab: Vocabulary,
+    sampling: SamplingSettings,
+    algorithm: AlgorithmSettings,
+    *,
+    speaker: TimestepBatch | None,
+) -> BatchLoss:
+    """Return the loss of one micro-batch whose gradient is that of a joint loss.
+
+    Args:
+        slope: [N, C] derivatives of the joint loss by log-probs.
+        metrics: of the joint loss.
+        speaker: the micro-batch with which this rank reports them; None: another rank does.
+    """
+    zeros = {n: m[:0] if "_p99" in n else torch.zeros_like(m) for n, m in metrics.items()}
+
+    def loss(logits: Tensor, batch: TimestepBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, entropies = score_tokens(logits, batch, vocab, sampling, algorithm)
+        total = (logprobs * slope[batch.row, batch.position]).sum()
+        bonus = _bonus(entropies, batch, algorithm)
+        reported = dict(metrics if batch is speaker else zeros)
+        reported["loss"] = reported["loss"] - bonus.detach()
+        return total - bonus, reported
+
+    return loss
+
+
+def _bonus(entropies: Tensor, batch: TimestepBatch, algorithm: AlgorithmSettings) -> Tensor:
+    return algorithm.entropy_bonus * (entropies * batch.weights).sum()

@@ -1,0 +1,202 @@
+"""The updates of one iteration: what the estimator scores, older log-probs, optimizer step."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.diffusion.batches import row_lengths, timestep_batch
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.table import is_joint, scored_rows
+from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.megatron.layers.context import local_part
+from agrpo_megatron.megatron.network import Network
+from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.rollout.session import Session
+from agrpo_megatron.training.nan_guard import NanGuard, Update, rollout_keys
+from agrpo_megatron.training.objective import (
+    BatchLoss,
+    Tables,
+    joint_loss,
+    make_loss,
+    make_tangent,
+)
+from agrpo_megatron.training.scoring import logprob_table
+from agrpo_megatron.training.step import my_micro_batches
+from agrpo_megatron.types import Rollout, ScoredRows, TimestepBatch
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one update scores, and this rank's micro-batches of it."""
+
+    scored: ScoredRows
+    batches: list[TimestepBatch]
+    lengths: Tensor  # [N] tokens of each row
+    old: Tensor | None  # [N, C] log-probs of the policy that sampled; None: of the current one
+    reference: Tensor | None = None  # [N, C] log-probs of the frozen reference
+    passes: int = 0  # forward passes without gradient over the rows
+
+
+def update_policy(
+    session: Session,
+    engine: Engine,
+    rollout: Rollout,
+    reference: Network | None,
+    *,
+    guard: NanGuard | None = None,
+) -> tuple[dict[str, float], int]:
+    """Update the weights on one batch of rollouts; returns metrics and the tokens of all ranks.
+
+    Args:
+        guard: counts skipped updates over iterations; None starts from 0.
+    """
+    run, guard = session.run, guard or NanGuard(session, "rl")
+    iteration = rollout.trajectory.weights_version + 1
+    key = rollout_keys(run, rollout.trajectory)
+    settings, ranks = run.settings, engine.ranks
+    budget, results = settings.train.token_budget, []
+    parts = [
+        prepare(settings, ranks, rollout, seed=settings.run.seed + 7919 * number)
+        for number in range(settings.algorithm.updates_per_iteration)
+    ]
+    engine.finish_parameters()
+    parts = [
+        with_old_logprobs(engine.network, part, settings, is_first=number == 0)
+        for number, part in enumerate(parts)
+    ]
+    for number, part in enumerate(parts):
+        if reference is not None:
+            part = with_reference(part, reference, settings)
+        engine.finish_parameters()
+        part, loss = with_loss(engine, part, rollout, settings, is_first=number == 0)
+        metrics = guard.step(
+            engine,
+            part.batches,
+            loss=loss,
+            examples=len(rollout.rewards),
+            update=Update(iteration, "rollouts", key, number + 1),
+        )
+        slots = len(part.batches) * ranks.data.size * budget
+        filled = int(part.lengths.sum())
+        packed = {"rows": len(part.lengths), "filled": filled, "slots": slots}
+        packed["scoring_rows"] = part.passes * len(part.lengths)
+        results.append({**metrics, **packed, "micro_batches": len(part.batches)})
+    return _update_metrics(results), sum(result["filled"] for result in results)
+
+
+def prepare(settings: Settings, ranks: Ranks, rollout: Rollout, *, seed: int) -> Part:
+    """Draw what an update scores, the same on every rank, and pack this rank's share."""
+    model = settings.model
+    assert model.mask_token_id is not None
+    context = DrawContext(settings.algorithm, eos_id=model.eos_token_id, seed=seed)
+    return packed_part(settings, ranks, rollout, scored_rows(rollout, context))
+
+
+def packed_part(settings: Settings, ranks: Ranks, rollout: Rollout, scored: ScoredRows) -> Part:
+    """Pack this rank's share of scored rows into micro-batches."""
+    model, lengths = settings.model, row_lengths(rollout, scored)
+    assert model.mask_token_id is not None
+    plan = my_micro_batches(lengths, model, ranks, budget=settings.train.token_budget)
+    batches = [
+        timestep_batch(rollout, scored, rows, mask_id=model.mask_token_id, shift=model.shift)
+        for rows in plan
+    ]
+    recorded = rollout.trajectory.logprobs[scored.rollout] if scored.is_sampled else None
+    return Part(scored, [local_part(batch, ranks) for batch in batches], lengths, recorded)
+
+
+def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_first: bool) -> Part:
+    """Score a part under the weights that sampled, where the rollout has no such log-probs.
+
+    Must run before the first update. The first part of a loss of single tokens needs no pass:
+    there, the old policy is the current one. Called by every rank.
+    """
+    limit, scored, recorded = settings.algorithm.rollout_correction, part.scored, part.old
+    is_current = is_first and recorded is None and not is_joint(scored, settings.algorithm)
+    if is_current or (recorded is not None and limit is None):
+        return part
+    old = _table(network, part, settings)
+    if recorded is not None:
+        factor = (old - recorded).exp().clamp(max=limit)
+        scored = replace(scored, weight=scored.weight * factor)
+    return replace(part, scored=scored, old=old, passes=part.passes + 1)
+
+
+def with_reference(part: Part, reference: Network, settings: Settings) -> Part:
+    """Score a part under the frozen reference; called by every rank."""
+    table = _table(reference, part, settings)
+    return replace(part, reference=table, passes=part.passes + 1)
+
+
+def with_loss(
+    engine: Engine, part: Part, rollout: Rollout, settings: Settings, *, is_first: bool
+) -> tuple[Part, BatchLoss]:
+    """Return a part with all values in its micro-batches, and their loss; called by every rank.
+
+    Args:
+        is_first: the weights are still those that sampled.
+    """
+    scored, algorithm = part.scored, settings.algorithm
+    values = {"old_logprobs": part.old, "reference_logprobs": part.reference}
+    batches = [
+        replace(
+            batch,
+            weights=scored.weight[batch.row, batch.position].to(batch.weights.dtype),
+            **{n: t if t is None else t[batch.row, batch.position] for n, t in values.items()},
+        )
+        for batch in part.batches
+    ]
+    part = replace(part, batches=batches)
+    vocab, sampling = engine.network.vocab, settings.sampling
+    if not is_joint(scored, algorithm):
+        return part, make_loss(vocab, sampling, algorithm)
+    if is_first and not scored.is_sampled:
+        current = part.old
+    else:
+        current = _table(engine.network, part, settings)
+        part = replace(part, passes=part.passes + 1)
+    assert current is not None
+    assert part.old is not None
+    tables = Tables(current, part.old, part.reference)
+    metrics, slope = joint_loss(scored, tables, rollout, algorithm)
+    speaker = part.batches[0] if engine.ranks.data_context.rank == 0 else None
+    return part, make_tangent(slope, metrics, vocab, sampling, algorithm, speaker=speaker)
+
+
+def _table(network: Network, part: Part, settings: Settings) -> Tensor:
+    return logprob_table(
+        network, part.batches, part.scored.scored.shape, settings.sampling, settings.algorithm
+    )
+
+
+def _update_metrics(results: list[dict[str, float]]) -> dict[str, float]:
+    """Combine the updates of an iteration; the ratio's error is the first update's.
+
+    Skipped updates are excluded from the means. Where no token was scored the ratio is 1.
+    """
+    made = [r for r in results if not r["skipped_updates"]]
+    return {
+        **(_made_metrics(made) if made else {}),
+        "learning_rate": results[-1]["learning_rate"],
+        "skipped_updates": len(results) - len(made),
+        "rows": sum(r["rows"] for r in results),
+        "scoring_rows": sum(r["scoring_rows"] for r in results),
+        "micro_batches": sum(r["micro_batches"] for r in results),
+        "perf/packing_efficiency": sum(r["filled"] for r in results)
+        / sum(r["slots"] for r in results),
+    }
+
+
+def _made_metrics(results: list[dict[str, float]]) -> dict[str, float]:
+    tokens = sum(r["scored_tokens"] for r in results)
+    scored = max(1.0, tokens)
+    return {
+        "loss": sum(r["loss"] for r in results) / len(results),
+        "grad_norm": max(r["grad_norm"] for r in results),
+        "ratio/mean": sum(r["ratio_sum"] for r in results) / tokens if tokens else 1.0,
+        "ratio/max_error": results[0]["ratio_max_error"],
+        "ratio/p99_error": results[0]["ratio_p99_error"],
+        "clip_fraction": sum(r["clipped_tokens"] for r in results) / scored,
+        "kl": sum(r["kl_sum"] for r in results) / scored,
+    }
