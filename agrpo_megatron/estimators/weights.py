@@ -13,7 +13,7 @@ def counted_tokens(trajectory: Trajectory, context: DrawContext) -> Tensor:
     """Mark the completion tokens [R, C] that `algorithm.tail` lets an estimator score."""
     tail = context.algorithm.filled.tail
     is_end = trajectory.tokens == context.eos_id
-    if tail == "all" or context.eos_id is None:
+    if tail in (None, "all") or context.eos_id is None:
         return torch.ones_like(is_end)
     ends = is_end.long().cumsum(1)
     if tail == "first":

@@ -50,6 +50,7 @@ CHANGED: dict[str, Any] = {
     "launch.time": "04:00:00",
 }
 USUAL = {"an integer": 3, "a number": 0.75, "text": "other", "a list of integers": [1, 2]}
+USUAL["true or false"] = True
 USUAL |= {"a list of texts": ["--reservation=x"]}
 # What else a setting needs, by its key, or by key=value.
 NEEDS = {

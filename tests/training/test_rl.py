@@ -9,7 +9,7 @@ import torch.distributed as dist
 from agrpo_megatron.checkpoint.start import load_start_weights
 from agrpo_megatron.estimators import table
 from agrpo_megatron.estimators.context import DrawContext
-from agrpo_megatron.estimators.steps import all_steps, drawn_steps
+from agrpo_megatron.estimators.steps import all_steps, at_level, drawn_steps
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.training.rl import collect_rollout, update_policy
@@ -132,6 +132,8 @@ def _compare_with_literal(overrides):
     context = DrawContext(algorithm, eos_id=session.run.eos_id, seed=session.run.settings.run.seed)
     steps = all_steps if algorithm.name == "full_trajectory" else drawn_steps
     draws = steps(rollout.trajectory, context)
+    weights = at_level(draws, rollout, context).weight.amax(1)  # with the normaliser
+    draws = replace(draws, weight=weights)
     metrics, grads = gradient(
         session, engine, rollout, reference if algorithm.kl_coefficient > 0 else None
     )
