@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from agrpo_megatron.config.parallel import layout_name, layout_text, model_ranks, stage_layers
+from agrpo_megatron.config.rules_algorithm import validate_algorithm
 from agrpo_megatron.config.rules_precision import validate_precision
 from agrpo_megatron.config.settings import (
     ModelSettings,
@@ -35,6 +36,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     validate_precision(settings)
     validate_sampling(settings.sampling, "sampling")
     validate_sampling(settings.evaluation_sampling, "evaluation")
+    validate_algorithm(settings.algorithm, settings.sampling)
     path = settings.tokenizer.path
     if path is not None and not os.path.exists(path):
         raise ValueError(
