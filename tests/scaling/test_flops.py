@@ -22,6 +22,8 @@ SAMPLERS = {
     "entropy": {"unmasking": "entropy", "denoising_steps": 2},
     "threshold": {"unmasking": "low_confidence", "threshold": 0.03, "denoising_steps": 8},
     "random with threshold": {"unmasking": "random", "threshold": 0.03, "denoising_steps": 8},
+    "leftmost": {"unmasking": "leftmost", "denoising_steps": 8},
+    "leftmost with threshold": {"unmasking": "leftmost", "threshold": 0.04, "denoising_steps": 8},
     "Dream": {"unmasking": "entropy", **DREAM},
     "Dream's own order": {"unmasking": "bernoulli", "denoising_steps": 6, **DREAM},
     "rows that end early": {"unmasking": "random", "block_length": 1, "denoising_steps": 8},
