@@ -106,7 +106,7 @@ WRONG = {
     "wrong choice": (
         {"sampling": {"unmasking": "rand"}},
         "sampling.unmasking=rand must be one of random, low_confidence, entropy, margin, "
-        "bernoulli; did you mean random?",
+        "bernoulli, leftmost; did you mean random?",
     ),
     "out of range": (
         {"algorithm": {"group_size": 1}},

@@ -24,20 +24,41 @@ COMMON = [
     "sampling.denoising_steps=8",
     "model.eos_token_id=39",
     "algorithm.mc_samples=null",
-    "algorithm.group_size=4",
+    "train.token_budget=400",
+    "algorithm.group_size=3",
+    "algorithm.prompts_per_iteration=2",
     "optimizer.megatron.adam_eps=1e-2",
 ]
 LAYOUTS = {
-    "one row at a time": (1, ["train.token_budget=1"]),
+    "other micro-batches": (1, ["train.token_budget=40"]),
     "tp2": (2, ["parallel=tp2"]),
     "pp2": (2, ["parallel=pp2"]),
     "cp2": (2, ["parallel=cp2"]),
     "dp2": (2, []),
 }
-VARIANTS = {name: {"name": name} for name in ENTRIES} | {
-    "agrpo by sequence": {"name": "agrpo", "level": "sequence", "length_scale": True},
-    "agrpo by step, entropy bonus": {"name": "agrpo", "level": "row", "entropy_bonus": 0.1},
-    "agrpo, corrected": {"name": "agrpo", "rollout_correction": 2.0, "clip": "dual"},
+VARIANTS: dict = {name: {"name": name} for name in ENTRIES} | {
+    "agrpo": {"name": "agrpo", "mc_samples": 3},
+    "bgpo": {"name": "bgpo", "mc_samples": 3},
+    "vrpo": {"name": "vrpo", "mc_samples": 3},
+    "step_merge": {"name": "step_merge", "mc_samples": 3},
+    "agrpo by sequence": {
+        "name": "agrpo",
+        "mc_samples": 3,
+        "level": "sequence",
+        "length_scale": True,
+    },
+    "agrpo by step, entropy bonus": {
+        "name": "agrpo",
+        "mc_samples": 3,
+        "level": "row",
+        "entropy_bonus": 0.1,
+    },
+    "agrpo, corrected": {
+        "name": "agrpo",
+        "mc_samples": 3,
+        "rollout_correction": 2.0,
+        "clip": "dual",
+    },
     "coupled_grpo with the full mask": {"name": "coupled_grpo", "states": "coupled_and_full"},
     "unigrpo to the old policy": {"name": "unigrpo", "kl_target": "old", "kl_sum": True},
     "espo, k2": {"name": "espo", "kl": "k2"},
@@ -106,7 +127,9 @@ def test_the_layout_changes_nothing(alone, layout):
 def test_each_estimator_moves_the_policy_and_counts_its_passes(alone):
     """Passes without gradient: of the old policy before a second update, and of the reference."""
     for name, (grads, metrics) in alone.items():
-        assert all(float(torch.stack([g.norm() for g in part.values()]).sum()) > 0 for part in grads)
+        assert all(
+            float(torch.stack([g.norm() for g in part.values()]).sum()) > 0 for part in grads
+        )
         algorithm = _algorithm(AlgorithmSettings(), VARIANTS[name])
         assert metrics["scoring_rows"] >= algorithm.needs_reference * metrics["rows"], name
         assert metrics["ratio/mean"] != 1.0, name

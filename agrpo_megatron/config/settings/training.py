@@ -6,7 +6,8 @@ from typing import Any
 from agrpo_megatron.config.schema import section, setting
 from agrpo_megatron.config.values import MOST_SEED
 
-UNMASKING = ("random", "low_confidence", "entropy", "margin", "bernoulli")
+UNMASKING = ("random", "low_confidence", "entropy", "margin", "bernoulli", "leftmost")
+MODEL_FREE = ("random", "bernoulli", "leftmost")  # orders that do not depend on the model
 MOST_BETA = 1 - 1e-9  # Adam divides by 1 - beta
 
 
@@ -125,6 +126,11 @@ class SamplingSettings:
     )
     early_end: bool = setting(True, "a row ends after a block that is all end-of-text")
     forbid_mask_token: bool = setting(True, "never draw the mask token (published code: false)")
+
+    @property
+    def foresees_positions(self) -> bool:
+        """Whether the positions that a step fixes are known before its forward pass."""
+        return self.unmasking in MODEL_FREE and self.threshold is None
 
 
 @dataclass(frozen=True)
