@@ -114,9 +114,7 @@ def preference(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:
     gap = (units.logprobs - units.reference_logprobs).view(-1, 2)
     terms = -F.logsigmoid(algorithm.preference_beta * (gap[:, 0] - gap[:, 1]))
     weight = units.weights.view(-1, 2)[:, 0]
-    ratio = (units.logprobs - units.old_logprobs).exp()
-    metrics = _metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool), units)
-    return LossOutputs((terms * weight).sum(), metrics)
+    return LossOutputs((terms * weight).sum(), plain_metrics(units))
 
 
 def sandwich(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:
@@ -137,9 +135,7 @@ def sandwich(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:
     first = first.scatter(0, owner, torch.arange(len(owner), device=owner.device))
     gain, weight = inputs.advantages[first], inputs.weights[first]
     bound = torch.where(gain > 0, lower, share * upper + (1 - share) * lower)
-    ratio = (inputs.logprobs - inputs.old_logprobs).exp()
-    metrics = _metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool), inputs)
-    return LossOutputs(-(weight * gain * bound).sum(), metrics)
+    return LossOutputs(-(weight * gain * bound).sum(), plain_metrics(inputs))
 
 
 def _upper_bound(
@@ -213,6 +209,12 @@ def _kl(gap: Tensor, ratio: Tensor, kind: str) -> Tensor:
         return gap.square() / 2
     k3 = gap.exp() - gap - 1
     return k3 * ratio if kind == "k3_ratio" else k3
+
+
+def plain_metrics(inputs: LossInputs) -> dict[str, Tensor]:
+    """Return the metrics of a loss that clips nothing and has no KL."""
+    ratio = (inputs.logprobs - inputs.old_logprobs).exp()
+    return _metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool), inputs)
 
 
 @torch.no_grad()
