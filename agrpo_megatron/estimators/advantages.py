@@ -27,7 +27,8 @@ def advantages(rewards: Tensor, algorithm: AlgorithmSettings) -> Tensor:
     kind = algorithm.filled.softmax
     if kind != "none":
         pool = result if kind == "group" else result.view(1, -1)
-        result = pool.softmax(1) - (-pool).softmax(1)
+        worst = (-pool).softmax(1) if algorithm.softmax_negative else 0
+        result = pool.softmax(1) - worst
     return result.reshape(-1)
 
 

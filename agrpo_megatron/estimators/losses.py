@@ -125,7 +125,16 @@ def sandwich(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:
     The lower bound is the mean over masks of the mean log-prob; the upper one is 1 / b times the
     mean over tokens of the log of a mean over masks of p^b / t. Source: SPG (arXiv 2510.09541).
     """
-    assert inputs.coefficient is not None and inputs.unit is not None
+    first, bound = bounds(inputs, algorithm)
+    gain, weight = inputs.advantages[first], inputs.weights[first]
+    ratio = (inputs.logprobs - inputs.old_logprobs).exp()
+    metrics = _metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool), inputs)
+    return LossOutputs(-(weight * gain * bound).sum(), metrics)
+
+
+def bounds(inputs: LossInputs, algorithm: AlgorithmSettings) -> tuple[Tensor, Tensor]:
+    """Return a scored token of each rollout, and the bound of its log-likelihood per token."""
+    assert inputs.unit is not None
     rollouts, owner = inputs.rollout.unique(return_inverse=True)
     _, row = inputs.row.unique(return_inverse=True)
     count = torch.bincount(row)
@@ -135,11 +144,8 @@ def sandwich(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:
     share = {"mix": algorithm.bound_share, "eubo": 1.0, "elbo": 0.0}[algorithm.bound]
     first = torch.zeros(len(rollouts), dtype=torch.int64, device=owner.device)
     first = first.scatter(0, owner, torch.arange(len(owner), device=owner.device))
-    gain, weight = inputs.advantages[first], inputs.weights[first]
-    bound = torch.where(gain > 0, lower, share * upper + (1 - share) * lower)
-    ratio = (inputs.logprobs - inputs.old_logprobs).exp()
-    metrics = _metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool), inputs)
-    return LossOutputs(-(weight * gain * bound).sum(), metrics)
+    is_good = inputs.advantages[first] > 0
+    return first, torch.where(is_good, lower, share * upper + (1 - share) * lower)
 
 
 def _upper_bound(

@@ -73,6 +73,9 @@ class AlgorithmSettings:
         "scored tokens: all, through the first end-of-text, all but later ones, or but all of them",
         choices=("all", "first", "one_end", "no_ends"),
     )
+    cut_tail: bool | None = setting(
+        None, "leave what follows the last of these tokens out of the scored states"
+    )
     least_probability: float = setting(
         0.6, "rldf: also score masked tokens more probable than this", low=0, high=1
     )
@@ -95,6 +98,10 @@ class AlgorithmSettings:
         None,
         "advantage: softmax(A) - softmax(-A) over the group or all rollouts (wd1)",
         choices=("none", "group", "batch"),
+    )
+
+    softmax_negative: bool = setting(
+        True, "false: softmax(A) alone, so that only good completions are learnt from"
     )
 
     # Objective.
