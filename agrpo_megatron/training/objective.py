@@ -39,12 +39,25 @@ def joint_loss(
 
     The loss itself is the metric `loss`.
     """
+    spots = scored.scored.nonzero(as_tuple=True)
+    inputs = joint_inputs(scored, tables, rollout)
+    logprobs = inputs.logprobs.requires_grad_()
+    slope = torch.zeros_like(tables.current)
+    with torch.enable_grad():
+        outputs = find_loss(algorithm)(inputs, algorithm)
+        if outputs.loss.requires_grad:
+            slope[spots] = torch.autograd.grad(outputs.loss, logprobs)[0].to(slope.dtype)
+    metrics = {**outputs.metrics, "loss": outputs.loss}
+    return {name: metric.detach() for name, metric in metrics.items()}, slope
+
+
+def joint_inputs(scored: ScoredRows, tables: Tables, rollout: Rollout) -> LossInputs:
+    """Return the inputs of a loss of all tokens, in float64 and in the order of the tables."""
     row, position = spots = scored.scored.nonzero(as_tuple=True)
     gains = rollout.advantages[scored.rollout] if scored.advantage is None else scored.advantage
     kl_weight = scored.weight if scored.kl_weight is None else scored.kl_weight
-    logprobs = tables.current[spots].double().requires_grad_()
-    inputs = LossInputs(
-        logprobs=logprobs,
+    return LossInputs(
+        logprobs=tables.current[spots].double(),
         old_logprobs=tables.old[spots].double(),
         reference_logprobs=None if tables.reference is None else tables.reference[spots].double(),
         advantages=gains[row].double(),
@@ -56,13 +69,6 @@ def joint_loss(
         unit=None if scored.unit is None else scored.unit[spots],
         coefficient=None if scored.coefficient is None else scored.coefficient[spots].double(),
     )
-    slope = torch.zeros_like(tables.current)
-    with torch.enable_grad():
-        outputs = find_loss(algorithm)(inputs, algorithm)
-        if outputs.loss.requires_grad:
-            slope[spots] = torch.autograd.grad(outputs.loss, logprobs)[0].to(slope.dtype)
-    metrics = {**outputs.metrics, "loss": outputs.loss}
-    return {name: metric.detach() for name, metric in metrics.items()}, slope
 
 
 def make_loss(

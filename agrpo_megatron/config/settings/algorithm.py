@@ -94,6 +94,7 @@ class AlgorithmSettings:
         1, "subtracted from the group's size in that deviation", choices=(0, 1)
     )
     std_epsilon: float = setting(1e-6, "added to that deviation", low=0)
+    std_floor: float = setting(0.0, "least divisor in place of that deviation", low=0)
     softmax: str | None = setting(
         None,
         "advantage: softmax(A) - softmax(-A) over the group or all rollouts (wd1)",
@@ -128,7 +129,7 @@ class AlgorithmSettings:
     kl: str = setting(
         "k3_ratio",
         "estimate of the KL; k3_ratio is k3 times the ratio (published)",
-        choices=("k1", "k2", "k3", "k3_ratio"),
+        choices=("k1", "k2", "k3", "k3_ratio", "exact"),
     )
     kl_target: str = setting(
         "reference",
