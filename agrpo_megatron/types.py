@@ -165,6 +165,7 @@ class TimestepBatch:
     sources: Tensor  # [S] int64, which of the R rollouts the token belongs to
     row: Tensor  # [S] int64, which of the N rows
     position: Tensor  # [S] int64, in the completion
+    reference_shard: Tensor | None = None  # [S, V / tensor parallel] its log-probs; kl=exact
 
 
 @dataclass(frozen=True)

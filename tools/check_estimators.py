@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from agrpo_megatron.config.parallel import padded_vocab
 from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.diffusion.logprobs import LEAST
 from agrpo_megatron.estimators.advantages import advantages
 from agrpo_megatron.estimators.losses import bounds, in_units
 from agrpo_megatron.megatron.engine import Engine
@@ -30,6 +33,7 @@ from agrpo_megatron.training.objective import Tables, joint_inputs
 from agrpo_megatron.training.scoring import logprob_table
 from agrpo_megatron.training.step import accumulate_gradients
 from agrpo_megatron.training.update import Part, packed_part, with_loss, with_old_logprobs
+from agrpo_megatron.types import TimestepBatch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from checks import (  # noqa: E402 - of this folder
@@ -41,7 +45,7 @@ from checks import (  # noqa: E402 - of this folder
     settings_at,
 )
 from golden import below  # noqa: E402 - of this folder
-from golden_estimators import METHODS, Case, open_case  # noqa: E402 - of this folder
+from golden_estimators import METHODS, Case, Method, open_case  # noqa: E402 - of this folder
 from golden_rows import Recorded  # noqa: E402 - of this folder
 
 TOLERANCE = re.compile(
@@ -54,7 +58,8 @@ TOLERANCE = re.compile(
 class Folder:
     """The record of one method."""
 
-    name: str  # a key of METHODS
+    name: str
+    method: Method
     golden: dict[str, Any]
     tensors: dict[str, Tensor]
     model: Path
@@ -72,16 +77,15 @@ def main() -> int:
     """Run all checks; returns the exit status."""
     arguments = parse_arguments(__doc__, directory="folder of recorded methods")
     try:
-        folders = [_read(file) for file in sorted(arguments.directory.glob("*/golden.json"))]
+        folders = [_read(file) for file in sorted(arguments.directory.rglob("golden.json"))]
         if not folders:
-            raise ValueError(f"{arguments.directory}: no folder in it has a golden.json")
+            raise ValueError(f"{arguments.directory}: no folder below it has a golden.json")
         settings = {
             folder.model: settings_at(folder.model, arguments.parallel, token_budget=2048)
             for folder in folders
         }
     except ValueError as error:
-        print(f"check_estimators: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
     first = settings[folders[0].model]
     ranks = start_ranks(first)
     engines = {model: open_engine(own, ranks, model) for model, own in settings.items()}
@@ -90,20 +94,25 @@ def main() -> int:
         for folder in folders
         for check in check_folder(folder, engines[folder.model], settings[folder.model])
     )
-    status = report(checks, first, ranks, where=arguments.directory)
-    stop_ranks()
-    return status
+    try:
+        return report(checks, first, ranks, where=arguments.directory)
+    except ValueError as error:
+        return _refuse(error)
+    finally:
+        stop_ranks()
 
 
 def check_folder(folder: Folder, engine: Engine, settings: Settings) -> Iterator[Check]:
     """Compare all cases of a method."""
     for name, recorded in folder.cases(engine.ranks.device):
-        case = open_case(folder.name, recorded, folder.golden)
+        case = open_case(folder.method, recorded, folder.golden)
         own = replace(settings, algorithm=case.algorithm, sampling=case.sampling)
         part = packed_part(own, engine.ranks, case.rollout, case.rows)
         part = replace(part, old=_older(case, "old"), reference=_older(case, "ref"))
         is_first = part.old is None
         part = with_old_logprobs(engine.network, part, own, is_first=is_first)
+        if "ref_all_logps" in recorded.tensors:
+            part = replace(part, batches=_with_distributions(case, part, engine, own))
         for check in _check_scores(case, part, engine, own):
             yield replace(check, name=f"{name} {check.name}", limit=folder.limits["logprob"])
         part, loss = with_loss(engine, part, case.rollout, own, is_first=is_first)
@@ -176,6 +185,22 @@ def _older(case: Case, policy: str) -> Tensor | None:
     return _spread(case, found[0]) if found else None
 
 
+def _with_distributions(
+    case: Case, part: Part, engine: Engine, settings: Settings
+) -> list[TimestepBatch]:
+    """Return micro-batches with this rank's shard of the reference's recorded distributions."""
+    recorded, scored = case.recorded.tensors["ref_all_logps"], case.rows.scored
+    columns = padded_vocab(settings)
+    table = recorded.new_full((*scored.shape, columns), LEAST)
+    # Recorded by step, completion, and token of the step.
+    table[scored] = F.pad(
+        recorded.transpose(0, 1).flatten(0, 2), (0, columns - recorded.shape[-1]), value=LEAST
+    )
+    start, tensor = engine.network.vocab.start, engine.ranks.tensor
+    shard = table[..., start : start + columns // tensor.size]
+    return [replace(b, reference_shard=shard[b.row, b.position]) for b in part.batches]
+
+
 def _spread(case: Case, recorded: Tensor) -> Tensor:
     """Return log-probs [N, C] of tokens; their combination in a unit is the unit's recorded one."""
     rows, values = case.rows, case.values(recorded)
@@ -206,12 +231,19 @@ def _read(file: Path) -> Folder:
         model = (folder / golden["model"]).resolve()
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: not the record of a method: {error}") from None
-    if folder.name not in METHODS:
-        raise ValueError(f"{folder}: a folder's name is its method: {', '.join(METHODS)}")
+    names = [name for name in METHODS if folder.name.startswith(name)]
+    if not names:
+        raise ValueError(f"{folder}: a folder's name starts with its method: {', '.join(METHODS)}")
     if limits is None:
         raise ValueError(f"{file}: tolerance={golden['tolerance']!r} names no limits")
     numbers = {name: float(number) for name, number in limits.groupdict().items()}
-    return Folder(folder.name, golden, tensors, model, numbers)
+    return Folder(folder.name, METHODS[max(names, key=len)], golden, tensors, model, numbers)
+
+
+def _refuse(error: ValueError) -> int:
+    """Print what is wrong with the arguments or the records; returns the exit status."""
+    print(f"check_estimators: error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -76,13 +76,13 @@ class Case:
         return self.rows.coefficient is not None and self.algorithm.filled.loss != "sandwich"
 
 
-def open_case(name: str, recorded: Recorded, golden: dict[str, Any]) -> Case:
-    """Build settings, rollout and rows of a recorded case of a method.
+def open_case(method: Method, recorded: Recorded, golden: dict[str, Any]) -> Case:
+    """Build settings, rollout and rows of a recorded case.
 
     Raises:
         ValueError: no setting stands for what was recorded.
     """
-    method, case = METHODS[name], recorded.case
+    case = recorded.case
     preset = load(Settings, PRESETS / f"{method.preset}.yaml")
     own = preset.algorithm.filled
     known = {key: case[field] for field, keys in FIELDS.items() if field in case for key in keys}
@@ -149,6 +149,8 @@ def _rollout(
 
 def _dllm_rl(recorded: Recorded) -> dict[str, Any]:
     case = recorded.case
+    if case["post_num"] not in TAILS:
+        raise ValueError(f"post_num={case['post_num']}: algorithm.tail scores {list(TAILS)} ends")
     return {"tail": TAILS[case["post_num"]], "kl": "k3" if case["k3"] else "k1"}
 
 

@@ -35,6 +35,8 @@ def timestep_batch(
     if scored.advantage is not None:
         gains = scored.advantage[number].to(gains.dtype)
     kl_weight = scored.weight if scored.kl_weight is None else scored.kl_weight
+    if scored.coefficient is not None:  # there, it is of a single token in an exact KL only
+        kl_weight = kl_weight * scored.coefficient
     support = trajectory.support_ids if scored.is_sampled else None
     return TimestepBatch(
         rows=_packed(

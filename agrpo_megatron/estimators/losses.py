@@ -197,9 +197,12 @@ def _clipped(ratio: Tensor, inputs: LossInputs, algorithm: AlgorithmSettings) ->
 def _outputs(
     terms: Tensor, ratio: Tensor, clipped: Tensor, inputs: LossInputs, algorithm: AlgorithmSettings
 ) -> LossOutputs:
-    """Add the KL to the terms [S] of tokens or units, and sum them."""
+    """Add the KL to the terms [S] of tokens or units, and sum them.
+
+    An exact KL is no function of log-probs, so it is not added here.
+    """
     loss, kl = (terms * inputs.weights).sum(), None
-    if algorithm.kl_coefficient > 0:
+    if algorithm.kl_coefficient > 0 and algorithm.kl != "exact":
         is_old = algorithm.kl_target == "old"
         target = inputs.old_logprobs if is_old else inputs.reference_logprobs
         assert target is not None

@@ -128,7 +128,8 @@ class AlgorithmSettings:
     kl_coefficient: float = setting(0.0, "weight of the KL", low=0)
     kl: str = setting(
         "k3_ratio",
-        "estimate of the KL; k3_ratio is k3 times the ratio (published)",
+        "estimate of the KL; k3_ratio is k3 times the ratio (published); exact sums over all ids, "
+        "and stores the reference's distributions",
         choices=("k1", "k2", "k3", "k3_ratio", "exact"),
     )
     kl_target: str = setting(
