@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -43,7 +44,7 @@ from tests.diffusion.toy import Toy, enumerate_trajectories, take
 FEATURES = 12
 # Its loss takes pairs: of a group's completions, or of softmaxes over them.
 OF_PAIRS = ("vrpo", "wd1")
-VARIANTS: dict[str, dict[str, object]] = {name: {"name": name} for name in ENTRIES} | {
+VARIANTS: dict[str, dict[str, Any]] = {name: {"name": name} for name in ENTRIES} | {
     "step_merge": {"name": "step_merge", "mc_samples": 2},
     "tracerl": {"name": "tracerl", "merge_steps": 2},
     "egspo": {"name": "egspo", "mc_samples": 2},
@@ -82,14 +83,14 @@ def make_case(unmasking: str = "random", seed: int = 0) -> Case:
 
 
 def expected_gradient(
-    case: Case, changed: dict[str, object], *, seeds: int, seed: int = 0
+    case: Case, changed: dict[str, Any], *, seeds: int, seed: int = 0
 ) -> tuple[Tensor, float]:
     """Return an estimator's expected ascent direction by the table, and its rows per rollout."""
     listed = enumerate_trajectories(case.table, case.toy, case.sampling)
     probability = listed.probability
     is_paired = changed["name"] in OF_PAIRS
     algorithm = AlgorithmSettings(group_size=2, baseline="mean" if is_paired else "none")
-    algorithm = replace(algorithm, **changed)  # type: ignore[arg-type]
+    algorithm = replace(algorithm, **changed)
     number = torch.arange(len(probability))
     if is_paired:
         number = torch.cartesian_prod(number, number).flatten()
@@ -136,7 +137,7 @@ def angle(one: Tensor, other: Tensor) -> float:
     return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
-def measured(case: Case, changed: dict[str, object], *, seeds: int) -> list[float]:
+def measured(case: Case, changed: dict[str, Any], *, seeds: int) -> list[float]:
     """Return angle and noise on the table, the same on shared parameters, and rows."""
     halves = [
         expected_gradient(case, changed, seeds=max(1, seeds // 2), seed=seed) for seed in (0, 1)

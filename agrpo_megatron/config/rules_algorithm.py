@@ -56,6 +56,7 @@ def validate_algorithm(algorithm: AlgorithmSettings, sampling: SamplingSettings)
         _check_pair(filled)
         _check_level(filled, defaults)
         _check_normaliser(filled, defaults)
+    _check_exact_kl(filled, sampling)
     low, high = filled.mask_low, filled.mask_high
     if low is not None and high is not None and low > high:
         raise ValueError(
@@ -159,6 +160,25 @@ def _check_normaliser(filled: AlgorithmSettings, defaults: AlgorithmSettings) ->
         raise ValueError(
             f"algorithm.normaliser_constant={filled.normaliser_constant:g} is for "
             f"algorithm.normaliser=constant, not for {filled.normaliser}; use null"
+        )
+
+
+def _check_exact_kl(filled: AlgorithmSettings, sampling: SamplingSettings) -> None:
+    """Refuse an exact KL where distributions are not known or not those of the scored policy."""
+    if filled.kl != "exact":
+        return
+    if filled.kl_target == "old" or filled.loss == "filtered":
+        who = "kl_target=old" if filled.kl_target == "old" else "loss=filtered"
+        raise ValueError(
+            f"algorithm.kl=exact needs the distributions of a reference, and algorithm.{who} "
+            "has only log-probs; use algorithm.kl=k3"
+        )
+    is_cut = sampling.top_k is not None or sampling.top_p < 1
+    if filled.scored_policy == "sampler" and is_cut:
+        raise ValueError(
+            f"algorithm.kl=exact is over all ids, and sampling.top_k={text(sampling.top_k)} "
+            f"sampling.top_p={sampling.top_p:g} keep some; use algorithm.kl=k3, or "
+            "algorithm.scored_policy=model"
         )
 
 

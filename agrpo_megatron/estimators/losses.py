@@ -123,7 +123,14 @@ def sandwich(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:
     The lower bound is the mean over masks of the mean log-prob; the upper one is 1 / b times the
     mean over tokens of the log of a mean over masks of p^b / t. Source: SPG (arXiv 2510.09541).
     """
-    assert inputs.coefficient is not None and inputs.unit is not None
+    first, bound = bounds(inputs, algorithm)
+    gain, weight = inputs.advantages[first], inputs.weights[first]
+    return LossOutputs(-(weight * gain * bound).sum(), plain_metrics(inputs))
+
+
+def bounds(inputs: LossInputs, algorithm: AlgorithmSettings) -> tuple[Tensor, Tensor]:
+    """Return a scored token of each rollout, and the bound of its log-likelihood per token."""
+    assert inputs.unit is not None
     rollouts, owner = inputs.rollout.unique(return_inverse=True)
     _, row = inputs.row.unique(return_inverse=True)
     count = torch.bincount(row)
@@ -133,9 +140,8 @@ def sandwich(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:
     share = {"mix": algorithm.bound_share, "eubo": 1.0, "elbo": 0.0}[algorithm.bound]
     first = torch.zeros(len(rollouts), dtype=torch.int64, device=owner.device)
     first = first.scatter(0, owner, torch.arange(len(owner), device=owner.device))
-    gain, weight = inputs.advantages[first], inputs.weights[first]
-    bound = torch.where(gain > 0, lower, share * upper + (1 - share) * lower)
-    return LossOutputs(-(weight * gain * bound).sum(), plain_metrics(inputs))
+    is_good = inputs.advantages[first] > 0
+    return first, torch.where(is_good, lower, share * upper + (1 - share) * lower)
 
 
 def _upper_bound(
@@ -187,9 +193,12 @@ def _clipped(ratio: Tensor, inputs: LossInputs, algorithm: AlgorithmSettings) ->
 def _outputs(
     terms: Tensor, ratio: Tensor, clipped: Tensor, inputs: LossInputs, algorithm: AlgorithmSettings
 ) -> LossOutputs:
-    """Add the KL to the terms [S] of tokens or units, and sum them."""
+    """Add the KL to the terms [S] of tokens or units, and sum them.
+
+    An exact KL is no function of log-probs, so it is not added here.
+    """
     loss, kl = (terms * inputs.weights).sum(), None
-    if algorithm.kl_coefficient > 0:
+    if algorithm.kl_coefficient > 0 and algorithm.kl != "exact":
         is_old = algorithm.kl_target == "old"
         target = inputs.old_logprobs if is_old else inputs.reference_logprobs
         assert target is not None

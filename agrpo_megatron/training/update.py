@@ -21,7 +21,7 @@ from agrpo_megatron.training.objective import (
     make_loss,
     make_tangent,
 )
-from agrpo_megatron.training.scoring import logprob_table
+from agrpo_megatron.training.scoring import logprob_table, with_distributions
 from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import Rollout, ScoredRows, TimestepBatch
 
@@ -125,6 +125,9 @@ def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_fi
 
 def with_reference(part: Part, reference: Network, settings: Settings) -> Part:
     """Score a part under the frozen reference; called by every rank."""
+    if settings.algorithm.kl == "exact":
+        batches = with_distributions(reference, part.batches, settings.sampling, settings.algorithm)
+        return replace(part, batches=batches, passes=part.passes + 1)
     table = _table(reference, part, settings)
     return replace(part, reference=table, passes=part.passes + 1)
 
