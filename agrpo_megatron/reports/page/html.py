@@ -105,7 +105,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str, str]]:
     if run.rl:
         yield ("RL iterations", str(run.rl[-1]["iteration"]), _planned(run, "train"))
     if source := run.settings.get("train.from_rollouts"):
-        yield ("Rollouts replayed", str(source), "off-policy: the ratio moves away from 1")
+        yield ("Rollouts replayed", str(source), "sampled by the weights of that run")
     if run.sft:
         yield ("SFT iterations", str(run.sft[-1]["iteration"]), _planned(run, "sft"))
     totals = time_totals(run)
