@@ -11,6 +11,7 @@ from typing import Any
 from agrpo_megatron.config.parallel import layout_name, layout_text, model_ranks, stage_layers
 from agrpo_megatron.config.rules_algorithm import validate_algorithm
 from agrpo_megatron.config.rules_precision import validate_precision
+from agrpo_megatron.config.rules_rollouts import validate_stored_rollouts
 from agrpo_megatron.config.settings import (
     ModelSettings,
     ParallelSettings,
@@ -48,6 +49,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         raise ValueError(f"model.load={load} is not a directory; give a Hugging Face or run folder")
     _validate_metric("checkpoint.best", settings.checkpoint.best, settings.task)
     _validate_stop(settings)
+    validate_stored_rollouts(settings)
     _validate_timeouts(settings.resilience.timeouts)
     rates = settings.task
     if rates.pass_rate_low > rates.pass_rate_high:

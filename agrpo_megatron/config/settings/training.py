@@ -139,6 +139,9 @@ class TrainSettings:
 
     iterations: int = setting(100, "rollout-and-update rounds", low=0)
     token_budget: int = setting(16384, "packed tokens per micro-batch and rollout forward", low=1)
+    from_rollouts: str | None = setting(
+        None, "run directory whose stored rollouts are replayed, nothing is sampled; null: sample"
+    )
     ratio_alarm: float = setting(
         1e-3, "warn when a first update's policy ratio is further from 1 than this", low=0
     )
@@ -191,6 +194,9 @@ class CheckpointSettings:
     best: str | None = setting("accuracy", "keep the best by this evaluation metric; null: none")
     background: bool = setting(False, "write in a separate process while training continues")
     rollouts: bool = setting(True, "keep rollouts for restarts until a checkpoint includes them")
+    keep_rollouts: bool = setting(
+        False, "keep all graded rollouts of the run, for train.from_rollouts of other runs"
+    )
 
 
 @dataclass(frozen=True)
