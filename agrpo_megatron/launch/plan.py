@@ -55,7 +55,7 @@ def plan_run(
         check_start(resolved)
     if is_over:
         state = "finished"
-    elif done is not None is not None:
+    elif done is not None:
         of = settings.train.iterations if done.phase == "rl" else settings.sft.iterations
         state = f"resumes after {done.phase} iteration {done.iteration} of {of}"
     return JobPlan(settings, nodes, state, is_over, memory)

@@ -138,7 +138,7 @@ def _stop_if_asked(session: Session) -> None:
 
 
 def _show_notes(session: Session) -> None:
-    """Show notes on kernels, problems and a replay; write those on problems and replay to a file."""
+    """Show notes on kernels, problems and a replay; write all but those on kernels to a file."""
     run, view = session.run, session.output.view
     if run.settings.precision != "fp32":
         view.note(in_one_line(kernels_for(run.settings)))

@@ -10,7 +10,7 @@ KEEP = "checkpoint.keep_rollouts=true"
 
 
 def _refusal(*overrides):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="; ") as error:
         validate(load(Settings, None, list(overrides)))
     return str(error.value)
 

@@ -39,7 +39,7 @@ def _resolved(source, *overrides, iterations=2):
 
 
 def _refusal(*args, **options):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="; ") as error:
         check_replay(_resolved(*args, **options))
     assert "\n" not in str(error.value)
     return str(error.value)
