@@ -16,18 +16,19 @@ from agrpo_megatron.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from agrpo_megatron.training.variance.measure import Quality
+    from agrpo_megatron.training.variance.measure import Comparison
 
 EPILOG = """\
   agrpo variance runs/tiny --draws 1 2 4 8                how many denoising steps to draw
   agrpo variance runs/tiny --checkpoint sft-000500 --estimators diffu_grpo espo coupled_grpo
   agrpo variance runs/tiny algorithm.proposal=entropy     another way to draw them
 
-Batches are sampled from the checkpoint's weights. `rollout noise` is the variance of one batch's
-gradient by its completions, which no estimator can lower; `draw noise` by the steps or masks that
-were drawn; both over the squared length of the true gradient. `angle` is between the expected
-gradient and that of all steps, in degrees. `signal` is the signal-to-noise ratio for the work of an
-iteration, rollouts included, relative to the full trajectory: higher is better.
+Batches are sampled from the checkpoint's weights, or are those of train.from_rollouts. `draw noise`
+is the variance of one batch's gradient by the steps or masks that were drawn, over its variance by
+the completions that were sampled, which no estimator can lower. `angle` is between the expected
+gradient and that of all steps, in degrees. `work` is of an iteration, rollouts included, and
+`signal` the signal-to-noise ratio for the work; both relative to the full trajectory. More signal
+is better.
 """
 
 
@@ -81,25 +82,30 @@ def variance(arguments: argparse.Namespace) -> int:
     if not is_main():
         return 0
     best = recommended(found)
-    rows = [row_of(label, quality, found) for label, quality in found.items()]
+    rows = rows_of(found)
     _print(rows, best, console)
+    more = "" if found.signal > 0 else ": below the noise; use more --batches"
+    console.print(f"signal to noise of a batch, all steps scored: {found.signal:.2g}{more}")
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"rows": rows, "recommended": best}, indent=1)
+    text = json.dumps({"rows": rows, "recommended": best, "signal": found.signal}, indent=1)
     (folder / "variance.json").write_text(text + "\n", encoding="utf-8")
     print(write_variance(rows, folder / "variance.png"))
     return 0
 
 
-def row_of(label: str, quality: "Quality", found: "dict[str, Quality]") -> dict[str, Any]:
-    """Return one line of the table."""
-    return {
-        "estimator": label,
-        "angle": math.degrees(math.acos(quality.cosine)),
-        "rollout_noise": quality.rollouts,
-        "draw_noise": quality.draws,
-        "work": quality.work / found["full_trajectory"].work,
-        "signal": quality.per_work / found["full_trajectory"].per_work,
-    }
+def rows_of(found: "Comparison") -> list[dict[str, Any]]:
+    """Return the lines of the table."""
+    full = found.qualities["full_trajectory"]
+    return [
+        {
+            "estimator": label,
+            "angle": math.degrees(math.acos(quality.cosine)),
+            "draw_noise": quality.draws,
+            "work": quality.work / full.work,
+            "signal": quality.per_work / full.per_work,
+        }
+        for label, quality in found.qualities.items()
+    ]
 
 
 def _print(rows: list[dict[str, Any]], best: str, console: Any) -> None:
@@ -107,14 +113,13 @@ def _print(rows: list[dict[str, Any]], best: str, console: Any) -> None:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD)
-    for column in ("estimator", "angle", "rollout noise", "draw noise", "work", "signal"):
+    for column in ("estimator", "angle", "draw noise", "work", "signal"):
         table.add_column(column, justify="left" if column == "estimator" else "right")
     for row in rows:
         label, *numbers = row.values()
         style = "bold green" if label == best else None
         table.add_row(label, *(f"{number:.3g}" for number in numbers), style=style)
     console.print(table)
-    setting = (
-        f"algorithm.mc_samples={best.split()[-1]}" if "k " in best else f"algorithm.name={best}"
-    )
-    console.print(f"most signal for the work: {best} ({setting})")
+    is_drawn = best.startswith("agrpo, k")
+    setting = f"mc_samples={best.split()[-1]}" if is_drawn else f"name={best}"
+    console.print(f"most signal for the work: {best} (algorithm.{setting})")

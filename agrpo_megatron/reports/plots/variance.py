@@ -15,8 +15,7 @@ def write_variance(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """Write the figure as a PNG at `path`; return the path.
 
     Args:
-        rows: as `agrpo variance` writes them: estimator, angle, rollout_noise, draw_noise, work,
-            signal.
+        rows: as `agrpo variance` writes them: estimator, angle, draw_noise, work, signal.
     """
     return style.write_png(path, lambda theme: _figure(rows, theme))
 
@@ -26,14 +25,15 @@ def _figure(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.4, 1, 1), sharey=True)
     places = np.arange(len(rows))[::-1]
     values = {key: np.array([row[key] for row in rows]) for key in rows[0] if key != "estimator"}
-    dress(left, "Variance of one batch's gradient / signal")
-    left.barh(places, values["rollout_noise"], color=theme.grey, label="which completions")
+    dress(left, "Variance of one batch's gradient")
+    ones = np.ones(len(rows))
+    left.barh(places, ones, color=theme.grey, label="which completions were sampled")
     left.barh(
         places,
         values["draw_noise"],
-        left=values["rollout_noise"],
+        left=ones,
         color=theme.orange,
-        label="which steps or masks",
+        label="which steps or masks were drawn",
     )
     left.set_yticks(places, [row["estimator"] for row in rows])
     left.legend(frameon=False, loc="lower right", fontsize=style.LABEL_SIZE)

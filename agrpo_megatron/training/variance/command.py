@@ -20,7 +20,7 @@ from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.runs.resolve import Resolved
 from agrpo_megatron.tasks.grading import Grader
 from agrpo_megatron.training.rl import collect_rollout
-from agrpo_megatron.training.variance.measure import Quality, compare, gradients_of
+from agrpo_megatron.training.variance.measure import Comparison, compare, gradients_of
 
 FULL = "full_trajectory"
 
@@ -61,7 +61,7 @@ def plan_variants(
 
 def measure(
     resolved: Resolved, checkpoint: Path | None, plan: Plan, *, show: Callable[[str], None]
-) -> dict[str, Quality]:
+) -> Comparison:
     """Sample batches from a checkpoint and measure every variant; called by every rank.
 
     Args:
@@ -107,7 +107,8 @@ def measure(
         stop_ranks()
 
 
-def recommended(qualities: dict[str, Quality]) -> str:
+def recommended(comparison: Comparison) -> str:
     """Return the label of the draws with the most signal for the work."""
-    of_draws = {n: q for n, q in qualities.items() if n == FULL or n.startswith("agrpo, k")}
+    qualities = comparison.qualities.items()
+    of_draws = {n: q for n, q in qualities if n == FULL or n.startswith("agrpo, k")}
     return max(of_draws, key=lambda label: of_draws[label].per_work)

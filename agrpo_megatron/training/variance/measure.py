@@ -34,23 +34,24 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Quality:
-    """An estimator's noise against the signal; variances are of one batch's whole gradient."""
+    """An estimator's noise, direction and cost."""
 
-    draws: float  # variance by drawn steps or masks, over the signal
-    rollouts: float  # variance by sampled completions, over the signal
+    draws: float  # variance by drawn steps or masks, over that by sampled completions
     cosine: float  # of the expected gradient, given the rollouts, and the full trajectory's
     work: float  # of an iteration, rollouts included, in tokens of a forward pass
 
     @property
-    def signal_to_noise(self) -> float:
-        """Return squared signal over variance, of the part that points the right way."""
-        noise = self.rollouts + self.draws
-        return self.cosine**2 / noise if noise > 0 else float("inf")
-
-    @property
     def per_work(self) -> float:
-        """Return the signal-to-noise ratio for a million tokens of forward passes."""
-        return 1e6 * self.signal_to_noise / self.work
+        """Return the share of the signal-to-noise ratio that is left, over the work."""
+        return self.cosine**2 / (1 + self.draws) / self.work
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Estimators on the same rollouts."""
+
+    qualities: dict[str, Quality]
+    signal: float  # squared length of the true gradient, over a batch's variance by completions
 
 
 def gradients_of(
@@ -81,7 +82,7 @@ def gradients_of(
 
 def compare(
     measured: Mapping[str, Gradients], full: Gradients, *, rollout_work: float
-) -> dict[str, Quality]:
+) -> Comparison:
     """Return the quality of each estimator, against the full trajectory on the same rollouts.
 
     Args:
@@ -89,31 +90,26 @@ def compare(
         rollout_work: of sampling a batch, in tokens of a forward pass.
     """
     whole = full.sketches[:, 0]  # [batches, 2, SIZE]
-    signal = float((whole[:, 0] * whole[:, 1]).sum(-1).mean())
-    if len(whole) > 1:  # batches are independent, too
-        mean = whole.mean(1)
-        others = (mean.sum(0) - mean) / (len(mean) - 1)
-        signal = float((mean * others).sum(-1).mean())
-    signal = max(signal, 1e-30)
     rollouts = float((whole[:, 0] - whole[:, 1]).square().sum(-1).mean()) / 4
-    exact = whole.mean(1)
-    results = {}
+    signal = float((whole[:, 0] * whole[:, 1]).sum(-1).mean())
+    exact, results = whole.mean(1), {}
+    if len(exact) > 1:  # batches are independent, too
+        others = (exact.sum(0) - exact) / (len(exact) - 1)
+        signal = float((exact * others).sum(-1).mean())
     for name, gradients in measured.items():
         batches = gradients.sketches.mean(2)  # [batches, draws, SIZE]
         mean, count = batches.mean(1), batches.shape[1]
         spread = (batches - mean[:, None]).square().sum(-1).sum(1) / max(1, count - 1)
         # Without the part that is noise of the draws.
-        size = (mean.square().sum(-1) - spread / count).clamp(min=1e-30).mean()
-        along = (mean * exact).sum(-1).mean()
-        cosine = float(along / (size * exact.square().sum(-1).mean()).sqrt())
-        scale = float(exact.square().sum(-1).mean() / size)  # a learning rate sets the length
+        size = (mean.square().sum(-1) - spread / count).mean().clamp(min=1e-30)
+        length = exact.square().sum(-1).mean()
+        cosine = float((mean * exact).sum(-1).mean() / (size * length).sqrt())
         results[name] = Quality(
-            draws=float(spread.mean()) * scale / signal,
-            rollouts=rollouts / signal,
+            draws=float(spread.mean() * length / size) / rollouts,  # a learning rate sets lengths
             cosine=max(-1.0, min(1.0, cosine)),
             work=rollout_work + gradients.work,
         )
-    return results
+    return Comparison(results, signal / rollouts)
 
 
 def _halves(rollout: Rollout, group_size: int) -> list[Rollout]:
