@@ -190,6 +190,7 @@ def stored_trajectory(stored: dict[str, Tensor], options: dict[str, Any]) -> Tra
         unmask_step=steps,
         logprobs=stored["old_logprobs"],
         entropies=stored["old_entropies"],
+        spreads=torch.ones_like(stored["old_entropies"]),  # not stored
         support_ids=support,
         num_steps=steps.masked_fill(~drawn, -1).amax(1) + 1,
         rollout_ids=torch.arange(len(steps)),

@@ -3,9 +3,9 @@
 The kernel serves draws without top-k and top-p, for every unmasking; `margin` ranks positions by
 another read of the logits, see `draw`. Each program takes BLOCK columns of one scored row. In
 registers it tempers the logits, shuts out the impossible ids, hashes the noise, takes the maximum,
-and sums what log-probs, entropies and spreads need. Small tensor operations then combine the blocks of a
-row, and the shards of a vocabulary-parallel group. Blocks do not depend on the batch, so neither do
-the results of a row.
+and sums what log-probs, entropies and spreads need. Small tensor operations then combine the blocks
+of a row, and the shards of a vocabulary-parallel group. Blocks do not depend on the batch, so
+neither do the results of a row.
 
 Exactness. The noise is `noise`'s: the same integers, and the same float64 operations. So a token is
 the one that tensor operations draw on the same device. Between devices the logarithm may differ in
