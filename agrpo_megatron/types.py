@@ -133,6 +133,7 @@ class ScoredRows:
     coefficient: Tensor | None = None  # [N, C] of the log-prob in the unit's log-likelihood
     kl_weight: Tensor | None = None  # [N, C] of the KL; None: as `weight`
     advantage: Tensor | None = None  # [N]; None: that of the row's rollout
+    length: Tensor | None = None  # [N] completion tokens in the state; None: all
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class TimestepBatch:
     sources: Tensor  # [S] int64, which of the R rollouts the token belongs to
     row: Tensor  # [S] int64, which of the N rows
     position: Tensor  # [S] int64, in the completion
+    reference_shard: Tensor | None = None  # [S, V / tensor parallel] its log-probs; kl=exact
 
 
 @dataclass(frozen=True)

@@ -131,3 +131,15 @@ def test_a_chat_template_reaches_the_model(tmp_path):
     saved = load(Settings, tmp_path / "run" / "config.yaml")
     assert saved.model.vocab_size == FIRST_ADDED + len(LLADA_TOKENS)
     assert saved.model.mask_token_id == FIRST_ADDED + LLADA_TOKENS.index("<|mdm_mask|>")
+
+
+def test_an_estimator_and_a_loss_of_ones_own_train(tmp_path):
+    """At most 40 lines; its own metrics are logged, and so are those of every loss."""
+    path = EXAMPLES / "my_estimator.py"
+    assert len(path.read_text().splitlines()) <= 40
+    own = ["name=examples/my_estimator.py:suffixes", "loss=examples/my_estimator.py:soft_clip"]
+    changed = ["algorithm.mc_samples=null", *(f"algorithm.{word}" for word in own)]
+    records = train("tiny.yaml", tmp_path / "run", *changed)
+    (record,) = [record for record in records if record["phase"] == "rl"]
+    assert record["rows"] == record["scoring_rows"] == 4  # one suffix of each, scored twice
+    assert record["ratio/max_error"] == 0

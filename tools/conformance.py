@@ -9,7 +9,6 @@ forward pass, the completions of the sampler token for token, and the loss and e
 the AGRPO update. One line per check; exit status 1 when one fails, 2 for wrong arguments.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -20,44 +19,34 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from agrpo_megatron.config.parallel import layout_name
-from agrpo_megatron.config.rules import validate
-from agrpo_megatron.config.schema import build, from_text
-from agrpo_megatron.config.settings import (
-    AlgorithmSettings,
-    ParallelSettings,
-    SamplingSettings,
-    Settings,
-)
+from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings, Settings
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.steps import draws_at, rows_at
-from agrpo_megatron.families import settings_from_hf
-from agrpo_megatron.megatron.engine import Engine, build_engine
+from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import scored_slices
 from agrpo_megatron.megatron.network import Network, build_network
-from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks, world_size
+from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
 from agrpo_megatron.megatron.pipeline import forward_rows, make_forward
-from agrpo_megatron.megatron.weights import export_hf, load_hf, load_named
+from agrpo_megatron.megatron.weights import load_hf, load_named
 from agrpo_megatron.training.step import accumulate_gradients
 from agrpo_megatron.training.update import packed_part, with_loss, with_reference
 from agrpo_megatron.types import Rollout, Trajectory
 
 sys.path.insert(0, str(Path(__file__).parent))
-from golden import below, logit_cases, sampler_cases  # noqa: E402 - beside this file
+from checks import (  # noqa: E402 - of this folder
+    Check,
+    hf_gradients,
+    largest,
+    open_engine,
+    parse_arguments,
+    report,
+    settings_at,
+)
+from golden import below, logit_cases, sampler_cases  # noqa: E402 - of this folder
 
 LOGITS, LOSS, GRADIENT = 1e-5, 1e-5, 1e-4
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison; `error` is what `limit` bounds."""
-
-    name: str
-    error: float
-    limit: float
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -78,26 +67,18 @@ class Golden:
 
 def main() -> int:
     """Run all checks; returns the exit status."""
-    arguments = _arguments()
+    arguments = parse_arguments(__doc__, directory="conformance directory")
     try:
         golden = _open(arguments.directory, arguments.parallel)
     except ValueError as error:
         print(f"conformance: error: {error}", file=sys.stderr)
         return 2
-    failed, total = 0, 0
-    for check in [*check_logits(golden), *check_sampler(golden), *check_agrpo(golden)]:
-        check = replace(check, error=_most(check.error, golden.network.ranks.device))
-        passed = check.error <= check.limit
-        total, failed = total + 1, failed + (not passed)
-        if golden.network.ranks.is_main:
-            word = "ok  " if passed else "FAIL"
-            bounds = f"{check.error:9.2e} (limit {check.limit:.0e})"
-            print(f"{word} {check.name:28s} {bounds}  {check.detail}")
-    if golden.network.ranks.is_main:
-        layout = layout_name(golden.settings.parallel, world_size())
-        print(f"{arguments.directory}: {total - failed} of {total} checks passed at {layout}")
+    checks = (
+        check for part in (check_logits, check_sampler, check_agrpo) for check in part(golden)
+    )
+    status = report(checks, golden.settings, golden.network.ranks, where=arguments.directory)
     stop_ranks()
-    return 1 if failed or not total else 0
+    return status
 
 
 def check_logits(golden: Golden) -> Iterator[Check]:
@@ -116,7 +97,7 @@ def check_logits(golden: Golden) -> Iterator[Check]:
             return float((ours[:, : shard.shape[1]] - shard).abs().amax())
 
         error = max(forward_rows(network, [rows], compare), default=0.0)
-        error = _most(error, network.ranks.device)
+        error = largest(error, network.ranks.device)
         scale = float(case.expected.abs().max())
         detail = f"{len(rows.scored)} tokens, largest difference {error:.2e} of {scale:.1f}"
         yield Check(case.name, error / max(1.0, scale), LOGITS, detail)
@@ -168,8 +149,7 @@ def check_agrpo(golden: Golden) -> Iterator[Check]:
         error = abs(metrics["loss"] - expected)
         detail = f"{len(draws.rollout)} rows, {case['unmasking']}, {case['is_']} proposal"
         yield Check(f"agrpo {number} loss", error, LOSS, f"{detail}, loss {expected:.6f}")
-        gradients = {name: p.main_grad for name, p in network.named_parameters()}  # type: ignore
-        ours, theirs = export_hf(gradients, model, network.ranks), below(part, "grad.")
+        ours, theirs = hf_gradients(golden.engine, model), below(part, "grad.")
         errors = {n: float((ours[n] - g).norm() / g.norm()) for n, g in theirs.items()}
         worst = max(errors, key=lambda name: errors[name])
         detail = f"{len(errors)} tensors, worst {worst}"
@@ -230,46 +210,17 @@ def _support_ids(masks: Tensor) -> Tensor:
     return ids.sort(-1, descending=True).values[..., :width].to(torch.int32)
 
 
-def _most(error: float, device: torch.device) -> float:
-    """Return the largest error of all ranks."""
-    top = torch.tensor(error, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX)
-    return float(top)
-
-
 def _open(directory: Path, parallel: str) -> Golden:
-    parts = from_text(ParallelSettings, parallel, key="--parallel")
-    layout = build(ParallelSettings, parts, "--parallel ")
     try:
         cases = json.loads((directory / "golden.json").read_text(encoding="utf-8"))
         tensors = load_file(directory / "golden.safetensors")
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory}: not a conformance directory: {error}") from None
-    model = settings_from_hf(directory / "hf")
-    settings = Settings(model=model, parallel=layout)
-    settings = replace(
-        settings,
-        sampling=replace(settings.sampling, forbid_mask_token=False),
-        train=replace(settings.train, token_budget=512),
-    )
-    validate(settings, world_size())
+    settings = settings_at(directory / "hf", parallel, token_budget=512)
     ranks = start_ranks(settings)
-    engine = build_engine(settings, settings.optimizer, iterations=1, ranks=ranks)
-    load_hf(engine.network, model, directory / "hf")
+    engine = open_engine(settings, ranks, directory / "hf")
     there = {name: tensor.to(ranks.device) for name, tensor in tensors.items()}
     return Golden(directory, cases, there, settings, engine)
-
-
-def _arguments() -> argparse.Namespace:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="conformance directory")
-    parser.add_argument(
-        "--parallel", default="tp1", metavar="LAYOUT", help="such as tp2-pp2 or cp2 (default: tp1)"
-    )
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.config.yaml_files import dump_yaml
 from agrpo_megatron.evaluation.grid import EVALUATIONS
+from agrpo_megatron.launch.sweep import flow
 
 OVERRIDES = "section.key=value ..., for instance run.seed=1 train.iterations=200"
 TARGET = "run or Hugging Face directory, Megatron checkpoint, or settings file with model.load"
@@ -48,11 +49,27 @@ def add_command(
 
 
 def add_run(command: argparse.ArgumentParser) -> None:
-    """Add the settings file of a run, and whether to move an earlier run away."""
+    """Add the settings file of a run, moving an earlier run away, and short forms of settings."""
     command.add_argument("file", metavar="FILE", help="settings file (YAML)")
     command.add_argument(
         "--restart", action="store_true", help="move an earlier run away instead of resuming it"
     )
+    command.add_argument(
+        "--from-rollouts",
+        metavar="RUN",
+        help="update on the rollouts that RUN stored: short for train.from_rollouts=RUN",
+    )
+
+
+def all_overrides(arguments: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    """Return the settings of a command line, with those that have a short form.
+
+    Args:
+        rest: overrides that argparse left over.
+    """
+    source = getattr(arguments, "from_rollouts", None)
+    short = [] if source is None else [f"train.from_rollouts={flow(source)}"]
+    return [*arguments.overrides, *rest, *short]
 
 
 def add_overrides(command: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from agrpo_megatron.cli.common import (
     add_overrides,
     add_run,
     add_target,
+    all_overrides,
     is_main,
     open_target,
     world_size,
@@ -52,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     strange = [r for r in rest if "=" not in r or r.startswith("-")]
     if strange or (rest and not hasattr(arguments, "overrides")):
         parser.error(f"not understood: {' '.join(strange or rest)}")
-    if rest:
-        arguments.overrides += rest
+    if hasattr(arguments, "overrides"):
+        arguments.overrides = all_overrides(arguments, rest)
     try:
         status = arguments.run(arguments)
         sys.stdout.flush()
@@ -84,7 +85,7 @@ def train(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.hardware.kernels import kernels_for
     from agrpo_megatron.reports.summary import conclude
     from agrpo_megatron.runs import directory
-    from agrpo_megatron.training.passed import check_passed
+    from agrpo_megatron.training.passed import check_start
 
     restart = arguments.restart
     resolved = directory.resolve_run(settings, world_size=world_size(), is_restart=restart)
@@ -94,7 +95,7 @@ def train(arguments: argparse.Namespace) -> int:
     is_finished = directory.is_finished(settings, done)
     if not is_finished:
         kernels_for(settings, phases=phases)  # check this machine first
-        check_passed(settings)
+        check_start(resolved)
     if restart and is_main() and (moved := directory.move_away(run_dir)):
         print(f"the earlier run is now {moved}")
     if is_finished:
@@ -236,10 +237,10 @@ def config(arguments: argparse.Namespace) -> int:
         return 0
     settings = load(Settings, arguments.file, arguments.overrides)
     from agrpo_megatron.runs.directory import resolve_run
-    from agrpo_megatron.training.passed import check_passed
+    from agrpo_megatron.training.passed import check_start
 
     resolved = resolve_run(settings, world_size=arguments.ranks or world_size())
-    check_passed(resolved.settings)
+    check_start(resolved)
     print(to_yaml(resolved.settings), end="")
     return 0
 

@@ -9,7 +9,9 @@ from fractions import Fraction
 from typing import Any
 
 from agrpo_megatron.config.parallel import layout_name, layout_text, model_ranks, stage_layers
+from agrpo_megatron.config.rules_algorithm import validate_algorithm
 from agrpo_megatron.config.rules_precision import validate_precision
+from agrpo_megatron.config.rules_rollouts import validate_stored_rollouts
 from agrpo_megatron.config.settings import (
     ModelSettings,
     ParallelSettings,
@@ -35,6 +37,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     validate_precision(settings)
     validate_sampling(settings.sampling, "sampling")
     validate_sampling(settings.evaluation_sampling, "evaluation")
+    validate_algorithm(settings.algorithm, settings.sampling)
     path = settings.tokenizer.path
     if path is not None and not os.path.exists(path):
         raise ValueError(
@@ -46,6 +49,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         raise ValueError(f"model.load={load} is not a directory; give a Hugging Face or run folder")
     _validate_metric("checkpoint.best", settings.checkpoint.best, settings.task)
     _validate_stop(settings)
+    validate_stored_rollouts(settings)
     _validate_timeouts(settings.resilience.timeouts)
     rates = settings.task
     if rates.pass_rate_low > rates.pass_rate_high:

@@ -41,6 +41,8 @@ def type_name(hint: Any) -> str:
 
 def text(value: object) -> str:
     """Return a value as the user writes it."""
+    if value is None:
+        return "null"
     if isinstance(value, float):
         return f"{value:g}"
     return str(value).lower() if isinstance(value, bool) else str(value)

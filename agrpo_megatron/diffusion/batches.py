@@ -14,7 +14,8 @@ def row_lengths(rollout: Rollout, scored: ScoredRows) -> Tensor:
     """Return the number of tokens of each row [N]: prompt and completion."""
     trajectory = rollout.trajectory
     prompts = torch.tensor([len(p) for p in trajectory.prompts], dtype=torch.int64)
-    return prompts[scored.rollout.cpu()] + trajectory.tokens.shape[1]
+    width = trajectory.tokens.shape[1] if scored.length is None else scored.length.cpu()
+    return prompts[scored.rollout.cpu()] + width
 
 
 def timestep_batch(
@@ -34,12 +35,15 @@ def timestep_batch(
     if scored.advantage is not None:
         gains = scored.advantage[number].to(gains.dtype)
     kl_weight = scored.weight if scored.kl_weight is None else scored.kl_weight
+    if scored.coefficient is not None:  # there, it is of a single token in an exact KL only
+        kl_weight = kl_weight * scored.coefficient
     support = trajectory.support_ids if scored.is_sampled else None
     return TimestepBatch(
         rows=_packed(
             _states_of_prompts(rollout, scored, rows, mask_id),
             states,
             target,
+            length=None if scored.length is None else scored.length[rows],
             mask_id=mask_id,
             shift=shift,
         ),
@@ -68,15 +72,26 @@ def _states_of_prompts(
 
 
 def _packed(
-    prompts: Sequence[Tensor], completions: Tensor, scored: Tensor, *, mask_id: int, shift: bool
+    prompts: Sequence[Tensor],
+    completions: Tensor,
+    scored: Tensor,
+    *,
+    length: Tensor | None = None,
+    mask_id: int,
+    shift: bool,
 ) -> PackedRows:
-    """Pack prompts with completions [n, C]; `scored` [n, C] marks tokens that reach the head."""
+    """Pack prompts with completions [n, C]; `scored` [n, C] marks tokens that reach the head.
+
+    Args:
+        length: [n] tokens that are kept of each completion; None keeps all.
+    """
     if not len(completions):
         return unscored_row(mask_id, completions.device)
     canvas, prompt_lengths = make_canvas(prompts, completions)
     columns = completion_columns(prompt_lengths, completions.shape[1])
     marks = torch.zeros_like(canvas, dtype=torch.bool).scatter_(1, columns, scored)
-    return pack(canvas, prompt_lengths + completions.shape[1], marks, shift=shift)
+    kept = completions.shape[1] if length is None else length
+    return pack(canvas, prompt_lengths + kept, marks, shift=shift)
 
 
 def sft_loss(logprobs: Tensor, batch: SftBatch) -> Tensor:

@@ -109,6 +109,29 @@ def support_spread(logprobs: Tensor) -> Tensor:
     return spreads.clamp(min=LEAST_SPREAD).masked_fill(is_single, 0.0)
 
 
+def shard_logprobs(logits: Tensor, vocab: Vocabulary) -> Tensor:
+    """Return the log-probs of all of this rank's ids, [S, shard]; the sum is over all ranks.
+
+    Args:
+        logits: [S, shard], from `policy_logits`.
+    """
+    top = reduce(logits.amax(-1), vocab.group, dist.ReduceOp.MAX)[:, None]
+    total = reduce((logits - top).exp().sum(-1), vocab.group, dist.ReduceOp.SUM)
+    return (logits - top - total.log()[:, None]).clamp(min=LEAST)
+
+
+def exact_kl(logits: Tensor, target: Tensor, vocab: Vocabulary) -> Tensor:
+    """Return the KL [S] of the policy from a target over the whole vocabulary, in nats.
+
+    Has a gradient by the logits.
+
+    Args:
+        logits: [S, shard], from `policy_logits`.
+        target: [S, shard], from `shard_logprobs`.
+    """
+    return _VocabParallelKL.apply(logits, target, vocab)  # type: ignore
+
+
 def entropy(logprobs: Tensor) -> Tensor:
     """Return the entropy of each row of normalised log-probs, in nats; -inf counts as 0."""
     logprobs = logprobs.clamp(min=LEAST)
@@ -196,3 +219,24 @@ class _VocabParallelLogProb(torch.autograd.Function):
             factor = factor - of_entropy[:, None] * (logprobs.clamp(min=LEAST) + entropies[:, None])
         result = logprobs.exp_().mul_(factor)
         return result.scatter_add_(-1, local[:, None], (grad * here)[:, None]), None, None, None
+
+
+class _VocabParallelKL(torch.autograd.Function):
+    """Sum of p (log p - log q) over the ids of all ranks; p is rebuilt in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor, vocab: Vocabulary) -> Tensor:  # type: ignore
+        """Return the KL, [S], equal on every rank."""
+        logprobs = shard_logprobs(logits, vocab)
+        terms = (logprobs.exp() * (logprobs - target)).sum(-1)
+        kl = reduce(terms, vocab.group, dist.ReduceOp.SUM)
+        ctx.save_for_backward(logits, target, kl)
+        ctx.vocab = vocab
+        return kl
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        logits, target, kl = ctx.saved_tensors
+        logprobs = shard_logprobs(logits, ctx.vocab)
+        slope = logprobs.exp() * (logprobs - target - kl[:, None])
+        return grad[:, None] * slope, None, None

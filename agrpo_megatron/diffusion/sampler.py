@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agrpo_megatron.config.settings import SamplingSettings
+from agrpo_megatron.config.settings import MODEL_FREE, SamplingSettings
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.draw import Draw, Forward, draw_tokens
 from agrpo_megatron.diffusion.logprobs import Vocabulary
@@ -172,25 +172,24 @@ def _wanted(
 ) -> Tensor:
     """Mark the positions [n, block length] of each row's block that this step must score.
 
-    Random unmasking chooses its positions before the forward, so it scores no others.
+    Where the positions that it fixes are known before the forward, it scores no others.
     """
     if state.plan is not None:
         return state.plan[rows] == state.step[rows, None]
     masked = state.unmask_step[rows].gather(1, positions) < 0
-    if state.sampling.unmasking != "random" or state.sampling.threshold is not None:
+    if not state.sampling.foresees_positions:
         return masked
-    chance = _position_noise(state, rows, positions, context)
-    return _best(chance.masked_fill(~masked, -1.0), _scheduled(state, rows)) & masked
+    rank = _model_free_rank(state, rows, positions, masked, context)
+    return _best(rank, _scheduled(state, rows)) & masked
 
 
 def _fixed(state: SamplerState, group: _Group, draw: Draw, context: SamplerContext) -> Tensor:
     """Return which wanted positions [n, block length] this step fixes."""
     rows, wanted, spots, sampling = group.rows, group.wanted, group.spots, state.sampling
-    if state.plan is not None or (sampling.unmasking == "random" and sampling.threshold is None):
+    if sampling.foresees_positions:
         return wanted
-    if sampling.unmasking == "random":
-        chance = _position_noise(state, rows, group.positions, context)
-        rank = chance.masked_fill(~wanted, float("-inf"))
+    if sampling.unmasking in MODEL_FREE:
+        rank = _model_free_rank(state, rows, group.positions, wanted, context)
     else:
         by_entropy = sampling.unmasking == "entropy"
         rank = torch.full(wanted.shape, float("-inf"), dtype=torch.float64, device=rows.device)
@@ -208,11 +207,17 @@ def _scheduled(state: SamplerState, rows: Tensor) -> Tensor:
     return state.schedule[state.step_in_block[rows]][:, None]
 
 
-def _position_noise(
-    state: SamplerState, rows: Tensor, positions: Tensor, context: SamplerContext
+def _model_free_rank(
+    state: SamplerState, rows: Tensor, positions: Tensor, masked: Tensor, context: SamplerContext
 ) -> Tensor:
-    rollouts, steps = state.rollout_ids[rows, None], state.step[rows, None]
-    return noise.uniform(noise.noise_key(context.seed, noise.POSITIONS, rollouts, steps, positions))
+    """Rank masked positions [n, block length], best highest: from left to right, or by noise."""
+    if state.sampling.unmasking == "leftmost":
+        rank = -positions.double()
+    else:
+        rollouts, steps = state.rollout_ids[rows, None], state.step[rows, None]
+        keys = noise.noise_key(context.seed, noise.POSITIONS, rollouts, steps, positions)
+        rank = noise.uniform(keys)
+    return rank.masked_fill(~masked, float("-inf"))
 
 
 def _step_uniforms(state: SamplerState, context: SamplerContext) -> Tensor:

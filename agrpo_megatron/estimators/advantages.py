@@ -22,12 +22,15 @@ def advantages(rewards: Tensor, algorithm: AlgorithmSettings) -> Tensor:
     }[algorithm.baseline]
     if algorithm.scale_by_std:
         deviation = groups.std(1, correction=algorithm.std_degrees, keepdim=True)
-        result = result / (deviation + algorithm.std_epsilon)
-        result = result.masked_fill(deviation == 0, 0.0)
+        result = result / (deviation + algorithm.std_epsilon).clamp(min=algorithm.std_floor)
+        # Equal numbers may have a deviation of rounding.
+        is_equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
+        result = result.masked_fill(is_equal, 0.0)
     kind = algorithm.filled.softmax
     if kind != "none":
         pool = result if kind == "group" else result.view(1, -1)
-        result = pool.softmax(1) - (-pool).softmax(1)
+        worst = (-pool).softmax(1) if algorithm.softmax_negative else 0
+        result = pool.softmax(1) - worst
     return result.reshape(-1)
 
 

@@ -61,6 +61,7 @@ def weighed(states: MaskedStates, rollout: Rollout, context: DrawContext) -> Sco
         weight=weight,
         is_sampled=False,
         hidden_prompt=hidden_prompt,
+        length=None if states.length is None else states.length[kept],
     )
     if settings.loss == "preference":
         return _paired(by_rollout(rows, likelihood, rollout, context), rollout, context)

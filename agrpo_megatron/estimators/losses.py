@@ -114,9 +114,7 @@ def preference(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:
     gap = (units.logprobs - units.reference_logprobs).view(-1, 2)
     terms = -F.logsigmoid(algorithm.preference_beta * (gap[:, 0] - gap[:, 1]))
     weight = units.weights.view(-1, 2)[:, 0]
-    ratio = (units.logprobs - units.old_logprobs).exp()
-    metrics = _metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool), units)
-    return LossOutputs((terms * weight).sum(), metrics)
+    return LossOutputs((terms * weight).sum(), plain_metrics(units))
 
 
 def sandwich(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:
@@ -125,7 +123,14 @@ def sandwich(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:
     The lower bound is the mean over masks of the mean log-prob; the upper one is 1 / b times the
     mean over tokens of the log of a mean over masks of p^b / t. Source: SPG (arXiv 2510.09541).
     """
-    assert inputs.coefficient is not None and inputs.unit is not None
+    first, bound = bounds(inputs, algorithm)
+    gain, weight = inputs.advantages[first], inputs.weights[first]
+    return LossOutputs(-(weight * gain * bound).sum(), plain_metrics(inputs))
+
+
+def bounds(inputs: LossInputs, algorithm: AlgorithmSettings) -> tuple[Tensor, Tensor]:
+    """Return a scored token of each rollout, and the bound of its log-likelihood per token."""
+    assert inputs.unit is not None
     rollouts, owner = inputs.rollout.unique(return_inverse=True)
     _, row = inputs.row.unique(return_inverse=True)
     count = torch.bincount(row)
@@ -135,11 +140,8 @@ def sandwich(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:
     share = {"mix": algorithm.bound_share, "eubo": 1.0, "elbo": 0.0}[algorithm.bound]
     first = torch.zeros(len(rollouts), dtype=torch.int64, device=owner.device)
     first = first.scatter(0, owner, torch.arange(len(owner), device=owner.device))
-    gain, weight = inputs.advantages[first], inputs.weights[first]
-    bound = torch.where(gain > 0, lower, share * upper + (1 - share) * lower)
-    ratio = (inputs.logprobs - inputs.old_logprobs).exp()
-    metrics = _metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool), inputs)
-    return LossOutputs(-(weight * gain * bound).sum(), metrics)
+    is_good = inputs.advantages[first] > 0
+    return first, torch.where(is_good, lower, share * upper + (1 - share) * lower)
 
 
 def _upper_bound(
@@ -191,9 +193,12 @@ def _clipped(ratio: Tensor, inputs: LossInputs, algorithm: AlgorithmSettings) ->
 def _outputs(
     terms: Tensor, ratio: Tensor, clipped: Tensor, inputs: LossInputs, algorithm: AlgorithmSettings
 ) -> LossOutputs:
-    """Add the KL to the terms [S] of tokens or units, and sum them."""
+    """Add the KL to the terms [S] of tokens or units, and sum them.
+
+    An exact KL is no function of log-probs, so it is not added here.
+    """
     loss, kl = (terms * inputs.weights).sum(), None
-    if algorithm.kl_coefficient > 0:
+    if algorithm.kl_coefficient > 0 and algorithm.kl != "exact":
         is_old = algorithm.kl_target == "old"
         target = inputs.old_logprobs if is_old else inputs.reference_logprobs
         assert target is not None
@@ -213,6 +218,12 @@ def _kl(gap: Tensor, ratio: Tensor, kind: str) -> Tensor:
         return gap.square() / 2
     k3 = gap.exp() - gap - 1
     return k3 * ratio if kind == "k3_ratio" else k3
+
+
+def plain_metrics(inputs: LossInputs) -> dict[str, Tensor]:
+    """Return the metrics of a loss that clips nothing and has no KL."""
+    ratio = (inputs.logprobs - inputs.old_logprobs).exp()
+    return _metrics(ratio, torch.zeros_like(ratio, dtype=torch.bool), inputs)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ class MaskedStates:
     likelihood: Tensor  # [N] float64
     draw: Tensor  # [N] int64, the number of the mask
     hidden_prompt: tuple[Tensor, ...] | None = None  # N tensors [prompt length] bool
+    length: Tensor | None = None  # [N] completion tokens in the state; None: all
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def draw_states(rollout: Rollout, context: DrawContext) -> MaskedStates:
         low, high = settings.mask_low or 0.0, settings.mask_high or 1.0
         for masked, weight in STATES[str(settings.states)](draw, low, high):
             hidden.append(masked)
-            likelihood.append(weight.double())
+            likelihood.append(weight)
             numbers.append(torch.full_like(trajectory.rollout_ids, number))
     rows = torch.arange(len(counted), device=counted.device).repeat(len(hidden))
     draw_of = torch.cat(numbers)
@@ -98,6 +99,7 @@ def draw_states(rollout: Rollout, context: DrawContext) -> MaskedStates:
         likelihood=torch.cat(likelihood),
         draw=draw_of,
         hidden_prompt=hidden_prompts(rollout, rows, draw_of, context),
+        length=last_counted(counted)[rows] if settings.cut_tail else None,
     )
 
 
@@ -122,23 +124,51 @@ def hidden_prompts(
     return tuple(result)
 
 
+def of_rate(rate: Tensor, draws: int) -> Tensor:
+    """Return the likelihood of rows whose tokens are hidden with probability `rate` [...]."""
+    return 1 / (rate.double() * draws)
+
+
+def of_count(count: Tensor, live: Tensor | int, draws: int) -> Tensor:
+    """Return the likelihood of rows [...] that hide `count` of `live` tokens."""
+    return live / (count.double().clamp(min=1) * draws)
+
+
+def of_node(number: int, draws: int) -> tuple[float, float]:
+    """Return the share of hidden tokens and the likelihood at a node of Gauss and Legendre's rule.
+
+    Args:
+        number: of the node, from 0.
+        draws: how many nodes the rule has.
+    """
+    nodes, weights = leggauss(draws)
+    share = (1 + float(nodes[number])) / 2
+    return share, float(weights[number]) / (2 * share)
+
+
+def last_counted(counted: Tensor) -> Tensor:
+    """Return the completion tokens [R] up to the last counted one of [R, C]."""
+    places = 1 + torch.arange(counted.shape[1], device=counted.device)
+    return (places * counted).amax(1)
+
+
 def _full(draw: _Draw, _low: float, _high: float) -> _Rows:
     """Hide the whole completion (diffu-GRPO, arXiv 2504.12216)."""
-    return [(torch.ones_like(draw.counted), torch.full(draw.ids.shape, 1 / draw.draws))]
+    return [(torch.ones_like(draw.counted), of_rate(torch.ones_like(draw.ids), draw.draws))]
 
 
 def _random(draw: _Draw, low: float, high: float) -> _Rows:
     """Hide each token at a rate drawn per mask; uncounted tokens are hidden (UniGRPO)."""
     rate = low + (high - low) * draw.uniform(RATES)
     hidden = (draw.chances < rate[:, None]) | ~draw.counted
-    return [(hidden, 1 / (rate * draw.draws))]
+    return [(hidden, of_rate(rate, draw.draws))]
 
 
 def _random_count(draw: _Draw, _low: float, _high: float) -> _Rows:
     """Hide a random number of counted tokens, from one to all; uncounted tokens are hidden."""
     live = draw.counted.sum(1)
     count = 1 + (draw.uniform(RATES) * live).long()
-    return [(draw.lowest(count, draw.counted) | ~draw.counted, live / (count * draw.draws))]
+    return [(draw.lowest(count, draw.counted) | ~draw.counted, of_count(count, live, draw.draws))]
 
 
 def _coupled(draw: _Draw, low: float, high: float) -> _Rows:
@@ -146,7 +176,7 @@ def _coupled(draw: _Draw, low: float, high: float) -> _Rows:
     rate = low + (high - low) * draw.uniform(RATES)
     hidden = draw.chances < rate[:, None]
     rows = [(hidden, rate), (~hidden, 1 - rate)]
-    return [(mask | ~draw.counted, 1 / (2 * share * draw.draws)) for mask, share in rows]
+    return [(mask | ~draw.counted, of_rate(share, 2 * draw.draws)) for mask, share in rows]
 
 
 def _coupled_and_full(draw: _Draw, low: float, high: float) -> _Rows:
@@ -154,14 +184,14 @@ def _coupled_and_full(draw: _Draw, low: float, high: float) -> _Rows:
     rate = low + (high - low) * draw.uniform(RATES)
     hidden = draw.chances < rate[:, None]
     rows = [(torch.ones_like(hidden), torch.ones_like(rate)), (hidden, rate), (~hidden, 1 - rate)]
-    return [(mask, 1 / (2 * share * draw.draws)) for mask, share in rows]
+    return [(mask, of_rate(share, 2 * draw.draws)) for mask, share in rows]
 
 
 def _counts(draw: _Draw, _low: float, _high: float) -> _Rows:
     """Hide an exact number of counted tokens, spread evenly from one to all over the masks."""
     live = draw.counted.sum(1)
     count = (1 + (draw.strata * live).long()).clamp(max=live)
-    return [(draw.lowest(count, draw.counted), live / (count.clamp(min=1) * draw.draws))]
+    return [(draw.lowest(count, draw.counted), of_count(count, live, draw.draws))]
 
 
 def _coupled_counts(draw: _Draw, _low: float, _high: float) -> _Rows:
@@ -170,16 +200,13 @@ def _coupled_counts(draw: _Draw, _low: float, _high: float) -> _Rows:
     count = (draw.strata * (width + 1)).long().clamp(max=width)
     hidden = draw.lowest(count, torch.ones_like(draw.counted))
     rows = [(hidden, count), (~hidden, width - count)]
-    scale = (width + 1) / (2 * draw.draws)
-    return [(mask, scale / size.clamp(min=1)) for mask, size in rows]
+    return [(mask, of_count(size, width + 1, 2 * draw.draws)) for mask, size in rows]
 
 
 def _quadrature(draw: _Draw, _low: float, _high: float) -> _Rows:
     """Hide the share of tokens at this node of a Gauss-Legendre rule (GDPO, arXiv 2510.08554)."""
-    nodes, weights = leggauss(draw.draws)
-    share, width = (1 + float(nodes[draw.number])) / 2, draw.counted.shape[1]
-    count = torch.full_like(draw.ids, max(1, int(share * width)))
-    weight = float(weights[draw.number]) / (2 * share)
+    share, weight = of_node(draw.number, draw.draws)
+    count = torch.full_like(draw.ids, max(1, int(share * draw.counted.shape[1])))
     hidden = draw.lowest(count, torch.ones_like(draw.counted))
     return [(hidden, torch.full(draw.ids.shape, weight, device=draw.ids.device))]
 
@@ -201,7 +228,7 @@ def _blocks(draw: _Draw, _low: float, _high: float) -> _Rows:
     count = 1 + (draw.uniform(RATES) * inside.sum(1)).long()
     earlier = (blocks < mine) & (draw.uniform(EARLIER, places) < draw.prompt_mask)
     hidden = draw.lowest(count, inside) | (blocks > mine) | earlier | ~draw.counted
-    return [(hidden, torch.full(ids.shape, 1 / draw.draws, device=ids.device))]
+    return [(hidden, of_rate(torch.ones_like(ids), draw.draws))]
 
 
 STATES: dict[str, Callable[[_Draw, float, float], _Rows]] = {

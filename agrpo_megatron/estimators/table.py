@@ -9,9 +9,9 @@ from agrpo_megatron.config.settings.estimators import ON_MASKS
 from agrpo_megatron.estimators import steps, trajectory
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.family import family
-from agrpo_megatron.estimators.losses import LOSSES, OF_TOKENS, Loss
+from agrpo_megatron.estimators.losses import LOSSES, OF_TOKENS, Loss, plain_metrics
 from agrpo_megatron.estimators.weights import needs_every_rollout, select_rows
-from agrpo_megatron.types import Rollout, ScoredRows
+from agrpo_megatron.types import LossInputs, LossOutputs, Rollout, ScoredRows
 
 type Estimator = Callable[[Rollout, DrawContext], ScoredRows]
 
@@ -48,8 +48,19 @@ def find_loss(algorithm: AlgorithmSettings) -> Loss:
     name = algorithm.filled.loss
     assert name is not None
     if is_file_name(name):
-        return find_function(name, said=f"algorithm.loss={name}")
+        return _with_metrics(find_function(name, said=f"algorithm.loss={name}"))
     return LOSSES[name]
+
+
+def _with_metrics(loss: Loss) -> Loss:
+    """Add the metrics of ratios to a loss of the user, and log its own as `loss/NAME`."""
+
+    def with_metrics(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:
+        outputs = loss(inputs, algorithm)
+        own = {f"loss/{name}": metric for name, metric in outputs.metrics.items()}
+        return replace(outputs, metrics=plain_metrics(inputs) | own)
+
+    return with_metrics
 
 
 def scored_rows(rollout: Rollout, context: DrawContext) -> ScoredRows:

@@ -14,9 +14,9 @@ from agrpo_megatron.types import Rollout, ScoredRows, Trajectory
 def counted_tokens(trajectory: Trajectory, context: DrawContext) -> Tensor:
     """Mark the completion tokens [R, C] that `algorithm.tail` lets an estimator score."""
     tail = context.algorithm.filled.tail
-    is_end = trajectory.tokens == context.eos_id
     if tail in (None, "all") or context.eos_id is None:
-        return torch.ones_like(is_end)
+        return torch.ones_like(trajectory.tokens, dtype=torch.bool)
+    is_end = trajectory.tokens == context.eos_id
     ends = is_end.long().cumsum(1)
     if tail == "first":
         return ends - is_end.long() == 0

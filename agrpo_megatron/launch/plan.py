@@ -12,7 +12,7 @@ from agrpo_megatron.launch.job import check_launch, ranks_per_node
 from agrpo_megatron.launch.sweep import SWEEP
 from agrpo_megatron.runs.directory import is_finished, progress, resolve_run
 from agrpo_megatron.scaling.memory import PARTS, SPARE, Memory, worst_rank
-from agrpo_megatron.training.passed import check_passed
+from agrpo_megatron.training.passed import check_start
 
 GIB, MIB = 2**30, 2**20
 
@@ -43,15 +43,16 @@ def plan_run(
     settings = load(Settings, file, overrides)
     check_launch(settings.launch, nodes)
     world_size = nodes * ranks_per_node(settings.launch)
-    settings = resolve_run(settings, world_size=world_size, is_restart=is_restart).settings
-    check_passed(settings)
-    directory = Path(settings.run.dir)
+    resolved = resolve_run(settings, world_size=world_size, is_restart=is_restart)
+    settings, directory = resolved.settings, Path(resolved.settings.run.dir)
     if (directory / SWEEP).exists() and not is_restart:
         raise ValueError(f"run.dir={directory} holds a sweep; choose another run.dir")
     memory = worst_rank(settings, world_size)
     _check_memory(settings, memory, world_size)
     done = None if is_restart else progress(settings)
     is_over, state = is_finished(settings, done), "new"
+    if not is_over:
+        check_start(resolved)
     if is_over:
         state = "finished"
     elif done is not None:

@@ -110,6 +110,12 @@ def time_totals(run: Run) -> dict[str, float]:
     }
 
 
+def ratio_alarm(run: Run) -> float | None:
+    """Return the level of the ratio's alarm; None if unknown, or for a run of replayed rollouts."""
+    is_replay = run.settings.get("train.from_rollouts") is not None
+    return None if is_replay else number(run.settings, "train.ratio_alarm")
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
     """Return a Gaussian-weighted running mean [n]; its width is a fortieth of the points."""
     if len(values) < 8:

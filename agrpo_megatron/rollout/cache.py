@@ -16,36 +16,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
+from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.megatron.parallel import Ranks, gather_objects
+from agrpo_megatron.runs.stored_rollouts import DIGITS, ROUND, UNREADABLE, round_path
 from agrpo_megatron.trajectories import join, moved, select, tensors
 from agrpo_megatron.types import GradedRollouts, Reward, Trajectory
 
-ROUND, PART, WRITING = ".safetensors", ".part", ".writing"
-DIGITS = 6  # of a round's number
+PART, WRITING = ".part", ".writing"
 # Limit of the time for copying completions to the host and writing them, as a share of the rollout.
 SHARE = 0.02
 NOTED = ("tokens", "bubble", "seconds")  # fields of a graded round, besides its rewards
-UNREADABLE = (OSError, SafetensorError, ValueError, LookupError, TypeError)
 
 
-def sampling_number(iteration: int, resampling: int, algorithm: AlgorithmSettings) -> int:
-    """Return the number of a sampling round, counted through the run.
+def find_round(
+    path: Path, rollout_ids: Tensor, ranks: Ranks, *, run: str, sampling: SamplingSettings
+) -> GradedRollouts | None:
+    """Return a graded round that a run stored, or None unless all ranks can read it; every rank.
 
     Args:
-        iteration: iterations finished before.
-        resampling: 0 is the iteration's first round; unused rounds count too.
+        run: digest of the settings and problems of the rollouts.
     """
-    return iteration * (1 + algorithm.resample_rounds) + resampling
-
-
-def round_name(number: int) -> str:
-    """Return the name of a round's files."""
-    return f"{number:0{DIGITS}d}"
+    found = None
+    with suppress(*UNREADABLE):
+        trajectory, notes = _read(path, run, sampling)
+        rewards = [Reward(**reward) for reward in notes["rewards"]]
+        if torch.equal(trajectory.rollout_ids, rollout_ids.cpu()):
+            found = GradedRollouts(trajectory, rewards, **{name: notes[name] for name in NOTED})
+    # All ranks must agree, even if they see different files.
+    if not all(gather_objects(found is not None)):
+        return None
+    assert found is not None
+    return replace(found, trajectory=moved(found.trajectory, ranks.device))
 
 
 class NoCache:
@@ -66,13 +71,21 @@ class RolloutCache:
 
     Args:
         run: digest of the settings and problems of the rollouts.
+        keeps_all: whether graded rounds stay when a checkpoint includes their updates.
         check: called before files are written or removed; raises if this attempt must not do so.
     """
 
     def __init__(
-        self, folder: Path, ranks: Ranks, *, run: str, check: Callable[[], None] = lambda: None
+        self,
+        folder: Path,
+        ranks: Ranks,
+        *,
+        run: str,
+        keeps_all: bool = False,
+        check: Callable[[], None] = lambda: None,
     ):
         self._folder, self._ranks, self._run, self._check = folder, ranks, run, check
+        self._keeps_all = keeps_all
         if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f"*{WRITING}"):
@@ -82,17 +95,8 @@ class RolloutCache:
         self, number: int, rollout_ids: Tensor, *, sampling: SamplingSettings
     ) -> GradedRollouts | None:
         """Return the graded round of an earlier attempt, if it is on disk."""
-        found = None
-        with suppress(*UNREADABLE):
-            trajectory, notes = self._read(self._round(number), sampling)
-            rewards = [Reward(**reward) for reward in notes["rewards"]]
-            if torch.equal(trajectory.rollout_ids, rollout_ids.cpu()):
-                found = GradedRollouts(trajectory, rewards, **{name: notes[name] for name in NOTED})
-        # All ranks must agree, even if they see different files.
-        if not all(gather_objects(found is not None)):
-            return None
-        assert found is not None
-        return replace(found, trajectory=moved(found.trajectory, self._ranks.device))
+        path = round_path(self._folder, number)
+        return find_round(path, rollout_ids, self._ranks, run=self._run, sampling=sampling)
 
     def find_completions(
         self, name: str, rollout_ids: Tensor, *, sampling: SamplingSettings
@@ -101,7 +105,7 @@ class RolloutCache:
         kept: list[Trajectory] = []
         for path in self._parts(name):
             with suppress(*UNREADABLE):
-                kept.append(self._read(path, sampling)[0])
+                kept.append(_read(path, self._run, sampling)[0])
         wanted = rollout_ids.tolist()
         places = {n: i for i, n in enumerate(n for p in kept for n in p.rollout_ids.tolist())}
         seen_by_all = set.intersection(*gather_objects(set(places) & set(wanted)))
@@ -128,7 +132,7 @@ class RolloutCache:
         """Write a graded round and remove the files of its completions."""
         if not self._ranks.is_main:
             return
-        path = self._round(number)
+        path = round_path(self._folder, number)
         notes = {name: getattr(rollouts, name) for name in NOTED}
         rewards = [asdict(reward) for reward in rollouts.rewards]
         self._write(path, moved(rollouts.trajectory, "cpu"), **notes, rewards=rewards)
@@ -137,7 +141,8 @@ class RolloutCache:
 
     def forget(self, number: int) -> None:
         """Remove evaluations, and rounds before this one: a checkpoint includes their updates."""
-        self._remove(lambda round_number: round_number < number)
+        first = 0 if self._keeps_all else number
+        self._remove(lambda round_number: round_number < first)
 
     def drop(self, number: int) -> None:
         """Remove evaluations, and rounds from this one on: they may be invalid."""
@@ -159,21 +164,6 @@ class RolloutCache:
         self._check()
         writing.replace(path)
 
-    def _read(self, path: Path, sampling: SamplingSettings) -> tuple[Trajectory, dict[str, Any]]:
-        """Read a file of `_write`; raises one of `UNREADABLE` if it is damaged or another run's."""
-        with safe_open(path, framework="pt") as file:
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            notes = json.loads(file.metadata()["notes"])
-        if notes["run"] != self._run:
-            raise ValueError("the file belongs to another run")
-        lengths = stored.pop("prompt_lengths").tolist()
-        prompts = tuple(stored.pop("prompts").split(lengths))
-        version = notes["weights_version"]
-        stored.setdefault("support_ids", None)
-        # Files of a version that did not record them: 1 marks no step as free of gradient.
-        stored.setdefault("spreads", torch.ones_like(stored["entropies"]))
-        return Trajectory(prompts, sampling=sampling, weights_version=version, **stored), notes
-
     def _remove(self, is_chosen: Callable[[int], bool]) -> None:
         if not self._ranks.is_main:
             return
@@ -182,9 +172,6 @@ class RolloutCache:
             first = path.name[:DIGITS]
             if not first.isdigit() or is_chosen(int(first)):
                 path.unlink()
-
-    def _round(self, number: int) -> Path:
-        return self._folder / f"{round_name(number)}{ROUND}"
 
     def _parts(self, name: str) -> list[Path]:
         return sorted(self._folder.glob(f"{name}*{PART}"))
@@ -217,3 +204,19 @@ class CompletionWriter:
         self._write(moved(part, "cpu"))
         now = time.monotonic()
         self._free_at = now + (now - started) / SHARE
+
+
+def _read(path: Path, run: str, sampling: SamplingSettings) -> tuple[Trajectory, dict[str, Any]]:
+    """Read a file of the cache; raises one of `UNREADABLE` if it is damaged or another run's."""
+    with safe_open(path, framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        notes = json.loads(file.metadata()["notes"])
+    if notes["run"] != run:
+        raise ValueError("the file belongs to another run")
+    lengths = stored.pop("prompt_lengths").tolist()
+    prompts = tuple(stored.pop("prompts").split(lengths))
+    version = notes["weights_version"]
+    stored.setdefault("support_ids", None)
+    # Files of a version that did not record them: 1 marks no step as free of gradient.
+    stored.setdefault("spreads", torch.ones_like(stored["entropies"]))
+    return Trajectory(prompts, sampling=sampling, weights_version=version, **stored), notes

@@ -6,11 +6,12 @@ from itertools import batched
 import torch
 
 from agrpo_megatron.megatron.engine import Engine
-from agrpo_megatron.rollout.cache import round_name, sampling_number
 from agrpo_megatron.rollout.data_order import pick_problems
 from agrpo_megatron.rollout.generate import Request, generate
 from agrpo_megatron.rollout.metrics import failure_warning, reward_metrics
+from agrpo_megatron.rollout.replay import replayed_round
 from agrpo_megatron.rollout.session import Session
+from agrpo_megatron.runs.stored_rollouts import round_name, sampling_number
 from agrpo_megatron.trajectories import join, select
 from agrpo_megatron.types import GradedRollouts, Problem
 
@@ -56,6 +57,8 @@ def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
     if algorithm.resample_rounds:
         metrics["rollout/rounds"] = len(rollouts) - 1
         metrics["rollout/resampled_groups"] = len(problems) // size - count
+    if session.run.replay is not None:
+        metrics["rollout/replayed"] = len(rewards)
     warning = failure_warning(rewards, session.run.settings.task.grader.failed_score)
     if warning is not None:
         session.output.view.warn(f"iteration {iteration + 1}: {warning}")
@@ -66,7 +69,11 @@ def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
 def _sample_round(
     session: Session, engine: Engine, when: tuple[int, int], *, groups: int
 ) -> tuple[list[Problem], GradedRollouts]:
-    """Sample some groups in a round of an iteration, or read them from the rollout cache."""
+    """Sample some groups in a round of an iteration, or read them from disk.
+
+    A replayed round has the problems and the rewards of the run that sampled it, so the further
+    rounds of the iteration are that run's as well.
+    """
     run, cache = session.run, session.safety.cache
     settings, algorithm = run.settings, run.settings.algorithm
     number, size = sampling_number(*when, algorithm), algorithm.group_size
@@ -76,6 +83,9 @@ def _sample_round(
     problems = run.task.problems("train")
     chosen = [problems[place] for place in picked for _ in range(size)]
     ids = torch.arange(len(chosen), device=engine.ranks.device) + first * size
+    if run.replay is not None:
+        with session.safety.sections("rollout"):
+            return chosen, replayed_round(run.replay, number, ids, run.ranks, settings)
     rollouts = cache.find(number, ids, sampling=settings.sampling)
     if rollouts is None:
         network, name = engine.rollout_network(), round_name(number)

@@ -8,6 +8,7 @@ from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.resilience.sections import Sections
 from agrpo_megatron.resilience.stop import NoStop, Stop
 from agrpo_megatron.rollout.cache import NoCache, RolloutCache
+from agrpo_megatron.rollout.replay import Replay
 from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.grading import Grader
@@ -56,6 +57,7 @@ class Run:
     task: Task
     tokenizer: Tokenizer
     grader: Grader
+    replay: Replay | None = None  # None: rollouts are sampled
 
     @property
     def mask_id(self) -> int:

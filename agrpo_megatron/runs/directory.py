@@ -77,7 +77,7 @@ def check_data(directory: Path, task: Task, *, is_new: bool, is_main: bool) -> N
     Raises:
         ValueError: the problems or the task's file changed.
     """
-    path, here = directory / DATA, _digests(task)
+    path, here = directory / DATA, data_digests(task)
     if is_new and is_main:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(here, indent=2) + "\n")
@@ -91,9 +91,27 @@ def check_data(directory: Path, task: Task, *, is_new: bool, is_main: bool) -> N
             )
 
 
-def run_digest(settings: Settings, task: Task) -> str:
-    """Return a digest of everything that determines what a run samples, except its weights."""
-    everything = [_fixed(asdict(settings), MAY_CHANGE), _digests(task)]
+def data_digests(task: Task) -> dict[str, str]:
+    """Return digests of both splits' problems, and of the files of user tasks."""
+    found = {}
+    for split, name in SPLIT_NAMES.items():
+        text = "\0".join(f"{p.key}\0{p.solution}" for p in task.problems(split))
+        found[f"{name} problems"] = digest(text.encode())
+    tasks = [part for part, _ in task.parts.values()] if isinstance(task, Mixture) else [task]
+    for name in (part.settings.name for part in tasks):
+        if ".py" in name:
+            file = name.partition(":")[0]
+            found[f"lines of {file}"] = digest(Path(file).read_bytes())
+    return found
+
+
+def run_digest(settings: Settings, data: Mapping[str, str]) -> str:
+    """Return a digest of everything that determines what a run samples, except its weights.
+
+    Args:
+        data: digests of the problems, see `data_digests`.
+    """
+    everything = [_fixed(asdict(settings), MAY_CHANGE), data]
     return digest(json.dumps(everything, default=str).encode())
 
 
@@ -114,17 +132,3 @@ def _fixed(tree: Mapping[str, Any], may_change: tuple[str, ...]) -> dict[str, ob
     """Return the settings of a tree that may not change, by dotted name."""
     free, flat = tuple(f"{name}." for name in may_change), flatten(tree)
     return {key: value for key, value in flat.items() if not f"{key}.".startswith(free)}
-
-
-def _digests(task: Task) -> dict[str, str]:
-    """Return digests of both splits' problems, and of the files of user tasks."""
-    found = {}
-    for split, name in SPLIT_NAMES.items():
-        text = "\0".join(f"{p.key}\0{p.solution}" for p in task.problems(split))
-        found[f"{name} problems"] = digest(text.encode())
-    tasks = [part for part, _ in task.parts.values()] if isinstance(task, Mixture) else [task]
-    for name in (part.settings.name for part in tasks):
-        if ".py" in name:
-            file = name.partition(":")[0]
-            found[f"lines of {file}"] = digest(Path(file).read_bytes())
-    return found

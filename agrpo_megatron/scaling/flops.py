@@ -47,8 +47,7 @@ def scored_positions(trajectory: Trajectory) -> Tensor:
     """
     sampling, fixed_at = trajectory.sampling, trajectory.unmask_step
     ran = fixed_at < trajectory.num_steps[:, None]
-    is_foreseen = sampling.unmasking == "random" and sampling.threshold is None
-    if is_foreseen or sampling.unmasking == "bernoulli":
+    if sampling.foresees_positions:
         return ran.sum(1)
     blocks = fixed_at.unflatten(1, (-1, sampling.block_length))  # [R, blocks, block length]
     begins = (blocks.amax(2) + 1).roll(1, dims=1)

@@ -11,7 +11,7 @@ from agrpo_megatron.rollout.session import Output
 FIRST = 10  # iterations whose mean entropy a rise is measured against
 # Of the largest possible entropy. A policy below it is sharp, however small its first entropy was.
 SHARE = 0.1
-RISE = "entropy_rise"
+RISE, RATIO = "entropy_rise", "ratio"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Alarm:
 
 ALARMS = (
     Alarm(
-        "ratio",
+        RATIO,
         "ratio/max_error",
         "train.ratio_alarm",
         lambda value, level: value > level,
@@ -68,6 +68,8 @@ ALARMS = (
 class Alarms:
     """The alarms of a run; each warns only when it turns on.
 
+    That of the ratio watches only the first iteration of a replay.
+
     Args:
         entropies: `entropy` by iteration, of an earlier attempt's first `FIRST` iterations.
     """
@@ -77,6 +79,8 @@ class Alarms:
     ):
         self._levels = {alarm.name: attrgetter(alarm.key)(settings) for alarm in ALARMS}
         self._output, self._on = output, set[str]()
+        # Later iterations of a replay update other weights than those that sampled.
+        self._ratio_until = math.inf if settings.train.from_rollouts is None else 1
         self._first, self._least = dict(entropies or {}), SHARE * _largest_entropy(settings)
 
     def check(self, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -101,7 +105,8 @@ class Alarms:
 
     def _is_on(self, alarm: Alarm, iteration: int, metrics: Mapping[str, float]) -> bool:
         value, level = metrics.get(alarm.metric), self._levels[alarm.name]
-        is_on = value is not None and alarm.is_past(value, level)
+        is_due = alarm.name != RATIO or iteration <= self._ratio_until
+        is_on = value is not None and is_due and alarm.is_past(value, level)
         if is_on and alarm.name not in self._on:
             said = alarm.text.format(value=value)
             text = f"iteration {iteration}: {said} ({alarm.key}={level})"

@@ -10,9 +10,9 @@ from agrpo_megatron.config.schema import to_yaml
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.families.files import is_huggingface
 from agrpo_megatron.megatron.engine import Engine
-from agrpo_megatron.rollout.cache import sampling_number
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.runs.progress import CHECKPOINTS, HF, RUN_FILE, TEMPLATE, Progress
+from agrpo_megatron.runs.stored_rollouts import sampling_number
 from agrpo_megatron.text.tokenizer import CHARACTERS
 from agrpo_megatron.training.early_stopping import metric, with_early_stop
 from agrpo_megatron.training.nan_guard import refuse_nonfinite_weights

@@ -8,10 +8,10 @@ from typing import Any
 
 from agrpo_megatron.checkpoint.resume import find_checkpoint
 from agrpo_megatron.megatron.engine import Engine
-from agrpo_megatron.rollout.cache import sampling_number
 from agrpo_megatron.rollout.data_order import pick_problems
 from agrpo_megatron.rollout.session import Run, Session
 from agrpo_megatron.runs.progress import CHECKPOINTS, Progress
+from agrpo_megatron.runs.stored_rollouts import sampling_number
 from agrpo_megatron.training.nonfinite import Finding, Loss, NotFinite, find_in_weights
 from agrpo_megatron.training.step import drop_gradients, optimizer_step
 from agrpo_megatron.types import SftBatch, TimestepBatch, Trajectory

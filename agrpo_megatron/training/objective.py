@@ -17,7 +17,7 @@ from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.estimators.losses import of_tokens
 from agrpo_megatron.estimators.table import find_loss
-from agrpo_megatron.training.scoring import score_tokens
+from agrpo_megatron.training.scoring import Scores, score_tokens
 from agrpo_megatron.types import LossInputs, Rollout, ScoredRows, TimestepBatch
 
 type BatchLoss = Callable[[Tensor, TimestepBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -39,12 +39,25 @@ def joint_loss(
 
     The loss itself is the metric `loss`.
     """
+    spots = scored.scored.nonzero(as_tuple=True)
+    inputs = joint_inputs(scored, tables, rollout)
+    logprobs = inputs.logprobs.requires_grad_()
+    slope = torch.zeros_like(tables.current)
+    with torch.enable_grad():
+        outputs = find_loss(algorithm)(inputs, algorithm)
+        if outputs.loss.requires_grad:
+            slope[spots] = torch.autograd.grad(outputs.loss, logprobs)[0].to(slope.dtype)
+    metrics = {**outputs.metrics, "loss": outputs.loss}
+    return {name: metric.detach() for name, metric in metrics.items()}, slope
+
+
+def joint_inputs(scored: ScoredRows, tables: Tables, rollout: Rollout) -> LossInputs:
+    """Return the inputs of a loss of all tokens, in float64 and in the order of the tables."""
     row, position = spots = scored.scored.nonzero(as_tuple=True)
     gains = rollout.advantages[scored.rollout] if scored.advantage is None else scored.advantage
     kl_weight = scored.weight if scored.kl_weight is None else scored.kl_weight
-    logprobs = tables.current[spots].double().requires_grad_()
-    inputs = LossInputs(
-        logprobs=logprobs,
+    return LossInputs(
+        logprobs=tables.current[spots].double(),
         old_logprobs=tables.old[spots].double(),
         reference_logprobs=None if tables.reference is None else tables.reference[spots].double(),
         advantages=gains[row].double(),
@@ -56,13 +69,6 @@ def joint_loss(
         unit=None if scored.unit is None else scored.unit[spots],
         coefficient=None if scored.coefficient is None else scored.coefficient[spots].double(),
     )
-    slope = torch.zeros_like(tables.current)
-    with torch.enable_grad():
-        outputs = find_loss(algorithm)(inputs, algorithm)
-        if outputs.loss.requires_grad:
-            slope[spots] = torch.autograd.grad(outputs.loss, logprobs)[0].to(slope.dtype)
-    metrics = {**outputs.metrics, "loss": outputs.loss}
-    return {name: metric.detach() for name, metric in metrics.items()}, slope
 
 
 def make_loss(
@@ -72,9 +78,13 @@ def make_loss(
     loss_of = find_loss(algorithm)
 
     def loss(logits: Tensor, batch: TimestepBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs, entropies = score_tokens(logits, batch, vocab, sampling, algorithm)
-        outputs = loss_of(of_tokens(logprobs, batch), algorithm)
-        return outputs.loss - _bonus(entropies, batch, algorithm), outputs.metrics
+        scores = score_tokens(logits, batch, vocab, sampling, algorithm)
+        outputs = loss_of(of_tokens(scores.logprobs, batch), algorithm)
+        added, kl = _added(scores, batch, algorithm)
+        metrics = outputs.metrics
+        if kl is not None:
+            metrics = {**metrics, "kl_sum": kl}
+        return outputs.loss + added, metrics
 
     return loss
 
@@ -98,15 +108,27 @@ def make_tangent(
     zeros = {n: m[:0] if "_p99" in n else torch.zeros_like(m) for n, m in metrics.items()}
 
     def loss(logits: Tensor, batch: TimestepBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs, entropies = score_tokens(logits, batch, vocab, sampling, algorithm)
-        total = (logprobs * slope[batch.row, batch.position]).sum()
-        bonus = _bonus(entropies, batch, algorithm)
+        scores = score_tokens(logits, batch, vocab, sampling, algorithm)
+        total = (scores.logprobs * slope[batch.row, batch.position]).sum()
+        added, kl = _added(scores, batch, algorithm)
         reported = dict(metrics if batch is speaker else zeros)
-        reported["loss"] = reported["loss"] - bonus.detach()
-        return total - bonus, reported
+        reported["loss"] = reported["loss"] + added.detach()
+        if kl is not None:
+            reported["kl_sum"] = kl
+        return total + added, reported
 
     return loss
 
 
-def _bonus(entropies: Tensor, batch: TimestepBatch, algorithm: AlgorithmSettings) -> Tensor:
-    return algorithm.entropy_bonus * (entropies * batch.weights).sum()
+def _added(
+    scores: Scores, batch: TimestepBatch, algorithm: AlgorithmSettings
+) -> tuple[Tensor, Tensor | None]:
+    """Return what a loss has besides log-probs: the exact KL less the entropy bonus.
+
+    With it comes the sum of the exact KL over tokens, if there is one.
+    """
+    added = -algorithm.entropy_bonus * (scores.entropies * batch.weights).sum()
+    if scores.kl is None:
+        return added, None
+    added = added + algorithm.kl_coefficient * (scores.kl * batch.kl_weights).sum()
+    return added, (scores.kl * (batch.weights != 0)).sum().detach()

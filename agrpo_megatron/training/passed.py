@@ -1,10 +1,22 @@
-"""Check the settings that are passed to Megatron by name, before any rank starts."""
+"""Checks before any rank starts: settings passed to Megatron by name, and stored rollouts."""
 
 from dataclasses import replace
 
 from agrpo_megatron.config.rules_precision import optimizers
 from agrpo_megatron.config.settings import Fp8Settings, KernelSettings, Settings
 from agrpo_megatron.hardware.kernels import kernels_for
+from agrpo_megatron.runs.resolve import Resolved
+from agrpo_megatron.runs.stored_rollouts import check_replay
+
+
+def check_start(resolved: Resolved) -> None:
+    """Check what a run that is about to start needs besides correct settings.
+
+    Raises:
+        ValueError: as `check_passed` and `check_replay`.
+    """
+    check_passed(resolved.settings)
+    check_replay(resolved)
 
 
 def check_passed(settings: Settings) -> None:

@@ -1,6 +1,6 @@
 """A whole run: supervised phase, reinforcement learning, evaluations, checkpoints, resume."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,19 @@ from agrpo_megatron.evaluation.evaluate import evaluate
 from agrpo_megatron.hardware.kernels import in_one_line, kernels_for
 from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.network import Network, build_network
-from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
+from agrpo_megatron.megatron.parallel import Ranks, start_ranks, stop_ranks
 from agrpo_megatron.resilience.attempts import begin, claim
 from agrpo_megatron.resilience.monitors import monitors
 from agrpo_megatron.resilience.sections import Sections
 from agrpo_megatron.resilience.stop import Stop, Stopped, agree
 from agrpo_megatron.rollout.cache import NoCache, RolloutCache
+from agrpo_megatron.rollout.replay import open_replay
 from agrpo_megatron.rollout.session import Output, Run, Safety, Session, View
-from agrpo_megatron.runs.directory import check_data, run_digest
+from agrpo_megatron.runs.directory import check_data, data_digests, run_digest
 from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.runs.progress import CHECKPOINTS, Progress
 from agrpo_megatron.runs.resolve import Resolved
+from agrpo_megatron.runs.stored_rollouts import ROLLOUTS
 from agrpo_megatron.tasks.base import SPLITS
 from agrpo_megatron.tasks.grading import Grader, wrong_solutions
 from agrpo_megatron.training.checkpointing import MODEL_FILES, Checkpointer, describe_model
@@ -83,11 +85,7 @@ def _opened(
             check = claim(directory, ranks)
             found = find_checkpoint(directory / CHECKPOINTS, ranks, view.warn)
             check_data(directory, task, is_new=found is None, is_main=ranks.is_main)
-            cache: RolloutCache | NoCache = NoCache()
-            if settings.checkpoint.rollouts:
-                digest = run_digest(settings, task)
-                folder = directory / "rollouts"
-                cache = RolloutCache(folder, ranks, run=digest, check=check)
+            cache = _open_cache(resolved, ranks, check)
             done = found[1] if found else Progress("sft", 0, {})
             mark = f"{done.name}{'' if done.is_evaluated else ', not evaluated'}"
             marks = [mark if found else "the start", *(cache.progress() if ranks.is_main else [])]
@@ -103,7 +101,7 @@ def _opened(
             grader = Grader(task, settings.task)
             stack.callback(grader.close)
         session = Session(
-            Run(settings, ranks, task, resolved.tokenizer, grader),
+            Run(settings, ranks, task, resolved.tokenizer, grader, open_replay(settings)),
             Output(log, view),
             Safety(sections, stop, cache),
         )
@@ -116,6 +114,22 @@ def _opened(
         yield session, found
 
 
+def _open_cache(
+    resolved: Resolved, ranks: Ranks, check: Callable[[], None]
+) -> RolloutCache | NoCache:
+    """Return the cache of the run's own completions."""
+    settings = resolved.settings
+    if not settings.checkpoint.rollouts:
+        return NoCache()
+    return RolloutCache(
+        Path(settings.run.dir) / ROLLOUTS,
+        ranks,
+        run=run_digest(settings, data_digests(resolved.task)),
+        keeps_all=settings.checkpoint.keep_rollouts,
+        check=check,
+    )
+
+
 def _stop_if_asked(session: Session) -> None:
     """Raise `Stopped` on every rank if any was asked to stop."""
     reason = agree(session.safety.stop, session.safety.sections, session.run.ranks)
@@ -124,7 +138,7 @@ def _stop_if_asked(session: Session) -> None:
 
 
 def _show_notes(session: Session) -> None:
-    """Show notes on kernels and problems; write the notes on problems into the run directory."""
+    """Show notes on kernels, problems and a replay; write all but those on kernels to a file."""
     run, view = session.run, session.output.view
     if run.settings.precision != "fp32":
         view.note(in_one_line(kernels_for(run.settings)))
@@ -132,6 +146,8 @@ def _show_notes(session: Session) -> None:
     if run.ranks.is_main:
         for split in SPLITS:
             run.task.notes.extend(wrong_solutions(run.task, run.grader, split))
+    if run.replay is not None:
+        run.task.notes.append(run.replay.note())
     for note in run.task.notes:
         view.note(note)
     session.output.log.notes(run.task.notes)

@@ -2,16 +2,31 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
-from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
+from agrpo_megatron.diffusion.logprobs import (
+    Vocabulary,
+    exact_kl,
+    policy_logits,
+    shard_logprobs,
+    token_logprobs,
+)
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.types import TimestepBatch
+
+
+class Scores(NamedTuple):
+    """Scores of a micro-batch's tokens, [S] each, in nats."""
+
+    logprobs: Tensor
+    entropies: Tensor
+    kl: Tensor | None  # from the reference, where the micro-batch has its distributions
 
 
 def score_tokens(
@@ -20,17 +35,26 @@ def score_tokens(
     vocab: Vocabulary,
     sampling: SamplingSettings,
     algorithm: AlgorithmSettings,
-) -> tuple[Tensor, Tensor]:
-    """Return log-probs and entropies of a micro-batch's tokens, [S] each, in nats.
+) -> Scores:
+    """Score a micro-batch's tokens.
 
     Under the sampler's policy, tempered and truncated as the token was drawn, or under the plain
     model, which may give probability to the mask token.
     """
+    logits, vocab = _policy(logits, vocab, sampling, algorithm)
+    scores = token_logprobs(logits, batch.targets, vocab=vocab, support_ids=batch.support_ids)
+    target = batch.reference_shard
+    return Scores(*scores, None if target is None else exact_kl(logits, target, vocab))
+
+
+def _policy(
+    logits: Tensor, vocab: Vocabulary, sampling: SamplingSettings, algorithm: AlgorithmSettings
+) -> tuple[Tensor, Vocabulary]:
+    """Return the logits of the scored policy, and its vocabulary."""
     temperature = sampling.temperature
     if algorithm.filled.scored_policy == "model":
         vocab, temperature = replace(vocab, forbidden=()), 1.0
-    logits = policy_logits(logits, vocab, temperature=temperature)
-    return token_logprobs(logits, batch.targets, vocab=vocab, support_ids=batch.support_ids)
+    return policy_logits(logits, vocab, temperature=temperature), vocab
 
 
 def logprob_table(
@@ -53,9 +77,30 @@ def logprob_table(
 
     def score(number: int, logits: Tensor) -> None:
         batch = batches[number]
-        scores, _ = score_tokens(logits, batch, network.vocab, sampling, algorithm)
-        table[batch.row, batch.position] = scores.to(table.dtype)
+        scores = score_tokens(logits, batch, network.vocab, sampling, algorithm)
+        table[batch.row, batch.position] = scores.logprobs.to(table.dtype)
 
     forward_rows(network, [batch.rows for batch in batches], score)
     dist.all_reduce(table, group=ranks.data_context.group)
     return table
+
+
+def with_distributions(
+    network: Network,
+    batches: Sequence[TimestepBatch],
+    sampling: SamplingSettings,
+    algorithm: AlgorithmSettings,
+) -> list[TimestepBatch]:
+    """Return micro-batches with the frozen reference's distributions; called by every rank.
+
+    They take 4 bytes per token and id, on the last pipeline stage. Other stages have no use for
+    them, and get none.
+    """
+    result = list(batches)
+
+    def store(number: int, logits: Tensor) -> None:
+        policy, vocab = _policy(logits, network.vocab, sampling, algorithm)
+        result[number] = replace(result[number], reference_shard=shard_logprobs(policy, vocab))
+
+    forward_rows(network, [batch.rows for batch in batches], store)
+    return result

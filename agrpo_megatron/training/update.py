@@ -21,7 +21,7 @@ from agrpo_megatron.training.objective import (
     make_loss,
     make_tangent,
 )
-from agrpo_megatron.training.scoring import logprob_table
+from agrpo_megatron.training.scoring import logprob_table, with_distributions
 from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import Rollout, ScoredRows, TimestepBatch
 
@@ -125,6 +125,9 @@ def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_fi
 
 def with_reference(part: Part, reference: Network, settings: Settings) -> Part:
     """Score a part under the frozen reference; called by every rank."""
+    if settings.algorithm.kl == "exact":
+        batches = with_distributions(reference, part.batches, settings.sampling, settings.algorithm)
+        return replace(part, batches=batches, passes=part.passes + 1)
     table = _table(reference, part, settings)
     return replace(part, reference=table, passes=part.passes + 1)
 
@@ -189,6 +192,7 @@ def _update_metrics(results: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _made_metrics(results: list[dict[str, float]]) -> dict[str, float]:
+    """Combine the updates that were made; a loss's own metrics are means over them."""
     tokens = sum(r["scored_tokens"] for r in results)
     scored = max(1.0, tokens)
     return {
@@ -199,4 +203,5 @@ def _made_metrics(results: list[dict[str, float]]) -> dict[str, float]:
         "ratio/p99_error": results[0]["ratio_p99_error"],
         "clip_fraction": sum(r["clipped_tokens"] for r in results) / scored,
         "kl": sum(r["kl_sum"] for r in results) / scored,
+        **{n: sum(r[n] for r in results) / len(results) for n in results[0] if "loss/" in n},
     }

@@ -106,7 +106,7 @@ WRONG = {
     "wrong choice": (
         {"sampling": {"unmasking": "rand"}},
         "sampling.unmasking=rand must be one of random, low_confidence, entropy, margin, "
-        "bernoulli; did you mean random?",
+        "bernoulli, leftmost; did you mean random?",
     ),
     "out of range": (
         {"algorithm": {"group_size": 1}},
@@ -177,6 +177,17 @@ def test_a_missing_file_and_a_bad_override_are_refused_the_same_way(tmp_path):
         assert done.returncode == 2
         assert done.stderr.startswith("agrpo: error: ") and done.stderr.count("\n") == 1
         assert said in done.stderr
+
+
+@pytest.mark.parametrize("command", [("train",), ("launch", "--nodes", 1, "--dry-run")])
+def test_a_replay_of_nothing_is_refused_before_any_rank_starts(tmp_path, command):
+    file, source = write_settings(tmp_path / "good.yaml"), tmp_path / "no run: here"
+    name, *options = command
+    cpu = ["launch.gpus_per_node=0", f"run.dir={tmp_path / 'run'}"]
+    done = probe(name, file, *options, "--from-rollouts", source, *cpu)
+    assert done.stderr.startswith(f"agrpo: error: train.from_rollouts={source} is not a run direct")
+    assert done.returncode == 2 and "megatron" not in done.stdout
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_rank_of_many_speaks(tmp_path):

@@ -172,7 +172,7 @@ def test_an_unknown_key_names_the_nearest(override, message):
         (
             "sampling.unmasking=entropie",
             "sampling.unmasking=entropie must be one of random, low_confidence, entropy, margin, "
-            "bernoulli; did you mean entropy?",
+            "bernoulli, leftmost; did you mean entropy?",
         ),
         ("model=4", "model=4 is a section; write model: and indent its keys"),
         ("run.seed", "override 'run.seed': write section.key=value, e.g. run.seed=1"),

@@ -75,7 +75,7 @@ def states_by_rollout(model: HashedModel, prompts: list[Tensor]):
 # Every unmasking rule, with and without threshold, truncation and a remainder in the schedule.
 SAMPLINGS = {
     f"{unmasking}, {name}": SamplingSettings(unmasking=unmasking, **options)
-    for unmasking in ("random", "low_confidence", "entropy")
+    for unmasking in ("random", "low_confidence", "entropy", "leftmost")
     for name, options in {
         "one token a step": {
             "completion_length": 8,

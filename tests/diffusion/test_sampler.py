@@ -62,7 +62,7 @@ def test_rebuilt_states_are_those_the_sampler_saw(name):
 def test_no_position_is_scored_that_is_not_needed(name):
     model, prompts, trajectory = run(name)
     sampling, schedule = SAMPLINGS[name], schedule_of(SAMPLINGS[name])
-    exact = sampling.unmasking == "random" and sampling.threshold is None
+    exact = sampling.unmasking in ("random", "leftmost") and sampling.threshold is None
     for rollout, states in enumerate(states_by_rollout(model, prompts)):
         for step, (state, scored) in enumerate(states):
             fixed = (trajectory.unmask_step[rollout] == step).nonzero().squeeze(1).tolist()
@@ -179,7 +179,32 @@ def test_schedule_gives_the_remainder_to_the_first_steps():
     assert transfer_schedule(7, 1) == [7]
 
 
-@pytest.mark.parametrize("unmasking", ["low_confidence", "random"])
+def test_leftmost_fixes_positions_from_left_to_right_in_each_block():
+    """The schedule of a block of five in three steps is two, two and one."""
+    _, _, trajectory = run("leftmost, remainder")
+    ran = trajectory.unmask_step < trajectory.num_steps[:, None]
+    expected = torch.tensor([0, 0, 1, 1, 2, 3, 3, 4, 4, 5]).expand(ROWS, -1)
+    assert torch.equal(trajectory.unmask_step[ran], expected[ran]) and ran.all(1).any()
+
+
+def test_leftmost_with_one_token_a_step_is_decoding_in_blocks_of_one():
+    """One position is masked in a block of one, so every order decodes it from left to right."""
+    left = replace(SAMPLINGS["leftmost, one token a step"], block_length=8, early_end=False)
+    single = replace(left, unmasking="random", block_length=1)
+    one, other = (
+        sample(
+            prompts_of(ROWS),
+            torch.arange(ROWS),
+            context=HashedModel().context(),
+            sampling=sampling,
+        )
+        for sampling in (left, single)
+    )
+    assert_same(one, other, torch.arange(ROWS))
+    assert torch.equal(one.unmask_step, torch.arange(8).expand(ROWS, -1))
+
+
+@pytest.mark.parametrize("unmasking", ["low_confidence", "random", "leftmost"])
 def test_threshold_fixes_all_sure_tokens_and_at_least_one(unmasking):
     """Greedy over known probabilities: 2 of 5 are sure, the others follow one by one."""
     sure = torch.tensor([0.5, 0.95, 0.6, 0.91, 0.7]).double()
@@ -203,6 +228,8 @@ def test_threshold_fixes_all_sure_tokens_and_at_least_one(unmasking):
     ).unmask_step[0]
     if unmasking == "low_confidence":
         assert steps.tolist() == [3, 0, 2, 0, 1]
+    elif unmasking == "leftmost":
+        assert steps.tolist() == [0, 0, 1, 0, 2]
     else:
         assert (steps[[1, 3]] == 0).all() and sorted(steps[[0, 2, 4]].tolist())[-1] in (2, 3)
 

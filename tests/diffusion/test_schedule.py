@@ -73,6 +73,17 @@ def test_bernoulli_rows_take_no_empty_step_and_depend_on_nothing_but_their_noise
     assert torch.equal(alone.tokens[0], whole.tokens[2])
 
 
+def test_leftmost_takes_as_many_tokens_a_step_as_dreams_time_gives():
+    """Six steps of eight tokens; the shift does not change which positions are fixed."""
+    sampling = replace(BERNOULLI, unmasking="leftmost")
+    counts = torch.tensor(dream_schedule(8, 6))
+    context = replace(HashedModel().context(), shift=True)
+    drawn = sample(prompts_of(3), torch.arange(3), context=context, sampling=sampling)
+    expected = torch.arange(len(counts)).repeat_interleave(counts)
+    assert len(set(counts.tolist())) > 1
+    assert torch.equal(drawn.unmask_step, expected.expand(3, -1))
+
+
 def test_a_shifted_token_is_predicted_from_the_state_before_it():
     canvas = torch.arange(8).view(2, 4)
     scored = torch.tensor([[True, False, True, False], [False, True, False, True]])

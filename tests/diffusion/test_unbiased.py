@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 EXACT = 1e-10  # relative
 
-# name: toy, sampling. Every one unmasks at random, so the choice of positions has no gradient.
+# name: toy, sampling. No order depends on the weights, so the choice of positions has no gradient.
 CASES = {
     "one token a step": (Toy(), {"block_length": 3, "denoising_steps": 3}),
     "two tokens, then one": (Toy(), {"block_length": 3, "denoising_steps": 2}),
@@ -33,6 +33,15 @@ CASES = {
     "top-k and top-p": (
         Toy(eos_id=1),
         {"block_length": 1, "denoising_steps": 3, "temperature": 1.5, "top_k": 2, "top_p": 0.85},
+    ),
+    "leftmost": (Toy(), {"unmasking": "leftmost", "block_length": 3, "denoising_steps": 3}),
+    "leftmost, two tokens, then one": (
+        Toy(),
+        {"unmasking": "leftmost", "block_length": 3, "denoising_steps": 2},
+    ),
+    "leftmost, blocks that end early": (
+        Toy(length=4, tokens=2, eos_id=0),
+        {"unmasking": "leftmost", "block_length": 2, "denoising_steps": 4, "top_p": 0.7},
     ),
 }
 
@@ -150,7 +159,7 @@ def test_token_only_gradient_is_biased_where_positions_depend_on_the_weights(unm
         assert 1e-3 < error < 1
 
 
-@pytest.mark.parametrize("unmasking", ["random", "low_confidence", "entropy"])
+@pytest.mark.parametrize("unmasking", ["random", "low_confidence", "entropy", "leftmost"])
 @pytest.mark.parametrize("name", ["one token a step", "two tokens, then one", "top-k and top-p"])
 def test_sampler_draws_trajectories_with_their_probabilities(name, unmasking):
     """Chi-square of 20,000 rollouts against the list; the seed is fixed, so this never flakes."""

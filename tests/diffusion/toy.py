@@ -148,8 +148,9 @@ def _steps(leaf: _Leaf, places, count: int, table: Tensor, toy: Toy, sampling: S
     masked = [j for j in places if leaf.unmask_step[j] < 0]
     rows = table[int(toy.state_index(torch.tensor(leaf.tokens)))]
     probs = {j: policy(rows[j], toy, sampling) for j in masked}
-    if sampling.unmasking == "random":
-        choices = list(itertools.combinations(masked, count))
+    if sampling.unmasking in ("random", "leftmost"):
+        choices = list(itertools.combinations(masked, count))  # the leftmost places come first
+        choices = choices[:1] if sampling.unmasking == "leftmost" else choices
         for chosen in choices:
             for drawn in itertools.product(range(toy.tokens), repeat=count):
                 yield _fix(leaf, dict(zip(chosen, drawn, strict=True)), probs, 1 / len(choices))

@@ -60,8 +60,9 @@ def test_a_cell_changes_length_and_steps_alone():
 
 
 def test_greedy_samples_are_refused_where_nothing_is_drawn():
-    with pytest.raises(ValueError, match="evaluation.temperature=0 writes the same one each time"):
-        grid("evaluation.samples=2")
+    for order in ("low_confidence", "leftmost"):
+        with pytest.raises(ValueError, match="evaluation.temperature=0 writes the same one each"):
+            grid("evaluation.samples=2", f"evaluation.unmasking={order}")
     assert grid("evaluation.samples=2", "evaluation.temperature=0.5") == [(256, 128)]
     assert grid("evaluation.samples=2", "evaluation.unmasking=random") == [(256, 128)]
 

@@ -93,3 +93,13 @@ def test_the_iterations_of_an_alarm_and_updates_left_out_are_shown(tmp_path):
     shown = write_report(run_dir).read_text(encoding="utf-8")
     assert "iterations of zero variance: 3, 7-9<" in shown
     assert re.search(r'Updates left out</div><div class="value">1<', shown)
+
+
+def test_a_replay_names_the_run_that_sampled_and_counts_no_ratio_past_the_alarm(tmp_path):
+    run_dir = write_run(tmp_path / "run", iterations=12, sft=1)
+    config = run_dir / "config.yaml"
+    assert "iterations past 0.001" in write_report(run_dir).read_text(encoding="utf-8")
+    config.write_text(config.read_text().replace("from_rollouts: null", "from_rollouts: runs/one"))
+    shown = write_report(run_dir).read_text(encoding="utf-8")
+    assert re.search(r'Rollouts replayed</div><div class="value">runs/one<', shown)
+    assert "iterations past" not in shown

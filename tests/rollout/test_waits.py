@@ -31,6 +31,8 @@ SAMPLERS = {
     "early end": ([*EARLY_END, "sampling.denoising_steps=8"], BASE),
     "threshold": (["sampling.unmasking=low_confidence", "sampling.threshold=0.12"], BASE),
     "random, threshold": (["sampling.threshold=0.12"], BASE),
+    "leftmost": (["sampling.unmasking=leftmost"], BASE),
+    "leftmost, threshold": (["sampling.unmasking=leftmost", "sampling.threshold=0.12"], BASE),
     "untempered": (["sampling.temperature=0.7", "sampling.confidence=untempered"], BASE),
     "top-k": (["sampling.top_k=9"], BASE),
     "top-k and top-p": (["sampling.top_k=9", "sampling.top_p=0.9"], BASE + 1),

@@ -10,6 +10,7 @@ from agrpo_megatron.config.schema import build, to_yaml
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.runs.directory import (
     check_data,
+    data_digests,
     is_finished,
     move_away,
     progress,
@@ -70,6 +71,7 @@ def test_a_new_directory_has_no_progress(tmp_path):
         ("model.megatron", {"attention_dropout": 0.1}, "model.megatron.attention_dropout=None"),
         ("task.options", {"numbers": 4}, "task.options.numbers=None, not 4"),
         ("task.grader.seconds", 3.0, "task.grader.seconds=10.0, not 3.0"),
+        ("train.from_rollouts", "runs/a", "train.from_rollouts=None, not runs/a"),
         ("train.stop_metric", "accuracy", "train.stop_metric=None, not accuracy"),
     ],
 )
@@ -150,10 +152,12 @@ def test_other_problems_or_another_task_file_are_refused(tmp_path, old, new, sai
 
 def test_what_is_sampled_depends_on_settings_and_problems_alone(settings, tmp_path):
     task = _own(tmp_path / "own.py", OWN)
-    mine = run_digest(settings, task)
-    assert mine == run_digest(_changed(settings, "parallel.tensor", 2), task)
-    assert mine != run_digest(_changed(settings, "sampling.temperature", 0.5), task)
-    assert mine != run_digest(settings, _own(tmp_path / "own.py", OWN.replace("(3)", "(4)")))
+    data = data_digests(task)
+    mine = run_digest(settings, data)
+    assert mine == run_digest(_changed(settings, "parallel.tensor", 2), data)
+    assert mine != run_digest(_changed(settings, "sampling.temperature", 0.5), data)
+    other = _own(tmp_path / "own.py", OWN.replace("(3)", "(4)"))
+    assert mine != run_digest(settings, data_digests(other))
 
 
 def test_an_option_that_was_taken_away_is_refused_too(settings):

@@ -22,6 +22,8 @@ SAMPLERS = {
     "entropy": {"unmasking": "entropy", "denoising_steps": 2},
     "threshold": {"unmasking": "low_confidence", "threshold": 0.03, "denoising_steps": 8},
     "random with threshold": {"unmasking": "random", "threshold": 0.03, "denoising_steps": 8},
+    "leftmost": {"unmasking": "leftmost", "denoising_steps": 8},
+    "leftmost with threshold": {"unmasking": "leftmost", "threshold": 0.04, "denoising_steps": 8},
     "Dream": {"unmasking": "entropy", **DREAM},
     "Dream's own order": {"unmasking": "bernoulli", "denoising_steps": 6, **DREAM},
     "rows that end early": {"unmasking": "random", "block_length": 1, "denoising_steps": 8},
@@ -31,6 +33,9 @@ SAMPLERS = {
         "denoising_steps": 8,
     },
 }
+
+ENDS_EARLY = [name for name in SAMPLERS if "threshold" in name]
+ENDS_EARLY += ["Dream's own order", "rows that end early"]
 
 
 def _count():
@@ -75,7 +80,7 @@ def test_the_samplers_do_different_work(counts):
     """Rows that end early, and blocks that a threshold ends early, or the test above is hollow."""
     steps = {name: ran for name, (_, _, ran) in counts.items()}
     assert set(steps["random"]) == {4}
-    for name in ("threshold", "random with threshold", "Dream's own order", "rows that end early"):
+    for name in ENDS_EARLY:
         assert len(set(steps[name])) > 1
     assert len({sum(ours) for ours, _, _ in counts.values()}) >= len(SAMPLERS) - 1
 

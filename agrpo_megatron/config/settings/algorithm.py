@@ -78,6 +78,9 @@ class AlgorithmSettings:
         "scored tokens: all, through the first end-of-text, all but later ones, or but all of them",
         choices=("all", "first", "one_end", "no_ends"),
     )
+    cut_tail: bool | None = setting(
+        None, "leave what follows the last of these tokens out of the scored states"
+    )
     least_probability: float = setting(
         0.6, "rldf: also score masked tokens more probable than this", low=0, high=1
     )
@@ -96,10 +99,15 @@ class AlgorithmSettings:
         1, "subtracted from the group's size in that deviation", choices=(0, 1)
     )
     std_epsilon: float = setting(1e-6, "added to that deviation", low=0)
+    std_floor: float = setting(0.0, "least divisor in place of that deviation", low=0)
     softmax: str | None = setting(
         None,
         "advantage: softmax(A) - softmax(-A) over the group or all rollouts (wd1)",
         choices=("none", "group", "batch"),
+    )
+
+    softmax_negative: bool = setting(
+        True, "false: softmax(A) alone, so that only good completions are learnt from"
     )
 
     # Objective.
@@ -125,8 +133,9 @@ class AlgorithmSettings:
     kl_coefficient: float = setting(0.0, "weight of the KL", low=0)
     kl: str = setting(
         "k3_ratio",
-        "estimate of the KL; k3_ratio is k3 times the ratio (published)",
-        choices=("k1", "k2", "k3", "k3_ratio"),
+        "estimate of the KL; k3_ratio is k3 times the ratio (published); exact sums over all ids, "
+        "and stores the reference's distributions",
+        choices=("k1", "k2", "k3", "k3_ratio", "exact"),
     )
     kl_target: str = setting(
         "reference",

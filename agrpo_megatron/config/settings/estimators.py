@@ -11,7 +11,7 @@ _BASE = {
 }
 _STEPS = _BASE | {"scored_policy": "sampler"}
 _MERGED = _STEPS | {"prompt_mask": 0.0, "tail": "first"}
-_MASKS = _BASE | {"scored_policy": "model", "prompt_mask": 0.0, "tail": "all"}
+_MASKS = _BASE | {"scored_policy": "model", "prompt_mask": 0.0, "tail": "all", "cut_tail": False}
 _HIDDEN = _MASKS | {"states": "full", "prompt_mask": 0.15, "tail": "first"}
 
 # Values in place of null. An estimator has no use for an optional setting that is missing here.

@@ -6,7 +6,8 @@ from typing import Any
 from agrpo_megatron.config.schema import section, setting
 from agrpo_megatron.config.values import MOST_SEED
 
-UNMASKING = ("random", "low_confidence", "entropy", "margin", "bernoulli")
+UNMASKING = ("random", "low_confidence", "entropy", "margin", "bernoulli", "leftmost")
+MODEL_FREE = ("random", "bernoulli", "leftmost")  # orders that do not depend on the model
 MOST_BETA = 1 - 1e-9  # Adam divides by 1 - beta
 
 
@@ -126,6 +127,11 @@ class SamplingSettings:
     early_end: bool = setting(True, "a row ends after a block that is all end-of-text")
     forbid_mask_token: bool = setting(True, "never draw the mask token (published code: false)")
 
+    @property
+    def foresees_positions(self) -> bool:
+        """Whether the positions that a step fixes are known before its forward pass."""
+        return self.unmasking in MODEL_FREE and self.threshold is None
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -133,6 +139,9 @@ class TrainSettings:
 
     iterations: int = setting(100, "rollout-and-update rounds", low=0)
     token_budget: int = setting(16384, "packed tokens per micro-batch and rollout forward", low=1)
+    from_rollouts: str | None = setting(
+        None, "run directory whose stored rollouts are replayed, nothing is sampled; null: sample"
+    )
     ratio_alarm: float = setting(
         1e-3, "warn when a first update's policy ratio is further from 1 than this", low=0
     )
@@ -185,6 +194,9 @@ class CheckpointSettings:
     best: str | None = setting("accuracy", "keep the best by this evaluation metric; null: none")
     background: bool = setting(False, "write in a separate process while training continues")
     rollouts: bool = setting(True, "keep rollouts for restarts until a checkpoint includes them")
+    keep_rollouts: bool = setting(
+        False, "keep all graded rollouts of the run, for train.from_rollouts of other runs"
+    )
 
 
 @dataclass(frozen=True)

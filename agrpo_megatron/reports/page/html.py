@@ -20,6 +20,7 @@ from agrpo_megatron.reports.read import (
     accuracy_interval,
     after,
     before,
+    ratio_alarm,
     read_run,
     series,
     time_totals,
@@ -103,6 +104,8 @@ def _facts(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yield (name, value, remark) of the headline numbers that the run has."""
     if run.rl:
         yield ("RL iterations", str(run.rl[-1]["iteration"]), _planned(run, "train"))
+    if source := run.settings.get("train.from_rollouts"):
+        yield ("Rollouts replayed", str(source), "sampled by the weights of that run")
     if run.sft:
         yield ("SFT iterations", str(run.sft[-1]["iteration"]), _planned(run, "sft"))
     totals = time_totals(run)
@@ -147,8 +150,8 @@ def _held_out(run: Run) -> dict[str, Any] | None:
 
 
 def _alarm(run: Run, error: np.ndarray) -> str:
-    """Return how many iterations exceeded the alarm of the settings; the median without one."""
-    level = number(run.settings, "train.ratio_alarm")
+    """Return how many iterations exceeded the alarm's level; the median without one."""
+    level = ratio_alarm(run)
     if not level:
         return f"median {np.median(error):.1e}"
     over = int(np.sum(error > level))

@@ -12,7 +12,7 @@ from agrpo_megatron.reports.plots import style
 from agrpo_megatron.reports.plots.learning import learning_charts, learning_figure
 from agrpo_megatron.reports.plots.style import LIGHT, Theme
 from agrpo_megatron.reports.plots.timing import time_figure
-from agrpo_megatron.reports.read import Row, Run, read_run, series, time_totals
+from agrpo_megatron.reports.read import Row, Run, ratio_alarm, read_run, series, time_totals
 from agrpo_megatron.reports.text import number
 
 
@@ -85,7 +85,7 @@ def _has_values(run: Run, panel: Panel) -> bool:
 
 def _panels(shown: Sequence[Panel], run: Run, theme: Theme) -> Figure:
     """Draw small charts in rows of two or three."""
-    alarm = number(run.settings, "train.ratio_alarm")
+    alarm = ratio_alarm(run)
     columns = 3 if len(shown) in (3, 5, 6) else min(2, len(shown))
     lines = math.ceil(len(shown) / columns)
     figure = style.new_figure(11, 2.6 * lines + 0.2)

@@ -1,0 +1,130 @@
+"""Every estimator: the loss and gradient of one rank under each layout and micro-batch budget."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from agrpo_megatron.checkpoint.start import load_start_weights
+from agrpo_megatron.config.rules_algorithm import OF_LOSSES
+from agrpo_megatron.config.settings import AlgorithmSettings
+from agrpo_megatron.config.settings.estimators import ENTRIES
+from agrpo_megatron.megatron.network import build_network
+from agrpo_megatron.megatron.weights import export_hf
+from agrpo_megatron.training.rl import collect_rollout, update_policy
+from tests.ranks import run_ranks
+from tests.training.tiny import open_session
+
+# Without a baseline a loss is no difference of equal numbers; a large epsilon keeps Adam from
+# dividing rounding by rounding.
+COMMON = [
+    "model.num_layers=4",
+    "sampling.block_length=1",
+    "sampling.denoising_steps=8",
+    "model.eos_token_id=39",
+    "algorithm.mc_samples=null",
+    "train.token_budget=400",
+    "algorithm.group_size=3",
+    "algorithm.prompts_per_iteration=2",
+    "optimizer.megatron.adam_eps=1e-2",
+]
+LAYOUTS = {
+    "other micro-batches": (1, ["train.token_budget=40"]),
+    "tp2": (2, ["parallel=tp2"]),
+    "pp2": (2, ["parallel=pp2"]),
+    "cp2": (2, ["parallel=cp2"]),
+    "dp2": (2, []),
+}
+OWN = Path(__file__).parents[2] / "examples" / "my_estimator.py"
+# Of the first gradient, relative; tensor parallelism sums other parts in float32.
+BOUNDS = dict.fromkeys(LAYOUTS, 1e-6) | {"tp2": 3e-6}
+FEW = {"mc_samples": 3}
+VARIANTS: dict = {name: {"name": name} for name in ENTRIES} | {
+    "agrpo": {"name": "agrpo", **FEW},
+    "bgpo": {"name": "bgpo", **FEW},
+    "vrpo": {"name": "vrpo", **FEW},
+    "step_merge": {"name": "step_merge", **FEW},
+    "agrpo by sequence": {"name": "agrpo", **FEW, "level": "sequence", "length_scale": True},
+    "agrpo by step, with a bonus": {"name": "agrpo", **FEW, "level": "row", "entropy_bonus": 0.1},
+    "agrpo, corrected": {"name": "agrpo", **FEW, "rollout_correction": 2.0, "clip": "dual"},
+    "coupled_grpo with the full mask": {"name": "coupled_grpo", "states": "coupled_and_full"},
+    "unigrpo to the old policy": {"name": "unigrpo", "kl_target": "old", "kl_sum": True},
+    "espo, k2": {"name": "espo", "kl": "k2"},
+    "of the user": {"name": f"{OWN}:suffixes", "loss": f"{OWN}:soft_clip"},
+}
+
+
+def _norm(tensors):
+    return float(torch.stack([tensor.norm() for tensor in tensors.values()]).norm())
+
+
+def _algorithm(base, changed):
+    algorithm = replace(base, **{"updates_per_iteration": 2, "baseline": "none", **changed})
+    loss = str(algorithm.filled.loss)
+    algorithm = replace(algorithm, kl_coefficient=0.1 if loss in OF_LOSSES["kl"] else 0.0)
+    return replace(algorithm, baseline="mean") if loss == "preference" else algorithm
+
+
+def _update(session, engine, changed):
+    """Return loss and gradients of two updates, from the same weights each time."""
+    run = session.run
+    engine.init_main_weights(load_start_weights(engine.network, run.settings) or {})
+    for group in engine.optimizer.optimizer.param_groups:
+        for parameter in group["params"]:
+            engine.optimizer.optimizer.state.pop(parameter, None)
+    settings = replace(run.settings, algorithm=_algorithm(run.settings.algorithm, changed))
+    session = replace(session, run=replace(run, settings=settings))
+    rollout, _ = collect_rollout(session, engine, 0)
+    reference = None
+    if settings.algorithm.needs_reference:
+        reference = build_network(settings, run.ranks)
+        load_start_weights(reference, settings)
+        for _, parameter in reference.named_parameters():
+            parameter.data.mul_(0.9)
+    found, own = [], engine.optimizer.step
+
+    def step():
+        grads = {n: p.main_grad.clone() for n, p in engine.network.named_parameters()}
+        found.append(export_hf(grads, settings.model, run.ranks))
+        return own()
+
+    engine.optimizer.step = step
+    metrics, _ = update_policy(session, engine, rollout, reference)
+    del engine.optimizer.step
+    return found, metrics
+
+
+def _all(overrides):
+    session, engine = open_session(*COMMON, *overrides, world_size=dist.get_world_size())
+    return {name: _update(session, engine, changed) for name, changed in VARIANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run_ranks(1, _all, [])[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_changes_nothing(alone, layout):
+    size, overrides = LAYOUTS[layout]
+    for results in run_ranks(size, _all, overrides):
+        for name, (grads, metrics) in results.items():
+            expected, whole = alone[name]
+            for number, (ours, theirs) in enumerate(zip(grads, expected, strict=True)):
+                error = _norm({n: ours[n] - theirs[n] for n in theirs}) / _norm(theirs)
+                assert error < (1e-5 if number else BOUNDS[layout]), (name, number, error)
+            for key in ("loss", "rows", "scoring_rows", "kl", "clip_fraction", "ratio/mean"):
+                assert metrics[key] == pytest.approx(whole[key], rel=1e-5, abs=1e-6), (name, key)
+
+
+def test_each_estimator_moves_the_policy_and_counts_its_passes(alone):
+    """Passes without gradient: of the old policy before a second update, and of the reference."""
+    for name, (grads, metrics) in alone.items():
+        assert all(
+            float(torch.stack([g.norm() for g in part.values()]).sum()) > 0 for part in grads
+        )
+        algorithm = _algorithm(AlgorithmSettings(), VARIANTS[name])
+        assert metrics["scoring_rows"] >= algorithm.needs_reference * metrics["rows"], name
+        assert metrics["ratio/mean"] != 1.0, name
