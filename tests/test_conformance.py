@@ -1,8 +1,6 @@
 """tools/conformance.py: the golden numbers hold at each layout, and a wrong one is noticed."""
 
-import contextlib
 import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -14,6 +12,7 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from tests.checking import read_checks, run_tool, whole_name
 from tests.devices import DEVICE, Elsewhere, OtherDevice, move
 from tests.ranks import run_ranks
 
@@ -25,41 +24,18 @@ NAMES = [
     *(f"sampler {number}" for number in range(3)),
     *(f"agrpo {number} {part}" for number in range(3) for part in ("loss", "gradients")),
 ]
-LINE = re.compile(r"(ok  |FAIL) (.{28}) +([0-9.e+-]+) \(limit ([0-9.e+-]+)\)  .+")
-
-
-def _check(folder, arguments):
-    """Run the tool on this rank; returns its exit status and what it printed."""
-    printed = Path(folder) / f"printed-{os.environ['RANK']}"
-    sys.argv = [str(TOOL), *map(str, arguments)]
-    with (
-        printed.open("w") as out,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(out),
-        pytest.raises(SystemExit) as end,
-    ):
-        runpy.run_path(str(TOOL), run_name="__main__")
-    return end.value.code, printed.read_text()
-
-
-def _errors(printed):
-    """Return each check's (word, error), by name, and the closing line."""
-    *lines, last = printed.splitlines()
-    found = [match for line in lines if (match := LINE.fullmatch(line))]
-    assert len(found) == len(lines), printed
-    return {m[2].strip(): (m[1].strip(), float(m[3])) for m in found}, last
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "cp2", "dp2"])
 def test_the_golden_numbers_hold(tmp_path, layout):
     """Logits within 1e-5, the samplers token for token, losses 1e-5, gradients 1e-4 relative."""
     size = int(layout[-1])
-    results = run_ranks(size, _check, tmp_path, [GOLDEN, "--parallel", layout])
+    results = run_ranks(size, run_tool, "conformance", tmp_path, [GOLDEN, "--parallel", layout])
     assert [status for status, _ in results] == [0] * size
     assert all(printed == "" for _, printed in results[1:]), "one rank speaks"
-    checks, last = _errors(results[0][1])
+    checks, last = read_checks(results[0][1])
     assert list(checks) == NAMES
-    assert last == f"{GOLDEN}: 10 of 10 checks passed at {_whole_name(layout)}"
+    assert last == f"{GOLDEN}: 10 of 10 checks passed at {whole_name(layout)}"
     for name, (word, error) in checks.items():
         limit = 0 if "sampler" in name else 1e-4 if "gradients" in name else 1e-5
         assert word == "ok" and error <= limit
@@ -75,11 +51,13 @@ DREAM_NAMES = [
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "cp2"])
 def test_the_golden_numbers_of_dream_hold(tmp_path, layout):
     """Raw and shifted logits, packed in place of padded; all of its sampler's ways to unmask."""
-    results = run_ranks(int(layout[-1]), _check, tmp_path, [DREAM, "--parallel", layout])
+    results = run_ranks(
+        int(layout[-1]), run_tool, "conformance", tmp_path, [DREAM, "--parallel", layout]
+    )
     assert {status for status, _ in results} == {0}
-    checks, last = _errors(results[0][1])
+    checks, last = read_checks(results[0][1])
     assert list(checks) == DREAM_NAMES
-    assert last == f"{DREAM}: 14 of 14 checks passed at {_whole_name(layout)}"
+    assert last == f"{DREAM}: 14 of 14 checks passed at {whole_name(layout)}"
 
 
 def _check_elsewhere(folder):
@@ -103,13 +81,6 @@ def _check_elsewhere(folder):
 def test_golden_numbers_are_compared_on_the_networks_device(folder, count):
     (passed,) = run_ranks(1, _check_elsewhere, folder)
     assert len(passed) == count and all(passed.values())
-
-
-def _whole_name(layout):
-    """Return the layout with every axis named."""
-    return "-".join(
-        layout if layout[:2] == axis else f"{axis}1" for axis in ("tp", "pp", "cp", "dp")
-    )
 
 
 @pytest.mark.slow
@@ -145,8 +116,8 @@ def test_a_wrong_number_fails_its_line_and_the_whole(tmp_path, tensor, change, f
     spoilt = tensors[tensor].clone()
     spoilt.view(-1)[-1] += change or 1
     save_file({**tensors, tensor: spoilt}, folder / "golden.safetensors")
-    ((status, printed),) = run_ranks(1, _check, tmp_path, [folder])
-    checks, last = _errors(printed)
+    ((status, printed),) = run_ranks(1, run_tool, "conformance", tmp_path, [folder])
+    checks, last = read_checks(printed)
     assert status == 1
     assert [name for name, (word, _) in checks.items() if word == "FAIL"] == fails
     assert last.endswith(f": {10 - len(fails)} of 10 checks passed at tp1-pp1-cp1-dp1")
@@ -158,7 +129,7 @@ def test_wrong_arguments_are_one_line_and_status_2(tmp_path):
         ([GOLDEN, "--parallel", "two"], "--parallel"),
         ([GOLDEN, "--parallel", "tp2"], "parallel.tensor=2 does not divide the 1 ranks"),
     ):
-        ((status, printed),) = run_ranks(1, _check, tmp_path, arguments)
+        ((status, printed),) = run_ranks(1, run_tool, "conformance", tmp_path, arguments)
         assert status == 2
         assert printed.startswith("conformance: error: ") and printed.count("\n") == 1
         assert said in printed

@@ -17,7 +17,7 @@ PACKAGE = "agrpo_megatron"
 
 LAYERS = {
     0: ("__init__", "config", "types", "trajectories"),
-    1: ("diffusion", "tasks", "families", "text", "scaling", "hardware"),
+    1: ("diffusion", "estimators", "tasks", "families", "text", "scaling", "hardware"),
     2: ("runs",),
     3: ("megatron", "checkpoint", "resilience"),
     4: ("rollout",),
@@ -36,6 +36,8 @@ FORBIDDEN = [
     ("tasks/", "torch", "a task is problems, prompts and rewards"),
     ("diffusion/", "megatron", "pure functions of tensors"),
     ("diffusion/", "agrpo_megatron.megatron", "pure functions of tensors"),
+    ("estimators/", "megatron", "pure functions of tensors"),
+    ("estimators/", "agrpo_megatron.megatron", "pure functions of tensors"),
     ("reports/", "torch", "a report reads a run directory, not a run"),
     ("reports/", "agrpo_megatron.training", "a report reads a run directory, not a run"),
     ("reports/", "agrpo_megatron.rollout", "a report reads a run directory, not a run"),

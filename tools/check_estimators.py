@@ -77,9 +77,9 @@ def main() -> int:
     """Run all checks; returns the exit status."""
     arguments = parse_arguments(__doc__, directory="folder of recorded methods")
     try:
-        folders = [_read(file) for file in sorted(arguments.directory.rglob("golden.json"))]
+        folders = [_read(file) for file in sorted(arguments.directory.glob("*/golden.json"))]
         if not folders:
-            raise ValueError(f"{arguments.directory}: no folder below it has a golden.json")
+            raise ValueError(f"{arguments.directory}: no folder in it has a golden.json")
         settings = {
             folder.model: settings_at(folder.model, arguments.parallel, token_budget=2048)
             for folder in folders

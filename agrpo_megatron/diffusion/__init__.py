@@ -1,4 +1,4 @@
-"""Pure functions of tensors: the sampler, the drawn steps, log-probabilities, losses, estimators.
+"""Pure functions of tensors: the sampler, its draws, log-probabilities, packed rows.
 
 No Megatron and no globals; a process group or a noise key is an argument.
 """

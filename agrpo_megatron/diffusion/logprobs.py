@@ -210,6 +210,7 @@ class _VocabParallelLogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, of_entropy: Tensor | None):  # type: ignore[override]
+        """Return the gradient by the shard, from those by log-probs and by entropies."""
         logits, log_total, local, here, entropies = ctx.saved_tensors
         logprobs = logits - log_total[:, None]
         if grad is None:

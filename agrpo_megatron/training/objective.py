@@ -78,6 +78,7 @@ def make_loss(
     loss_of = find_loss(algorithm)
 
     def loss(logits: Tensor, batch: TimestepBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a micro-batch, and its metrics."""
         scores = score_tokens(logits, batch, vocab, sampling, algorithm)
         outputs = loss_of(of_tokens(scores.logprobs, batch), algorithm)
         added, kl = _added(scores, batch, algorithm)
@@ -108,6 +109,7 @@ def make_tangent(
     zeros = {n: m[:0] if "_p99" in n else torch.zeros_like(m) for n, m in metrics.items()}
 
     def loss(logits: Tensor, batch: TimestepBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a micro-batch, and its metrics."""
         scores = score_tokens(logits, batch, vocab, sampling, algorithm)
         total = (scores.logprobs * slope[batch.row, batch.position]).sum()
         added, kl = _added(scores, batch, algorithm)

@@ -11,7 +11,13 @@ from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion import draw as drawing
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.draw import LogitsForward, draw_tokens
-from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
+from agrpo_megatron.diffusion.logprobs import (
+    Vocabulary,
+    exact_kl,
+    policy_logits,
+    shard_logprobs,
+    token_logprobs,
+)
 from agrpo_megatron.diffusion.sampler import sample
 from tests.diffusion.hashed import PADDED, SAMPLINGS, HashedModel, prompts_of
 from tests.ranks import run_ranks
@@ -69,7 +75,13 @@ def numbers(name, policy, dtype, rank, ranks):
         logits, draw.tokens, vocab=vocab, support_ids=draw.support_ids
     )
     (scored * torch.linspace(-1, 2, ROWS).to(dtype)).sum().backward()
+    own = shard.detach().clone().requires_grad_()
+    target = shard_logprobs(policy_logits(shard.detach().flip(0), vocab), vocab)
+    kl = exact_kl(policy_logits(own, vocab, temperature=sampling.temperature), target, vocab)
+    (kl * torch.linspace(-1, 2, ROWS).to(dtype)).sum().backward()
     return {
+        "kl": kl.detach(),
+        "gradient of the kl": own.grad,
         "tokens": draw.tokens,
         "support": draw.support_ids,
         "logprobs": draw.logprobs,
@@ -110,14 +122,31 @@ def test_two_shards_equal_one(name, policy, dtype):
             assert torch.equal(part["support"], alone["support"])
         for key in NUMBERS:
             assert float((part[key] - alone[key]).abs().max()) < TOLERANCE[dtype]
-    gradient = torch.cat([part["gradient"] for part in parts], 1)
-    error = (gradient - alone["gradient"]).abs().max() / alone["gradient"].abs().max()
-    assert float(error) < TOLERANCE[dtype]
+        assert torch.allclose(part["kl"], alone["kl"], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     size, _, forbidden = VOCABULARIES[name]
     assert int(alone["tokens"].max()) < size
     assert not torch.isin(alone["tokens"], torch.tensor(forbidden)).any()
-    assert float(gradient[:, size:].abs().max()) == 0
-    assert float(gradient[:, list(forbidden)].abs().max()) == 0
+    for key in ("gradient", "gradient of the kl"):
+        gradient = torch.cat([part[key] for part in parts], 1)
+        error = (gradient - alone[key]).abs().max() / alone[key].abs().max()
+        assert float(error) < TOLERANCE[dtype]
+        assert float(gradient[:, size:].abs().max()) == 0
+        assert float(gradient[:, list(forbidden)].abs().max()) == 0
+
+
+def test_the_exact_kl_is_the_sum_over_the_vocabulary():
+    """Two ids: p = (3/4, 1/4) from q = (1/2, 1/2) is 3/4 log 3/2 + 1/4 log 1/2; as autograd."""
+    vocab, pair = Vocabulary(2), torch.tensor([[3.0, 1.0], [1.0, 1.0]], dtype=torch.float64).log()
+    target = shard_logprobs(pair[1:], vocab)
+    assert float(exact_kl(pair[:1], target, vocab)) == pytest.approx(0.130812035941, abs=1e-12)
+    size, _, _ = VOCABULARIES["mask on the second shard"]
+    logits = logits_of("mask on the second shard", torch.float64)[:, :size]
+    vocab, target = Vocabulary(size), logits.flip(0).log_softmax(-1)
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    exact_kl(ours, target, vocab).square().sum().backward()
+    logprobs = theirs.log_softmax(-1)
+    (logprobs.exp() * (logprobs - target)).sum(-1).square().sum().backward()
+    assert float((ours.grad - theirs.grad).abs().max()) < 1e-10
 
 
 @pytest.mark.parametrize("policy", POLICIES)
