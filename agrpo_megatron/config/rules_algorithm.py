@@ -11,7 +11,7 @@ from agrpo_megatron.config.settings.estimators import ENTRIES, LOSSES, ON_MASKS
 from agrpo_megatron.config.settings.training import SamplingSettings
 from agrpo_megatron.config.values import text
 
-_DRAWN = ("proposal", "step_sampler", "uniform_mix", "enumerate_short")
+_DRAWN = ("proposal", "step_sampler", "allocation", "uniform_mix", "enumerate_short")
 _ON_STEPS = ("agrpo", "full_trajectory", "just_grpo", "egspo")
 _WITH_LEVELS = ("agrpo", "full_trajectory", "just_grpo", "egspo", *ON_MASKS)
 _CLIPPED = ("policy", "linear_bound", "filtered")
@@ -57,6 +57,12 @@ def validate_algorithm(algorithm: AlgorithmSettings, sampling: SamplingSettings)
         _check_level(filled, defaults)
         _check_normaliser(filled, defaults)
     _check_exact_kl(filled, sampling)
+    if filled.step_sampler == "distinct" and not filled.enumerate_short:
+        raise ValueError(
+            "algorithm.enumerate_short=false has no meaning under algorithm.step_sampler=distinct, "
+            "which takes every step where draws suffice; use true, or "
+            "algorithm.step_sampler=systematic"
+        )
     low, high = filled.mask_low, filled.mask_high
     if low is not None and high is not None and low > high:
         raise ValueError(

@@ -80,6 +80,7 @@ def test_estimator_and_loss_reproduce_agrpo(number, token_budget):
         mc_samples=options["mc_samples"],
         group_size=options["num_generations"],
         proposal=options["is_"],
+        step_sampler="batch",
         uniform_mix=0.0,
         enumerate_short=False,
         live_steps="text",

@@ -240,7 +240,9 @@ def test_only_short_rollouts_are_enumerated():
 def test_a_comb_of_all_steps_is_the_full_trajectory_without_enumeration(sampler):
     trajectory = trajectories()
     trajectory = take(trajectory, (trajectory.num_steps == 3).nonzero().squeeze(1))
-    algorithm = AlgorithmSettings(mc_samples=3, step_sampler=sampler, enumerate_short=False)
+    algorithm = AlgorithmSettings(
+        mc_samples=3, step_sampler=sampler, proposal="uniform", enumerate_short=False
+    )
     context = DrawContext(algorithm, TOY.eos_id, 5)
     drawn = drawn_steps(trajectory, context)
     full = all_steps(trajectory, context)

@@ -40,9 +40,13 @@ class AlgorithmSettings:
         "drawn denoising steps, or masks, per rollout; null: 8 for agrpo (published: 24)",
         low=1,
     )
-    proposal: str = setting("uniform", "distribution that steps are drawn from", choices=PROPOSALS)
+    proposal: str = setting(
+        "gradient",
+        "steps are drawn by length of the gradient, or summed entropy (published), or uniformly",
+        choices=PROPOSALS,
+    )
     step_sampler: str = setting(
-        "systematic",
+        "distinct",
         "how draws are spread: distinct never draws a step twice; batch is published",
         choices=STEP_SAMPLERS,
     )
