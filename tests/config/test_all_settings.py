@@ -87,6 +87,7 @@ NEEDS |= {
     "algorithm.prompt_mask": ALL_HIDDEN,
     "algorithm.tail": ON_MASKS,
     "algorithm.cut_tail": ON_MASKS,
+    "algorithm.enumerate_short": ["algorithm.step_sampler=systematic"],
     "algorithm.least_probability": ["algorithm.name=rldf"],
     "algorithm.loss=preference": ["algorithm.name=vrpo"],
     "algorithm.length_scale": ["algorithm.level=sequence"],
