@@ -30,6 +30,7 @@ def make_rollout(rollouts=ROLLOUTS, ends=12):
         unmask_step=torch.arange(LENGTH).expand(rollouts, -1),
         logprobs=zeros,
         entropies=zeros,
+        spreads=zeros,
         support_ids=None,
         num_steps=torch.full((rollouts,), LENGTH),
         rollout_ids=torch.arange(rollouts),
