@@ -99,8 +99,8 @@ def _combine(parts: Tensor, ids: Tensor, vocab: Vocabulary) -> Drawn:
     logprobs = chosen - tops[:, 1] - whole.log()
     entropies = whole.log() - mean / whole
     untempered = raw - tops[:, 2] - raw_whole.log()
-    floats = [logprobs, entropies, spread(whole, mixed), untempered]
-    return tokens, *(values.float() for values in floats)
+    spreads = spread(whole, mixed)
+    return tokens, logprobs.float(), entropies.float(), spreads.float(), untempered.float()
 
 
 @triton.jit
