@@ -46,7 +46,7 @@ CASES = {
     "stratified": ["algorithm.step_sampler=stratified", "algorithm.proposal=entropy"],
     "independent": ["algorithm.step_sampler=independent"],
     "by advantage": ["algorithm.allocation=advantage", "sampling.top_k=3"],
-    "all steps": ["algorithm.name=full_trajectory"],
+    "all steps": ["algorithm.name=full_trajectory", "algorithm.mc_samples=null"],
     "reference": ["algorithm.kl_coefficient=0.1"],
 }
 
