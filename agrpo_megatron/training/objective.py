@@ -15,10 +15,10 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion.logprobs import Vocabulary
-from agrpo_megatron.estimators.losses import of_tokens
+from agrpo_megatron.estimators.losses import of_tokens, plain_metrics
 from agrpo_megatron.estimators.table import find_loss
 from agrpo_megatron.training.scoring import Scores, score_tokens
-from agrpo_megatron.types import LossInputs, Rollout, ScoredRows, TimestepBatch
+from agrpo_megatron.types import LossInputs, LossOutputs, Rollout, ScoredRows, TimestepBatch
 
 type BatchLoss = Callable[[Tensor, TimestepBatch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -44,7 +44,9 @@ def joint_loss(
     logprobs = inputs.logprobs.requires_grad_()
     slope = torch.zeros_like(tables.current)
     with torch.enable_grad():
-        outputs = find_loss(algorithm)(inputs, algorithm)
+        outputs = LossOutputs(logprobs.sum(), plain_metrics(inputs))
+        if len(logprobs):
+            outputs = find_loss(algorithm)(inputs, algorithm)
         if outputs.loss.requires_grad:
             slope[spots] = torch.autograd.grad(outputs.loss, logprobs)[0].to(slope.dtype)
     metrics = {**outputs.metrics, "loss": outputs.loss}

@@ -195,6 +195,7 @@ def _made_metrics(results: list[dict[str, float]]) -> dict[str, float]:
     """Combine the updates that were made; a loss's own metrics are means over them."""
     tokens = sum(r["scored_tokens"] for r in results)
     scored = max(1.0, tokens)
+    own = sorted({name for result in results for name in result if name.startswith("loss/")})
     return {
         "loss": sum(r["loss"] for r in results) / len(results),
         "grad_norm": max(r["grad_norm"] for r in results),
@@ -203,5 +204,5 @@ def _made_metrics(results: list[dict[str, float]]) -> dict[str, float]:
         "ratio/p99_error": results[0]["ratio_p99_error"],
         "clip_fraction": sum(r["clipped_tokens"] for r in results) / scored,
         "kl": sum(r["kl_sum"] for r in results) / scored,
-        **{n: sum(r[n] for r in results) / len(results) for n in results[0] if "loss/" in n},
+        **{n: sum(r.get(n, 0.0) for r in results) / len(results) for n in own},
     }

@@ -96,6 +96,22 @@ def _update(session, engine, changed):
     return found, metrics
 
 
+def _nothing(overrides):
+    """Return what updates on rollouts of equal rewards report, by variant."""
+    session, engine = open_session(*COMMON, *overrides, world_size=dist.get_world_size())
+    rollout, _ = collect_rollout(session, engine, 0)
+    equal = torch.zeros_like(rollout.rewards)
+    rollout = replace(rollout, rewards=equal, advantages=equal)
+    results = {}
+    for name, changed in VARIANTS.items():
+        algorithm = replace(_algorithm(session.run.settings.algorithm, changed), kl_coefficient=0.0)
+        algorithm = replace(algorithm, entropy_bonus=0.0)
+        settings = replace(session.run.settings, algorithm=algorithm)
+        of_variant = replace(session, run=replace(session.run, settings=settings))
+        results[name], _ = update_policy(of_variant, engine, rollout, engine.network)
+    return results
+
+
 def _all(overrides):
     session, engine = open_session(*COMMON, *overrides, world_size=dist.get_world_size())
     return {name: _update(session, engine, changed) for name, changed in VARIANTS.items()}
@@ -128,3 +144,8 @@ def test_each_estimator_moves_the_policy_and_counts_its_passes(alone):
         algorithm = _algorithm(AlgorithmSettings(), VARIANTS[name])
         assert metrics["scoring_rows"] >= algorithm.needs_reference * metrics["rows"], name
         assert metrics["ratio/mean"] != 1.0, name
+
+
+def test_rollouts_of_equal_rewards_give_no_gradient_and_no_error():
+    for name, metrics in run_ranks(2, _nothing, [])[0].items():
+        assert metrics["grad_norm"] == 0 and metrics["loss"] == 0, name
