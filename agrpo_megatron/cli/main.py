@@ -23,6 +23,7 @@ from agrpo_megatron.cli.common import (
 from agrpo_megatron.cli.convert import add_convert
 from agrpo_megatron.cli.evaluate import add_evaluate, add_report
 from agrpo_megatron.cli.launch import add_launch
+from agrpo_megatron.cli.variance import add_variance
 from agrpo_megatron.config.schema import describe, load, to_yaml
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.resilience import exit_status
@@ -282,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--trace", action="store_true", help="show the unmasking order in colour")
     add_overrides(command)
     add_report(commands)
+    add_variance(commands)
     add_convert(commands)
     add_launch(commands)
     text = "what is installed, and which kernels a run uses with it"

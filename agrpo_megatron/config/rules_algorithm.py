@@ -104,9 +104,10 @@ def _check_used(
 ) -> None:
     """Refuse a changed setting that the estimator (`by=name`) or the loss has no use for."""
     defaults = {field.name: field.default for field in fields(AlgorithmSettings)}
+    own = ENTRIES.get(algorithm.name, {})
     for key, known in users.items():
         value = getattr(algorithm, key)
-        if value != defaults[key] and who not in known:
+        if value not in (defaults[key], own.get(key)) and who not in known:
             raise ValueError(
                 f"algorithm.{key}={text(value)} has no meaning under algorithm.{by}={who}; use "
                 f"{text(defaults[key])}, or algorithm.{by}={' or '.join(sorted(known))}"

@@ -43,6 +43,9 @@ CHANGED: dict[str, Any] = {
     "evaluation.denoising_steps": 9,
     "evaluation.block_length": 6,
     "ddp": {"overlap_grad_reduce": True},
+    "algorithm.name": "espo",
+    "algorithm.loss": "reinforce",
+    "algorithm.rollout_correction": 2.0,
     "train.stop_metric": "accuracy",
     "evaluation.tasks": {"sudoku": {}},
     "checkpoint.best": "reward/mean",
@@ -72,6 +75,26 @@ NEEDS = {
     "train.stop_metric": ["train.stop_patience=2"],
     "train.stop_target": ["train.stop_metric=accuracy"],
     "train.stop_patience": ["train.stop_metric=accuracy"],
+}
+ON_MASKS, ALL_HIDDEN = (
+    ["algorithm.mc_samples=null", f"algorithm.name={name}"] for name in ("unigrpo", "diffu_grpo")
+)
+NEEDS |= {
+    "algorithm.merge_steps": ["algorithm.mc_samples=null", "algorithm.name=tracerl"],
+    "algorithm.states": ON_MASKS,
+    "algorithm.mask_low": ON_MASKS,
+    "algorithm.mask_high": ON_MASKS,
+    "algorithm.prompt_mask": ALL_HIDDEN,
+    "algorithm.tail": ON_MASKS,
+    "algorithm.cut_tail": ON_MASKS,
+    "algorithm.least_probability": ["algorithm.name=rldf"],
+    "algorithm.loss=preference": ["algorithm.name=vrpo"],
+    "algorithm.length_scale": ["algorithm.level=sequence"],
+    "algorithm.normaliser": ON_MASKS,
+    "algorithm.normaliser=all_steps": [],
+    "algorithm.normaliser_constant": ["algorithm.normaliser=constant"],
+    "algorithm.preference_beta": ["algorithm.name=vrpo"],
+    **{f"algorithm.bound{key}": ["algorithm.name=spg"] for key in ("", "_share", "_power")},
 }
 SHARDED = ["precision=bf16", "optimizer.distributed=true", "sft.optimizer.distributed=true"]
 NEEDS |= {

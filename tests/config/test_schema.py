@@ -151,7 +151,7 @@ def test_the_reference_says_which_text_sets_a_key():
         (
             "checkpoint.zzz=1",
             "checkpoint.zzz is not a setting; section checkpoint has interval, keep, best, "
-            "background, rollouts",
+            "background, rollouts, keep_rollouts",
         ),
     ],
 )
