@@ -35,12 +35,14 @@ def _figure(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
         color=theme.orange,
         label="which steps or masks were drawn",
     )
-    left.set_yticks(places, [row["estimator"] for row in rows])
-    left.legend(frameon=False, loc="lower right", fontsize=style.LABEL_SIZE)
-    dress(middle, "Angle to all steps, degrees")
+    figure.legend(frameon=False, loc="outside lower left", ncols=2)
+    dress(middle, "Angle, degrees")
     middle.barh(places, values["angle"], color=theme.purple)
     middle.set_xlim(0, max(90.0, float(values["angle"].max())))
-    dress(right, "Signal for the work, all steps = 1")
+    dress(right, "Signal for the work")
     right.barh(places, values["signal"], color=theme.blue)
     right.axvline(1.0, color=theme.muted, linewidth=1.0)
+    for axes in (left, middle, right):
+        axes.grid(visible=False, axis="y")
+    left.set_yticks(places, [row["estimator"] for row in rows])
     return figure
