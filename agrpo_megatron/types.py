@@ -72,6 +72,7 @@ class Trajectory:
     unmask_step: Tensor  # [R, C] int64; steps count up from 0 in each rollout
     logprobs: Tensor  # [R, C] float32, nats, of the token when drawn; 0 if not drawn
     entropies: Tensor  # [R, C] float32, nats, of the distribution of the draw; 0 likewise
+    spreads: Tensor  # [R, C] float32, 1 - sum p^2 of it: 0 only if no other token could be drawn
     support_ids: Tensor | None  # [R, C, K] int32 candidates kept by top-k/top-p, padded with -1
     num_steps: Tensor  # [R] int64 forward passes; tokens with unmask_step >= this were filled in
     rollout_ids: Tensor  # [R] int64, the rollout index of the noise

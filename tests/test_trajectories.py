@@ -32,6 +32,7 @@ def _trajectory(first, rows, support=None):
         unmask_step=grid + 1,
         logprobs=-grid.float(),
         entropies=grid.float() / 2,
+        spreads=grid.float() / 4,
         support_ids=None if support is None else grid[..., None].repeat(1, 1, support).int(),
         num_steps=ids + 2,
         rollout_ids=ids,
@@ -76,5 +77,5 @@ def test_a_new_field_is_stored_and_read(monkeypatch, tmp_path, support):
 
 
 def test_what_is_recorded_of_a_draw_follows_from_the_two_records():
-    assert RECORDED == ("logprobs", "entropies")
+    assert RECORDED == ("logprobs", "entropies", "spreads")
     assert set(RECORDED) < {field.name for field in fields(Trajectory)}

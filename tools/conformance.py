@@ -192,6 +192,7 @@ def _stored_rollout(part: dict[str, Tensor], sampling: SamplingSettings) -> Roll
         unmask_step=part["unmask_steps"],
         logprobs=part["old_logprobs"],
         entropies=part["old_entropies"],
+        spreads=torch.ones_like(part["old_entropies"]),  # not stored, and no setting here uses them
         support_ids=_support_ids(masks) if masks is not None else None,
         num_steps=torch.full_like(numbers, sampling.denoising_steps),
         rollout_ids=numbers,

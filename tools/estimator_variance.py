@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.estimators.steps import step_weights
-from agrpo_megatron.estimators.timesteps import invert
+from agrpo_megatron.estimators.timesteps import inclusion, invert
 
 
 def estimator_variance(
@@ -16,12 +16,12 @@ def estimator_variance(
     proposal: Tensor,
     *,
     live: Tensor,
-    count: int,
+    counts: Tensor,
     sampler: str,
     group_size: int,
     enumerate_short: bool = True,
 ) -> Tensor:
-    """Return the variance of sum_r (1 / count) sum_l w(t_l) g_r(t_l), summed over D; float64.
+    """Return the variance of sum_r (1 / k_r) sum_l w(t_l) g_r(t_l), summed over D; float64.
 
     Its mean is sum_r of the mean of g_r over the live steps, for every step sampler.
 
@@ -29,22 +29,28 @@ def estimator_variance(
         contributions: [R, M, D] g_r(t): the gradient of step t of rollout r, advantage included.
         proposal: [R, M] from `timesteps.step_proposal`.
         live: [R] numbers of live steps.
+        counts: [R] k_r, the draws of each rollout. One without draws must have no gradient.
         group_size: neighbours that `batch` spreads its draws over; it divides R.
-        enumerate_short: rollouts with no more live steps than draws add no variance.
+        enumerate_short: rollouts with no more usable steps than draws add no variance.
     """
-    proposal = proposal.double()
+    proposal, usable = proposal.double(), (proposal > 0).sum(1)
+    if sampler == "distinct":
+        proposal = inclusion(proposal, counts) / counts.clamp(min=1)[:, None]
     steps = torch.arange(proposal.shape[1], device=proposal.device).expand_as(proposal)
     values = step_weights(proposal, live, steps)[:, :, None] * contributions.double()
-    if enumerate_short:
-        values = values * (live > count)[:, None, None]
-    if sampler == "independent":
-        return _within(values, proposal, 1).sum() / count
-    if sampler == "stratified":
-        return _within(values, proposal, count).sum() / count**2
-    if sampler == "systematic":
-        return _systematic(values, proposal, count)
-    assert sampler == "batch"
-    return _batch(values, proposal, count, group_size)
+    if enumerate_short or sampler == "distinct":
+        values = values * (usable > counts)[:, None, None]
+    if sampler == "batch":
+        return _batch(values, proposal, counts, group_size)
+    of_count = {
+        "independent": lambda values, proposal, k: _within(values, proposal, 1).sum() / k,
+        "stratified": lambda values, proposal, k: _within(values, proposal, k).sum() / k**2,
+    }.get(sampler, _systematic)
+    total = values.new_zeros(())
+    for count in counts[counts > 0].unique().tolist():
+        rows = counts == count
+        total += of_count(values[rows], proposal[rows], count)
+    return total
 
 
 def _parts(proposal: Tensor, parts: int) -> Tensor:
@@ -81,16 +87,23 @@ def _systematic(values: Tensor, proposal: Tensor, count: int) -> Tensor:
     return (widths * (combs - mean).square().sum(-1)).sum()
 
 
-def _batch(values: Tensor, proposal: Tensor, count: int, group_size: int) -> Tensor:
+def _batch(values: Tensor, proposal: Tensor, counts: Tensor, group_size: int) -> Tensor:
     """Treat parts shuffled over a group: draws sit in different parts, hence are correlated.
 
     With n parts and m_r(s) the mean value of rollout r in part s, two draws of rollouts r and r'
     have covariance -sum_s (m_r(s) - m_r) (m_r'(s) - m_r') / (n (n - 1)).
     """
-    parts = group_size * count
-    means = _parts(proposal, parts) @ values
-    apart = means - means.mean(1, keepdim=True)
-    pairs = apart.view(-1, group_size, *apart.shape[1:]).sum(1).square().sum()
-    same = apart.square().sum()
-    independent = _within(values, proposal, 1).sum() / count
-    return independent - (pairs - same / count) / (parts * max(1, parts - 1))
+    total = values.new_zeros(())
+    groups = (tensor.split(group_size) for tensor in (values, proposal, counts))
+    for own, chances, draws in zip(*groups, strict=True):
+        drawn, parts = draws > 0, int(draws.sum())
+        if parts == 0:
+            continue
+        own, chances, draws = own[drawn], chances[drawn], draws[drawn]
+        means = _parts(chances, parts) @ own
+        apart = means - means.mean(1, keepdim=True)
+        same = (apart.square().sum((1, 2)) / draws).sum()
+        pairs = apart.sum(0).square().sum() - same
+        alone = (_within(own, chances, 1)[:, 0] / draws).sum()
+        total += alone - pairs / (parts * max(1, parts - 1))
+    return total

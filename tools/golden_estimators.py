@@ -136,6 +136,7 @@ def _rollout(
         unmask_step=tensors.get("unmask_steps", torch.arange(recorded.width).expand_as(tokens)),
         logprobs=zeros,
         entropies=zeros,
+        spreads=torch.ones_like(zeros),  # not recorded: no step is known to have no gradient
         support_ids=None,
         num_steps=torch.full_like(numbers, sampling.denoising_steps),
         rollout_ids=numbers,

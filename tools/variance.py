@@ -1,250 +1,76 @@
 """Print how noisy the drawn denoising steps are, under every step sampler and proposal.
 
 AGRPO scores a few drawn steps of each rollout in place of all of them. Draws can be spread in
-several ways (`algorithm.step_sampler`) and aimed by a proposal (`algorithm.proposal`). All are
-unbiased; they differ in variance, and that is what this tool computes, exactly and without
-drawing anything: the variance of the whole gradient, summed over all weights, over the draws of
-one batch of stored rollouts. 1.00 is `independent` draws from the `uniform` proposal, with as many
-draws; 0.50 is worth twice the draws. Lower is better.
+several ways (`algorithm.step_sampler`), aimed by a proposal (`algorithm.proposal`) and split over
+the rollouts (`algorithm.allocation`). All are unbiased; they differ in variance, and that is what
+this tool computes, exactly and without drawing anything: the variance of the whole gradient, summed
+over all weights, over the draws of one batch of stored rollouts. 1.00 is `independent` draws from
+the `uniform` proposal, with as many draws; 0.50 is worth twice the draws. Lower is better.
 
 Columns are numbers of draws (`algorithm.mc_samples`); * also scores short rollouts once in full
-(`algorithm.enumerate_short`). `entropy, mix 0` is the published proposal, `batch` with it the
-published sampler; `entropy` mixes in `algorithm.uniform_mix` of uniform. The default is green.
+(`algorithm.enumerate_short`), which `distinct` always does. `entropy, mix 0` is the published
+proposal, `batch` with it the published sampler; `entropy` and `gradient` mix in
+`algorithm.uniform_mix` of uniform. The last rows split as many draws by advantage. The default is
+green.
 
     python tools/variance.py --trajectories tests/fixtures/llada_tiny/golden.safetensors
-    python tools/variance.py --draws 4 24 --unmasking low_confidence --seed 3
+    python tools/variance.py --draws 4 8 --steps 32 --unmasking low_confidence --seed 3
 """
 
 import argparse
 import itertools
-import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
-from torch import Tensor
 
-from agrpo_megatron.config.settings import (
-    STEP_SAMPLERS,
-    UNMASKING,
-    AlgorithmSettings,
-    SamplingSettings,
-)
-from agrpo_megatron.diffusion.batches import timestep_batch
-from agrpo_megatron.diffusion.draw import LogitsForward
-from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
-from agrpo_megatron.diffusion.sampler import SamplerContext, sample
-from agrpo_megatron.estimators import timesteps
-from agrpo_megatron.estimators.advantages import advantages
-from agrpo_megatron.estimators.steps import rows_at
-from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
+from agrpo_megatron.config.settings import STEP_SAMPLERS, UNMASKING, AlgorithmSettings
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.steps import draw_counts, live_of, proposal_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from estimator_variance import estimator_variance  # noqa: E402 - beside this file
+from estimator_variance import estimator_variance  # noqa: E402 - in this folder
+from variance_cases import Case, sampled_case, stored_cases  # noqa: E402
 
-NAMES = ("n_layers", "n_heads", "d_model", "mlp_hidden_size", "vocab_size", "mask_token_id")
-OTHERS = {"eos_token_id": 38, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
-RANDOM_CONFIG = dict(zip(NAMES, (2, 4, 32, 96, 40, 39), strict=True)) | OTHERS
+DEFAULT = AlgorithmSettings()
 # name: (proposal, share of uniform; None is the default of the settings)
 PROPOSALS = {
     "uniform": ("uniform", 0.0),
     "entropy": ("entropy", None),
     "entropy, mix 0": ("entropy", 0.0),
+    "gradient": ("gradient", None),
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """Stored rollouts, and what each of their steps adds to the gradient."""
-
-    name: str
-    contributions: Tensor  # [R, M, D] float64
-    entropies: Tensor  # [R, M] nats
-    live: Tensor  # [R]
-    group_size: int
-
-
-@dataclass(frozen=True)
-class Model:
-    """A LLaDA in plain torch, float64: small enough for one gradient per denoising step."""
-
-    config: dict[str, Any]
-    weights: dict[str, Tensor]
-    vocab: Vocabulary  # published rollouts may draw the mask token, ours may not
-
-    def score(self, rows: PackedRows) -> Tensor:
-        """Return logits at the scored positions of rows of one length."""
-        length = int(rows.cu_seqlens[1])
-        assert bool((rows.cu_seqlens.diff() == length).all())
-        hidden = self.hidden(rows.tokens.view(-1, length)).flatten(0, 1)
-        return hidden[rows.scored] @ self.weights["ff_out.weight"].T
-
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Return the final hidden states [N, L, d] of token ids [N, L]."""
-        weights, heads = self.weights, self.config["n_heads"]
-        x = weights["wte.weight"][tokens]
-        for layer in range(self.config["n_layers"]):
-            own = below(weights, f"blocks.{layer}.")
-            y = self._norm(x, own["attn_norm.weight"])
-            q, k, v = (
-                (y @ own[f"{name}_proj.weight"].T).unflatten(-1, (heads, -1)).transpose(1, 2)
-                for name in "qkv"
-            )
-            mixed = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v)
-            x = x + mixed.transpose(1, 2).flatten(2) @ own["attn_out.weight"].T
-            y = self._norm(x, own["ff_norm.weight"])
-            gate = F.silu(y @ own["ff_proj.weight"].T)
-            x = x + (gate * (y @ own["up_proj.weight"].T)) @ own["ff_out.weight"].T
-        return self._norm(x, weights["ln_f.weight"])
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config["rms_norm_eps"])
-
-    def _rotate(self, x: Tensor) -> Tensor:
-        width = x.shape[-1]
-        exponents = torch.arange(0, width, 2, dtype=x.dtype) / width
-        turns = torch.arange(x.shape[-2], dtype=x.dtype)[:, None]
-        angles = (turns / self.config["rope_theta"] ** exponents).repeat(1, 2)
-        left, right = x.chunk(2, -1)
-        return x * angles.cos() + torch.cat([-right, left], -1) * angles.sin()
-
-
-def random_model(seed: int) -> Model:
-    """Return a model of random weights, wide enough to have opinions."""
-    config, generator = RANDOM_CONFIG, torch.Generator().manual_seed(seed)
-    size, inner, vocab = config["d_model"], config["mlp_hidden_size"], config["vocab_size"]
-    shapes = {"wte": (vocab, size), "ff_out": (vocab, size), "ln_f": (size,)}
-    for layer in range(config["n_layers"]):
-        block = dict.fromkeys(("q_proj", "k_proj", "v_proj", "attn_out"), (size, size))
-        block |= {"ff_proj": (inner, size), "up_proj": (inner, size), "ff_out": (size, inner)}
-        block |= {"attn_norm": (size,), "ff_norm": (size,)}
-        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
-    weights = {
-        f"{name}.weight": torch.ones(shape, dtype=torch.float64)
-        if len(shape) == 1
-        else torch.randn(shape, generator=generator, dtype=torch.float64) * 2 / shape[1] ** 0.5
-        for name, shape in shapes.items()
-    }
-    return Model(config, weights, Vocabulary(vocab, forbidden=(config["mask_token_id"],)))
-
-
-def sampled_case(unmasking: str, seed: int) -> Case:
-    """Sample two groups from a random model; the reward is the share of even token ids."""
-    model, group_size = random_model(seed), AlgorithmSettings().group_size
-    sampling = SamplingSettings(
-        completion_length=32, block_length=8, denoising_steps=16, unmasking=unmasking
-    )
-    mask_id, eos_id = model.config["mask_token_id"], model.config["eos_token_id"]
-    forward = LogitsForward(model.score)
-    context = SamplerContext(forward, model.vocab, mask_id, eos_id, seed, token_budget=4096)
-    prompts = [torch.arange(8) + 10 * g for g in range(2) for _ in range(group_size)]
-    trajectory = sample(prompts, torch.arange(len(prompts)), context=context, sampling=sampling)
-    rewards = (trajectory.tokens % 2 == 0).double().mean(1)
-    gains = advantages(rewards, AlgorithmSettings())
-    name = f"2 x {group_size} rollouts of a random model, unmasking {unmasking}"
-    return make_case(name, model, trajectory, gains, group_size)
-
-
-def stored_cases(path: Path) -> Iterator[Case]:
-    """Read the `agrpo.N.*` trajectories of a file, and the model in `hf/` that drew them."""
-    tensors, model = load_file(path), stored_model(path.parent / "hf")
-    settings = json.loads((path.parent / "golden.json").read_text())
-    for number, options in enumerate(settings["agrpo"]):
-        stored = below(tensors, f"agrpo.{number}.")
-        trajectory, gains = stored_trajectory(stored, options), stored["advantages"].double()
-        name = f"{path.name}, agrpo.{number}: {len(gains)} rollouts, {options['unmasking']}"
-        yield make_case(name, model, trajectory, gains, len(gains))
-
-
-def stored_model(folder: Path) -> Model:
-    """Read a LLaDA in Hugging Face's format."""
-    config = json.loads((folder / "config.json").read_text())
-    weights = below(load_file(folder / "model.safetensors"), "model.transformer.")
-    weights = {name: weight.double() for name, weight in weights.items()}
-    return Model(config, weights, Vocabulary(config["vocab_size"]))
-
-
-def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names start with `prefix`, without it."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def stored_trajectory(stored: dict[str, Tensor], options: dict[str, Any]) -> Trajectory:
-    """Turn stored tensors into a record; positions without numbers were filled in, not drawn."""
-    steps, masks, support = stored["unmask_steps"], stored.get("sampling_masks"), None
-    drawn = (stored["old_logprobs"] != 0) | (stored["old_entropies"] > 0)
-    if masks is not None:
-        kept, ids = torch.sort(masks.int(), dim=-1, descending=True, stable=True)
-        support = ids.masked_fill(kept == 0, -1)[..., : int(masks.sum(-1).max())].int()
-    return Trajectory(
-        prompts=tuple(stored["prompt_ids"]),
-        tokens=stored["completion_ids"],
-        unmask_step=steps,
-        logprobs=stored["old_logprobs"],
-        entropies=stored["old_entropies"],
-        support_ids=support,
-        num_steps=steps.masked_fill(~drawn, -1).amax(1) + 1,
-        rollout_ids=torch.arange(len(steps)),
-        sampling=SamplingSettings(temperature=options["temperature"]),
-    )
-
-
-def make_case(
-    name: str, model: Model, trajectory: Trajectory, gains: Tensor, group_size: int
-) -> Case:
-    """Compute every live step's gradient by all weights, at a policy ratio of 1."""
-    live = timesteps.live_steps(
-        trajectory, eos_id=model.config["eos_token_id"], rule=AlgorithmSettings().live_steps
-    )
-    weights = {key: weight.detach().requires_grad_() for key, weight in model.weights.items()}
-    model, rollout = replace(model, weights=weights), Rollout(trajectory, gains, gains > 0, gains)
-    rows, most = len(gains), int(live.max())
-    size = sum(weight.numel() for weight in weights.values())
-    result = torch.zeros(rows, most, size, dtype=torch.float64)
-    for r, t in (torch.arange(most) < live[:, None]).nonzero().tolist():
-        one = StepDraws(torch.tensor([r]), torch.tensor([t]), torch.ones(1).double())
-        mask_id = model.config["mask_token_id"]
-        batch = timestep_batch(
-            rollout, rows_at(trajectory, one), torch.tensor([0]), mask_id=mask_id
-        )
-        temperature = trajectory.sampling.temperature
-        logits = policy_logits(model.score(batch.rows), model.vocab, temperature=temperature)
-        logprobs, _ = token_logprobs(
-            logits, batch.targets, vocab=model.vocab, support_ids=batch.support_ids
-        )
-        loss = -(logprobs * batch.advantages).sum()
-        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        result[r, t] = torch.cat(
-            [
-                torch.zeros_like(w).flatten() if g is None else g.flatten()
-                for g, w in zip(gradients, weights.values(), strict=True)
-            ]
-        )
-    # Variances need only inner products, and a rotation into the vectors' span keeps them.
-    spanned = torch.linalg.qr(result.flatten(0, 1).T, mode="r").R.T.view(rows, most, -1)
-    return Case(name, spanned, timesteps.step_entropies(trajectory, most), live, group_size)
 
 
 def variance_of(case: Case, proposal: str, *, mix: float, **drawing: Any) -> float:
     """Return the variance of one way to draw; `mix` stands where a proposal names none.
 
     Args:
-        drawing: sampler, count and enumerate_short, as `estimator_variance` takes them.
+        drawing: settings such as step_sampler, mc_samples, enumerate_short and allocation.
     """
     kind, share = PROPOSALS[proposal]
-    chances = timesteps.step_proposal(
-        case.live, case.entropies, proposal=kind, uniform_mix=mix if share is None else share
+    algorithm = AlgorithmSettings(
+        proposal=kind,
+        uniform_mix=mix if share is None else share,
+        group_size=case.group_size,
+        **drawing,
     )
-    options = {"live": case.live, "group_size": case.group_size, **drawing}
-    return float(estimator_variance(case.contributions, chances, **options))
+    context = DrawContext(algorithm, case.eos_id, 0)
+    live, _ = live_of(case.rollout.trajectory, context)
+    variance = estimator_variance(
+        case.contributions,
+        proposal_of(case.rollout.trajectory, context),
+        live=live,
+        counts=draw_counts(case.rollout, context),
+        sampler=algorithm.step_sampler,
+        group_size=case.group_size,
+        enumerate_short=algorithm.enumerate_short,
+    )
+    return float(variance)
 
 
 def print_table(case: Case, *, draws: list[int], mix: float, console: Console) -> None:
@@ -256,18 +82,25 @@ def print_table(case: Case, *, draws: list[int], mix: float, console: Console) -
     columns = [(count, short) for short in (False, True) for count in draws]
     for count, short in columns:
         table.add_column(f"k={count}{'*' if short else ''}", justify="right", no_wrap=True)
-    plain = {"sampler": "independent", "enumerate_short": False}
-    units = {count: variance_of(case, "uniform", mix=mix, count=count, **plain) for count in draws}
-    chosen = (AlgorithmSettings().step_sampler, AlgorithmSettings().proposal)
-    for sampler, proposal in itertools.product(reversed(STEP_SAMPLERS), PROPOSALS):
+    plain = {"step_sampler": "independent", "enumerate_short": False}
+    units = {
+        count: variance_of(case, "uniform", mix=mix, mc_samples=count, **plain) for count in draws
+    }
+    ways = [*itertools.product(reversed(STEP_SAMPLERS), ["equal"]), ("distinct", "advantage")]
+    for (sampler, allocation), proposal in itertools.product(ways, PROPOSALS):
         cells = []
         for count, short in columns:
-            drawing = {"sampler": sampler, "count": count, "enumerate_short": short}
-            value = variance_of(case, proposal, mix=mix, **drawing)
+            drawing = {"step_sampler": sampler, "mc_samples": count, "allocation": allocation}
+            value = variance_of(case, proposal, mix=mix, enumerate_short=short, **drawing)
             cells.append(f"{value / units[count]:.2f}" if units[count] > 0 else "-")
-        style = "bold green" if (sampler, proposal) == chosen else None
-        last = proposal == list(PROPOSALS)[-1]
-        table.add_row(sampler, proposal, *cells, style=style, end_section=last)
+        is_default = (sampler, allocation, proposal) == (
+            DEFAULT.step_sampler,
+            DEFAULT.allocation,
+            DEFAULT.proposal,
+        )
+        name = sampler if allocation == "equal" else "by advantage"
+        last, style = proposal == list(PROPOSALS)[-1], "bold green" if is_default else None
+        table.add_row(name, proposal, *cells, style=style, end_section=last)
     console.print(table)
 
 
@@ -285,8 +118,9 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--draws", type=int, nargs="+", default=[2, 4, 6, 8], metavar="K", help="draws per rollout")
+    add("--steps", type=int, default=16, metavar="T", help="denoising steps of sampled rollouts")
     add("--unmasking", choices=UNMASKING, default="random", help="rule of the sampled rollouts")
-    mix = AlgorithmSettings().uniform_mix
+    mix = DEFAULT.uniform_mix
     add("--uniform-mix", type=float, default=mix, metavar="SHARE", help=f"default {mix}")
     add("--seed", type=int, default=0, help="seed of the sampled rollouts")
     arguments = parser.parse_args()
@@ -294,7 +128,11 @@ def main() -> None:
     path = arguments.trajectories
     if path is not None and not path.is_file():
         sys.exit(f"--trajectories {path}: no such file; give a .safetensors file of rollouts")
-    cases = stored_cases(path) if path else [sampled_case(arguments.unmasking, arguments.seed)]
+    cases = (
+        stored_cases(path)
+        if path
+        else [sampled_case(arguments.unmasking, arguments.seed, steps=arguments.steps)]
+    )
     for case in cases:
         print_table(case, draws=arguments.draws, mix=arguments.uniform_mix, console=Console())
 

@@ -286,8 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     add_variance(commands)
     add_convert(commands)
     add_launch(commands)
-    text = "what is installed, and which kernels a run uses with it"
-    command = add_command(commands, "doctor", text, doctor)
+    command = add_command(commands, "doctor", "what is installed, and a run's kernels", doctor)
     command.add_argument("file", nargs="?", metavar="FILE", help="settings of the run (YAML)")
     add_overrides(command)
     command = add_command(commands, "config", "explain all settings, or check a file", config)

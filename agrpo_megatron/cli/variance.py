@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from agrpo_megatron.training.variance.measure import Comparison
 
 EPILOG = """\
-  agrpo variance runs/tiny --draws 1 2 4 8                how many denoising steps to draw
-  agrpo variance runs/tiny --checkpoint sft-000500 --estimators diffu_grpo espo coupled_grpo
+  agrpo variance runs/tiny --draws 1,2,4,8                how many denoising steps to draw
+  agrpo variance runs/tiny --checkpoint sft-000500 --estimators diffu_grpo,espo
   agrpo variance runs/tiny algorithm.proposal=entropy     another way to draw them
 
 Batches are sampled from the checkpoint's weights, or are those of train.from_rollouts. `draw noise`
@@ -37,12 +37,8 @@ def add_variance(commands: argparse._SubParsersAction) -> None:
     text = "bias, noise and cost of estimators on a checkpoint's rollouts"
     command = add_command(commands, "variance", text, variance, epilog=EPILOG)
     add_target(command)
-    command.add_argument(
-        "--draws", type=int, nargs="+", default=[1, 2, 4], metavar="K", help="of agrpo (1 2 4)"
-    )
-    command.add_argument(
-        "--estimators", nargs="+", default=[], metavar="NAME", help="others to compare"
-    )
+    command.add_argument("--draws", default="1,2,4", metavar="K,...", help="of agrpo (1,2,4)")
+    command.add_argument("--estimators", default="", metavar="NAME,...", help="others to compare")
     command.add_argument("--batches", type=int, default=4, help="rollout batches (4)")
     command.add_argument("--repeats", type=int, default=4, help="draws of each batch (4)")
     command.add_argument(
@@ -56,8 +52,10 @@ def variance(arguments: argparse.Namespace) -> int:
     for name, least in (("batches", 1), ("repeats", 2)):
         if (value := getattr(arguments, name)) < least:
             raise ValueError(f"--{name}={value} must be at least {least}; use for example 4")
-    if min(arguments.draws) < 1:
-        raise ValueError(f"--draws {min(arguments.draws)}: a rollout needs at least one; use 1")
+    draws = arguments.draws.split(",")
+    if not all(word.isdecimal() and int(word) > 0 for word in draws):
+        raise ValueError(f"--draws={arguments.draws} must be numbers from 1; use for example 1,2,4")
+    others = [name for name in arguments.estimators.split(",") if name]
     target = open_target(arguments)
     from rich.console import Console
 
@@ -69,7 +67,7 @@ def variance(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.training.variance.command import Plan, measure, plan_variants, recommended
 
     resolved = resolve(target.settings, world_size=world_size())
-    variants = plan_variants(resolved.settings, sorted(set(arguments.draws)), arguments.estimators)
+    variants = plan_variants(resolved.settings, sorted(set(map(int, draws))), others)
     folder = arguments.output or target.folder.parent / "variance" / target.name
     check_folder(folder.parent, key="--output's folder")
     kernels_for(resolved.settings)

@@ -17,10 +17,12 @@ from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.logprobs import (
     Vocabulary,
+    draw_statistics,
     entropy,
     lowest_of_best,
     policy_logits,
     reduce,
+    support_spread,
     token_logprobs,
 )
 from agrpo_megatron.trajectories import concatenate
@@ -41,6 +43,7 @@ class Draw:
     tokens: Tensor  # [S] int64
     logprobs: Tensor  # [S] nats, under the tempered and truncated policy
     entropies: Tensor  # [S] nats, of that policy
+    spreads: Tensor  # [S] 1 - sum of squared probabilities; 0 only if one token may be drawn
     confidences: Tensor  # [S] rank positions: a log-prob in nats; for `margin`, a probability
     support_ids: Tensor | None  # [S, K] int64 kept candidates, padded with -1
 
@@ -66,11 +69,11 @@ def _draw(logits: Tensor, keys: Tensor, vocab: Vocabulary, sampling: SamplingSet
     if _is_cut(sampling) and (sampling.temperature > 0 or sampling.truncation == "top_p_first"):
         draw, support = _draw_kept(logits, keys, vocab, sampling)
     elif (kernel := kernel_for(logits)) is not None:
-        tokens, logprobs, entropies, untempered = kernel.draw_whole(
+        tokens, logprobs, entropies, spreads, untempered = kernel.draw_whole(
             logits, keys, vocab=vocab, temperature=sampling.temperature
         )
         confidences = untempered if _is_ranked_untempered(sampling) else logprobs
-        draw = Draw(tokens, logprobs, entropies, confidences, None)
+        draw = Draw(tokens, logprobs, entropies, spreads, confidences, None)
     else:
         draw = _draw_whole(logits, keys, vocab, sampling)
     if sampling.unmasking != "margin":
@@ -118,9 +121,9 @@ def _draw_whole(
     best, column = noisy.max(-1)
     top = reduce(best.clone(), vocab.group, dist.ReduceOp.MAX)
     tokens = lowest_of_best(column + vocab.start, best < top, vocab.group)
-    logprobs, entropies = token_logprobs(policy, tokens, vocab=vocab)
+    logprobs, entropies, spreads = draw_statistics(policy, tokens, vocab=vocab)
     confidences = _confidences(logits, tokens, logprobs, vocab, sampling)
-    return Draw(tokens, logprobs, entropies, confidences, None)
+    return Draw(tokens, logprobs, entropies, spreads, confidences, None)
 
 
 def _draw_kept(
@@ -136,8 +139,9 @@ def _draw_kept(
     tokens = support_ids.gather(-1, chosen).squeeze(-1)
     logprobs = support.gather(-1, chosen).squeeze(-1).to(policy.dtype)
     entropies = entropy(support).to(policy.dtype)
+    spreads = support_spread(support).to(policy.dtype)
     confidences = _confidences(logits, tokens, logprobs, vocab, sampling)
-    return Draw(tokens, logprobs, entropies, confidences, support_ids), support
+    return Draw(tokens, logprobs, entropies, spreads, confidences, support_ids), support
 
 
 def _confidences(

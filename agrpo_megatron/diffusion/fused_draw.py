@@ -3,9 +3,9 @@
 The kernel serves draws without top-k and top-p, for every unmasking; `margin` ranks positions by
 another read of the logits, see `draw`. Each program takes BLOCK columns of one scored row. In
 registers it tempers the logits, shuts out the impossible ids, hashes the noise, takes the maximum,
-and sums what log-probs and entropies need. Small tensor operations then combine the blocks of a
-row, and the shards of a vocabulary-parallel group. Blocks do not depend on the batch, so neither do
-the results of a row.
+and sums what log-probs, entropies and spreads need. Small tensor operations then combine the blocks
+of a row, and the shards of a vocabulary-parallel group. Blocks do not depend on the batch, so
+neither do the results of a row.
 
 Exactness. The noise is `noise`'s: the same integers, and the same float64 operations. So a token is
 the one that tensor operations draw on the same device. Between devices the logarithm may differ in
@@ -27,13 +27,14 @@ from agrpo_megatron.diffusion.logprobs import (
     impossible_columns,
     lowest_of_best,
     reduce,
+    spread,
 )
 
 BLOCK = 2048  # columns of a program
 WARPS = 8
 
-# Tokens, log-probs, entropies, log-probs at temperature 1: [S] each.
-type Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
+# Tokens, log-probs, entropies, spreads, log-probs at temperature 1: [S] each.
+type Drawn = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _GOLDEN = tl.constexpr(noise.GOLDEN % 2**64)
 _MIX_1 = tl.constexpr(noise.MIX_1 % 2**64)
@@ -43,8 +44,8 @@ _MIX_2 = tl.constexpr(noise.MIX_2 % 2**64)
 def draw_whole(logits: Tensor, keys: Tensor, *, vocab: Vocabulary, temperature: float) -> Drawn:
     """Draw one token per row of a logits shard [S, shard]; equal on every rank of the group.
 
-    Returns the tokens [S] int64, and in nats [S] float32: their log-probs, the entropies, and
-    the tokens' log-probs at temperature 1.
+    Returns the tokens [S] int64, and as [S] float32: their log-probs and the entropies in nats, the
+    spreads, and the tokens' log-probs at temperature 1 in nats.
 
     Args:
         logits: [S, shard] bfloat16, float16 or float32, from the network.
@@ -53,7 +54,7 @@ def draw_whole(logits: Tensor, keys: Tensor, *, vocab: Vocabulary, temperature: 
     """
     rows, width = logits.shape
     blocks = triton.cdiv(width, BLOCK)
-    parts = torch.empty(8, rows, blocks, dtype=torch.float64, device=logits.device)
+    parts = torch.empty(9, rows, blocks, dtype=torch.float64, device=logits.device)
     ids = torch.empty(rows, blocks, dtype=torch.int64, device=logits.device)
     # As torch divides by a number on a GPU: by its reciprocal, in float32.
     scale = float(torch.tensor(temperature or 1.0).reciprocal())
@@ -76,8 +77,8 @@ def draw_whole(logits: Tensor, keys: Tensor, *, vocab: Vocabulary, temperature: 
 
 
 def _combine(parts: Tensor, ids: Tensor, vocab: Vocabulary) -> Drawn:
-    """Join what the kernel wrote for the blocks [8, S, blocks] of all shards."""
-    noisy, chosen, raw, top, total, mean, raw_top, raw_total = parts.unbind(0)
+    """Join what the kernel wrote for the blocks [9, S, blocks] of all shards."""
+    noisy, chosen, raw, top, total, mean, raw_top, raw_total, mixed = parts.unbind(0)
     best, block = noisy.max(-1, keepdim=True)  # the first, so the lowest id, of equal ones
     mine = torch.cat([best, top.amax(-1, keepdim=True), raw_top.amax(-1, keepdim=True)], 1)
     tops = reduce(mine.clone(), vocab.group, dist.ReduceOp.MAX)
@@ -87,15 +88,19 @@ def _combine(parts: Tensor, ids: Tensor, vocab: Vocabulary) -> Drawn:
     gap, raw_gap = top - tops[:, 1:2], raw_top - tops[:, 2:3]
     scale = gap.exp()  # 0 where a block holds no possible id
     lowered = mean + total * gap.masked_fill(scale == 0, 0.0)
+    # Of w (1 - w) with w lower by `scale`: no difference of large numbers.
+    mixed = scale * (scale * mixed - total * torch.expm1(gap))
     sums = [(total * scale).sum(-1), (lowered * scale).sum(-1), (raw_total * raw_gap.exp()).sum(-1)]
+    sums += [mixed.sum(-1)]
     sums += [values.masked_fill(own != tokens, 0.0) for values in picked]
-    whole, mean, raw_whole, chosen, raw = reduce(
+    whole, mean, raw_whole, mixed, chosen, raw = reduce(
         torch.stack(sums), vocab.group, dist.ReduceOp.SUM
     ).unbind(0)
     logprobs = chosen - tops[:, 1] - whole.log()
     entropies = whole.log() - mean / whole
     untempered = raw - tops[:, 2] - raw_whole.log()
-    return tokens, logprobs.float(), entropies.float(), untempered.float()
+    floats = [logprobs, entropies, spread(whole, mixed), untempered]
+    return tokens, *(values.float() for values in floats)
 
 
 @triton.jit
@@ -103,7 +108,7 @@ def _kernel(
     logits,  # [rows, width]
     impossible,  # [width] uint8
     keys,  # [rows] int64
-    parts,  # [8, rows, blocks] float64, written
+    parts,  # [9, rows, blocks] float64, written
     ids,  # [rows, blocks] int64, written
     scale,  # float32, 1 / temperature
     start,  # id of the first column
@@ -143,6 +148,7 @@ def _kernel(
     tl.store(out + 5 * count, tl.sum(tl.where(weight == 0, 0.0, weight * shifted), 0))
     tl.store(out + 6 * count, raw_top)
     tl.store(out + 7 * count, tl.sum(raw_weight, 0))
+    tl.store(out + 8 * count, tl.sum(weight * (1 - weight), 0))
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 LEAST = -1e4  # nats: finite in place of -inf, and its probability is 0
+LEAST_SPREAD = torch.finfo(torch.float32).tiny  # of more than one token, however unlikely
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,44 @@ def token_logprobs(
     return logprobs.gather(-1, chosen).squeeze(-1), entropy(logprobs)
 
 
+def draw_statistics(
+    logits: Tensor, tokens: Tensor, *, vocab: Vocabulary
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probs of `tokens` [S], entropies and spreads [S], without gradients.
+
+    Args:
+        logits: [S, shard], from `policy_logits`.
+    """
+    _, sums, _, _ = _sums(logits, tokens, vocab.start, vocab.group, has_spread=True)
+    total, mean_part, chosen, mixed = sums
+    log_total = total.log()
+    return chosen - log_total, log_total - mean_part / total, spread(total, mixed)
+
+
+def spread(total: Tensor, mixed: Tensor) -> Tensor:
+    """Return 1 - sum p^2 of p = w / sum w, where the largest w is 1; accurate near 0.
+
+    It is the expected squared length of the gradient of a drawn token's log-prob by its logits.
+
+    Args:
+        total: sum of w. mixed: sum of w (1 - w), to which the likeliest token adds exactly 0.
+    """
+    others = torch.maximum(total - 1, mixed)  # total - 1 rounds to 0 where the others are unlikely
+    return ((total * others + mixed) / total.square()).clamp(min=LEAST_SPREAD)
+
+
+def support_spread(logprobs: Tensor) -> Tensor:
+    """Return 1 - sum p^2 of normalised log-probs [S, K], the largest first; -inf where cut.
+
+    It is 0 exactly where one candidate is left, whose log-prob has no gradient.
+    """
+    chances = logprobs.exp()
+    first, others = chances[:, 0], chances[:, 1:]
+    spreads = first * others.sum(-1) + (others * (1 - others)).sum(-1)
+    is_single = (logprobs[:, 1:] == float("-inf")).all(-1)
+    return spreads.clamp(min=LEAST_SPREAD).masked_fill(is_single, 0.0)
+
+
 def shard_logprobs(logits: Tensor, vocab: Vocabulary) -> Tensor:
     """Return the log-probs of all of this rank's ids, [S, shard]; the sum is over all ranks.
 
@@ -121,6 +160,29 @@ def lowest_of_best(ids: Tensor, is_less: Tensor, group: dist.ProcessGroup | None
     return reduce(ids, group, dist.ReduceOp.MIN)
 
 
+def _sums(
+    logits: Tensor, targets: Tensor, start: int, group, *, has_spread: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what log-probs, entropies and spreads need, in two reductions.
+
+    These are the largest logits [S], and sums [3 or 4, S] of w = exp(logit - largest), of
+    w log w, of the target's log w, and of w (1 - w). Then each target's column in this shard [S],
+    and whether it is in this shard [S].
+    """
+    top = reduce(logits.amax(-1), group, dist.ReduceOp.MAX)
+    shifted = logits - top[:, None]
+    weights = shifted.exp()
+    mean_part = (weights * shifted.masked_fill(weights == 0, 0.0)).sum(-1)
+    local = targets - start
+    here = (local >= 0) & (local < logits.shape[-1])
+    local = local.clamp(0, logits.shape[-1] - 1)
+    chosen = shifted.gather(-1, local[:, None]).squeeze(-1)
+    parts = [weights.sum(-1), mean_part, chosen.masked_fill(~here, 0.0)]
+    if has_spread:
+        parts.append((weights * (1 - weights)).sum(-1))
+    return top, reduce(torch.stack(parts), group, dist.ReduceOp.SUM), local, here
+
+
 class _SumOverShards(torch.autograd.Function):
     """Sum over ranks; the gradient of a replicated result is each rank's own."""
 
@@ -139,16 +201,7 @@ class _VocabParallelLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, start: int, group):  # type: ignore
         """Return log-probs and entropies, [S] each, equal on every rank."""
-        top = reduce(logits.amax(-1), group, dist.ReduceOp.MAX)
-        shifted = logits - top[:, None]
-        weights = shifted.exp()
-        mean_part = (weights * shifted.masked_fill(weights == 0, 0.0)).sum(-1)
-        local = targets - start
-        here = (local >= 0) & (local < logits.shape[-1])
-        local = local.clamp(0, logits.shape[-1] - 1)
-        chosen = shifted.gather(-1, local[:, None]).squeeze(-1)
-        chosen = chosen.masked_fill(~here, 0.0)
-        sums = reduce(torch.stack([weights.sum(-1), mean_part, chosen]), group, dist.ReduceOp.SUM)
+        top, sums, local, here = _sums(logits, targets, start, group)
         log_total = sums[0].log()
         entropies = log_total - sums[1] / sums[0]
         ctx.save_for_backward(logits, top + log_total, local, here, entropies)

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from agrpo_megatron.estimators import timesteps
 from agrpo_megatron.estimators.context import DrawContext
-from agrpo_megatron.estimators.weights import by_rollout, by_row, kl_weights, share_of_rollouts
+from agrpo_megatron.estimators.weights import (
+    by_rollout,
+    by_row,
+    kl_weights,
+    needs_every_rollout,
+    share_of_rollouts,
+)
 from agrpo_megatron.types import Rollout, ScoredRows, StepDraws, Trajectory
 
 
@@ -17,7 +23,8 @@ def agrpo(rollout: Rollout, context: DrawContext) -> ScoredRows:
     Exact for orders of unmasking that do not depend on the weights, such as `random`. Forward
     passes: `mc_samples` with gradient. Source: arXiv 2510.04019, probablyabot/agrpo.
     """
-    return at_level(drawn_steps(rollout.trajectory, context), rollout, context)
+    counts = draw_counts(rollout, context)
+    return at_level(drawn_steps(rollout.trajectory, context, counts), rollout, context)
 
 
 def full_trajectory(rollout: Rollout, context: DrawContext) -> ScoredRows:
@@ -28,39 +35,97 @@ def full_trajectory(rollout: Rollout, context: DrawContext) -> ScoredRows:
     return at_level(all_steps(rollout.trajectory, context), rollout, context)
 
 
-def drawn_steps(trajectory: Trajectory, context: DrawContext) -> StepDraws:
-    """Draw `mc_samples` live steps of every rollout.
+def draw_counts(rollout: Rollout, context: DrawContext) -> Tensor:
+    """Return the draws of each rollout, [R] int64; their mean over drawn rollouts is `mc_samples`.
 
-    Draws of the same step share a row. If a rollout has at most `mc_samples` live steps, each is
-    scored once (`enumerate_short`), which is exact.
+    `allocation: advantage` gives more draws to rollouts of a large advantage and of long gradients:
+    Neyman's allocation, see `timesteps.allocate`.
+    """
+    settings, trajectory = context.algorithm.filled, rollout.trajectory
+    live, most = live_of(trajectory, context)
+    if settings.allocation == "equal":
+        return torch.full_like(live, settings.mc_samples or 1)
+    scale = _normaliser(rollout, context) * rollout.advantages / live.clamp(min=1)
+    lengths = timesteps.step_lengths(trajectory, most) * scale[:, None]
+    is_drawn = torch.ones_like(rollout.advantages, dtype=torch.bool)
+    if not needs_every_rollout(settings):
+        is_drawn = rollout.advantages != 0
+    return timesteps.allocate(
+        proposal_of(trajectory, context),
+        lengths.square(),
+        is_drawn=is_drawn,
+        mean=settings.mc_samples or 1,
+    )
+
+
+def drawn_steps(
+    trajectory: Trajectory, context: DrawContext, counts: Tensor | None = None
+) -> StepDraws:
+    """Draw live steps of every rollout: `counts` [R], or `mc_samples` of each.
+
+    Draws of the same step share a row. If a rollout has no more usable steps than draws, each is
+    scored once (`enumerate_short`, and always with `distinct`), which is exact.
     """
     settings = context.algorithm.filled
-    assert settings.mc_samples is not None
+    if counts is None:
+        counts = torch.full_like(trajectory.num_steps, settings.mc_samples or 1)
     uniforms = timesteps.draw_uniforms(
         trajectory.rollout_ids,
-        settings.mc_samples,
+        counts,
         sampler=settings.step_sampler,
         seed=context.seed,
         group_size=settings.group_size,
     )
-    return draws_at(trajectory, uniforms, context)
+    return draws_at(trajectory, uniforms, context, counts)
 
 
-def draws_at(trajectory: Trajectory, uniforms: Tensor, context: DrawContext) -> StepDraws:
-    """Draw rows from the proposal at uniform numbers [R, k], by inverse CDF."""
-    settings, count = context.algorithm, uniforms.shape[1]
-    live, most = live_of(trajectory, context)
-    entropies = timesteps.step_entropies(trajectory, most)
-    proposal = timesteps.step_proposal(
-        live, entropies, proposal=settings.proposal, uniform_mix=settings.uniform_mix
-    )
+def draws_at(
+    trajectory: Trajectory, uniforms: Tensor, context: DrawContext, counts: Tensor | None = None
+) -> StepDraws:
+    """Draw rows from the proposal at uniform numbers [R, k], by inverse CDF.
+
+    Args:
+        counts: [R] how many of the numbers count; None: all.
+    """
+    settings, places = context.algorithm, torch.arange(uniforms.shape[1], device=uniforms.device)
+    live, _ = live_of(trajectory, context)
+    counts = torch.full_like(live, len(places)) if counts is None else counts
+    proposal = proposal_of(trajectory, context)
+    usable = proposal > 0
+    is_distinct = settings.step_sampler == "distinct"
+    if is_distinct:
+        # A grid of k points hits a step whose share is at most 1 / k at most once.
+        proposal = timesteps.inclusion(proposal, counts) / counts.clamp(min=1)[:, None]
     steps = timesteps.invert(proposal, uniforms)
-    weights = step_weights(proposal, live, steps) / count
+    weights = step_weights(proposal, live, steps) / counts.clamp(min=1)[:, None]
+    weights = weights * (places < counts[:, None])
     table = torch.zeros_like(proposal).scatter_add_(1, steps, weights)
-    if settings.enumerate_short:
-        is_short = (live <= count)[:, None]
-        table = torch.where(is_short, timesteps.uniform_steps(live, most), table)
+    if settings.enumerate_short or is_distinct:
+        is_short = (usable.sum(1) <= counts)[:, None]
+        table = torch.where(
+            is_short, usable * timesteps.uniform_steps(live, usable.shape[1]), table
+        )
     return _draws(table)
+
+
+def proposal_of(trajectory: Trajectory, context: DrawContext) -> Tensor:
+    """Return the distribution [R, M] over the denoising steps of each rollout.
+
+    `gradient` is proportional to the length of a step's gradient by its logits. It leaves out steps
+    whose tokens had no alternative. The plain model has alternatives even there.
+    """
+    settings = context.algorithm.filled
+    live, most = live_of(trajectory, context)
+    usable = None
+    if settings.proposal == "gradient":
+        scores = timesteps.step_lengths(trajectory, most)
+        if settings.scored_policy == "sampler":
+            usable = timesteps.has_gradient(trajectory, most)
+    else:
+        scores = timesteps.step_entropies(trajectory, most)
+    return timesteps.step_proposal(
+        live, scores, proposal=settings.proposal, uniform_mix=settings.uniform_mix, usable=usable
+    )
 
 
 def all_steps(trajectory: Trajectory, context: DrawContext) -> StepDraws:
@@ -81,7 +146,7 @@ def rows_at(trajectory: Trajectory, draws: StepDraws) -> ScoredRows:
 def at_level(draws: StepDraws, rollout: Rollout, context: DrawContext) -> ScoredRows:
     """Return the rows of drawn steps with one ratio per token, step or rollout."""
     trajectory, settings = rollout.trajectory, context.algorithm.filled
-    per_rollout = _normaliser(draws, rollout, context)
+    per_rollout = _normaliser(rollout, context)
     rows = rows_at(trajectory, replace(draws, weight=draws.weight * per_rollout[draws.rollout]))
     if settings.level == "row":
         return by_row(rows, torch.ones_like(draws.weight), context)
@@ -108,7 +173,7 @@ def live_of(trajectory: Trajectory, context: DrawContext) -> tuple[Tensor, int]:
     return live, max([1, *live.tolist()])
 
 
-def _normaliser(draws: StepDraws, rollout: Rollout, context: DrawContext) -> Tensor:
+def _normaliser(rollout: Rollout, context: DrawContext) -> Tensor:
     """Return the factor [R] from a mean over each rollout's live steps to `normaliser`."""
     settings, trajectory = context.algorithm.filled, rollout.trajectory
     live, _ = live_of(trajectory, context)

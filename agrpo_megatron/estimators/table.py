@@ -10,7 +10,7 @@ from agrpo_megatron.estimators import steps, trajectory
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.family import family
 from agrpo_megatron.estimators.losses import LOSSES, OF_TOKENS, Loss, plain_metrics
-from agrpo_megatron.estimators.weights import select_rows
+from agrpo_megatron.estimators.weights import needs_every_rollout, select_rows
 from agrpo_megatron.types import LossInputs, LossOutputs, Rollout, ScoredRows
 
 type Estimator = Callable[[Rollout, DrawContext], ScoredRows]
@@ -74,8 +74,7 @@ def scored_rows(rollout: Rollout, context: DrawContext) -> ScoredRows:
 
 def useful_rows(rows: ScoredRows, rollout: Rollout, algorithm: AlgorithmSettings) -> ScoredRows:
     """Drop rows without advantage where a loss, a KL or a bonus has no gradient there."""
-    has_more = algorithm.kl_coefficient > 0 or algorithm.entropy_bonus > 0
-    if has_more or algorithm.filled.loss not in (*OF_TOKENS, "sandwich"):
+    if needs_every_rollout(algorithm):
         return rows
     gains = rollout.advantages[rows.rollout] if rows.advantage is None else rows.advantage
     return select_rows(rows, (gains != 0).nonzero()[:, 0])

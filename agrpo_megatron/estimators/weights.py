@@ -5,7 +5,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.losses import OF_TOKENS
 from agrpo_megatron.types import Rollout, ScoredRows, Trajectory
 
 
@@ -51,6 +53,13 @@ def token_weights(
             "sum": torch.full_like(rows, float(rollouts)),
         }[str(kind)]
     return each * share_of_rollouts(rollout, context) * scored
+
+
+def needs_every_rollout(algorithm: AlgorithmSettings) -> bool:
+    """Return whether rollouts without advantage have a gradient: by a KL, a bonus or their loss."""
+    if algorithm.kl_coefficient > 0 or algorithm.entropy_bonus > 0:
+        return True
+    return algorithm.filled.loss not in (*OF_TOKENS, "sandwich")
 
 
 def share_of_rollouts(rollout: Rollout, context: DrawContext) -> float:

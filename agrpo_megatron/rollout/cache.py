@@ -181,7 +181,7 @@ class CompletionWriter:
     """Writes one replica's completions, several per file if that is slow.
 
     Completions wait on their device, so the copy to the host is part of the writing. Almost all
-    bytes are support ids: 4 * top_k a token, and 24 for the rest.
+    bytes are support ids: 4 * top_k a token, and 28 for the rest.
     """
 
     def __init__(self, write: Callable[[Trajectory], None]):
@@ -217,4 +217,6 @@ def _read(path: Path, run: str, sampling: SamplingSettings) -> tuple[Trajectory,
     prompts = tuple(stored.pop("prompts").split(lengths))
     version = notes["weights_version"]
     stored.setdefault("support_ids", None)
+    # Files of a version that did not record them: 1 marks no step as free of gradient.
+    stored.setdefault("spreads", torch.ones_like(stored["entropies"]))
     return Trajectory(prompts, sampling=sampling, weights_version=version, **stored), notes

@@ -100,7 +100,7 @@ def test_the_kernel_draws_the_tokens_of_tensor_operations(vocabulary, policy, dt
     for result in results:
         got = result[case]
         assert torch.equal(got.tokens, expected.tokens) and got.support_ids is None
-        for name in ("logprobs", "entropies", "confidences"):
+        for name in ("logprobs", "entropies", "spreads", "confidences"):
             ours, theirs = getattr(got, name), getattr(expected, name)
             assert ours.dtype == theirs.dtype == torch.float32
             assert torch.allclose(ours, theirs, rtol=NEAR, atol=NEAR), name
@@ -187,10 +187,10 @@ def _moved_bytes() -> tuple[float, float]:
 @needs_triton
 def test_a_logit_is_read_once():
     """2 bytes of a bfloat16 logit, 1 that says whether its id is possible (the same for all rows,
-    so it stays in the cache), and 72 for each block of 2048."""
+    so it stays in the cache), and 80 for each block of 2048."""
     read, written = by_kernel(1)[0][4]
     assert read == pytest.approx(3 + 8 / 2048, abs=1e-6)
-    assert written == pytest.approx(72 / 2048, abs=1e-6)
+    assert written == pytest.approx(80 / 2048, abs=1e-6)
 
 
 class Passes(torch.utils._python_dispatch.TorchDispatchMode):

@@ -1,7 +1,7 @@
 """Golden numbers of the public LLaDA and AGRPO code, reproduced in plain torch.
 
 `tests/fixtures/llada_tiny/README.md` says what the tensors are. The model is the one of
-`tools/variance.py`, in float64; the sampler, estimator and loss are the package's.
+`tools/variance_cases.py`, in float64; the sampler, estimator and loss are the package's.
 """
 
 import json
@@ -21,7 +21,7 @@ from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.steps import draws_at, rows_at
 from agrpo_megatron.types import Rollout
 from tests.diffusion.batching import batches_of
-from tools.variance import below, stored_model, stored_trajectory
+from tools.variance_cases import below, stored_model, stored_trajectory
 
 torch.set_num_threads(1)
 FOLDER = Path(__file__).parent.parent / "fixtures" / "llada_tiny"

@@ -99,12 +99,13 @@ def test_rows_end_after_a_block_of_end_of_text_and_leave_the_batch(name):
     assert (trajectory.tokens[~ran] == EOS).all()
     assert (trajectory.unmask_step == trajectory.num_steps[:, None])[~ran].all()
     assert (trajectory.logprobs[~ran] == 0).all() and (trajectory.entropies[~ran] == 0).all()
+    assert (trajectory.spreads[~ran] == 0).all()
     assert sum(len(call) for call in model.calls) == int(trajectory.num_steps.sum())
 
 
 def assert_same(one, other, rows):
     """Rows of `one` equal those of `other`; support rows may be padded to different widths."""
-    for field in ("tokens", "unmask_step", "logprobs", "entropies", "num_steps"):
+    for field in ("tokens", "unmask_step", "logprobs", "entropies", "spreads", "num_steps"):
         assert torch.equal(getattr(one, field), getattr(other, field)[rows])
     if one.support_ids is not None:
         width = max(one.support_ids.shape[-1], other.support_ids.shape[-1])

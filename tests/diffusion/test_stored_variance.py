@@ -11,17 +11,16 @@ from safetensors.torch import load_file
 from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.estimators.context import DrawContext
-from agrpo_megatron.estimators.steps import all_steps, rows_at
+from agrpo_megatron.estimators.steps import all_steps, live_of, rows_at
 from agrpo_megatron.types import Rollout
 from tests.diffusion.batching import batches_of
-from tools.variance import (
-    PROPOSALS,
+from tools.variance import PROPOSALS, variance_of
+from tools.variance_cases import (
     below,
     sampled_case,
     stored_cases,
     stored_model,
     stored_trajectory,
-    variance_of,
 )
 
 torch.set_num_threads(1)
@@ -40,9 +39,9 @@ def test_default_is_never_worse_than_the_published_sampler(cases, proposal, enum
     default = AlgorithmSettings().step_sampler
     for case in cases:
         for count in range(1, 17):
-            options = {"mix": 0.1, "count": count, "enumerate_short": enumerate_short}
-            ours = variance_of(case, proposal, sampler=default, **options)
-            published = variance_of(case, proposal, sampler="batch", **options)
+            options = {"mix": 0.1, "mc_samples": count, "enumerate_short": enumerate_short}
+            ours = variance_of(case, proposal, step_sampler=default, **options)
+            published = variance_of(case, proposal, step_sampler="batch", **options)
             assert ours <= published * (1 + 1e-9) + 1e-18
 
 
@@ -54,16 +53,16 @@ def test_defaults_as_a_whole_beat_the_published_choice(cases):
             case,
             chosen.proposal,
             mix=chosen.uniform_mix,
-            sampler=chosen.step_sampler,
-            count=chosen.mc_samples,
+            step_sampler=chosen.step_sampler,
+            mc_samples=chosen.mc_samples,
             enumerate_short=chosen.enumerate_short,
         )
         published = variance_of(
             case,
             "entropy, mix 0",
             mix=0.0,
-            sampler="batch",
-            count=chosen.mc_samples,
+            step_sampler="batch",
+            mc_samples=chosen.mc_samples,
             enumerate_short=False,
         )
         assert ours < 0.75 * published
@@ -87,16 +86,17 @@ def test_contributions_add_up_to_the_full_trajectory_gradient(cases):
         total = total + (logprobs * batch.advantages * batch.weights).sum()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(weights.values()))])
     case = cases[1]
-    got = (case.contributions.sum(1) / case.live[:, None]).sum(0)
+    live, _ = live_of(trajectory, DrawContext(AlgorithmSettings(), 158, 0))
+    got = (case.contributions.sum(1) / live[:, None]).sum(0)
     assert float(got.norm()) == pytest.approx(float(expected.norm()), rel=1e-9)
 
 
 def test_sampled_rollouts_gain_as_well():
     case = sampled_case("random", 0)
-    assert case.live.tolist() == [16] * 16
-    options = {"mix": 0.1, "count": 8, "enumerate_short": True}
+    assert case.rollout.trajectory.num_steps.tolist() == [16] * 16
+    options = {"mix": 0.1, "mc_samples": 8, "enumerate_short": True}
     variance = {
-        sampler: variance_of(case, "uniform", sampler=sampler, **options)
+        sampler: variance_of(case, "uniform", step_sampler=sampler, **options)
         for sampler in ("independent", "batch", "stratified", "systematic")
     }
     assert variance["systematic"] < variance["batch"] < variance["independent"]
@@ -117,7 +117,7 @@ def run_tool(*arguments):
 def test_tool_prints_a_table_of_stored_trajectories():
     result = run_tool("--trajectories", str(STORED), "--draws", "8")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("systematic") == 9 and "golden.safetensors" in result.stdout
+    assert result.stdout.count("systematic") == 12 and "golden.safetensors" in result.stdout
 
 
 def test_tool_names_a_missing_file():

@@ -11,11 +11,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agrpo_megatron.config.settings import STEP_SAMPLERS, AlgorithmSettings, SamplingSettings
+from agrpo_megatron.config.settings import (
+    PROPOSALS,
+    STEP_SAMPLERS,
+    AlgorithmSettings,
+    SamplingSettings,
+)
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.estimators import timesteps
 from agrpo_megatron.estimators.context import DrawContext
-from agrpo_megatron.estimators.steps import all_steps, drawn_steps, step_weights
+from agrpo_megatron.estimators.steps import (
+    all_steps,
+    draw_counts,
+    drawn_steps,
+    proposal_of,
+    step_weights,
+)
+from agrpo_megatron.types import Rollout
 from tests.diffusion.toy import (
     Toy,
     enumerate_trajectories,
@@ -38,15 +50,6 @@ def trajectories(**options):
     return enumerate_trajectories(TABLE, TOY, sampling).trajectory
 
 
-def proposal_of(trajectory, algorithm):
-    live = trajectory.num_steps
-    entropies = timesteps.step_entropies(trajectory, int(live.max()))
-    proposal = timesteps.step_proposal(
-        live, entropies, proposal=algorithm.proposal, uniform_mix=algorithm.uniform_mix
-    )
-    return live, proposal
-
-
 def cells(points, low=0.0, high=1.0):
     """Return (middle, width) of the cells that `points` cut out of [low, high]."""
     edges = sorted({low, high, *(p for p in points if low < p < high)})
@@ -54,17 +57,17 @@ def cells(points, low=0.0, high=1.0):
     return [((a + b) / 2, b - a) for a, b in pairs if b - a > 1e-13]
 
 
-def integrate(sampler, cdfs, count):
+def integrate(sampler, cdfs, counts):
     """List (own, order, weight): every cell of the uniforms behind one group's draws.
 
-    `own` [G, count] and `order` [G, count] are what `noise.uniform` returns for the numbers inside
-    a part and for the shuffle of parts. Weights sum to 1.
+    `own` and `order` have `counts` [G] numbers in each row: what `noise.uniform` returns for the
+    numbers inside a part and for the shuffle of parts. Weights sum to 1.
     """
     if sampler == "batch":
-        yield from _integrate_batch(cdfs, count)
+        yield from _integrate_batch(cdfs, counts)
         return
-    (cdf,) = cdfs
-    if sampler == "systematic":
+    (cdf,), (count,) = cdfs, counts
+    if sampler in ("systematic", "distinct"):
         combs = [[count * c - place for c in cdf] for place in range(count)]
         for middle, width in cells(itertools.chain.from_iterable(combs)):
             yield [[middle] * count], None, width
@@ -72,50 +75,65 @@ def integrate(sampler, cdfs, count):
     parts = [[count * c - place for c in cdf] for place in range(count)]
     axes = [cells(part if sampler == "stratified" else cdf) for part in parts]
     for combination in itertools.product(*axes):
-        middles, widths = zip(*combination, strict=True)
-        yield [list(middles)], None, float(torch.tensor(widths, dtype=torch.float64).prod())
+        middles, widths = [m for m, _ in combination], [w for _, w in combination]
+        yield [middles], None, float(torch.tensor(widths, dtype=torch.float64).prod())
 
 
-def _integrate_batch(cdfs, count):
-    size = len(cdfs) * count
+def _integrate_batch(cdfs, counts):
+    size, owners = sum(counts), [row for row, count in enumerate(counts) for _ in range(count)]
     permutations = list(itertools.permutations(range(size)))
     for shuffled in permutations:
         axes = []
-        for place, part in enumerate(shuffled):
-            axes.append(cells([size * c - part for c in cdfs[place // count]]))
+        for row, part in zip(owners, shuffled, strict=True):
+            axes.append(cells([size * c - part for c in cdfs[row]]))
         for combination in itertools.product(*axes):
-            middles, widths = zip(*combination, strict=True)
+            middles, widths = [m for m, _ in combination], [w for _, w in combination]
             weight = float(torch.tensor(widths, dtype=torch.float64).prod()) / len(permutations)
-            yield _rows(middles, count), _rows(shuffled, count), weight
+            yield _rows(middles, counts), _rows(shuffled, counts), weight
 
 
-def _rows(values, count):
-    return [list(values[i : i + count]) for i in range(0, len(values), count)]
+def _rows(values, counts):
+    ends = list(itertools.accumulate(counts))
+    return [list(values[end - n : end]) for n, end in zip(counts, ends, strict=True)]
 
 
-def listed_draws(trajectory, algorithm):
-    """Repeat each group once for each cell of its draws: (trajectory, own, order, weights)."""
-    _, proposal = proposal_of(trajectory, algorithm)
+def listed_draws(trajectory, algorithm, counts):
+    """Repeat each group once for each cell of its draws: (rows, own, order, weights)."""
+    proposal = proposal_of(trajectory, DrawContext(algorithm, TOY.eos_id, 0))
+    if algorithm.step_sampler == "distinct":
+        proposal = timesteps.inclusion(proposal, counts) / counts.clamp(min=1)[:, None]
     size = algorithm.group_size if algorithm.step_sampler == "batch" else 1
     rows, own, order, weights = [], [], [], []
     for first in range(0, len(proposal), size):
         cdfs = proposal[first : first + size].cumsum(1).tolist()
-        for numbers, shuffle, weight in integrate(
-            algorithm.step_sampler, cdfs, algorithm.mc_samples
-        ):
+        here = counts[first : first + size].tolist()
+        for numbers, shuffle, weight in integrate(algorithm.step_sampler, cdfs, here):
             rows += range(first, first + size)
             own += numbers
             order += shuffle or []
             weights += [weight] * size
-    repeated = take(trajectory, torch.tensor(rows))
-    double = torch.float64
-    return (
-        torch.tensor(rows),
-        repeated,
-        torch.tensor(own, dtype=double),
-        torch.tensor(order, dtype=double) / 1e3 if order else None,
-        torch.tensor(weights, dtype=double),
-    )
+    order = _table(order, int(counts.max())) / 1e3 if order else None
+    weights = torch.tensor(weights, dtype=torch.float64)
+    return torch.tensor(rows), _table(own, int(counts.max())), order, weights
+
+
+def _table(rows, width):
+    """Pad rows of numbers; those past a rollout's draws must not matter."""
+    return torch.tensor([[*row, *[0.37] * (width - len(row))] for row in rows]).double()
+
+
+def mean_gradient(monkeypatch, trajectory, gains, algorithm):
+    """Return the mean of the estimate over all draws, and the full trajectory's gradient."""
+    context = DrawContext(algorithm, TOY.eos_id, 0)
+    counts = draw_counts(Rollout(trajectory, gains, gains > 0, gains), context)
+    rows, own, order, weights = listed_draws(trajectory, algorithm, counts)
+    repeated = take(trajectory, rows)
+    queue = replay(monkeypatch, own, order)
+    draws = drawn_steps(repeated, context, counts[rows])
+    assert not queue
+    got = estimator_gradient(TABLE, TOY, repeated, gains[rows] * weights, draws, algorithm)
+    full = all_steps(trajectory, context)
+    return got, estimator_gradient(TABLE, TOY, trajectory, gains, full, algorithm)
 
 
 def replay(monkeypatch, own, order):
@@ -126,50 +144,66 @@ def replay(monkeypatch, own, order):
 
 
 @pytest.mark.parametrize("enumerate_short", [False, True])
-@pytest.mark.parametrize("proposal", ["uniform", "entropy"])
+@pytest.mark.parametrize("allocation", ["equal", "advantage"])
+@pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize("sampler", STEP_SAMPLERS)
 def test_mean_over_all_draws_is_the_full_trajectory_gradient(
-    monkeypatch, sampler, proposal, enumerate_short
+    monkeypatch, sampler, proposal, allocation, enumerate_short
 ):
     algorithm = AlgorithmSettings(
         mc_samples=2,
         step_sampler=sampler,
         proposal=proposal,
         enumerate_short=enumerate_short,
+        allocation=allocation,
         group_size=2,
     )
-    context = DrawContext(algorithm, TOY.eos_id, 0)
     trajectory = trajectories(temperature=0.9)
     if sampler == "batch":  # pairs that mix lengths; listing all draws of one takes 24 shuffles
         trajectory = take(trajectory, torch.tensor([0, 14, 7, 13, 5, 14]))
     gains = torch.randn(len(trajectory.tokens), generator=torch.Generator().manual_seed(1))
     gains = gains.double()
-    rows, repeated, own, order, weights = listed_draws(trajectory, algorithm)
-    queue = replay(monkeypatch, own, order)
-    draws = drawn_steps(repeated, context)
-    assert not queue
-    got = estimator_gradient(TABLE, TOY, repeated, gains[rows] * weights, draws, algorithm)
-    full = all_steps(trajectory, context)
-    expected = estimator_gradient(TABLE, TOY, trajectory, gains, full, algorithm)
+    gains[2] = 0
+    got, expected = mean_gradient(monkeypatch, trajectory, gains, algorithm)
     assert relative_error(got, expected) < EXACT
 
 
+@pytest.mark.parametrize("proposal", ["entropy", "gradient"])
 @pytest.mark.parametrize("sampler", STEP_SAMPLERS)
-def test_mean_over_draws_of_a_truncated_policy_with_many_tokens_a_step(monkeypatch, sampler):
+def test_mean_over_draws_of_a_truncated_policy_with_many_tokens_a_step(
+    monkeypatch, sampler, proposal
+):
     options = {"block_length": 3, "denoising_steps": 2, "top_k": 2, "temperature": 1.4}
     trajectory = take(trajectories(**options), torch.tensor([1, 8, 3, 0]))
     algorithm = AlgorithmSettings(
-        mc_samples=2, step_sampler=sampler, proposal="entropy", enumerate_short=False, group_size=2
+        mc_samples=2, step_sampler=sampler, proposal=proposal, enumerate_short=False, group_size=2
+    )
+    gains = torch.tensor([1.0, -0.3, 0.7, 2.0], dtype=torch.float64)
+    got, expected = mean_gradient(monkeypatch, trajectory, gains, algorithm)
+    assert relative_error(got, expected) < EXACT
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.1])
+@pytest.mark.parametrize("sampler", ["distinct", "systematic", "independent"])
+def test_steps_without_an_alternative_are_left_out_exactly(monkeypatch, sampler, mix):
+    """Top-p leaves some steps one candidate: no gradient, so no row, and no share of uniform."""
+    trajectory = trajectories(temperature=0.8, top_p=0.8, early_end=False)
+    algorithm = AlgorithmSettings(
+        mc_samples=2, step_sampler=sampler, proposal="gradient", uniform_mix=mix
     )
     context = DrawContext(algorithm, TOY.eos_id, 0)
-    gains = torch.tensor([1.0, -0.3, 0.7, 2.0], dtype=torch.float64)
-    rows, repeated, own, order, weights = listed_draws(trajectory, algorithm)
-    replay(monkeypatch, own, order)
-    draws = drawn_steps(repeated, context)
-    got = estimator_gradient(TABLE, TOY, repeated, gains[rows] * weights, draws, algorithm)
-    full = all_steps(trajectory, context)
-    expected = estimator_gradient(TABLE, TOY, trajectory, gains, full, algorithm)
+    alone = timesteps.step_entropies(trajectory, 3) == 0
+    assert int(alone.sum()) == 6 and alone.shape == (12, 3)
+    proposal = proposal_of(trajectory, context)
+    assert (proposal[alone] == 0).all()
+    assert torch.allclose(proposal.sum(1), (proposal > 0).any(1).double(), atol=1e-13)
+    draws = drawn_steps(trajectory, context)
+    assert not alone[draws.rollout, draws.step].any()
+    gains = torch.linspace(-1, 2, len(alone)).double()
+    got, expected = mean_gradient(monkeypatch, trajectory, gains, algorithm)
     assert relative_error(got, expected) < EXACT
+    scored_by_model = replace(context, algorithm=replace(algorithm, scored_policy="model"))
+    assert (proposal_of(trajectory, scored_by_model)[alone] > 0).all()
 
 
 @pytest.mark.parametrize("count", [3, 4, 50])
@@ -177,7 +211,11 @@ def test_mean_over_draws_of_a_truncated_policy_with_many_tokens_a_step(monkeypat
 def test_as_many_draws_as_live_steps_are_the_full_trajectory(sampler, count):
     trajectory = take(trajectories(), torch.arange(14))
     algorithm = AlgorithmSettings(
-        mc_samples=count, step_sampler=sampler, proposal="entropy", group_size=2
+        mc_samples=count,
+        step_sampler=sampler,
+        proposal="entropy",
+        group_size=2,
+        enumerate_short=sampler != "distinct",
     )
     context = DrawContext(algorithm, TOY.eos_id, 5)
     drawn = drawn_steps(trajectory, context)
@@ -214,7 +252,7 @@ def test_a_comb_of_all_steps_is_the_full_trajectory_without_enumeration(sampler)
 def test_step_weights_average_one_and_the_mix_bounds_them(mix):
     trajectory = trajectories(temperature=0.4)
     algorithm = AlgorithmSettings(proposal="entropy", uniform_mix=mix)
-    live, proposal = proposal_of(trajectory, algorithm)
+    live, proposal = trajectory.num_steps, proposal_of(trajectory, DrawContext(algorithm, 0, 0))
     steps = torch.arange(proposal.shape[1]).expand_as(proposal)
     weights = step_weights(proposal, live, steps)
     assert torch.allclose((proposal * weights).sum(1), torch.ones(15).double(), atol=1e-13)
@@ -247,19 +285,24 @@ def test_steps_are_those_of_the_cells_up_to_their_very_edges():
 def test_each_uniform_is_uniform_and_spread_as_its_name_says(sampler):
     count, groups, size = 4, 3000, 2
     draws = timesteps.draw_uniforms(
-        torch.arange(groups * size), count, sampler=sampler, seed=3, group_size=size
+        torch.arange(groups * size),
+        torch.full((groups * size,), count),
+        sampler=sampler,
+        seed=3,
+        group_size=size,
     )
     assert float(draws.min()) > 0 and float(draws.max()) < 1
-    own = draws * count % 1 if sampler in ("stratified", "systematic") else draws
+    is_grid = sampler in ("systematic", "distinct")
+    own = draws * count % 1 if is_grid or sampler == "stratified" else draws
     for column in own.T:
         ordered = column.sort().values
         expected = (torch.arange(groups * size) + 0.5) / (groups * size)
         assert float((ordered - expected).abs().max()) < 1.95 / (groups * size) ** 0.5
-    parts = {"stratified": count, "systematic": count, "batch": size * count}.get(sampler)
+    parts = {"independent": 0, "batch": size * count}.get(sampler, count)
     if parts:
         held = (draws * parts).long().view(-1, parts).sort(1).values
         assert torch.equal(held, torch.arange(parts).expand_as(held))
-    if sampler == "systematic":
+    if is_grid:
         assert torch.allclose(draws.diff(dim=1), torch.tensor(1 / count).double(), rtol=1e-12)
 
 
@@ -267,9 +310,15 @@ def test_each_uniform_is_uniform_and_spread_as_its_name_says(sampler):
 def test_drawn_steps_do_not_depend_on_the_other_groups(sampler):
     ids = torch.tensor([40, 41, 6, 7, 100, 101])
     options = {"sampler": sampler, "seed": 3, "group_size": 2}
-    together = timesteps.draw_uniforms(ids, 5, **options)
-    alone = timesteps.draw_uniforms(ids[2:4], 5, **options)
-    assert torch.equal(together[2:4], alone)
+    counts = torch.tensor([5, 5, 3, 4, 2, 5])
+    together = timesteps.draw_uniforms(ids, counts, **options)
+    alone = timesteps.draw_uniforms(ids[2:4], counts[2:4], **options)
+    drawn = torch.arange(4) < counts[2:4, None]
+    if sampler != "batch":  # whose shuffle counts the places of the widest rollout
+        assert torch.equal(together[2:4, :4][drawn], alone[drawn])
+    equal = torch.full((6,), 5)
+    together = timesteps.draw_uniforms(ids, equal, **options)
+    assert torch.equal(together[2:4], timesteps.draw_uniforms(ids[2:4], equal[2:4], **options))
 
 
 def test_rollouts_without_live_steps_weigh_nothing():

@@ -24,30 +24,35 @@ def problem(proposal, *, seed=0):
     return contributions, chances, live
 
 
-def drawn_sums(contributions, proposal, live, *, count, sampler, enumerate_short):
+def drawn_sums(contributions, proposal, live, *, counts, sampler, enumerate_short):
     """Return REPEATS estimates [REPEATS, D] by `draw_uniforms` and `invert`."""
-    rows = len(live)
+    rows, many = len(live), counts.repeat(REPEATS)
     uniforms = timesteps.draw_uniforms(
-        torch.arange(rows * REPEATS), count, sampler=sampler, seed=1, group_size=GROUP
+        torch.arange(rows * REPEATS), many, sampler=sampler, seed=1, group_size=GROUP
     )
+    usable = (proposal > 0).sum(1)
+    if sampler == "distinct":
+        proposal = timesteps.inclusion(proposal, counts) / counts[:, None]
     repeated = proposal.repeat(REPEATS, 1)
     steps = timesteps.invert(repeated, uniforms)
-    weights = step_weights(repeated, live.repeat(REPEATS), steps) / count
+    weights = step_weights(repeated, live.repeat(REPEATS), steps) / many[:, None]
+    weights = weights * (torch.arange(weights.shape[1]) < many[:, None])
     owners = torch.arange(rows).repeat(REPEATS)
     values = (weights[:, :, None] * contributions[owners[:, None], steps]).sum(1)
     values = values.view(REPEATS, rows, -1)
-    if enumerate_short:
-        values = values * (live > count)[:, None]
+    if enumerate_short or sampler == "distinct":
+        values = values * (usable > counts)[:, None]
     return values.sum(1)
 
 
 @pytest.mark.parametrize("enumerate_short", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, (1, 4, 2, 2, 1, 3)])
 @pytest.mark.parametrize("proposal", ["uniform", "entropy"])
 @pytest.mark.parametrize("sampler", STEP_SAMPLERS)
 def test_variance_equals_that_of_drawn_steps(sampler, proposal, count, enumerate_short):
     contributions, chances, live = problem(proposal)
-    options = {"count": count, "sampler": sampler, "enumerate_short": enumerate_short}
+    counts = torch.tensor(count).expand(6)
+    options = {"counts": counts, "sampler": sampler, "enumerate_short": enumerate_short}
     exact = float(
         estimator_variance(contributions, chances, live=live, group_size=GROUP, **options)
     )
@@ -55,7 +60,7 @@ def test_variance_equals_that_of_drawn_steps(sampler, proposal, count, enumerate
     squares = (sums - sums.mean(0)).square().sum(1)
     error = float(squares.std()) / REPEATS**0.5
     assert abs(float(squares.mean()) - exact) < 4 * error + 1e-20
-    if not enumerate_short:
+    if not enumerate_short and sampler != "distinct":
         alive = torch.arange(7) < live[:, None]
         expected = (contributions * alive[:, :, None]).sum(1) / live.clamp(min=1)[:, None]
         spread = sums.std(0) / REPEATS**0.5
@@ -66,10 +71,11 @@ def test_variance_equals_that_of_drawn_steps(sampler, proposal, count, enumerate
 def test_enumerated_rollouts_add_no_variance(sampler):
     contributions, chances, live = problem("entropy")
     options = {"live": live, "sampler": sampler, "group_size": GROUP}
-    none = estimator_variance(contributions, chances, count=7, **options)
+    options["counts"] = torch.full((6,), 7)
+    none = estimator_variance(contributions, chances, **options)
     assert float(none) == 0
-    drawn = estimator_variance(contributions, chances, count=7, enumerate_short=False, **options)
-    assert float(drawn) > 0.01
+    drawn = estimator_variance(contributions, chances, enumerate_short=False, **options)
+    assert float(drawn) > 0.01 or (sampler == "distinct" and float(drawn) == 0)
 
 
 def test_a_comb_over_all_steps_has_no_variance():
@@ -77,16 +83,21 @@ def test_a_comb_over_all_steps_has_no_variance():
     alone = {"contributions": contributions[:1], "proposal": chances[:1], "live": live[:1]}
     for sampler in ("stratified", "systematic"):
         got = estimator_variance(
-            **alone, count=7, sampler=sampler, group_size=1, enumerate_short=False
+            **alone,
+            counts=torch.tensor([7]),
+            sampler=sampler,
+            group_size=1,
+            enumerate_short=False,
         )
         assert float(got) < 1e-14
 
 
 def test_batch_of_one_rollout_is_stratified():
     contributions, chances, live = problem("entropy")
+    options = {"live": live, "counts": torch.full((6,), 3), "group_size": 1}
     got = [
-        estimator_variance(contributions, chances, live=live, count=3, sampler=s, group_size=1)
-        for s in ("batch", "stratified")
+        estimator_variance(contributions, chances, sampler=sampler, **options)
+        for sampler in ("batch", "stratified")
     ]
     assert float(got[0]) == pytest.approx(float(got[1]), rel=1e-12)
 
@@ -102,7 +113,12 @@ def test_batch_gives_back_what_it_gains_where_a_group_shares_its_profile():
     variance = {
         sampler: float(
             estimator_variance(
-                contributions, chances, live=live, count=4, sampler=sampler, group_size=3
+                contributions,
+                chances,
+                live=live,
+                counts=torch.full((3,), 4),
+                sampler=sampler,
+                group_size=3,
             )
         )
         for sampler in STEP_SAMPLERS
@@ -118,7 +134,14 @@ def test_stratified_is_never_worse_than_independent_and_a_comb_can_be():
     chances = torch.full((1, 16), 1 / 16, dtype=torch.float64)
     variance = {
         sampler: float(
-            estimator_variance(beat, chances, live=live, count=8, sampler=sampler, group_size=1)
+            estimator_variance(
+                beat,
+                chances,
+                live=live,
+                counts=torch.tensor([8]),
+                sampler=sampler,
+                group_size=1,
+            )
         )
         for sampler in STEP_SAMPLERS
     }

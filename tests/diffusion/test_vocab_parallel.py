@@ -47,6 +47,7 @@ POLICIES = {
     "top-k and top-p": {"top_k": 8, "top_p": 0.7, "confidence": "untempered"},
 }
 DTYPES = (torch.float32, torch.float64)
+NUMBERS = ("logprobs", "entropies", "spreads", "confidences", "scored", "scored entropies")
 
 
 def logits_of(name, dtype):
@@ -85,6 +86,7 @@ def numbers(name, policy, dtype, rank, ranks):
         "support": draw.support_ids,
         "logprobs": draw.logprobs,
         "entropies": draw.entropies,
+        "spreads": draw.spreads,
         "confidences": draw.confidences,
         "scored": scored.detach(),
         "scored entropies": entropies,
@@ -118,7 +120,7 @@ def test_two_shards_equal_one(name, policy, dtype):
         assert (part["support"] is None) == (alone["support"] is None)
         if alone["support"] is not None:
             assert torch.equal(part["support"], alone["support"])
-        for key in ("logprobs", "entropies", "confidences", "scored", "scored entropies"):
+        for key in NUMBERS:
             assert float((part[key] - alone[key]).abs().max()) < TOLERANCE[dtype]
         assert torch.allclose(part["kl"], alone["kl"], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     size, _, forbidden = VOCABULARIES[name]
@@ -175,6 +177,8 @@ def test_one_shard_equals_the_definition(name, policy):
         assert float(got["logprobs"][row]) == pytest.approx(expected, abs=1e-12)
         entropy = -float((renormalised * renormalised.log()).sum())
         assert float(got["entropies"][row]) == pytest.approx(entropy, abs=1e-12)
+        spread = 1 - float(renormalised.square().sum())
+        assert float(got["spreads"][row]) == pytest.approx(spread, abs=1e-12)
         if got["support"] is not None:
             assert [v for v in got["support"][row].tolist() if v >= 0] == support
         if sampling.confidence == "untempered":
@@ -184,6 +188,34 @@ def test_one_shard_equals_the_definition(name, policy):
             assert torch.equal(got["confidences"], got["logprobs"])
         if sampling.temperature == 0:
             assert token == support[0]
+
+
+@pytest.mark.parametrize("gap", [5.0, 12.0, 17.0, 20.0, 60.0, 85.0])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_spreads_of_sure_tokens_are_not_rounded_away(gap, top_k):
+    """1 - sum p^2 in float32 would be 0 from a gap of 17 nats on."""
+    logits = torch.tensor([[0.0, gap, -1.0, 0.5]])
+    draw = draw_tokens(
+        logits,
+        torch.zeros(1).long(),
+        vocab=Vocabulary(4),
+        sampling=SamplingSettings(top_k=top_k),
+    )
+    ids = torch.tensor([[1, 0, 2, 3]]) if draw.support_ids is None else draw.support_ids
+    kept = [i for i in ids[0, 1:].tolist() if i >= 0]
+    others = (logits[0].double() - gap).exp()[kept]
+    expected = 2 * others.sum() + others.sum() ** 2 - others.square().sum()
+    expected /= (1 + others.sum()) ** 2
+    assert float(draw.spreads) == pytest.approx(float(expected), rel=0.3 if gap > 12 else 1e-2)
+
+
+@pytest.mark.parametrize("gap", [1.0, 300.0])
+def test_only_a_single_candidate_has_no_spread(gap):
+    logits = torch.tensor([[0.0, gap]])
+    for options, is_single in (({}, False), ({"top_k": 2}, False), ({"top_k": 1}, True)):
+        sampling = SamplingSettings(**options)
+        draw = draw_tokens(logits, torch.zeros(1).long(), vocab=Vocabulary(2), sampling=sampling)
+        assert (float(draw.spreads) == 0) == is_single
 
 
 SAMPLED = [SAMPLINGS[name] for name in SAMPLINGS if name.startswith("low_confidence")]
@@ -212,7 +244,7 @@ def test_trajectories_of_two_shards_equal_those_of_one():
         for part in parts:
             for field in ("tokens", "unmask_step", "num_steps"):
                 assert torch.equal(getattr(part, field), getattr(alone, field))
-            for field in ("logprobs", "entropies"):
+            for field in ("logprobs", "entropies", "spreads"):
                 gap = (getattr(part, field) - getattr(alone, field)).abs().max()
                 assert float(gap) < 1e-6
             if alone.support_ids is not None:

@@ -202,7 +202,7 @@ def _record(leaves: list[_Leaf], table: Tensor, toy: Toy, sampling: SamplingSett
     tokens = torch.tensor([leaf.tokens for leaf in leaves])
     num_steps = steps.amax(1) + 1
     logprobs = torch.zeros(count, toy.length, dtype=torch.float64)
-    entropies = torch.zeros_like(logprobs)
+    entropies, spreads = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
     support = torch.full((count, toy.length, toy.tokens), -1, dtype=torch.int32)
     for r, j in itertools.product(range(count), range(toy.length)):
         if steps[r, j] < 0:
@@ -210,6 +210,7 @@ def _record(leaves: list[_Leaf], table: Tensor, toy: Toy, sampling: SamplingSett
         state = tokens[r].masked_fill((steps[r] >= steps[r, j]) | (steps[r] < 0), toy.mask_id)
         probs = policy(table.detach()[int(toy.state_index(state)), j], toy, sampling)
         logprobs[r, j], entropies[r, j] = probs[tokens[r, j]].log(), _entropy(probs)
+        spreads[r, j] = 1 - probs.square().sum()
         kept = probs.nonzero().squeeze(1)
         support[r, j, : len(kept)] = kept.int()
     tail = steps < 0
@@ -222,6 +223,7 @@ def _record(leaves: list[_Leaf], table: Tensor, toy: Toy, sampling: SamplingSett
         unmask_step=torch.where(tail, num_steps[:, None], steps),
         logprobs=logprobs,
         entropies=entropies,
+        spreads=spreads,
         support_ids=support if truncated else None,
         num_steps=num_steps,
         rollout_ids=torch.arange(count),
@@ -241,6 +243,7 @@ def take(trajectory: Trajectory, rows: Tensor) -> Trajectory:
         unmask_step=trajectory.unmask_step[rows],
         logprobs=trajectory.logprobs[rows],
         entropies=trajectory.entropies[rows],
+        spreads=trajectory.spreads[rows],
         support_ids=None if support is None else support[rows],
         num_steps=trajectory.num_steps[rows],
         rollout_ids=torch.arange(len(rows)),

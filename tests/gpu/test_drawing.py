@@ -39,7 +39,7 @@ def test_the_kernel_draws_the_tokens_of_tensor_operations(monkeypatch, policy):
     monkeypatch.setattr(drawing, "kernel_for", lambda _logits: None)
     expected = draw_tokens(logits, keys, vocab=VOCAB, sampling=sampling)
     assert torch.equal(got.tokens, expected.tokens)
-    for name in ("logprobs", "entropies", "confidences"):
+    for name in ("logprobs", "entropies", "spreads", "confidences"):
         ours, theirs = getattr(got, name), getattr(expected, name)
         assert torch.allclose(ours, theirs, rtol=NEAR, atol=NEAR), name
 

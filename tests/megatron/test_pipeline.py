@@ -173,8 +173,8 @@ def _exchange():
     huge = torch.tensor([2**31 - 5, 0, 126463])
     some = torch.tensor([-1e-7, float("-inf"), -90.0])
     support = torch.tensor([[2**31 - 5, 7, -1], [0, -1, -1], [126463, 1, 2]])
-    whole = [Draw(huge, some, some.exp(), some * 3, ids) for ids in (None, support)]
-    empty = Draw(huge[:0], some[:0], some[:0], some[:0], None)
+    whole = [Draw(huge, some, some.exp(), some / 5, some * 3, ids) for ids in (None, support)]
+    empty = Draw(huge[:0], *[some[:0]] * 4, None)
     arrived = []
     for draw in (*whole, empty):
         for room in (0, 2, 3, 5):
@@ -193,6 +193,7 @@ def test_draws_travel_without_loss():
     for number, draw in enumerate(arrived[:8]):
         assert torch.equal(draw.tokens, huge) and torch.equal(draw.logprobs, some)
         assert torch.equal(draw.entropies, some.exp()) and torch.equal(draw.confidences, some * 3)
+        assert torch.equal(draw.spreads, some / 5)
         assert (draw.support_ids is None) == (number < 4)
         assert draw.support_ids is None or torch.equal(draw.support_ids, support)
     for draw in arrived[8:]:

@@ -24,6 +24,7 @@ def completion(row: int, support: int | None = TOP_K) -> Trajectory:
         unmask_step=whole,
         logprobs=wide,
         entropies=wide,
+        spreads=wide,
         support_ids=None if support is None else torch.zeros(1, LENGTH, support).int(),
         num_steps=torch.tensor([LENGTH]),
         rollout_ids=torch.tensor([row]),
@@ -92,6 +93,6 @@ def test_each_byte_is_copied_once_and_with_what_is_written(monkeypatch):
 
 
 def test_support_ids_are_almost_all_bytes():
-    """24 bytes a token without them, 16 a completion; 4 more for each kept candidate."""
-    assert size(completion(0, None)) == 24 * LENGTH + 16
-    assert size(completion(0)) == (24 + 4 * TOP_K) * LENGTH + 16
+    """28 bytes a token without them, 16 a completion; 4 more for each kept candidate."""
+    assert size(completion(0, None)) == 28 * LENGTH + 16
+    assert size(completion(0)) == (28 + 4 * TOP_K) * LENGTH + 16

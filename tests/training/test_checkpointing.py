@@ -120,7 +120,7 @@ def _keep_and_find(folder):
     first, metrics = collect_rollout(session, engine, 0)
     dist.barrier()
     second, again = collect_rollout(session, engine, 0)
-    names = ("tokens", "unmask_step", "logprobs", "entropies", "support_ids", "num_steps")
+    names = ("tokens", "unmask_step", "logprobs", "entropies", "spreads", "support_ids")
     pairs = [(getattr(r.trajectory, name) for r in (first, second)) for name in names]
     same = [torch.equal(*pair) for pair in pairs]
     timeless = [{k: v for k, v in m.items() if k[:7] != "timing/"} for m in (metrics, again)]

@@ -6,8 +6,8 @@ from typing import Any
 from agrpo_megatron.config.schema import setting
 from agrpo_megatron.config.settings.estimators import ENTRIES, LOSSES
 
-PROPOSALS = ("uniform", "entropy")
-STEP_SAMPLERS = ("systematic", "stratified", "batch", "independent")
+PROPOSALS = ("uniform", "entropy", "gradient")
+STEP_SAMPLERS = ("distinct", "systematic", "stratified", "batch", "independent")
 STATES = (
     "full",
     "random",
@@ -43,8 +43,13 @@ class AlgorithmSettings:
     proposal: str = setting("uniform", "distribution that steps are drawn from", choices=PROPOSALS)
     step_sampler: str = setting(
         "systematic",
-        "how draws are spread; batch is the published low-discrepancy sampler",
+        "how draws are spread: distinct never draws a step twice; batch is published",
         choices=STEP_SAMPLERS,
+    )
+    allocation: str = setting(
+        "equal",
+        "draws per rollout: equal, or more where advantage and gradient are large; same total",
+        choices=("equal", "advantage"),
     )
     uniform_mix: float = setting(
         0.1, "uniform share of the proposal: step weights <= 1/share (published: 0)", low=0, high=1

@@ -50,7 +50,7 @@ def plan_variants(
     variants = {f"agrpo, k {k}": replace(drawn, mc_samples=k) for k in draws}
     for name in dict.fromkeys([FULL, *estimators]):
         if name not in ENTRIES:
-            raise ValueError(f"--estimators {name}: use any of {', '.join(ENTRIES)}")
+            raise ValueError(f"--estimators={name}: use any of {', '.join(ENTRIES)}")
         # A pair of completions has no advantage to subtract a baseline from.
         kept = ("group_size",) if name == "vrpo" else shared
         variants[name] = AlgorithmSettings(name=name, **{key: common[key] for key in kept})
@@ -95,6 +95,12 @@ def measure(
                 rollout, metrics = collect_rollout(session, engine, plan.first + number)
                 rollouts.append(rollout)
                 work += metrics["tokens"] / plan.batches
+            if not any(bool((rollout.advantages != 0).any()) for rollout in rollouts):
+                raise ValueError(
+                    "no completion of these batches has an advantage: the rewards of each group "
+                    "are equal, and so all gradients are zero; use more --batches, a higher "
+                    "algorithm.group_size, or another checkpoint"
+                )
             found = {}
             for label, algorithm in plan.variants.items():
                 show(f"gradients of {label}")

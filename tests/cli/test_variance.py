@@ -1,0 +1,45 @@
+"""`agrpo variance`: its table, its files, and what it refuses."""
+
+import json
+
+import pytest
+
+from tests.cli.test_evaluate import HF, ON_HF
+from tests.cli.test_main import ROOT, agrpo
+
+SMALL = [*ON_HF, "algorithm.prompts_per_iteration=2", "algorithm.group_size=2"]
+ANY_REWARD = [f"task.name={ROOT / 'examples' / 'llada_8b' / 'one_gpu.py'}"]
+ANY_REWARD += ["algorithm.baseline=none"]
+
+
+def test_a_table_a_figure_and_the_best_number_of_draws(tmp_path):
+    output = tmp_path / "found"
+    words = ["--draws=1,2", "--estimators=espo,diffu_grpo", "--output", output]
+    words += ["--batches=1", "--repeats=2"]
+    status, printed = agrpo(tmp_path, "variance", HF, *words, *SMALL, *ANY_REWARD)
+    assert status == 0, printed
+    assert "most signal for the work" in printed
+    found = json.loads((output / "variance.json").read_text())
+    labels = [row["estimator"] for row in found["rows"]]
+    assert labels == ["agrpo, k 1", "agrpo, k 2", "full_trajectory", "espo", "diffu_grpo"]
+    assert found["recommended"] in labels[:3]
+    assert (output / "variance.png").stat().st_size > 10_000
+
+
+def test_rewards_that_are_all_equal_leave_nothing_to_measure(tmp_path):
+    status, printed = agrpo(tmp_path, "variance", HF, "--batches=1", *SMALL)
+    assert status == 2 and "no completion of these batches has an advantage" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--draws=0"], "--draws=0 must be numbers from 1"),
+        (["--repeats=1"], "--repeats=1 must be at least 2"),
+        (["--estimators=grpo"], "--estimators=grpo: use any of agrpo, full_trajectory"),
+        (["--estimators=just_grpo"], "use sampling.unmasking=leftmost"),
+    ],
+)
+def test_wrong_words_are_refused(tmp_path, words, said):
+    status, printed = agrpo(tmp_path, "variance", HF, *words, *SMALL)
+    assert status == 2 and said in printed
