@@ -63,6 +63,7 @@ def validate_algorithm(algorithm: AlgorithmSettings, sampling: SamplingSettings)
             "which takes every step where draws suffice; use true, or "
             "algorithm.step_sampler=systematic"
         )
+    _check_advantages(filled)
     low, high = filled.mask_low, filled.mask_high
     if low is not None and high is not None and low > high:
         raise ValueError(
@@ -186,6 +187,28 @@ def _check_exact_kl(filled: AlgorithmSettings, sampling: SamplingSettings) -> No
             f"algorithm.kl=exact is over all ids, and sampling.top_k={text(sampling.top_k)} "
             f"sampling.top_p={sampling.top_p:g} keep some; use algorithm.kl=k3, or "
             "algorithm.scored_policy=model"
+        )
+
+
+def _check_advantages(filled: AlgorithmSettings) -> None:
+    """Refuse details of an advantage, or of a tail, that is not used."""
+    defaults = {field.name: field.default for field in fields(AlgorithmSettings)}
+    users = {
+        **dict.fromkeys(("std_degrees", "std_epsilon", "std_floor"), "scale_by_std=true"),
+        "softmax_negative": "softmax=group",
+    }
+    is_used = {"scale_by_std=true": filled.scale_by_std, "softmax=group": filled.softmax != "none"}
+    for key, user in users.items():
+        value = getattr(filled, key)
+        if value != defaults[key] and not is_used[user]:
+            raise ValueError(
+                f"algorithm.{key}={text(value)} has no meaning without algorithm.{user}; use "
+                f"{text(defaults[key])}"
+            )
+    if filled.cut_tail and filled.tail == "all":
+        raise ValueError(
+            "algorithm.cut_tail=true leaves out what algorithm.tail does not score, and "
+            "algorithm.tail=all; use algorithm.tail=first"
         )
 
 

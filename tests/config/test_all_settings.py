@@ -79,6 +79,7 @@ NEEDS = {
 ON_MASKS, ALL_HIDDEN = (
     ["algorithm.mc_samples=null", f"algorithm.name={name}"] for name in ("unigrpo", "diffu_grpo")
 )
+DIVIDED = ["algorithm.scale_by_std=true"]
 NEEDS |= {
     "algorithm.merge_steps": ["algorithm.mc_samples=null", "algorithm.name=tracerl"],
     "algorithm.states": ON_MASKS,
@@ -94,6 +95,8 @@ NEEDS |= {
     "algorithm.normaliser": ON_MASKS,
     "algorithm.normaliser=all_steps": [],
     "algorithm.normaliser_constant": ["algorithm.normaliser=constant"],
+    **{f"algorithm.std_{key}": DIVIDED for key in ("degrees", "epsilon", "floor")},
+    "algorithm.softmax_negative": ["algorithm.softmax=group"],
     "algorithm.preference_beta": ["algorithm.name=vrpo"],
     **{f"algorithm.bound{key}": ["algorithm.name=spg"] for key in ("", "_share", "_power")},
 }

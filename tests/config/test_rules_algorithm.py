@@ -1,5 +1,7 @@
 """The policy gradient's settings are used by the estimator and the loss, or refused in one line."""
 
+from dataclasses import replace
+
 import pytest
 
 from agrpo_megatron.config.rules_algorithm import validate_algorithm
@@ -38,6 +40,14 @@ REFUSED = {
         {"scored_policy": "model", "rollout_correction": 2.0},
         "algorithm.scored_policy=model scores others",
     ),
+    "no deviation": ({"std_floor": 0.1}, "no meaning without algorithm.scale_by_std=true; use 0"),
+    "no softmax": ({"softmax_negative": False}, "no meaning without algorithm.softmax=group"),
+    "no tail": ({"name": "vrpo", "cut_tail": True}, "use algorithm.tail=first"),
+    "exact KL to the old": (
+        {"name": "unigrpo", "kl": "exact", "kl_target": "old"},
+        "algorithm.kl_target=old has only log-probs; use algorithm.kl=k3",
+    ),
+    "exact KL of tails": ({"name": "rldf", "kl": "exact"}, "loss=filtered has only log-probs"),
     "order": ({"name": "just_grpo"}, "use sampling.unmasking=leftmost"),
 }
 
@@ -48,6 +58,14 @@ def test_what_has_no_meaning_is_refused(case):
     with pytest.raises(ValueError, match="algorithm") as error:
         validate_algorithm(AlgorithmSettings(**changed), SAMPLING)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_exact_kl_is_refused_where_tokens_are_cut():
+    algorithm, cut = AlgorithmSettings(kl="exact"), replace(SAMPLING, top_k=5)
+    with pytest.raises(ValueError, match=r"sampling.top_k=5 sampling.top_p=1 keep some; use"):
+        validate_algorithm(algorithm, cut)
+    validate_algorithm(replace(algorithm, scored_policy="model"), cut)
+    validate_algorithm(algorithm, SAMPLING)
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -129,7 +129,7 @@ def test_two_shards_equal_one(name, policy, dtype):
     for key in ("gradient", "gradient of the kl"):
         gradient = torch.cat([part[key] for part in parts], 1)
         error = (gradient - alone[key]).abs().max() / alone[key].abs().max()
-        assert float(error) < TOLERANCE[dtype]
+        assert float(error) < 2 * TOLERANCE[dtype], key
         assert float(gradient[:, size:].abs().max()) == 0
         assert float(gradient[:, list(forbidden)].abs().max()) == 0
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
+from agrpo_megatron.diffusion.batches import row_lengths, timestep_batch
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.family import weighed
 from agrpo_megatron.estimators.masks import STATES, draw_states
@@ -75,7 +76,7 @@ def test_the_quadrature_integrates_a_polynomial_of_the_masking_rate(count):
 
 @pytest.mark.parametrize("states", STATES)
 def test_a_mask_follows_from_seed_rollout_and_number_alone(states):
-    rollout, context = make_rollout(60), make_context(states, prompt_mask=0.5)
+    rollout, context = make_rollout(), make_context(states, prompt_mask=0.5)
     whole = draw_states(rollout, context)
     again = draw_states(rollout, context)
     other = draw_states(rollout, replace(context, seed=1))
@@ -114,3 +115,26 @@ def test_rows_that_hide_no_counted_token_are_left_out():
     rollout, context = make_rollout(ends=0), make_context("random", tail="no_ends", mc_samples=1)
     rows = weighed(draw_states(rollout, context), rollout, context)
     assert len(rows.rollout) == 0 and rows.weight.shape == (0, LENGTH)
+
+
+def test_a_cut_tail_is_in_no_state():
+    """Completions that end at 6 of 12: the states are 5 tokens shorter, and score the same."""
+    rollout = make_rollout(8, ends=6)
+    whole, cut = (
+        scored_rows(rollout, make_context("random_count", mc_samples=3, cut_tail=is_cut))
+        for is_cut in (False, True)
+    )
+    assert torch.equal(cut.scored, whole.scored)
+    prompts = torch.tensor([len(prompt) for prompt in rollout.trajectory.prompts])
+    assert torch.equal(row_lengths(rollout, whole), prompts[whole.rollout] + LENGTH)
+    assert torch.equal(row_lengths(rollout, cut), prompts[cut.rollout] + 7)
+    batches = (
+        timestep_batch(rollout, rows, torch.arange(len(rows.rollout)), mask_id=9)
+        for rows in (whole, cut)
+    )
+    (long, short) = ((b, b.rows.tokens.tensor_split(b.rows.bounds[1:-1])) for b in batches)
+    for ours, theirs in zip(short[1], long[1], strict=True):
+        assert torch.equal(ours, theirs[: len(ours)])
+    for name in ("targets", "weights", "row", "position"):
+        assert torch.equal(getattr(short[0], name), getattr(long[0], name))
+    assert bool((short[0].rows.tokens[short[0].rows.scored] == 9).all())

@@ -52,6 +52,9 @@ VARIANTS: dict = {name: {"name": name} for name in ENTRIES} | {
     "coupled_grpo with the full mask": {"name": "coupled_grpo", "states": "coupled_and_full"},
     "unigrpo to the old policy": {"name": "unigrpo", "kl_target": "old", "kl_sum": True},
     "espo, k2": {"name": "espo", "kl": "k2"},
+    "egspo, KL over the vocabulary": {"name": "egspo", "kl": "exact"},
+    "agrpo, KL over the vocabulary": {"name": "agrpo", "kl": "exact"},
+    "vrpo without tails": {"name": "vrpo", "tail": "first", "cut_tail": True},
     "of the user": {"name": f"{OWN}:suffixes", "loss": f"{OWN}:soft_clip"},
 }
 
