@@ -85,7 +85,7 @@ def test_a_mask_follows_from_seed_rollout_and_number_alone(states):
     for ours, theirs in zip(whole.hidden_prompt, again.hidden_prompt or (), strict=True):
         assert torch.equal(ours, theirs)
     share = torch.cat(whole.hidden_prompt).double().mean()
-    assert float(share) == pytest.approx(0.5, abs=0.05)
+    assert float(share) == pytest.approx(0.5, abs=0.15)  # of at least 180 tokens
 
 
 def test_a_pair_hides_each_counted_token_once():
