@@ -12,7 +12,7 @@ from tests.diffusion.batching import rebuild_state
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
 
-ALL_STATES = "algorithm.name=full_trajectory"
+ALL_STATES = "algorithm={name: full_trajectory, mc_samples: null}"
 CASES = {
     "random": [ALL_STATES],
     "random, several tokens a step": [ALL_STATES, "sampling.denoising_steps=2"],
