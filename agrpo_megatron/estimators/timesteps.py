@@ -178,7 +178,8 @@ def _step_sums(trajectory: Trajectory, values: Tensor, num_steps: int) -> Tensor
     steps = trajectory.unmask_step.masked_fill(~ran, num_steps).clamp(max=num_steps)
     # On the CPU: a GPU adds the tokens of a step in any order, and all ranks of a replica, and a
     # resumed run, must draw the same steps.
-    values = values.double().cpu()
+    # A value that is not finite keeps its step: the loss must meet it and name the rollout.
+    values = values.double().cpu().nan_to_num(nan=1.0, posinf=1.0, neginf=1.0)
     sums = values.new_zeros(len(values), num_steps + 1)
     return sums.scatter_add_(1, steps.cpu(), values)[:, :num_steps].to(steps.device)
 
