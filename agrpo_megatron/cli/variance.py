@@ -73,7 +73,9 @@ def variance(arguments: argparse.Namespace) -> int:
     kernels_for(resolved.settings)
     console = Console()
     show = (lambda line: console.print(line, style="dim")) if is_main() else lambda _: None
-    first = resolved.settings.train.iterations  # problems that training has not seen
+    # The problems that follow those of training, or the first stored rollouts.
+    train = resolved.settings.train
+    first = train.iterations if train.from_rollouts is None else 0
     plan = Plan(variants, arguments.batches, arguments.repeats, first=first)
     with ending_together():
         found = measure(resolved, target.checkpoint, plan, show=show)

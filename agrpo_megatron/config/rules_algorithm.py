@@ -56,6 +56,7 @@ def validate_algorithm(algorithm: AlgorithmSettings, sampling: SamplingSettings)
         _check_pair(filled)
         _check_level(filled, defaults)
         _check_normaliser(filled, defaults)
+        _check_joined(filled)
     _check_exact_kl(filled, sampling)
     if filled.step_sampler == "distinct" and not filled.enumerate_short:
         raise ValueError(
@@ -210,6 +211,18 @@ def _check_advantages(filled: AlgorithmSettings) -> None:
             "algorithm.cut_tail=true leaves out what algorithm.tail does not score, and "
             "algorithm.tail=all; use algorithm.tail=first"
         )
+
+
+def _check_joined(filled: AlgorithmSettings) -> None:
+    """Refuse other means where a token's log-probs are joined over rows: each counts once."""
+    if filled.states != "coupled_and_full" or filled.level != "token":
+        return
+    for key, only in (("normaliser", "tokens"), ("mean_over", "all"), ("kl_sum", False)):
+        if (value := getattr(filled, key)) != only:
+            raise ValueError(
+                f"algorithm.{key}={text(value)} has no meaning under algorithm.states="
+                f"coupled_and_full, where each token counts once; use {text(only)}"
+            )
 
 
 def _check_sampling(filled: AlgorithmSettings, sampling: SamplingSettings) -> None:

@@ -35,11 +35,12 @@ def test_rewards_that_are_all_equal_leave_nothing_to_measure(tmp_path):
     ("words", "said"),
     [
         (["--draws=0"], "--draws=0 must be numbers from 1"),
+        (["algorithm.prompts_per_iteration=3"], "prompts_per_iteration=3 cannot be halved"),
         (["--repeats=1"], "--repeats=1 must be at least 2"),
         (["--estimators=grpo"], "--estimators=grpo: use any of agrpo, full_trajectory"),
         (["--estimators=just_grpo"], "use sampling.unmasking=leftmost"),
     ],
 )
 def test_wrong_words_are_refused(tmp_path, words, said):
-    status, printed = agrpo(tmp_path, "variance", HF, *words, *SMALL)
+    status, printed = agrpo(tmp_path, "variance", HF, *SMALL, *words)
     assert status == 2 and said in printed

@@ -48,6 +48,10 @@ REFUSED = {
         "algorithm.kl_target=old has only log-probs; use algorithm.kl=k3",
     ),
     "exact KL of tails": ({"name": "rldf", "kl": "exact"}, "loss=filtered has only log-probs"),
+    "joined rows": (
+        {"name": "coupled_grpo", "states": "coupled_and_full", "normaliser": "rows"},
+        "normaliser=rows has no meaning under algorithm.states=coupled_and_full",
+    ),
     "order": ({"name": "just_grpo"}, "use sampling.unmasking=leftmost"),
 }
 

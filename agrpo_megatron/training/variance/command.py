@@ -43,6 +43,12 @@ def plan_variants(
     Raises:
         ValueError: no such estimator, or one that cannot score this sampler's rollouts.
     """
+    groups = settings.algorithm.prompts_per_iteration
+    if groups % 2:
+        raise ValueError(
+            f"algorithm.prompts_per_iteration={groups} cannot be halved, and noise is measured "
+            f"between the halves of a batch; use {groups + 1}"
+        )
     shared = ("prompts_per_iteration", "group_size", "baseline", "scale_by_std")
     common: dict[str, Any] = {name: getattr(settings.algorithm, name) for name in shared}
     own = settings.algorithm
