@@ -83,6 +83,7 @@ DIVIDED = ["algorithm.scale_by_std=true"]
 NEEDS |= {
     "algorithm.merge_steps": ["algorithm.mc_samples=null", "algorithm.name=tracerl"],
     "algorithm.states": ON_MASKS,
+    "algorithm.states=coupled_and_full": [*ON_MASKS, "algorithm.normaliser=tokens"],
     "algorithm.mask_low": ON_MASKS,
     "algorithm.mask_high": ON_MASKS,
     "algorithm.prompt_mask": ALL_HIDDEN,

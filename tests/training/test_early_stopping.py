@@ -106,11 +106,11 @@ def test_a_run_that_ended_early_is_not_taken_up_again(whole):
 
 
 def test_a_killed_run_ends_where_it_would_have(whole, tmp_path):
-    """Killed after the evaluation before the one that decides; what was counted is remembered."""
+    """Killed before the evaluation that decides; what was counted is remembered."""
     directory, _ = whole
     lines = read(directory / "metrics.jsonl")
     with pytest.raises(AssertionError, match="killed by signal 9"):
-        run_ranks(1, _train, tmp_path / "run", [], len(lines) - 3)
+        run_ranks(1, _train, tmp_path / "run", [], len(lines) - 2)
     assert _last(tmp_path / "run").iteration >= 2
     run_ranks(1, _train, tmp_path / "run", [])
     assert same_metrics(read(tmp_path / "run" / "metrics.jsonl"), lines)
