@@ -41,6 +41,24 @@ def make_problems(rng: random.Random, wanted: int, *, rules: Rules) -> list[Prob
     return distinct(_draw_problems(rng, 30 * wanted, rules=rules), wanted)
 
 
+def make_series(rng: random.Random, wanted: int, *, rules: Rules, length: int) -> list[Problem]:
+    """Return up to `wanted` different series of `length` problems, solutions with spaces between.
+
+    A problem comes up in many series, each time with another of its solutions.
+    """
+    drawn = _draw_problems(rng, 30 * wanted * length, rules=rules)
+    series = (
+        Problem(
+            ", ".join(problem.key for problem in chosen),
+            {"series": [problem.fields for problem in chosen]},
+            " ".join(problem.solution for problem in chosen),
+        )
+        for chosen in itertools.batched(drawn, length)
+        if len(chosen) == length
+    )
+    return distinct(series, wanted)
+
+
 def problem_key(numbers: Sequence[int], target: int) -> str:
     """Return the identity of a problem: the numbers in any order, and the target."""
     return f"{' '.join(map(str, sorted(numbers)))} = {target}"

@@ -152,3 +152,37 @@ def test_rows_of_another_count_of_numbers_are_left_out_and_counted(tmp_path):
     assert task.notes == [f"task.options.train={path}: 1 problems of another kind left out"]
     with pytest.raises(ValueError, match=r"select none of its problems; set task.options.numbers"):
         build(2).problems("train")
+
+
+SERIES = {"problems": 3, "numbers": 2, "operators": "+-"}
+
+
+def test_a_series_is_graded_by_its_problems():
+    chosen = TaskSettings(name="countdown", train_problems=300, eval_problems=20, options=SERIES)
+    task = build_task(chosen)
+    for problem in task.problems("eval"):
+        assert re.fullmatch(r"(\d \d=\d\d[,:]){3}", task.prompt(problem))
+        first, second, third = texts = problem.solution.split()
+        for text, one in zip(texts, problem.fields["series"], strict=True):
+            assert is_right(Problem("", one, ""), text, "0123456789+-")
+        right = task.reward(problem, problem.solution)
+        assert (right.score, right.correct) == (1.0, True)
+        short = task.reward(problem, f"{first} {second}")
+        assert (short.score, short.correct) == (pytest.approx(2 / 3), False)
+        wrong = task.reward(problem, f"{first} 0+0 {third}")
+        assert (wrong.score, wrong.correct) == (pytest.approx(2 / 3), False)
+        assert wrong.parts == {"numbers": pytest.approx(2 / 3), "value": pytest.approx(2 / 3)}
+        long = task.reward(problem, f"{problem.solution} {first}")
+        assert (long.score, long.correct) == (1.0, False)
+        assert task.reward(problem, "").score == 0
+
+
+def test_a_series_shows_both_orders_of_a_sum():
+    chosen = TaskSettings(name="countdown", train_problems=500, eval_problems=9, options=SERIES)
+    texts = {t for p in build_task(chosen).problems("train") for t in p.solution.split()}
+    assert {"3+8", "8+3"} <= texts
+
+
+def test_a_series_is_refused_where_problems_are_not_made():
+    with pytest.raises(ValueError, match=r"task\.options\.problems=2 needs generated problems"):
+        build_task(TaskSettings(name="countdown", options={"problems": 2, "protocol": "d1"}))
