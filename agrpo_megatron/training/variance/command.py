@@ -1,7 +1,7 @@
 """Open a checkpoint, sample batches from it, and compare estimators and numbers of draws."""
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from agrpo_megatron.checkpoint.start import load_start_weights
 from agrpo_megatron.config.rules_algorithm import validate_algorithm
 from agrpo_megatron.config.settings import AlgorithmSettings, Settings
 from agrpo_megatron.config.settings.estimators import ENTRIES
-from agrpo_megatron.megatron.engine import build_engine
-from agrpo_megatron.megatron.network import build_network
+from agrpo_megatron.megatron.engine import Engine, build_engine
+from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
 from agrpo_megatron.rollout.replay import open_replay
 from agrpo_megatron.rollout.session import Output, Run, Session
@@ -65,14 +65,16 @@ def plan_variants(
     return variants
 
 
-def measure(
-    resolved: Resolved, checkpoint: Path | None, plan: Plan, *, show: Callable[[str], None]
-) -> Comparison:
-    """Sample batches from a checkpoint and measure every variant; called by every rank.
+@contextmanager
+def opened(
+    resolved: Resolved, checkpoint: Path | None, *, needs_reference: bool = False
+) -> Iterator[tuple[Session, Engine, Network | None]]:
+    """Open a checkpoint for gradients that no update takes; called by every rank.
+
+    Yields a session, an engine with the weights, and the reference if it is needed.
 
     Args:
         checkpoint: of a run; None takes the weights that `model.load` names.
-        show: called with a line for each step of the work.
     """
     settings = resolved.settings
     # Weights never change, so the optimizer needs neither shards nor smaller states.
@@ -83,9 +85,7 @@ def measure(
     try:
         log = RunLog(Path(settings.run.dir), settings=settings, is_main=False)
         engine = build_engine(settings, plain, iterations=1, ranks=ranks)
-        reference = None
-        if any(algorithm.needs_reference for algorithm in plan.variants.values()):
-            reference = build_network(settings, ranks)
+        reference = build_network(settings, ranks) if needs_reference else None
         for network in (engine.network, *([reference] if reference else [])):
             if checkpoint is not None:
                 load_weights(checkpoint, network)
@@ -95,28 +95,42 @@ def measure(
         with closing(Grader(resolved.task, settings.task)) as grader:
             replay = open_replay(settings)
             run = Run(settings, ranks, resolved.task, resolved.tokenizer, grader, replay)
-            session, rollouts, work = Session(run, Output(log)), [], 0.0
-            for number in range(plan.batches):
-                show(f"sampling batch {number + 1} of {plan.batches}")
-                rollout, metrics = collect_rollout(session, engine, plan.first + number)
-                rollouts.append(rollout)
-                work += metrics["tokens"] / plan.batches
-            if not any(bool((rollout.advantages != 0).any()) for rollout in rollouts):
-                raise ValueError(
-                    "no completion of these batches has an advantage: the rewards of each group "
-                    "are equal, and so all gradients are zero; use more --batches, a higher "
-                    "algorithm.group_size, or another checkpoint"
-                )
-            found = {}
-            for label, algorithm in plan.variants.items():
-                show(f"gradients of {label}")
-                draws = 1 if label == FULL else plan.draws
-                found[label] = gradients_of(
-                    session, engine, rollouts, algorithm, reference=reference, draws=draws
-                )
-        return compare(found, found[FULL], rollout_work=work)
+            yield Session(run, Output(log)), engine, reference
     finally:
         stop_ranks()
+
+
+def measure(
+    resolved: Resolved, checkpoint: Path | None, plan: Plan, *, show: Callable[[str], None]
+) -> Comparison:
+    """Sample batches from a checkpoint and measure every variant; called by every rank.
+
+    Args:
+        checkpoint: of a run; None takes the weights that `model.load` names.
+        show: called with a line for each step of the work.
+    """
+    needs_reference = any(algorithm.needs_reference for algorithm in plan.variants.values())
+    with opened(resolved, checkpoint, needs_reference=needs_reference) as (session, engine, frozen):
+        rollouts, work = [], 0.0
+        for number in range(plan.batches):
+            show(f"sampling batch {number + 1} of {plan.batches}")
+            rollout, metrics = collect_rollout(session, engine, plan.first + number)
+            rollouts.append(rollout)
+            work += metrics["tokens"] / plan.batches
+        if not any(bool((rollout.advantages != 0).any()) for rollout in rollouts):
+            raise ValueError(
+                "no completion of these batches has an advantage: the rewards of each group "
+                "are equal, and so all gradients are zero; use more --batches, a higher "
+                "algorithm.group_size, or another checkpoint"
+            )
+        found = {}
+        for label, algorithm in plan.variants.items():
+            show(f"gradients of {label}")
+            draws = 1 if label == FULL else plan.draws
+            found[label] = gradients_of(
+                session, engine, rollouts, algorithm, reference=frozen, draws=draws
+            )
+    return compare(found, found[FULL], rollout_work=work)
 
 
 def recommended(comparison: Comparison) -> str:
