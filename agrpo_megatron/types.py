@@ -78,6 +78,11 @@ class Trajectory:
     rollout_ids: Tensor  # [R] int64, the rollout index of the noise
     sampling: SamplingSettings
     weights_version: int = 0  # optimizer steps before the sampling
+    # All that each step drew, kept or put back, by place in its block; None unless
+    # `sampling.record_drawn`. Log-probs and spreads are 0 where no token was drawn.
+    drawn_tokens: Tensor | None = None  # [R, steps, block] int32; -1 where none was drawn
+    drawn_logprobs: Tensor | None = None  # [R, steps, block] float32, nats
+    drawn_spreads: Tensor | None = None  # [R, steps, block] float32
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,8 @@ class ScoredRows:
     kl_weight: Tensor | None = None  # [N, C] of the KL; None: as `weight`
     advantage: Tensor | None = None  # [N]; None: that of the row's rollout
     length: Tensor | None = None  # [N] completion tokens in the state; None: all
+    targets: Tensor | None = None  # [N, C] ids; None: the tokens of the rollout
+    target_logprobs: Tensor | None = None  # [N, C] of `targets`, when the sampler drew them
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.diffusion.batches import row_lengths, timestep_batch
+from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, timestep_batch
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.table import is_joint, scored_rows
 from agrpo_megatron.megatron.engine import Engine
@@ -102,7 +102,7 @@ def packed_part(settings: Settings, ranks: Ranks, rollout: Rollout, scored: Scor
         timestep_batch(rollout, scored, rows, mask_id=model.mask_token_id, shift=model.shift)
         for rows in plan
     ]
-    recorded = rollout.trajectory.logprobs[scored.rollout] if scored.is_sampled else None
+    recorded = recorded_logprobs(rollout, scored)
     return Part(scored, [local_part(batch, ranks) for batch in batches], lengths, recorded)
 
 

@@ -119,4 +119,13 @@ SAMPLINGS = {
             "temperature": 0.0,
         },
     }.items()
+} | {
+    f"{unmasking}, all drawn tokens": SamplingSettings(
+        completion_length=10,
+        block_length=5,
+        denoising_steps=6,
+        unmasking=unmasking,
+        record_drawn=True,
+    )
+    for unmasking in ("low_confidence", "margin")
 }

@@ -16,7 +16,8 @@ from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_l
 from agrpo_megatron.diffusion.sampler import SamplerContext
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.losses import LOSSES, of_tokens
-from agrpo_megatron.estimators.steps import at_level
+from agrpo_megatron.estimators.steps import all_steps, at_level
+from agrpo_megatron.trajectories import select, tensors
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
 from tests.diffusion.batching import batches_of
 
@@ -115,7 +116,8 @@ def enumerate_trajectories(table: Tensor, toy: Toy, sampling: SamplingSettings) 
     """List every trajectory of the sampler with its probability."""
     blocks = toy.length // sampling.block_length
     counts = transfer_counts(sampling.block_length, sampling.denoising_steps // blocks)
-    start = _Leaf((toy.mask_id,) * toy.length, (-1,) * toy.length, torch.ones_like(table[0, 0, 0]))
+    one = torch.ones_like(table[0, 0, 0])
+    start = _Leaf((toy.mask_id,) * toy.length, (-1,) * toy.length, one)
     live, finished = [start], []
     for block, count in itertools.product(range(blocks), counts):
         places = range(block * sampling.block_length, (block + 1) * sampling.block_length)
@@ -132,6 +134,7 @@ class _Leaf:
     tokens: tuple[int, ...]
     unmask_step: tuple[int, ...]
     probability: Tensor
+    drawn: tuple[tuple[int, ...], ...] = ()  # of each step by place in the block, if recorded
 
     @property
     def step(self) -> int:
@@ -148,26 +151,42 @@ def _steps(leaf: _Leaf, places, count: int, table: Tensor, toy: Toy, sampling: S
     masked = [j for j in places if leaf.unmask_step[j] < 0]
     rows = table[int(toy.state_index(torch.tensor(leaf.tokens)))]
     probs = {j: policy(rows[j], toy, sampling) for j in masked}
-    if sampling.unmasking in ("random", "leftmost"):
-        choices = list(itertools.combinations(masked, count))  # the leftmost places come first
-        choices = choices[:1] if sampling.unmasking == "leftmost" else choices
-        for chosen in choices:
-            for drawn in itertools.product(range(toy.tokens), repeat=count):
-                yield _fix(leaf, dict(zip(chosen, drawn, strict=True)), probs, 1 / len(choices))
-        return
     for drawn in itertools.product(range(toy.tokens), repeat=len(masked)):
         draw = dict(zip(masked, drawn, strict=True))
-        rank = {j: float(_confidence(probs[j], draw[j], sampling.unmasking)) for j in masked}
-        chosen = sorted(masked, key=lambda j: (-rank[j], j))[:count]
-        others = [probs[j][draw[j]] for j in masked if j not in chosen]
-        rest = torch.stack(others).prod() if others else 1.0
-        yield _fix(leaf, {j: draw[j] for j in chosen}, probs, rest)
+        choices = _choices(masked, count, draw, probs, sampling)
+        for chosen in choices:
+            sure = [j for j in masked if _is_sure(probs[j][draw[j]], sampling)]
+            kept = {*chosen, *sure}
+            others = [probs[j][draw[j]] for j in masked if j not in kept]
+            rest = torch.stack(others).prod() if others else 1.0
+            fixed = _fix(leaf, {j: draw[j] for j in kept}, probs, rest / len(choices))
+            if sampling.record_drawn and masked:
+                record = tuple(draw.get(j, -1) for j in places)
+                fixed = replace(fixed, drawn=(*leaf.drawn, record))
+            yield fixed
 
 
-def _confidence(probs: Tensor, token: int, unmasking: str) -> Tensor:
+def _choices(masked: list[int], count: int, draw: dict[int, int], probs, sampling):
+    """Return the equally likely sets of positions that a step may choose."""
+    if sampling.unmasking == "random":
+        return list(itertools.combinations(masked, min(count, len(masked))))
+    rank = {j: float(_confidence(probs[j].detach(), draw[j], sampling.unmasking)) for j in masked}
+    return [sorted(masked, key=lambda j: (-rank[j], j))[:count]]
+
+
+def _confidence(probs: Tensor, token: int, unmasking: str) -> Tensor | float:
+    if unmasking == "leftmost":
+        return 0.0
     if unmasking == "entropy":
-        return -_entropy(probs.detach())
-    return probs[token].detach()
+        return -_entropy(probs)
+    if unmasking == "margin":
+        top = probs.topk(2).values
+        return top[0] - top[1]
+    return probs[token]
+
+
+def _is_sure(chance: Tensor, sampling: SamplingSettings) -> bool:
+    return sampling.threshold is not None and float(chance.detach()) >= sampling.threshold
 
 
 def _entropy(probs: Tensor) -> Tensor:
@@ -180,7 +199,7 @@ def _fix(leaf: _Leaf, fixed: dict[int, int], probs, factor) -> _Leaf:
     for j, token in fixed.items():
         tokens[j], steps[j] = token, step
         probability = probability * probs[j][token]
-    return _Leaf(tuple(tokens), tuple(steps), probability)
+    return replace(leaf, tokens=tuple(tokens), unmask_step=tuple(steps), probability=probability)
 
 
 def _merge(leaves) -> list[_Leaf]:
@@ -189,7 +208,7 @@ def _merge(leaves) -> list[_Leaf]:
     for leaf in leaves:
         if float(leaf.probability.detach()) == 0:
             continue
-        key = (leaf.tokens, leaf.unmask_step)
+        key = (leaf.tokens, leaf.unmask_step, leaf.drawn)
         before = merged.get(key)
         total = leaf.probability + before.probability if before else leaf.probability
         merged[key] = replace(leaf, probability=total)
@@ -230,24 +249,36 @@ def _record(leaves: list[_Leaf], table: Tensor, toy: Toy, sampling: SamplingSett
         sampling=sampling,
         weights_version=0,
     )
+    if sampling.record_drawn:
+        trajectory = _with_drawn(trajectory, leaves, table.detach(), toy)
     return Enumerated(trajectory, torch.stack([leaf.probability for leaf in leaves]))
+
+
+def _with_drawn(trajectory: Trajectory, leaves: list[_Leaf], table: Tensor, toy: Toy) -> Trajectory:
+    """Add all that each step drew, as the sampler records it."""
+    sampling = trajectory.sampling
+    shape = (len(leaves), sampling.denoising_steps, sampling.block_length)
+    drawn = torch.full(shape, -1, dtype=torch.int32)
+    logprobs = torch.zeros(shape, dtype=torch.float64)
+    spreads = torch.zeros_like(logprobs)
+    for r, leaf in enumerate(leaves):
+        for step, record in enumerate(leaf.drawn):
+            steps = trajectory.unmask_step[r]
+            state = trajectory.tokens[r].masked_fill(steps >= step, toy.mask_id)
+            block = int((steps == step).long().argmax()) // sampling.block_length
+            for place, token in enumerate(record):
+                if token < 0:
+                    continue
+                row = table[int(toy.state_index(state)), block * sampling.block_length + place]
+                probs = policy(row, toy, sampling)
+                drawn[r, step, place], logprobs[r, step, place] = token, probs[token].log()
+                spreads[r, step, place] = 1 - probs.square().sum()
+    return replace(trajectory, drawn_tokens=drawn, drawn_logprobs=logprobs, drawn_spreads=spreads)
 
 
 def take(trajectory: Trajectory, rows: Tensor) -> Trajectory:
     """Return the trajectories of these rows, with rollout ids of their own."""
-    support = trajectory.support_ids
-    return replace(
-        trajectory,
-        prompts=tuple(trajectory.prompts[r] for r in rows.tolist()),
-        tokens=trajectory.tokens[rows],
-        unmask_step=trajectory.unmask_step[rows],
-        logprobs=trajectory.logprobs[rows],
-        entropies=trajectory.entropies[rows],
-        spreads=trajectory.spreads[rows],
-        support_ids=None if support is None else support[rows],
-        num_steps=trajectory.num_steps[rows],
-        rollout_ids=torch.arange(len(rows)),
-    )
+    return replace(select(trajectory, rows), rollout_ids=torch.arange(len(rows)))
 
 
 def estimator_gradient(
@@ -271,6 +302,46 @@ def estimator_gradient(
         )
         total = total - LOSSES["policy"](of_tokens(logprobs, batch), algorithm).loss
     return torch.autograd.grad(total, table)[0]
+
+
+def settings_of(toy: Toy, options) -> SamplingSettings:
+    return SamplingSettings(completion_length=toy.length, **options)
+
+
+def reward_gradient(table: Tensor, toy: Toy, sampling: SamplingSettings) -> Tensor:
+    """Differentiate the expected reward, sum over trajectories of p R, by brute force."""
+    table = table.clone().requires_grad_()
+    listed = enumerate_trajectories(table, toy, sampling)
+    expected = (listed.probability * toy.rewards(listed.trajectory.tokens)).sum()
+    return torch.autograd.grad(expected, table)[0]
+
+
+def mean_gradient(table: Tensor, toy: Toy, sampling: SamplingSettings, **options) -> Tensor:
+    """Average `full_trajectory` over single trajectories, with reward as advantage."""
+    listed = enumerate_trajectories(table, toy, sampling)
+    algorithm = AlgorithmSettings(normaliser="constant", normaliser_constant=1.0, **options)
+    context = DrawContext(algorithm, toy.eos_id, 0)
+    draws = all_steps(listed.trajectory, context)
+    gains = listed.probability * toy.rewards(listed.trajectory.tokens)
+    return estimator_gradient(table, toy, listed.trajectory, gains, draws, algorithm)
+
+
+def assert_listed(drawn: Trajectory, listed: Enumerated) -> None:
+    """Check by chi-square that rollouts were drawn with the probabilities of the list."""
+    names = ("tokens", "unmask_step", "drawn_tokens")
+    keys, seen = (
+        torch.cat([tensors(of)[n].long().flatten(1) for n in names if n in tensors(of)], 1).tolist()
+        for of in (listed.trajectory, drawn)
+    )
+    cell, count = {tuple(key): index for index, key in enumerate(keys)}, len(seen)
+    found = torch.bincount(torch.tensor([cell[tuple(key)] for key in seen]), minlength=len(cell))
+    expected = listed.probability.detach() * count
+    large = expected >= 5
+    found = torch.cat([found[large], found[~large].sum()[None]]).double()
+    expected = torch.cat([expected[large], expected[~large].sum()[None]])
+    chi_square = ((found - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    freedom = len(expected) - 1
+    assert abs(float(chi_square) - freedom) < 4 * (2 * freedom) ** 0.5
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

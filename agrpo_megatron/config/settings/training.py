@@ -126,6 +126,10 @@ class SamplingSettings:
     )
     early_end: bool = setting(True, "a row ends after a block that is all end-of-text")
     forbid_mask_token: bool = setting(True, "never draw the mask token (published code: false)")
+    record_drawn: bool = setting(
+        False,
+        "record the tokens that a step puts back, too (for algorithm.scoring=augmented)",
+    )
 
     @property
     def foresees_positions(self) -> bool:
