@@ -83,6 +83,9 @@ class Trajectory:
     drawn_tokens: Tensor | None = None  # [R, steps, block] int32; -1 where none was drawn
     drawn_logprobs: Tensor | None = None  # [R, steps, block] float32, nats
     drawn_spreads: Tensor | None = None  # [R, steps, block] float32
+    # Of drawn positions; None unless `sampling.position_temperature`.
+    turns: Tensor | None = None  # [R, C] int32, turn of the position within its step, from 0
+    turn_logprobs: Tensor | None = None  # [R, C] float32, nats, of the position at its turn
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,14 @@ class ScoredRows:
     length: Tensor | None = None  # [N] completion tokens in the state; None: all
     targets: Tensor | None = None  # [N, C] ids; None: the tokens of the rollout
     target_logprobs: Tensor | None = None  # [N, C] of `targets`, when the sampler drew them
+    # With them, the loss also has the choice of positions among the scored ones, as a unit a row.
+    turns: Tensor | None = None  # [N, C] int64; -1 where the row's step did not choose
+    turn_logprobs: Tensor | None = None  # [N, C] of the positions, when the sampler drew them
+
+    @property
+    def has_token(self) -> Tensor:
+        """Mark the scored positions [N, C] whose token is in the loss."""
+        return self.scored if self.turns is None else self.turns >= 0
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class SamplerState:
     columns: Tensor  # [R, C] canvas columns of the completion
     rollout_ids: Tensor  # [R]
     unmask_step: Tensor  # [R, C]; -1 where still masked
-    recorded: dict[str, Tensor]  # `RECORDED`, each [R, C]; 0 where nothing was drawn
+    recorded: dict[str, Tensor]  # `RECORDED` and turns, each [R, C]; 0 where nothing was drawn
     support_ids: Tensor  # [R, C, K]; K grows to the widest support seen
     step: Tensor  # [R] denoising steps done
     block: Tensor  # [R] block being decoded
@@ -50,6 +50,10 @@ def start(
     masks = torch.full((rows, width), mask_id, dtype=torch.int64, device=device)
     canvas, prompt_lengths = make_canvas(prompts, masks)
     zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+    recorded = {name: torch.zeros(rows, width, device=device) for name in RECORDED}
+    if sampling.position_temperature is not None:
+        recorded["turns"] = torch.zeros(rows, width, dtype=torch.int32, device=device)
+        recorded["turn_logprobs"] = torch.zeros(rows, width, device=device)
     return SamplerState(
         sampling=sampling,
         prompts=prompts,
@@ -58,7 +62,7 @@ def start(
         columns=completion_columns(prompt_lengths, width),
         rollout_ids=rollout_ids,
         unmask_step=torch.full((rows, width), -1, dtype=torch.int64, device=device),
-        recorded={name: torch.zeros(rows, width, device=device) for name in RECORDED},
+        recorded=recorded,
         support_ids=torch.zeros(rows, width, 0, dtype=torch.int32, device=device),
         step=zeros,
         block=zeros.clone(),
@@ -82,7 +86,12 @@ def block_positions(state: SamplerState, rows: Tensor) -> Tensor:
 
 
 def commit(
-    state: SamplerState, rows: Tensor, positions: Tensor, draw: Draw, is_fixed: Tensor
+    state: SamplerState,
+    rows: Tensor,
+    positions: Tensor,
+    draw: Draw,
+    is_fixed: Tensor,
+    turns: dict[str, Tensor],
 ) -> None:
     """Write the drawn tokens that a step fixes, and what is recorded of these and of all others.
 
@@ -90,12 +99,14 @@ def commit(
         rows, positions: [S] of the drawn tokens; all different.
         is_fixed: [S]. What is not fixed is written as it was: to leave it out, the host would
             have to wait for its number.
+        turns: [S] of the fixed positions, if they were drawn, and log-probs [S].
     """
     places = rows, positions
     _write(state.canvas, (rows, state.columns[places]), draw.tokens, is_fixed)
     _write(state.unmask_step, places, state.step[rows], is_fixed)
+    recorded = {name: getattr(draw, name) for name in RECORDED} | turns
     for name, values in state.recorded.items():
-        _write(values, places, getattr(draw, name).float(), is_fixed)
+        _write(values, places, recorded[name].to(values.dtype), is_fixed)
     slots = rows, state.step[rows], positions % state.sampling.block_length
     for name, values in state.drawn.items():
         values[slots] = getattr(draw, name).to(values.dtype)

@@ -150,29 +150,53 @@ def rows_at(trajectory: Trajectory, draws: StepDraws, *, scoring: str = "token")
 
     With `scoring: augmented`, also those that it drew and put back. Which tokens a step keeps is a
     step function of all that it drew, so the log-probs of these are the step's whole gradient,
-    whatever the order of unmasking.
+    whatever the order of unmasking. With `positions`, the turns of the positions that it drew.
     """
     fixed, step = trajectory.unmask_step[draws.rollout], draws.step[:, None]
     weight = draws.weight[:, None].expand_as(fixed)
     rows = ScoredRows(draws.rollout, fixed >= step, fixed == step, weight, is_sampled=True)
     if scoring == "augmented":
         rows = _with_drawn(rows, draws, trajectory)
-    return replace(rows, weight=weight * rows.scored)
+    elif scoring == "positions":
+        rows = _with_turns(rows, draws, trajectory)
+    return replace(rows, weight=weight * rows.has_token)
 
 
 def _with_drawn(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> ScoredRows:
     """Score all that each step drew, in place of the tokens that it fixed, at least one each."""
     assert trajectory.drawn_tokens is not None
     assert trajectory.drawn_logprobs is not None
-    place = torch.arange(rows.scored.shape[1], device=rows.scored.device)
     length = trajectory.sampling.block_length
-    block = rows.scored.long().argmax(1, keepdim=True) // length
+    place = torch.arange(rows.scored.shape[1], device=rows.scored.device) % length
     tokens, logprobs = (
-        record[draws.rollout, draws.step][:, place % length]
+        record[draws.rollout, draws.step][:, place]
         for record in (trajectory.drawn_tokens, trajectory.drawn_logprobs)
     )
-    is_drawn = (place // length == block) & (tokens >= 0)
-    return replace(rows, scored=is_drawn, targets=tokens.long(), target_logprobs=logprobs)
+    return replace(
+        rows,
+        scored=_masked_in_block(rows, length),
+        targets=tokens.long(),
+        target_logprobs=logprobs,
+    )
+
+
+def _with_turns(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> ScoredRows:
+    """Score the positions of each step's block for its draw of some of them."""
+    assert trajectory.turns is not None
+    assert trajectory.turn_logprobs is not None
+    return replace(
+        rows,
+        scored=_masked_in_block(rows, trajectory.sampling.block_length),
+        turns=trajectory.turns[draws.rollout].long().masked_fill(~rows.scored, -1),
+        turn_logprobs=trajectory.turn_logprobs[draws.rollout],
+    )
+
+
+def _masked_in_block(rows: ScoredRows, length: int) -> Tensor:
+    """Mark the masked positions [N, C] of the block of the tokens that a step fixed."""
+    blocks = torch.arange(rows.scored.shape[1], device=rows.scored.device) // length
+    block = rows.scored.long().argmax(1, keepdim=True) // length
+    return rows.hidden & (blocks == block)
 
 
 def at_level(draws: StepDraws, rollout: Rollout, context: DrawContext) -> ScoredRows:
@@ -218,7 +242,7 @@ def _normaliser(rollout: Rollout, context: DrawContext) -> Tensor:
     total = steps.sum()
     if settings.normaliser == "tokens":
         rows = rows_at(trajectory, all_steps(trajectory, context), scoring=settings.scoring)
-        total = rows.scored.sum()
+        total = rows.has_token.sum()
     return steps * len(steps) * share / total.clamp(min=1)
 
 

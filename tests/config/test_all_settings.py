@@ -72,6 +72,7 @@ NEEDS = {
     "task.mixture": ["task.name=mixture"],
     "sampling.schedule=dream": ["sampling.block_length=12"],
     "sampling.record_drawn": BY_CONFIDENCE,
+    "sampling.position_temperature": ["sampling.unmasking=entropy"],
     "sampling.unmasking=bernoulli": ["sampling.schedule=dream", "sampling.block_length=12"],
     "evaluation.unmasking=bernoulli": ["sampling.schedule=dream", "sampling.block_length=12"],
     "train.stop_metric": ["train.stop_patience=2"],
@@ -85,6 +86,10 @@ DIVIDED = ["algorithm.scale_by_std=true"]
 NEEDS |= {
     "algorithm.merge_steps": ["algorithm.mc_samples=null", "algorithm.name=tracerl"],
     "algorithm.scoring=augmented": [*BY_CONFIDENCE, "sampling.record_drawn=true"],
+    "algorithm.scoring=positions": [
+        "sampling.unmasking=entropy",
+        "sampling.position_temperature=0.5",
+    ],
     "algorithm.states": ON_MASKS,
     "algorithm.states=coupled_and_full": [*ON_MASKS, "algorithm.normaliser=tokens"],
     "algorithm.mask_low": ON_MASKS,

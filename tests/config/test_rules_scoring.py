@@ -15,7 +15,53 @@ RECORDED = SamplingSettings(
     unmasking="low_confidence",
     record_drawn=True,
 )
+BY_ENTROPY = {"unmasking": "entropy", "position_temperature": 0.5, "record_drawn": False}
 REFUSED = {
+    "positions by confidence": (
+        {},
+        BY_ENTROPY | {"unmasking": "low_confidence"},
+        "sampling.unmasking=low_confidence takes others; use entropy, or",
+    ),
+    "positions by threshold": (
+        {},
+        BY_ENTROPY | {"threshold": 0.5},
+        "sampling.threshold=0.5 fixes others; use null",
+    ),
+    "tokens that say nothing": (
+        {},
+        BY_ENTROPY | {"record_drawn": True},
+        "records tokens that say nothing; use false",
+    ),
+    "no drawn positions": (
+        {"scoring": "positions"},
+        {},
+        "scores positions that sampling.position_temperature draws; set it",
+    ),
+    "weights of tokens": (
+        {"scoring": "positions", "name": "cj_grpo"},
+        BY_ENTROPY,
+        "use agrpo or full_trajectory",
+    ),
+    "cut entropies": (
+        {"scoring": "positions"},
+        BY_ENTROPY | {"top_p": 0.9},
+        "use sampling.top_k=null sampling.top_p=1",
+    ),
+    "a ratio of a step": (
+        {"scoring": "positions", "level": "row"},
+        BY_ENTROPY,
+        "algorithm.level=row is not for algorithm.scoring=positions",
+    ),
+    "positions of the model": (
+        {"scoring": "positions", "scored_policy": "model"},
+        BY_ENTROPY,
+        "use sampler",
+    ),
+    "corrected positions": (
+        {"scoring": "positions", "rollout_correction": 2.0},
+        BY_ENTROPY,
+        "algorithm.rollout_correction=2 is not for algorithm.scoring=positions",
+    ),
     "a record of no more": (
         {},
         {"unmasking": "random"},
@@ -64,8 +110,16 @@ def test_what_the_sampler_records_is_scored(name, changed):
     validate_algorithm(algorithm, replace(RECORDED, **changed))
 
 
-def test_evaluation_records_nothing():
-    settings = load(
-        Settings, None, ["sampling.record_drawn=true", "sampling.unmasking=low_confidence"]
-    )
-    assert settings.sampling.record_drawn and not settings.evaluation_sampling.record_drawn
+@pytest.mark.parametrize("name", ["agrpo", "full_trajectory"])
+def test_drawn_positions_are_scored_or_only_their_tokens(name):
+    for scoring in ("positions", "token"):
+        algorithm = AlgorithmSettings(name=name, scoring=scoring)
+        validate_algorithm(algorithm, replace(RECORDED, **BY_ENTROPY))
+
+
+def test_evaluation_draws_no_positions_and_records_nothing():
+    changed = ["sampling.record_drawn=true", "sampling.position_temperature=0.5"]
+    settings = load(Settings, None, changed)
+    assert settings.sampling.record_drawn and settings.sampling.position_temperature == 0.5
+    assert not settings.evaluation_sampling.record_drawn
+    assert settings.evaluation_sampling.position_temperature is None

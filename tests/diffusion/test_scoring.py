@@ -20,6 +20,7 @@ from tests.diffusion.toy import (
     mean_gradient,
     relative_error,
     reward_gradient,
+    rows_of,
     settings_of,
 )
 
@@ -64,6 +65,28 @@ CASES = {
 }
 
 
+POSITIONS = {
+    "one position a step": (
+        Toy(),
+        TWO | {"unmasking": "entropy", "position_temperature": 0.4, "denoising_steps": 3},
+    ),
+    "two positions, then one": (
+        Toy(),
+        TWO | {"unmasking": "entropy", "position_temperature": 1.0},
+    ),
+    "cold positions in blocks that end early": (
+        Toy(length=4, tokens=2, eos_id=0),
+        {
+            "unmasking": "entropy",
+            "position_temperature": 0.1,
+            "block_length": 2,
+            "denoising_steps": 4,
+            "temperature": 0.6,
+        },
+    ),
+}
+
+
 def case_of(name):
     toy, options, is_biased = CASES[name]
     return toy, settings_of(toy, options | {"record_drawn": True}), is_biased
@@ -80,6 +103,17 @@ def test_all_drawn_tokens_give_the_gradient_of_the_expected_reward(name):
     assert error > 1e-2 if is_biased else error < EXACT
 
 
+@pytest.mark.parametrize("name", POSITIONS)
+def test_tokens_and_drawn_positions_give_the_gradient_of_the_expected_reward(name):
+    toy, options = POSITIONS[name]
+    sampling, table = settings_of(toy, options), toy.table(seed=4)
+    assert abs(float(enumerate_trajectories(table, toy, sampling).probability.sum()) - 1) < 1e-12
+    expected = reward_gradient(table, toy, sampling)
+    got = mean_gradient(table, toy, sampling, scoring="positions")
+    assert relative_error(got, expected) < EXACT
+    assert relative_error(mean_gradient(table, toy, sampling), expected) > 1e-2
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_recorded_changes_no_probability(name):
     toy, sampling, _ = case_of(name)
@@ -93,12 +127,15 @@ def test_what_is_recorded_changes_no_probability(name):
 @pytest.mark.parametrize("allocation", ["equal", "advantage"])
 @pytest.mark.parametrize("proposal", ["uniform", "gradient"])
 @pytest.mark.parametrize("sampler", ["distinct", "independent"])
-@pytest.mark.parametrize("threshold", [None, 0.7])
-def test_drawn_steps_give_it_too(monkeypatch, threshold, sampler, proposal, allocation):
+@pytest.mark.parametrize("scoring", ["augmented", "augmented, threshold", "positions"])
+def test_drawn_steps_give_it_too(monkeypatch, scoring, sampler, proposal, allocation):
     """Two of three steps, over all rollouts and all draws; with a threshold some have fewer."""
-    toy = Toy(tokens=2)
-    options = ONE | {"unmasking": "low_confidence", "threshold": threshold, "record_drawn": True}
-    sampling, table = settings_of(toy, options), toy.table(seed=5)
+    toy, scoring, has_threshold = Toy(tokens=2), *scoring.partition(",")[::2]
+    options = {"unmasking": "entropy", "position_temperature": 0.3}
+    if scoring == "augmented":
+        options = {"unmasking": "low_confidence", "record_drawn": True}
+        options["threshold"] = 0.7 if has_threshold else None
+    sampling, table = settings_of(toy, ONE | options), toy.table(seed=5)
     listed = enumerate_trajectories(table, toy, sampling)
     gains = listed.probability * toy.rewards(listed.trajectory.tokens)
     algorithm = AlgorithmSettings(
@@ -106,7 +143,7 @@ def test_drawn_steps_give_it_too(monkeypatch, threshold, sampler, proposal, allo
         step_sampler=sampler,
         proposal=proposal,
         allocation=allocation,
-        scoring="augmented",
+        scoring=scoring,
         normaliser="constant",
         normaliser_constant=1.0,
     )
@@ -155,10 +192,12 @@ def draws_of(trajectory, step):
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *POSITIONS])
 def test_the_sampler_draws_and_records_what_is_listed(name):
     """Chi-square of 20,000 rollouts; the seed is fixed, so this never flakes."""
-    toy, sampling, _ = case_of(name)
+    toy, sampling = case_of(name)[:2] if name in CASES else POSITIONS[name]
+    if name in POSITIONS:
+        sampling = settings_of(toy, sampling)
     table, count = toy.table(seed=4), 20_000
     listed = enumerate_trajectories(table, toy, sampling)
     drawn = sample(
@@ -168,12 +207,8 @@ def test_the_sampler_draws_and_records_what_is_listed(name):
         sampling=sampling,
     )
     assert_listed(drawn, listed)
-    keys = [
-        torch.cat([of.unmask_step, of.tokens, of.drawn_tokens.long().flatten(1)], 1).tolist()
-        for of in (listed.trajectory, drawn)
-    ]
-    place = {tuple(key): index for index, key in enumerate(keys[0])}
-    rows = torch.tensor([place[tuple(key)] for key in keys[1]])
-    for field in ("logprobs", "spreads"):
-        found, known = (getattr(of, f"drawn_{field}") for of in (drawn, listed.trajectory))
-        assert float((found - known[rows]).abs().max()) < 1e-6, field
+    rows = rows_of(drawn, listed)
+    recorded = ("turn_logprobs",) if name in POSITIONS else ("drawn_logprobs", "drawn_spreads")
+    for field in ("logprobs", *recorded):
+        found, known = (getattr(of, field) for of in (drawn, listed.trajectory))
+        assert float((found - known[rows]).abs().max()) < 1e-5, field

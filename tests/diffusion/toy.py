@@ -5,18 +5,21 @@ package, and keeps the probability of every trajectory differentiable in the tab
 """
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
+from agrpo_megatron.diffusion.batches import recorded_logprobs
 from agrpo_megatron.diffusion.draw import LogitsForward
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import SamplerContext
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.losses import LOSSES, of_tokens
 from agrpo_megatron.estimators.steps import all_steps, at_level
+from agrpo_megatron.estimators.table import is_joint
 from agrpo_megatron.trajectories import select, tensors
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
 from tests.diffusion.batching import batches_of
@@ -135,6 +138,8 @@ class _Leaf:
     unmask_step: tuple[int, ...]
     probability: Tensor
     drawn: tuple[tuple[int, ...], ...] = ()  # of each step by place in the block, if recorded
+    turns: tuple[int, ...] = ()  # of each position within its step, if drawn
+    turn_chances: tuple[Tensor, ...] = ()  # probability of each position at its turn, likewise
 
     @property
     def step(self) -> int:
@@ -153,13 +158,14 @@ def _steps(leaf: _Leaf, places, count: int, table: Tensor, toy: Toy, sampling: S
     probs = {j: policy(rows[j], toy, sampling) for j in masked}
     for drawn in itertools.product(range(toy.tokens), repeat=len(masked)):
         draw = dict(zip(masked, drawn, strict=True))
-        choices = _choices(masked, count, draw, probs, sampling)
-        for chosen in choices:
+        for chosen, chances in _choices(masked, count, draw, probs, sampling):
             sure = [j for j in masked if _is_sure(probs[j][draw[j]], sampling)]
             kept = {*chosen, *sure}
             others = [probs[j][draw[j]] for j in masked if j not in kept]
             rest = torch.stack(others).prod() if others else 1.0
-            fixed = _fix(leaf, {j: draw[j] for j in kept}, probs, rest / len(choices))
+            fixed = _fix(leaf, {j: draw[j] for j in kept}, probs, rest * math.prod(chances))
+            if sampling.position_temperature is not None:
+                fixed = _with_turns(fixed, chosen, chances, toy)
             if sampling.record_drawn and masked:
                 record = tuple(draw.get(j, -1) for j in places)
                 fixed = replace(fixed, drawn=(*leaf.drawn, record))
@@ -167,11 +173,30 @@ def _steps(leaf: _Leaf, places, count: int, table: Tensor, toy: Toy, sampling: S
 
 
 def _choices(masked: list[int], count: int, draw: dict[int, int], probs, sampling):
-    """Return the equally likely sets of positions that a step may choose."""
+    """Return the positions that a step may choose, and probabilities whose product is theirs."""
+    count = min(count, len(masked))
+    if sampling.position_temperature is not None:
+        wish = {j: (-_entropy(probs[j]) / sampling.position_temperature).exp() for j in masked}
+        choices = []
+        for chosen in itertools.permutations(masked, count):
+            left = [[j for j in masked if j not in chosen[:turn]] for turn in range(count)]
+            turns = zip(chosen, left, strict=True)
+            choices.append((chosen, [wish[j] / sum(wish[i] for i in rest) for j, rest in turns]))
+        return choices
     if sampling.unmasking == "random":
-        return list(itertools.combinations(masked, min(count, len(masked))))
+        sets = list(itertools.combinations(masked, count))
+        return [(chosen, [1 / len(sets)]) for chosen in sets]
     rank = {j: float(_confidence(probs[j].detach(), draw[j], sampling.unmasking)) for j in masked}
-    return [sorted(masked, key=lambda j: (-rank[j], j))[:count]]
+    return [(sorted(masked, key=lambda j: (-rank[j], j))[:count], [1.0])]
+
+
+def _with_turns(leaf: _Leaf, chosen, chances, toy: Toy) -> _Leaf:
+    """Note the turns of a step's positions, and their probabilities."""
+    turns = list(leaf.turns or [0] * toy.length)
+    known = list(leaf.turn_chances or [torch.ones(())] * toy.length)
+    for turn, (j, chance) in enumerate(zip(chosen, chances, strict=True)):
+        turns[j], known[j] = turn, chance.detach()
+    return replace(leaf, turns=tuple(turns), turn_chances=tuple(known))
 
 
 def _confidence(probs: Tensor, token: int, unmasking: str) -> Tensor | float:
@@ -208,7 +233,7 @@ def _merge(leaves) -> list[_Leaf]:
     for leaf in leaves:
         if float(leaf.probability.detach()) == 0:
             continue
-        key = (leaf.tokens, leaf.unmask_step, leaf.drawn)
+        key = (leaf.tokens, leaf.unmask_step, leaf.drawn, leaf.turns)
         before = merged.get(key)
         total = leaf.probability + before.probability if before else leaf.probability
         merged[key] = replace(leaf, probability=total)
@@ -249,6 +274,10 @@ def _record(leaves: list[_Leaf], table: Tensor, toy: Toy, sampling: SamplingSett
         sampling=sampling,
         weights_version=0,
     )
+    if sampling.position_temperature is not None:
+        chances = torch.stack([torch.stack(leaf.turn_chances) for leaf in leaves]).double()
+        turns = torch.tensor([leaf.turns for leaf in leaves], dtype=torch.int32)
+        trajectory = replace(trajectory, turns=turns, turn_logprobs=chances.log())
     if sampling.record_drawn:
         trajectory = _with_drawn(trajectory, leaves, table.detach(), toy)
     return Enumerated(trajectory, torch.stack([leaf.probability for leaf in leaves]))
@@ -294,7 +323,12 @@ def estimator_gradient(
     rollout = Rollout(trajectory, advantages, advantages > 0, advantages)
     rows = at_level(draws, rollout, DrawContext(algorithm, toy.eos_id, 0))
     score, total = toy.score(table), table.sum() * 0
-    for batch in batches_of(rollout, rows, mask_id=toy.mask_id, token_budget=4096):
+    batches = batches_of(rollout, rows, mask_id=toy.mask_id, token_budget=4096)
+    if is_joint(rows, algorithm):
+        loss = _joint_loss(rollout, rows, batches, score, toy, algorithm)
+        total = torch.stack([loss(score(batch.rows), batch)[0] for batch in batches]).sum()
+        return torch.autograd.grad(-total, table)[0]
+    for batch in batches:
         temperature = trajectory.sampling.temperature
         logits = policy_logits(score(batch.rows), toy.vocab, temperature=temperature)
         logprobs, _ = token_logprobs(
@@ -302,6 +336,27 @@ def estimator_gradient(
         )
         total = total - LOSSES["policy"](of_tokens(logprobs, batch), algorithm).loss
     return torch.autograd.grad(total, table)[0]
+
+
+def _joint_loss(rollout: Rollout, rows, batches, score, toy: Toy, algorithm: AlgorithmSettings):
+    """Return the loss of micro-batches that join tokens, as `training.update` makes it."""
+    # Megatron takes seconds to load.
+    from agrpo_megatron.training import objective
+    from agrpo_megatron.training.scoring import score_tokens
+
+    sampling = rollout.trajectory.sampling
+    logprobs = torch.zeros(rows.scored.shape, dtype=torch.float64)
+    entropies = torch.zeros_like(logprobs)
+    for batch in batches:
+        scores = score_tokens(score(batch.rows).detach(), batch, toy.vocab, sampling, algorithm)
+        logprobs[batch.row, batch.position] = scores.logprobs
+        entropies[batch.row, batch.position] = scores.entropies
+    old = recorded_logprobs(rollout, rows)
+    assert old is not None
+    tables = objective.Tables(logprobs, old, None, entropies)
+    metrics, slopes = objective.joint_loss(rows, tables, rollout, algorithm)
+    assert float(metrics["ratio_max_error"]) < 1e-12, "recorded log-probs are those of a new pass"
+    return objective.make_tangent(slopes, metrics, toy.vocab, sampling, algorithm, speaker=None)
 
 
 def settings_of(toy: Toy, options) -> SamplingSettings:
@@ -326,15 +381,22 @@ def mean_gradient(table: Tensor, toy: Toy, sampling: SamplingSettings, **options
     return estimator_gradient(table, toy, listed.trajectory, gains, draws, algorithm)
 
 
-def assert_listed(drawn: Trajectory, listed: Enumerated) -> None:
-    """Check by chi-square that rollouts were drawn with the probabilities of the list."""
-    names = ("tokens", "unmask_step", "drawn_tokens")
+def rows_of(drawn: Trajectory, listed: Enumerated) -> Tensor:
+    """Return which of the listed trajectories each drawn one is."""
+    names = ("tokens", "unmask_step", "drawn_tokens", "turns")
     keys, seen = (
         torch.cat([tensors(of)[n].long().flatten(1) for n in names if n in tensors(of)], 1).tolist()
         for of in (listed.trajectory, drawn)
     )
-    cell, count = {tuple(key): index for index, key in enumerate(keys)}, len(seen)
-    found = torch.bincount(torch.tensor([cell[tuple(key)] for key in seen]), minlength=len(cell))
+    row = {tuple(key): index for index, key in enumerate(keys)}
+    return torch.tensor([row[tuple(key)] for key in seen])
+
+
+def assert_listed(drawn: Trajectory, listed: Enumerated) -> None:
+    """Check by chi-square that rollouts were drawn with the probabilities of the list."""
+    rows = rows_of(drawn, listed)
+    count = len(rows)
+    found = torch.bincount(rows, minlength=len(listed.probability))
     expected = listed.probability.detach() * count
     large = expected >= 5
     found = torch.cat([found[large], found[~large].sum()[None]]).double()

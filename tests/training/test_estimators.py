@@ -41,6 +41,7 @@ OWN = Path(__file__).parents[2] / "examples" / "my_estimator.py"
 # Of the first gradient, relative; tensor parallelism sums other parts in float32.
 BOUNDS = dict.fromkeys(LAYOUTS, 1e-6) | {"tp2": 3e-6}
 FEW = {"mc_samples": 3}
+OF_TURNS = {"unmasking": "entropy", "block_length": 4, "position_temperature": 0.5}
 ALL_DRAWN = {"unmasking": "low_confidence", "block_length": 4, "record_drawn": True}
 VARIANTS: dict = {name: {"name": name} for name in ENTRIES} | {
     "agrpo": {"name": "agrpo", **FEW},
@@ -65,6 +66,15 @@ VARIANTS: dict = {name: {"name": name} for name in ENTRIES} | {
         "sampling": ALL_DRAWN | {"threshold": 0.2},
     },
     "all drawn tokens by step": {"name": "cj_grpo", "scoring": "augmented", "sampling": ALL_DRAWN},
+    "drawn positions": {"name": "full_trajectory", "scoring": "positions", "sampling": OF_TURNS},
+    "drawn positions of drawn steps": {
+        "name": "agrpo",
+        "mc_samples": 2,
+        "scoring": "positions",
+        "kl_sum": True,
+        "entropy_bonus": 0.1,
+        "sampling": OF_TURNS | {"denoising_steps": 4},
+    },
     "of the user": {"name": f"{OWN}:suffixes", "loss": f"{OWN}:soft_clip"},
 }
 

@@ -81,7 +81,7 @@ class Settings:
     def evaluation_sampling(self) -> SamplingSettings:
         """The sampler of evaluation: `sampling` with the overrides of `evaluation`.
 
-        It records nothing that only an update needs.
+        It draws no positions, and records nothing that only an update needs.
         """
         sampling, chosen = self.sampling, self.evaluation
         return replace(
@@ -92,5 +92,6 @@ class Settings:
             block_length=chosen.block_length or sampling.block_length,
             top_k=chosen.top_k,
             top_p=chosen.top_p,
+            position_temperature=None,
             record_drawn=False,
         )

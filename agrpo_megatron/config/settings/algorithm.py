@@ -19,7 +19,7 @@ STATES = (
     "coupled_counts",
     "quadrature",
 )
-SCORING = ("token", "augmented")
+SCORING = ("token", "augmented", "positions")
 NORMALISERS = ("live_steps", "all_steps", "same_step", "rows", "tokens", "constant", "sum")
 
 
@@ -69,7 +69,8 @@ class AlgorithmSettings:
     )
     scoring: str = setting(
         "token",
-        "scored of a step: the tokens that it keeps, or also those that it draws and puts back",
+        "scored of a step: the tokens that it keeps; also those that it draws and puts back; or "
+        "also its draw of positions",
         choices=SCORING,
     )
     merge_steps: int | None = setting(
