@@ -21,9 +21,9 @@ from agrpo_megatron.types import Rollout, ScoredRows, StepDraws, Trajectory
 def agrpo(rollout: Rollout, context: DrawContext) -> ScoredRows:
     """Score drawn steps: an unbiased estimate of `full_trajectory`.
 
-    Exact for orders of unmasking that do not depend on the weights, such as `random`, and with
-    `scoring: augmented` for all. Forward passes: `mc_samples` with gradient. Source: arXiv
-    2510.04019, probablyabot/agrpo.
+    Exact for orders of unmasking that do not depend on the weights, such as `random`, and for
+    others with the `scoring` that docs/estimators.md names. Forward passes: `mc_samples` with
+    gradient. Source: arXiv 2510.04019, probablyabot/agrpo.
     """
     counts = draw_counts(rollout, context)
     return at_level(drawn_steps(rollout.trajectory, context, counts), rollout, context)

@@ -57,7 +57,6 @@ VARIANTS: dict = {name: {"name": name} for name in ENTRIES} | {
     "egspo, KL over the vocabulary": {"name": "egspo", "kl": "exact"},
     "agrpo, KL over the vocabulary": {"name": "agrpo", "kl": "exact"},
     "vrpo without tails": {"name": "vrpo", "tail": "first", "cut_tail": True},
-    "all drawn tokens": {"name": "full_trajectory", "scoring": "augmented", "sampling": ALL_DRAWN},
     "all drawn tokens of drawn steps": {
         "name": "agrpo",
         "mc_samples": 2,
@@ -66,7 +65,6 @@ VARIANTS: dict = {name: {"name": name} for name in ENTRIES} | {
         "sampling": ALL_DRAWN | {"threshold": 0.2},
     },
     "all drawn tokens by step": {"name": "cj_grpo", "scoring": "augmented", "sampling": ALL_DRAWN},
-    "drawn positions": {"name": "full_trajectory", "scoring": "positions", "sampling": OF_TURNS},
     "drawn positions of drawn steps": {
         "name": "agrpo",
         "mc_samples": 2,
