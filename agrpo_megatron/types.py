@@ -78,6 +78,14 @@ class Trajectory:
     rollout_ids: Tensor  # [R] int64, the rollout index of the noise
     sampling: SamplingSettings
     weights_version: int = 0  # optimizer steps before the sampling
+    # All that each step drew, kept or put back, by place in its block; None unless
+    # `sampling.record_drawn`. Log-probs and spreads are 0 where no token was drawn.
+    drawn_tokens: Tensor | None = None  # [R, steps, block] int32; -1 where none was drawn
+    drawn_logprobs: Tensor | None = None  # [R, steps, block] float32, nats
+    drawn_spreads: Tensor | None = None  # [R, steps, block] float32
+    # Of drawn positions; None unless `sampling.position_temperature`.
+    turns: Tensor | None = None  # [R, C] int32, turn of the position within its step, from 0
+    turn_logprobs: Tensor | None = None  # [R, C] float32, nats, of the position at its turn
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,16 @@ class ScoredRows:
     kl_weight: Tensor | None = None  # [N, C] of the KL; None: as `weight`
     advantage: Tensor | None = None  # [N]; None: that of the row's rollout
     length: Tensor | None = None  # [N] completion tokens in the state; None: all
+    targets: Tensor | None = None  # [N, C] ids; None: the tokens of the rollout
+    target_logprobs: Tensor | None = None  # [N, C] of `targets`, when the sampler drew them
+    # With them, the loss also has the choice of positions among the scored ones, as a unit a row.
+    turns: Tensor | None = None  # [N, C] int64; -1 where the row's step did not choose
+    turn_logprobs: Tensor | None = None  # [N, C] of the positions, when the sampler drew them
+
+    @property
+    def has_token(self) -> Tensor:
+        """Mark the scored positions [N, C] whose token is in the loss."""
+        return self.scored if self.turns is None else self.turns >= 0
 
 
 @dataclass(frozen=True)

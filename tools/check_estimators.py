@@ -30,7 +30,7 @@ from agrpo_megatron.estimators.losses import bounds, in_units
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
 from agrpo_megatron.training.objective import Tables, joint_inputs
-from agrpo_megatron.training.scoring import logprob_table
+from agrpo_megatron.training.scoring import score_tables
 from agrpo_megatron.training.step import accumulate_gradients
 from agrpo_megatron.training.update import Part, packed_part, with_loss, with_old_logprobs
 from agrpo_megatron.types import TimestepBatch
@@ -131,7 +131,7 @@ def check_folder(folder: Folder, engine: Engine, settings: Settings) -> Iterator
 def _check_scores(case: Case, part: Part, engine: Engine, settings: Settings) -> Iterator[Check]:
     """Compare log-prob estimates on the ranks that have them, and advantages."""
     tensors, rows, algorithm = case.recorded.tensors, case.rows, case.algorithm
-    current = logprob_table(
+    current, _ = score_tables(
         engine.network, part.batches, rows.scored.shape, settings.sampling, algorithm
     )
     inputs = joint_inputs(rows, Tables(current, current, None), case.rollout)

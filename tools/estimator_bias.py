@@ -125,8 +125,8 @@ def gradient(
     logprobs = table[..., : toy.tokens].log_softmax(-1)[state]
     values = logprobs.gather(2, tokens[:, :, None]).squeeze(2)
     known = values.detach()
-    _, slope = joint_loss(scored, Tables(known, known, known), rollout, algorithm)
-    (result,) = torch.autograd.grad(-(values * slope).sum(), table)
+    _, slopes = joint_loss(scored, Tables(known, known, known), rollout, algorithm)
+    (result,) = torch.autograd.grad(-(values * slopes.logprobs).sum(), table)
     return result / len(rollout.rewards)
 
 

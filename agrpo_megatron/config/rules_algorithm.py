@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from agrpo_megatron.config.own_code import is_file_name, split_name
+from agrpo_megatron.config.rules_scoring import validate_scoring
 from agrpo_megatron.config.settings.algorithm import AlgorithmSettings
 from agrpo_megatron.config.settings.estimators import ENTRIES, LOSSES, ON_MASKS
 from agrpo_megatron.config.settings.training import SamplingSettings
@@ -23,6 +24,7 @@ OF_ESTIMATORS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_DRAWN, ("agrpo",)),
     "live_steps": (*_ON_STEPS, "cj_grpo"),
     "rollout_correction": (*_ON_STEPS, "cj_grpo"),
+    "scoring": ("agrpo", "full_trajectory", "cj_grpo"),
 }
 # setting: the losses that use it
 OF_LOSSES: dict[str, tuple[str, ...]] = {
@@ -71,6 +73,7 @@ def validate_algorithm(algorithm: AlgorithmSettings, sampling: SamplingSettings)
             f"algorithm.mask_low={low:g} is above algorithm.mask_high={high:g}; lower it"
         )
     _check_sampling(filled, sampling)
+    validate_scoring(filled, sampling)
 
 
 def _check_name(key: str, name: str, known: Iterable[str]) -> None:

@@ -38,6 +38,8 @@ def timestep_batch(
     if scored.coefficient is not None:  # there, it is of a single token in an exact KL only
         kl_weight = kl_weight * scored.coefficient
     support = trajectory.support_ids if scored.is_sampled else None
+    targets = trajectory.tokens[source] if scored.targets is None else scored.targets[rows]
+    old = recorded_logprobs(rollout, scored, rows)
     return TimestepBatch(
         rows=_packed(
             _states_of_prompts(rollout, scored, rows, mask_id),
@@ -47,9 +49,9 @@ def timestep_batch(
             mask_id=mask_id,
             shift=shift,
         ),
-        targets=trajectory.tokens[owner, position],
+        targets=targets[row, position],
         support_ids=support[owner, position] if support is not None else None,
-        old_logprobs=trajectory.logprobs[owner, position] if scored.is_sampled else None,
+        old_logprobs=None if old is None else old[row, position],
         reference_logprobs=None,
         advantages=gains,
         weights=scored.weight[number, position].to(gains.dtype),
@@ -58,6 +60,21 @@ def timestep_batch(
         row=number,
         position=position,
     )
+
+
+def recorded_logprobs(
+    rollout: Rollout, scored: ScoredRows, rows: Tensor | slice = slice(None)
+) -> Tensor | None:
+    """Return the log-probs with which the sampler drew the targets, [n, C]; None: not known.
+
+    Args:
+        rows: [n] indices of scored rows; by default all.
+    """
+    if not scored.is_sampled:
+        return None
+    if scored.target_logprobs is not None:
+        return scored.target_logprobs[rows]
+    return rollout.trajectory.logprobs[scored.rollout[rows]]
 
 
 def _states_of_prompts(

@@ -26,6 +26,7 @@ from agrpo_megatron.diffusion.sampler_state import (
     trajectory,
 )
 from agrpo_megatron.diffusion.schedule import bernoulli_plan
+from agrpo_megatron.diffusion.turns import position_scores, turn_logprobs
 from agrpo_megatron.types import Trajectory
 
 
@@ -162,8 +163,9 @@ def _launch(state: SamplerState, numbers: list[int], context: SamplerContext) ->
 def _finish(state: SamplerState, group: _Group, context: SamplerContext) -> list[int]:
     """Fix the best of a group's draws and end its step; returns the rows still live."""
     draw, spots = group.draws(), group.spots
-    is_fixed = _fixed(state, group, draw, context)[spots]
-    commit(state, group.rows[spots[0]], group.positions[spots], draw, is_fixed)
+    is_fixed, turns = _fixed(state, group, draw, context)
+    rows, positions = group.rows[spots[0]], group.positions[spots]
+    commit(state, rows, positions, draw, is_fixed[spots], {n: v[spots] for n, v in turns.items()})
     return advance(state, group.numbers, group.rows, context.eos_id)
 
 
@@ -183,23 +185,43 @@ def _wanted(
     return _best(rank, _scheduled(state, rows)) & masked
 
 
-def _fixed(state: SamplerState, group: _Group, draw: Draw, context: SamplerContext) -> Tensor:
-    """Return which wanted positions [n, block length] this step fixes."""
+def _fixed(
+    state: SamplerState, group: _Group, draw: Draw, context: SamplerContext
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return which wanted positions [n, block length] this step fixes.
+
+    Where it draws them, also their turns and the log-probs of these.
+    """
     rows, wanted, spots, sampling = group.rows, group.wanted, group.spots, state.sampling
     if sampling.foresees_positions:
-        return wanted
+        return wanted, {}
     if sampling.unmasking in MODEL_FREE:
         rank = _model_free_rank(state, rows, group.positions, wanted, context)
     else:
         by_entropy = sampling.unmasking == "entropy"
         rank = torch.full(wanted.shape, float("-inf"), dtype=torch.float64, device=rows.device)
         rank[spots] = (-draw.entropies if by_entropy else draw.confidences).double()
+    if sampling.position_temperature is not None:
+        scores = position_scores(-rank, sampling.position_temperature)
+        return _drawn_positions(state, group, scores, context)
     fixed = _best(rank, _scheduled(state, rows))
     if sampling.threshold is not None:
         sure = torch.zeros_like(wanted)
         sure[spots] = draw.confidences.exp() >= sampling.threshold
         fixed = fixed | sure
-    return fixed & wanted
+    return fixed & wanted, {}
+
+
+def _drawn_positions(
+    state: SamplerState, group: _Group, scores: Tensor, context: SamplerContext
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Draw the positions that a step fixes: the highest of scores [n, block length] and noise."""
+    wanted = group.wanted
+    noisy = scores + noise.gumbel(_position_keys(state, group.rows, group.positions, context))
+    places = _places(noisy.masked_fill(~wanted, float("-inf")))
+    fixed = (places < _scheduled(state, group.rows)) & wanted
+    turns = places.masked_fill(~fixed, -1)
+    return fixed, {"turns": turns, "turn_logprobs": turn_logprobs(scores, turns, wanted)}
 
 
 def _scheduled(state: SamplerState, rows: Tensor) -> Tensor:
@@ -214,10 +236,16 @@ def _model_free_rank(
     if state.sampling.unmasking == "leftmost":
         rank = -positions.double()
     else:
-        rollouts, steps = state.rollout_ids[rows, None], state.step[rows, None]
-        keys = noise.noise_key(context.seed, noise.POSITIONS, rollouts, steps, positions)
-        rank = noise.uniform(keys)
+        rank = noise.uniform(_position_keys(state, rows, positions, context))
     return rank.masked_fill(~masked, float("-inf"))
+
+
+def _position_keys(
+    state: SamplerState, rows: Tensor, positions: Tensor, context: SamplerContext
+) -> Tensor:
+    """Return the noise keys [n, block length] of a step's positions."""
+    rollouts, steps = state.rollout_ids[rows, None], state.step[rows, None]
+    return noise.noise_key(context.seed, noise.POSITIONS, rollouts, steps, positions)
 
 
 def _step_uniforms(state: SamplerState, context: SamplerContext) -> Tensor:
@@ -233,7 +261,13 @@ def _step_uniforms(state: SamplerState, context: SamplerContext) -> Tensor:
 
 def _best(rank: Tensor, counts: Tensor) -> Tensor:
     """Mark the `counts` [n, 1] highest of each row of `rank` [n, B]; the leftmost wins a tie."""
+    return _places(rank) < counts
+
+
+def _places(rank: Tensor) -> Tensor:
+    """Return the place of each position in the descending order of its row, [n, B] from 0."""
     order = torch.argsort(rank, dim=1, descending=True, stable=True)
     places = torch.empty_like(order)
-    places.scatter_(1, order, torch.arange(rank.shape[1], device=rank.device).expand_as(order))
-    return places < counts
+    return places.scatter_(
+        1, order, torch.arange(rank.shape[1], device=rank.device).expand_as(order)
+    )

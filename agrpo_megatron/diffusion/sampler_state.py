@@ -18,6 +18,7 @@ from agrpo_megatron.types import Trajectory
 _DRAWN = {field.name for field in fields(Draw)} - {"tokens", SUPPORT}
 # Fields of a draw that a trajectory keeps as float32, besides its token and its support.
 RECORDED = tuple(field.name for field in fields(Trajectory) if field.name in _DRAWN)
+DRAWN = ("tokens", "logprobs", "spreads")  # of all tokens that a step draws: `drawn_*`
 
 
 @dataclass
@@ -31,12 +32,13 @@ class SamplerState:
     columns: Tensor  # [R, C] canvas columns of the completion
     rollout_ids: Tensor  # [R]
     unmask_step: Tensor  # [R, C]; -1 where still masked
-    recorded: dict[str, Tensor]  # `RECORDED`, each [R, C]; 0 where nothing was drawn
+    recorded: dict[str, Tensor]  # `RECORDED` and turns, each [R, C]; 0 where nothing was drawn
     support_ids: Tensor  # [R, C, K]; K grows to the widest support seen
     step: Tensor  # [R] denoising steps done
     block: Tensor  # [R] block being decoded
     step_in_block: Tensor  # [R]
     schedule: Tensor  # [steps of a block] tokens that each fixes
+    drawn: dict[str, Tensor]  # `DRAWN`, each [R, steps, block]; empty: not recorded
     plan: Tensor | None = None  # [R, C] step that fixes each position, where known beforehand
 
 
@@ -48,6 +50,10 @@ def start(
     masks = torch.full((rows, width), mask_id, dtype=torch.int64, device=device)
     canvas, prompt_lengths = make_canvas(prompts, masks)
     zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+    recorded = {name: torch.zeros(rows, width, device=device) for name in RECORDED}
+    if sampling.position_temperature is not None:
+        recorded["turns"] = torch.zeros(rows, width, dtype=torch.int32, device=device)
+        recorded["turn_logprobs"] = torch.zeros(rows, width, device=device)
     return SamplerState(
         sampling=sampling,
         prompts=prompts,
@@ -56,13 +62,21 @@ def start(
         columns=completion_columns(prompt_lengths, width),
         rollout_ids=rollout_ids,
         unmask_step=torch.full((rows, width), -1, dtype=torch.int64, device=device),
-        recorded={name: torch.zeros(rows, width, device=device) for name in RECORDED},
+        recorded=recorded,
         support_ids=torch.zeros(rows, width, 0, dtype=torch.int32, device=device),
         step=zeros,
         block=zeros.clone(),
         step_in_block=zeros.clone(),
         schedule=on_device(step_counts(sampling), device),
+        drawn=_no_draws(rows, sampling, device) if sampling.record_drawn else {},
     )
+
+
+def _no_draws(rows: int, sampling: SamplingSettings, device: torch.device) -> dict[str, Tensor]:
+    """Return the record of all drawn tokens before the first step."""
+    shape = (rows, sampling.denoising_steps, sampling.block_length)
+    record = {name: torch.zeros(shape, device=device) for name in DRAWN}
+    return record | {"tokens": torch.full(shape, -1, dtype=torch.int32, device=device)}
 
 
 def block_positions(state: SamplerState, rows: Tensor) -> Tensor:
@@ -72,20 +86,30 @@ def block_positions(state: SamplerState, rows: Tensor) -> Tensor:
 
 
 def commit(
-    state: SamplerState, rows: Tensor, positions: Tensor, draw: Draw, is_fixed: Tensor
+    state: SamplerState,
+    rows: Tensor,
+    positions: Tensor,
+    draw: Draw,
+    is_fixed: Tensor,
+    turns: dict[str, Tensor],
 ) -> None:
-    """Write the drawn tokens that a step fixes, and the recorded values of each.
+    """Write the drawn tokens that a step fixes, and what is recorded of these and of all others.
 
     Args:
         rows, positions: [S] of the drawn tokens; all different.
         is_fixed: [S]. What is not fixed is written as it was: to leave it out, the host would
             have to wait for its number.
+        turns: [S] of the fixed positions, if they were drawn, and log-probs [S].
     """
     places = rows, positions
     _write(state.canvas, (rows, state.columns[places]), draw.tokens, is_fixed)
     _write(state.unmask_step, places, state.step[rows], is_fixed)
+    recorded = {name: getattr(draw, name) for name in RECORDED} | turns
     for name, values in state.recorded.items():
-        _write(values, places, getattr(draw, name).float(), is_fixed)
+        _write(values, places, recorded[name].to(values.dtype), is_fixed)
+    slots = rows, state.step[rows], positions % state.sampling.block_length
+    for name, values in state.drawn.items():
+        values[slots] = getattr(draw, name).to(values.dtype)
     if draw.support_ids is None:
         return
     missing = draw.support_ids.shape[-1] - state.support_ids.shape[-1]
@@ -125,6 +149,7 @@ def trajectory(state: SamplerState, rows: list[int]) -> Trajectory:
     """Return the trajectory of complete rows."""
     chosen = on_device(rows, state.step.device)
     recorded: dict[str, Any] = {name: values[chosen] for name, values in state.recorded.items()}
+    drawn: dict[str, Any] = {f"drawn_{n}": values[chosen] for n, values in state.drawn.items()}
     support = state.support_ids
     return Trajectory(
         prompts=tuple(state.prompts[row] for row in rows),
@@ -135,6 +160,7 @@ def trajectory(state: SamplerState, rows: list[int]) -> Trajectory:
         rollout_ids=state.rollout_ids[chosen],
         sampling=state.sampling,
         **recorded,
+        **drawn,
     )
 
 

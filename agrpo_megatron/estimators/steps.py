@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.estimators import timesteps
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.weights import (
@@ -20,8 +21,9 @@ from agrpo_megatron.types import Rollout, ScoredRows, StepDraws, Trajectory
 def agrpo(rollout: Rollout, context: DrawContext) -> ScoredRows:
     """Score drawn steps: an unbiased estimate of `full_trajectory`.
 
-    Exact for orders of unmasking that do not depend on the weights, such as `random`. Forward
-    passes: `mc_samples` with gradient. Source: arXiv 2510.04019, probablyabot/agrpo.
+    Exact for orders of unmasking that do not depend on the weights, such as `random`, and for
+    others with the `scoring` that docs/estimators.md names. Forward passes: `mc_samples` with
+    gradient. Source: arXiv 2510.04019, probablyabot/agrpo.
     """
     counts = draw_counts(rollout, context)
     return at_level(drawn_steps(rollout.trajectory, context, counts), rollout, context)
@@ -46,7 +48,7 @@ def draw_counts(rollout: Rollout, context: DrawContext) -> Tensor:
     if settings.allocation == "equal":
         return torch.full_like(live, settings.mc_samples or 1)
     scale = _normaliser(rollout, context) * rollout.advantages / live.clamp(min=1)
-    lengths = timesteps.step_lengths(trajectory, most) * scale[:, None]
+    lengths = _step_lengths(trajectory, most, settings) * scale[:, None]
     is_drawn = torch.ones_like(rollout.advantages, dtype=torch.bool)
     if not needs_every_rollout(settings):
         is_drawn = rollout.advantages != 0
@@ -112,20 +114,28 @@ def proposal_of(trajectory: Trajectory, context: DrawContext) -> Tensor:
     """Return the distribution [R, M] over the denoising steps of each rollout.
 
     `gradient` is proportional to the length of a step's gradient by its logits. It leaves out steps
-    whose tokens had no alternative. The plain model has alternatives even there.
+    whose tokens had no alternative. The plain model has alternatives even there, and a token that
+    was put back may have had some.
     """
     settings = context.algorithm.filled
     live, most = live_of(trajectory, context)
     usable = None
     if settings.proposal == "gradient":
-        scores = timesteps.step_lengths(trajectory, most)
-        if settings.scored_policy == "sampler":
+        scores = _step_lengths(trajectory, most, settings)
+        if settings.scored_policy == "sampler" and settings.scoring == "token":
             usable = timesteps.has_gradient(trajectory, most)
     else:
         scores = timesteps.step_entropies(trajectory, most)
     return timesteps.step_proposal(
         live, scores, proposal=settings.proposal, uniform_mix=settings.uniform_mix, usable=usable
     )
+
+
+def _step_lengths(trajectory: Trajectory, most: int, settings: AlgorithmSettings) -> Tensor:
+    """Return the length of the gradient [R, most] of what is scored of each step."""
+    if settings.scoring == "augmented":
+        return timesteps.drawn_lengths(trajectory, most)
+    return timesteps.step_lengths(trajectory, most)
 
 
 def all_steps(trajectory: Trajectory, context: DrawContext) -> StepDraws:
@@ -135,24 +145,71 @@ def all_steps(trajectory: Trajectory, context: DrawContext) -> StepDraws:
     return _draws(table)
 
 
-def rows_at(trajectory: Trajectory, draws: StepDraws) -> ScoredRows:
-    """Return the state before each drawn step, and the tokens that it fixed."""
+def rows_at(trajectory: Trajectory, draws: StepDraws, *, scoring: str = "token") -> ScoredRows:
+    """Return the state before each drawn step, and the tokens that it fixed.
+
+    With `scoring: augmented`, also those that it drew and put back. Which tokens a step keeps is a
+    step function of all that it drew, so the log-probs of these are the step's whole gradient,
+    whatever the order of unmasking. With `positions`, the turns of the positions that it drew.
+    """
     fixed, step = trajectory.unmask_step[draws.rollout], draws.step[:, None]
-    scored = fixed == step
-    weight = draws.weight[:, None] * scored
-    return ScoredRows(draws.rollout, fixed >= step, scored, weight, is_sampled=True)
+    weight = draws.weight[:, None].expand_as(fixed)
+    rows = ScoredRows(draws.rollout, fixed >= step, fixed == step, weight, is_sampled=True)
+    if scoring == "augmented":
+        rows = _with_drawn(rows, draws, trajectory)
+    elif scoring == "positions":
+        rows = _with_turns(rows, draws, trajectory)
+    return replace(rows, weight=weight * rows.has_token)
+
+
+def _with_drawn(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> ScoredRows:
+    """Score all that each step drew, in place of the tokens that it fixed, at least one each."""
+    assert trajectory.drawn_tokens is not None
+    assert trajectory.drawn_logprobs is not None
+    length = trajectory.sampling.block_length
+    place = torch.arange(rows.scored.shape[1], device=rows.scored.device) % length
+    tokens, logprobs = (
+        record[draws.rollout, draws.step][:, place]
+        for record in (trajectory.drawn_tokens, trajectory.drawn_logprobs)
+    )
+    return replace(
+        rows,
+        scored=_masked_in_block(rows, length),
+        targets=tokens.long(),
+        target_logprobs=logprobs,
+    )
+
+
+def _with_turns(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> ScoredRows:
+    """Score the positions of each step's block for its draw of some of them."""
+    assert trajectory.turns is not None
+    assert trajectory.turn_logprobs is not None
+    return replace(
+        rows,
+        scored=_masked_in_block(rows, trajectory.sampling.block_length),
+        turns=trajectory.turns[draws.rollout].long().masked_fill(~rows.scored, -1),
+        turn_logprobs=trajectory.turn_logprobs[draws.rollout],
+    )
+
+
+def _masked_in_block(rows: ScoredRows, length: int) -> Tensor:
+    """Mark the masked positions [N, C] of the block of the tokens that a step fixed."""
+    blocks = torch.arange(rows.scored.shape[1], device=rows.scored.device) // length
+    block = rows.scored.long().argmax(1, keepdim=True) // length
+    return rows.hidden & (blocks == block)
 
 
 def at_level(draws: StepDraws, rollout: Rollout, context: DrawContext) -> ScoredRows:
     """Return the rows of drawn steps with one ratio per token, step or rollout."""
     trajectory, settings = rollout.trajectory, context.algorithm.filled
-    per_rollout = _normaliser(rollout, context)
-    rows = rows_at(trajectory, replace(draws, weight=draws.weight * per_rollout[draws.rollout]))
+    per_rollout, weight = _normaliser(rollout, context), draws.weight
+    draws = replace(draws, weight=draws.weight * per_rollout[draws.rollout])
+    rows = rows_at(trajectory, draws, scoring=settings.scoring)
     if settings.level == "row":
         return by_row(rows, torch.ones_like(draws.weight), context)
     if settings.level == "sequence":
         live, _ = live_of(trajectory, context)
-        return by_rollout(rows, draws.weight * live[draws.rollout], rollout, context)
+        return by_rollout(rows, weight * live[draws.rollout], rollout, context)
     return replace(rows, kl_weight=kl_weights(rows, context))
 
 
@@ -184,7 +241,8 @@ def _normaliser(rollout: Rollout, context: DrawContext) -> Tensor:
         return steps * share / (settings.normaliser_constant or trajectory.sampling.denoising_steps)
     total = steps.sum()
     if settings.normaliser == "tokens":
-        total = (trajectory.unmask_step < live[:, None]).sum()
+        rows = rows_at(trajectory, all_steps(trajectory, context), scoring=settings.scoring)
+        total = rows.has_token.sum()
     return steps * len(steps) * share / total.clamp(min=1)
 
 

@@ -82,4 +82,5 @@ def useful_rows(rows: ScoredRows, rollout: Rollout, algorithm: AlgorithmSettings
 
 def is_joint(rows: ScoredRows, algorithm: AlgorithmSettings) -> bool:
     """Return whether the loss needs all tokens of an update at once."""
-    return rows.unit is not None or algorithm.filled.loss not in OF_TOKENS
+    has_units = rows.unit is not None or rows.turns is not None
+    return has_units or algorithm.filled.loss not in OF_TOKENS

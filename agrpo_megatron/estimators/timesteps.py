@@ -34,10 +34,16 @@ def step_lengths(trajectory: Trajectory, num_steps: int) -> Tensor:
     2 (1 - p(token)) - (1 - sum p^2). It lies between one and two times (1 - p(token))^2, which
     bounds the rounding of the two recorded numbers.
     """
-    missed = -torch.expm1(trajectory.logprobs.double())
-    squares = 2 * missed - trajectory.spreads.double()
-    squares = torch.clamp(squares, min=missed.square(), max=2 * missed.square())
+    squares = _squares(trajectory.logprobs, trajectory.spreads)
     return _step_sums(trajectory, squares, num_steps).sqrt()
+
+
+def drawn_lengths(trajectory: Trajectory, num_steps: int) -> Tensor:
+    """Return `step_lengths` of all tokens that a step drew, kept or put back."""
+    assert trajectory.drawn_logprobs is not None
+    assert trajectory.drawn_spreads is not None
+    squares = _squares(trajectory.drawn_logprobs, trajectory.drawn_spreads)
+    return _on_cpu(squares).sum(2)[:, :num_steps].sqrt().to(squares.device)
 
 
 def has_gradient(trajectory: Trajectory, num_steps: int) -> Tensor:
@@ -176,12 +182,26 @@ def _step_sums(trajectory: Trajectory, values: Tensor, num_steps: int) -> Tensor
     """Return the sum of values [R, C] over the tokens fixed at each step, [R, num_steps]."""
     ran = trajectory.unmask_step < trajectory.num_steps[:, None]
     steps = trajectory.unmask_step.masked_fill(~ran, num_steps).clamp(max=num_steps)
-    # On the CPU: a GPU adds the tokens of a step in any order, and all ranks of a replica, and a
-    # resumed run, must draw the same steps.
-    # A value that is not finite keeps its step: the loss must meet it and name the rollout.
-    values = values.double().cpu().nan_to_num(nan=1.0, posinf=1.0, neginf=1.0)
+    values = _on_cpu(values)
     sums = values.new_zeros(len(values), num_steps + 1)
     return sums.scatter_add_(1, steps.cpu(), values)[:, :num_steps].to(steps.device)
+
+
+def _on_cpu(values: Tensor) -> Tensor:
+    """Return values in float64 where they are added up, without those that are not finite.
+
+    A GPU adds the tokens of a step in any order, and all ranks of a replica, and a resumed run,
+    must draw the same steps. A value that is not finite keeps its step: the loss must meet it and
+    name the rollout.
+    """
+    return values.double().cpu().nan_to_num(nan=1.0, posinf=1.0, neginf=1.0)
+
+
+def _squares(logprobs: Tensor, spreads: Tensor) -> Tensor:
+    """Return the squared length of the gradient of each token's log-prob by its logits."""
+    missed = -torch.expm1(logprobs.double())
+    squares = 2 * missed - spreads.double()
+    return torch.clamp(squares, min=missed.square(), max=2 * missed.square())
 
 
 def _normalised(scores: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def cj_grpo(rollout: Rollout, context: DrawContext) -> ScoredRows:
     """
     trajectory = rollout.trajectory
     draws = all_steps(trajectory, context)
-    rows = rows_at(trajectory, draws)
+    rows = rows_at(trajectory, draws, scoring=context.algorithm.scoring)
     rows = _counted(rows, rollout, context)
     weight = token_weights(rows.scored, rows.rollout, rollout, context, step=draws.step)
     rows = replace(rows, weight=weight)

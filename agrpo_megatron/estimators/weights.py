@@ -74,7 +74,7 @@ def kl_weights(rows: ScoredRows, context: DrawContext) -> Tensor | None:
     """Return the weights of the KL where it is summed over a row and the loss averaged."""
     if not context.algorithm.kl_sum:
         return None
-    return rows.weight * rows.scored.sum(1, keepdim=True)
+    return rows.weight * rows.has_token.sum(1, keepdim=True)
 
 
 def by_row(rows: ScoredRows, likelihood: Tensor, context: DrawContext) -> ScoredRows:

@@ -181,7 +181,7 @@ class CompletionWriter:
     """Writes one replica's completions, several per file if that is slow.
 
     Completions wait on their device, so the copy to the host is part of the writing. Almost all
-    bytes are support ids: 4 * top_k a token, and 28 for the rest.
+    bytes are support ids: 4 * top_k a token, and 28 for the rest; or drawn tokens, where recorded.
     """
 
     def __init__(self, write: Callable[[Trajectory], None]):

@@ -4,17 +4,20 @@ A loss of single tokens takes one pass through the network. A loss that joins to
 ratio, a pair of completions) needs the log-probs of all of them, which other micro-batches, ranks
 and rows hold. So a pass without gradient computes all log-probs first; every rank differentiates
 the loss by them; and the pass with gradient takes the sum of log-probs times these derivatives.
-By the chain rule its gradient is that of the loss, whatever the loss is.
+By the chain rule its gradient is that of the loss, whatever the loss is. Drawn positions depend on
+the entropies of all masked positions of a block in the same way: these are a second table.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion.logprobs import Vocabulary
+from agrpo_megatron.diffusion.turns import position_scores, turn_logprobs
 from agrpo_megatron.estimators.losses import of_tokens, plain_metrics
 from agrpo_megatron.estimators.table import find_loss
 from agrpo_megatron.training.scoring import Scores, score_tokens
@@ -30,32 +33,77 @@ class Tables:
     current: Tensor
     old: Tensor
     reference: Tensor | None
+    entropies: Tensor | None = None  # of the current one, where positions were drawn by them
+
+
+class Slopes(NamedTuple):
+    """Derivatives of a loss of all tokens, [N, C] each."""
+
+    logprobs: Tensor
+    entropies: Tensor | None  # None: the loss does not depend on them
 
 
 def joint_loss(
     scored: ScoredRows, tables: Tables, rollout: Rollout, algorithm: AlgorithmSettings
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the metrics of a loss of all tokens, and its derivatives by log-probs [N, C].
+) -> tuple[dict[str, Tensor], Slopes]:
+    """Return the metrics of a loss of all tokens, and its derivatives by log-probs and entropies.
 
     The loss itself is the metric `loss`.
     """
-    spots = scored.scored.nonzero(as_tuple=True)
-    inputs = joint_inputs(scored, tables, rollout)
-    logprobs = inputs.logprobs.requires_grad_()
-    slope = torch.zeros_like(tables.current)
+    spots = scored.has_token.nonzero(as_tuple=True)
+    inputs, entropies = joint_inputs(scored, tables, rollout), None
+    leaves = [inputs.logprobs.requires_grad_()]
     with torch.enable_grad():
-        outputs = LossOutputs(logprobs.sum(), plain_metrics(inputs))
-        if len(logprobs):
+        if scored.turns is not None:
+            assert tables.entropies is not None
+            entropies = tables.entropies.double().requires_grad_()
+            leaves.append(entropies)
+            inputs = _with_turns(inputs, scored, entropies, rollout)
+        outputs = LossOutputs(inputs.logprobs.sum(), plain_metrics(inputs))
+        if len(inputs.logprobs):
             outputs = find_loss(algorithm)(inputs, algorithm)
+        found = [torch.zeros_like(leaf) for leaf in leaves]
         if outputs.loss.requires_grad:
-            slope[spots] = torch.autograd.grad(outputs.loss, logprobs)[0].to(slope.dtype)
+            found = torch.autograd.grad(outputs.loss, leaves, materialize_grads=True)
+    slope = torch.zeros_like(tables.current)
+    slope[spots] = found[0].to(slope.dtype)
+    slopes = Slopes(slope, None if entropies is None else found[1].to(slope.dtype))
     metrics = {**outputs.metrics, "loss": outputs.loss}
-    return {name: metric.detach() for name, metric in metrics.items()}, slope
+    return {name: metric.detach() for name, metric in metrics.items()}, slopes
+
+
+def _with_turns(
+    inputs: LossInputs, scored: ScoredRows, entropies: Tensor, rollout: Rollout
+) -> LossInputs:
+    """Add the log-probs of drawn positions: one more unit for each row, without a KL.
+
+    Args:
+        entropies: [N, C] float64 of the scored positions, with gradient.
+    """
+    temperature = rollout.trajectory.sampling.position_temperature
+    assert temperature is not None
+    assert scored.turns is not None
+    assert scored.turn_logprobs is not None
+    scores = position_scores(entropies, temperature)
+    turns = turn_logprobs(scores, scored.turns, scored.scored)[scored.has_token]
+    old, reference = scored.turn_logprobs[scored.has_token].double(), inputs.reference_logprobs
+    count, shared = len(turns), ("advantages", "weights", "rollout", "row", "position")
+    tokens = torch.arange(count, device=turns.device)
+    return replace(
+        inputs,
+        logprobs=torch.cat([inputs.logprobs, turns]),
+        old_logprobs=torch.cat([inputs.old_logprobs, old]),
+        reference_logprobs=None if reference is None else torch.cat([reference, turns.detach()]),
+        kl_weights=torch.cat([inputs.kl_weights, torch.zeros_like(inputs.kl_weights)]),
+        unit=torch.cat([tokens, count + inputs.row]),
+        coefficient=torch.ones(2 * count, dtype=turns.dtype, device=turns.device),
+        **{name: getattr(inputs, name).repeat(2) for name in shared},
+    )
 
 
 def joint_inputs(scored: ScoredRows, tables: Tables, rollout: Rollout) -> LossInputs:
     """Return the inputs of a loss of all tokens, in float64 and in the order of the tables."""
-    row, position = spots = scored.scored.nonzero(as_tuple=True)
+    row, position = spots = scored.has_token.nonzero(as_tuple=True)
     gains = rollout.advantages[scored.rollout] if scored.advantage is None else scored.advantage
     kl_weight = scored.weight if scored.kl_weight is None else scored.kl_weight
     return LossInputs(
@@ -93,7 +141,7 @@ def make_loss(
 
 
 def make_tangent(
-    slope: Tensor,
+    slopes: Slopes,
     metrics: dict[str, Tensor],
     vocab: Vocabulary,
     sampling: SamplingSettings,
@@ -104,7 +152,7 @@ def make_tangent(
     """Return the loss of one micro-batch whose gradient is that of a joint loss.
 
     Args:
-        slope: [N, C] derivatives of the joint loss by log-probs.
+        slopes: of the joint loss.
         metrics: of the joint loss.
         speaker: the micro-batch with which this rank reports them; None: another rank does.
     """
@@ -113,7 +161,9 @@ def make_tangent(
     def loss(logits: Tensor, batch: TimestepBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a micro-batch, and its metrics."""
         scores = score_tokens(logits, batch, vocab, sampling, algorithm)
-        total = (scores.logprobs * slope[batch.row, batch.position]).sum()
+        total = (scores.logprobs * slopes.logprobs[batch.row, batch.position]).sum()
+        if slopes.entropies is not None:
+            total = total + (scores.entropies * slopes.entropies[batch.row, batch.position]).sum()
         added, kl = _added(scores, batch, algorithm)
         reported = dict(metrics if batch is speaker else zeros)
         reported["loss"] = reported["loss"] + added.detach()

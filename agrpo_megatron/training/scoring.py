@@ -57,14 +57,14 @@ def _policy(
     return policy_logits(logits, vocab, temperature=temperature), vocab
 
 
-def logprob_table(
+def score_tables(
     network: Network,
     batches: Sequence[TimestepBatch],
     shape: torch.Size,
     sampling: SamplingSettings,
     algorithm: AlgorithmSettings,
-) -> Tensor:
-    """Return the log-probs of all scored tokens [N, C], 0 elsewhere; called by every rank.
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs and entropies of all scored tokens [N, C], 0 elsewhere; every rank.
 
     Complete on every rank of the last pipeline stage, where losses are; zeros on other stages.
     A table adds up zeros and one value, so it is the same under every layout of the rows.
@@ -73,16 +73,17 @@ def logprob_table(
         batches: micro-batches of this rank, cut to its scored tokens.
     """
     ranks = network.ranks
-    table = torch.zeros(shape, device=ranks.device)
+    tables = torch.zeros(2, *shape, device=ranks.device)
 
     def score(number: int, logits: Tensor) -> None:
         batch = batches[number]
         scores = score_tokens(logits, batch, network.vocab, sampling, algorithm)
-        table[batch.row, batch.position] = scores.logprobs.to(table.dtype)
+        for table, values in zip(tables, (scores.logprobs, scores.entropies), strict=True):
+            table[batch.row, batch.position] = values.to(table.dtype)
 
     forward_rows(network, [batch.rows for batch in batches], score)
-    dist.all_reduce(table, group=ranks.data_context.group)
-    return table
+    dist.all_reduce(tables, group=ranks.data_context.group)
+    return tables[0], tables[1]
 
 
 def with_distributions(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.diffusion.batches import row_lengths, timestep_batch
+from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, timestep_batch
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.table import is_joint, scored_rows
 from agrpo_megatron.megatron.engine import Engine
@@ -21,7 +21,7 @@ from agrpo_megatron.training.objective import (
     make_loss,
     make_tangent,
 )
-from agrpo_megatron.training.scoring import logprob_table, with_distributions
+from agrpo_megatron.training.scoring import score_tables, with_distributions
 from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import Rollout, ScoredRows, TimestepBatch
 
@@ -102,7 +102,7 @@ def packed_part(settings: Settings, ranks: Ranks, rollout: Rollout, scored: Scor
         timestep_batch(rollout, scored, rows, mask_id=model.mask_token_id, shift=model.shift)
         for rows in plan
     ]
-    recorded = rollout.trajectory.logprobs[scored.rollout] if scored.is_sampled else None
+    recorded = recorded_logprobs(rollout, scored)
     return Part(scored, [local_part(batch, ranks) for batch in batches], lengths, recorded)
 
 
@@ -116,7 +116,7 @@ def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_fi
     is_current = is_first and recorded is None and not is_joint(scored, settings.algorithm)
     if is_current or (recorded is not None and limit is None):
         return part
-    old = _table(network, part, settings)
+    old, _ = _tables(network, part, settings)
     if recorded is not None:
         factor = (old - recorded).exp().clamp(max=limit)
         scored = replace(scored, weight=scored.weight * factor)
@@ -128,7 +128,7 @@ def with_reference(part: Part, reference: Network, settings: Settings) -> Part:
     if settings.algorithm.kl == "exact":
         batches = with_distributions(reference, part.batches, settings.sampling, settings.algorithm)
         return replace(part, batches=batches, passes=part.passes + 1)
-    table = _table(reference, part, settings)
+    table, _ = _tables(reference, part, settings)
     return replace(part, reference=table, passes=part.passes + 1)
 
 
@@ -155,20 +155,20 @@ def with_loss(
     if not is_joint(scored, algorithm):
         return part, make_loss(vocab, sampling, algorithm)
     if is_first and not scored.is_sampled:
-        current = part.old
+        current, entropies = part.old, None
     else:
-        current = _table(engine.network, part, settings)
+        current, entropies = _tables(engine.network, part, settings)
         part = replace(part, passes=part.passes + 1)
     assert current is not None
     assert part.old is not None
-    tables = Tables(current, part.old, part.reference)
-    metrics, slope = joint_loss(scored, tables, rollout, algorithm)
+    tables = Tables(current, part.old, part.reference, entropies)
+    metrics, slopes = joint_loss(scored, tables, rollout, algorithm)
     speaker = part.batches[0] if engine.ranks.data_context.rank == 0 else None
-    return part, make_tangent(slope, metrics, vocab, sampling, algorithm, speaker=speaker)
+    return part, make_tangent(slopes, metrics, vocab, sampling, algorithm, speaker=speaker)
 
 
-def _table(network: Network, part: Part, settings: Settings) -> Tensor:
-    return logprob_table(
+def _tables(network: Network, part: Part, settings: Settings) -> tuple[Tensor, Tensor]:
+    return score_tables(
         network, part.batches, part.scored.scored.shape, settings.sampling, settings.algorithm
     )
 

@@ -55,6 +55,7 @@ CHANGED: dict[str, Any] = {
 USUAL = {"an integer": 3, "a number": 0.75, "text": "other", "a list of integers": [1, 2]}
 USUAL["true or false"] = True
 USUAL |= {"a list of texts": ["--reservation=x"]}
+BY_CONFIDENCE = ["sampling.unmasking=low_confidence"]
 # What else a setting needs, by its key, or by key=value.
 NEEDS = {
     "fp8.recipe": ["precision=fp8"],
@@ -70,6 +71,8 @@ NEEDS = {
     "parallel.layers": ["parallel.pipeline=2"],
     "task.mixture": ["task.name=mixture"],
     "sampling.schedule=dream": ["sampling.block_length=12"],
+    "sampling.record_drawn": BY_CONFIDENCE,
+    "sampling.position_temperature": ["sampling.unmasking=entropy"],
     "sampling.unmasking=bernoulli": ["sampling.schedule=dream", "sampling.block_length=12"],
     "evaluation.unmasking=bernoulli": ["sampling.schedule=dream", "sampling.block_length=12"],
     "train.stop_metric": ["train.stop_patience=2"],
@@ -82,6 +85,11 @@ ON_MASKS, ALL_HIDDEN = (
 DIVIDED = ["algorithm.scale_by_std=true"]
 NEEDS |= {
     "algorithm.merge_steps": ["algorithm.mc_samples=null", "algorithm.name=tracerl"],
+    "algorithm.scoring=augmented": [*BY_CONFIDENCE, "sampling.record_drawn=true"],
+    "algorithm.scoring=positions": [
+        "sampling.unmasking=entropy",
+        "sampling.position_temperature=0.5",
+    ],
     "algorithm.states": ON_MASKS,
     "algorithm.states=coupled_and_full": [*ON_MASKS, "algorithm.normaliser=tokens"],
     "algorithm.mask_low": ON_MASKS,

@@ -73,50 +73,71 @@ def states_by_rollout(model: HashedModel, prompts: list[Tensor]):
 
 
 # Every unmasking rule, with and without threshold, truncation and a remainder in the schedule.
-SAMPLINGS = {
-    f"{unmasking}, {name}": SamplingSettings(unmasking=unmasking, **options)
-    for unmasking in ("random", "low_confidence", "entropy", "leftmost")
-    for name, options in {
-        "one token a step": {
-            "completion_length": 8,
-            "block_length": 4,
-            "denoising_steps": 8,
-        },
-        "remainder": {"completion_length": 10, "block_length": 5, "denoising_steps": 6},
-        "threshold": {
-            "completion_length": 9,
-            "block_length": 3,
-            "denoising_steps": 9,
-            "threshold": 0.3,
-        },
-        "top-k": {
-            "completion_length": 8,
-            "block_length": 2,
-            "denoising_steps": 8,
-            "top_k": 5,
-            "temperature": 0.7,
-        },
-        "top-p and threshold": {
-            "completion_length": 8,
-            "block_length": 2,
-            "denoising_steps": 4,
-            "top_p": 0.8,
-            "threshold": 0.4,
-            "confidence": "untempered",
-        },
-        "no early end, top-k and top-p": {
-            "completion_length": 6,
-            "block_length": 2,
-            "denoising_steps": 3,
-            "top_k": 6,
-            "top_p": 0.9,
-            "early_end": False,
-        },
-        "greedy": {
-            "completion_length": 8,
-            "block_length": 2,
-            "denoising_steps": 4,
-            "temperature": 0.0,
-        },
-    }.items()
-}
+SAMPLINGS = (
+    {
+        f"{unmasking}, {name}": SamplingSettings(unmasking=unmasking, **options)
+        for unmasking in ("random", "low_confidence", "entropy", "leftmost")
+        for name, options in {
+            "one token a step": {
+                "completion_length": 8,
+                "block_length": 4,
+                "denoising_steps": 8,
+            },
+            "remainder": {"completion_length": 10, "block_length": 5, "denoising_steps": 6},
+            "threshold": {
+                "completion_length": 9,
+                "block_length": 3,
+                "denoising_steps": 9,
+                "threshold": 0.3,
+            },
+            "top-k": {
+                "completion_length": 8,
+                "block_length": 2,
+                "denoising_steps": 8,
+                "top_k": 5,
+                "temperature": 0.7,
+            },
+            "top-p and threshold": {
+                "completion_length": 8,
+                "block_length": 2,
+                "denoising_steps": 4,
+                "top_p": 0.8,
+                "threshold": 0.4,
+                "confidence": "untempered",
+            },
+            "no early end, top-k and top-p": {
+                "completion_length": 6,
+                "block_length": 2,
+                "denoising_steps": 3,
+                "top_k": 6,
+                "top_p": 0.9,
+                "early_end": False,
+            },
+            "greedy": {
+                "completion_length": 8,
+                "block_length": 2,
+                "denoising_steps": 4,
+                "temperature": 0.0,
+            },
+        }.items()
+    }
+    | {
+        f"{unmasking}, all drawn tokens": SamplingSettings(
+            completion_length=10,
+            block_length=5,
+            denoising_steps=6,
+            unmasking=unmasking,
+            record_drawn=True,
+        )
+        for unmasking in ("low_confidence", "margin")
+    }
+    | {
+        "entropy, drawn positions": SamplingSettings(
+            completion_length=10,
+            block_length=5,
+            denoising_steps=6,
+            unmasking="entropy",
+            position_temperature=0.5,
+        )
+    }
+)

@@ -13,6 +13,7 @@ from agrpo_megatron.diffusion.sampler import sample
 from agrpo_megatron.diffusion.schedule import transfer_schedule
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.steps import all_steps, rows_at
+from agrpo_megatron.trajectories import tensors
 from agrpo_megatron.types import Rollout
 from tests.diffusion.batching import batches_of, rebuild_state
 from tests.diffusion.hashed import (
@@ -105,8 +106,8 @@ def test_rows_end_after_a_block_of_end_of_text_and_leave_the_batch(name):
 
 def assert_same(one, other, rows):
     """Rows of `one` equal those of `other`; support rows may be padded to different widths."""
-    for field in ("tokens", "unmask_step", "logprobs", "entropies", "spreads", "num_steps"):
-        assert torch.equal(getattr(one, field), getattr(other, field)[rows])
+    for field in tensors(one).keys() - {"support_ids", "rollout_ids"}:
+        assert torch.equal(getattr(one, field), getattr(other, field)[rows]), field
     if one.support_ids is not None:
         width = max(one.support_ids.shape[-1], other.support_ids.shape[-1])
         padded = [

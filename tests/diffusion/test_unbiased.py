@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
+from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.diffusion.sampler import sample
 from agrpo_megatron.estimators.advantages import advantages
 from agrpo_megatron.estimators.context import DrawContext
@@ -11,9 +11,13 @@ from agrpo_megatron.estimators.steps import all_steps, full_trajectory
 from agrpo_megatron.types import Rollout
 from tests.diffusion.toy import (
     Toy,
+    assert_listed,
     enumerate_trajectories,
     estimator_gradient,
+    mean_gradient,
     relative_error,
+    reward_gradient,
+    settings_of,
     take,
 )
 
@@ -44,28 +48,6 @@ CASES = {
         {"unmasking": "leftmost", "block_length": 2, "denoising_steps": 4, "top_p": 0.7},
     ),
 }
-
-
-def settings_of(toy, options):
-    return SamplingSettings(completion_length=toy.length, **options)
-
-
-def reward_gradient(table, toy, sampling):
-    """Differentiate the expected reward, sum over trajectories of p R, by brute force."""
-    table = table.clone().requires_grad_()
-    listed = enumerate_trajectories(table, toy, sampling)
-    expected = (listed.probability * toy.rewards(listed.trajectory.tokens)).sum()
-    return torch.autograd.grad(expected, table)[0]
-
-
-def mean_gradient(table, toy, sampling, **options):
-    """Average `full_trajectory` over single trajectories, with reward as advantage."""
-    listed = enumerate_trajectories(table, toy, sampling)
-    algorithm = AlgorithmSettings(normaliser="constant", normaliser_constant=1.0, **options)
-    context = DrawContext(algorithm, toy.eos_id, 0)
-    draws = all_steps(listed.trajectory, context)
-    gains = listed.probability * toy.rewards(listed.trajectory.tokens)
-    return estimator_gradient(table, toy, listed.trajectory, gains, draws, algorithm)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -172,18 +154,4 @@ def test_sampler_draws_trajectories_with_their_probabilities(name, unmasking):
         context=toy.context(table),
         sampling=sampling,
     )
-    cell = {
-        tuple(key): index
-        for index, key in enumerate(
-            torch.cat([listed.trajectory.tokens, listed.trajectory.unmask_step], 1).tolist()
-        )
-    }
-    keys = torch.cat([drawn.tokens, drawn.unmask_step], 1).tolist()
-    seen = torch.bincount(torch.tensor([cell[tuple(key)] for key in keys]), minlength=len(cell))
-    expected = listed.probability * count
-    large = expected >= 5
-    seen = torch.cat([seen[large], seen[~large].sum()[None]]).double()
-    expected = torch.cat([expected[large], expected[~large].sum()[None]])
-    chi_square = ((seen - expected) ** 2 / expected.clamp(min=1e-9)).sum()
-    freedom = len(expected) - 1
-    assert abs(float(chi_square) - freedom) < 4 * (2 * freedom) ** 0.5
+    assert_listed(drawn, listed)

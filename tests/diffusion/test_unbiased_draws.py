@@ -97,9 +97,9 @@ def _rows(values, counts):
     return [list(values[end - n : end]) for n, end in zip(counts, ends, strict=True)]
 
 
-def listed_draws(trajectory, algorithm, counts):
+def listed_draws(trajectory, context, counts):
     """Repeat each group once for each cell of its draws: (rows, own, order, weights)."""
-    proposal = proposal_of(trajectory, DrawContext(algorithm, TOY.eos_id, 0))
+    proposal, algorithm = proposal_of(trajectory, context), context.algorithm
     if algorithm.step_sampler == "distinct":
         proposal = timesteps.inclusion(proposal, counts) / counts.clamp(min=1)[:, None]
     size = algorithm.group_size if algorithm.step_sampler == "batch" else 1
@@ -122,18 +122,18 @@ def _table(rows, width):
     return torch.tensor([[*row, *[0.37] * (width - len(row))] for row in rows]).double()
 
 
-def mean_gradient(monkeypatch, trajectory, gains, algorithm):
+def mean_gradient(monkeypatch, trajectory, gains, algorithm, *, toy=TOY, table=TABLE):
     """Return the mean of the estimate over all draws, and the full trajectory's gradient."""
-    context = DrawContext(algorithm, TOY.eos_id, 0)
+    context = DrawContext(algorithm, toy.eos_id, 0)
     counts = draw_counts(Rollout(trajectory, gains, gains > 0, gains), context)
-    rows, own, order, weights = listed_draws(trajectory, algorithm, counts)
+    rows, own, order, weights = listed_draws(trajectory, context, counts)
     repeated = take(trajectory, rows)
     queue = replay(monkeypatch, own, order)
     draws = drawn_steps(repeated, context, counts[rows])
     assert not queue
-    got = estimator_gradient(TABLE, TOY, repeated, gains[rows] * weights, draws, algorithm)
+    got = estimator_gradient(table, toy, repeated, gains[rows] * weights, draws, algorithm)
     full = all_steps(trajectory, context)
-    return got, estimator_gradient(TABLE, TOY, trajectory, gains, full, algorithm)
+    return got, estimator_gradient(table, toy, trajectory, gains, full, algorithm)
 
 
 def replay(monkeypatch, own, order):

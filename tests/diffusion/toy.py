@@ -5,18 +5,22 @@ package, and keeps the probability of every trajectory differentiable in the tab
 """
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
+from agrpo_megatron.diffusion.batches import recorded_logprobs
 from agrpo_megatron.diffusion.draw import LogitsForward
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import SamplerContext
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.losses import LOSSES, of_tokens
-from agrpo_megatron.estimators.steps import at_level
+from agrpo_megatron.estimators.steps import all_steps, at_level
+from agrpo_megatron.estimators.table import is_joint
+from agrpo_megatron.trajectories import select, tensors
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
 from tests.diffusion.batching import batches_of
 
@@ -115,7 +119,8 @@ def enumerate_trajectories(table: Tensor, toy: Toy, sampling: SamplingSettings) 
     """List every trajectory of the sampler with its probability."""
     blocks = toy.length // sampling.block_length
     counts = transfer_counts(sampling.block_length, sampling.denoising_steps // blocks)
-    start = _Leaf((toy.mask_id,) * toy.length, (-1,) * toy.length, torch.ones_like(table[0, 0, 0]))
+    one = torch.ones_like(table[0, 0, 0])
+    start = _Leaf((toy.mask_id,) * toy.length, (-1,) * toy.length, one)
     live, finished = [start], []
     for block, count in itertools.product(range(blocks), counts):
         places = range(block * sampling.block_length, (block + 1) * sampling.block_length)
@@ -132,6 +137,9 @@ class _Leaf:
     tokens: tuple[int, ...]
     unmask_step: tuple[int, ...]
     probability: Tensor
+    drawn: tuple[tuple[int, ...], ...] = ()  # of each step by place in the block, if recorded
+    turns: tuple[int, ...] = ()  # of each position within its step, if drawn
+    turn_chances: tuple[Tensor, ...] = ()  # probability of each position at its turn, likewise
 
     @property
     def step(self) -> int:
@@ -148,26 +156,62 @@ def _steps(leaf: _Leaf, places, count: int, table: Tensor, toy: Toy, sampling: S
     masked = [j for j in places if leaf.unmask_step[j] < 0]
     rows = table[int(toy.state_index(torch.tensor(leaf.tokens)))]
     probs = {j: policy(rows[j], toy, sampling) for j in masked}
-    if sampling.unmasking in ("random", "leftmost"):
-        choices = list(itertools.combinations(masked, count))  # the leftmost places come first
-        choices = choices[:1] if sampling.unmasking == "leftmost" else choices
-        for chosen in choices:
-            for drawn in itertools.product(range(toy.tokens), repeat=count):
-                yield _fix(leaf, dict(zip(chosen, drawn, strict=True)), probs, 1 / len(choices))
-        return
     for drawn in itertools.product(range(toy.tokens), repeat=len(masked)):
         draw = dict(zip(masked, drawn, strict=True))
-        rank = {j: float(_confidence(probs[j], draw[j], sampling.unmasking)) for j in masked}
-        chosen = sorted(masked, key=lambda j: (-rank[j], j))[:count]
-        others = [probs[j][draw[j]] for j in masked if j not in chosen]
-        rest = torch.stack(others).prod() if others else 1.0
-        yield _fix(leaf, {j: draw[j] for j in chosen}, probs, rest)
+        for chosen, chances in _choices(masked, count, draw, probs, sampling):
+            sure = [j for j in masked if _is_sure(probs[j][draw[j]], sampling)]
+            kept = {*chosen, *sure}
+            others = [probs[j][draw[j]] for j in masked if j not in kept]
+            rest = torch.stack(others).prod() if others else 1.0
+            fixed = _fix(leaf, {j: draw[j] for j in kept}, probs, rest * math.prod(chances))
+            if sampling.position_temperature is not None:
+                fixed = _with_turns(fixed, chosen, chances, toy)
+            if sampling.record_drawn and masked:
+                record = tuple(draw.get(j, -1) for j in places)
+                fixed = replace(fixed, drawn=(*leaf.drawn, record))
+            yield fixed
 
 
-def _confidence(probs: Tensor, token: int, unmasking: str) -> Tensor:
+def _choices(masked: list[int], count: int, draw: dict[int, int], probs, sampling):
+    """Return the positions that a step may choose, and probabilities whose product is theirs."""
+    count = min(count, len(masked))
+    if sampling.position_temperature is not None:
+        wish = {j: (-_entropy(probs[j]) / sampling.position_temperature).exp() for j in masked}
+        choices = []
+        for chosen in itertools.permutations(masked, count):
+            left = [[j for j in masked if j not in chosen[:turn]] for turn in range(count)]
+            turns = zip(chosen, left, strict=True)
+            choices.append((chosen, [wish[j] / sum(wish[i] for i in rest) for j, rest in turns]))
+        return choices
+    if sampling.unmasking == "random":
+        sets = list(itertools.combinations(masked, count))
+        return [(chosen, [1 / len(sets)]) for chosen in sets]
+    rank = {j: float(_confidence(probs[j].detach(), draw[j], sampling.unmasking)) for j in masked}
+    return [(sorted(masked, key=lambda j: (-rank[j], j))[:count], [1.0])]
+
+
+def _with_turns(leaf: _Leaf, chosen, chances, toy: Toy) -> _Leaf:
+    """Note the turns of a step's positions, and their probabilities."""
+    turns = list(leaf.turns or [0] * toy.length)
+    known = list(leaf.turn_chances or [torch.ones(())] * toy.length)
+    for turn, (j, chance) in enumerate(zip(chosen, chances, strict=True)):
+        turns[j], known[j] = turn, chance.detach()
+    return replace(leaf, turns=tuple(turns), turn_chances=tuple(known))
+
+
+def _confidence(probs: Tensor, token: int, unmasking: str) -> Tensor | float:
+    if unmasking == "leftmost":
+        return 0.0
     if unmasking == "entropy":
-        return -_entropy(probs.detach())
-    return probs[token].detach()
+        return -_entropy(probs)
+    if unmasking == "margin":
+        top = probs.topk(2).values
+        return top[0] - top[1]
+    return probs[token]
+
+
+def _is_sure(chance: Tensor, sampling: SamplingSettings) -> bool:
+    return sampling.threshold is not None and float(chance.detach()) >= sampling.threshold
 
 
 def _entropy(probs: Tensor) -> Tensor:
@@ -180,7 +224,7 @@ def _fix(leaf: _Leaf, fixed: dict[int, int], probs, factor) -> _Leaf:
     for j, token in fixed.items():
         tokens[j], steps[j] = token, step
         probability = probability * probs[j][token]
-    return _Leaf(tuple(tokens), tuple(steps), probability)
+    return replace(leaf, tokens=tuple(tokens), unmask_step=tuple(steps), probability=probability)
 
 
 def _merge(leaves) -> list[_Leaf]:
@@ -189,7 +233,7 @@ def _merge(leaves) -> list[_Leaf]:
     for leaf in leaves:
         if float(leaf.probability.detach()) == 0:
             continue
-        key = (leaf.tokens, leaf.unmask_step)
+        key = (leaf.tokens, leaf.unmask_step, leaf.drawn, leaf.turns)
         before = merged.get(key)
         total = leaf.probability + before.probability if before else leaf.probability
         merged[key] = replace(leaf, probability=total)
@@ -230,24 +274,40 @@ def _record(leaves: list[_Leaf], table: Tensor, toy: Toy, sampling: SamplingSett
         sampling=sampling,
         weights_version=0,
     )
+    if sampling.position_temperature is not None:
+        chances = torch.stack([torch.stack(leaf.turn_chances) for leaf in leaves]).double()
+        turns = torch.tensor([leaf.turns for leaf in leaves], dtype=torch.int32)
+        trajectory = replace(trajectory, turns=turns, turn_logprobs=chances.log())
+    if sampling.record_drawn:
+        trajectory = _with_drawn(trajectory, leaves, table.detach(), toy)
     return Enumerated(trajectory, torch.stack([leaf.probability for leaf in leaves]))
+
+
+def _with_drawn(trajectory: Trajectory, leaves: list[_Leaf], table: Tensor, toy: Toy) -> Trajectory:
+    """Add all that each step drew, as the sampler records it."""
+    sampling = trajectory.sampling
+    shape = (len(leaves), sampling.denoising_steps, sampling.block_length)
+    drawn = torch.full(shape, -1, dtype=torch.int32)
+    logprobs = torch.zeros(shape, dtype=torch.float64)
+    spreads = torch.zeros_like(logprobs)
+    for r, leaf in enumerate(leaves):
+        for step, record in enumerate(leaf.drawn):
+            steps = trajectory.unmask_step[r]
+            state = trajectory.tokens[r].masked_fill(steps >= step, toy.mask_id)
+            block = int((steps == step).long().argmax()) // sampling.block_length
+            for place, token in enumerate(record):
+                if token < 0:
+                    continue
+                row = table[int(toy.state_index(state)), block * sampling.block_length + place]
+                probs = policy(row, toy, sampling)
+                drawn[r, step, place], logprobs[r, step, place] = token, probs[token].log()
+                spreads[r, step, place] = 1 - probs.square().sum()
+    return replace(trajectory, drawn_tokens=drawn, drawn_logprobs=logprobs, drawn_spreads=spreads)
 
 
 def take(trajectory: Trajectory, rows: Tensor) -> Trajectory:
     """Return the trajectories of these rows, with rollout ids of their own."""
-    support = trajectory.support_ids
-    return replace(
-        trajectory,
-        prompts=tuple(trajectory.prompts[r] for r in rows.tolist()),
-        tokens=trajectory.tokens[rows],
-        unmask_step=trajectory.unmask_step[rows],
-        logprobs=trajectory.logprobs[rows],
-        entropies=trajectory.entropies[rows],
-        spreads=trajectory.spreads[rows],
-        support_ids=None if support is None else support[rows],
-        num_steps=trajectory.num_steps[rows],
-        rollout_ids=torch.arange(len(rows)),
-    )
+    return replace(select(trajectory, rows), rollout_ids=torch.arange(len(rows)))
 
 
 def estimator_gradient(
@@ -263,7 +323,12 @@ def estimator_gradient(
     rollout = Rollout(trajectory, advantages, advantages > 0, advantages)
     rows = at_level(draws, rollout, DrawContext(algorithm, toy.eos_id, 0))
     score, total = toy.score(table), table.sum() * 0
-    for batch in batches_of(rollout, rows, mask_id=toy.mask_id, token_budget=4096):
+    batches = batches_of(rollout, rows, mask_id=toy.mask_id, token_budget=4096)
+    if is_joint(rows, algorithm):
+        loss = _joint_loss(rollout, rows, batches, score, toy, algorithm)
+        total = torch.stack([loss(score(batch.rows), batch)[0] for batch in batches]).sum()
+        return torch.autograd.grad(-total, table)[0]
+    for batch in batches:
         temperature = trajectory.sampling.temperature
         logits = policy_logits(score(batch.rows), toy.vocab, temperature=temperature)
         logprobs, _ = token_logprobs(
@@ -271,6 +336,74 @@ def estimator_gradient(
         )
         total = total - LOSSES["policy"](of_tokens(logprobs, batch), algorithm).loss
     return torch.autograd.grad(total, table)[0]
+
+
+def _joint_loss(rollout: Rollout, rows, batches, score, toy: Toy, algorithm: AlgorithmSettings):
+    """Return the loss of micro-batches that join tokens, as `training.update` makes it."""
+    # Megatron takes seconds to load.
+    from agrpo_megatron.training import objective
+    from agrpo_megatron.training.scoring import score_tokens
+
+    sampling = rollout.trajectory.sampling
+    logprobs = torch.zeros(rows.scored.shape, dtype=torch.float64)
+    entropies = torch.zeros_like(logprobs)
+    for batch in batches:
+        scores = score_tokens(score(batch.rows).detach(), batch, toy.vocab, sampling, algorithm)
+        logprobs[batch.row, batch.position] = scores.logprobs
+        entropies[batch.row, batch.position] = scores.entropies
+    old = recorded_logprobs(rollout, rows)
+    assert old is not None
+    tables = objective.Tables(logprobs, old, None, entropies)
+    metrics, slopes = objective.joint_loss(rows, tables, rollout, algorithm)
+    assert float(metrics["ratio_max_error"]) < 1e-12, "recorded log-probs are those of a new pass"
+    return objective.make_tangent(slopes, metrics, toy.vocab, sampling, algorithm, speaker=None)
+
+
+def settings_of(toy: Toy, options) -> SamplingSettings:
+    return SamplingSettings(completion_length=toy.length, **options)
+
+
+def reward_gradient(table: Tensor, toy: Toy, sampling: SamplingSettings) -> Tensor:
+    """Differentiate the expected reward, sum over trajectories of p R, by brute force."""
+    table = table.clone().requires_grad_()
+    listed = enumerate_trajectories(table, toy, sampling)
+    expected = (listed.probability * toy.rewards(listed.trajectory.tokens)).sum()
+    return torch.autograd.grad(expected, table)[0]
+
+
+def mean_gradient(table: Tensor, toy: Toy, sampling: SamplingSettings, **options) -> Tensor:
+    """Average `full_trajectory` over single trajectories, with reward as advantage."""
+    listed = enumerate_trajectories(table, toy, sampling)
+    algorithm = AlgorithmSettings(normaliser="constant", normaliser_constant=1.0, **options)
+    context = DrawContext(algorithm, toy.eos_id, 0)
+    draws = all_steps(listed.trajectory, context)
+    gains = listed.probability * toy.rewards(listed.trajectory.tokens)
+    return estimator_gradient(table, toy, listed.trajectory, gains, draws, algorithm)
+
+
+def rows_of(drawn: Trajectory, listed: Enumerated) -> Tensor:
+    """Return which of the listed trajectories each drawn one is."""
+    names = ("tokens", "unmask_step", "drawn_tokens", "turns")
+    keys, seen = (
+        torch.cat([tensors(of)[n].long().flatten(1) for n in names if n in tensors(of)], 1).tolist()
+        for of in (listed.trajectory, drawn)
+    )
+    row = {tuple(key): index for index, key in enumerate(keys)}
+    return torch.tensor([row[tuple(key)] for key in seen])
+
+
+def assert_listed(drawn: Trajectory, listed: Enumerated) -> None:
+    """Check by chi-square that rollouts were drawn with the probabilities of the list."""
+    rows = rows_of(drawn, listed)
+    count = len(rows)
+    found = torch.bincount(rows, minlength=len(listed.probability))
+    expected = listed.probability.detach() * count
+    large = expected >= 5
+    found = torch.cat([found[large], found[~large].sum()[None]]).double()
+    expected = torch.cat([expected[large], expected[~large].sum()[None]])
+    chi_square = ((found - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    freedom = len(expected) - 1
+    assert abs(float(chi_square) - freedom) < 4 * (2 * freedom) ** 0.5
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

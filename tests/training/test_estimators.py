@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from agrpo_megatron.checkpoint.start import load_start_weights
-from agrpo_megatron.config.rules_algorithm import OF_LOSSES
+from agrpo_megatron.config.rules_algorithm import OF_LOSSES, validate_algorithm
 from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.config.settings.estimators import ENTRIES
 from agrpo_megatron.megatron.network import build_network
@@ -41,6 +41,8 @@ OWN = Path(__file__).parents[2] / "examples" / "my_estimator.py"
 # Of the first gradient, relative; tensor parallelism sums other parts in float32.
 BOUNDS = dict.fromkeys(LAYOUTS, 1e-6) | {"tp2": 3e-6}
 FEW = {"mc_samples": 3}
+OF_TURNS = {"unmasking": "entropy", "block_length": 4, "position_temperature": 0.5}
+ALL_DRAWN = {"unmasking": "low_confidence", "block_length": 4, "record_drawn": True}
 VARIANTS: dict = {name: {"name": name} for name in ENTRIES} | {
     "agrpo": {"name": "agrpo", **FEW},
     "bgpo": {"name": "bgpo", **FEW},
@@ -55,6 +57,22 @@ VARIANTS: dict = {name: {"name": name} for name in ENTRIES} | {
     "egspo, KL over the vocabulary": {"name": "egspo", "kl": "exact"},
     "agrpo, KL over the vocabulary": {"name": "agrpo", "kl": "exact"},
     "vrpo without tails": {"name": "vrpo", "tail": "first", "cut_tail": True},
+    "all drawn tokens of drawn steps": {
+        "name": "agrpo",
+        "mc_samples": 2,
+        "scoring": "augmented",
+        "normaliser": "tokens",
+        "sampling": ALL_DRAWN | {"threshold": 0.2},
+    },
+    "all drawn tokens by step": {"name": "cj_grpo", "scoring": "augmented", "sampling": ALL_DRAWN},
+    "drawn positions of drawn steps": {
+        "name": "agrpo",
+        "mc_samples": 2,
+        "scoring": "positions",
+        "kl_sum": True,
+        "entropy_bonus": 0.1,
+        "sampling": OF_TURNS | {"denoising_steps": 4},
+    },
     "of the user": {"name": f"{OWN}:suffixes", "loss": f"{OWN}:soft_clip"},
 }
 
@@ -63,7 +81,16 @@ def _norm(tensors):
     return float(torch.stack([tensor.norm() for tensor in tensors.values()]).norm())
 
 
+def _settings(base, changed):
+    """Return the settings of a variant: its algorithm, and its sampler."""
+    sampling = replace(base.sampling, **changed.get("sampling", {}))
+    settings = replace(base, algorithm=_algorithm(base.algorithm, changed), sampling=sampling)
+    validate_algorithm(settings.algorithm, sampling)
+    return settings
+
+
 def _algorithm(base, changed):
+    changed = {name: value for name, value in changed.items() if name != "sampling"}
     algorithm = replace(base, **{"updates_per_iteration": 2, "baseline": "none", **changed})
     loss = str(algorithm.filled.loss)
     algorithm = replace(algorithm, kl_coefficient=0.1 if loss in OF_LOSSES["kl"] else 0.0)
@@ -77,7 +104,7 @@ def _update(session, engine, changed):
     for group in engine.optimizer.optimizer.param_groups:
         for parameter in group["params"]:
             engine.optimizer.optimizer.state.pop(parameter, None)
-    settings = replace(run.settings, algorithm=_algorithm(run.settings.algorithm, changed))
+    settings = _settings(run.settings, changed)
     session = replace(session, run=replace(run, settings=settings))
     rollout, _ = collect_rollout(session, engine, 0)
     reference = None
@@ -102,15 +129,17 @@ def _update(session, engine, changed):
 def _nothing(overrides):
     """Return what updates on rollouts of equal rewards report, by variant."""
     session, engine = open_session(*COMMON, *overrides, world_size=dist.get_world_size())
-    rollout, _ = collect_rollout(session, engine, 0)
-    equal = torch.zeros_like(rollout.rewards)
-    rollout = replace(rollout, rewards=equal, advantages=equal)
-    results = {}
+    results, sampled = {}, {}
     for name, changed in VARIANTS.items():
-        algorithm = replace(_algorithm(session.run.settings.algorithm, changed), kl_coefficient=0.0)
-        algorithm = replace(algorithm, entropy_bonus=0.0)
-        settings = replace(session.run.settings, algorithm=algorithm)
+        settings = _settings(session.run.settings, changed)
+        algorithm = replace(settings.algorithm, kl_coefficient=0.0, entropy_bonus=0.0)
+        settings = replace(settings, algorithm=algorithm)
         of_variant = replace(session, run=replace(session.run, settings=settings))
+        if settings.sampling not in sampled:
+            sampled[settings.sampling], _ = collect_rollout(of_variant, engine, 0)
+        rollout = sampled[settings.sampling]
+        equal = torch.zeros_like(rollout.rewards)
+        rollout = replace(rollout, rewards=equal, advantages=equal)
         results[name], _ = update_policy(of_variant, engine, rollout, engine.network)
     return results
 
@@ -147,6 +176,8 @@ def test_each_estimator_moves_the_policy_and_counts_its_passes(alone):
         algorithm = _algorithm(AlgorithmSettings(), VARIANTS[name])
         assert metrics["scoring_rows"] >= algorithm.needs_reference * metrics["rows"], name
         assert metrics["ratio/mean"] != 1.0, name
+        if "sampling" in VARIANTS[name]:  # the sampler recorded all that is scored
+            assert metrics["ratio/max_error"] < 1e-5, name
 
 
 def test_rollouts_of_equal_rewards_give_no_gradient_and_no_error():

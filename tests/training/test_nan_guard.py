@@ -15,6 +15,7 @@ from agrpo_megatron.training.nan_guard import NONFINITE, NanGuard, rollout_keys
 from agrpo_megatron.training.nonfinite import NotFinite
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.run import train
+from agrpo_megatron.trajectories import tensors
 from tests.ranks import run_ranks
 from tests.training.test_run import read
 from tests.training.tiny import open_session, resolved_run, same_metrics, silent_view
@@ -31,8 +32,10 @@ NAN = float("nan")
 
 def _spoilt(rollout, rows):
     """Return rollouts of which some hold log-probs that are not numbers."""
-    logprobs = rollout.trajectory.logprobs.index_fill(0, torch.tensor(rows), NAN)
-    return replace(rollout, trajectory=replace(rollout.trajectory, logprobs=logprobs))
+    trajectory, values = rollout.trajectory, tensors(rollout.trajectory)
+    recorded = {name: value for name, value in values.items() if name.endswith("logprobs")}
+    spoilt = {n: v.index_fill(0, torch.tensor(rows), NAN) for n, v in recorded.items()}
+    return replace(rollout, trajectory=replace(trajectory, **spoilt))
 
 
 def _useful(rollout):

@@ -79,7 +79,10 @@ class Settings:
 
     @cached_property
     def evaluation_sampling(self) -> SamplingSettings:
-        """The sampler of evaluation: `sampling` with the overrides of `evaluation`."""
+        """The sampler of evaluation: `sampling` with the overrides of `evaluation`.
+
+        It draws no positions, and records nothing that only an update needs.
+        """
         sampling, chosen = self.sampling, self.evaluation
         return replace(
             sampling,
@@ -89,4 +92,6 @@ class Settings:
             block_length=chosen.block_length or sampling.block_length,
             top_k=chosen.top_k,
             top_p=chosen.top_p,
+            position_temperature=None,
+            record_drawn=False,
         )

@@ -19,6 +19,7 @@ STATES = (
     "coupled_counts",
     "quadrature",
 )
+SCORING = ("token", "augmented", "positions")
 NORMALISERS = ("live_steps", "all_steps", "same_step", "rows", "tokens", "constant", "sum")
 
 
@@ -65,6 +66,12 @@ class AlgorithmSettings:
         "sampled",
         "steps that are scored: all that ran, or up to the last text token (published)",
         choices=("sampled", "text"),
+    )
+    scoring: str = setting(
+        "token",
+        "scored of a step: the tokens that it keeps; also those that it draws and puts back; or "
+        "also its draw of positions",
+        choices=SCORING,
     )
     merge_steps: int | None = setting(
         None, "tracerl: denoising steps scored from the first one's state", low=1

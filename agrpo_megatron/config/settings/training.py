@@ -126,6 +126,16 @@ class SamplingSettings:
     )
     early_end: bool = setting(True, "a row ends after a block that is all end-of-text")
     forbid_mask_token: bool = setting(True, "never draw the mask token (published code: false)")
+    position_temperature: float | None = setting(
+        None,
+        "unmasking=entropy: draw positions, each turn by exp(-entropy / this); null: take the "
+        "lowest entropies",
+        low=1e-3,
+    )
+    record_drawn: bool = setting(
+        False,
+        "record the tokens that a step puts back, too (for algorithm.scoring=augmented)",
+    )
 
     @property
     def foresees_positions(self) -> bool:

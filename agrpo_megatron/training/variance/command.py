@@ -8,7 +8,7 @@ from typing import Any
 
 from agrpo_megatron.checkpoint.sharded import load_weights
 from agrpo_megatron.checkpoint.start import load_start_weights
-from agrpo_megatron.config.rules_algorithm import validate_algorithm
+from agrpo_megatron.config.rules_algorithm import OF_ESTIMATORS, validate_algorithm
 from agrpo_megatron.config.settings import AlgorithmSettings, Settings
 from agrpo_megatron.config.settings.estimators import ENTRIES
 from agrpo_megatron.megatron.engine import Engine, build_engine
@@ -50,7 +50,8 @@ def plan_variants(
             f"between the halves of a batch; use {groups + 1}"
         )
     shared = ("prompts_per_iteration", "group_size", "baseline", "scale_by_std")
-    common: dict[str, Any] = {name: getattr(settings.algorithm, name) for name in shared}
+    every = (*shared, "scoring")
+    common: dict[str, Any] = {name: getattr(settings.algorithm, name) for name in every}
     own = settings.algorithm
     drawn = own if own.name == "agrpo" else AlgorithmSettings(**common)
     variants = {f"agrpo, k {k}": replace(drawn, mc_samples=k) for k in draws}
@@ -59,6 +60,7 @@ def plan_variants(
             raise ValueError(f"--estimators={name}: use any of {', '.join(ENTRIES)}")
         # A pair of completions has no advantage to subtract a baseline from.
         kept = ("group_size",) if name == "vrpo" else shared
+        kept = every if name in OF_ESTIMATORS["scoring"] else kept
         variants[name] = AlgorithmSettings(name=name, **{key: common[key] for key in kept})
     for algorithm in variants.values():
         validate_algorithm(algorithm, settings.sampling)

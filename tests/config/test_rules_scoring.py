@@ -1,0 +1,125 @@
+"""What is scored of a step needs what the sampler records, or is refused in one line."""
+
+from dataclasses import replace
+
+import pytest
+
+from agrpo_megatron.config.rules_algorithm import validate_algorithm
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings, Settings
+
+RECORDED = SamplingSettings(
+    completion_length=8,
+    block_length=8,
+    denoising_steps=8,
+    unmasking="low_confidence",
+    record_drawn=True,
+)
+BY_ENTROPY = {"unmasking": "entropy", "position_temperature": 0.5, "record_drawn": False}
+REFUSED = {
+    "positions by confidence": (
+        {},
+        BY_ENTROPY | {"unmasking": "low_confidence"},
+        "sampling.unmasking=low_confidence takes others; use entropy, or",
+    ),
+    "positions by threshold": (
+        {},
+        BY_ENTROPY | {"threshold": 0.5},
+        "sampling.threshold=0.5 fixes others; use null",
+    ),
+    "tokens that say nothing": (
+        {},
+        BY_ENTROPY | {"record_drawn": True},
+        "records tokens that say nothing; use false",
+    ),
+    "no drawn positions": (
+        {"scoring": "positions"},
+        {},
+        "scores positions that sampling.position_temperature draws; set it",
+    ),
+    "weights of tokens": (
+        {"scoring": "positions", "name": "cj_grpo"},
+        BY_ENTROPY,
+        "use agrpo or full_trajectory",
+    ),
+    "cut entropies": (
+        {"scoring": "positions"},
+        BY_ENTROPY | {"top_p": 0.9},
+        "use sampling.top_k=null sampling.top_p=1",
+    ),
+    "a ratio of a step": (
+        {"scoring": "positions", "level": "row"},
+        BY_ENTROPY,
+        "algorithm.level=row is not for algorithm.scoring=positions",
+    ),
+    "positions of the model": (
+        {"scoring": "positions", "scored_policy": "model"},
+        BY_ENTROPY,
+        "use sampler",
+    ),
+    "corrected positions": (
+        {"scoring": "positions", "rollout_correction": 2.0},
+        BY_ENTROPY,
+        "algorithm.rollout_correction=2 is not for algorithm.scoring=positions",
+    ),
+    "a record of no more": (
+        {},
+        {"unmasking": "random"},
+        "and sampling.unmasking=random draws none; use false, or sampling.unmasking=low_confidence",
+    ),
+    "candidates": ({}, {"top_k": 5}, "use sampling.top_k=null sampling.top_p=1, or sampling."),
+    "no record": (
+        {"scoring": "augmented"},
+        {"record_drawn": False},
+        "scores what sampling.record_drawn=true records; set it",
+    ),
+    "nothing put back": (
+        {"scoring": "augmented"},
+        {"record_drawn": False, "unmasking": "leftmost"},
+        "sampling.unmasking=leftmost draws none; use token",
+    ),
+    "another estimator": (
+        {"scoring": "augmented", "name": "espo"},
+        {},
+        "algorithm.scoring=augmented has no meaning under algorithm.name=espo; use token, or "
+        "algorithm.name=agrpo or cj_grpo or full_trajectory",
+    ),
+    "tokens of the completion": (
+        {"scoring": "augmented", "name": "cj_grpo", "tail": "first"},
+        {},
+        "algorithm.tail=first counts tokens of the completion",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_meaning_is_refused(case):
+    algorithm, sampling, said = REFUSED[case]
+    with pytest.raises(ValueError, match=r"algorithm|sampling") as error:
+        validate_algorithm(AlgorithmSettings(**algorithm), replace(RECORDED, **sampling))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["agrpo", "full_trajectory", "cj_grpo"])
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"unmasking": "margin"}, {"threshold": 0.5}, {"threshold": 0.5, "unmasking": "random"}],
+)
+def test_what_the_sampler_records_is_scored(name, changed):
+    algorithm = AlgorithmSettings(name=name, scoring="augmented")
+    validate_algorithm(algorithm, replace(RECORDED, **changed))
+
+
+@pytest.mark.parametrize("name", ["agrpo", "full_trajectory"])
+def test_drawn_positions_are_scored_or_only_their_tokens(name):
+    for scoring in ("positions", "token"):
+        algorithm = AlgorithmSettings(name=name, scoring=scoring)
+        validate_algorithm(algorithm, replace(RECORDED, **BY_ENTROPY))
+
+
+def test_evaluation_draws_no_positions_and_records_nothing():
+    changed = ["sampling.record_drawn=true", "sampling.position_temperature=0.5"]
+    settings = load(Settings, None, changed)
+    assert settings.sampling.record_drawn and settings.sampling.position_temperature == 0.5
+    assert not settings.evaluation_sampling.record_drawn
+    assert settings.evaluation_sampling.position_temperature is None
