@@ -162,12 +162,11 @@ def _updated(overrides, *, measures):
         auto = AutoDraws(session.run.settings.algorithm, {})
         session = auto.before_update(session, engine, rollout, None, sampled=1.0)
         assert auto.state["spent"] > 0
-        for parameter in engine.network.parameters():
-            assert not parameter.main_grad.any()
+        assert not any(p.main_grad.any() for _, p in engine.network.named_parameters())
     same = zip(states, [torch.get_rng_state(), *tracker.get_states().values()], strict=True)
     assert all(torch.equal(a, b) for a, b in same)
     metrics, _ = update_policy(session, engine, rollout, None)
-    weights = [p.detach().clone() for p in engine.network.parameters()]
+    weights = [p.detach().clone() for _, p in engine.network.named_parameters()]
     return weights, metrics, session.run.settings.algorithm.mc_samples
 
 
