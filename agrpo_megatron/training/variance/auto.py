@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.estimators import timesteps
@@ -69,15 +70,22 @@ class AutoDraws:
         Args:
             sampled: groups that the iteration sampled, over those that it kept.
         """
-        self._sampling, self._found = sampled * _sampling_work(rollout), {}
-        counts = self._counts(session.run, rollout)
-        if counts and self._is_paid(counts):
+        algorithm, steps = self._algorithm, _live_steps(session.run, rollout)
+        lengths, self._found = _lengths(rollout), {}
+        self._sampling = sampled * float((rollout.trajectory.num_steps * lengths).sum())
+        counts = self._counts(rollout, int(steps.max()))
+        # Rows of a rollout: its draws, or its live steps where these are fewer.
+        rows = sum(steps.clamp(max=count) for count in counts) * _scored(rollout, algorithm)
+        tokens = float((rows * lengths)[: _measured_rollouts(algorithm)].sum())
+        total = self._state.spent + self._state.each * tokens
+        # The first measurement need not stay within the share.
+        is_paid = self._state.spent == 0 or total <= algorithm.auto_share * self._state.made
+        if tokens and is_paid:
             started = time.perf_counter()
-            self._measure(session, engine, rollout, reference, counts)
+            self._measure(session, engine, rollout, reference, counts, tokens)
             self._found["timing/measure"] = time.perf_counter() - started
-        run = session.run
-        settings = replace(run.settings, algorithm=self._with(self._state.chosen))
-        return replace(session, run=replace(run, settings=settings))
+        settings = replace(session.run.settings, algorithm=self._with(self._state.chosen))
+        return replace(session, run=replace(session.run, settings=settings))
 
     def after_update(self, metrics: Mapping[str, float], tokens: int) -> dict[str, float]:
         """Count the work of the iteration; return metrics of the draws and of measuring.
@@ -101,22 +109,18 @@ class AutoDraws:
     def _with(self, count: int | None) -> AlgorithmSettings:
         return replace(self._algorithm, mc_samples=count)
 
-    def _counts(self, run: Run, rollout: Rollout) -> list[int]:
-        """Return the draws to compare, in ascending order: three at least, or none."""
-        trajectory, rule = rollout.trajectory, self._algorithm.live_steps
-        live = timesteps.live_steps(trajectory, eos_id=run.eos_id, rule=rule)
-        rungs = ladder(trajectory.sampling.denoising_steps, int(live.max()))
+    def _counts(self, rollout: Rollout, most: int) -> list[int]:
+        """Return the draws to compare, in ascending order: three at least, or none.
+
+        Args:
+            most: the most live steps of any rollout.
+        """
+        rungs = ladder(rollout.trajectory.sampling.denoising_steps, most)
         if len(rungs) < 2:
             return []
         counts = window(rungs, self._state.chosen) if self._state.candidates else rungs
         # Three entries give the noise of each; see `components`.
         return counts if len(counts) > 2 else [counts[0], *counts]
-
-    def _is_paid(self, counts: Sequence[int]) -> bool:
-        """Return whether a measurement stays within `auto_share`; the first one need not."""
-        state = self._state
-        total = state.spent + state.each * sum(counts)
-        return state.spent == 0 or total <= self._algorithm.auto_share * state.made
 
     def _measure(
         self,
@@ -125,9 +129,16 @@ class AutoDraws:
         rollout: Rollout,
         reference: Network | None,
         counts: Sequence[int],
+        tokens: float,
     ) -> None:
-        """Measure on some groups, add to the running averages, and choose."""
-        part, found = _part(rollout, self._algorithm), []
+        """Measure on the first groups, add to the running averages, and choose.
+
+        Args:
+            tokens: of the rows that are scored, at most.
+        """
+        first = _measured_rollouts(self._algorithm)
+        places, found = torch.arange(first, device=rollout.rewards.device), []
+        part = some_of(rollout, places)
         with without_trace(engine):
             engine.finish_parameters()
             for number, count in enumerate(counts, start=1):
@@ -145,14 +156,12 @@ class AutoDraws:
         *draws, rollouts = values.tolist()
         state, spent = self._state, sum(gradients.work for gradients in found)
         self._found["measuring_rows"] = sum(gradients.rows for gradients in found)
-        if not spent:  # no advantage in these groups
-            return
-        self._state = replace(state, spent=state.spent + spent, each=spent / sum(counts))
-        if not all(map(math.isfinite, (*draws, rollouts))):
+        self._state = replace(state, spent=state.spent + spent, each=spent / tokens)
+        if not spent or not all(map(math.isfinite, (*draws, rollouts))):
             return  # the update reports what is not finite
-        updates, larger = self._algorithm.updates_per_iteration, _scored(rollout, self._algorithm)
-        larger /= _scored(part, self._algorithm)
-        works = [self._sampling + updates * larger * gradients.work for gradients in found]
+        scored = _scored(rollout, self._algorithm)
+        times = self._algorithm.updates_per_iteration * float(scored.sum() / scored[:first].sum())
+        works = [self._sampling + times * gradients.work for gradients in found]
         self._state = learned(self._state, counts, draws, rollouts, works)
         self._report(session, rollout.trajectory.weights_version + 1, counts, state)
 
@@ -176,26 +185,28 @@ class AutoDraws:
             )
 
 
-def _part(rollout: Rollout, algorithm: AlgorithmSettings) -> Rollout:
-    """Return the first groups of a batch, an even number of them."""
+def _measured_rollouts(algorithm: AlgorithmSettings) -> int:
+    """Return how many rollouts of a batch are measured: an even number of groups."""
     groups = 2 * max(1, algorithm.prompts_per_iteration // (2 * PART))
-    rows = torch.arange(groups * algorithm.group_size, device=rollout.rewards.device)
-    return some_of(rollout, rows)
+    return groups * algorithm.group_size
 
 
-def _scored(rollout: Rollout, algorithm: AlgorithmSettings) -> int:
-    """Return how many rollouts an update scores."""
-    if needs_every_rollout(algorithm):
-        return len(rollout.advantages)
-    return int((rollout.advantages != 0).sum())
+def _scored(rollout: Rollout, algorithm: AlgorithmSettings) -> Tensor:
+    """Return which rollouts an update scores, [R] bool."""
+    return (rollout.advantages != 0) | needs_every_rollout(algorithm)
 
 
-def _sampling_work(rollout: Rollout) -> float:
-    """Return the work of sampling some rollouts, in tokens of a forward pass.
+def _live_steps(run: Run, rollout: Rollout) -> Tensor:
+    rule = run.settings.algorithm.live_steps
+    return timesteps.live_steps(rollout.trajectory, eos_id=run.eos_id, rule=rule)
 
-    It is that of the trajectories, whether they were sampled, read from the cache or replayed.
+
+def _lengths(rollout: Rollout) -> Tensor:
+    """Return the tokens of a row of each rollout, [R] int64.
+
+    Times the steps of its trajectory they are the work of its sampling, whether it was sampled,
+    read from the cache or replayed.
     """
-    trajectory, width = rollout.trajectory, rollout.trajectory.tokens.shape[1]
-    steps = trajectory.num_steps.tolist()
-    rows = zip(trajectory.prompts, steps, strict=True)
-    return float(sum(count * (len(prompt) + width) for prompt, count in rows))
+    trajectory = rollout.trajectory
+    prompts = torch.tensor([len(prompt) for prompt in trajectory.prompts])
+    return (prompts + trajectory.tokens.shape[1]).to(trajectory.tokens.device)

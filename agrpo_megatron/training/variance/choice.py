@@ -15,7 +15,7 @@ from torch import Tensor
 
 KEPT = 0.8  # weight of earlier measurements of a candidate at each further one
 NEAR = 4  # candidates of a measurement after the first: half, own, double, and a precise reference
-MARGIN = 1.05  # a change needs so much more signal for the work
+MARGIN = 1.05  # of nearly equal candidates, up to this factor, the one with fewest draws is taken
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class State:
     chosen: int  # draws per rollout
     spent: float = 0.0  # work of all measurements
     made: float = 0.0  # work of all iterations, rollouts included
-    each: float = 0.0  # work of the latest measurement, over the sum of its draws
+    each: float = 0.0  # work of the latest measurement, over the tokens of its draws
     candidates: dict[int, Candidate] = field(default_factory=dict)  # by draws
 
 
@@ -130,13 +130,7 @@ def window(rungs: Sequence[int], chosen: int) -> list[int]:
 
 
 def best(candidates: Mapping[int, Candidate], chosen: int) -> int:
-    """Return the number of draws with the most signal for the work.
-
-    The chosen one stays if no other is better by `MARGIN`, or if none is known.
-    """
+    """Return the number of draws with the most signal for the work; `chosen` if none is known."""
     known = {draws: each.cost for draws, each in candidates.items() if each.is_known}
-    if not known:
-        return chosen
-    least = min(known, key=lambda draws: (known[draws], draws))
-    stays = chosen in known and known[chosen] <= MARGIN * known[least]
-    return chosen if stays else least
+    least = min(known.values(), default=0.0)
+    return min((draws for draws, cost in known.items() if cost <= MARGIN * least), default=chosen)
