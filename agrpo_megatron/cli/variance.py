@@ -76,6 +76,11 @@ def variance(arguments: argparse.Namespace) -> int:
     # The problems that follow those of training, or the first stored rollouts.
     train = resolved.settings.train
     first = train.iterations if train.from_rollouts is None else 0
+    if train.from_rollouts is not None and arguments.batches > train.iterations:
+        raise ValueError(
+            f"--batches={arguments.batches} is more than the {train.iterations} iterations of "
+            f"train.from_rollouts={train.from_rollouts}; use at most {train.iterations}"
+        )
     plan = Plan(variants, arguments.batches, arguments.repeats, first=first)
     with ending_together():
         found = measure(resolved, target.checkpoint, plan, show=show)

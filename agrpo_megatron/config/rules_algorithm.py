@@ -48,6 +48,7 @@ def validate_algorithm(algorithm: AlgorithmSettings, sampling: SamplingSettings)
     _check_name("name", algorithm.name, ENTRIES)
     if algorithm.loss is not None:
         _check_name("loss", algorithm.loss, LOSSES)
+    _check_auto(algorithm)
     filled, defaults = algorithm.filled, AlgorithmSettings(name=algorithm.name).filled
     if not is_file_name(algorithm.name):
         _check_used(algorithm, OF_ESTIMATORS, by="name", who=algorithm.name)
@@ -66,7 +67,7 @@ def validate_algorithm(algorithm: AlgorithmSettings, sampling: SamplingSettings)
             "which takes every step where draws suffice; use true, or "
             "algorithm.step_sampler=systematic"
         )
-    _check_advantages(filled)
+    _check_details(filled)
     low, high = filled.mask_low, filled.mask_high
     if low is not None and high is not None and low > high:
         raise ValueError(
@@ -194,14 +195,35 @@ def _check_exact_kl(filled: AlgorithmSettings, sampling: SamplingSettings) -> No
         )
 
 
-def _check_advantages(filled: AlgorithmSettings) -> None:
-    """Refuse details of an advantage, or of a tail, that is not used."""
+def _check_auto(algorithm: AlgorithmSettings) -> None:
+    """Refuse to measure the number of draws where there is nothing to measure."""
+    if algorithm.mc_samples != "auto":
+        return
+    if algorithm.name != "agrpo":
+        raise ValueError(
+            "algorithm.mc_samples=auto measures the drawn steps of algorithm.name=agrpo, and "
+            f"algorithm.name={algorithm.name}; use null"
+        )
+    if algorithm.prompts_per_iteration < 2:
+        raise ValueError(
+            "algorithm.mc_samples=auto compares two halves of an iteration's problems, and "
+            "algorithm.prompts_per_iteration=1; use at least 2, or a number of draws"
+        )
+
+
+def _check_details(filled: AlgorithmSettings) -> None:
+    """Refuse details of an advantage, of a tail, or of a measurement, that is not used."""
     defaults = {field.name: field.default for field in fields(AlgorithmSettings)}
     users = {
         **dict.fromkeys(("std_degrees", "std_epsilon", "std_floor"), "scale_by_std=true"),
         "softmax_negative": "softmax=group",
+        "auto_share": "mc_samples=auto",
     }
-    is_used = {"scale_by_std=true": filled.scale_by_std, "softmax=group": filled.softmax != "none"}
+    is_used = {
+        "scale_by_std=true": filled.scale_by_std,
+        "softmax=group": filled.softmax != "none",
+        "mc_samples=auto": filled.mc_samples == "auto",
+    }
     for key, user in users.items():
         value = getattr(filled, key)
         if value != defaults[key] and not is_used[user]:
@@ -239,7 +261,7 @@ def _check_sampling(filled: AlgorithmSettings, sampling: SamplingSettings) -> No
                 f"sampling.unmasking=leftmost sampling.denoising_steps={length} "
                 "sampling.threshold=null"
             )
-    if filled.name == "step_merge" and (filled.mc_samples or 1) > steps:
+    if filled.name == "step_merge" and filled.draws > steps:
         raise ValueError(
             f"algorithm.mc_samples={filled.mc_samples} segments need as many denoising steps, and "
             f"sampling.denoising_steps={steps}; use at most {steps}"

@@ -36,6 +36,7 @@ def type_name(hint: Any) -> str:
     names |= {str: "text", list[int]: "a list of integers", list[str]: "a list of texts"}
     names |= {type(None): "null"}
     options = sorted(_options(hint), key=lambda option: option is type(None))
+    names |= {option: option for option in options if isinstance(option, str)}
     return " or ".join(names.get(option, "a mapping") for option in options)
 
 
@@ -49,11 +50,25 @@ def text(value: object) -> str:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    """Return the types of a union, and the words of a `Literal` in it, in their order."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    parts = typing.get_args(hint) if is_union else (hint,)
+    words = {part: typing.get_args(part) for part in parts if _is_literal(part)}
+    return tuple(option for part in parts for option in words.get(part, (part,)))
+
+
+def _is_literal(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Literal
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
-    """Return `value` as `hint`, or None if it does not fit (YAML reads 1e-4 as text)."""
+    """Return `value` as `hint`, or None if it does not fit (YAML reads 1e-4 as text).
+
+    Args:
+        hint: a type, or the only text that fits.
+    """
+    if isinstance(hint, str):
+        return value if value == hint else None
     if hint in (bool, int, str):
         fits = isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
         return value if fits else None

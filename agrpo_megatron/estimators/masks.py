@@ -75,7 +75,7 @@ def draw_states(rollout: Rollout, context: DrawContext) -> MaskedStates:
     """Draw `algorithm.mc_samples` masks of every rollout by `algorithm.states`."""
     settings, trajectory = context.algorithm.filled, rollout.trajectory
     counted, hidden, likelihood, numbers = counted_tokens(trajectory, context), [], [], []
-    draws = settings.mc_samples or 1
+    draws = settings.draws
     for number in range(draws):
         draw = _Draw(
             number,

@@ -46,7 +46,7 @@ def draw_counts(rollout: Rollout, context: DrawContext) -> Tensor:
     settings, trajectory = context.algorithm.filled, rollout.trajectory
     live, most = live_of(trajectory, context)
     if settings.allocation == "equal":
-        return torch.full_like(live, settings.mc_samples or 1)
+        return torch.full_like(live, settings.draws)
     scale = _normaliser(rollout, context) * rollout.advantages / live.clamp(min=1)
     lengths = _step_lengths(trajectory, most, settings) * scale[:, None]
     is_drawn = torch.ones_like(rollout.advantages, dtype=torch.bool)
@@ -56,7 +56,7 @@ def draw_counts(rollout: Rollout, context: DrawContext) -> Tensor:
         proposal_of(trajectory, context),
         lengths.square(),
         is_drawn=is_drawn,
-        mean=settings.mc_samples or 1,
+        mean=settings.draws,
     )
 
 
@@ -70,7 +70,7 @@ def drawn_steps(
     """
     settings = context.algorithm.filled
     if counts is None:
-        counts = torch.full_like(trajectory.num_steps, settings.mc_samples or 1)
+        counts = torch.full_like(trajectory.num_steps, settings.draws)
     uniforms = timesteps.draw_uniforms(
         trajectory.rollout_ids,
         counts,

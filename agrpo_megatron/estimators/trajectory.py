@@ -46,7 +46,7 @@ def step_merge(rollout: Rollout, context: DrawContext) -> ScoredRows:
     passes: `mc_samples`, with gradient. Source: d2 (arXiv 2509.21474, diffu-GRPO's code).
     """
     trajectory, settings = rollout.trajectory, context.algorithm.filled
-    steps, segments = trajectory.sampling.denoising_steps, settings.mc_samples or 1
+    steps, segments = trajectory.sampling.denoising_steps, settings.draws
     first = torch.tensor([int(n * (steps / segments)) for n in range(segments)])
     first = first.to(trajectory.tokens.device)
     segment = torch.searchsorted(first, trajectory.unmask_step, right=True) - 1
@@ -76,7 +76,7 @@ def egspo(rollout: Rollout, context: DrawContext) -> ScoredRows:
     fixed = _per_step(trajectory, torch.ones_like(trajectory.entropies), most)
     mean = timesteps.step_entropies(trajectory, most) / fixed.clamp(min=1)
     mean = mean.masked_fill(torch.arange(most, device=mean.device) >= live[:, None], -1.0)
-    count = min(context.algorithm.filled.mc_samples or 1, most)
+    count = min(context.algorithm.draws, most)
     steps = mean.argsort(dim=1, descending=True, stable=True)[:, :count]
     return at_level(steps_as_draws(steps, live), rollout, context)
 
@@ -95,7 +95,7 @@ def rldf(rollout: Rollout, context: DrawContext) -> ScoredRows:
     (`least_probability`, in the loss). Forward passes: `mc_samples` with gradient, and without for
     the policy that sampled. Source: RLDF, the loss in its public code.
     """
-    count = context.algorithm.filled.mc_samples or 1
+    count = context.algorithm.draws
     steps, valid = surprising_steps(rollout, context, count)
     return masked_tail_rows(steps, valid, rollout, context)
 

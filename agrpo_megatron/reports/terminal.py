@@ -32,6 +32,7 @@ DETAILS: tuple[Cell, ...] = (
     ("ratio p99", "ratio/p99_error", "{:.1e}".format),
     ("entropy", "entropy", FIXED),
     ("live steps", "live_steps/mean", "{:.1f}".format),
+    ("drawn", "mc_samples", "{:.0f}".format),
     ("grad norm", "grad_norm", FIXED),
     ("tokens/s", "perf/tokens_per_second", compact),
     ("iteration", "timing/iteration", duration),

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from agrpo_megatron.runs.files import free_name, write_whole
 
@@ -32,6 +33,7 @@ class Progress:
     stop_waited: int = 0  # evaluations since then
     stopped: str | None = None  # why the run ended early
     is_evaluated: bool = True  # no evaluation was due, or it was done
+    auto: dict[str, Any] = field(default_factory=dict)  # state of `algorithm.mc_samples=auto`
 
     @property
     def name(self) -> str:

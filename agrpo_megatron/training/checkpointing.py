@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from agrpo_megatron.checkpoint.model_files import write_model_files
 from agrpo_megatron.checkpoint.saving import Saver
@@ -44,10 +45,14 @@ class Checkpointer:
         self._iteration = done.iteration  # finished
         self._saved = done.iteration if done.offsets else None  # in the newest checkpoint
 
-    def on_iteration_end(self, iteration: int, *, is_evaluated: bool) -> None:
-        """Record a finished iteration; called before its evaluation, if one is due."""
+    def on_iteration_end(self, iteration: int, *, is_evaluated: bool, auto: dict[str, Any]) -> None:
+        """Record a finished iteration; called before its evaluation, if one is due.
+
+        Args:
+            auto: the state of `AutoDraws`; empty without it.
+        """
         self._iteration = iteration
-        self._done = replace(self._done, is_evaluated=is_evaluated)
+        self._done = replace(self._done, is_evaluated=is_evaluated, auto=auto)
 
     def on_evaluation(self, scores: dict) -> str | None:
         """Record the metrics of an evaluation; returns the reason for early stopping, if any."""

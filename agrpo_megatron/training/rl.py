@@ -16,6 +16,7 @@ from agrpo_megatron.rollout.session import Run, Session
 from agrpo_megatron.training.alarms import FIRST, Alarms
 from agrpo_megatron.training.nan_guard import NanGuard
 from agrpo_megatron.training.update import update_policy
+from agrpo_megatron.training.variance.auto import AutoDraws
 from agrpo_megatron.types import Rollout
 
 
@@ -25,12 +26,14 @@ def run_rl(
     reference: Network | None,
     *,
     start: int,
+    auto: AutoDraws | None,
     on_iteration_end: Callable[[int], bool],
 ) -> None:
     """Iterate from `start` (iterations finished) to `train.iterations`; called by every rank.
 
     Args:
         reference: the frozen reference policy, where `kl_coefficient` needs one.
+        auto: chooses the number of draws, where `algorithm.mc_samples` is auto.
         on_iteration_end: called after each iteration with the number finished: evaluates, saves,
             and returns whether to continue.
 
@@ -45,10 +48,18 @@ def run_rl(
         started = time.perf_counter()
         sections.at("rl", iteration + 1)
         rollout, rollout_metrics = collect_rollout(session, engine, iteration)
+        updating = session
+        if auto is not None:
+            groups = run.settings.algorithm.prompts_per_iteration
+            sampled = 1 + rollout_metrics.get("rollout/resampled_groups", 0) / groups
+            with sections("update"):
+                updating = auto.before_update(session, engine, rollout, reference, sampled=sampled)
         update_started = time.perf_counter()
         with sections("update"):
-            metrics, tokens = update_policy(session, engine, rollout, reference, guard=guard)
+            metrics, tokens = update_policy(updating, engine, rollout, reference, guard=guard)
         now = time.perf_counter()
+        if auto is not None:
+            metrics |= auto.after_update(metrics, tokens)
         tokens += rollout_metrics.pop("tokens")
         record = {
             "phase": "rl",

@@ -35,6 +35,7 @@ from agrpo_megatron.training.nan_guard import Found, with_roll_backs
 from agrpo_megatron.training.nonfinite import NotFinite
 from agrpo_megatron.training.rl import run_rl
 from agrpo_megatron.training.sft import run_sft
+from agrpo_megatron.training.variance.auto import AutoDraws
 
 
 def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "rl")) -> str | None:
@@ -202,11 +203,15 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
         check_metrics(scores, {"checkpoint.best": best, "train.stop_metric": stop})
     every, last = settings.evaluation.interval, settings.train.iterations
     checkpointer = Checkpointer(session, engine, "rl", last, done)
+    auto = None
+    if settings.algorithm.mc_samples == "auto":
+        auto = AutoDraws(settings.algorithm, done.auto)
 
     def on_iteration_end(iteration: int) -> bool:
         """Evaluate and save if due; return whether to continue."""
         reason, is_due = None, iteration == last or bool(every and iteration % every == 0)
-        checkpointer.on_iteration_end(iteration, is_evaluated=not is_due)
+        kept = auto.state if auto is not None else {}
+        checkpointer.on_iteration_end(iteration, is_evaluated=not is_due, auto=kept)
         if is_due:
             stage = "after" if iteration == last else "interval"
             network = engine.rollout_network()
@@ -222,8 +227,14 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
     with _saved_at_stop(checkpointer):
         # An earlier attempt may have stopped during this evaluation: repeat it.
         if done.is_evaluated or on_iteration_end(done.iteration):
-            hook = on_iteration_end
-            run_rl(session, engine, reference, start=done.iteration, on_iteration_end=hook)
+            run_rl(
+                session,
+                engine,
+                reference,
+                start=done.iteration,
+                auto=auto,
+                on_iteration_end=on_iteration_end,
+            )
 
 
 def _report_early_stop(output: Output, scores: dict, reason: str) -> None:

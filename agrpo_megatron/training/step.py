@@ -22,11 +22,13 @@ distributed optimizer computes the same sum with a reduce-scatter.
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from agrpo_megatron.config.parallel import attention_cost
@@ -94,6 +96,22 @@ def drop_gradients(engine: Engine) -> None:
     for ddp in engine.ddp:
         ddp.zero_grad_buffer()
     engine.optimizer.zero_grad()
+
+
+@contextmanager
+def without_trace(engine: Engine) -> Iterator[None]:
+    """Let the body compute gradients that no update takes: at its end, nothing is left of them.
+
+    Gradients are zero, and the states of random numbers (dropout) are those from before.
+    """
+    tracker: Any = get_cuda_rng_tracker()
+    states, device = tracker.get_states(), engine.ranks.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            drop_gradients(engine)
+            tracker.set_states(states)
 
 
 def _forward_and_backward[Batch: (SftBatch, TimestepBatch)](

@@ -44,6 +44,8 @@ CHANGED: dict[str, Any] = {
     "evaluation.block_length": 6,
     "ddp": {"overlap_grad_reduce": True},
     "algorithm.name": "espo",
+    "algorithm.mc_samples": "auto",
+    "algorithm.auto_share": 0.5,
     "algorithm.loss": "reinforce",
     "algorithm.rollout_correction": 2.0,
     "train.stop_metric": "accuracy",
@@ -84,6 +86,7 @@ ON_MASKS, ALL_HIDDEN = (
 )
 DIVIDED = ["algorithm.scale_by_std=true"]
 NEEDS |= {
+    "algorithm.auto_share": ["algorithm.mc_samples=auto"],
     "algorithm.merge_steps": ["algorithm.mc_samples=null", "algorithm.name=tracerl"],
     "algorithm.scoring=augmented": [*BY_CONFIDENCE, "sampling.record_drawn=true"],
     "algorithm.scoring=positions": [

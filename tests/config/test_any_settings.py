@@ -136,6 +136,7 @@ def _plausible(line):
     if line.choices:
         return [str(choice) for choice in line.choices]
     kinds = {"an integer": "1 2 3 08", "a number": "0.5 1 1e-4", "true or false": "yes no"}
+    kinds["an integer or auto"] = "1 2 08 auto"
     return kinds.get(line.type.removesuffix(" or null"), "").split()
 
 

@@ -21,6 +21,16 @@ REFUSED = {
     "draws of another": ({"name": "spg", "proposal": "entropy"}, "or algorithm.name=agrpo"),
     "masks of another": ({"states": "full"}, "use null, or algorithm.name=diffu_grpo"),
     "one mask": ({"name": "diffu_grpo", "mc_samples": 2}, "algorithm.mc_samples=2 has no meaning"),
+    "auto for masks": (
+        {"name": "espo", "mc_samples": "auto"},
+        "measures the drawn steps of algorithm.name=agrpo, and algorithm.name=espo; use null",
+    ),
+    "auto for all steps": ({"name": "full_trajectory", "mc_samples": "auto"}, "use null"),
+    "auto of one problem": (
+        {"mc_samples": "auto", "prompts_per_iteration": 1},
+        "algorithm.prompts_per_iteration=1; use at least 2, or a number of draws",
+    ),
+    "a share of nothing": ({"auto_share": 0.1}, "no meaning without algorithm.mc_samples=auto"),
     "clip without ratio": ({"name": "wd1", "clip_low": 0.1}, "under algorithm.loss=reinforce"),
     "a KL with a bound": ({"name": "spg", "kl_coefficient": 0.1}, "kl_coefficient=0.1 has no"),
     "baseline of a pair": ({"name": "vrpo", "baseline": "none"}, "baseline=none has no meaning"),

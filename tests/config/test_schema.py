@@ -163,6 +163,10 @@ def test_an_unknown_key_names_the_nearest(override, message):
     ("override", "message"),
     [
         ("run.seed=one", "run.seed='one' has the wrong type; it must be an integer"),
+        (
+            "algorithm.mc_samples=most",
+            "algorithm.mc_samples='most' has the wrong type; it must be an integer or auto or null",
+        ),
         ("run.seed=true", "run.seed=True has the wrong type; it must be an integer"),
         ("run.seed=", "run.seed is empty; it must be an integer"),
         ("logging.live=1", "logging.live=1 has the wrong type; it must be true or false"),

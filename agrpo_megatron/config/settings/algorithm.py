@@ -1,7 +1,7 @@
 """Settings of the policy gradient: estimator, advantages, objective."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from agrpo_megatron.config.schema import setting
 from agrpo_megatron.config.settings.estimators import ENTRIES, LOSSES
@@ -36,10 +36,17 @@ class AlgorithmSettings:
     )
 
     # Rows: which states are scored.
-    mc_samples: int | None = setting(
+    mc_samples: int | Literal["auto"] | None = setting(
         None,
-        "drawn denoising steps, or masks, per rollout; null: 8 for agrpo (published: 24)",
+        "drawn denoising steps, or masks, per rollout; null: 8 for agrpo (published: 24); auto: "
+        "the number with the most signal for the work, measured during the run",
         low=1,
+    )
+    auto_share: float = setting(
+        0.05,
+        "mc_samples=auto: work of measuring over that of iterations, after the first measurement",
+        low=0.001,
+        high=1,
     )
     proposal: str = setting(
         "gradient",
@@ -184,6 +191,13 @@ class AlgorithmSettings:
         own: dict[str, Any] = ENTRIES.get(self.name, ENTRIES["agrpo"])
         missing = {key: value for key, value in own.items() if getattr(self, key) is None}
         return replace(self, **missing)
+
+    @property
+    def draws(self) -> int:
+        """The drawn steps, or masks, per rollout; a run replaces `auto` before anything draws."""
+        count = self.filled.mc_samples
+        assert count != "auto"
+        return count or 1
 
     @property
     def needs_reference(self) -> bool:

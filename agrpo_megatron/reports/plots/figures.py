@@ -51,6 +51,7 @@ SAMPLER_PANELS = (
     Panel("Completion length (tokens)", (("completions/mean_length", "", "green"),)),
     Panel("Rollouts without advantage", (("zero_advantage_fraction", "", "red"),), percent=True),
     Panel("Rows trained on (rollout, step)", (("rows", "", "purple"),)),
+    Panel("Drawn steps per completion, chosen (auto)", (("mc_samples", "", "orange"),)),
 )
 
 

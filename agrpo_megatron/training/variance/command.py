@@ -54,7 +54,8 @@ def plan_variants(
     common: dict[str, Any] = {name: getattr(settings.algorithm, name) for name in every}
     own = settings.algorithm
     drawn = own if own.name == "agrpo" else AlgorithmSettings(**common)
-    variants = {f"agrpo, k {k}": replace(drawn, mc_samples=k) for k in draws}
+    share = AlgorithmSettings().auto_share  # of auto, which a number replaces
+    variants = {f"agrpo, k {k}": replace(drawn, mc_samples=k, auto_share=share) for k in draws}
     for name in dict.fromkeys([FULL, *estimators]):
         if name not in ENTRIES:
             raise ValueError(f"--estimators={name}: use any of {', '.join(ENTRIES)}")

@@ -16,7 +16,13 @@ from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.training.step import accumulate_gradients
-from agrpo_megatron.training.update import prepare, with_loss, with_old_logprobs, with_reference
+from agrpo_megatron.training.update import (
+    Part,
+    prepare,
+    with_loss,
+    with_old_logprobs,
+    with_reference,
+)
 from agrpo_megatron.training.variance.sketch import SIZE, gradient_sketch
 from agrpo_megatron.trajectories import select
 from agrpo_megatron.types import Rollout
@@ -30,6 +36,7 @@ class Gradients:
 
     sketches: Tensor  # [batches, draws, 2, SIZE] float64
     work: float  # of an update, in tokens of a forward pass
+    rows: float = 0.0  # scored with gradient in an update
 
 
 @dataclass(frozen=True)
@@ -62,22 +69,29 @@ def gradients_of(
     *,
     reference: Network | None,
     draws: int,
+    first: int = 0,
 ) -> Gradients:
     """Return sketches of an estimator's gradients on batches of rollouts; called by every rank.
 
     The weights do not change. A batch is halved by groups, as rollouts of a group depend on each
     other.
+
+    Args:
+        first: number of the first draw. Draws of different numbers are independent; number 0 is
+            that of an iteration's first update.
     """
-    found, work = [], 0.0
+    found, work, rows = [], 0.0, 0
     for rollout in rollouts:
         halves = _halves(rollout, algorithm.group_size)
-        for seed in range(draws):
+        for number in range(first, first + draws):
             for half in halves:
-                sketch, tokens = _gradient(session, engine, half, algorithm, reference, seed)
+                sketch, part = _gradient(session, engine, half, algorithm, reference, number)
                 found.append(sketch)
-                work += tokens
-    shape = (len(rollouts), draws, 2, SIZE)
-    return Gradients(torch.stack(found).view(shape), work / (len(rollouts) * draws))
+                tokens = float(part.lengths.sum())
+                work += tokens * (FORWARD + BACKWARD + FORWARD * part.passes)
+                rows += len(part.lengths)
+    shape, times = (len(rollouts), draws, 2, SIZE), len(rollouts) * draws
+    return Gradients(torch.stack(found).view(shape), work / times, rows / times)
 
 
 def compare(
@@ -112,18 +126,20 @@ def compare(
     return Comparison(results, signal / rollouts)
 
 
+def some_of(rollout: Rollout, rows: Tensor) -> Rollout:
+    """Return some rollouts of a batch, in the order of `rows` [n]."""
+    return Rollout(
+        select(rollout.trajectory, rows),
+        rollout.rewards[rows],
+        rollout.correct[rows],
+        rollout.advantages[rows],
+    )
+
+
 def _halves(rollout: Rollout, group_size: int) -> list[Rollout]:
     """Return the rollouts of every second group, and the others."""
     group = torch.arange(len(rollout.rewards), device=rollout.rewards.device) // group_size
-    return [
-        Rollout(
-            select(rollout.trajectory, rows),
-            rollout.rewards[rows],
-            rollout.correct[rows],
-            rollout.advantages[rows],
-        )
-        for rows in ((group % 2 == half).nonzero()[:, 0] for half in (0, 1))
-    ]
+    return [some_of(rollout, (group % 2 == half).nonzero()[:, 0]) for half in (0, 1)]
 
 
 def _gradient(
@@ -132,15 +148,14 @@ def _gradient(
     rollout: Rollout,
     algorithm: AlgorithmSettings,
     reference: Network | None,
-    seed: int,
-) -> tuple[Tensor, float]:
-    """Return the sketch of one gradient, and the work that it took."""
+    number: int,
+) -> tuple[Tensor, Part]:
+    """Return the sketch of the gradient of one draw, and what was scored for it."""
     settings = replace(session.run.settings, algorithm=algorithm)
-    part = prepare(settings, engine.ranks, rollout, seed=settings.run.seed + 104729 * seed)
+    part = prepare(settings, engine.ranks, rollout, seed=settings.run.seed + 104729 * number)
     part = with_old_logprobs(engine.network, part, settings, is_first=True)
     if reference is not None and algorithm.needs_reference:
         part = with_reference(part, reference, settings)
     part, loss = with_loss(engine, part, rollout, settings, is_first=True)
     accumulate_gradients(engine, part.batches, loss=loss, examples=len(rollout.rewards))
-    tokens = float(part.lengths.sum())
-    return gradient_sketch(engine), tokens * (FORWARD + BACKWARD + FORWARD * part.passes)
+    return gradient_sketch(engine), part

@@ -38,7 +38,7 @@ def _add(sketch: Tensor, gradient: Tensor, *place: int) -> None:
     """Add each element to a hashed place of the sketch, with a hashed sign."""
     known = [torch.tensor(number, device=sketch.device) for number in place]
     for first in range(0, gradient.numel(), CHUNK):
-        values = gradient.flatten()[first : first + CHUNK].double()
+        values = gradient.flatten()[first : first + CHUNK].to(sketch)
         index = first + torch.arange(len(values), device=sketch.device)
         keys = noise.noise_key(0, noise.SKETCH, *known, index)
         sign = 1.0 - 2.0 * ((keys >> 40) & 1)

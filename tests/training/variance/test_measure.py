@@ -1,5 +1,8 @@
 """Sketches have the inner products of gradients under any layout; noise falls with the draws."""
 
+from dataclasses import replace
+from itertools import permutations
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +12,7 @@ from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.training.rl import collect_rollout
 from agrpo_megatron.training.step import accumulate_gradients
 from agrpo_megatron.training.update import prepare, with_loss
+from agrpo_megatron.training.variance.choice import components
 from agrpo_megatron.training.variance.measure import Gradients, compare, gradients_of
 from agrpo_megatron.training.variance.sketch import SIZE, gradient_sketch
 from tests.ranks import run_ranks
@@ -80,6 +84,40 @@ def test_noise_falls_with_the_draws_and_the_bias_of_another_estimator_shows():
     assert 2.5 < found["k 1"].draws / found["k 4"].draws < 6  # four times, in expectation
     assert found["k 1"].cosine > 0.9 > found["all hidden"].cosine
     assert found["k 4"].work < found["full"].work
+
+
+def _measured_twice():
+    """Return the draw noise of 12 draws: as `compare` has it, their variance, and by triples.
+
+    The last one is by triples of 12 further draws.
+    """
+    more = ["sampling.denoising_steps=8", "algorithm.prompts_per_iteration=6"]
+    session, engine = open_session(*more, "algorithm.mc_samples=6")
+    rollouts = [collect_rollout(session, engine, 0)[0]]
+    settings = session.run.settings.algorithm
+    every = replace(settings, name="full_trajectory", mc_samples=None)
+    of_all = gradients_of(session, engine, rollouts, every, reference=None, draws=1)
+    exact = of_all.sketches[0, 0].expand(3, 2, SIZE)
+    _, of_rollouts = components(exact, is_exact=True)
+    by_triples = []
+    for first in (0, 12):
+        options = {"reference": None, "draws": 12, "first": first}
+        drawn = gradients_of(session, engine, rollouts, settings, **options)
+        if first == 0:
+            shown = compare({"drawn": drawn}, of_all, rollout_work=0.0).qualities["drawn"].draws
+            variance = float(drawn.sketches[0].var(0).sum()) / 4 / of_rollouts
+        triples = [drawn.sketches[0, list(t)] for t in permutations(range(12), 3)]
+        noise = [components(triple, is_exact=False)[0][0] for triple in triples]
+        by_triples.append(sum(noise) / len(noise) / of_rollouts)
+    return shown, variance, *by_triples
+
+
+def test_a_run_measures_the_draw_noise_that_the_command_shows():
+    """The command takes both halves together, and the length of the gradient from the draws."""
+    shown, variance, by_triples, later = run_ranks(1, _measured_twice)[0]
+    assert by_triples == pytest.approx(variance, rel=1e-6)
+    assert shown == pytest.approx(variance, rel=0.3)
+    assert later != variance and later == pytest.approx(variance, rel=0.4)
 
 
 def test_noise_and_angle_are_those_of_known_gradients():
