@@ -3,8 +3,8 @@
 AGRPO scores a few drawn steps of each rollout in place of all of them. This tool samples a batch
 from a checkpoint, computes the gradient of every step of every rollout, and from them, exactly
 and without drawing, the variance of the gradient over the draws: for the published sampler
-(stratified over a group, entropy proposal), for the defaults, and with as many draws in all, split
-by advantage. Intervals are of 95 %: percentiles over 2,000 resamples of the groups.
+(stratified over a group, entropy proposal), for the defaults with equal draws of each rollout, and
+for the defaults, which split as many draws by advantage. Intervals are of 95 %: percentiles over 2,000 resamples of the groups.
 
     python tools/draw_variance.py runs/tiny --checkpoint sft-000400 --output draws.png
 """
@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -38,11 +38,12 @@ from estimator_variance import estimator_variance  # noqa: E402 - in this folder
 from variance_cases import Case  # noqa: E402
 
 RESAMPLES = 2000
-PUBLISHED = {"step_sampler": "batch", "proposal": "entropy", "uniform_mix": 0.0}
-WAYS = {
-    "published": {**PUBLISHED, "enumerate_short": False},
-    "default": {},
-    "by advantage": {"allocation": "advantage"},
+EQUAL = {"allocation": "equal"}
+PUBLISHED = EQUAL | {"step_sampler": "batch", "proposal": "entropy", "uniform_mix": 0.0}
+WAYS: dict[str, dict[str, Any]] = {
+    "published": PUBLISHED | {"enumerate_short": False},
+    "equal draws": EQUAL,
+    "by advantage": {},
 }
 
 

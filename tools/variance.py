@@ -50,8 +50,10 @@ def variance_of(case: Case, proposal: str, *, mix: float, **drawing: Any) -> flo
     """Return the variance of one way to draw; `mix` stands where a proposal names none.
 
     Args:
-        drawing: settings such as step_sampler, mc_samples, enumerate_short and allocation.
+        drawing: settings such as step_sampler, mc_samples, enumerate_short and allocation; equal
+            draws of all rollouts unless it names another.
     """
+    drawing = {"allocation": "equal", **drawing}
     kind, share = PROPOSALS[proposal]
     algorithm = AlgorithmSettings(
         proposal=kind,

@@ -47,7 +47,7 @@ def test_default_is_never_worse_than_the_published_sampler(cases, proposal, enum
 
 @pytest.mark.parametrize("count", [4, 8])
 def test_defaults_as_a_whole_beat_the_published_choice(cases, count):
-    """Sampler, proposal, mix and enumeration together; with as many draws, by advantage too."""
+    """Sampler, proposal, mix and enumeration together; then as many draws, split by advantage."""
     chosen = AlgorithmSettings()
     for case in cases:
         ours, by_advantage = (

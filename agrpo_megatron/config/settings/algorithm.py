@@ -59,7 +59,7 @@ class AlgorithmSettings:
         choices=STEP_SAMPLERS,
     )
     allocation: str = setting(
-        "equal",
+        "advantage",
         "draws per rollout: equal, or more where advantage and gradient are large; same total",
         choices=("equal", "advantage"),
     )
