@@ -4,7 +4,8 @@ AGRPO scores a few drawn steps of each rollout in place of all of them. This too
 from a checkpoint, computes the gradient of every step of every rollout, and from them, exactly
 and without drawing, the variance of the gradient over the draws: for the published sampler
 (stratified over a group, entropy proposal), for the defaults with equal draws of each rollout, and
-for the defaults, which split as many draws by advantage. Intervals are of 95 %: percentiles over 2,000 resamples of the groups.
+for the defaults, which split as many draws by advantage. Intervals are of 95 %: percentiles over
+2,000 resamples of the groups.
 
     python tools/draw_variance.py runs/tiny --checkpoint sft-000400 --output draws.png
 """

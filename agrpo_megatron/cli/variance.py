@@ -99,18 +99,22 @@ def variance(arguments: argparse.Namespace) -> int:
 
 
 def rows_of(found: "Comparison") -> list[dict[str, Any]]:
-    """Return the lines of the table."""
+    """Return the lines of the table; None stands for what is below the noise."""
     full = found.qualities["full_trajectory"]
     return [
         {
             "estimator": label,
-            "angle": math.degrees(math.acos(quality.cosine)),
-            "draw_noise": quality.draws,
+            "angle": _known(math.degrees(math.acos(quality.cosine))),
+            "draw_noise": _known(quality.draws),
             "work": quality.work / full.work,
             "signal": quality.per_work / full.per_work,
         }
         for label, quality in found.qualities.items()
     ]
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _print(rows: list[dict[str, Any]], best: str, console: Any) -> None:
@@ -123,8 +127,11 @@ def _print(rows: list[dict[str, Any]], best: str, console: Any) -> None:
     for row in rows:
         label, *numbers = row.values()
         style = "bold green" if label == best else None
-        table.add_row(label, *(f"{number:.3g}" for number in numbers), style=style)
+        cells = ("?" if number is None else f"{number:.3g}" for number in numbers)
+        table.add_row(label, *cells, style=style)
     console.print(table)
+    if any(row["angle"] is None for row in rows):
+        console.print("?: below the noise of its draws; use more --repeats")
     is_drawn = best.startswith("agrpo, k")
     setting = f"mc_samples={best.split()[-1]}" if is_drawn else f"name={best}"
     console.print(f"most signal for the work: {best} (algorithm.{setting})")

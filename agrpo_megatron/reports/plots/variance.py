@@ -15,7 +15,8 @@ def write_variance(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """Write the figure as a PNG at `path`; return the path.
 
     Args:
-        rows: as `agrpo variance` writes them: estimator, angle, draw_noise, work, signal.
+        rows: as `agrpo variance` writes them: estimator, angle, draw_noise, work, signal; None is
+            not drawn.
     """
     return style.write_png(path, lambda theme: _figure(rows, theme))
 
@@ -24,7 +25,8 @@ def _figure(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
     figure = style.new_figure(11, max(3.2, 1.6 + 0.42 * len(rows)))
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.4, 1, 1), sharey=True)
     places = np.arange(len(rows))[::-1]
-    values = {key: np.array([row[key] for row in rows]) for key in rows[0] if key != "estimator"}
+    keys = [key for key in rows[0] if key != "estimator"]
+    values = {key: np.array([row[key] for row in rows], dtype=float) for key in keys}
     dress(left, "Variance of one batch's gradient")
     ones = np.ones(len(rows))
     left.barh(places, ones, color=theme.grey, label="which completions were sampled")
@@ -38,7 +40,7 @@ def _figure(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
     figure.legend(frameon=False, loc="outside lower left", ncols=2)
     dress(middle, "Angle, degrees")
     middle.barh(places, values["angle"], color=theme.purple)
-    middle.set_xlim(0, max(90.0, float(values["angle"].max())))
+    middle.set_xlim(0, max(90.0, float(np.nanmax(values["angle"]))))
     dress(right, "Signal for the work")
     right.barh(places, values["signal"], color=theme.blue)
     right.axvline(1.0, color=theme.muted, linewidth=1.0)

@@ -5,6 +5,7 @@ sampled, and which of their steps or masks were drawn. The first remains if ever
 is measured by the two halves of a batch. The second is measured by drawing several times.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Quality:
-    """An estimator's noise, direction and cost."""
+    """An estimator's noise, direction and cost; NaN where its gradient is below the noise."""
 
     draws: float  # variance by drawn steps or masks, over that by sampled completions
     cosine: float  # of the expected gradient, given the rollouts, and the full trajectory's
@@ -50,7 +51,8 @@ class Quality:
     @property
     def per_work(self) -> float:
         """Return the share of the signal-to-noise ratio that is left, over the work."""
-        return self.cosine**2 / (1 + self.draws) / self.work
+        share = self.cosine**2 / (1 + self.draws) / self.work
+        return 0.0 if math.isnan(share) else share
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,13 @@ def compare(
         mean, count = batches.mean(1), batches.shape[1]
         spread = (batches - mean[:, None]).square().sum(-1).sum(1) / max(1, count - 1)
         # Without the part that is noise of the draws.
-        size = (mean.square().sum(-1) - spread / count).mean().clamp(min=1e-30)
+        size = (mean.square().sum(-1) - spread / count).mean()
+        size = torch.where(size > 0, size, torch.nan)
         length = exact.square().sum(-1).mean()
-        cosine = float((mean * exact).sum(-1).mean() / (size * length).sqrt())
+        cosine = (mean * exact).sum(-1).mean() / (size * length).sqrt()
         results[name] = Quality(
             draws=float(spread.mean() * length / size) / rollouts,  # a learning rate sets lengths
-            cosine=max(-1.0, min(1.0, cosine)),
+            cosine=float(cosine.clamp(-1.0, 1.0)),
             work=rollout_work + gradients.work,
         )
     return Comparison(results, signal / rollouts)

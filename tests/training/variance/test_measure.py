@@ -1,5 +1,6 @@
 """Sketches have the inner products of gradients under any layout; noise falls with the draws."""
 
+import math
 from dataclasses import replace
 from itertools import permutations
 
@@ -132,7 +133,11 @@ def test_noise_and_angle_are_those_of_known_gradients():
     noise[..., 0] = 2.0 * torch.randn(batches, draws, 2, generator=generator)
     full = Gradients(truth, work=10.0)
     found = compare(
-        {"noisy": Gradients(truth + noise, 5.0), "biased": Gradients(truth + other, 5.0)},
+        {
+            "noisy": Gradients(truth + noise, 5.0),
+            "biased": Gradients(truth + other, 5.0),
+            "lost": Gradients(noise - noise.mean(1, keepdim=True), 5.0),
+        },
         full,
         rollout_work=5.0,
     )
@@ -140,5 +145,7 @@ def test_noise_and_angle_are_those_of_known_gradients():
     assert found.qualities["noisy"].draws == pytest.approx(4.0, rel=0.15)
     assert found.qualities["noisy"].cosine == pytest.approx(1.0, abs=0.05)
     assert found.qualities["biased"].cosine == pytest.approx((0.5 / 2.5) ** 0.5, abs=0.1)
+    lost = found.qualities["lost"]  # its mean is less than what its noise would leave
+    assert math.isnan(lost.cosine) and math.isnan(lost.draws) and lost.per_work == 0
     assert found.signal == pytest.approx(0.0, abs=0.1)
     assert found.qualities["noisy"].work == 10.0
