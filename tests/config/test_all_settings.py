@@ -46,6 +46,7 @@ CHANGED: dict[str, Any] = {
     "algorithm.name": "espo",
     "algorithm.loss": "reinforce",
     "algorithm.rollout_correction": 2.0,
+    "train.flops": 1e12,
     "train.stop_metric": "accuracy",
     "evaluation.tasks": {"sudoku": {}},
     "checkpoint.best": "reward/mean",
