@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, clock: Clock) -> dict[Path, Outc
     return ended
 
 
-def _fork_server() -> multiprocessing.context.ForkServerContext:
+def _fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context.set_forkserver_preload(PRELOADED)

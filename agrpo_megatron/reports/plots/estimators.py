@@ -115,35 +115,37 @@ def write_finals(found: Mapping[str, Finals], path: Path, *, baseline: str, star
         found: by member, in the order of rows.
         start: mean accuracy before reinforcement learning.
     """
+    return style.write_png(path, lambda theme: _finals_figure(found, theme, baseline, start))
+
+
+def _finals_figure(
+    found: Mapping[str, Finals], theme: Theme, baseline: str, start: float
+) -> Figure:
     places = np.arange(len(found))[::-1]
-
-    def draw(theme: Theme) -> Figure:
-        figure = style.new_figure(11, 1.3 + 0.3 * len(found))
-        left, right = figure.subplots(1, 2, width_ratios=(1.3, 1), sharey=True)
-        dress(left, "Final held-out accuracy", percent=True)
-        dress(right, f"Difference to {baseline}, points")
-        left.axvline(start, color=theme.grey, linewidth=1.2, linestyle="--")
-        right.axvline(0.0, color=theme.blue, linewidth=1.2)
-        for place, (name, member) in zip(places, found.items(), strict=True):
-            colour = theme.blue if name == baseline else theme.orange
-            spots = np.full(len(member.finals), place - 0.27)
-            left.plot(member.finals, spots, "o", color=theme.grey, alpha=0.7, ms=3, zorder=2)
-            _interval(left, place, member.mean, member.band, colour)
-            if member.difference is not None:
-                mean, (low, high) = member.difference
-                _interval(right, place, 100 * mean, (100 * low, 100 * high), colour)
-        left.xaxis.set_major_formatter(style.PERCENT)
-        left.set_xlabel("dots: seeds; bars: mean and 95% band; dashed: before")
-        right.set_xlabel("paired by seed; bars: mean and 95% band")
-        left.set_yticks(places, list(found))
-        for axes in (left, right):
-            axes.set_ylim(-0.6, len(found) - 0.4)
-            axes.margins(x=0.04)
-            axes.grid(visible=False, axis="y")
-            axes.grid(visible=True, axis="x")
-        return figure
-
-    return style.write_png(path, draw)
+    figure = style.new_figure(11, 1.3 + 0.3 * len(found))
+    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1), sharey=True)
+    dress(left, "Final held-out accuracy", percent=True)
+    dress(right, f"Difference to {baseline}, points")
+    left.axvline(start, color=theme.grey, linewidth=1.2, linestyle="--")
+    right.axvline(0.0, color=theme.blue, linewidth=1.2)
+    for place, (name, member) in zip(places, found.items(), strict=True):
+        colour = theme.blue if name == baseline else theme.orange
+        spots = np.full(len(member.finals), place - 0.27)
+        left.plot(member.finals, spots, "o", color=theme.grey, alpha=0.7, ms=3, zorder=2)
+        _interval(left, place, member.mean, member.band, colour)
+        if member.difference is not None:
+            mean, (low, high) = member.difference
+            _interval(right, place, 100 * mean, (100 * low, 100 * high), colour)
+    left.xaxis.set_major_formatter(style.PERCENT)
+    left.set_xlabel("dots: seeds; bars: mean and 95% band; dashed: before")
+    right.set_xlabel("paired by seed; bars: mean and 95% band")
+    left.set_yticks(places, list(found))
+    for axes in (left, right):
+        axes.set_ylim(-0.6, len(found) - 0.4)
+        axes.margins(x=0.04)
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+    return figure
 
 
 def _interval(axes: Axes, place: float, mean: float, band: Interval, colour: str) -> None:
