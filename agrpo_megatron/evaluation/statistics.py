@@ -44,6 +44,41 @@ def mean_interval(per_problem: Sequence[float]) -> Interval:
     return middle - spread, middle + spread
 
 
+def t_interval(values: Sequence[float]) -> Interval:
+    """Return the 95% interval of a mean over few normal values, such as seeds, by Student's t.
+
+    One value alone has no interval: the result is infinite.
+    """
+    middle, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return -math.inf, math.inf
+    spread = t_quantile(count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return middle - spread, middle + spread
+
+
+def t_quantile(freedom: int) -> float:
+    """Return what |t| exceeds with a chance of 5%, for so many degrees of freedom.
+
+    Source: Abramowitz and Stegun, Handbook of mathematical functions, 26.7.3 and 26.7.4.
+    """
+    low, high = 0.0, 100.0
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, freedom) < 0.95 else (low, middle)
+    return low
+
+
+def _t_within(t: float, freedom: int) -> float:
+    """Return the chance that |t| is lower, by the finite series of whole degrees of freedom."""
+    angle, is_odd = math.atan2(t, math.sqrt(freedom)), freedom % 2
+    sine, cosine = math.sin(angle), math.cos(angle)
+    term, total = (cosine if is_odd else 1.0), 0.0
+    for number in range(2 if is_odd else 1, freedom, 2):
+        total += term
+        term *= number / (number + 1) * cosine**2
+    return 2 / math.pi * (angle + sine * total) if is_odd else sine * total
+
+
 def bootstrap_interval(per_problem: Sequence[float]) -> Interval:
     """Return the 95% percentile interval of the mean over problems, drawn with replacement."""
     values, chance = np.asarray(per_problem, dtype=float), np.random.default_rng(SEED)

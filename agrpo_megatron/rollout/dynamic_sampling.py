@@ -12,6 +12,7 @@ from agrpo_megatron.rollout.metrics import failure_warning, reward_metrics
 from agrpo_megatron.rollout.replay import replayed_round
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.runs.stored_rollouts import round_name, sampling_number
+from agrpo_megatron.scaling.flops import completion_flops
 from agrpo_megatron.trajectories import join, select
 from agrpo_megatron.types import GradedRollouts, Problem
 
@@ -57,8 +58,12 @@ def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
     if algorithm.resample_rounds:
         metrics["rollout/rounds"] = len(rollouts) - 1
         metrics["rollout/resampled_groups"] = len(problems) // size - count
+    metrics["flops"] = 0
     if session.run.replay is not None:
         metrics["rollout/replayed"] = len(rewards)
+    else:
+        model = session.run.settings.model
+        metrics["flops"] = sum(sum(completion_flops(f.trajectory, model)) for f in rollouts)
     warning = failure_warning(rewards, session.run.settings.task.grader.failed_score)
     if warning is not None:
         session.output.view.warn(f"iteration {iteration + 1}: {warning}")

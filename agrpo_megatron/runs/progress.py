@@ -32,6 +32,7 @@ class Progress:
     stop_best: float | None = None  # highest `train.stop_metric` so far
     stop_waited: int = 0  # evaluations since then
     stopped: str | None = None  # why the run ended early
+    flops: int = 0  # of all iterations of reinforcement learning
     is_evaluated: bool = True  # no evaluation was due, or it was done
     auto: dict[str, Any] = field(default_factory=dict)  # state of `algorithm.mc_samples=auto`
 

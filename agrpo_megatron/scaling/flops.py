@@ -1,11 +1,14 @@
-"""FLOPs of completions, counted from what ran: matrices, attention and head; 2 per multiply-add.
+"""FLOPs of completions and updates, counted from what ran; 2 per multiply-add.
 
-Norms, rotations, activations, sampling and the padding of the vocabulary are not counted, so the
-count is the same under every layout.
+Matrices, attention and head are counted.
+
+Norms, rotations, activations, sampling, the padding of the vocabulary and activations that are
+recomputed are not, so the count is the same under every layout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from agrpo_megatron.config.parallel import layer_matrices
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
     from agrpo_megatron.types import Trajectory
 
+WITH_GRADIENT = 3  # a forward and a backward pass, in forward passes
+
 
 def completion_flops(trajectory: Trajectory, model: ModelSettings) -> list[int]:
     """Return the FLOPs [R] of each completion, over all its denoising steps.
@@ -23,14 +28,28 @@ def completion_flops(trajectory: Trajectory, model: ModelSettings) -> list[int]:
     Every denoising step runs the whole row, prompt and completion; the head runs at the positions
     that the step scored. Rows that only fill up a small head product are not counted.
     """
-    assert model.vocab_size is not None
     width, steps = trajectory.tokens.shape[1], trajectory.num_steps.tolist()
     scored = scored_positions(trajectory).tolist()
-    head = 2 * model.hidden_size * model.vocab_size
     return [
-        count * row_flops(len(prompt) + width, model) + positions * head
+        count * row_flops(len(prompt) + width, model) + head_flops(positions, model)
         for prompt, count, positions in zip(trajectory.prompts, steps, scored, strict=True)
     ]
+
+
+def scored_flops(lengths: Iterable[int], scored: int, model: ModelSettings) -> int:
+    """Return the FLOPs of one forward pass over rows that an estimator scores.
+
+    Args:
+        lengths: tokens of each row, prompt and completion.
+        scored: tokens of all rows that reach the head.
+    """
+    return sum(row_flops(length, model) for length in lengths) + head_flops(scored, model)
+
+
+def head_flops(positions: int, model: ModelSettings) -> int:
+    """Return the FLOPs of the head at some positions."""
+    assert model.vocab_size is not None
+    return 2 * positions * model.hidden_size * model.vocab_size
 
 
 def row_flops(length: int, model: ModelSettings) -> int:

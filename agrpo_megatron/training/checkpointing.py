@@ -15,7 +15,7 @@ from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.runs.progress import CHECKPOINTS, HF, RUN_FILE, TEMPLATE, Progress
 from agrpo_megatron.runs.stored_rollouts import sampling_number
 from agrpo_megatron.text.tokenizer import CHARACTERS
-from agrpo_megatron.training.early_stopping import metric, with_early_stop
+from agrpo_megatron.training.early_stopping import is_spent, metric, with_early_stop
 from agrpo_megatron.training.nan_guard import refuse_nonfinite_weights
 
 MODEL_FILES = "model"  # below the run directory: files copied into each checkpoint
@@ -45,14 +45,23 @@ class Checkpointer:
         self._iteration = done.iteration  # finished
         self._saved = done.iteration if done.offsets else None  # in the newest checkpoint
 
-    def on_iteration_end(self, iteration: int, *, is_evaluated: bool, auto: dict[str, Any]) -> None:
-        """Record a finished iteration; called before its evaluation, if one is due.
+    def on_iteration_end(
+        self, iteration: int, flops: int, *, every: int, auto: dict[str, Any]
+    ) -> str | None:
+        """Record a finished iteration; returns the stage of the evaluation that is due, if any.
 
         Args:
+            flops: of the iteration.
+            every: iterations between evaluations; 0 evaluates only at the end of the phase.
             auto: the state of `AutoDraws`; empty without it.
         """
         self._iteration = iteration
-        self._done = replace(self._done, is_evaluated=is_evaluated, auto=auto)
+        done = replace(self._done, flops=self._done.flops + flops, auto=auto)
+        is_last = iteration == self._last or is_spent(done, self._session.run.settings.train)
+        stage = "interval" if every and iteration % every == 0 else None
+        stage = "after" if is_last else stage
+        self._done = replace(done, is_evaluated=stage is None)
+        return stage
 
     def on_evaluation(self, scores: dict) -> str | None:
         """Record the metrics of an evaluation; returns the reason for early stopping, if any."""

@@ -1,4 +1,4 @@
-"""Early stopping, by a metric of evaluations."""
+"""Early stopping, by a metric of evaluations or a budget of FLOPs."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +17,8 @@ def with_early_stop(done: Progress, scores: Mapping[str, Any], settings: TrainSe
         ValueError: the evaluation has no metric `train.stop_metric`.
     """
     name, target, patience = settings.stop_metric, settings.stop_target, settings.stop_patience
+    if is_spent(done, settings):
+        return replace(done, stopped=f"{done.flops:.4g} FLOPs: train.flops={settings.flops:g}")
     if name is None:
         return done
     value = metric(scores, name, key="train.stop_metric")
@@ -29,6 +31,11 @@ def with_early_stop(done: Progress, scores: Mapping[str, Any], settings: TrainSe
         return done
     why = f"{name} was never above {done.stop_best:.4g} again: train.stop_patience={patience}"
     return replace(done, stopped=why)
+
+
+def is_spent(done: Progress, settings: TrainSettings) -> bool:
+    """Return whether the iterations so far reach the budget `train.flops`."""
+    return settings.flops is not None and done.flops >= settings.flops
 
 
 def check_metrics(scores: Mapping[str, Any], names: Mapping[str, str | None]) -> None:

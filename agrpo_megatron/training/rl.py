@@ -27,15 +27,15 @@ def run_rl(
     *,
     start: int,
     auto: AutoDraws | None,
-    on_iteration_end: Callable[[int], bool],
+    on_iteration_end: Callable[[int, int], bool],
 ) -> None:
     """Iterate from `start` (iterations finished) to `train.iterations`; called by every rank.
 
     Args:
         reference: the frozen reference policy, where `kl_coefficient` needs one.
         auto: chooses the number of draws, where `algorithm.mc_samples` is auto.
-        on_iteration_end: called after each iteration with the number finished: evaluates, saves,
-            and returns whether to continue.
+        on_iteration_end: called after each iteration with the number finished and its FLOPs:
+            evaluates, saves, and returns whether to continue.
 
     Raises:
         Stopped: the ranks agreed to stop, within a rollout or in `on_iteration_end`.
@@ -45,7 +45,7 @@ def run_rl(
     first = output.log.first_values("rl", "entropy", iterations=min(start, FIRST))
     alarms = Alarms(run.settings, output, entropies=first)
     for iteration in range(start, run.settings.train.iterations):
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         sections.at("rl", iteration + 1)
         rollout, rollout_metrics = collect_rollout(session, engine, iteration)
         updating = session
@@ -60,21 +60,24 @@ def run_rl(
         now = time.perf_counter()
         if auto is not None:
             metrics |= auto.after_update(metrics, tokens)
+        measured = metrics.get("measuring_flops", 0.0)
         tokens += rollout_metrics.pop("tokens")
         record = {
             "phase": "rl",
             "iteration": iteration + 1,
             **rollout_metrics,
             **metrics,
+            "flops": rollout_metrics["flops"] + metrics["flops"] + measured,
             **alarms.check(iteration + 1, {**rollout_metrics, **metrics}),
             **stragglers.report(sections.take(), run.ranks, warn=output.view.warn),
             "timing/update": now - update_started,
             "timing/iteration": now - started,
+            "timing/cpu": time.process_time() - cpu_started,
             "perf/tokens_per_second": tokens / (now - started),
         }
         output.log.metrics(record)
         output.view.rl(record)
-        if not on_iteration_end(iteration + 1):
+        if not on_iteration_end(iteration + 1, int(record["flops"])):
             break
 
 

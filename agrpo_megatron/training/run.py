@@ -207,17 +207,16 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
     if settings.algorithm.mc_samples == "auto":
         auto = AutoDraws(settings.algorithm, done.auto)
 
-    def on_iteration_end(iteration: int) -> bool:
+    def on_iteration_end(iteration: int, flops: int) -> bool:
         """Evaluate and save if due; return whether to continue."""
-        reason, is_due = None, iteration == last or bool(every and iteration % every == 0)
         kept = auto.state if auto is not None else {}
-        checkpointer.on_iteration_end(iteration, is_evaluated=not is_due, auto=kept)
-        if is_due:
-            stage = "after" if iteration == last else "interval"
+        stage = checkpointer.on_iteration_end(iteration, flops, every=every, auto=kept)
+        reason = None
+        if stage is not None:
             network = engine.rollout_network()
             scores = evaluate(session, network, iteration=iteration, stage=stage)
             reason = checkpointer.on_evaluation(scores)
-            if reason is not None and stage == "interval":
+            if reason is not None and iteration < last:
                 _report_early_stop(session.output, scores, reason)
         checkpointer.save_if_due(iteration)
         if reason is None and iteration < last:
@@ -226,7 +225,7 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
 
     with _saved_at_stop(checkpointer):
         # An earlier attempt may have stopped during this evaluation: repeat it.
-        if done.is_evaluated or on_iteration_end(done.iteration):
+        if done.is_evaluated or on_iteration_end(done.iteration, 0):
             run_rl(
                 session,
                 engine,
@@ -239,9 +238,10 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
 
 def _report_early_stop(output: Output, scores: dict, reason: str) -> None:
     """Log an early stop; the evaluation that caused it is also the final one."""
-    last = {**scores, "stage": "after"}
-    output.log.metrics(last)
-    output.view.evaluation(last)
+    if scores["stage"] != "after":
+        last = {**scores, "stage": "after"}
+        output.log.metrics(last)
+        output.view.evaluation(last)
     output.view.note(f"ending early, after iteration {scores['iteration']}: {reason}")
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, timestep_batch
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.table import is_joint, scored_rows
@@ -13,6 +13,7 @@ from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.rollout.session import Session
+from agrpo_megatron.scaling.flops import WITH_GRADIENT, scored_flops
 from agrpo_megatron.training.nan_guard import NanGuard, Update, rollout_keys
 from agrpo_megatron.training.objective import (
     BatchLoss,
@@ -36,6 +37,11 @@ class Part:
     old: Tensor | None  # [N, C] log-probs of the policy that sampled; None: of the current one
     reference: Tensor | None = None  # [N, C] log-probs of the frozen reference
     passes: int = 0  # forward passes without gradient over the rows
+
+    def flops(self, model: ModelSettings) -> int:
+        """Return the FLOPs of all passes over the rows, those of all ranks."""
+        forward = scored_flops(self.lengths.tolist(), int(self.scored.scored.sum()), model)
+        return (WITH_GRADIENT + self.passes) * forward
 
 
 def update_policy(
@@ -81,6 +87,7 @@ def update_policy(
         filled = int(part.lengths.sum())
         packed = {"rows": len(part.lengths), "filled": filled, "slots": slots}
         packed["scoring_rows"] = part.passes * len(part.lengths)
+        packed["flops"] = part.flops(settings.model)
         results.append({**metrics, **packed, "micro_batches": len(part.batches)})
     return _update_metrics(results), sum(result["filled"] for result in results)
 
@@ -185,6 +192,7 @@ def _update_metrics(results: list[dict[str, float]]) -> dict[str, float]:
         "skipped_updates": len(results) - len(made),
         "rows": sum(r["rows"] for r in results),
         "scoring_rows": sum(r["scoring_rows"] for r in results),
+        "flops": sum(r["flops"] for r in results),
         "micro_batches": sum(r["micro_batches"] for r in results),
         "perf/packing_efficiency": sum(r["filled"] for r in results)
         / sum(r["slots"] for r in results),

@@ -48,6 +48,7 @@ CHANGED: dict[str, Any] = {
     "algorithm.auto_share": 0.5,
     "algorithm.loss": "reinforce",
     "algorithm.rollout_correction": 2.0,
+    "train.flops": 1e12,
     "train.stop_metric": "accuracy",
     "evaluation.tasks": {"sudoku": {}},
     "checkpoint.best": "reward/mean",

@@ -1,6 +1,7 @@
 """Shares, means and pass@k with their intervals, against enumeration and simulation."""
 
 import itertools
+import math
 import random
 
 import numpy as np
@@ -12,6 +13,8 @@ from agrpo_megatron.evaluation.statistics import (
     pass_at,
     powers_of_two,
     share_interval,
+    t_interval,
+    t_quantile,
     wilson,
 )
 
@@ -93,3 +96,13 @@ def test_the_bootstrap_is_repeatable_and_near_the_normal_interval():
     assert bootstrap_interval(values) == bootstrap_interval(values)
     assert bootstrap_interval(values) == pytest.approx(mean_interval(values), abs=0.01)
     assert bootstrap_interval([0.25] * 9) == (0.25, 0.25)
+
+
+def test_students_interval_of_few_values():
+    """Quantiles of a table: Abramowitz and Stegun, table 26.10."""
+    table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 30: 2.042, 120: 1.980}
+    for freedom, quantile in table.items():
+        assert t_quantile(freedom) == pytest.approx(quantile, abs=5e-4)
+    low, high = t_interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    assert t_interval([1.0]) == (-math.inf, math.inf)

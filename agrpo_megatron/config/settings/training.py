@@ -148,6 +148,9 @@ class TrainSettings:
     """The reinforcement-learning loop."""
 
     iterations: int = setting(100, "rollout-and-update rounds", low=0)
+    flops: float | None = setting(
+        None, "end after the iteration that reaches so many FLOPs, rollouts included", low=1
+    )
     token_budget: int = setting(16384, "packed tokens per micro-batch and rollout forward", low=1)
     from_rollouts: str | None = setting(
         None, "run directory whose stored rollouts are replayed, nothing is sampled; null: sample"

@@ -101,6 +101,7 @@ class AutoDraws:
         return {
             "mc_samples": state.chosen,
             "measuring_rows": 0.0,
+            "measuring_flops": 0.0,
             "auto/share": state.spent / state.made,
             **({"auto/draw_noise": own.noise} if own and own.is_known else {}),
             **self._found,
@@ -156,6 +157,7 @@ class AutoDraws:
         *draws, rollouts = values.tolist()
         state, spent = self._state, sum(gradients.work for gradients in found)
         self._found["measuring_rows"] = sum(gradients.rows for gradients in found)
+        self._found["measuring_flops"] = sum(gradients.flops for gradients in found)
         self._state = replace(state, spent=state.spent + spent, each=spent / tokens)
         if not spent or not all(map(math.isfinite, (*draws, rollouts))):
             return  # the update reports what is not finite

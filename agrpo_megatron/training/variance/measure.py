@@ -38,6 +38,7 @@ class Gradients:
     sketches: Tensor  # [batches, draws, 2, SIZE] float64
     work: float  # of an update, in tokens of a forward pass
     rows: float = 0.0  # scored with gradient in an update
+    flops: float = 0.0  # of an update
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def gradients_of(
         first: number of the first draw. Draws of different numbers are independent; number 0 is
             that of an iteration's first update.
     """
-    found, work, rows = [], 0.0, 0
+    found, work, rows, flops = [], 0.0, 0, 0
     for rollout in rollouts:
         halves = _halves(rollout, algorithm.group_size)
         for number in range(first, first + draws):
@@ -92,8 +93,9 @@ def gradients_of(
                 tokens = float(part.lengths.sum())
                 work += tokens * (FORWARD + BACKWARD + FORWARD * part.passes)
                 rows += len(part.lengths)
+                flops += part.flops(session.run.settings.model)
     shape, times = (len(rollouts), draws, 2, SIZE), len(rollouts) * draws
-    return Gradients(torch.stack(found).view(shape), work / times, rows / times)
+    return Gradients(torch.stack(found).view(shape), work / times, rows / times, flops / times)
 
 
 def compare(
