@@ -19,7 +19,7 @@ from agrpo_megatron.training.variance.choice import (
     window,
 )
 
-# By draws: variance by them, beside a variance by completions of 2; and the work of an iteration.
+# By draws: variance by them, where completions have a variance of 2; and the work of an iteration.
 MEASURED = {1: (2.8, 14.0), 2: (0.78, 18.0), 4: (0.02, 26.0), 8: (0.0, 42.0)}
 
 
