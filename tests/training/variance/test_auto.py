@@ -58,6 +58,9 @@ def test_a_run_measures_chooses_and_reports(whole):
     assert {f"auto/signal/{k}" for k in (1, 2, 4, 8)} <= first.keys()
     signals = {k: first[f"auto/signal/{k}"] for k in (1, 2, 4, 8)}
     assert signals[first["mc_samples"]] == 1.0 and max(signals.values()) <= 1.05
+    for r in records:  # measuring is part of the count of FLOPs
+        assert (r["measuring_flops"] > 0) == (r["measuring_rows"] > 0)
+        assert r["flops"] > 3 * r["measuring_flops"] / 2
     assert first["auto/draw_noise"] == first[f"auto/draw_noise/{first['mc_samples']}"]
     assert first["auto/draw_noise/8"] == 0.0, "all steps"
     assert said[0].startswith(f"iteration 1: algorithm.mc_samples is {first['mc_samples']} (auto)")
