@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -127,28 +128,26 @@ def ratios(case: Case, draws: Sequence[int]) -> dict[str, dict[int, Ratio]]:
 
 def write_figure(found: dict[str, dict[int, Ratio]], title: str, path: Path) -> Path:
     """Write the ratios and their intervals as a PNG at `path`; return the path."""
+    return style.write_png(path, lambda theme: _figure(found, title, theme))
 
-    def draw(theme: style.Theme):
-        figure = style.new_figure(6.5, 3.6)
-        axes = figure.subplots()
-        style.dress(axes, title)
-        colours = (theme.grey, theme.blue, theme.orange)
-        for number, ((way, by_count), colour) in enumerate(
-            zip(found.items(), colours, strict=True)
-        ):
-            places = [place + 0.25 * (number - 1) for place in range(len(by_count))]
-            values = [ratio.value for ratio in by_count.values()]
-            axes.bar(places, values, width=0.22, color=colour, label=way)
-            errors = [[r.value - r.low for r in by_count.values()]]
-            errors.append([r.high - r.value for r in by_count.values()])
-            axes.errorbar(places, values, errors, fmt="none", ecolor=theme.ink, capsize=3)
-        axes.set_xticks(range(len(by_count)), [f"k = {count}" for count in by_count])
-        axes.set_ylabel("variance, of the published sampler's")
-        axes.grid(visible=False, axis="x")
-        figure.legend(frameon=False, loc="outside lower center", ncols=len(found))
-        return figure
 
-    return style.write_png(path, draw)
+def _figure(found: dict[str, dict[int, Ratio]], title: str, theme: style.Theme) -> Figure:
+    figure = style.new_figure(6.5, 3.6)
+    axes = figure.subplots()
+    style.dress(axes, title)
+    colours = (theme.grey, theme.blue, theme.orange)
+    for number, ((way, by_count), colour) in enumerate(zip(found.items(), colours, strict=True)):
+        places = [place + 0.25 * (number - 1) for place in range(len(by_count))]
+        values = [ratio.value for ratio in by_count.values()]
+        axes.bar(places, values, width=0.22, color=colour, label=way)
+        errors = [[r.value - r.low for r in by_count.values()]]
+        errors.append([r.high - r.value for r in by_count.values()])
+        axes.errorbar(places, values, errors, fmt="none", ecolor=theme.ink, capsize=3)
+    axes.set_xticks(range(len(found["published"])), [f"k = {k}" for k in found["published"]])
+    axes.set_ylabel("variance, of the published sampler's")
+    axes.grid(visible=False, axis="x")
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(found))
+    return figure
 
 
 def main() -> None:

@@ -106,13 +106,15 @@ def test_a_run_that_keeps_its_rollouts_has_each_round(stored):
 def test_a_replay_with_the_same_settings_ends_at_the_same_bits(stored, tmp_path):
     source, weights, files = stored
     overrides = [f"train.from_rollouts={source}"]
-    ((ours, splits, said),) = run_ranks(1, _train, tmp_path / "run", overrides)
-    assert _same(ours, weights)
+    ((ends, splits, said),) = run_ranks(1, _train, tmp_path / "run", overrides)
+    assert _same(ends, weights)
     assert splits == ["eval"] * 3, "evaluations sample, training does not"
-    records = read(tmp_path / "run" / "metrics.jsonl")
+    records, others = (read(run / "metrics.jsonl") for run in (tmp_path / "run", source))
     counts = [r.pop("rollout/replayed") for r in records if r["phase"] == "rl"]
     assert counts == [16 + 2 * r["rollout/resampled_groups"] for r in _rl(source)]
-    assert same_metrics(records, read(source / "metrics.jsonl"))
+    for ours, theirs in zip(records, others, strict=True):  # nothing is spent on sampling
+        assert ours.pop("flops", 0) <= theirs.pop("flops", 0)
+    assert same_metrics(records, others)
     samples = [(folder / "samples.jsonl").read_text() for folder in (tmp_path / "run", source)]
     assert samples[0] == samples[1]
     note = f"replays the rollouts of {source} (train.from_rollouts); nothing is sampled"

@@ -64,6 +64,7 @@ def _noise():
     session, engine = open_session(*more, "algorithm.group_size=3")
     rollouts = [collect_rollout(session, engine, number)[0] for number in range(2)]
     common = {"group_size": 3, "step_sampler": "independent", "proposal": "uniform"}
+    common["allocation"] = "equal"
     variants = {
         "full": AlgorithmSettings(name="full_trajectory", group_size=3),
         "k 1": AlgorithmSettings(mc_samples=1, **common),
