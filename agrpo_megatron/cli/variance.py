@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\
   agrpo variance runs/tiny --draws 1,2,4,8                how many denoising steps to draw
-  agrpo variance runs/tiny --checkpoint sft-000500 --estimators diffu_grpo,espo
+  agrpo variance runs/tiny --checkpoint sft-000400 --estimators diffu_grpo,espo
   agrpo variance runs/tiny algorithm.proposal=entropy     another way to draw them
 
 Batches are sampled from the checkpoint's weights, or are those of train.from_rollouts. `draw noise`

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.gpu
 
 ITERATIONS = 20 if REHEARSES else 60
 LATE = 5  # last iterations, over which the loss is averaged
-# As `examples/tiny.yaml`, with widths that FP8 supports.
+# A tiny model that learns Countdown with two numbers, with widths that FP8 supports.
 LEARNED = [
     "model.hidden_size=128",
     "model.ffn_hidden_size=256",
