@@ -46,5 +46,8 @@ def _figure(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
     right.axvline(1.0, color=theme.muted, linewidth=1.0)
     for axes in (left, middle, right):
         axes.grid(visible=False, axis="y")
+    for place in places[np.isnan(values["angle"])]:
+        for axes, x in ((left, 1.0), (middle, 0.0), (right, 0.0)):
+            axes.annotate("  ?", (x, place), color=theme.muted, va="center")
     left.set_yticks(places, [row["estimator"] for row in rows])
     return figure

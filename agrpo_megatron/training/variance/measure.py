@@ -118,9 +118,10 @@ def compare(
         batches = gradients.sketches.mean(2)  # [batches, draws, SIZE]
         mean, count = batches.mean(1), batches.shape[1]
         spread = (batches - mean[:, None]).square().sum(-1).sum(1) / max(1, count - 1)
-        # Without the part that is noise of the draws.
-        size = (mean.square().sum(-1) - spread / count).mean()
-        size = torch.where(size > 0, size, torch.nan)
+        # Without the part that is noise of the draws; not known where nearly all is.
+        left = spread.mean() / count
+        size = mean.square().sum(-1).mean() - left
+        size = torch.where(size > left / 10, size, torch.nan)
         length = exact.square().sum(-1).mean()
         cosine = (mean * exact).sum(-1).mean() / (size * length).sqrt()
         results[name] = Quality(
