@@ -31,7 +31,7 @@ model: {num_layers: 1, hidden_size: 16, ffn_hidden_size: 32, num_attention_heads
 sampling: {completion_length: 6, block_length: 6, denoising_steps: 3}
 sft: {iterations: 2, batch_size: 8}
 algorithm: {prompts_per_iteration: 4, group_size: 4}
-train: {flops: 3.0e+7, iterations: 50}
+train: {flops: 6.0e+7, iterations: 50}
 evaluation: {interval: 2}
 checkpoint: {interval: 1, best: null}
 """.replace("TASK", str(ROOT / "examples" / "my_task.py"))
@@ -136,12 +136,12 @@ def test_a_wrong_file_of_members_is_refused(tmp_path, old, new, said):
         read_members(path)
 
 
-def _when_begun(directory, act):
-    """Call a function, in a thread, once a run has logged an iteration of the RL phase."""
+def _when_begun(directory, act, phase="rl"):
+    """Call a function, in a thread, once a run has logged a record of a phase."""
 
     def watch():
         path = directory / "metrics.jsonl"
-        while not path.exists() or '"phase": "rl"' not in path.read_text():
+        while not path.exists() or f'"phase": "{phase}"' not in path.read_text():
             time.sleep(0.002)
         act()
 
@@ -177,7 +177,7 @@ def test_a_comparison_is_interrupted_killed_and_continued(tmp_path, capfd):
     assert before and not second.exists()
     assert not multiprocessing.active_children()
 
-    _when_begun(second, _kill_the_child)
+    _when_begun(second, _kill_the_child, phase="eval")  # before the first iteration
     assert compare_estimators.main(words) == 1
     printed = capfd.readouterr()
     assert f"{second} failed: its process ended with signal 9" in printed.out
@@ -202,7 +202,7 @@ def _check_results(folder, printed):
             rows = _rows(folder / "runs" / name / f"seed-{seed}")
             assert [row["iteration"] for row in rows] == list(range(1, run["iterations"] + 1))
             spent = sum(row["flops"] for row in rows)
-            assert run["flops"] == spent >= 3e7 > spent - rows[-1]["flops"]
+            assert run["flops"] == spent >= 6e7 > spent - rows[-1]["flops"]
             last = _rows(folder / "runs" / name / f"seed-{seed}", "eval")[-1]
             assert (last["stage"], last["accuracy"]) == ("after", run["final"])
     starts = {name: [run["start"] for run in member["runs"]] for name, member in members.items()}
