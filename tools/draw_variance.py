@@ -160,6 +160,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.png", help="also draw a figure")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
+    if min(arguments.draws) < 1:
+        sys.exit(
+            f"draw_variance: error: --draws={min(arguments.draws)} must be at least 1; use 4 8"
+        )
     try:
         target = open_target(arguments)
         resolved = resolve(target.settings, world_size=1)

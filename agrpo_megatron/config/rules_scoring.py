@@ -48,7 +48,7 @@ def _check_recorded(sampling: SamplingSettings) -> None:
             f"unmasking={sampling.unmasking} draws none; use false, or "
             "sampling.unmasking=low_confidence"
         )
-    if sampling.top_k is not None or sampling.top_p < 1:
+    if sampling.is_cut:
         raise ValueError(
             f"sampling.record_drawn=true records no candidates, and sampling.top_k="
             f"{text(sampling.top_k)} sampling.top_p={sampling.top_p:g} cut them; use "
@@ -85,7 +85,7 @@ def _check_turns(algorithm: AlgorithmSettings, sampling: SamplingSettings) -> No
             f"{said} weighs a step's positions as its tokens, and algorithm.name=cj_grpo weighs "
             "each token; use agrpo or full_trajectory"
         )
-    if sampling.top_k is not None or sampling.top_p < 1:
+    if sampling.is_cut:
         raise ValueError(
             f"{said} needs the entropies of all masked positions, and sampling.top_k="
             f"{text(sampling.top_k)} sampling.top_p={sampling.top_p:g} cut candidates that are "

@@ -66,7 +66,7 @@ def draw_tokens(
 
 def _draw(logits: Tensor, keys: Tensor, vocab: Vocabulary, sampling: SamplingSettings) -> Draw:
     support = None
-    if _is_cut(sampling) and (sampling.temperature > 0 or sampling.truncation == "top_p_first"):
+    if sampling.is_cut and (sampling.temperature > 0 or sampling.truncation == "top_p_first"):
         draw, support = _draw_kept(logits, keys, vocab, sampling)
     elif (kernel := kernel_for(logits)) is not None:
         tokens, logprobs, entropies, spreads, untempered = kernel.draw_whole(
@@ -152,13 +152,9 @@ def _confidences(
     return token_logprobs(policy_logits(logits, vocab), tokens, vocab=vocab)[0]
 
 
-def _is_cut(sampling: SamplingSettings) -> bool:
-    return sampling.top_k is not None or sampling.top_p < 1
-
-
 def _is_ranked_untempered(sampling: SamplingSettings) -> bool:
     """Whether positions are ranked by other log-probs than the policy's."""
-    is_other = _is_cut(sampling) or sampling.temperature not in (0, 1)
+    is_other = sampling.is_cut or sampling.temperature not in (0, 1)
     return sampling.confidence == "untempered" and is_other
 
 

@@ -14,6 +14,7 @@ from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.steps import all_steps, live_of, rows_at
 from agrpo_megatron.types import Rollout
 from tests.diffusion.batching import batches_of
+from tools.draw_variance import WAYS, group_variances, ratios
 from tools.variance import PROPOSALS, variance_of
 from tools.variance_cases import (
     below,
@@ -129,3 +130,31 @@ def test_tool_names_a_missing_file():
     result = run_tool("--trajectories", "nowhere.safetensors")
     assert result.returncode != 0
     assert "nowhere.safetensors: no such file" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_variances_of_groups_add_up(way):
+    case = sampled_case("random", 0)
+    drawing = {**WAYS[way], "mc_samples": 4}
+    found = group_variances(case, AlgorithmSettings(group_size=case.group_size, **drawing))
+    published = way == "published"
+    whole = variance_of(
+        case,
+        "entropy, mix 0" if published else AlgorithmSettings().proposal,
+        mix=AlgorithmSettings().uniform_mix,
+        mc_samples=4,
+        allocation="advantage" if way == "by advantage" else "equal",
+        enumerate_short=not published,
+        step_sampler="batch" if published else AlgorithmSettings().step_sampler,
+    )
+    assert len(found) == 2 and float(found.sum()) == pytest.approx(whole)
+
+
+def test_a_ratio_lies_in_its_interval():
+    found = ratios(sampled_case("random", 0), [4])
+    assert found["published"][4] == (1.0, 1.0, 1.0)
+    assert (
+        found["by advantage"][4].low
+        <= found["by advantage"][4].value
+        <= found["by advantage"][4].high
+    )

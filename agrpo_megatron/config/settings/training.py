@@ -138,6 +138,11 @@ class SamplingSettings:
     )
 
     @property
+    def is_cut(self) -> bool:
+        """Whether top-k or top-p leave out candidates."""
+        return self.top_k is not None or self.top_p < 1
+
+    @property
     def foresees_positions(self) -> bool:
         """Whether the positions that a step fixes are known before its forward pass."""
         return self.unmasking in MODEL_FREE and self.threshold is None
