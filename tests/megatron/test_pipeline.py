@@ -162,7 +162,8 @@ def test_iterations_end_where_sends_wait_for_their_receivers(layout, schedule):
     expected, loss = run_ranks(1, _patient, [])[0]
     overrides = [f"parallel={layout}", f"rollout.schedule={schedule}"]
     for tokens, ours in run_ranks(int(layout[2]), _patient, overrides):
-        assert torch.equal(tokens, expected) and ours == pytest.approx(loss, rel=1e-5)
+        # A sum of advantages that nearly cancel: what is left is rounding of their size, about 1.
+        assert torch.equal(tokens, expected) and ours == pytest.approx(loss, abs=1e-7)
 
 
 def _exchange():

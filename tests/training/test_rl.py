@@ -9,7 +9,7 @@ import torch.distributed as dist
 from agrpo_megatron.checkpoint.start import load_start_weights
 from agrpo_megatron.estimators import table
 from agrpo_megatron.estimators.context import DrawContext
-from agrpo_megatron.estimators.steps import all_steps, at_level, drawn_steps
+from agrpo_megatron.estimators.steps import at_level, draw_counts, drawn_steps
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.training.rl import collect_rollout, update_policy
@@ -19,6 +19,7 @@ from tests.training.tiny import gradient, open_session, relative_error
 
 LITERAL = {
     "plain": [],
+    "as many draws of each rollout": ["algorithm.allocation=equal"],
     "tempered, truncated, clipped, to a constant": [
         "sampling.temperature=0.8",
         "sampling.top_k=12",
@@ -130,8 +131,7 @@ def _compare_with_literal(overrides):
     _perturb(engine.network)
     algorithm = session.run.settings.algorithm
     context = DrawContext(algorithm, eos_id=session.run.eos_id, seed=session.run.settings.run.seed)
-    steps = all_steps if algorithm.name == "full_trajectory" else drawn_steps
-    draws = steps(rollout.trajectory, context)
+    draws = drawn_steps(rollout.trajectory, context, draw_counts(rollout, context))
     weights = at_level(draws, rollout, context).weight.amax(1)  # with the normaliser
     draws = replace(draws, weight=weights)
     metrics, grads = gradient(
@@ -224,7 +224,7 @@ def test_completions_that_are_all_end_of_text_train_without_error(rule, steps):
 
 def _skip_or_not():
     """Return metrics and gradients of one rollout batch: rows skipped, and all rows kept."""
-    session, engine = open_session()
+    session, engine = open_session("algorithm.allocation=equal")
     rollout, _ = collect_rollout(session, engine, 0)
     flat = rollout.advantages.clone()
     flat[:4] = 0.0
@@ -247,7 +247,7 @@ def test_rollouts_without_advantage_are_skipped_and_change_nothing():
 
 
 def _with_and_without_kl():
-    plain, engine = open_session()
+    plain, engine = open_session("algorithm.allocation=equal")
     rollout, _ = collect_rollout(plain, engine, 0)
     rollout = replace(rollout, advantages=rollout.advantages.index_fill(0, torch.arange(4), 0.0))
     without = gradient(plain, engine, rollout)
