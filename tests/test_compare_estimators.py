@@ -110,6 +110,7 @@ def test_the_examples_compare_ten_estimators_over_five_seeds(name, monkeypatch):
     [
         ("train.flops=null", "train.flops=null gives members no equal budget"),
         ("sft.iterations=0", "sft.iterations=0 makes no start"),
+        ("task.eval_problems=5000", "countdown.yaml: task.train_problems=1900 and task.eval_pro"),
         ("algorithm.proposal=uniform", "member full_trajectory of countdown: algorithm.proposal"),
     ],
 )
@@ -170,6 +171,11 @@ def test_a_comparison_is_interrupted_killed_and_continued(tmp_path, capfd):
     words = [str(tmp_path / "task.yaml"), "--output", str(tmp_path), "--workers", "1"]
     folder = tmp_path / "task"
     first, second = (folder / "runs" / "agrpo" / f"seed-{seed}" for seed in (0, 1))
+
+    _when_begun(folder / "starts" / "seed-7", _kill_the_child, phase="sft")
+    assert compare_estimators.main(words) == 1
+    assert "seed-7: failed its process ended with signal 9" in capfd.readouterr().err
+    assert not (folder / "tuning").exists(), "without all starts, no member begins"
 
     _when_begun(first, _interrupt)
     assert compare_estimators.main(words) == 130

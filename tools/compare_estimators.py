@@ -11,7 +11,8 @@ final accuracy; the tuning seeds are not used otherwise. Then each member runs o
 
 The same command continues after an interrupt: what is finished is kept, and a run that was killed
 resumes. The folder of a task (`run.dir` of its file, or a folder in --output) gets results.md,
-results.json and figures. Exit status 1 if a run failed; the others are not affected.
+results.json and figures. Exit status 1 if a run failed; the others are not affected, unless it was
+a supervised phase, without which nothing starts.
 """
 
 import argparse
@@ -64,6 +65,8 @@ def run(comparisons: Sequence[Comparison], workers: int) -> list[str]:
     clock = Clock(_counts(comparisons), workers, lambda line: print(line, flush=True))
     starts = [job for each in comparisons for job in each.starts()]
     ended = run_jobs(starts, workers, clock)
+    if failures := _failures(ended):
+        return failures  # members of that seed have nothing to start from
     tuning = {each.folder: each.tuning() for each in comparisons}
     jobs = [
         job
@@ -88,11 +91,7 @@ def run(comparisons: Sequence[Comparison], workers: int) -> list[str]:
         if (found := finished[each.folder])
     ]
     ended |= run_jobs(jobs, workers, clock)
-    failures = [
-        f"{path}: {outcome.state} {outcome.reason}"
-        for path, outcome in ended.items()
-        if outcome.state not in (FINISHED, FOUND)
-    ]
+    failures = _failures(ended)
     for each in comparisons:
         tuned = _tuned(each, tuning[each.folder], ended)
         failures += conclude(each, chosen[each.folder], finished[each.folder], tuned)
@@ -172,6 +171,14 @@ def _tuned(
         ]
         for name, choices in tuning.items()
     }
+
+
+def _failures(ended: dict[Path, Outcome]) -> list[str]:
+    return [
+        f"{path}: {outcome.state} {outcome.reason}"
+        for path, outcome in ended.items()
+        if outcome.state not in (FINISHED, FOUND)
+    ]
 
 
 def _finals(jobs: Sequence[Job], members: Members, ended: dict[Path, Outcome]) -> list[float]:

@@ -11,6 +11,7 @@ from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.config.yaml_files import read_yaml
 from agrpo_megatron.launch.sweep import flow
+from agrpo_megatron.runs.resolve import resolve
 
 KEYS = ("baseline", "seeds", "tuning_seeds", "common", "members")
 # Processes share the cores, and a comparison has its own table.
@@ -154,10 +155,10 @@ def _choices(settings: Choice) -> list[Choice]:
 
 
 def plan(file: Path, members: Members, overrides: Sequence[str], output: Path | None) -> Comparison:
-    """Return the comparison of a task's file, after a check of every member's settings.
+    """Return the comparison of a task's file, after a check of its data and of every member.
 
     Raises:
-        ValueError: a member's settings break a rule, or there is no budget or no start.
+        ValueError: settings break a rule, the task lacks problems, or there is no budget or start.
     """
     settings = load(Settings, file, overrides)
     folder = output / file.stem if output is not None else Path(settings.run.dir)
@@ -171,6 +172,10 @@ def plan(file: Path, members: Members, overrides: Sequence[str], output: Path | 
             f"{file}: sft.iterations=0 makes no start that members share; use for example "
             "sft.iterations=300"
         )
+    try:
+        resolve(settings, world_size=1)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     for name, choices in members.choices.items():
         for choice in choices:
             own = [*overrides, *_texts(name, choice)]
