@@ -55,7 +55,7 @@ def raises(rollout, context):
 
 
 def _finished(seed, final):
-    return Finished(seed, 0.25, final, 3, 1e9, 1.0, 0.5, ((0, 0.25), (3, final)), (), ())
+    return Finished(seed, 0.25, final, 3, 1e9, 5e8, 1.0, 0.5, ((0, 0.25), (3, final)), (), ())
 
 
 def test_a_band_is_students_interval_of_the_mean_over_seeds():
@@ -209,6 +209,7 @@ def _check_results(folder, printed):
             assert [row["iteration"] for row in rows] == list(range(1, run["iterations"] + 1))
             spent = sum(row["flops"] for row in rows)
             assert run["flops"] == spent >= 6e7 > spent - rows[-1]["flops"]
+            assert 0 < run["update_flops"] == sum(row["update_flops"] for row in rows) < spent
             last = _rows(folder / "runs" / name / f"seed-{seed}", "eval")[-1]
             assert (last["stage"], last["accuracy"]) == ("after", run["final"])
     starts = {name: [run["start"] for run in member["runs"]] for name, member in members.items()}

@@ -26,6 +26,7 @@ class Finished:
     final: float
     iterations: int
     flops: float  # of reinforcement learning
+    update_flops: float  # the part without rollouts and measurements
     cpu_seconds: float  # likewise
     entropy: float  # nats a token, mean of the last iterations
     evaluated: tuple[tuple[int, float], ...]  # iteration, held-out accuracy
@@ -78,6 +79,7 @@ def read_finished(directory: Path, seed: int) -> Finished:
         final=last["accuracy"],
         iterations=len(run.rl),
         flops=float(costs[-1, 0]),
+        update_flops=float(sum(row["update_flops"] for row in run.rl)),
         cpu_seconds=float(costs[-1, 1]),
         entropy=float(entropies[-LAST:].mean()),
         evaluated=tuple((int(at), float(value)) for at, value in zip(x, y, strict=True)),
@@ -143,6 +145,7 @@ def _cells(summary: Summary) -> dict[str, str]:
         "final": _percent_band(summary.final),
         "against the baseline, points": "" if other is None else _points_band(other),
         "iterations": f"{mean('iterations'):.0f}",
+        "update FLOPs": f"{mean('update_flops'):.2e}",
         "CPU seconds": f"{mean('cpu_seconds'):.0f}",
         "entropy": f"{mean('entropy'):.3f}",
     }

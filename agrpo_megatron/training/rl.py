@@ -68,6 +68,7 @@ def run_rl(
             **rollout_metrics,
             **metrics,
             "flops": rollout_metrics["flops"] + metrics["flops"] + measured,
+            "update_flops": metrics["flops"],
             **alarms.check(iteration + 1, {**rollout_metrics, **metrics}),
             **stragglers.report(sections.take(), run.ranks, warn=output.view.warn),
             "timing/update": now - update_started,
