@@ -20,6 +20,8 @@ from agrpo_megatron.config.settings import SamplingSettings
 if TYPE_CHECKING:  # tasks read this file, and need no torch
     from torch import Tensor
 
+    from agrpo_megatron.diffusion.patterns import Row
+
 
 class Message(NamedTuple):
     """One message of a chat."""
@@ -162,6 +164,8 @@ class PackedRows:
     cu_seqlens: Tensor  # [rows + 1] int32
     scored: Tensor  # [S] int64 indices into the T tokens; the head runs on these only
     host_bounds: Sequence[int] | None = None  # cu_seqlens, where the host knows them already
+    # Who sees whom, by row, see `diffusion.patterns`; None: within rows, all tokens see each other.
+    patterns: Sequence[Row] | None = None
 
     @cached_property
     def bounds(self) -> Sequence[int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from agrpo_megatron.diffusion.patterns import Row
 from agrpo_megatron.types import PackedRows
 
 
@@ -28,7 +29,14 @@ def completion_columns(prompt_lengths: Tensor, width: int) -> Tensor:
     return prompt_lengths[:, None] + torch.arange(width, device=prompt_lengths.device)
 
 
-def pack(canvas: Tensor, lengths: Tensor, scored: Tensor, *, shift: bool = False) -> PackedRows:
+def pack(
+    canvas: Tensor,
+    lengths: Tensor,
+    scored: Tensor,
+    *,
+    shift: bool = False,
+    patterns: Sequence[Row] | None = None,
+) -> PackedRows:
     """Pack canvas rows [R, L] of these lengths [R]; `scored` [R, L] marks predicted tokens.
 
     Scored indices come out row by row, in column order. With `shift` a token is predicted from
@@ -36,11 +44,17 @@ def pack(canvas: Tensor, lengths: Tensor, scored: Tensor, *, shift: bool = False
     """
     valid = torch.arange(canvas.shape[1], device=canvas.device) < lengths[:, None]
     row, column = (scored & valid).nonzero(as_tuple=True)
-    return pack_scored(canvas, lengths.tolist(), row, column, shift=shift)
+    return pack_scored(canvas, lengths.tolist(), row, column, shift=shift, patterns=patterns)
 
 
 def pack_scored(
-    canvas: Tensor, lengths: Sequence[int], row: Tensor, column: Tensor, *, shift: bool = False
+    canvas: Tensor,
+    lengths: Sequence[int],
+    row: Tensor,
+    column: Tensor,
+    *,
+    shift: bool = False,
+    patterns: Sequence[Row] | None = None,
 ) -> PackedRows:
     """Pack as `pack` does, given the scored tokens' canvas rows [S] and columns [S], in order.
 
@@ -53,7 +67,7 @@ def pack_scored(
     tokens = canvas[owner, positions_in_rows(cu_seqlens, bounds[-1])]
     if shift:
         column = (column - 1).clamp(min=0)
-    return PackedRows(tokens, cu_seqlens, cu_seqlens[row].long() + column, bounds)
+    return PackedRows(tokens, cu_seqlens, cu_seqlens[row].long() + column, bounds, patterns)
 
 
 def positions_in_rows(cu_seqlens: Tensor, count: int) -> Tensor:

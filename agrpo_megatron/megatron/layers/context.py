@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from agrpo_megatron.diffusion.patterns import full
 from agrpo_megatron.megatron.parallel import Axis, Ranks
 from agrpo_megatron.types import PackedRows, SftBatch, TimestepBatch
 
@@ -29,7 +30,11 @@ def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRow
     end = rows.cu_seqlens[-1:] + missing
     bounds = None if rows.host_bounds is None else (*rows.host_bounds, len(rows.tokens) + missing)
     return PackedRows(
-        F.pad(rows.tokens, (0, missing)), torch.cat([rows.cu_seqlens, end]), rows.scored, bounds
+        F.pad(rows.tokens, (0, missing)),
+        torch.cat([rows.cu_seqlens, end]),
+        rows.scored,
+        bounds,
+        None if rows.patterns is None else (*rows.patterns, full(missing)),
     )
 
 

@@ -7,21 +7,25 @@ from dataclasses import dataclass, field, replace
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from agrpo_megatron.diffusion.packing import positions_in_rows
+from agrpo_megatron.diffusion.patterns import Row, places_of
 from agrpo_megatron.megatron.layers.context import part_of
+from agrpo_megatron.megatron.layers.flex import make_block_mask
 from agrpo_megatron.megatron.parallel import Axis
 from agrpo_megatron.types import PackedRows
 
 
 @dataclass(frozen=True)
 class Run:
-    """Attention in one batched call: queries of neighbouring rows of equal length."""
+    """Attention in one batched call: queries of neighbouring rows of equal length and pattern."""
 
     rows: int
     queries: int  # per row; fewer than keys if the row continues on another rank
     keys: int  # per row
     start: int  # of the first row's keys, among this rank's keys
+    pattern: Row | None = None  # None: all tokens of a row see each other
 
 
 @dataclass
@@ -32,23 +36,29 @@ class PackedLayout(PackedSeqParams):
     pad_between_seqs: bool = False
     runs: list[Run] = field(default_factory=list)
     keys: slice | None = None  # of all ranks' tokens; None: no row crosses parts
+    block_mask: BlockMask | None = None  # of FlexAttention; None: SDPA, run by run
     angles: Tensor | None = None  # [T, 1, head_dim] float32, of this rank's tokens
     cosines: Tensor | None = None  # of the angles
     sines: Tensor | None = None
 
 
 def packed_layout(
-    rows: PackedRows, *, angles: Callable[[Tensor], Tensor], context: Axis
+    rows: PackedRows, *, angles: Callable[[Tensor], Tensor], context: Axis, use_flex: bool = False
 ) -> PackedLayout:
     """Describe packed rows: positions restart at every row.
 
     Args:
         rows: of all context-parallel ranks together.
         angles: positions [T] -> rotary angles [T, 1, head_dim] float32.
+        use_flex: whether rows with patterns go through FlexAttention.
     """
-    cu_seqlens, bounds = rows.cu_seqlens, rows.bounds
+    cu_seqlens, bounds, places = rows.cu_seqlens, rows.bounds, None
+    if rows.patterns is not None:
+        assert context.size == 1
+        places = places_of(rows.patterns, rows.tokens.device)
     first, last = part_of(bounds[-1], context, context.rank)
-    turns = angles(positions_in_rows(cu_seqlens, bounds[-1])[first:last])
+    positions = positions_in_rows(cu_seqlens, bounds[-1]) if places is None else places.position
+    turns = angles(positions[first:last])
     cuts = {part_of(bounds[-1], context, rank)[0] for rank in range(context.size)}
     keys = None if cuts <= set(bounds) else _rows_around(bounds, first, last)
     origin = keys.start if keys else first
@@ -61,8 +71,9 @@ def packed_layout(
         cu_seqlens_kv=theirs,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        runs=_runs(bounds, first, last, origin=origin),
+        runs=_runs(bounds, first, last, origin=origin, patterns=rows.patterns),
         keys=keys,
+        block_mask=make_block_mask(places) if use_flex and places is not None else None,
         angles=turns,
         cosines=turns.cos(),
         sines=turns.sin(),
@@ -81,16 +92,28 @@ def _rows_around(bounds: Sequence[int], first: int, last: int) -> slice:
     return slice(max(b for b in bounds if b <= first), min(b for b in bounds if b >= last))
 
 
-def _runs(bounds: Sequence[int], first: int, last: int, *, origin: int) -> list[Run]:
+def _runs(
+    bounds: Sequence[int],
+    first: int,
+    last: int,
+    *,
+    origin: int,
+    patterns: Sequence[Row] | None,
+) -> list[Run]:
     """Join neighbouring rows of equal length that lie completely in `first` to `last`."""
     runs: list[Run] = []
-    for start, end in itertools.pairwise(bounds):
+    for number, (start, end) in enumerate(itertools.pairwise(bounds)):
         queries = min(end, last) - max(start, first)
         if queries <= 0:
             continue
+        pattern = None if patterns is None else patterns[number]
         before = runs[-1] if runs else None
-        if before and queries == end - start == before.queries == before.keys:
+        if (
+            before
+            and queries == end - start == before.queries == before.keys
+            and pattern == before.pattern
+        ):
             runs[-1] = replace(before, rows=before.rows + 1)
         else:
-            runs.append(Run(1, queries, end - start, start - origin))
+            runs.append(Run(1, queries, end - start, start - origin, pattern))
     return runs

@@ -1,0 +1,101 @@
+"""Attention of packed rows by torch: SDPA run by run, or FlexAttention for all rows at once."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from agrpo_megatron.diffusion.patterns import Row, span_mask, span_slices
+from agrpo_megatron.megatron.layers.context import gather_keys
+from agrpo_megatron.megatron.layers.flex import attend
+from agrpo_megatron.megatron.layers.packed import PackedLayout
+
+
+class PackedAttention(MegatronModule):
+    """Attention within each packed row, by its pattern.
+
+    Through SDPA, neighbouring rows of equal length and pattern are one batched call. Queries and
+    keys are rotated here, all rows at once, in float32 as LLaDA does (`rope_full_precision`). Under
+    context parallelism keys and values are gathered for rows that cross from one rank's part into
+    the next.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
+    ):
+        super().__init__(config=config)
+        assert pg_collection is not None and pg_collection.cp is not None
+        self.softmax_scale, self.context_group = softmax_scale, pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: PackedLayout,
+        **_: object,
+    ) -> Tensor:
+        """Attend within rows: [T, heads, head_dim], keys and values [T, groups, head_dim]."""
+        layout = packed_seq_params
+        query, key = _rotate(query, layout), _rotate(key, layout)
+        if layout.keys is not None:
+            key, value = gather_keys(key, value, layout.keys, group=self.context_group)
+        if layout.block_mask is not None:
+            return attend(query, key, value, layout.block_mask, scale=self.softmax_scale)
+        outputs, start = [], 0
+        for run in layout.runs:
+            end = start + run.rows * run.queries
+            keys = slice(run.start, run.start + run.rows * run.keys)
+            parts = (query[start:end], key[keys], value[keys])
+            out = self._attend(*(_by_row(part, run.rows) for part in parts), run.pattern)
+            outputs.append(out.transpose(1, 2).reshape(end - start, -1))
+            start = end
+        return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, pattern: Row | None) -> Tensor:
+        """Attend within rows of one pattern, [rows, heads, tokens, head_dim]; a call for each span.
+
+        A copy sees the context and itself, so its calls do not grow with the number of copies.
+        """
+        outputs = []
+        for number in range(1 if pattern is None else len(pattern)):
+            mask, own, seen = None, query, (key, value)
+            if pattern is not None:
+                mask = span_mask(pattern, number, query.device)
+                context, tokens = span_slices(pattern, number)
+                own = query[:, :, tokens]
+                if number:
+                    seen = [torch.cat([x[:, :, context], x[:, :, tokens]], 2) for x in seen]
+                else:
+                    seen = [x[:, :, context] for x in seen]
+            out = F.scaled_dot_product_attention(
+                own,
+                *seen,
+                attn_mask=mask,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            outputs.append(out)
+        return torch.cat(outputs, 2) if len(outputs) != 1 else outputs[0]
+
+
+def _by_row(x: Tensor, rows: int) -> Tensor:
+    """Turn [rows * length, heads, head_dim] into [rows, heads, length, head_dim]."""
+    return x.unflatten(0, (rows, -1)).transpose(1, 2)
+
+
+def _rotate(x: Tensor, layout: PackedLayout) -> Tensor:
+    """Rotate the two halves of each head, [T, heads, head_dim]."""
+    assert layout.cosines is not None and layout.sines is not None
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (wide * layout.cosines + turned * layout.sines).to(x.dtype)

@@ -1,0 +1,75 @@
+"""Who sees whom: the definition against rules written out, token by token."""
+
+import torch
+
+from agrpo_megatron.diffusion.patterns import (
+    block_causal,
+    full,
+    places_of,
+    positions_of,
+    replay,
+    row_length,
+    span_mask,
+    span_slices,
+    visible,
+)
+
+CPU = torch.device("cpu")
+
+
+def _mask(rows):
+    tokens = torch.arange(sum(map(row_length, rows)))
+    return visible(places_of(rows, CPU), tokens[:, None], tokens[None])
+
+
+def test_all_tokens_of_a_full_row_see_each_other_and_no_other_row():
+    assert torch.equal(
+        _mask([full(2), full(3)]), torch.block_diag(*map(torch.ones, [(2, 2), (3, 3)])) > 0
+    )
+
+
+def test_a_block_causal_token_sees_earlier_blocks_and_its_own():
+    places = torch.arange(11)
+    assert torch.equal(_mask([block_causal(11, 4)]), places[None] // 4 <= places[:, None] // 4)
+    moved = (places + 1) // 4  # a block begins at 3, so one at -1
+    assert torch.equal(_mask([block_causal(11, 4, origin=3)]), moved[None] <= moved[:, None])
+
+
+def test_blocks_of_one_token_are_causal():
+    assert torch.equal(_mask([block_causal(5, 1)]), torch.ones(5, 5).tril() > 0)
+
+
+def test_a_copy_sees_the_context_before_its_block_and_its_own_block():
+    """Context of 10 tokens, blocks of 4; the copies are tokens 4 to 9, then 8 to 9."""
+    row = replay(10, 4, [(4, 6), (8, 2)], causal=False)
+    mask = _mask([row])
+    assert positions_of([row]).tolist() == [*range(10), *range(4, 10), 8, 9]
+    owner = torch.tensor([0] * 10 + [1] * 6 + [2] * 2)
+    position = positions_of([row])
+    for query in range(18):
+        for key in range(18):
+            block, other = int(position[query]) // 4, int(position[key]) // 4
+            if owner[query] == 0:
+                expected = owner[key] == 0 and other <= block
+            else:
+                is_before = owner[key] == 0 and other < block
+                expected = is_before or (owner[key] == owner[query] and other == block)
+            assert bool(mask[query, key]) == expected, (query, key)
+
+
+def test_a_causal_context_is_causal_and_its_copy_is_not():
+    mask = _mask([replay(4, 4, [(4, 3)], causal=True)])
+    assert torch.equal(mask[:4, :4], torch.ones(4, 4).tril() > 0)
+    assert not mask[:4, 4:].any() and mask[4:].all()
+
+
+def test_the_mask_of_a_span_is_its_part_of_the_rows_mask():
+    row = replay(10, 4, [(0, 10), (8, 2)], causal=False)
+    whole = _mask([row])
+    for number in range(3):
+        context, own = span_slices(row, number)
+        parts = [whole[own, context], whole[own, own]] if number else [whole[own, own]]
+        mask, expected = span_mask(row, number, CPU), torch.cat(parts, 1)
+        assert expected.all() if mask is None else torch.equal(mask, expected)
+        assert whole[own].sum() == expected.sum(), "no token sees another copy"
+    assert span_mask(full(3), 0, CPU) is None
