@@ -115,7 +115,7 @@ def check_sampler(golden: Golden) -> Iterator[Check]:
             eos_id=model.eos_token_id,
             seed=0,
             token_budget=4096,
-            shift=model.shift,
+            model=model,
             uniforms=case.uniforms,
         )
         ids = torch.arange(len(case.prompts), device=case.expected.device)

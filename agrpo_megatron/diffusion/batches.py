@@ -5,8 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from agrpo_megatron.config.settings import ModelSettings, SamplingSettings
 from agrpo_megatron.diffusion import noise
-from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, pack, unscored_row
+from agrpo_megatron.diffusion.blocks import block_offsets, doubled_row, state_rows
+from agrpo_megatron.diffusion.packing import (
+    completion_columns,
+    make_canvas,
+    pack_scored,
+    unscored_row,
+)
+from agrpo_megatron.diffusion.patterns import Row, row_length
 from agrpo_megatron.types import PackedRows, Rollout, ScoredRows, SftBatch, TimestepBatch
 
 
@@ -19,13 +27,20 @@ def row_lengths(rollout: Rollout, scored: ScoredRows) -> Tensor:
 
 
 def timestep_batch(
-    rollout: Rollout, scored: ScoredRows, rows: Tensor, *, mask_id: int, shift: bool = False
+    rollout: Rollout,
+    scored: ScoredRows,
+    rows: Tensor,
+    *,
+    mask_id: int,
+    model: ModelSettings | None = None,
 ) -> TimestepBatch:
     """Pack one micro-batch: some of the scored rows.
 
     Args:
         rows: [n] indices of scored rows; without any, the batch has weight 0.
+        model: its shift and its attention; None: tokens see all and are predicted in place.
     """
+    model = model or ModelSettings()
     trajectory, rows = rollout.trajectory, rows.to(scored.rollout.device)
     source, target = scored.rollout[rows], scored.scored[rows]
     states = trajectory.tokens[source].masked_fill(scored.hidden[rows], mask_id)
@@ -47,7 +62,8 @@ def timestep_batch(
             target,
             length=None if scored.length is None else scored.length[rows],
             mask_id=mask_id,
-            shift=shift,
+            model=model,
+            sampling=trajectory.sampling,
         ),
         targets=targets[row, position],
         support_ids=support[owner, position] if support is not None else None,
@@ -95,7 +111,8 @@ def _packed(
     *,
     length: Tensor | None = None,
     mask_id: int,
-    shift: bool,
+    model: ModelSettings,
+    sampling: SamplingSettings,
 ) -> PackedRows:
     """Pack prompts with completions [n, C]; `scored` [n, C] marks tokens that reach the head.
 
@@ -104,11 +121,28 @@ def _packed(
     """
     if not len(completions):
         return unscored_row(mask_id, completions.device)
-    canvas, prompt_lengths = make_canvas(prompts, completions)
-    columns = completion_columns(prompt_lengths, completions.shape[1])
+    kept = [completions.shape[1]] * len(completions) if length is None else length.tolist()
+    sizes = [len(prompt) for prompt in prompts]
+    lengths = [size + count for size, count in zip(sizes, kept, strict=True)]
+    patterns = state_rows(lengths, sizes, model, sampling)
+    return _laid_out(prompts, completions, scored, lengths, model=model, patterns=patterns)
+
+
+def _laid_out(
+    prompts: Sequence[Tensor],
+    completions: Tensor,
+    scored: Tensor,
+    lengths: Sequence[int],
+    *,
+    model: ModelSettings,
+    patterns: Sequence[Row] | None,
+) -> PackedRows:
+    """Pack rows of some lengths: what comes before the completions [n, C], and these."""
+    canvas, before = make_canvas(prompts, completions)
+    columns = completion_columns(before, completions.shape[1])
     marks = torch.zeros_like(canvas, dtype=torch.bool).scatter_(1, columns, scored)
-    kept = completions.shape[1] if length is None else length
-    return pack(canvas, prompt_lengths + kept, marks, shift=shift)
+    row, column = marks.nonzero(as_tuple=True)
+    return pack_scored(canvas, lengths, row, column, shift=model.shift, patterns=patterns)
 
 
 def sft_loss(logprobs: Tensor, batch: SftBatch) -> Tensor:
@@ -120,6 +154,16 @@ def sft_loss(logprobs: Tensor, batch: SftBatch) -> Tensor:
     return -(logprobs * batch.weights).sum()
 
 
+def sft_lengths(
+    prompts: Sequence[Tensor], width: int, model: ModelSettings, sampling: SamplingSettings
+) -> Tensor:
+    """Return the tokens [B] of the packed rows of examples with responses of `width` tokens."""
+    sizes = torch.tensor([len(prompt) for prompt in prompts])
+    if model.attention == "full":
+        return sizes + width
+    return sizes + 2 * width + block_offsets(sizes, sampling)
+
+
 def sft_batches(
     prompts: Sequence[Tensor],
     responses: Tensor,
@@ -129,17 +173,23 @@ def sft_batches(
     mask_id: int,
     mask_epsilon: float,
     seed: int,
-    shift: bool = False,
+    model: ModelSettings | None = None,
+    sampling: SamplingSettings | None = None,
 ) -> list[SftBatch]:
     """Mask responses [B, C] at a rate t ~ U(mask_epsilon, 1) each, and pack them.
 
     Each response token is masked with probability t and weighs 1 / (t * C). End-of-text padding
-    is part of the response. Source: LLaDA (arXiv 2502.09992), section 2.3.
+    is part of the response. Source: LLaDA (arXiv 2502.09992), section 2.3. A block model sees the
+    whole example, and after it the masked response, each block of which sees the example before it:
+    the rows and the loss of SDAR's training code.
 
     Args:
         example_ids: [B] noise indices: the mask of an index is the same under any layout.
         micro_batches: indices of each batch's examples; without any, the batch has weight 0.
+        model: its shift and its attention; None: tokens see all and are predicted in place.
+        sampling: where blocks begin, for a block model.
     """
+    model, sampling = model or ModelSettings(), sampling or SamplingSettings()
     places = torch.arange(responses.shape[1], device=responses.device)
     row_key = noise.noise_key(seed, noise.MASKS, example_ids)
     rate = mask_epsilon + (1 - mask_epsilon) * noise.uniform(row_key)
@@ -149,9 +199,29 @@ def sft_batches(
     batches = []
     for chunk in micro_batches:
         mine, part = masked[chunk], [prompts[i] for i in chunk.tolist()]
-        states = responses[chunk].masked_fill(mine, mask_id)
-        rows = _packed(part, states, mine, mask_id=mask_id, shift=shift)
+        rows = _sft_rows(part, responses[chunk], mine, mask_id, model, sampling)
         sources = chunk.to(mine.device)[mine.nonzero()[:, 0]]
         weights = weight[chunk][mine].float()
         batches.append(SftBatch(rows, responses[chunk][mine], weights, sources))
     return batches
+
+
+def _sft_rows(
+    prompts: Sequence[Tensor],
+    responses: Tensor,
+    masked: Tensor,
+    mask_id: int,
+    model: ModelSettings,
+    sampling: SamplingSettings,
+) -> PackedRows:
+    """Pack masked responses [n, C] after their prompts, or after whole examples."""
+    states = responses.masked_fill(masked, mask_id)
+    if model.attention == "full" or not len(states):
+        return _packed(prompts, states, masked, mask_id=mask_id, model=model, sampling=sampling)
+    contexts, patterns = [], []
+    for prompt, response in zip(prompts, responses, strict=True):
+        whole = torch.cat([prompt, response])
+        patterns.append(doubled_row(len(prompt), len(whole), model, sampling))
+        contexts.append(torch.cat([whole, prompt[patterns[-1][1].start :]]))
+    lengths = [row_length(pattern) for pattern in patterns]
+    return _laid_out(contexts, states, masked, lengths, model=model, patterns=patterns)

@@ -147,9 +147,14 @@ def _draw_kept(
 def _confidences(
     logits: Tensor, tokens: Tensor, logprobs: Tensor, vocab: Vocabulary, sampling: SamplingSettings
 ) -> Tensor:
-    if not _is_ranked_untempered(sampling):
+    if _is_ranked_untempered(sampling):
+        temperature = 1.0
+    elif sampling.confidence == "tempered" and sampling.is_cut:
+        temperature = sampling.temperature
+    else:
         return logprobs
-    return token_logprobs(policy_logits(logits, vocab), tokens, vocab=vocab)[0]
+    whole = policy_logits(logits, vocab, temperature=temperature)
+    return token_logprobs(whole, tokens, vocab=vocab)[0]
 
 
 def _is_ranked_untempered(sampling: SamplingSettings) -> bool:

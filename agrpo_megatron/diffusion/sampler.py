@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agrpo_megatron.config.settings import MODEL_FREE, SamplingSettings
+from agrpo_megatron.config.settings import MODEL_FREE, ModelSettings, SamplingSettings
 from agrpo_megatron.diffusion import noise
+from agrpo_megatron.diffusion.blocks import state_length, state_rows
 from agrpo_megatron.diffusion.draw import Draw, Forward, draw_tokens
 from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.diffusion.packing import on_device, pack_scored
@@ -40,7 +41,8 @@ class SamplerContext:
     eos_id: int | None  # None: text never ends early
     seed: int
     token_budget: int  # packed tokens per forward
-    shift: bool = False  # a token is predicted from the state before it
+    model: ModelSettings = ModelSettings()  # its shift, and its attention
+    stop_ids: Sequence[int] = ()  # for `sampling.end_at_stop`
     uniforms: Tensor | None = None  # [steps, R, C] replaces the sampler's noise, for `bernoulli`
     most_rows: int | None = None  # maximum rows in one forward; None: only the budget limits
 
@@ -113,7 +115,8 @@ def sample(
                 hooks.on_complete(complete, trajectory(state, complete))
         live += _fill(live, waiting, lengths, free=most - len(in_flight), context=context)
         if live:
-            live.sort(key=lambda row: -lengths[row])  # equal lengths share one attention call
+            # Equal lengths share one attention call.
+            live.sort(key=lambda row: -_row_length(state, row, context))
             in_flight.append(_launch(state, live, context))
     context.forward.close()
     return trajectory(state, list(range(len(lengths))))
@@ -143,8 +146,8 @@ def _launch(state: SamplerState, numbers: list[int], context: SamplerContext) ->
     for which rows are over. Each wait costs tens of microseconds, in which the GPU has no work.
     """
     rows = on_device(numbers, state.rollout_ids.device)
-    positions = block_positions(state, rows)
-    wanted = _wanted(state, rows, positions, context)
+    positions, exists = block_positions(state, rows)
+    wanted = _wanted(state, rows, positions, context) & exists
     spots = row, _ = wanted.nonzero(as_tuple=True)
     owners, scored = rows[row], positions[spots]
     keys = noise.noise_key(
@@ -154,9 +157,18 @@ def _launch(state: SamplerState, numbers: list[int], context: SamplerContext) ->
     def draw_at(logits: Tensor, part: slice) -> Draw:
         return draw_tokens(logits, keys[part], vocab=context.vocab, sampling=state.sampling)
 
-    lengths = [state.lengths[number] for number in numbers]
+    lengths = [_row_length(state, number, context) for number in numbers]
     columns = state.columns[owners, scored]
-    packed = pack_scored(state.canvas[rows], lengths, row, columns, shift=context.shift)
+    packed = pack_scored(
+        state.canvas[rows],
+        lengths,
+        row,
+        columns,
+        shift=context.model.shift,
+        patterns=state_rows(
+            lengths, [len(state.prompts[n]) for n in numbers], context.model, state.sampling
+        ),
+    )
     return _Group(numbers, rows, positions, wanted, spots, context.forward(packed, draw_at))
 
 
@@ -166,7 +178,20 @@ def _finish(state: SamplerState, group: _Group, context: SamplerContext) -> list
     is_fixed, turns = _fixed(state, group, draw, context)
     rows, positions = group.rows[spots[0]], group.positions[spots]
     commit(state, rows, positions, draw, is_fixed[spots], {n: v[spots] for n, v in turns.items()})
-    return advance(state, group.numbers, group.rows, context.eos_id)
+    return advance(
+        state, group.numbers, group.rows, eos_id=context.eos_id, stop_ids=context.stop_ids
+    )
+
+
+def _row_length(state: SamplerState, number: int, context: SamplerContext) -> int:
+    """Return the tokens of a row in its next step; a block model needs none after its block."""
+    if context.model.attention == "full":
+        return state.lengths[number]
+    prompt, sampling = len(state.prompts[number]), state.sampling
+    place = state.opened[number] * sampling.block_length
+    if sampling.block_origin == "row":
+        place = max(0, place - prompt % sampling.block_length)
+    return state_length(prompt, place, sampling)
 
 
 def _wanted(

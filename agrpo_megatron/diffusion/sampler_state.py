@@ -1,6 +1,7 @@
 """The state of the sampler: its rows, and their current blocks and steps."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agrpo_megatron.config.settings import SamplingSettings
+from agrpo_megatron.diffusion.blocks import block_offsets
 from agrpo_megatron.diffusion.draw import Draw
 from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, on_device
 from agrpo_megatron.diffusion.schedule import step_counts
@@ -29,6 +31,7 @@ class SamplerState:
     prompts: tuple[Tensor, ...]
     canvas: Tensor  # [R, longest] prompts and completions
     lengths: list[int]  # R: tokens of each row, prompt and completion
+    opened: list[int]  # R: block being decoded, on the host
     columns: Tensor  # [R, C] canvas columns of the completion
     rollout_ids: Tensor  # [R]
     unmask_step: Tensor  # [R, C]; -1 where still masked
@@ -36,6 +39,7 @@ class SamplerState:
     support_ids: Tensor  # [R, C, K]; K grows to the widest support seen
     step: Tensor  # [R] denoising steps done
     block: Tensor  # [R] block being decoded
+    offsets: Tensor  # [R] prompt tokens in the first block
     step_in_block: Tensor  # [R]
     schedule: Tensor  # [steps of a block] tokens that each fixes
     drawn: dict[str, Tensor]  # `DRAWN`, each [R, steps, block]; empty: not recorded
@@ -59,6 +63,7 @@ def start(
         prompts=prompts,
         canvas=canvas,
         lengths=[len(prompt) + width for prompt in prompts],
+        opened=[0] * rows,
         columns=completion_columns(prompt_lengths, width),
         rollout_ids=rollout_ids,
         unmask_step=torch.full((rows, width), -1, dtype=torch.int64, device=device),
@@ -66,6 +71,7 @@ def start(
         support_ids=torch.zeros(rows, width, 0, dtype=torch.int32, device=device),
         step=zeros,
         block=zeros.clone(),
+        offsets=block_offsets(prompt_lengths, sampling),
         step_in_block=zeros.clone(),
         schedule=on_device(step_counts(sampling), device),
         drawn=_no_draws(rows, sampling, device) if sampling.record_drawn else {},
@@ -74,15 +80,23 @@ def start(
 
 def _no_draws(rows: int, sampling: SamplingSettings, device: torch.device) -> dict[str, Tensor]:
     """Return the record of all drawn tokens before the first step."""
-    shape = (rows, sampling.denoising_steps, sampling.block_length)
+    shape = (rows, sampling.most_steps, sampling.block_length)
     record = {name: torch.zeros(shape, device=device) for name in DRAWN}
     return record | {"tokens": torch.full(shape, -1, dtype=torch.int32, device=device)}
 
 
-def block_positions(state: SamplerState, rows: Tensor) -> Tensor:
-    """Return the completion positions [n, block length] of the rows' current blocks."""
-    length = state.sampling.block_length
-    return state.block[rows, None] * length + torch.arange(length, device=rows.device)
+def block_positions(state: SamplerState, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the completion positions [n, block length] of the rows' current blocks.
+
+    With them comes whether each exists: the first block may begin in the prompt, and the last one
+    may end after the completion. In place of a position that does not exist stands another.
+    """
+    sampling = state.sampling
+    places = torch.arange(sampling.block_length, device=rows.device)
+    first = state.block[rows] * sampling.block_length - state.offsets[rows]
+    positions = first[:, None] + places
+    exists = (positions >= 0) & (positions < sampling.completion_length)
+    return positions.clamp(0, sampling.completion_length - 1), exists
 
 
 def commit(
@@ -107,7 +121,8 @@ def commit(
     recorded = {name: getattr(draw, name) for name in RECORDED} | turns
     for name, values in state.recorded.items():
         _write(values, places, recorded[name].to(values.dtype), is_fixed)
-    slots = rows, state.step[rows], positions % state.sampling.block_length
+    place = (positions + state.offsets[rows]) % state.sampling.block_length
+    slots = rows, state.step[rows], place
     for name, values in state.drawn.items():
         values[slots] = getattr(draw, name).to(values.dtype)
     if draw.support_ids is None:
@@ -119,26 +134,41 @@ def commit(
     _write(state.support_ids, places, ids.to(torch.int32), is_fixed[:, None])
 
 
-def advance(state: SamplerState, numbers: list[int], rows: Tensor, eos_id: int | None) -> list[int]:
+def advance(
+    state: SamplerState,
+    numbers: list[int],
+    rows: Tensor,
+    *,
+    eos_id: int | None,
+    stop_ids: Sequence[int],
+) -> list[int]:
     """Count the step, move finished blocks on, end rows, and return the rows still live.
 
-    The host waits once: for which rows are over.
+    The host waits once: for which rows are over, and for their blocks.
 
     Args:
         numbers, rows: the same rows, on the host and on the device [n].
     """
-    blocks = state.sampling.completion_length // state.sampling.block_length
-    positions = block_positions(state, rows)
-    done = (state.unmask_step[rows].gather(1, positions) >= 0).all(1)
+    sampling, width = state.sampling, state.sampling.completion_length
+    positions, exists = block_positions(state, rows)
+    done = ((state.unmask_step[rows].gather(1, positions) >= 0) | ~exists).all(1)
     state.step[rows] += 1
     state.step_in_block[rows] = (state.step_in_block[rows] + 1).masked_fill(done, 0)
     state.block[rows] += done.long()
-    over = state.block[rows] == blocks
+    over = state.block[rows] * sampling.block_length - state.offsets[rows] >= width
     ended = torch.zeros_like(over)
-    if state.sampling.early_end and eos_id is not None:
+    if eos_id is not None and (sampling.early_end or sampling.end_at_stop):
         tokens = state.canvas[rows].gather(1, state.columns[rows].gather(1, positions))
-        ended = done & ~over & (tokens == eos_id).all(1)
-    over_here, ended_here = torch.stack([over | ended, ended]).tolist()
+        if sampling.early_end:
+            ended = ((tokens == eos_id) | ~exists).all(1)
+        if sampling.end_at_stop:
+            stops = on_device(stop_ids, tokens.device)
+            ended = ended | (torch.isin(tokens, stops) & exists).any(1)
+        ended = ended & done & ~over
+    found = torch.stack([(over | ended).long(), ended.long(), state.block[rows]]).tolist()
+    over_here, ended_here, blocks = found
+    for number, block in zip(numbers, blocks, strict=True):
+        state.opened[number] = block
     if any(ended_here):
         assert eos_id is not None
         _fill_tail(state, list(itertools.compress(numbers, ended_here)), eos_id)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings
+from agrpo_megatron.diffusion.blocks import block_numbers
 from agrpo_megatron.estimators import timesteps
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.weights import (
@@ -166,15 +167,14 @@ def _with_drawn(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> S
     """Score all that each step drew, in place of the tokens that it fixed, at least one each."""
     assert trajectory.drawn_tokens is not None
     assert trajectory.drawn_logprobs is not None
-    length = trajectory.sampling.block_length
-    place = torch.arange(rows.scored.shape[1], device=rows.scored.device) % length
+    _, place = block_numbers(trajectory)
     tokens, logprobs = (
-        record[draws.rollout, draws.step][:, place]
+        record[draws.rollout, draws.step].gather(1, place[draws.rollout])
         for record in (trajectory.drawn_tokens, trajectory.drawn_logprobs)
     )
     return replace(
         rows,
-        scored=_masked_in_block(rows, length),
+        scored=_masked_in_block(rows, trajectory),
         targets=tokens.long(),
         target_logprobs=logprobs,
     )
@@ -186,16 +186,16 @@ def _with_turns(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> S
     assert trajectory.turn_logprobs is not None
     return replace(
         rows,
-        scored=_masked_in_block(rows, trajectory.sampling.block_length),
+        scored=_masked_in_block(rows, trajectory),
         turns=trajectory.turns[draws.rollout].long().masked_fill(~rows.scored, -1),
         turn_logprobs=trajectory.turn_logprobs[draws.rollout],
     )
 
 
-def _masked_in_block(rows: ScoredRows, length: int) -> Tensor:
+def _masked_in_block(rows: ScoredRows, trajectory: Trajectory) -> Tensor:
     """Mark the masked positions [N, C] of the block of the tokens that a step fixed."""
-    blocks = torch.arange(rows.scored.shape[1], device=rows.scored.device) // length
-    block = rows.scored.long().argmax(1, keepdim=True) // length
+    blocks = block_numbers(trajectory)[0][rows.rollout]
+    block = blocks.gather(1, rows.scored.long().argmax(1, keepdim=True))
     return rows.hidden & (blocks == block)
 
 

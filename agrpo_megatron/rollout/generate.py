@@ -113,7 +113,8 @@ def sample_prompts(
         eos_id=run.eos_id,
         seed=settings.run.seed,
         token_budget=settings.train.token_budget,
-        shift=settings.model.shift,
+        model=settings.model,
+        stop_ids=sorted(run.tokenizer.stop_ids),
         most_rows=settings.rollout.rows,
     )
     sampled = sample(prompts, rollout_ids, context=context, sampling=sampling, hooks=hooks)

@@ -25,15 +25,36 @@ WITH_GRADIENT = 3  # a forward and a backward pass, in forward passes
 def completion_flops(trajectory: Trajectory, model: ModelSettings) -> list[int]:
     """Return the FLOPs [R] of each completion, over all its denoising steps.
 
-    Every denoising step runs the whole row, prompt and completion; the head runs at the positions
-    that the step scored. Rows that only fill up a small head product are not counted.
+    Every denoising step runs the whole row, prompt and completion, or the part up to the open block
+    where a model sees no more; the head runs at the positions that the step scored. Rows that only
+    fill up a small head product are not counted.
     """
-    width, steps = trajectory.tokens.shape[1], trajectory.num_steps.tolist()
-    scored = scored_positions(trajectory).tolist()
-    return [
-        count * row_flops(len(prompt) + width, model) + head_flops(positions, model)
-        for prompt, count, positions in zip(trajectory.prompts, steps, scored, strict=True)
-    ]
+    width, heads = trajectory.tokens.shape[1], scored_positions(trajectory).tolist()
+    if model.attention == "full":
+        steps = trajectory.num_steps.tolist()
+        layers = [
+            count * row_flops(len(prompt) + width, model)
+            for prompt, count in zip(trajectory.prompts, steps, strict=True)
+        ]
+    else:
+        layers = _open_block_flops(trajectory, model)
+    return [flops + head_flops(count, model) for flops, count in zip(layers, heads, strict=True)]
+
+
+def _open_block_flops(trajectory: Trajectory, model: ModelSettings) -> list[int]:
+    """Return the FLOPs [R] of all steps of rows that end after their open block."""
+    sampling, result = trajectory.sampling, []
+    begins, ends = _steps_of_blocks(trajectory)
+    for prompt, counts in zip(trajectory.prompts, (ends - begins).tolist(), strict=True):
+        first = len(prompt) % sampling.block_length
+        offset = first if sampling.block_origin == "row" else 0
+        total = 0
+        for block, count in enumerate(counts):
+            end = (block + 1) * sampling.block_length - offset
+            length = len(prompt) + min(end, sampling.completion_length)
+            total += count * row_flops(length, model, first=first - offset)
+        result.append(total)
+    return result
 
 
 def scored_flops(lengths: Iterable[int], scored: int, model: ModelSettings) -> int:
@@ -52,10 +73,29 @@ def head_flops(positions: int, model: ModelSettings) -> int:
     return 2 * positions * model.hidden_size * model.vocab_size
 
 
-def row_flops(length: int, model: ModelSettings) -> int:
-    """Return the FLOPs of one row through all layers, without the head."""
-    attention = 4 * length**2 * model.hidden_size  # scores, and the weighted values
+def row_flops(length: int, model: ModelSettings, *, first: int = 0) -> int:
+    """Return the FLOPs of one row through all layers, without the head.
+
+    Args:
+        first: the position at which the second block of a block model begins, if not its length.
+    """
+    attention = 4 * _visible_pairs(length, model, first) * model.attention_width
     return model.num_layers * (2 * length * layer_matrices(model) + attention)
+
+
+def _visible_pairs(length: int, model: ModelSettings, first: int) -> int:
+    """Return how many pairs of tokens of a row see each other.
+
+    The open block of a model with a causal context is counted as if it were causal.
+    """
+    if model.attention == "full":
+        return length**2
+    block = model.block_length if model.attention == "block_causal" else 1
+    assert block is not None
+    first = min(first % block, length)
+    blocks, rest = divmod(length - first, block)
+    whole = block * (blocks * first + block * blocks * (blocks + 1) // 2)
+    return first**2 + whole + rest * length
 
 
 def scored_positions(trajectory: Trajectory) -> Tensor:
@@ -64,12 +104,25 @@ def scored_positions(trajectory: Trajectory) -> Tensor:
     A position is scored in every step of its block up to the step that fixes it; only in that step
     if the sampler chooses positions before the forward.
     """
-    sampling, fixed_at = trajectory.sampling, trajectory.unmask_step
+    from agrpo_megatron.diffusion.blocks import block_numbers
+
+    fixed_at = trajectory.unmask_step
     ran = fixed_at < trajectory.num_steps[:, None]
-    if sampling.foresees_positions:
+    if trajectory.sampling.foresees_positions:
         return ran.sum(1)
-    blocks = fixed_at.unflatten(1, (-1, sampling.block_length))  # [R, blocks, block length]
-    begins = (blocks.amax(2) + 1).roll(1, dims=1)
+    begins, _ = _steps_of_blocks(trajectory)
+    times = fixed_at - begins.gather(1, block_numbers(trajectory)[0]) + 1
+    return (times * ran).sum(1)
+
+
+def _steps_of_blocks(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+    """Return the first step of each block, and the step after its last, [R, most blocks] each."""
+    from agrpo_megatron.diffusion.blocks import block_numbers
+
+    numbers, blocks = block_numbers(trajectory)[0], trajectory.sampling.most_blocks
+    after = trajectory.unmask_step + 1
+    ends = after.new_zeros(len(after), blocks).scatter_reduce(1, numbers, after, "amax")
+    ends = ends.cummax(1).values.clamp(max=trajectory.num_steps[:, None])
+    begins = ends.roll(1, dims=1)
     begins[:, 0] = 0
-    times = blocks - begins[:, :, None] + 1
-    return (times.flatten(1) * ran).sum(1)
+    return begins, ends

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from agrpo_megatron.diffusion.batches import sft_batches, sft_loss
+from agrpo_megatron.diffusion.batches import sft_batches, sft_lengths, sft_loss
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import local_part
@@ -66,16 +66,18 @@ def _batches(
     settings, size = run.settings, len(problems)
     prompts = encode_prompts(run, task_prompts(run.task, problems, split="train"))
     responses = _padded(run, [problem.solution for problem in problems])
-    lengths = torch.tensor([len(prompt) + responses.shape[1] for prompt in prompts])
+    model, sampling = settings.model, settings.sampling
+    lengths = sft_lengths(prompts, responses.shape[1], model, sampling)
     batches = sft_batches(
         prompts,
         responses,
         torch.arange(size, device=ranks.device) + iteration * size,
-        my_micro_batches(lengths, settings.model, ranks, budget=settings.train.token_budget),
+        my_micro_batches(lengths, model, ranks, budget=settings.train.token_budget),
         mask_id=run.mask_id,
         mask_epsilon=settings.sft.mask_epsilon,
         seed=settings.run.seed,
-        shift=settings.model.shift,
+        model=model,
+        sampling=sampling,
     )
     return [local_part(batch, ranks) for batch in batches], int(lengths.sum())
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, timestep_batch
+from agrpo_megatron.diffusion.blocks import with_open_blocks
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.table import is_joint, scored_rows
 from agrpo_megatron.megatron.engine import Engine
@@ -102,11 +103,13 @@ def prepare(settings: Settings, ranks: Ranks, rollout: Rollout, *, seed: int) ->
 
 def packed_part(settings: Settings, ranks: Ranks, rollout: Rollout, scored: ScoredRows) -> Part:
     """Pack this rank's share of scored rows into micro-batches."""
-    model, lengths = settings.model, row_lengths(rollout, scored)
+    model = settings.model
     assert model.mask_token_id is not None
+    scored = with_open_blocks(scored, rollout, model)
+    lengths = row_lengths(rollout, scored)
     plan = my_micro_batches(lengths, model, ranks, budget=settings.train.token_budget)
     batches = [
-        timestep_batch(rollout, scored, rows, mask_id=model.mask_token_id, shift=model.shift)
+        timestep_batch(rollout, scored, rows, mask_id=model.mask_token_id, model=model)
         for rows in plan
     ]
     recorded = recorded_logprobs(rollout, scored)

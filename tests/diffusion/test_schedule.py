@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from agrpo_megatron.config.rules import validate_sampling
-from agrpo_megatron.config.settings import SamplingSettings
+from agrpo_megatron.config.settings import ModelSettings, SamplingSettings
 from agrpo_megatron.diffusion import schedule
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.diffusion.sampler import sample
@@ -77,7 +77,7 @@ def test_leftmost_takes_as_many_tokens_a_step_as_dreams_time_gives():
     """Six steps of eight tokens; the shift does not change which positions are fixed."""
     sampling = replace(BERNOULLI, unmasking="leftmost")
     counts = torch.tensor(dream_schedule(8, 6))
-    context = replace(HashedModel().context(), shift=True)
+    context = replace(HashedModel().context(), model=ModelSettings(shift=True))
     drawn = sample(prompts_of(3), torch.arange(3), context=context, sampling=sampling)
     expected = torch.arange(len(counts)).repeat_interleave(counts)
     assert len(set(counts.tolist())) > 1

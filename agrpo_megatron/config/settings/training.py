@@ -103,7 +103,13 @@ class SamplingSettings:
 
     completion_length: int = setting(256, "length of every completion", unit="tokens", low=1)
     block_length: int = setting(32, "block length of semi-autoregressive decoding", low=1)
-    denoising_steps: int = setting(128, "most forward passes per completion", low=1)
+    block_origin: str = setting(
+        "completion",
+        "where the first block begins: at the completion, or at the row's first token (SDAR), so "
+        "that it may hold the end of the prompt, and a completion has one block more",
+        choices=("completion", "row"),
+    )
+    denoising_steps: int = setting(128, "forward passes per completion, at most", low=1)
     schedule: str = setting(
         "uniform", "tokens per step: equal (LLaDA) or by Dream's time", choices=("uniform", "dream")
     )
@@ -121,10 +127,14 @@ class SamplingSettings:
     )
     confidence: str = setting(
         "policy",
-        "probability that ranks positions: of the tempered, truncated policy, or LLaDA's own",
-        choices=("policy", "untempered"),
+        "probability that ranks positions: of the tempered, truncated policy; before top-k and "
+        "top-p (SDAR); or LLaDA's own",
+        choices=("policy", "tempered", "untempered"),
     )
     early_end: bool = setting(True, "a row ends after a block that is all end-of-text")
+    end_at_stop: bool = setting(
+        False, "a row ends after a block that holds a token which ends texts (SDAR)"
+    )
     forbid_mask_token: bool = setting(True, "never draw the mask token (published code: false)")
     position_temperature: float | None = setting(
         None,
@@ -136,6 +146,18 @@ class SamplingSettings:
         False,
         "record the tokens that a step puts back, too (for algorithm.scoring=augmented)",
     )
+
+    @property
+    def most_blocks(self) -> int:
+        """The most blocks of a completion."""
+        is_split = self.block_origin == "row" and self.block_length > 1
+        return self.completion_length // self.block_length + is_split
+
+    @property
+    def most_steps(self) -> int:
+        """The most forward passes of a completion."""
+        blocks = self.completion_length // self.block_length
+        return self.denoising_steps + self.denoising_steps // blocks * (self.most_blocks - blocks)
 
     @property
     def is_cut(self) -> bool:

@@ -116,7 +116,7 @@ class AutoDraws:
         Args:
             most: the most live steps of any rollout.
         """
-        rungs = ladder(rollout.trajectory.sampling.denoising_steps, most)
+        rungs = ladder(rollout.trajectory.sampling.most_steps, most)
         if len(rungs) < 2:
             return []
         counts = window(rungs, self._state.chosen) if self._state.candidates else rungs
@@ -148,7 +148,7 @@ class AutoDraws:
                     gradients_of(session, engine, [part], algorithm, reference=reference, **one)
                 )
         sketches = torch.cat([gradients.sketches[0] for gradients in found])
-        is_exact = counts[-1] == rollout.trajectory.sampling.denoising_steps and (
+        is_exact = counts[-1] == rollout.trajectory.sampling.most_steps and (
             self._algorithm.enumerate_short
         )
         draws, rollouts = components(sketches, is_exact=is_exact)
