@@ -159,7 +159,7 @@ def sft_lengths(
 ) -> Tensor:
     """Return the tokens [B] of the packed rows of examples with responses of `width` tokens."""
     sizes = torch.tensor([len(prompt) for prompt in prompts])
-    if model.attention == "full":
+    if not model.has_blocks:
         return sizes + width
     return sizes + 2 * width + block_offsets(sizes, sampling)
 
@@ -216,7 +216,7 @@ def _sft_rows(
 ) -> PackedRows:
     """Pack masked responses [n, C] after their prompts, or after whole examples."""
     states = responses.masked_fill(masked, mask_id)
-    if model.attention == "full" or not len(states):
+    if not model.has_blocks or not len(states):
         return _packed(prompts, states, masked, mask_id=mask_id, model=model, sampling=sampling)
     contexts, patterns = [], []
     for prompt, response in zip(prompts, responses, strict=True):

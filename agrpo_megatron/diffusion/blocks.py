@@ -52,7 +52,7 @@ def state_rows(
         lengths: tokens of each row.
         prompts: of which so many are its prompt.
     """
-    if model.attention == "full":
+    if not model.has_blocks:
         return None
     is_from_row = sampling.block_origin == "row"
     return [
@@ -94,7 +94,7 @@ def with_open_blocks(scored: ScoredRows, rollout: Rollout, model: ModelSettings)
 
     Tokens after the block do not change the scored ones.
     """
-    if model.attention == "full":
+    if not model.has_blocks:
         return scored
     trajectory, sampling = rollout.trajectory, rollout.trajectory.sampling
     first = scored.scored.long().argmax(1).tolist()

@@ -185,7 +185,7 @@ def _finish(state: SamplerState, group: _Group, context: SamplerContext) -> list
 
 def _row_length(state: SamplerState, number: int, context: SamplerContext) -> int:
     """Return the tokens of a row in its next step; a block model needs none after its block."""
-    if context.model.attention == "full":
+    if not context.model.has_blocks:
         return state.lengths[number]
     prompt, sampling = len(state.prompts[number]), state.sampling
     place = state.opened[number] * sampling.block_length

@@ -30,7 +30,7 @@ def completion_flops(trajectory: Trajectory, model: ModelSettings) -> list[int]:
     fill up a small head product are not counted.
     """
     width, heads = trajectory.tokens.shape[1], scored_positions(trajectory).tolist()
-    if model.attention == "full":
+    if not model.has_blocks:
         steps = trajectory.num_steps.tolist()
         layers = [
             count * row_flops(len(prompt) + width, model)
@@ -79,7 +79,7 @@ def row_flops(length: int, model: ModelSettings, *, first: int = 0) -> int:
     Args:
         first: the position at which the second block of a block model begins, if not its length.
     """
-    attention = 4 * _visible_pairs(length, model, first) * model.attention_width
+    attention = 4 * _visible_pairs(length, model, first) * model.query_width
     return model.num_layers * (2 * length * layer_matrices(model) + attention)
 
 
@@ -88,7 +88,7 @@ def _visible_pairs(length: int, model: ModelSettings, first: int) -> int:
 
     The open block of a model with a causal context is counted as if it were causal.
     """
-    if model.attention == "full":
+    if not model.has_blocks:
         return length**2
     block = model.block_length if model.attention == "block_causal" else 1
     assert block is not None
