@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings, Settings
+from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.diffusion.sampler import SamplerContext, sample
 from agrpo_megatron.estimators.context import DrawContext
@@ -44,7 +45,8 @@ from checks import (  # noqa: E402 - of this folder
     report,
     settings_at,
 )
-from golden import below, logit_cases, sampler_cases  # noqa: E402 - of this folder
+from golden import LogprobCase, below, logit_cases, sampler_cases  # noqa: E402 - of this folder
+from golden_blocks import block_logit_cases, decode_cases, tracerl_cases  # noqa: E402
 
 LOGITS, LOSS, GRADIENT = 1e-5, 1e-5, 1e-4
 
@@ -73,9 +75,7 @@ def main() -> int:
     except ValueError as error:
         print(f"conformance: error: {error}", file=sys.stderr)
         return 2
-    checks = (
-        check for part in (check_logits, check_sampler, check_agrpo) for check in part(golden)
-    )
+    checks = (check for part in CHECKS for check in part(golden))
     status = report(checks, golden.settings, golden.network.ranks, where=arguments.directory)
     stop_ranks()
     return status
@@ -87,8 +87,14 @@ def check_logits(golden: Golden) -> Iterator[Check]:
     In float32 alone another order of the same sums moves them by about one part in a million.
     """
     network = golden.network
-    for case in logit_cases(golden.tensors):
-        rows = pack(case.canvas, case.lengths, case.scored, shift=case.shift)
+    block = golden.settings.model.block_length
+    found = (
+        logit_cases(golden.tensors) if block is None else block_logit_cases(golden.tensors, block)
+    )
+    for case in found:
+        rows = pack(
+            case.canvas, case.lengths, case.scored, shift=case.shift, patterns=case.patterns
+        )
         mine = scored_slices(rows, network.ranks)[network.ranks.context.rank]
         expected = case.expected[mine, network.vocab.start :]
 
@@ -103,11 +109,29 @@ def check_logits(golden: Golden) -> Iterator[Check]:
         yield Check(case.name, error / max(1.0, scale), LOGITS, detail)
 
 
+def check_logprobs(golden: Golden) -> Iterator[Check]:
+    """Compare log-probs of the states that another trainer scores."""
+    network, block = golden.network, golden.settings.model.block_length
+    for case in tracerl_cases(golden.cases, golden.tensors, block or 0):
+        rows = pack(case.canvas, case.lengths, case.scored, patterns=case.patterns)
+
+        def compare(_: int, logits: Tensor, case: LogprobCase = case) -> float:
+            whole = replace(network.vocab, forbidden=())
+            policy = policy_logits(logits, whole)
+            ours, _ = token_logprobs(policy, case.targets, vocab=whole)
+            return float((ours - case.expected).abs().amax())
+
+        error = max(forward_rows(network, [rows], compare), default=0.0)
+        error = largest(error, network.ranks.device)
+        yield Check(case.name, error, LOGITS * 10, f"{len(case.targets)} tokens")
+
+
 def check_sampler(golden: Golden) -> Iterator[Check]:
     """Compare sampled token ids, one for one."""
     model = golden.settings.model
     assert model.mask_token_id is not None
-    for case in sampler_cases(golden.cases, golden.tensors):
+    found = (sampler_cases, decode_cases)
+    for case in (case for cases in found for case in cases(golden.cases, golden.tensors)):
         context = SamplerContext(
             forward=make_forward(golden.network, golden.settings.rollout, sampling=case.sampling),
             vocab=golden.network.vocab,
@@ -117,11 +141,17 @@ def check_sampler(golden: Golden) -> Iterator[Check]:
             token_budget=4096,
             model=model,
             uniforms=case.uniforms,
+            stop_ids=case.stop_ids,
         )
         ids = torch.arange(len(case.prompts), device=case.expected.device)
-        ours = sample(case.prompts, ids, context=context, sampling=case.sampling).tokens
-        wrong = int((ours != case.expected).sum())
-        yield Check(case.name, wrong, 0, f"{ours.numel()} tokens, {case.detail}")
+        ours = sample(case.prompts, ids, context=context, sampling=case.sampling)
+        is_wrong = ours.tokens != case.expected
+        if case.steps is not None:
+            ran = ours.unmask_step < ours.num_steps[:, None]
+            is_wrong &= case.steps >= 0  # the public sampler leaves the others masked
+            is_wrong |= ours.unmask_step.masked_fill(~ran, -1) != case.steps
+        wrong = int(is_wrong.sum())
+        yield Check(case.name, wrong, 0, f"{is_wrong.numel()} tokens, {case.detail}")
 
 
 def check_agrpo(golden: Golden) -> Iterator[Check]:
@@ -154,6 +184,9 @@ def check_agrpo(golden: Golden) -> Iterator[Check]:
         worst = max(errors, key=lambda name: errors[name])
         detail = f"{len(errors)} tensors, worst {worst}"
         yield Check(f"agrpo {number} gradients", errors[worst], GRADIENT, detail)
+
+
+CHECKS = (check_logits, check_logprobs, check_sampler, check_agrpo)
 
 
 def _published(case: dict) -> tuple[SamplingSettings, AlgorithmSettings]:

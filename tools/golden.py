@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.config.settings import SamplingSettings
+from agrpo_megatron.diffusion.patterns import Row
 
 DREAM_UNMASKING = {
     "origin": "bernoulli",
@@ -27,6 +28,20 @@ class LogitCase:
     scored: Tensor  # [R, L]
     expected: Tensor  # [S, V]
     shift: bool
+    patterns: list[Row] | None = None
+
+
+@dataclass(frozen=True)
+class LogprobCase:
+    """Rows, and the log-probs of some of their tokens, in order."""
+
+    name: str
+    canvas: Tensor  # [R, L] left-aligned
+    lengths: Tensor  # [R]
+    scored: Tensor  # [R, L]
+    targets: Tensor  # [S]
+    expected: Tensor  # [S]
+    patterns: list[Row]
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,8 @@ class SamplerCase:
     sampling: SamplingSettings
     detail: str
     uniforms: Tensor | None = None  # [steps, R, C]
+    steps: Tensor | None = None  # [R, C] that fixed each token, from 0; -1: none did
+    stop_ids: tuple[int, ...] = ()
 
 
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,134 @@
+"""The cases of golden numbers of block-diffusion models, in this project's terms."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from golden import LogitCase, LogprobCase, SamplerCase, below
+from torch import Tensor
+
+from agrpo_megatron.config.settings import SamplingSettings
+from agrpo_megatron.diffusion.patterns import block_causal, replay
+
+UNMASKING = {
+    "low_confidence_static": "low_confidence",
+    "low_confidence_dynamic": "low_confidence",
+    "sequential": "leftmost",
+}
+# Public samplers that rank positions by probabilities before top-k and top-p.
+RANKED_BEFORE = ("dare", "bd3")
+
+
+def block_logit_cases(tensors: dict[str, Tensor], block: int) -> Iterator[LogitCase]:
+    """Yield whole rows, and clean rows with a partially masked copy, alone and of a packed row."""
+    if whole := below(tensors, "logits."):
+        ids = whole["input_ids"]
+        count, length = ids.shape
+        yield LogitCase(
+            "logits",
+            ids,
+            torch.full((count,), length),
+            torch.ones_like(ids, dtype=torch.bool),
+            whole["logits"].flatten(0, 1),
+            shift=False,
+            patterns=[block_causal(length, block)] * count,
+        )
+    if doubled := below(tensors, "train."):
+        rows = zip(doubled["clean_ids"], doubled["noisy_ids"], strict=True)
+        yield _doubled("train", list(rows), doubled["logits_noisy"].flatten(0, 1), block)
+    if packed := below(tensors, "packed."):
+        starts = (packed["position_ids_in"][0] == 0).nonzero()[:, 0].tolist()
+        bounds = [*_sample_starts(starts), packed["clean_ids"].shape[1]]
+        parts = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        clean, noisy = packed["clean_ids"][0], packed["noisy_ids"][0]
+        rows = [(clean[part], noisy[part]) for part in parts]
+        yield _doubled("packed", rows, packed["logits_noisy"][0], block)
+
+
+def _sample_starts(starts: list[int]) -> list[int]:
+    """Return where samples begin: a position 0 after a position 0 is padding, one sample in all."""
+    return [start for start in starts if start - 1 not in starts]
+
+
+def _doubled(
+    name: str, rows: list[tuple[Tensor, Tensor]], expected: Tensor, block: int
+) -> LogitCase:
+    lengths = torch.tensor([2 * len(clean) for clean, _ in rows])
+    canvas = expected.new_zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+    scored = torch.zeros_like(canvas, dtype=torch.bool)
+    for number, (clean, noisy) in enumerate(rows):
+        canvas[number, : len(clean)], scored[number, len(clean) : 2 * len(clean)] = clean, True
+        canvas[number, len(clean) : 2 * len(clean)] = noisy
+    patterns = [replay(len(c), block, [(0, len(c))], causal=False) for c, _ in rows]
+    return LogitCase(name, canvas, lengths, scored, expected, shift=False, patterns=patterns)
+
+
+def tracerl_cases(
+    cases: dict[str, Any], tensors: dict[str, Tensor], block: int
+) -> Iterator[LogprobCase]:
+    """Yield the rounds of TraceRL's trainer, without the padding of its prompts."""
+    about = cases.get("tracerl")
+    if about is None:
+        return
+    width, count = about["L0"], about["L1"]
+    for case in about["cases"]:
+        part = below(tensors, f"tracerl.s{case['shrink']}.")
+        sizes = [about["prompt_lengths"][row] for row in case["row_of_round"]]
+        rows = part["input_ids"]
+        lengths = torch.tensor([size + 2 * count for size in sizes])
+        canvas = torch.zeros_like(rows)
+        scored = torch.zeros_like(rows, dtype=torch.bool)
+        for number, size in enumerate(sizes):
+            canvas[number, : size + 2 * count] = rows[number, width - size :]
+            targets = part["target_mask"][number, width:]
+            scored[number, size + count : size + 2 * count] = targets
+        is_target = part["target_mask"]
+        yield LogprobCase(
+            f"tracerl shrink {case['shrink']}",
+            canvas,
+            lengths,
+            scored,
+            rows[:, : width + count][is_target],
+            part["logp"][is_target],
+            [
+                replay(size + count, block, [(size, count)], causal=False, origin=size % block)
+                for size in sizes
+            ],
+        )
+
+
+def decode_cases(cases: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[SamplerCase]:
+    """Yield the greedy decodes; sampled ones depend on the public sampler's own noise."""
+    for number, case in enumerate(cases.get("decode", [])):
+        part = below(tensors, f"decode.{number}.")
+        if case["top_k"] != 1:
+            continue
+        prompt, output = part["prompt_ids"], part["output_ids"]
+        size, block = prompt.shape[1], case["block_length"]
+        width = output.shape[1] - size
+        sampling = SamplingSettings(
+            completion_length=width,
+            block_length=block,
+            block_origin="row",
+            denoising_steps=width // block * case["denoising_steps"],
+            unmasking=UNMASKING[case["strategy"]],
+            temperature=case["temperature"],
+            top_k=case["top_k"],
+            top_p=case["top_p"],
+            threshold=case["threshold"],
+            confidence="tempered" if case["sampler"] in RANKED_BEFORE else "policy",
+            early_end=False,
+            end_at_stop=True,
+            forbid_mask_token=False,
+        )
+        steps = part["step"][None, size:].long()
+        detail = f"{case['strategy']}, {case['denoising_steps']} steps a block"
+        yield SamplerCase(
+            f"decode {number}",
+            [prompt[0]],
+            output[:, size:],
+            sampling,
+            detail,
+            steps=torch.where(steps > 0, steps - 1, -1),
+            stop_ids=tuple(case["stop_ids"]),
+        )
