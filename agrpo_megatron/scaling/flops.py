@@ -54,7 +54,7 @@ def head_flops(positions: int, model: ModelSettings) -> int:
 
 def row_flops(length: int, model: ModelSettings) -> int:
     """Return the FLOPs of one row through all layers, without the head."""
-    attention = 4 * length**2 * model.hidden_size  # scores, and the weighted values
+    attention = 4 * length**2 * model.query_width  # scores, and the weighted values
     return model.num_layers * (2 * length * layer_matrices(model) + attention)
 
 

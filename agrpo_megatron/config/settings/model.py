@@ -36,6 +36,9 @@ class ModelSettings:
     ffn_hidden_size: int = setting(384, "width of the SwiGLU hidden layer", low=1)
     num_attention_heads: int = setting(4, "attention heads", low=1)
     num_query_groups: int | None = setting(None, "key/value heads (GQA); null: one per head", low=1)
+    head_dim: int | None = setting(
+        None, "width of a head; null: hidden_size / num_attention_heads", low=1
+    )
     vocab_size: int | None = setting(None, "rows of the embedding; null: the tokenizer's", low=2)
     mask_token_id: int | None = setting(None, "id of the mask token; null: the tokenizer's", low=0)
     eos_token_id: int | None = setting(None, "end-of-text id; null: the tokenizer's", low=0)
@@ -45,6 +48,15 @@ class ModelSettings:
     qkv_bias: bool = setting(False, "biases on query, key and value")
     qk_norm: bool = setting(False, "RMSNorm on queries and keys, per head")
     shift: bool = setting(False, "the state at position i - 1 predicts token i (Dream)")
+    attention: str = setting(
+        "full",
+        "what a token sees: its row; the blocks up to its own (SDAR); or the tokens before its "
+        "block one by one, and its block",
+        choices=("full", "block_causal", "causal_context"),
+    )
+    block_length: int | None = setting(
+        None, "tokens of a block, counted from the row's start; null with attention=full", low=1
+    )
     init_std: float = setting(0.02, "standard deviation of random initial weights", low=0)
     megatron: dict[str, Any] = setting({}, "passed to Megatron's TransformerConfig by name")
 
@@ -52,6 +64,26 @@ class ModelSettings:
     def is_known(self) -> bool:
         """Whether the architecture is set, or was read from `load`."""
         return self.load is None or self.vocab_size is not None
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether tokens attend by blocks, which the model decodes one after another."""
+        return self.attention != "full"
+
+    @property
+    def head_width(self) -> int:
+        """The width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_width(self) -> int:
+        """The width of all queries together, and of the attention's output."""
+        return self.head_width * self.num_attention_heads
+
+    @property
+    def key_width(self) -> int:
+        """The width of all keys together, and of all values."""
+        return self.head_width * (self.num_query_groups or self.num_attention_heads)
 
 
 @dataclass(frozen=True)
