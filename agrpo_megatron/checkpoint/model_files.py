@@ -107,5 +107,5 @@ def config_of(model: ModelSettings, dtype: str, folder: Path) -> dict[str, Any]:
 def architecture(model: ModelSettings) -> dict[str, Any]:
     """Return the settings that two copies of a model share."""
     groups = model.num_query_groups or model.num_attention_heads
-    values = {**asdict(model), "num_query_groups": groups}
+    values = {**asdict(model), "num_query_groups": groups, "head_dim": model.head_width}
     return {k: v for k, v in values.items() if k not in ("load", "init_std", "megatron")}

@@ -71,9 +71,9 @@ def attention_cost(model: ModelSettings) -> float:
     """Return the FLOPs of attending to one token, relative to a token's linear FLOPs.
 
     A row of s tokens costs s + attention_cost * s^2, in units of one token's matrices: per layer
-    4 * hidden FLOPs for each pair of tokens (scores and values), 2 for each weight and token.
+    4 * query_width FLOPs for each pair of tokens (scores and values), 2 for each weight and token.
     """
-    return 2 * model.hidden_size / _layer_parameters(model)
+    return 2 * model.query_width / _layer_parameters(model)
 
 
 def _spread(count: int, held: Sequence[int], *, layer: int, least: int) -> list[int]:
@@ -94,9 +94,8 @@ def _spread(count: int, held: Sequence[int], *, layer: int, least: int) -> list[
 
 def layer_matrices(model: ModelSettings) -> int:
     """Return the weights of a layer's matrices: query, key, value and output, and SwiGLU's."""
-    width, heads = model.hidden_size, model.num_attention_heads
-    keys = width // heads * (model.num_query_groups or heads)
-    return width * (2 * width + 2 * keys + 3 * model.ffn_hidden_size)
+    attention = 2 * model.query_width + 2 * model.key_width
+    return model.hidden_size * (attention + 3 * model.ffn_hidden_size)
 
 
 def _layer_parameters(model: ModelSettings) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 
 from agrpo_megatron.config.parallel import layout_name, layout_text, model_ranks, stage_layers
 from agrpo_megatron.config.rules_algorithm import validate_algorithm
+from agrpo_megatron.config.rules_blocks import validate_blocks
+from agrpo_megatron.config.rules_model import divisors, validate_model
 from agrpo_megatron.config.rules_precision import validate_precision
 from agrpo_megatron.config.rules_rollouts import validate_stored_rollouts
 from agrpo_megatron.config.settings import (
@@ -31,6 +33,8 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     """
     if settings.model.is_known:
         validate_model(settings.model)
+        if settings.model.has_blocks:
+            validate_blocks(settings)
         validate_layout(settings.model, settings.parallel, world_size=world_size)
         if settings.rollout.parallel is not None:
             _validate_rollout(settings, world_size)
@@ -263,31 +267,6 @@ def _validate_rollout(settings: Settings, world_size: int) -> None:
             f"keeps every stage busy; use {key}={layout_name(near, world_size)}"
         )
     validate_layout(model, parallel, world_size=world_size, key=key)
-
-
-def validate_model(model: ModelSettings) -> None:
-    """Check that heads and groups divide what they share; raises ValueError."""
-    for name, of in (
-        ("num_attention_heads", "hidden_size"),
-        ("num_query_groups", "num_attention_heads"),
-    ):
-        whole = getattr(model, of)
-        part = getattr(model, name) or whole
-        if whole % part:
-            fix = min(divisors(whole), key=lambda divisor: abs(divisor - part))
-            raise ValueError(f"model.{name}={part} does not divide model.{of}={whole}; use {fix}")
-    width, heads = model.hidden_size, model.num_attention_heads
-    if width // heads % 2:
-        raise ValueError(
-            f"model.hidden_size={width} / model.num_attention_heads={heads} is odd, and rotary "
-            f"embeddings turn pairs; use a multiple of {2 * heads}"
-        )
-
-
-def divisors(whole: int) -> list[int]:
-    """Return the divisors of a number, ascending."""
-    small = [divisor for divisor in range(1, math.isqrt(whole) + 1) if whole % divisor == 0]
-    return sorted({*small, *(whole // divisor for divisor in small)})
 
 
 def two_nearest(wanted: int, allowed: Sequence[int]) -> str:

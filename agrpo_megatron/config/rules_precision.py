@@ -24,7 +24,7 @@ BF16_BETA2 = 0.996
 # Settings that have another name in Megatron.
 RENAMED = {"layernorm_epsilon": "norm_epsilon", "add_qkv_bias": "qkv_bias", "lr": "learning_rate"}
 RENAMED |= {"qk_layernorm": "qk_norm", "init_method_std": "init_std", "min_lr": "min_learning_rate"}
-RENAMED |= {"use_distributed_optimizer": "distributed"}
+RENAMED |= {"use_distributed_optimizer": "distributed", "kv_channels": "head_dim"}
 
 type Layouts = list[tuple[str, ParallelSettings]]
 
@@ -276,15 +276,12 @@ def _layouts(settings: Settings) -> Layouts:
 
 def _widths(model: ModelSettings, parallel: ParallelSettings, key: str) -> dict[str, int]:
     """Return the inputs and outputs of a layer's matrix products on one rank, with their names."""
-    size = parallel.tensor
-    head = model.hidden_size // model.num_attention_heads
-    keys = head * (model.num_query_groups or model.num_attention_heads)
+    size, queries = parallel.tensor, model.query_width
+    products = queries + 2 * model.key_width
     share = f" / {key} tensor={size}" if size > 1 else ""
     return {
         f"model.hidden_size={model.hidden_size}": model.hidden_size,
-        f"the attention's output of {model.hidden_size}{share}": model.hidden_size // size,
-        f"query, key and value of {model.hidden_size + 2 * keys}{share}": (
-            (model.hidden_size + 2 * keys) // size
-        ),
+        f"the attention's output of {queries}{share}": queries // size,
+        f"query, key and value of {products}{share}": products // size,
         f"model.ffn_hidden_size={model.ffn_hidden_size}{share}": model.ffn_hidden_size // size,
     }

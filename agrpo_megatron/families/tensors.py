@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agrpo_megatron.config.rules import validate_model
+from agrpo_megatron.config.rules_model import validate_model
 from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.config_json import HARMLESS, OFF, end_ids, shown
@@ -96,7 +96,7 @@ class Family:
     def _check_others(self, given: Mapping[str, Any], model: ModelSettings) -> None:
         """Check the keys that give no setting."""
         wanted = {theirs: getattr(model, ours) for ours, theirs in STANDARD.items()}
-        wanted["head_dim"] = model.hidden_size // model.num_attention_heads
+        wanted["head_dim"] = model.head_width
         wanted["rope_parameters"] = {"rope_theta": model.rope_theta, "rope_type": "default"}
         wanted |= {**dict.fromkeys(OFF, False), **self.required}
         known = {*HARMLESS, *self.keys.values(), *self.others}
@@ -131,15 +131,14 @@ def expand(names: Mapping[str, tuple[str, ...]], num_layers: int) -> list[Weight
 def part_shapes(mappings: Sequence[WeightMapping], model: ModelSettings) -> Shapes:
     """Return the shape of every Hugging Face tensor of some mappings."""
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    head = hidden // model.num_attention_heads
-    keys = head * (model.num_query_groups or model.num_attention_heads)
+    queries, keys, head = model.query_width, model.key_width, model.head_width
     assert model.vocab_size is not None
     vocab = (model.vocab_size, hidden)
     shapes: dict[str, list[tuple[int, ...]]] = {
         "word_embeddings": [vocab],
         "output_layer": [vocab],
-        "linear_qkv": [(hidden, hidden), (keys, hidden), (keys, hidden)],
-        "linear_proj": [(hidden, hidden)],
+        "linear_qkv": [(queries, hidden), (keys, hidden), (keys, hidden)],
+        "linear_proj": [(hidden, queries)],
         "linear_fc1": [(ffn, hidden), (ffn, hidden)],
         "linear_fc2": [(hidden, ffn)],
         "q_layernorm": [(head,)],

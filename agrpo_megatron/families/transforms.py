@@ -92,7 +92,6 @@ def _interleave(parts: Sequence[Part], model: ModelSettings, split: Split) -> Te
 
 def _separate(fused: Tensor, model: ModelSettings) -> list[Tensor]:
     groups = model.num_query_groups or model.num_attention_heads
-    head = model.hidden_size // model.num_attention_heads
-    sizes = [model.num_attention_heads // groups * head, head, head]
+    sizes = [model.query_width // groups, model.head_width, model.head_width]
     parts = fused.view(groups, sum(sizes), *fused.shape[1:]).split(sizes, dim=1)
     return [part.flatten(0, 1) for part in parts]

@@ -20,7 +20,7 @@ from agrpo_megatron.runs.progress import (
 
 # Settings of `model` that may differ from those of `model.load`: weights of that shape take any.
 REPLACE_LOADED = ("max_sequence_length", "mask_token_id", "eos_token_id", "rope_theta")
-REPLACE_LOADED += ("norm_epsilon", "init_std")
+REPLACE_LOADED += ("norm_epsilon", "init_std", "block_length")
 
 
 def on_its_own(settings: Settings, checkpoint: Path) -> Settings:
@@ -84,6 +84,8 @@ def _with_written(loaded: ModelSettings, ours: ModelSettings) -> ModelSettings:
             continue
         if name == "num_query_groups":
             there = there or loaded.num_attention_heads
+        if name == "head_dim":
+            there = loaded.head_width
         if name not in REPLACE_LOADED and there not in (None, value):
             raise ValueError(
                 f"model.{name}={text(value)} contradicts model.load={ours.load}, where it is "

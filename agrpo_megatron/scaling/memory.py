@@ -163,11 +163,11 @@ def stage_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int
 
 def layer_parameters(model: ModelSettings, tensor: int) -> int:
     """Return the weights of one layer on each tensor-parallel rank; norms are replicated."""
-    width, head = model.hidden_size, model.hidden_size // model.num_attention_heads
     split = layer_matrices(model)
     if model.qkv_bias:
-        split += width + 2 * head * (model.num_query_groups or model.num_attention_heads)
-    return split // tensor + 2 * width + (2 * head if model.qk_norm else 0)
+        split += model.query_width + 2 * model.key_width
+    norms = 2 * model.hidden_size + (2 * model.head_width if model.qk_norm else 0)
+    return split // tensor + norms
 
 
 def _activations(
@@ -183,10 +183,9 @@ def _activations(
     which is not counted.
     """
     model = spec.model
-    width, head = model.hidden_size, model.hidden_size // model.num_attention_heads
-    keys = head * (model.num_query_groups or model.num_attention_heads)
-    whole = 4 * width // (parallel.tensor if parallel.sequence else 1)
-    split = (2 * (width + 2 * keys) + 2 * width + 4 * model.ffn_hidden_size) // parallel.tensor
+    whole = 4 * model.hidden_size // (parallel.tensor if parallel.sequence else 1)
+    attention = 4 * model.query_width + 4 * model.key_width
+    split = (attention + 4 * model.ffn_hidden_size) // parallel.tensor
     layers = sum(stage_layers(model, parallel)[stage :: parallel.pipeline])
     flying = parallel.pipeline - stage
     if model.megatron.get("recompute_granularity") == "full":

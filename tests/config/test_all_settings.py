@@ -24,6 +24,8 @@ CHANGED: dict[str, Any] = {
     "model.num_attention_heads": 2,
     "model.vocab_size": 97,
     "model.num_query_groups": 2,
+    "model.head_dim": 6,
+    "model.block_length": 6,
     "model.megatron": {"attention_dropout": 0.1},
     "tokenizer.chat_template": "plain",
     "parallel.virtual": 2,
@@ -61,6 +63,8 @@ USUAL |= {"a list of texts": ["--reservation=x"]}
 BY_CONFIDENCE = ["sampling.unmasking=low_confidence"]
 # What else a setting needs, by its key, or by key=value.
 NEEDS = {
+    "model.attention": ["model.block_length=4"],
+    "model.block_length": ["model.attention=block_causal", "sampling.block_length=6"],
     "fp8.recipe": ["precision=fp8"],
     "fp8.recipe=delayed": ["precision=fp8", "train.iterations=0"],
     "fp8.bf16_first_layers": ["precision=fp8", "model.num_layers=6"],

@@ -37,6 +37,7 @@ MODELS = st.builds(
     ffn_hidden_size=st.sampled_from([24, 36, 40]),
     num_attention_heads=st.just(12),
     num_query_groups=st.sampled_from([None, 1, 2, 3, 4, 6]),
+    head_dim=st.sampled_from([None, 6]),
     vocab_size=st.none() | st.integers(2, 2000),
 )
 
@@ -149,9 +150,9 @@ def test_without_a_vocabulary_only_layers_count():
 
 def _largest(model, layers):
     """Return the parameters of the largest place; written out here a second time on purpose."""
-    head = model.hidden_size // model.num_attention_heads
-    keys = head * (model.num_query_groups or model.num_attention_heads)
-    attention = 2 * model.hidden_size**2 + 2 * model.hidden_size * keys
+    head = model.head_dim or model.hidden_size // model.num_attention_heads
+    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    attention = model.hidden_size * (2 * heads + 2 * groups) * head
     swiglu = 3 * model.hidden_size * model.ffn_hidden_size
     layer = attention + swiglu + 2 * model.hidden_size
     held = [layer * count for count in layers]

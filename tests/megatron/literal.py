@@ -30,8 +30,8 @@ def _norm(x: Tensor, weight: Tensor, model: ModelSettings) -> Tensor:
 
 
 def _attention(x: Tensor, part: dict[str, Tensor], model: ModelSettings) -> Tensor:
-    """Attend from every position to every position, [T, hidden]."""
-    head = model.hidden_size // model.num_attention_heads
+    """Attend from every position to every position, [T, heads * head]."""
+    head = model.head_dim or model.hidden_size // model.num_attention_heads
     heads = {}
     for name in "qkv":
         y = x @ part[f"{name}_proj.weight"].T

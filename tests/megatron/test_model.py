@@ -29,6 +29,8 @@ VARIANTS = {
     "llada": replace(MODEL, num_query_groups=None),
     "grouped": MODEL,
     "bias and qk-norm": replace(MODEL, qkv_bias=True, qk_norm=True),
+    "wide heads": replace(MODEL, head_dim=12, qkv_bias=True, qk_norm=True),
+    "narrow heads that do not divide": replace(MODEL, hidden_size=30, head_dim=6, qk_norm=True),
 }
 LENGTHS = (7, 7, 3, 11, 1)
 
