@@ -20,8 +20,6 @@ from agrpo_megatron.config.settings import SamplingSettings
 if TYPE_CHECKING:  # tasks read this file, and need no torch
     from torch import Tensor
 
-    from agrpo_megatron.diffusion.patterns import Row
-
 
 class Message(NamedTuple):
     """One message of a chat."""
@@ -156,6 +154,19 @@ class ScoredRows:
         return self.scored if self.turns is None else self.turns >= 0
 
 
+class Span(NamedTuple):
+    """Neighbouring tokens of a packed row, at consecutive positions; see `diffusion.patterns`."""
+
+    length: int
+    start: int = 0  # position of the first token
+    block: int | None = None  # block length; 1: causal; None: the span is one block
+    is_copy: bool = False
+    origin: int = 0  # a position at which a block begins; the others follow, and precede
+
+
+type Row = tuple[Span, ...]
+
+
 @dataclass(frozen=True)
 class PackedRows:
     """Rows laid end to end without padding."""
@@ -164,7 +175,7 @@ class PackedRows:
     cu_seqlens: Tensor  # [rows + 1] int32
     scored: Tensor  # [S] int64 indices into the T tokens; the head runs on these only
     host_bounds: Sequence[int] | None = None  # cu_seqlens, where the host knows them already
-    # Who sees whom, by row, see `diffusion.patterns`; None: within rows, all tokens see each other.
+    # Who sees whom, by row; None: within rows, all tokens see each other.
     patterns: Sequence[Row] | None = None
 
     @cached_property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.config.settings import SamplingSettings
-from agrpo_megatron.diffusion.patterns import Row
+from agrpo_megatron.types import Row
 
 DREAM_UNMASKING = {
     "origin": "bernoulli",

@@ -10,7 +10,7 @@ from typing import Any
 
 from agrpo_megatron.config.parallel import layout_name, layout_text, model_ranks, stage_layers
 from agrpo_megatron.config.rules_algorithm import validate_algorithm
-from agrpo_megatron.config.rules_blocks import validate_blocks
+from agrpo_megatron.config.rules_blocks import validate_blocks, validate_whole_rows
 from agrpo_megatron.config.rules_model import divisors, validate_model
 from agrpo_megatron.config.rules_precision import validate_precision
 from agrpo_megatron.config.rules_rollouts import validate_stored_rollouts
@@ -33,8 +33,8 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     """
     if settings.model.is_known:
         validate_model(settings.model)
-        if settings.model.has_blocks:
-            validate_blocks(settings)
+        validate_kind = validate_blocks if settings.model.has_blocks else validate_whole_rows
+        validate_kind(settings)
         validate_layout(settings.model, settings.parallel, world_size=world_size)
         if settings.rollout.parallel is not None:
             _validate_rollout(settings, world_size)
@@ -127,6 +127,11 @@ def validate_sampling(sampling: SamplingSettings, section_name: str) -> None:
             f"sampling.completion_length={length}; use {two_nearest(block, divisors(length))}"
         )
     blocks, steps = length // block, sampling.denoising_steps
+    if sampling.schedule == "dream" and sampling.block_origin == "row":
+        raise ValueError(
+            "sampling.schedule=dream decodes the completion as one block, and "
+            "sampling.block_origin=row splits it; use completion"
+        )
     if sampling.schedule == "dream" and blocks > 1:
         raise ValueError(
             f"sampling.schedule=dream decodes the completion as one block, and {section_name}."

@@ -1,6 +1,10 @@
 """Rules of a run whose model attends by blocks and decodes one after another."""
 
 from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.config.settings.estimators import ENTRIES
+
+# Estimators whose rows score tokens of one block each.
+ONE_BLOCK = ("agrpo", "full_trajectory", "just_grpo", "cj_grpo", "egspo")
 
 
 def validate_blocks(settings: Settings) -> None:
@@ -22,12 +26,33 @@ def validate_blocks(settings: Settings) -> None:
             f"kernels.cuda_graphs=true replays forwards of whole rows, and {by} decodes block "
             "after block; use kernels.cuda_graphs=false"
         )
+    if settings.kernels.batch_invariant:
+        raise ValueError(
+            f"kernels.batch_invariant=true has no attention for {by}; use "
+            "kernels.batch_invariant=false"
+        )
+    name = settings.algorithm.name
+    if name in ENTRIES and name not in ONE_BLOCK:
+        raise ValueError(
+            f"algorithm.name={name} scores tokens of several blocks in one row, and {by} has rows "
+            f"of one open block; use {', '.join(ONE_BLOCK)}"
+        )
     if settings.sampling.schedule == "dream":
         raise ValueError(
             f"sampling.schedule=dream decodes the completion as one block, and {by} decodes "
             "block after block; use uniform"
         )
     _check_samplers(settings, by)
+
+
+def validate_whole_rows(settings: Settings) -> None:
+    """Check that a model without blocks has no settings of block models."""
+    chosen = settings.kernels.block_attention
+    if chosen != "auto":
+        raise ValueError(
+            f"kernels.block_attention={chosen} is for models with blocks, and model.attention is "
+            "full; use auto"
+        )
 
 
 def _check_samplers(settings: Settings, by: str) -> None:

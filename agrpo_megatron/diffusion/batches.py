@@ -14,8 +14,8 @@ from agrpo_megatron.diffusion.packing import (
     pack_scored,
     unscored_row,
 )
-from agrpo_megatron.diffusion.patterns import Row, row_length
-from agrpo_megatron.types import PackedRows, Rollout, ScoredRows, SftBatch, TimestepBatch
+from agrpo_megatron.diffusion.patterns import row_length
+from agrpo_megatron.types import PackedRows, Rollout, Row, ScoredRows, SftBatch, TimestepBatch
 
 
 def row_lengths(rollout: Rollout, scored: ScoredRows) -> Tensor:

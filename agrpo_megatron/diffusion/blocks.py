@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.config.settings import ModelSettings, SamplingSettings
-from agrpo_megatron.diffusion.patterns import Row, Span, block_causal, full, replay
-from agrpo_megatron.types import Rollout, ScoredRows, Trajectory
+from agrpo_megatron.diffusion.patterns import block_causal, full, replay
+from agrpo_megatron.types import Rollout, Row, ScoredRows, Span, Trajectory
 
 
 def block_offsets(prompt_lengths: Tensor, sampling: SamplingSettings) -> Tensor:
@@ -97,6 +97,13 @@ def with_open_blocks(scored: ScoredRows, rollout: Rollout, model: ModelSettings)
     if not model.has_blocks:
         return scored
     trajectory, sampling = rollout.trajectory, rollout.trajectory.sampling
+    number = block_numbers(trajectory)[0][scored.rollout]
+    last = number.masked_fill(~scored.scored, -1).amax(1)
+    if not torch.equal((scored.scored & (number == last[:, None])), scored.scored):
+        raise ValueError(
+            "algorithm.name: its rows score tokens of several blocks, and model.attention="
+            f"{model.attention} has rows of one open block; score each block in a row of its own"
+        )
     first = scored.scored.long().argmax(1).tolist()
     prompts = [len(trajectory.prompts[number]) for number in scored.rollout.tolist()]
     ends = [

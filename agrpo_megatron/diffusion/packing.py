@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from agrpo_megatron.diffusion.patterns import Row
-from agrpo_megatron.types import PackedRows
+from agrpo_megatron.types import PackedRows, Row
 
 
 def make_canvas(prompts: Sequence[Tensor], completions: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,18 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class Span(NamedTuple):
-    """Neighbouring tokens of a row, at consecutive positions."""
-
-    length: int
-    start: int = 0  # position of the first token
-    block: int | None = None  # block length; 1: causal; None: the span is one block
-    is_copy: bool = False
-    origin: int = 0  # a position at which a block begins; the others follow, and precede
-
-
-type Row = tuple[Span, ...]
+from agrpo_megatron.types import Row, Span
 
 
 class Places(NamedTuple):

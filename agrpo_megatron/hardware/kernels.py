@@ -28,6 +28,7 @@ from agrpo_megatron.hardware.workspace import LIMIT, largest_budget, training_wo
 
 # A weight gradient is accumulated over micro-batches inside the GEMM that computes it, or after it.
 FUSED, SEPARATE = "fused", "separate"
+SDPA, FLEX = "torch SDPA", "FlexAttention"
 OPTIMIZERS = {"te": "TE fused Adam", "apex": "Apex fused Adam", "torch": "torch AdamW"}
 
 
@@ -48,6 +49,7 @@ class Kernels:
     fuse_layer_gradients: bool  # GEMMs accumulate the weight gradients of the layers
     fuse_head_gradient: bool  # the same for the head, which is Megatron's own layer
     flash_attention: int | None  # major version that attention must use; None: the layers choose
+    flex_attention: bool  # whether rows with patterns go through FlexAttention
     optimizer: str  # te, apex or torch
     notes: tuple[Note, ...]
 
@@ -77,10 +79,13 @@ def choose(settings: Settings, machine: Machine, *, phases: Sequence[str] = ()) 
     invariant_flash, invariant = _batch_invariant(switches, machine)
     repeating_flash, deterministic = _deterministic(settings, machine, spec, phases)
     flash = invariant_flash or repeating_flash
+    attention = _attention(switches, machine, spec, flash)
+    if settings.model.has_blocks:
+        attention = _block_attention(switches, machine)
     in_layers, in_head = _layer_gradients(machine, spec), _head_gradient(machine)
     notes = (
         layers,
-        _attention(switches, machine, spec, flash),
+        attention,
         _products(spec),
         precision,
         in_layers,
@@ -91,7 +96,7 @@ def choose(settings: Settings, machine: Machine, *, phases: Sequence[str] = ()) 
         _graphs(switches, machine),
     )
     fused = in_layers.chosen == FUSED, in_head.chosen == FUSED
-    return Kernels(spec, recipe, *fused, flash, optimizer, notes)
+    return Kernels(spec, recipe, *fused, flash, attention.chosen == FLEX, optimizer, notes)
 
 
 def in_one_line(kernels: Kernels) -> str:
@@ -142,7 +147,7 @@ def _precision(settings: Settings, machine: Machine) -> tuple[str | None, Note]:
 def _attention(switches: KernelSettings, machine: Machine, spec: str, pinned: int | None) -> Note:
     part, flash = "attention", "flash attention"
     if spec == "local":
-        return Note(part, "torch SDPA", "of the local layers")
+        return Note(part, SDPA, "of the local layers")
     if switches.batch_invariant:
         return Note(part, flash, "kernels.batch_invariant=true; cuDNN's is not")
     if pinned:
@@ -152,6 +157,19 @@ def _attention(switches: KernelSettings, machine: Machine, spec: str, pinned: in
     if machine.flash_attention:
         return Note(part, flash, "Transformer Engine's choice before Hopper")
     return Note(part, "cuDNN fused", f"{flash} is not installed")
+
+
+def _block_attention(switches: KernelSettings, machine: Machine) -> Note:
+    """Return the attention of a block model, whose patterns no fused kernel knows."""
+    part, said = "attention", "kernels.block_attention"
+    if machine.gpu is None:
+        if switches.block_attention == "flex":
+            needs = NO_GPU._replace(what="a GPU: torch has no backward pass of it on a CPU")
+            raise _refusal(f"{said}=flex", needs, f"{said}=sdpa")
+        return Note(part, SDPA, "FlexAttention needs a GPU")
+    if switches.block_attention == "sdpa":
+        return Note(part, SDPA, f"{said}=sdpa")
+    return Note(part, FLEX, "it skips what blocks do not see")
 
 
 def _products(spec: str) -> Note:
@@ -228,7 +246,7 @@ def _deterministic(
     why = f"{said}=true"
     is_hopper = HOPPER <= machine.capability < BLACKWELL
     is_cudnn = spec == "te" and is_hopper and not settings.kernels.batch_invariant
-    if not is_cudnn or not settings.model.is_known:
+    if not is_cudnn or not settings.model.is_known or settings.model.has_blocks:
         return None, Note(part, "yes", why)
     budget = settings.train.token_budget
     bytes_needed = training_workspace(settings, budget)

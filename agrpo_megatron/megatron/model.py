@@ -65,6 +65,7 @@ class MaskedDiffusionModel(LanguageModule):
         pre_process, post_process: whether this pipeline stage holds the embedding, the head.
         vp_stage: index among this rank's virtual stages.
         fuse_head_gradient: whether Apex's kernel accumulates the head's gradient.
+        use_flex: whether rows with patterns go through FlexAttention.
     """
 
     def __init__(
@@ -80,11 +81,13 @@ class MaskedDiffusionModel(LanguageModule):
         post_process: bool = True,
         vp_stage: int = 0,
         fuse_head_gradient: bool = False,
+        use_flex: bool = False,
     ):
         groups = ranks.groups
         super().__init__(config=config, pg_collection=groups)
         self.ranks, self.vp_stage = ranks, vp_stage
         self.pre_process, self.post_process = pre_process, post_process
+        self.use_flex = use_flex
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
         assert config.kv_channels is not None
@@ -139,7 +142,7 @@ class MaskedDiffusionModel(LanguageModule):
         mine = scored_slices(rows, self.ranks)[self.ranks.context.rank]
         rows = padded_rows(rows, self.ranks)
         context = self.ranks.context
-        layout = packed_layout(rows, angles=self.angles, context=context)
+        layout = packed_layout(rows, angles=self.angles, context=context, use_flex=self.use_flex)
         first, last = part_of(len(rows.tokens), context, context.rank)
         hidden = self.body(rows.tokens[first:last], layout)
         return self.head(hidden, rows.scored[mine] - first) if self.post_process else hidden
@@ -224,7 +227,7 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
     if kernels.layer_spec == "te":
         from agrpo_megatron.megatron.layers.te import te_spec  # Transformer Engine is optional
 
-        make_spec = te_spec
+        make_spec = partial(te_spec, has_patterns=model.has_blocks)
     chunks = []
     for number in range(parallel.virtual):
         stage = number * parallel.pipeline + ranks.pipeline.rank
@@ -239,6 +242,7 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
             post_process=stage == stages - 1,
             vp_stage=number,
             fuse_head_gradient=kernels.fuse_head_gradient,
+            use_flex=kernels.flex_attention,
         )
         chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
     return tuple(chunks)

@@ -42,6 +42,16 @@ REFUSED = {
         "kernels.cuda_graphs=true replays forwards of whole rows",
         "kernels.cuda_graphs=false",
     ),
+    "batch invariance": (
+        ["kernels.batch_invariant=true", "precision=bf16", "kernels.layer_spec=te"],
+        "kernels.batch_invariant=true has no attention for model.attention",
+        "kernels.batch_invariant=false",
+    ),
+    "rows of several blocks": (
+        ["algorithm.name=diffu_grpo"],
+        "algorithm.name=diffu_grpo scores tokens of several blocks in one row",
+        "agrpo, full_trajectory, just_grpo, cj_grpo, egspo",
+    ),
     "Dream's schedule": (WHOLE, "sampling.schedule=dream decodes the completion as one", "uniform"),
     "Dream's order": (
         ["sampling.unmasking=bernoulli"],

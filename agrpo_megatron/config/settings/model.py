@@ -55,7 +55,7 @@ class ModelSettings:
         choices=("full", "block_causal", "causal_context"),
     )
     block_length: int | None = setting(
-        None, "tokens of a block, counted from the row's start; null with attention=full", low=1
+        None, "tokens of a block; null with attention=full", low=1
     )
     init_std: float = setting(0.02, "standard deviation of random initial weights", low=0)
     megatron: dict[str, Any] = setting({}, "passed to Megatron's TransformerConfig by name")

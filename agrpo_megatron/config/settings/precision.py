@@ -42,3 +42,9 @@ class KernelSettings:
     cuda_graphs: bool = setting(
         False, "replay rollout forwards as CUDA graphs, by length; needs te, pp1 and cp1"
     )
+    block_attention: str = setting(
+        "auto",
+        "attention of block models: torch's SDPA, row by row, or FlexAttention, all rows at once; "
+        "auto: flex on a GPU",
+        choices=("auto", "sdpa", "flex"),
+    )

@@ -7,10 +7,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from agrpo_megatron.diffusion.patterns import Row, span_mask, span_slices
+from agrpo_megatron.diffusion.patterns import span_mask, span_slices
 from agrpo_megatron.megatron.layers.context import gather_keys
 from agrpo_megatron.megatron.layers.flex import attend
 from agrpo_megatron.megatron.layers.packed import PackedLayout
+from agrpo_megatron.types import Row
 
 
 class PackedAttention(MegatronModule):

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from agrpo_megatron.diffusion.packing import positions_in_rows
-from agrpo_megatron.diffusion.patterns import Row, places_of
+from agrpo_megatron.diffusion.patterns import places_of
 from agrpo_megatron.megatron.layers.context import part_of
 from agrpo_megatron.megatron.layers.flex import make_block_mask
 from agrpo_megatron.megatron.parallel import Axis
-from agrpo_megatron.types import PackedRows
+from agrpo_megatron.types import PackedRows, Row
 
 
 @dataclass(frozen=True)

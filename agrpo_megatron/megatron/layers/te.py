@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformer_engine.pytorch.attention.rope import FusedRoPEFunc  # type: ignore[reportMissingImports]
 
+from agrpo_megatron.megatron.layers.attention import PackedAttention
 from agrpo_megatron.megatron.layers.context import gather_keys
 from agrpo_megatron.megatron.layers.packed import PackedLayout
 
@@ -63,8 +64,15 @@ class TeAttention(TEDotProductAttention):
         )
 
 
-def te_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
-    """Return `layers` of the `te` spec: Megatron's, bidirectional, on packed rows."""
+def te_spec(
+    config: TransformerConfig, layers: int, *, has_patterns: bool = False
+) -> TransformerBlockSubmodules:
+    """Return `layers` of the `te` spec: Megatron's, on packed rows.
+
+    Args:
+        has_patterns: whether rows have patterns of attention, which Transformer Engine's own
+            attention does not know.
+    """
     layer = get_gpt_layer_with_transformer_engine_spec(
         qk_layernorm=config.qk_layernorm, use_te_activation_func=config.use_te_activation_func
     )
@@ -72,7 +80,7 @@ def te_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodule
     attention = parts.self_attention
     # Megatron passes `no_mask` on as `padding` for packed rows.
     attention.params = {**attention.params, "attn_mask_type": AttnMaskType.no_mask}
-    attention.submodules.core_attention = TeAttention
+    attention.submodules.core_attention = PackedAttention if has_patterns else TeAttention
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
 
 
