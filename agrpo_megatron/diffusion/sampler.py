@@ -147,7 +147,7 @@ def _launch(state: SamplerState, numbers: list[int], context: SamplerContext) ->
     """
     rows = on_device(numbers, state.rollout_ids.device)
     positions, exists = block_positions(state, rows)
-    wanted = _wanted(state, rows, positions, context) & exists
+    wanted = _wanted(state, rows, positions, exists, context)
     spots = row, _ = wanted.nonzero(as_tuple=True)
     owners, scored = rows[row], positions[spots]
     keys = noise.noise_key(
@@ -195,15 +195,15 @@ def _row_length(state: SamplerState, number: int, context: SamplerContext) -> in
 
 
 def _wanted(
-    state: SamplerState, rows: Tensor, positions: Tensor, context: SamplerContext
+    state: SamplerState, rows: Tensor, positions: Tensor, exists: Tensor, context: SamplerContext
 ) -> Tensor:
-    """Mark the positions [n, block length] of each row's block that this step must score.
+    """Mark the existing positions [n, block length] of each row's block that a step must score.
 
     Where the positions that it fixes are known before the forward, it scores no others.
     """
     if state.plan is not None:
         return state.plan[rows] == state.step[rows, None]
-    masked = state.unmask_step[rows].gather(1, positions) < 0
+    masked = (state.unmask_step[rows].gather(1, positions) < 0) & exists
     if not state.sampling.foresees_positions:
         return masked
     rank = _model_free_rank(state, rows, positions, masked, context)

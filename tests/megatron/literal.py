@@ -7,8 +7,10 @@ from torch import Tensor
 from agrpo_megatron.config.settings import ModelSettings
 
 
-def literal_logits(tensors: dict[str, Tensor], model: ModelSettings, tokens: Tensor) -> Tensor:
-    """Return the logits [T, V] of one row of tokens [T]."""
+def literal_logits(
+    tensors: dict[str, Tensor], model: ModelSettings, tokens: Tensor, *, mask: Tensor | None = None
+) -> Tensor:
+    """Return the logits [T, V] of one row of tokens [T]; `mask` [T, T]: who sees whom."""
     x = tensors["model.transformer.wte.weight"][tokens]
     for layer in range(model.num_layers):
         part = {
@@ -17,7 +19,7 @@ def literal_logits(tensors: dict[str, Tensor], model: ModelSettings, tokens: Ten
             if name.startswith(f"model.transformer.blocks.{layer}.")
         }
         normed = _norm(x, part["attn_norm.weight"], model)
-        x = x + _attention(normed, part, model) @ part["attn_out.weight"].T
+        x = x + _attention(normed, part, model, mask) @ part["attn_out.weight"].T
         normed = _norm(x, part["ff_norm.weight"], model)
         gated = F.silu(normed @ part["ff_proj.weight"].T) * (normed @ part["up_proj.weight"].T)
         x = x + gated @ part["ff_out.weight"].T
@@ -29,8 +31,10 @@ def _norm(x: Tensor, weight: Tensor, model: ModelSettings) -> Tensor:
     return weight * x / (x.pow(2).mean(-1, keepdim=True) + model.norm_epsilon).sqrt()
 
 
-def _attention(x: Tensor, part: dict[str, Tensor], model: ModelSettings) -> Tensor:
-    """Attend from every position to every position, [T, heads * head]."""
+def _attention(
+    x: Tensor, part: dict[str, Tensor], model: ModelSettings, mask: Tensor | None
+) -> Tensor:
+    """Attend from every position to every position of the mask, [T, heads * head]."""
     head = model.head_dim or model.hidden_size // model.num_attention_heads
     heads = {}
     for name in "qkv":
@@ -44,7 +48,10 @@ def _attention(x: Tensor, part: dict[str, Tensor], model: ModelSettings) -> Tens
         heads[name] = _rotate(heads[name], model.rope_theta)
     repeats = model.num_attention_heads // (model.num_query_groups or model.num_attention_heads)
     key, value = (heads[name].repeat_interleave(repeats, dim=0) for name in "kv")
-    weights = (heads["q"] @ key.transpose(1, 2) / head**0.5).softmax(-1)
+    scores = heads["q"] @ key.transpose(1, 2) / head**0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1)
     return (weights @ value).transpose(0, 1).flatten(1)
 
 

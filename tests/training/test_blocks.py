@@ -1,0 +1,97 @@
+"""Block models: rollouts and gradients equal a literal computation on whole rows."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.steps import all_steps, at_level
+from agrpo_megatron.megatron.weights import export_hf
+from agrpo_megatron.training.rl import collect_rollout, update_policy
+from tests.megatron.literal import literal_logits
+from tests.ranks import run_ranks
+from tests.training.tiny import gradient, open_session, relative_error
+
+BLOCKS = ["model.block_length=4", "algorithm.name=full_trajectory", "algorithm.mc_samples=null"]
+KINDS = {
+    "blocks of the row": ["model.attention=block_causal", "sampling.block_origin=row"],
+    "blocks of the completion": ["model.attention=block_causal"],
+    "causal context": ["model.attention=causal_context", "sampling.block_origin=row"],
+}
+
+
+def _blocks(positions, prompt, sampling):
+    """Return the block of each position; a completion's own blocks precede its start, too."""
+    origin = 0 if sampling.block_origin == "row" else prompt
+    return (positions - origin).div(sampling.block_length, rounding_mode="floor")
+
+
+def _mask(length, opened, prompt, settings):
+    """Return who sees whom in a whole row whose block `opened` is open, by the definition."""
+    positions = torch.arange(length)
+    blocks = _blocks(positions, prompt, settings.sampling)
+    if settings.model.attention == "block_causal":
+        return blocks[None] <= blocks[:, None]
+    causal, is_open = positions[None] <= positions[:, None], blocks == opened
+    return causal | (is_open[None] & is_open[:, None])
+
+
+def _logprobs(session, tensors, trajectory, number, step):
+    """Return the log-probs of the tokens that a step fixed, from the whole row."""
+    settings, prompt = session.run.settings, trajectory.prompts[number]
+    when = trajectory.unmask_step[number]
+    state = trajectory.tokens[number].masked_fill(when >= step, session.run.mask_id)
+    row = torch.cat([prompt, state])
+    places = len(prompt) + (when == step).nonzero()[:, 0]
+    opened = _blocks(places[0], len(prompt), settings.sampling)
+    mask = _mask(len(row), opened, len(prompt), settings)
+    logits = literal_logits(tensors, settings.model, row, mask=mask)[places]
+    logits[:, session.run.mask_id] = float("-inf")
+    logits = logits[:, : settings.model.vocab_size]
+    return logits.log_softmax(-1).gather(1, row_tokens(trajectory, number, when == step)).squeeze(1)
+
+
+def row_tokens(trajectory, number, places):
+    return trajectory.tokens[number, places][:, None]
+
+
+def _compare(overrides):
+    session, engine = open_session(*BLOCKS, *overrides)
+    settings = session.run.settings
+    rollout, _ = collect_rollout(session, engine, 0)
+    trajectory = rollout.trajectory
+    named = {name: p.detach() for name, p in engine.network.named_parameters()}
+    exported = export_hf(named, settings.model, session.run.ranks)
+    tensors = {name: tensor.double().requires_grad_() for name, tensor in exported.items()}
+    context = DrawContext(settings.algorithm, eos_id=session.run.eos_id, seed=0)
+    draws = all_steps(trajectory, context)
+    weights = at_level(draws, rollout, context).weight.amax(1)
+    loss, errors = torch.zeros((), dtype=torch.float64), []
+    for number, step, weight in zip(draws.rollout, draws.step, weights, strict=True):
+        logprobs = _logprobs(session, tensors, trajectory, number, step)
+        old = trajectory.logprobs[number, trajectory.unmask_step[number] == step]
+        errors.append(float((logprobs.detach() - old).abs().max()))
+        loss = loss - float(weight * rollout.advantages[number]) * logprobs.sum()
+    (loss / len(rollout.rewards)).backward()
+    metrics, grads = gradient(session, engine, rollout)
+    literal = {name: tensor.grad for name, tensor in tensors.items()}
+    prompts = {len(prompt) % 4 for prompt in trajectory.prompts}
+    return max(errors), relative_error(grads, literal), metrics, prompts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probs_and_gradients_equal_those_of_whole_rows(kind):
+    """Rows end after the open block, and the context of a causal model is another span."""
+    error, grads, metrics, prompts = run_ranks(1, _compare, KINDS[kind])[0]
+    assert error < 2e-5 and grads < 1e-4
+    assert metrics["ratio/max_error"] < 1e-5
+    assert len(prompts) > 1, "prompts end at several places of a block"
+
+
+def _update(overrides):
+    session, engine = open_session(*BLOCKS, *overrides)
+    rollout, _ = collect_rollout(session, engine, 0)
+    before = replace(rollout)
+    metrics, _ = update_policy(session, engine, before, None)
+    return rollout.trajectory, metrics
