@@ -9,9 +9,10 @@ from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.config_json import CONFIG, GENERATION, check_ids, read_object, shown
 from agrpo_megatron.families.dream import FAMILY as DREAM
 from agrpo_megatron.families.llada import FAMILY as LLADA
+from agrpo_megatron.families.sdar import FAMILY as SDAR
 from agrpo_megatron.families.tensors import Family, Shapes, WeightMapping, expand, part_shapes
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM, SDAR)}
 
 
 def settings_from_hf(directory: str | Path) -> ModelSettings:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.tensors import STANDARD, Family
+from agrpo_megatron.families.tensors import STANDARD, Family, standard_names
 
 _REQUIRED = {
     "hidden_act": "silu",
@@ -30,16 +30,15 @@ _KEYS = {
 _OTHERS = frozenset(("max_window_layers", "sliding_window"))
 
 
+# Query, key and value always have biases, the output projection has none.
+_FIXED = {"qkv_bias": True, "qk_norm": False, "shift": True, "attention": "full"}
+
+
 def _other_settings(_config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    # Query, key and value always have biases, the output projection has none.
-    return {"qkv_bias": ("model_type", True), "shift": ("model_type", True)}
+    return {}
 
 
 def _other_keys(model: ModelSettings) -> dict[str, Any]:
-    if model.qk_norm or not (model.qkv_bias and model.shift):
-        raise ValueError(
-            "model.qk_norm, qkv_bias, shift: Dream's modelling code needs false, true, true"
-        )
     return {
         "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
         "architectures": ["DreamModel"],
@@ -50,26 +49,6 @@ def _other_keys(model: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _mappings(_model: ModelSettings) -> dict[str, tuple[str, ...]]:
-    block, layer = "model.layers.{i}.", "decoder.layers.{i}."
-    qkv = [f"{block}self_attn.{part}_proj" for part in "qkv"]
-    return {
-        "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
-        layer + "input_layernorm.weight": (block + "input_layernorm.weight",),
-        layer + "self_attention.linear_qkv.weight": tuple(f"{name}.weight" for name in qkv),
-        # Biases are interleaved by query group like the rows of their weights.
-        layer + "self_attention.linear_qkv.bias": tuple(f"{name}.bias" for name in qkv),
-        layer + "self_attention.linear_proj.weight": (block + "self_attn.o_proj.weight",),
-        # The norm after the attention and before the MLP.
-        layer + "pre_mlp_layernorm.weight": (block + "post_attention_layernorm.weight",),
-        layer + "mlp.linear_fc1.weight": (
-            block + "mlp.gate_proj.weight",
-            block + "mlp.up_proj.weight",
-        ),
-        layer + "mlp.linear_fc2.weight": (block + "mlp.down_proj.weight",),
-        "decoder.final_layernorm.weight": ("model.norm.weight",),
-        "output_layer.weight": ("lm_head.weight",),
-    }
-
-
-FAMILY = Family("dream", _REQUIRED, _KEYS, _other_settings, _other_keys, _mappings, _OTHERS)
+FAMILY = Family(
+    "dream", _REQUIRED, _KEYS, _other_settings, _other_keys, standard_names, _OTHERS, _FIXED
+)

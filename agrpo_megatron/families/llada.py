@@ -50,6 +50,8 @@ init_fn init_std precision tie_word_embeddings train_max_sequence_length
 """
 _OTHERS = frozenset((*_SIZES, "include_qkv_bias", *_HARMLESS.split()))
 
+_FIXED = {"qk_norm": False, "shift": False, "attention": "full"}
+
 
 def _other_settings(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     # `mlp_hidden_size` overrides `mlp_ratio` in the modelling code.
@@ -68,8 +70,6 @@ def _other_settings(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 def _other_keys(model: ModelSettings) -> dict[str, Any]:
-    if model.qk_norm:
-        raise ValueError("model.qk_norm=true: LLaDA's modelling code has no norm of q and k")
     return {
         "architectures": ["LLaDAModelLM"],
         "model_type": "llada",
@@ -110,4 +110,4 @@ def _mappings(model: ModelSettings) -> dict[str, tuple[str, ...]]:
     return names
 
 
-FAMILY = Family("llada", _REQUIRED, _KEYS, _other_settings, _other_keys, _mappings, _OTHERS)
+FAMILY = Family("llada", _REQUIRED, _KEYS, _other_settings, _other_keys, _mappings, _OTHERS, _FIXED)

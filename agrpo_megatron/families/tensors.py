@@ -8,6 +8,7 @@ from typing import Any
 from agrpo_megatron.config.rules_model import validate_model
 from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
+from agrpo_megatron.config.values import text
 from agrpo_megatron.families.config_json import HARMLESS, OFF, end_ids, shown
 
 type Shapes = dict[str, tuple[int, ...]]  # by Hugging Face name
@@ -69,6 +70,7 @@ class Family:
     # Hugging Face names by Megatron's; `{i}` is the layer number.
     mappings: Callable[[ModelSettings], dict[str, tuple[str, ...]]]
     others: frozenset[str]  # keys of config.json that `other_settings` reads, or that are harmless
+    fixed: Mapping[str, Any]  # settings with one value in every model of the family
 
     def settings(self, config: Mapping[str, Any]) -> ModelSettings:
         """Translate config.json; null means that a key is not set.
@@ -85,7 +87,7 @@ class Family:
         except KeyError as error:
             missing = f"{error.args[0]} is missing"
             raise ValueError(f"{missing}; the {self.name} family needs it") from None
-        values: dict[str, Any] = {"family": self.name}
+        values: dict[str, Any] = {"family": self.name, **self.fixed}
         for ours, (theirs, value) in found.items():
             values[ours] = getattr(build(ModelSettings, {ours: value}, f"{theirs} as model."), ours)
         model = ModelSettings(**values)
@@ -113,8 +115,49 @@ class Family:
         Raises:
             ValueError: the modelling code does not support this model.
         """
+        for ours, value in self.fixed.items():
+            if (found := getattr(model, ours)) != value:
+                said = f"model.{ours}={text(found)}: the {self.name} family's modelling code needs "
+                raise ValueError(said + text(value))
+        if "head_dim" not in self.keys and model.query_width != model.hidden_size:
+            raise ValueError(
+                f"model.head_dim={model.head_dim}: the {self.name} family's modelling code needs "
+                "null, hidden_size / num_attention_heads"
+            )
         same = {theirs: getattr(model, ours) for ours, theirs in self.keys.items()}
         return {**self.required, **same, **self.other_keys(model)}
+
+
+def standard_names(model: ModelSettings) -> dict[str, tuple[str, ...]]:
+    """Return the tensors of each Megatron parameter as transformers' own code names them.
+
+    Source: modelling code of Qwen2 and Qwen3 in transformers.
+    """
+    block, layer = "model.layers.{i}.", "decoder.layers.{i}."
+    qkv = [f"{block}self_attn.{part}_proj" for part in "qkv"]
+    names: dict[str, tuple[str, ...]] = {
+        "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
+        layer + "input_layernorm.weight": (block + "input_layernorm.weight",),
+        layer + "self_attention.linear_qkv.weight": tuple(f"{name}.weight" for name in qkv),
+        layer + "self_attention.linear_proj.weight": (block + "self_attn.o_proj.weight",),
+        # The norm after the attention and before the MLP.
+        layer + "pre_mlp_layernorm.weight": (block + "post_attention_layernorm.weight",),
+        layer + "mlp.linear_fc1.weight": (
+            block + "mlp.gate_proj.weight",
+            block + "mlp.up_proj.weight",
+        ),
+        layer + "mlp.linear_fc2.weight": (block + "mlp.down_proj.weight",),
+        "decoder.final_layernorm.weight": ("model.norm.weight",),
+        "output_layer.weight": ("lm_head.weight",),
+    }
+    if model.qkv_bias:
+        # Biases are interleaved by query group like the rows of their weights.
+        names[layer + "self_attention.linear_qkv.bias"] = tuple(f"{name}.bias" for name in qkv)
+    if model.qk_norm:
+        for part in "qk":
+            norm = f"self_attention.{part}_layernorm.weight"
+            names[layer + norm] = (f"{block}self_attn.{part}_norm.weight",)
+    return names
 
 
 def expand(names: Mapping[str, tuple[str, ...]], num_layers: int) -> list[WeightMapping]:

@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save_file
 from agrpo_megatron.checkpoint import convert, torch_dist
 from agrpo_megatron.checkpoint.convert import to_hf_directory, to_megatron_checkpoint
 from agrpo_megatron.checkpoint.integrity import Damaged
+from agrpo_megatron.checkpoint.model_files import read_model
 from agrpo_megatron.checkpoint.torch_dist import read_metadata
 from agrpo_megatron.checkpoint.weights import MegatronWeights
+from agrpo_megatron.families import hf_shapes, settings_from_hf
 from agrpo_megatron.runs.progress import HF, Progress
 from tests.ranks import run_ranks
 from tests.training.tiny import tiny
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-FAMILIES = ["llada_tiny", "dream_tiny"]
+FAMILIES = ["llada_tiny", "dream_tiny", "sdar_tiny"]
 LLADA = FIXTURES / "llada_tiny" / "hf"
 HEAD = "model.transformer.ff_out.weight"
 
@@ -49,7 +51,7 @@ def _sharded(folder, source):
     index["weight_map"] = dict(sorted(index["weight_map"].items()))
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     config = json.loads((source / "config.json").read_text())
-    config["dtype"] = "bfloat16"
+    config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "tokenizer_config.json").write_text("{}")
@@ -67,6 +69,26 @@ def test_every_byte_returns(tmp_path, family):
     assert {p.name for p in tmp_path.iterdir()} == {"m", "h"}
 
 
+def test_a_config_without_blocks_and_mask_returns_as_it_was(tmp_path):
+    """SDAR's published file lacks both keys; the settings have the published engines' values."""
+    source = tmp_path / "s"
+    source.mkdir()
+    config = json.loads((FIXTURES / "sdar_tiny" / "hf" / "config.json").read_text())
+    del config["block_size"], config["mask_token_id"]
+    config |= {"vocab_size": 151936, "hidden_size": 8, "num_hidden_layers": 1}
+    config["torch_dtype"] = "bfloat16"
+    (source / "config.json").write_text(json.dumps(config, indent=1))
+    model = settings_from_hf(source)
+    assert (model.block_length, model.mask_token_id) == (4, 151669)
+    shapes = hf_shapes(model).items()
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    to_megatron_checkpoint(source, tmp_path / "m", progress=_quiet)
+    assert read_model(tmp_path / "m") == model
+    to_hf_directory(tmp_path / "m", tmp_path / "h", progress=_quiet)
+    assert _files(tmp_path / "h") == _files(source)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_byte_of_several_shards_returns(tmp_path, family):
     source = _sharded(tmp_path / "s", FIXTURES / family / "hf")
@@ -77,7 +99,6 @@ def test_every_byte_of_several_shards_returns(tmp_path, family):
 
 def _through(source, target, overrides):
     """Load a checkpoint at this layout and save it from there."""
-    from agrpo_megatron.checkpoint.model_files import read_model
     from agrpo_megatron.checkpoint.saving import Saver
     from agrpo_megatron.checkpoint.start import load_start_weights
     from agrpo_megatron.megatron.engine import build_engine

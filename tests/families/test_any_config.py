@@ -17,7 +17,7 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 EXAMPLES = int(os.environ.get("AGRPO_EXAMPLES", "300"))
 CONFIGS = {
     name: json.loads((FIXTURES / f"{name}_tiny" / "hf" / "config.json").read_text())
-    for name in ("llada", "dream")
+    for name in ("llada", "dream", "sdar")
 }
 # Keys of each file that may change: sizes and ids, and what changes no logits.
 SIZES = {
@@ -43,6 +43,8 @@ SIZES = {
         "mask_token_id": "mask_token_id",
     },
 }
+SIZES["sdar"] = {**SIZES["dream"], "head_dim": "head_dim", "block_length": "block_size"}
+DEFAULTS = {"mask_token_id": 151669, "block_size": 4}  # of SDAR, whose published files lack them
 OTHER_SIZES = {
     *("embedding_size", "eos_token_id", "include_qkv_bias", "mlp_hidden_size", "mlp_ratio"),
     *("model_type", "n_kv_heads", "vocab_size"),
@@ -52,10 +54,11 @@ FREE = {
     *("bos_token_id", "dtype", "flash_attention", "init_cutoff_factor", "init_device", "init_fn"),
     *("init_std", "initializer_range", "max_window_layers", "pad_token_id", "precision"),
     *("sliding_window", "torch_dtype", "train_max_sequence_length", "transformers_version"),
-    "use_cache",
+    *("attn_implementation", "debug", "ep_size", "fuse_cross_entropy", "micro_forward"),
+    *("skip_checkpoint", "use_cache", "use_deepep"),
 }
 MORE = (
-    *("auto_map", "head_dim", "hidden_size", "is_decoder", "max_position_embeddings"),
+    *("auto_map", "block_size", "head_dim", "hidden_size", "is_decoder", "max_position_embeddings"),
     *("num_hidden_layers", "num_key_value_heads", "rope_parameters", "torch_dtype"),
     *("clip_qkv", "d_modle", "num_experts", "quantization_config", "rope_scaling", "a\nb"),
 )
@@ -122,13 +125,15 @@ def _check_refusal(message, path, text):
         assert said.startswith(": ") and ("=" in said or "is missing" in said)
         config = json.loads(text)
         names = [ascii(key)[1:-1] for key in config] + list(SIZES["llada"].values())
-        assert any(name in said for name in [*names, *OTHER_SIZES, *SIZES["dream"].values()])
+        assert any(name in said for name in [*names, *OTHER_SIZES, *SIZES["sdar"].values()])
 
 
 def _check_settings(model, config):
-    """Compare with what the two modelling codes read, spelled out again."""
+    """Compare with what the three modelling codes read, spelled out again."""
     given = {key: value for key, value in config.items() if value is not None}
     eos = given["eos_token_id"]
+    if model.family == "sdar":
+        given = {**DEFAULTS, **given}
     expected = {ours: given[theirs] for ours, theirs in SIZES[model.family].items()}
     expected["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
     if model.family == "llada":
@@ -144,6 +149,7 @@ def _check_settings(model, config):
         type(value) for value in expected.values()
     ]
     assert model.shift == (model.family == "dream") == (str(given["model_type"]).lower() == "dream")
+    assert model.has_blocks == model.qk_norm == (model.family == "sdar")
     free = {*SIZES[model.family].values(), *OTHER_SIZES, *FREE, *MORE}
     for key in given.keys() - free:
         published = CONFIGS[model.family][key]

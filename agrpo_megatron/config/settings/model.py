@@ -25,7 +25,7 @@ class RunSettings:
 class ModelSettings:
     """The masked-diffusion transformer; named as Megatron-Core names the same things."""
 
-    family: str = setting("llada", "weight-name family", choices=("llada", "dream"))
+    family: str = setting("llada", "weight-name family", choices=("llada", "dream", "sdar"))
     load: str | None = setting(
         None,
         "Hugging Face directory, Megatron checkpoint or run directory to start from, architecture "
