@@ -41,6 +41,25 @@ def test_the_golden_numbers_hold(tmp_path, layout):
         assert word == "ok" and error <= limit
 
 
+SDAR = GOLDEN.parent / "sdar_tiny"
+SDAR_NAMES = [
+    *("logits", "train", "packed", "tracerl shrink 1", "tracerl shrink 2"),
+    *(f"decode {number}" for number in (0, 1, 2, 3, 4, 6, 7, 8)),
+]
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "dp2"])
+def test_the_golden_numbers_of_sdar_hold(tmp_path, layout):
+    """Block-causal logits, doubled rows, TraceRL's log-probs, greedy decodes and their steps."""
+    results = run_ranks(
+        int(layout[-1]), run_tool, "conformance", tmp_path, [SDAR, "--parallel", layout]
+    )
+    assert {status for status, _ in results} == {0}
+    checks, last = read_checks(results[0][1])
+    assert list(checks) == SDAR_NAMES
+    assert last == f"{SDAR}: 13 of 13 checks passed at {whole_name(layout)}"
+
+
 DREAM = GOLDEN.parent / "dream_tiny"
 DREAM_NAMES = [
     *(f"{rows}{way}" for rows in ("logits", "leftpad", "hole") for way in ("", " shifted")),

@@ -62,9 +62,10 @@ def settings_at(model: Path, parallel: str, *, token_budget: int) -> Settings:
     parts = from_text(ParallelSettings, parallel, key="--parallel")
     layout = build(ParallelSettings, parts, "--parallel ")
     settings = Settings(model=settings_from_hf(model), parallel=layout)
+    block = settings.model.block_length or settings.sampling.block_length
     settings = replace(
         settings,
-        sampling=replace(settings.sampling, forbid_mask_token=False),
+        sampling=replace(settings.sampling, forbid_mask_token=False, block_length=block),
         train=replace(settings.train, token_budget=token_budget),
     )
     validate(settings, world_size())

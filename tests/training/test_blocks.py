@@ -1,14 +1,12 @@
 """Block models: rollouts and gradients equal a literal computation on whole rows."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.steps import all_steps, at_level
 from agrpo_megatron.megatron.weights import export_hf
-from agrpo_megatron.training.rl import collect_rollout, update_policy
+from agrpo_megatron.training.rl import collect_rollout
 from tests.megatron.literal import literal_logits
 from tests.ranks import run_ranks
 from tests.training.tiny import gradient, open_session, relative_error
@@ -49,11 +47,8 @@ def _logprobs(session, tensors, trajectory, number, step):
     logits = literal_logits(tensors, settings.model, row, mask=mask)[places]
     logits[:, session.run.mask_id] = float("-inf")
     logits = logits[:, : settings.model.vocab_size]
-    return logits.log_softmax(-1).gather(1, row_tokens(trajectory, number, when == step)).squeeze(1)
-
-
-def row_tokens(trajectory, number, places):
-    return trajectory.tokens[number, places][:, None]
+    tokens = trajectory.tokens[number, when == step]
+    return logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
 
 
 def _compare(overrides):
@@ -87,11 +82,3 @@ def test_log_probs_and_gradients_equal_those_of_whole_rows(kind):
     assert error < 2e-5 and grads < 1e-4
     assert metrics["ratio/max_error"] < 1e-5
     assert len(prompts) > 1, "prompts end at several places of a block"
-
-
-def _update(overrides):
-    session, engine = open_session(*BLOCKS, *overrides)
-    rollout, _ = collect_rollout(session, engine, 0)
-    before = replace(rollout)
-    metrics, _ = update_policy(session, engine, before, None)
-    return rollout.trajectory, metrics

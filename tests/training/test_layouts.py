@@ -62,9 +62,25 @@ MORE = {
 }
 
 
-def _write_start(folder):
+BLOCK_MODEL = [
+    "model.family=sdar",
+    "model.attention=block_causal",
+    "model.block_length=4",
+    "model.qk_norm=true",
+]
+BLOCK_SAMPLING = ["sampling.block_origin=row", "sampling.unmasking=low_confidence"]
+BLOCK_LAYOUTS = {
+    "tp2-sp": (2, []),
+    "pp2": (2, []),
+    "pp2-vpp2 lockstep": (2, ["rollout.schedule=lockstep"]),
+    "dp2 distributed optimizer": (2, [DISTRIBUTED]),
+    "tp2-pp2 recompute": (4, [RECOMPUTE % "recompute_num_layers: 1"]),
+}
+
+
+def _write_start(folder, overrides):
     """Write random weights as a Hugging Face directory."""
-    session, engine = open_session(FOUR_LAYERS)
+    session, engine = open_session(FOUR_LAYERS, *overrides)
     model = session.run.settings.model
     named = {n: p.detach() for n, p in engine.network.named_parameters()}
     save_file(export_hf(named, model, session.run.ranks), Path(folder) / "model.safetensors")
@@ -98,7 +114,7 @@ def _train(folder, overrides):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
-    run_ranks(1, _write_start, folder)
+    run_ranks(1, _write_start, folder, [])
     return folder
 
 
@@ -111,7 +127,31 @@ def alone(start):
 def test_the_layout_changes_nothing(start, alone, name):
     size, overrides = (TABLE | MORE)[name]
     layout = name.partition(" ")[0]
-    for result in run_ranks(size, _train, start, [f"parallel={layout}", *overrides]):
+    _compare(run_ranks(size, _train, start, [f"parallel={layout}", *overrides]), alone)
+
+
+@pytest.fixture(scope="module")
+def block_start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blocks")
+    run_ranks(1, _write_start, folder, BLOCK_MODEL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def block_alone(block_start):
+    return run_ranks(1, _train, block_start, BLOCK_SAMPLING)[0]
+
+
+@pytest.mark.parametrize("name", BLOCK_LAYOUTS)
+def test_the_layout_changes_nothing_of_a_block_model(block_start, block_alone, name):
+    """Rows end after the open block, so their lengths change from step to step."""
+    size, overrides = BLOCK_LAYOUTS[name]
+    own = [*BLOCK_SAMPLING, f"parallel={name.partition(' ')[0]}", *overrides]
+    _compare(run_ranks(size, _train, block_start, own), block_alone)
+
+
+def _compare(results, alone):
+    for result in results:
         for ours, theirs in zip(result["tokens"], alone["tokens"], strict=True):
             assert torch.equal(ours, theirs)
         for key in ("loss", "grad_norm"):
