@@ -54,9 +54,7 @@ class ModelSettings:
         "block one by one, and its block",
         choices=("full", "block_causal", "causal_context"),
     )
-    block_length: int | None = setting(
-        None, "tokens of a block; null with attention=full", low=1
-    )
+    block_length: int | None = setting(None, "tokens of a block; null with attention=full", low=1)
     init_std: float = setting(0.02, "standard deviation of random initial weights", low=0)
     megatron: dict[str, Any] = setting({}, "passed to Megatron's TransformerConfig by name")
 
@@ -131,6 +129,14 @@ class RolloutSettings:
     )
     groups: int | None = setting(
         None, "groups of rows in flight; null: twice the pipeline stages, 1 without", low=1
+    )
+    cached: bool | None = setting(
+        None,
+        "compute finished blocks once and keep their keys and values: the same completions, for "
+        "block models; null: where it is possible",
+    )
+    cache_memory: float = setting(
+        8.0, "largest cache of keys and values on each rank", unit="GiB", low=1e-6
     )
     rows: int | None = setting(
         None,
