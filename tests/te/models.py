@@ -30,6 +30,7 @@ VARIANTS = {
     "grouped": [],
     "llada": ["model.num_query_groups=null"],
     "bias and qk-norm": ["model.qkv_bias=true", "model.qk_norm=true"],
+    "wide heads": ["model.head_dim=16"],
 }
 LOCAL, TE = "kernels.layer_spec=local", "kernels.layer_spec=te"
 BF16, FP8 = "precision=bf16", "precision=fp8"
