@@ -21,6 +21,14 @@ def block_offsets(prompt_lengths: Tensor, sampling: SamplingSettings) -> Tensor:
     return prompt_lengths % sampling.block_length
 
 
+def first_blocks(trajectory: Trajectory) -> Tensor:
+    """Return the position [R] at which the first whole block of each row begins."""
+    prompts = torch.tensor([len(prompt) for prompt in trajectory.prompts])
+    return (
+        prompts - block_offsets(prompts, trajectory.sampling)
+    ) % trajectory.sampling.block_length
+
+
 def block_numbers(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
     """Return the block of each completion token [R, C], and its place in the block [R, C]."""
     sampling, device = trajectory.sampling, trajectory.tokens.device

@@ -8,6 +8,7 @@ recomputed are not, so the count is the same under every layout.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -73,14 +74,25 @@ def _block_flops(trajectory: Trajectory, model: ModelSettings, *, is_cached: boo
     return result
 
 
-def scored_flops(lengths: Iterable[int], scored: int, model: ModelSettings) -> int:
+def scored_flops(
+    lengths: Iterable[int],
+    scored: int,
+    model: ModelSettings,
+    *,
+    firsts: Iterable[int] | None = None,
+) -> int:
     """Return the FLOPs of one forward pass over rows that an estimator scores.
 
     Args:
         lengths: tokens of each row, prompt and completion.
         scored: tokens of all rows that reach the head.
+        firsts: of each row, as `row_flops` takes it; None: 0.
     """
-    return sum(row_flops(length, model) for length in lengths) + head_flops(scored, model)
+    firsts = itertools.repeat(0) if firsts is None else firsts
+    layers = sum(
+        row_flops(n, model, first=first) for n, first in zip(lengths, firsts, strict=False)
+    )
+    return layers + head_flops(scored, model)
 
 
 def head_flops(positions: int, model: ModelSettings) -> int:
