@@ -18,33 +18,47 @@ hypothesis.settings.load_profile("same")
 NEEDS_GPU = "needs a GPU: tools/gpu_check.sh runs it on one"
 HERE = Path(__file__).parent
 # What takes long, the longest first (by `--durations=0`), so that test processes end together.
-LONGEST = (
-    "slurm/test_out_of_time.py",
+# Tests that mostly wait, for SLURM, for a hung rank or for a limit of time, are spread among the
+# others: together at the beginning they would leave the cores idle.
+WAITING = (
     "slurm/test_disturbed.py",
-    "slurm/test_lost_nodes.py",
-    "resilience/test_nvrx.py",
+    "slurm/test_out_of_time.py",
     "slurm/test_jobs.py",
-    "slurm/test_continued.py",
+    "resilience/test_nvrx.py",
     "resilience/test_watchdog.py",
-    "training/test_layouts.py",
-    "training/test_nan_guard.py",
-    "resilience/test_stop.py",
-    "tasks/test_golden.py",
-    "test_gpu_check.py",
-    "test_gpus_check.py",
+    "slurm/test_continued.py",
+    "slurm/test_lost_nodes.py",
     "resilience/test_failure.py",
-    "megatron/test_pipeline.py",
     "launch/test_sweep_jobs.py",
-    "cli/test_run.py",
-    "training/test_resume.py",
-    "training/test_checkpointing.py",
-    "evaluation/test_evaluate.py",
-    "tasks/test_hostile.py",
-    "training/test_invariance.py",
-    "cli/test_evaluate.py",
-    "cli/test_convert.py",
-    "checkpoint/test_sharded.py",
 )
+LONGEST = (
+    "test_te.py",
+    "test_conformance.py",
+    "cli/test_alone.py",
+    "resilience/test_stop.py",
+    "test_gpu_check.py",
+    "training/test_estimators.py",
+    "test_check_estimators.py",
+    "training/test_layouts.py",
+    "test_gpus_check.py",
+    "cli/test_run.py",
+    "test_examples.py",
+    "training/test_nan_guard.py",
+    "megatron/test_pipeline.py",
+    "rollout/test_cached.py",
+    "tasks/test_golden.py",
+    "training/variance/test_auto.py",
+    "evaluation/test_evaluate.py",
+    "training/test_resume.py",
+    "runs/test_log.py",
+    "megatron/test_one_queue.py",
+    "cli/test_convert.py",
+    "cli/test_evaluate.py",
+    "tasks/test_hostile.py",
+    "training/test_checkpointing.py",
+    "resilience/test_attempts.py",
+)
+SPREAD = 2  # files of the others between two that wait
 # Their tests share nothing that is slow to make: each goes to the next free test process.
 APART = {
     "resilience/test_failure.py",
@@ -53,6 +67,7 @@ APART = {
     "training/test_checkpointing.py",
     "training/test_nan_guard.py",
     "tasks/test_golden.py",
+    "test_conformance.py",
     "test_gpu_check.py",
 }
 
@@ -71,12 +86,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files.
+    """Begin with the longest files, and spread those that wait.
 
     Skip what needs a GPU where there is none, unless it is to be rehearsed on the CPU.
     """
-    place = {HERE / name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path, len(place)))
+    place = {HERE / name: (SPREAD + 1) * number for number, name in enumerate(WAITING)}
+    others = [HERE / name for name in LONGEST]
+    others += dict.fromkeys(item.path for item in items if item.path not in {*place, *others})
+    for number, path in enumerate(others):
+        place[path] = number + number // SPREAD + 1
+    items.sort(key=lambda item: place[item.path])
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing or os.environ.get("AGRPO_REHEARSE_GPU") == "1":
         return
