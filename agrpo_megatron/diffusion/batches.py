@@ -7,15 +7,10 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import ModelSettings, SamplingSettings
 from agrpo_megatron.diffusion import noise
-from agrpo_megatron.diffusion.blocks import block_offsets, doubled_row, state_rows
-from agrpo_megatron.diffusion.packing import (
-    completion_columns,
-    make_canvas,
-    pack_scored,
-    unscored_row,
-)
+from agrpo_megatron.diffusion.blocks import block_offsets, doubled_row
+from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, pack, unscored_row
 from agrpo_megatron.diffusion.patterns import row_length
-from agrpo_megatron.types import PackedRows, Rollout, Row, ScoredRows, SftBatch, TimestepBatch
+from agrpo_megatron.types import PackedRows, Rollout, ScoredRows, SftBatch, TimestepBatch
 
 
 def row_lengths(rollout: Rollout, scored: ScoredRows) -> Tensor:
@@ -32,15 +27,15 @@ def timestep_batch(
     rows: Tensor,
     *,
     mask_id: int,
-    model: ModelSettings | None = None,
+    shift: bool = False,
+    packed: PackedRows | None = None,
 ) -> TimestepBatch:
     """Pack one micro-batch: some of the scored rows.
 
     Args:
         rows: [n] indices of scored rows; without any, the batch has weight 0.
-        model: its shift and its attention; None: tokens see all and are predicted in place.
+        packed: their tokens, for a block model; None: each row has all of its own.
     """
-    model = model or ModelSettings()
     trajectory, rows = rollout.trajectory, rows.to(scored.rollout.device)
     source, target = scored.rollout[rows], scored.scored[rows]
     states = trajectory.tokens[source].masked_fill(scored.hidden[rows], mask_id)
@@ -55,16 +50,12 @@ def timestep_batch(
     support = trajectory.support_ids if scored.is_sampled else None
     targets = trajectory.tokens[source] if scored.targets is None else scored.targets[rows]
     old = recorded_logprobs(rollout, scored, rows)
+    if packed is None:
+        prompts = _states_of_prompts(rollout, scored, rows, mask_id)
+        length = None if scored.length is None else scored.length[rows]
+        packed = _packed(prompts, states, target, length=length, mask_id=mask_id, shift=shift)
     return TimestepBatch(
-        rows=_packed(
-            _states_of_prompts(rollout, scored, rows, mask_id),
-            states,
-            target,
-            length=None if scored.length is None else scored.length[rows],
-            mask_id=mask_id,
-            model=model,
-            sampling=trajectory.sampling,
-        ),
+        rows=packed,
         targets=targets[row, position],
         support_ids=support[owner, position] if support is not None else None,
         old_logprobs=None if old is None else old[row, position],
@@ -111,8 +102,7 @@ def _packed(
     *,
     length: Tensor | None = None,
     mask_id: int,
-    model: ModelSettings,
-    sampling: SamplingSettings,
+    shift: bool,
 ) -> PackedRows:
     """Pack prompts with completions [n, C]; `scored` [n, C] marks tokens that reach the head.
 
@@ -121,28 +111,11 @@ def _packed(
     """
     if not len(completions):
         return unscored_row(mask_id, completions.device)
-    kept = [completions.shape[1]] * len(completions) if length is None else length.tolist()
-    sizes = [len(prompt) for prompt in prompts]
-    lengths = [size + count for size, count in zip(sizes, kept, strict=True)]
-    patterns = state_rows(lengths, sizes, model, sampling)
-    return _laid_out(prompts, completions, scored, lengths, model=model, patterns=patterns)
-
-
-def _laid_out(
-    prompts: Sequence[Tensor],
-    completions: Tensor,
-    scored: Tensor,
-    lengths: Sequence[int],
-    *,
-    model: ModelSettings,
-    patterns: Sequence[Row] | None,
-) -> PackedRows:
-    """Pack rows of some lengths: what comes before the completions [n, C], and these."""
-    canvas, before = make_canvas(prompts, completions)
-    columns = completion_columns(before, completions.shape[1])
+    canvas, prompt_lengths = make_canvas(prompts, completions)
+    columns = completion_columns(prompt_lengths, completions.shape[1])
     marks = torch.zeros_like(canvas, dtype=torch.bool).scatter_(1, columns, scored)
-    row, column = marks.nonzero(as_tuple=True)
-    return pack_scored(canvas, lengths, row, column, shift=model.shift, patterns=patterns)
+    kept = completions.shape[1] if length is None else length
+    return pack(canvas, prompt_lengths + kept, marks, shift=shift)
 
 
 def sft_loss(logprobs: Tensor, batch: SftBatch) -> Tensor:
@@ -217,11 +190,14 @@ def _sft_rows(
     """Pack masked responses [n, C] after their prompts, or after whole examples."""
     states = responses.masked_fill(masked, mask_id)
     if not model.has_blocks or not len(states):
-        return _packed(prompts, states, masked, mask_id=mask_id, model=model, sampling=sampling)
+        return _packed(prompts, states, masked, mask_id=mask_id, shift=model.shift)
     contexts, patterns = [], []
     for prompt, response in zip(prompts, responses, strict=True):
         whole = torch.cat([prompt, response])
         patterns.append(doubled_row(len(prompt), len(whole), model, sampling))
         contexts.append(torch.cat([whole, prompt[patterns[-1][1].start :]]))
-    lengths = [row_length(pattern) for pattern in patterns]
-    return _laid_out(contexts, states, masked, lengths, model=model, patterns=patterns)
+    canvas, before = make_canvas(contexts, states)
+    columns = completion_columns(before, states.shape[1])
+    marks = torch.zeros_like(canvas, dtype=torch.bool).scatter_(1, columns, masked)
+    lengths = torch.tensor([row_length(pattern) for pattern in patterns], device=canvas.device)
+    return pack(canvas, lengths, marks, patterns=patterns)

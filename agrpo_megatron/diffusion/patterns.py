@@ -61,6 +61,18 @@ def row_length(row: Row) -> int:
     return sum(span.length for span in row)
 
 
+@functools.lru_cache(maxsize=1024)
+def visible_pairs(row: Row) -> int:
+    """Return how many pairs of tokens of a row see each other."""
+    total, begin = 0, 0
+    for length, start, _, is_copy, _ in row:
+        _, _, first, end = _table(row)[:, begin : begin + length]
+        seen = end.clamp(max=start + length) - first.clamp(min=start) * is_copy
+        total += int((seen + first.clamp(max=row[0].length) * is_copy).sum())
+        begin += length
+    return total
+
+
 def visible(places: Places, query: Tensor, key: Tensor) -> Tensor:
     """Return whether tokens `query` see tokens `key`: indices of the same or broadcast shapes."""
     position, is_context = places.position[key], places.span[key] == 0

@@ -8,7 +8,6 @@ recomputed are not, so the count is the same under every layout.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from agrpo_megatron.config.settings import ModelSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from agrpo_megatron.types import Trajectory
+    from agrpo_megatron.types import Row, Trajectory
 
 WITH_GRADIENT = 3  # a forward and a backward pass, in forward passes
 
@@ -50,49 +49,49 @@ def completion_flops(
 
 def _block_flops(trajectory: Trajectory, model: ModelSettings, *, is_cached: bool) -> list[int]:
     """Return the FLOPs [R] of the layers in all steps of a block model's completions."""
-    from agrpo_megatron.diffusion.blocks import open_block
+    from agrpo_megatron.diffusion.blocks import context_row, open_block, state_rows
+    from agrpo_megatron.diffusion.patterns import visible_pairs
 
-    result, known = [], set[bytes]()
+    sampling, result, known = trajectory.sampling, [], set[bytes]()
     begins, ends = _steps_of_blocks(trajectory)
     for prompt, counts in zip(trajectory.prompts, (ends - begins).tolist(), strict=True):
-        first, key, total = len(prompt) % trajectory.sampling.block_length, bytes(prompt.cpu()), 0
-        first = first if trajectory.sampling.block_origin == "completion" else 0
-        parts = [
-            open_block(len(prompt), block, trajectory.sampling) for block in range(len(counts))
-        ]
-        ran = [(part, count) for part, count in zip(parts, counts, strict=True) if count]
+        size, key, total = len(prompt), bytes(prompt.cpu().numpy()), 0
+        ran = [(open_block(size, n, sampling), count) for n, count in enumerate(counts) if count]
         for number, ((start, end), count) in enumerate(ran):
-            if not is_cached:
-                total += count * row_flops(end, model, first=first)
-                continue
-            count += number < len(ran) - 1  # the finished block runs once more
-            total += count * _token_flops(end - start, (end - start) * end, model)
-        if is_cached and ran and key not in known:
-            total += row_flops(ran[0][0][0], model, first=first)
+            if is_cached:
+                count += number < len(ran) - 1  # the finished block runs once more
+                total += count * _token_flops(end - start, (end - start) * end, model)
+            else:
+                (row,) = state_rows([end], [size], model, sampling) or ()
+                total += count * _token_flops(end, visible_pairs(row), model)
+        context = ran[0][0][0] if ran else 0
+        if is_cached and context and key not in known:
+            pairs = visible_pairs(context_row(context, size, model, sampling))
+            total += _token_flops(context, pairs, model)
             known.add(key)
         result.append(total)
     return result
 
 
-def scored_flops(
-    lengths: Iterable[int],
-    scored: int,
-    model: ModelSettings,
-    *,
-    firsts: Iterable[int] | None = None,
-) -> int:
+def scored_flops(lengths: Iterable[int], scored: int, model: ModelSettings) -> int:
     """Return the FLOPs of one forward pass over rows that an estimator scores.
 
     Args:
         lengths: tokens of each row, prompt and completion.
         scored: tokens of all rows that reach the head.
-        firsts: of each row, as `row_flops` takes it; None: 0.
     """
-    firsts = itertools.repeat(0) if firsts is None else firsts
-    layers = sum(
-        row_flops(n, model, first=first) for n, first in zip(lengths, firsts, strict=False)
-    )
-    return layers + head_flops(scored, model)
+    return sum(row_flops(length, model) for length in lengths) + head_flops(scored, model)
+
+
+def pattern_flops(patterns: Iterable[Row], scored: int, model: ModelSettings) -> int:
+    """Return the FLOPs of one forward pass over rows of patterns; `scored` tokens reach the head.
+
+    A pair of tokens counts where one sees the other.
+    """
+    from agrpo_megatron.diffusion.patterns import row_length, visible_pairs
+
+    layers = (_token_flops(row_length(row), visible_pairs(row), model) for row in patterns)
+    return sum(layers) + head_flops(scored, model)
 
 
 def head_flops(positions: int, model: ModelSettings) -> int:
@@ -101,34 +100,15 @@ def head_flops(positions: int, model: ModelSettings) -> int:
     return 2 * positions * model.hidden_size * model.vocab_size
 
 
-def row_flops(length: int, model: ModelSettings, *, first: int = 0) -> int:
-    """Return the FLOPs of one row through all layers, without the head.
-
-    Args:
-        first: the position at which the second block of a block model begins, if not its length.
-    """
-    return _token_flops(length, _visible_pairs(length, model, first), model)
+def row_flops(length: int, model: ModelSettings) -> int:
+    """Return the FLOPs of one row through all layers, without the head; all tokens see all."""
+    return _token_flops(length, length**2, model)
 
 
 def _token_flops(tokens: int, pairs: int, model: ModelSettings) -> int:
     """Return the FLOPs of some tokens through all layers; `pairs` of tokens see each other."""
     attention = 4 * pairs * model.query_width  # scores, and the weighted values
     return model.num_layers * (2 * tokens * layer_matrices(model) + attention)
-
-
-def _visible_pairs(length: int, model: ModelSettings, first: int) -> int:
-    """Return how many pairs of tokens of a row see each other.
-
-    The open block of a model with a causal context is counted as if it were causal.
-    """
-    if not model.has_blocks:
-        return length**2
-    block = model.block_length if model.attention == "block_causal" else 1
-    assert block is not None
-    first = min(first % block, length)
-    blocks, rest = divmod(length - first, block)
-    whole = block * (blocks * first + block * blocks * (blocks + 1) // 2)
-    return first**2 + whole + rest * length
 
 
 def scored_positions(trajectory: Trajectory) -> Tensor:

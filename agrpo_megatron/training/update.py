@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, timestep_batch
-from agrpo_megatron.diffusion.blocks import first_blocks, with_open_blocks
+from agrpo_megatron.diffusion.blocks import pack_replay, replay_rows
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.table import is_joint, scored_rows
 from agrpo_megatron.megatron.engine import Engine
@@ -14,7 +15,7 @@ from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.rollout.session import Session
-from agrpo_megatron.scaling.flops import WITH_GRADIENT, scored_flops
+from agrpo_megatron.scaling.flops import WITH_GRADIENT, pattern_flops, scored_flops
 from agrpo_megatron.training.nan_guard import NanGuard, Update, rollout_keys
 from agrpo_megatron.training.objective import (
     BatchLoss,
@@ -34,7 +35,7 @@ class Part:
 
     scored: ScoredRows
     batches: list[TimestepBatch]
-    lengths: Tensor  # [N] tokens of each row
+    lengths: Tensor  # tokens of each packed row
     old: Tensor | None  # [N, C] log-probs of the policy that sampled; None: of the current one
     forward: int  # FLOPs of a forward pass over the rows of all ranks
     reference: Tensor | None = None  # [N, C] log-probs of the frozen reference
@@ -87,8 +88,9 @@ def update_policy(
         )
         slots = len(part.batches) * ranks.data.size * budget
         filled = int(part.lengths.sum())
-        packed = {"rows": len(part.lengths), "filled": filled, "slots": slots}
-        packed["scoring_rows"] = part.passes * len(part.lengths)
+        count = len(part.scored.rollout)
+        packed = {"rows": count, "filled": filled, "slots": slots}
+        packed["scoring_rows"] = part.passes * count
         packed["flops"] = part.flops
         results.append({**metrics, **packed, "micro_batches": len(part.batches)})
     return _update_metrics(results), sum(result["filled"] for result in results)
@@ -106,18 +108,40 @@ def packed_part(settings: Settings, ranks: Ranks, rollout: Rollout, scored: Scor
     """Pack this rank's share of scored rows into micro-batches."""
     model = settings.model
     assert model.mask_token_id is not None
-    scored = with_open_blocks(scored, rollout, model)
-    lengths = row_lengths(rollout, scored)
+    make = _replayed if model.has_blocks else _whole
+    lengths, forward, batches = make(settings, ranks, rollout, scored, model.mask_token_id)
+    batches = [local_part(batch, ranks) for batch in batches]
+    return Part(scored, batches, lengths, recorded_logprobs(rollout, scored), forward)
+
+
+def _whole(
+    settings: Settings, ranks: Ranks, rollout: Rollout, scored: ScoredRows, mask_id: int
+) -> tuple[Tensor, int, list[TimestepBatch]]:
+    """Pack each scored row for itself; returns lengths, FLOPs of a pass, this rank's batches."""
+    model, lengths = settings.model, row_lengths(rollout, scored)
     plan = my_micro_batches(lengths, model, ranks, budget=settings.train.token_budget)
     batches = [
-        timestep_batch(rollout, scored, rows, mask_id=model.mask_token_id, model=model)
-        for rows in plan
+        timestep_batch(rollout, scored, rows, mask_id=mask_id, shift=model.shift) for rows in plan
     ]
-    recorded = recorded_logprobs(rollout, scored)
-    firsts = first_blocks(rollout.trajectory)[scored.rollout].tolist()
-    count = int(scored.scored.sum())
-    forward = scored_flops(lengths.tolist(), count, model, firsts=firsts)
-    return Part(scored, [local_part(batch, ranks) for batch in batches], lengths, recorded, forward)
+    forward = scored_flops(lengths.tolist(), int(scored.scored.sum()), model)
+    return lengths, forward, batches
+
+
+def _replayed(
+    settings: Settings, ranks: Ranks, rollout: Rollout, scored: ScoredRows, mask_id: int
+) -> tuple[Tensor, int, list[TimestepBatch]]:
+    """Pack states of the same rollout after one copy of its text; returns as `_whole` does."""
+    model, budget = settings.model, settings.train.token_budget
+    rows = replay_rows(scored, rollout, model, budget=budget)
+    lengths = torch.tensor([row.length for row in rows], dtype=torch.int64)
+    batches = []
+    for plan in my_micro_batches(lengths, model, ranks, budget=budget):
+        mine = [rows[number] for number in plan.tolist()]
+        states = torch.tensor([state for row in mine for state in row.states], dtype=torch.int64)
+        packed = pack_replay(mine, rollout, scored, mask_id=mask_id) if mine else None
+        batches.append(timestep_batch(rollout, scored, states, mask_id=mask_id, packed=packed))
+    patterns = [row.pattern for row in rows]
+    return lengths, pattern_flops(patterns, int(scored.scored.sum()), model), batches
 
 
 def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_first: bool) -> Part:

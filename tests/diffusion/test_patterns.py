@@ -12,6 +12,7 @@ from agrpo_megatron.diffusion.patterns import (
     span_mask,
     span_slices,
     visible,
+    visible_pairs,
 )
 
 CPU = torch.device("cpu")
@@ -61,6 +62,12 @@ def test_a_causal_context_is_causal_and_its_copy_is_not():
     mask = _mask([replay(4, 4, [(4, 3)], causal=True)])
     assert torch.equal(mask[:4, :4], torch.ones(4, 4).tril() > 0)
     assert not mask[:4, 4:].any() and mask[4:].all()
+
+
+def test_pairs_are_counted_as_the_mask_has_them():
+    rows = [full(5), block_causal(11, 4, origin=3), replay(4, 4, [(4, 3)], causal=True)]
+    for row in [*rows, replay(10, 4, [(4, 6), (8, 2), (0, 4)], causal=False)]:
+        assert visible_pairs(row) == int(_mask([row]).sum())
 
 
 def test_the_mask_of_a_span_is_its_part_of_the_rows_mask():

@@ -5,12 +5,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.diffusion.blocks import block_numbers, open_block
 from agrpo_megatron.diffusion.patterns import block_causal, places_of, row_length, visible
 from agrpo_megatron.megatron import model as model_module
 from agrpo_megatron.rollout.generate import sample_prompts
-from agrpo_megatron.scaling.flops import completion_flops, row_flops
+from agrpo_megatron.scaling.flops import completion_flops
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
 
@@ -75,11 +74,3 @@ def test_matrices_are_torchs_and_attention_is_of_visible_pairs(overrides):
     ours, products, attention, pairs = run_ranks(1, _count, overrides)[0]
     assert ours == products + pairs
     assert 0 < pairs <= attention
-
-
-def test_a_row_of_blocks():
-    """Ten tokens in blocks of four, the first of three: 3 x 3, 4 x 7, 3 x 10 pairs."""
-    model = ModelSettings(attention="block_causal", block_length=4)
-    whole = ModelSettings()
-    extra = row_flops(10, whole) - row_flops(10, model, first=3)
-    assert extra == (100 - 9 - 28 - 30) * 4 * 128 * 4

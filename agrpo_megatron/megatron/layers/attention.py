@@ -95,6 +95,8 @@ class PackedAttention(MegatronModule):
         """
         outputs = []
         for number in range(1 if pattern is None else len(pattern)):
+            if pattern is not None and not pattern[number].length:
+                continue  # states of the first block have no text before them
             mask, own, seen = None, query, (key, value)
             if pattern is not None:
                 mask = span_mask(pattern, number, query.device)

@@ -92,7 +92,7 @@ def gradients_of(
                 found.append(sketch)
                 tokens = float(part.lengths.sum())
                 work += tokens * (FORWARD + BACKWARD + FORWARD * part.passes)
-                rows += len(part.lengths)
+                rows += len(part.scored.rollout)
                 flops += part.flops
     shape, times = (len(rollouts), draws, 2, SIZE), len(rollouts) * draws
     return Gradients(torch.stack(found).view(shape), work / times, rows / times, flops / times)
