@@ -3,8 +3,8 @@
 from agrpo_megatron.config.settings import RolloutSettings, Settings
 from agrpo_megatron.config.settings.estimators import ENTRIES
 
-# Estimators whose rows score tokens of one block each.
-ONE_BLOCK = ("agrpo", "full_trajectory", "just_grpo", "cj_grpo", "egspo")
+# Estimators that score tokens of later blocks from a state in which earlier ones are masked.
+ACROSS = ("step_merge", "tracerl", "rldf")
 
 
 def validate_blocks(settings: Settings) -> None:
@@ -32,10 +32,16 @@ def validate_blocks(settings: Settings) -> None:
             "kernels.batch_invariant=false"
         )
     name = settings.algorithm.name
-    if name in ENTRIES and name not in ONE_BLOCK:
+    if name in ACROSS:
+        fitting = ", ".join(entry for entry in ENTRIES if entry not in ACROSS)
         raise ValueError(
-            f"algorithm.name={name} scores tokens of several blocks in one row, and {by} has rows "
-            f"of one open block; use {', '.join(ONE_BLOCK)}"
+            f"algorithm.name={name} scores tokens from a state in which earlier blocks are masked, "
+            f"and {by} never has one; use {fitting}"
+        )
+    if settings.model.shift:
+        raise ValueError(
+            f"model.shift=true predicts a token from the one before, and {by} predicts a block's "
+            "first token from its own place; use model.shift=false"
         )
     if settings.sampling.schedule == "dream":
         raise ValueError(

@@ -148,39 +148,46 @@ def replay_rows(
     for owner, block in zip(owners, first, strict=True):
         level.append(counts[owner, block])
         counts[owner, block] += 1
-    states: list[int] = []
-    parts = {}
+    states, parts, needs = list[int](), dict[int, tuple[int, int]](), dict[int, int]()
     for number in sorted(range(len(owners)), key=lambda n: (owners[n], level[n], first[n])):
         prompt = len(trajectory.prompts[owners[number]])
-        block = min(first[number], last[number])
-        start, _ = open_block(prompt, block, trajectory.sampling)
-        parts[number] = start, open_block(prompt, last[number], trajectory.sampling)[1]
-        tokens = max(parts[n][0] for n in [*states, number])
+        start, _ = open_block(prompt, min(first[number], last[number]), trajectory.sampling)
+        needs[number], end = open_block(prompt, last[number], trajectory.sampling)
+        parts[number] = start, end
+        tokens = max(needs[n] for n in [*states, number])
         tokens += sum(parts[n][1] - parts[n][0] for n in [*states, number])
         is_other = states and owners[states[0]] != owners[number]
         if states and (is_other or tokens > budget or scored.hidden_prompt is not None):
-            found.append(_replay_row(states, parts, owners[states[0]], rollout, model))
+            found.append(_replay_row(states, parts, needs, rollout, scored, model))
             states = []
         states.append(number)
     if states:
-        found.append(_replay_row(states, parts, owners[states[0]], rollout, model))
+        found.append(_replay_row(states, parts, needs, rollout, scored, model))
     return found
 
 
 def _replay_row(
     states: Sequence[int],
     parts: Mapping[int, tuple[int, int]],
-    owner: int,
+    needs: Mapping[int, int],
     rollout: Rollout,
+    scored: ScoredRows,
     model: ModelSettings,
 ) -> ReplayRow:
+    """Return a row of some states.
+
+    Args:
+        parts: first token of each state in the whole row, and its end.
+        needs: tokens of finished text before the last block of each state.
+    """
     copies = list[tuple[int, int]]()  # neighbouring parts that follow each other are one copy
     for start, end in (parts[number] for number in states):
         if copies and sum(copies[-1]) == start:
             copies[-1] = copies[-1][0], end - copies[-1][0]
         else:
             copies.append((start, end - start))
-    trajectory, context = rollout.trajectory, max(parts[number][0] for number in states)
+    trajectory, context = rollout.trajectory, max(needs[number] for number in states)
+    owner = int(scored.rollout[states[0]])
     prompt = len(trajectory.prompts[owner])
     pattern = context_row(context, prompt, model, trajectory.sampling, copies=copies)
     return ReplayRow(owner, context, tuple(states), tuple(parts[n] for n in states), pattern)

@@ -46,7 +46,7 @@ def step_merge(rollout: Rollout, context: DrawContext) -> ScoredRows:
     passes: `mc_samples`, with gradient. Source: d2 (arXiv 2509.21474, diffu-GRPO's code).
     """
     trajectory, settings = rollout.trajectory, context.algorithm.filled
-    steps, segments = trajectory.sampling.denoising_steps, settings.draws
+    steps, segments = trajectory.sampling.most_steps, settings.draws
     first = torch.tensor([int(n * (steps / segments)) for n in range(segments)])
     first = first.to(trajectory.tokens.device)
     segment = torch.searchsorted(first, trajectory.unmask_step, right=True) - 1

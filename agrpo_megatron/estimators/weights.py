@@ -38,7 +38,7 @@ def token_weights(
     rows = torch.bincount(owner, minlength=rollouts)[owner, None].double()
     kind = settings.normaliser
     if kind == "same_step":
-        steps = trajectory.sampling.denoising_steps
+        steps = trajectory.sampling.most_steps
         together = torch.zeros(steps, dtype=torch.float64, device=owner.device)
         together.index_add_(0, step, count[:, 0])
         each = rollouts / (steps * together.clamp(min=1)[step, None])

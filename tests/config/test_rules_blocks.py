@@ -47,10 +47,16 @@ REFUSED = {
         "kernels.batch_invariant=true has no attention for model.attention",
         "kernels.batch_invariant=false",
     ),
-    "rows of several blocks": (
-        ["algorithm.name=diffu_grpo"],
-        "algorithm.name=diffu_grpo scores tokens of several blocks in one row",
-        "agrpo, full_trajectory, just_grpo, cj_grpo, egspo",
+    "states across blocks": (
+        ["algorithm.name=tracerl"],
+        "algorithm.name=tracerl scores tokens from a state in which earlier blocks are masked",
+        "agrpo, full_trajectory, just_grpo, cj_grpo, egspo, diffu_grpo, wd1, unigrpo, "
+        "coupled_grpo, spg, gdpo, espo, vrpo, bgpo",
+    ),
+    "shift": (
+        ["model.shift=true"],
+        "model.shift=true predicts a token from the one before",
+        "model.shift=false",
     ),
     "Dream's schedule": (WHOLE, "sampling.schedule=dream decodes the completion as one", "uniform"),
     "Dream's order": (

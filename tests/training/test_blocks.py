@@ -1,5 +1,7 @@
 """Block models: rollouts and gradients equal a literal computation on whole rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.steps import all_steps, at_level
 from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.training.rl import collect_rollout
+from agrpo_megatron.training.update import prepare
 from tests.megatron.literal import literal_logits
 from tests.ranks import run_ranks
 from tests.training.tiny import gradient, open_session, relative_error
@@ -82,3 +85,50 @@ def test_log_probs_and_gradients_equal_those_of_whole_rows(kind):
     assert error < 2e-5 and grads < 1e-4
     assert metrics["ratio/max_error"] < 1e-5
     assert len(prompts) > 1, "prompts end at several places of a block"
+
+
+ESTIMATORS = {
+    "agrpo": ["algorithm.mc_samples=3"],
+    "full_trajectory": [],
+    "cj_grpo": [],
+    "egspo": ["algorithm.mc_samples=2"],
+    "just_grpo": [
+        "sampling.unmasking=leftmost",
+        "sampling.denoising_steps=8",
+        "algorithm.mc_samples=null",
+    ],
+    "diffu_grpo": [],  # hides a part of the prompt
+    "coupled_grpo": [],
+    "spg": [],
+    "espo": [],
+    "bgpo": [],
+}
+
+
+def _two_budgets(name, overrides):
+    """Return a gradient with one state a row, and with all in one row; rows and states."""
+    session, engine = open_session(
+        *KINDS["blocks of the row"], "model.block_length=4", f"algorithm.name={name}", *overrides
+    )
+    rollout, _ = collect_rollout(session, engine, 0)
+    found = []
+    for budget in (1, 4000):
+        settings = session.run.settings
+        train = replace(settings.train, token_budget=budget)
+        run = replace(session.run, settings=replace(settings, train=train))
+        part = prepare(run.settings, engine.ranks, rollout, seed=settings.run.seed)
+        _, grads = gradient(replace(session, run=run), engine, rollout)
+        found.append((grads, len(part.lengths), len(part.scored.rollout), part.forward))
+    return found
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_states_in_one_row_give_the_gradient_of_rows_of_their_own(name):
+    alone, together = run_ranks(
+        1, _two_budgets, name, ESTIMATORS[name] or ["algorithm.mc_samples=null"]
+    )[0]
+    grads, rows, states, flops = alone
+    assert relative_error(together[0], grads) < 1e-5
+    assert rows == states == together[2] >= together[1]
+    assert together[3] <= flops
+    assert together[1] <= 12 or name in ("diffu_grpo", "spg"), "a row for each rollout"
