@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from agrpo_megatron.diffusion.blocks import block_numbers
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.steps import all_steps, at_level
 from agrpo_megatron.megatron.weights import export_hf
@@ -132,3 +133,36 @@ def test_states_in_one_row_give_the_gradient_of_rows_of_their_own(name):
     assert rows == states == together[2] >= together[1]
     assert together[3] <= flops
     assert together[1] <= 12 or name in ("diffu_grpo", "spg"), "a row for each rollout"
+
+
+def _draws_of_blocks():
+    """Return, for each rollout, the blocks of as many uniform draws as there are blocks."""
+    session, engine = open_session(
+        *KINDS["blocks of the completion"],
+        "model.block_length=4",
+        "sampling.completion_length=16",
+        "sampling.denoising_steps=16",
+        "sampling.early_end=false",
+        "algorithm.mc_samples=4",
+        "algorithm.allocation=equal",
+        "algorithm.proposal=uniform",
+    )
+    rollout, _ = collect_rollout(session, engine, 0)
+    part = prepare(session.run.settings, engine.ranks, rollout, seed=0)
+    numbers = block_numbers(rollout.trajectory)[0][part.scored.rollout]
+    blocks = [
+        row[scored].unique().tolist()
+        for row, scored in zip(numbers, part.scored.scored, strict=True)
+    ]
+    owners = part.scored.rollout.tolist()
+    found = {owner: [] for owner in owners}
+    for owner, (block,) in zip(owners, blocks, strict=True):
+        found[owner].append(block)
+    return found, len(part.lengths)
+
+
+def test_as_many_draws_as_blocks_take_one_step_of_each():
+    """Distinct draws follow the order of the steps, and so of the blocks."""
+    found, rows = run_ranks(1, _draws_of_blocks)[0]
+    assert rows == len(found) > 3
+    assert all(sorted(blocks) == [0, 1, 2, 3] for blocks in found.values())
