@@ -176,13 +176,11 @@ class KeyStore(Protocol):
         """Copy the first tokens of slots to others."""
         ...
 
-    def read(self, layer: int, slots: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return the first keys and values of slots."""
         ...
 
-    def write(
-        self, layer: int, slots: Sequence[int], first: int, keys: Tensor, values: Tensor
-    ) -> None:
+    def write(self, layer: int, slots: Tensor, first: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values of slots from token `first` on."""
         ...
 

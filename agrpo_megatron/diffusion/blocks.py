@@ -1,8 +1,9 @@
 """Blocks of completions: where they begin, and the rows of their partially masked states."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import ModelSettings, SamplingSettings
 from agrpo_megatron.diffusion.packing import make_canvas, on_device
-from agrpo_megatron.diffusion.patterns import block_causal, full, replay, row_length
-from agrpo_megatron.types import PackedRows, Rollout, Row, ScoredRows, Span, Trajectory
+from agrpo_megatron.diffusion.patterns import replay, row_length
+from agrpo_megatron.types import PackedRows, Rollout, Row, ScoredRows, Trajectory
 
 
 def block_offsets(prompt_lengths: Tensor, sampling: SamplingSettings) -> Tensor:
@@ -61,22 +62,16 @@ def state_rows(
     """
     if not model.has_blocks:
         return None
-    is_from_row = sampling.block_origin == "row"
-    return [
-        _open_row(length, 0 if is_from_row else prompt, model)
-        for length, prompt in zip(lengths, prompts, strict=True)
-    ]
+    pairs = zip(lengths, prompts, strict=True)
+    return [_open_row(length, prompt, model, sampling) for length, prompt in pairs]
 
 
-def _open_row(length: int, origin: int, model: ModelSettings) -> Row:
-    block = model.block_length
-    assert block is not None
-    if model.attention == "block_causal":
-        return block_causal(length, block, origin=origin % block)
-    start = max(0, (length - 1 - origin) // block * block + origin)
-    if start == 0:
-        return full(length)
-    return Span(start, block=1), Span(length - start, start, is_copy=True)
+def _open_row(length: int, prompt: int, model: ModelSettings, sampling: SamplingSettings) -> Row:
+    if model.attention == "block_causal":  # an open block sees what a finished one sees
+        return context_row(length, prompt, model, sampling)
+    first = open_block(prompt, 0, sampling)[0]
+    start = first + (length - 1 - first) // sampling.block_length * sampling.block_length
+    return context_row(start, prompt, model, sampling, copies=[(start, length - start)])
 
 
 def context_row(
@@ -114,6 +109,15 @@ def doubled_row(prompt: int, length: int, model: ModelSettings, sampling: Sampli
     return context_row(length, prompt, model, sampling, copies=[(start, length - start)])
 
 
+class _State(NamedTuple):
+    """A scored row, by its place in the whole row of its rollout."""
+
+    number: int
+    start: int  # of its first block
+    before: int  # tokens of finished text that its last block sees
+    end: int
+
+
 @dataclass(frozen=True)
 class ReplayRow:
     """A packed row: finished text of a rollout, and partially masked states of its blocks."""
@@ -141,56 +145,46 @@ def replay_rows(
     """
     trajectory = rollout.trajectory
     numbers = block_numbers(trajectory)[0][scored.rollout]
-    first = numbers.masked_fill(~scored.scored, numbers.shape[1]).amin(1).tolist()
-    last = numbers.masked_fill(~scored.scored, 0).amax(1).tolist()
-    owners, found = scored.rollout.tolist(), list[ReplayRow]()
-    level, counts = [], Counter[tuple[int, int]]()
-    for owner, block in zip(owners, first, strict=True):
-        level.append(counts[owner, block])
+    last = numbers.masked_fill(~scored.scored, 0).amax(1)
+    first = torch.minimum(numbers.masked_fill(~scored.scored, numbers.shape[1]).amin(1), last)
+    blocks = list(zip(first.tolist(), last.tolist(), strict=True))
+    owners, rows, states = scored.rollout.tolist(), list[ReplayRow](), list[_State]()
+    counts, levels = Counter[tuple[int, int]](), list[int]()
+    for owner, (block, _) in zip(owners, blocks, strict=True):
+        levels.append(counts[owner, block])  # states of different blocks of a level are one copy
         counts[owner, block] += 1
-    states, parts, needs = list[int](), dict[int, tuple[int, int]](), dict[int, int]()
-    for number in sorted(range(len(owners)), key=lambda n: (owners[n], level[n], first[n])):
+    context = copied = 0
+    for number in sorted(range(len(owners)), key=lambda n: (owners[n], levels[n], blocks[n])):
         prompt = len(trajectory.prompts[owners[number]])
-        start, _ = open_block(prompt, min(first[number], last[number]), trajectory.sampling)
-        needs[number], end = open_block(prompt, last[number], trajectory.sampling)
-        parts[number] = start, end
-        tokens = max(needs[n] for n in [*states, number])
-        tokens += sum(parts[n][1] - parts[n][0] for n in [*states, number])
-        is_other = states and owners[states[0]] != owners[number]
-        if states and (is_other or tokens > budget or scored.hidden_prompt is not None):
-            found.append(_replay_row(states, parts, needs, rollout, scored, model))
-            states = []
-        states.append(number)
+        start, _ = open_block(prompt, blocks[number][0], trajectory.sampling)
+        before, end = open_block(prompt, blocks[number][1], trajectory.sampling)
+        context, copied = max(context, before), copied + end - start
+        is_other = states and owners[states[0].number] != owners[number]
+        is_full = context + copied > budget or scored.hidden_prompt is not None
+        if states and (is_other or is_full):
+            rows.append(_replay_row(states, rollout, scored, model))
+            states, context, copied = [], before, end - start
+        states.append(_State(number, start, before, end))
     if states:
-        found.append(_replay_row(states, parts, needs, rollout, scored, model))
-    return found
+        rows.append(_replay_row(states, rollout, scored, model))
+    return rows
 
 
 def _replay_row(
-    states: Sequence[int],
-    parts: Mapping[int, tuple[int, int]],
-    needs: Mapping[int, int],
-    rollout: Rollout,
-    scored: ScoredRows,
-    model: ModelSettings,
+    states: Sequence[_State], rollout: Rollout, scored: ScoredRows, model: ModelSettings
 ) -> ReplayRow:
-    """Return a row of some states.
-
-    Args:
-        parts: first token of each state in the whole row, and its end.
-        needs: tokens of finished text before the last block of each state.
-    """
-    copies = list[tuple[int, int]]()  # neighbouring parts that follow each other are one copy
-    for start, end in (parts[number] for number in states):
-        if copies and sum(copies[-1]) == start:
-            copies[-1] = copies[-1][0], end - copies[-1][0]
+    copies = list[tuple[int, int]]()  # neighbouring states that follow each other are one copy
+    for state in states:
+        if copies and sum(copies[-1]) == state.start:
+            copies[-1] = copies[-1][0], state.end - copies[-1][0]
         else:
-            copies.append((start, end - start))
-    trajectory, context = rollout.trajectory, max(needs[number] for number in states)
-    owner = int(scored.rollout[states[0]])
+            copies.append((state.start, state.end - state.start))
+    trajectory, context = rollout.trajectory, max(state.before for state in states)
+    owner = int(scored.rollout[states[0].number])
     prompt = len(trajectory.prompts[owner])
     pattern = context_row(context, prompt, model, trajectory.sampling, copies=copies)
-    return ReplayRow(owner, context, tuple(states), tuple(parts[n] for n in states), pattern)
+    numbers, parts = zip(*((s.number, (s.start, s.end)) for s in states), strict=True)
+    return ReplayRow(owner, context, numbers, parts, pattern)
 
 
 def pack_replay(

@@ -26,7 +26,7 @@ MOMENTS = {"fp32": FLOAT32 + FLOAT32, "bf16": BFLOAT16 + BFLOAT16, "fp8": 1 + 1 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one rank holds at the peak of an update; all but `host` on the GPU."""
+    """Bytes that one rank holds at the peak of an update or rollout; all but `host` on the GPU."""
 
     weights: int = 0
     fp8_copies: int = 0  # of bf16 weights, kept from the first micro-batch on
@@ -35,6 +35,7 @@ class Memory:
     moments: int = 0
     rollout_copy: int = 0  # a second set of weights, if rollouts have a separate layout
     activations: int = 0
+    rollout_cache: int = 0  # keys and values of a rollout, beyond the room of the activations
     host: int = 0  # moved off the GPU by `optimizer.offload`
 
     @property
@@ -76,6 +77,10 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
     own = -(-count // (replicas if optimizer.distributed else 1))
     moved = round(optimizer.offload * own)
     is_short = not is_float32 and optimizer.main_gradients == "bf16"
+    activations *= FLOAT32 if is_float32 else BFLOAT16
+    cache = 0
+    if settings.model.has_blocks and settings.rollout.cached is not False:
+        cache = int(settings.rollout.cache_memory * 2**30)
     return Memory(
         weights=weights,
         fp8_copies=copies,
@@ -83,7 +88,8 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
         main_weights=0 if is_float32 else (own - moved) * _main_width(settings.fp8, optimizer),
         moments=(own - moved) * MOMENTS[optimizer.moments],
         rollout_copy=_rollout_copy(spec, parallel, settings.rollout_layout),
-        activations=activations * (FLOAT32 if is_float32 else BFLOAT16),
+        activations=activations,
+        rollout_cache=max(0, cache - activations),
         # Main weights, their gradients and both moments, all in float32.
         host=moved * 4 * FLOAT32,
     )

@@ -283,3 +283,15 @@ def test_wrong_input_is_one_line(arguments, said):
     done = _tool(*arguments)
     assert done.returncode == 2 and done.stderr.startswith("layouts: error: ")
     assert done.stderr.count("\n") == 1 and said in done.stderr
+
+
+def test_a_rollouts_cache_uses_the_room_of_activations():
+    """One GiB of keys and values: what the activations of an update leave of it is counted."""
+    own = ["model.attention=block_causal", "model.block_length=4", "sampling.block_length=4"]
+    own += ["rollout.cache_memory=1", "train.token_budget=4096"]
+    small = rank_memory(load(Settings, None, own), 1, stage=0)
+    assert small.activations > 0 and small.rollout_cache == 2**30 - small.activations
+    large = load(Settings, None, [*own, "rollout.cache_memory=1e-6"])
+    assert rank_memory(large, 1, stage=0).rollout_cache == 0
+    uncached = load(Settings, None, [*own, "rollout.cached=false"])
+    assert rank_memory(uncached, 1, stage=0).rollout_cache == 0

@@ -56,12 +56,12 @@ class PackedAttention(MegatronModule):
         outputs, start, cached = [], 0, layout.cached
         if cached is not None:
             cached.store.copy(self.layer_number, cached.copies)
-        for run in layout.runs:
+        for number, run in enumerate(layout.runs):
             end = start + run.rows * run.queries
             keys = slice(run.start, run.start + run.rows * run.keys)
             parts = [_by_row(x, run.rows) for x in (query[start:end], key[keys], value[keys])]
             if cached is not None and run.slots:
-                out = self._attend_cached(*parts, run, cached.store)
+                out = self._attend_cached(*parts, run, cached.store, layout.slots[number])
             else:
                 out = self._attend(*parts, run.pattern)
             outputs.append(out.transpose(1, 2).reshape(end - start, -1))
@@ -69,16 +69,16 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
 
     def _attend_cached(
-        self, query: Tensor, key: Tensor, value: Tensor, run: Run, store: KeyStore
+        self, query: Tensor, key: Tensor, value: Tensor, run: Run, store: KeyStore, slots: Tensor
     ) -> Tensor:
         """Attend from the last tokens of rows to whole rows, whose first keys are cached."""
         assert run.pattern is not None
         new = [x[:, :, : run.keep] for x in (key, value)]
         if run.before:
-            old = store.read(self.layer_number, run.slots, run.before)
+            old = store.read(self.layer_number, slots, run.before)
             key, value = (torch.cat(pair, 2) for pair in zip(old, (key, value), strict=True))
         if run.keep:
-            store.write(self.layer_number, run.slots, run.before, *new)
+            store.write(self.layer_number, slots, run.before, *new)
         return F.scaled_dot_product_attention(
             query,
             key,

@@ -28,21 +28,19 @@ class KeyValueStore:
             stored = self._layers[layer]
             stored[:, target, :, :count] = stored[:, source, :, :count]
 
-    def read(self, layer: int, slots: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return the first keys and values of slots, [rows, groups, count, head_dim] each."""
-        keys, values = self._layers[layer][:, list(slots), :, :count]
+        keys, values = self._layers[layer][:, slots, :, :count]
         return keys, values
 
-    def write(
-        self, layer: int, slots: Sequence[int], first: int, keys: Tensor, values: Tensor
-    ) -> None:
+    def write(self, layer: int, slots: Tensor, first: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [rows, groups, tokens, head_dim] from token `first` on."""
         if layer not in self._layers:
             shape = (2, self.slots, keys.shape[1], self.length, keys.shape[3])
             self._layers[layer] = torch.empty(shape, dtype=keys.dtype, device=keys.device)
         stored, end = self._layers[layer], first + keys.shape[2]
-        stored[0, list(slots), :, first:end] = keys
-        stored[1, list(slots), :, first:end] = values
+        stored[0, slots, :, first:end] = keys
+        stored[1, slots, :, first:end] = values
 
 
 def make_store(

@@ -9,7 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from agrpo_megatron.diffusion.packing import positions_in_rows
+from agrpo_megatron.diffusion.packing import on_device, positions_in_rows
 from agrpo_megatron.diffusion.patterns import places_of
 from agrpo_megatron.megatron.layers.context import part_of
 from agrpo_megatron.megatron.layers.flex import make_block_mask
@@ -41,6 +41,7 @@ class PackedLayout(PackedSeqParams):
     keys: slice | None = None  # of all ranks' tokens; None: no row crosses parts
     block_mask: BlockMask | None = None  # of FlexAttention; None: SDPA, run by run
     cached: CachedRows | None = None
+    slots: list[Tensor] = field(default_factory=list)  # of each run, [rows]; with a cache
     angles: Tensor | None = None  # [T, 1, head_dim] float32, of this rank's tokens
     cosines: Tensor | None = None  # of the angles
     sines: Tensor | None = None
@@ -68,6 +69,8 @@ def packed_layout(
     keys = None if cuts <= set(bounds) else _rows_around(bounds, first, last)
     origin = keys.start if keys else first
     longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
+    runs = _runs(rows, first, last, origin=origin)
+    slots = [on_device(run.slots, rows.tokens.device) for run in runs] if rows.cached else []
     # Rows of other ranks are empty here.
     mine = cu_seqlens if context.size == 1 else cu_seqlens.clamp(first, last) - first
     theirs = cu_seqlens.clamp(keys.start, keys.stop) - keys.start if keys else mine
@@ -76,8 +79,9 @@ def packed_layout(
         cu_seqlens_kv=theirs,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        runs=_runs(rows, first, last, origin=origin),
+        runs=runs,
         cached=rows.cached,
+        slots=slots,
         keys=keys,
         block_mask=make_block_mask(places)
         if use_flex and not (places is None or rows.cached)
