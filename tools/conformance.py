@@ -115,13 +115,13 @@ def check_logprobs(golden: Golden) -> Iterator[Check]:
     for case in tracerl_cases(golden.cases, golden.tensors, block or 0):
         rows = pack(case.canvas, case.lengths, case.scored, patterns=case.patterns)
 
-        def compare(_: int, logits: Tensor, case: LogprobCase = case) -> float:
+        def differ(_: int, logits: Tensor, case: LogprobCase = case) -> float:
             whole = replace(network.vocab, forbidden=())
             policy = policy_logits(logits, whole)
-            ours, _ = token_logprobs(policy, case.targets, vocab=whole)
+            ours = token_logprobs(policy, case.targets, vocab=whole)[0]
             return float((ours - case.expected).abs().amax())
 
-        error = max(forward_rows(network, [rows], compare), default=0.0)
+        error = max(forward_rows(network, [rows], differ), default=0.0)
         error = largest(error, network.ranks.device)
         yield Check(case.name, error, LOGITS * 10, f"{len(case.targets)} tokens")
 

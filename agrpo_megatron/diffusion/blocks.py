@@ -63,10 +63,11 @@ def state_rows(
     if not model.has_blocks:
         return None
     pairs = zip(lengths, prompts, strict=True)
-    return [_open_row(length, prompt, model, sampling) for length, prompt in pairs]
+    return [state_row(length, prompt, model, sampling) for length, prompt in pairs]
 
 
-def _open_row(length: int, prompt: int, model: ModelSettings, sampling: SamplingSettings) -> Row:
+def state_row(length: int, prompt: int, model: ModelSettings, sampling: SamplingSettings) -> Row:
+    """Return the pattern of a block model's row whose last block is open."""
     if model.attention == "block_causal":  # an open block sees what a finished one sees
         return context_row(length, prompt, model, sampling)
     first = open_block(prompt, 0, sampling)[0]

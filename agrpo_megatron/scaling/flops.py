@@ -49,7 +49,7 @@ def completion_flops(
 
 def _block_flops(trajectory: Trajectory, model: ModelSettings, *, is_cached: bool) -> list[int]:
     """Return the FLOPs [R] of the layers in all steps of a block model's completions."""
-    from agrpo_megatron.diffusion.blocks import context_row, open_block, state_rows
+    from agrpo_megatron.diffusion.blocks import context_row, open_block, state_row
     from agrpo_megatron.diffusion.patterns import visible_pairs
 
     sampling, result, known = trajectory.sampling, [], set[bytes]()
@@ -62,8 +62,8 @@ def _block_flops(trajectory: Trajectory, model: ModelSettings, *, is_cached: boo
                 count += number < len(ran) - 1  # the finished block runs once more
                 total += count * _token_flops(end - start, (end - start) * end, model)
             else:
-                (row,) = state_rows([end], [size], model, sampling) or ()
-                total += count * _token_flops(end, visible_pairs(row), model)
+                pairs = visible_pairs(state_row(end, size, model, sampling))
+                total += count * _token_flops(end, pairs, model)
         context = ran[0][0][0] if ran else 0
         if is_cached and context and key not in known:
             pairs = visible_pairs(context_row(context, size, model, sampling))

@@ -288,7 +288,7 @@ def test_wrong_input_is_one_line(arguments, said):
 def test_a_rollouts_cache_uses_the_room_of_activations():
     """One GiB of keys and values: what the activations of an update leave of it is counted."""
     own = ["model.attention=block_causal", "model.block_length=4", "sampling.block_length=4"]
-    own += ["rollout.cache_memory=1", "train.token_budget=4096"]
+    own += ["rollout.cache_memory=1", "train.token_budget=4096", "model.vocab_size=1000"]
     small = rank_memory(load(Settings, None, own), 1, stage=0)
     assert small.activations > 0 and small.rollout_cache == 2**30 - small.activations
     large = load(Settings, None, [*own, "rollout.cache_memory=1e-6"])

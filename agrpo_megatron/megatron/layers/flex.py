@@ -32,9 +32,9 @@ def attend(
 ) -> Tensor:
     """Attend, [T, heads, head_dim] with keys and values [T, groups, head_dim]: [T, width]."""
     run = _compiled(flex_attention) if query.is_cuda else flex_attention
-    parts = (x.transpose(0, 1)[None] for x in (query, key, value))
     shared = query.shape[1] != key.shape[1]
-    out = run(*parts, block_mask=mask, scale=scale, enable_gqa=shared)
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out = run(query, key, value, block_mask=mask, scale=scale, enable_gqa=shared)
     return out[0].transpose(0, 1).flatten(1)
 
 
