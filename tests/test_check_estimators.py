@@ -153,7 +153,8 @@ def test_every_estimator_has_a_preset_and_the_tool_starts_from_it(monkeypatch):
     tool = importlib.import_module("golden_estimators")
     assert tool.PRESETS == PRESETS
     files = {path.stem: load(Settings, path) for path in sorted(PRESETS.glob("*.yaml"))}
-    assert set(files) == {*ENTRIES, "coupled_dllm_rl"}
+    without = {"block_just_grpo"}  # its public settings are those of one unmerged branch
+    assert set(files) == {*ENTRIES, "coupled_dllm_rl"} - without
     assert {method.preset for method in tool.METHODS.values()} == (
         set(files) - {"agrpo", "full_trajectory"}  # tools/conformance.py compares AGRPO
     )

@@ -170,7 +170,7 @@ def main() -> None:
     if arguments.markdown:
         print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for name, changed in VARIANTS.items():
-        case = cases["leftmost" if name == "just_grpo" else "random"]
+        case = cases["leftmost" if name.endswith("just_grpo") else "random"]
         seeds = max(2, arguments.seeds // (50 if name in OF_PAIRS else 1))
         *angles, rows = measured(case, changed, seeds=seeds)
         cells = [name, *(f"{value:.1f}" for value in angles), f"{rows:.2g}"]

@@ -63,6 +63,11 @@ def validate_whole_rows(settings: Settings) -> None:
             f"rollout.cache_memory={settings.rollout.cache_memory:g} is for models with blocks, "
             f"and model.attention is full; use {RolloutSettings.cache_memory:g}"
         )
+    if settings.algorithm.name == "block_just_grpo":
+        raise ValueError(
+            "algorithm.name=block_just_grpo scores all blocks from one row, and with "
+            "model.attention=full a block sees the others masked; use just_grpo"
+        )
     chosen = settings.kernels.block_attention
     if chosen != "auto":
         raise ValueError(

@@ -19,6 +19,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "agrpo": steps.agrpo,
     "full_trajectory": steps.full_trajectory,
     "just_grpo": trajectory.just_grpo,
+    "block_just_grpo": trajectory.block_just_grpo,
     "cj_grpo": trajectory.cj_grpo,
     "step_merge": trajectory.step_merge,
     "tracerl": trajectory.tracerl,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.diffusion import noise
+from agrpo_megatron.diffusion.blocks import block_numbers
 from agrpo_megatron.estimators import timesteps
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.masks import hidden_prompts
@@ -22,6 +23,30 @@ def just_grpo(rollout: Rollout, context: DrawContext) -> ScoredRows:
     its loss over all tokens divided by a constant.
     """
     return at_level(all_steps(rollout.trajectory, context), rollout, context)
+
+
+def block_just_grpo(rollout: Rollout, context: DrawContext) -> ScoredRows:
+    """Score `merge_steps` tokens of every block from those on their left in the block.
+
+    For block models, whose blocks see the finished text before them. Exact for the sampler that
+    decodes so: `sampling.unmasking=leftmost`, as many tokens a step. Forward passes: the block
+    length over `merge_steps`, with gradient, whatever the completion length. Source: BlockJustGRPO
+    (NVIDIA-NeMo/RL, pull request 3167).
+    """
+    trajectory, width = rollout.trajectory, context.algorithm.filled.merge_steps or 1
+    level = block_numbers(trajectory)[1] // width
+    numbers = torch.arange(-(-trajectory.sampling.block_length // width), device=level.device)
+    mine = (level[:, None] == numbers[:, None]) & _drawn_and_counted(rollout, context)[:, None]
+    owner, number = mine.any(2).nonzero(as_tuple=True)
+    scored = mine[owner, number]
+    rows = ScoredRows(
+        rollout=owner,
+        hidden=level[owner] >= number[:, None],
+        scored=scored,
+        weight=token_weights(scored, owner, rollout, context, step=number),
+        is_sampled=False,
+    )
+    return replace(rows, kl_weight=kl_weights(rows, context))
 
 
 def cj_grpo(rollout: Rollout, context: DrawContext) -> ScoredRows:
@@ -148,8 +173,7 @@ def masked_tail_rows(
 def _merged(first: Tensor, segment: Tensor, rollout: Rollout, context: DrawContext) -> ScoredRows:
     """Score each segment [R, C] of steps from the state before its first step [R, C]."""
     trajectory = rollout.trajectory
-    counted = counted_tokens(trajectory, context)
-    counted &= trajectory.unmask_step < trajectory.num_steps[:, None]
+    counted = _drawn_and_counted(rollout, context)
     segments = torch.arange(int(segment.max()) + 1, device=segment.device)
     mine = (segment[:, None] == segments[:, None]) & counted[:, None]
     owner, number = mine.any(2).nonzero(as_tuple=True)
@@ -164,6 +188,13 @@ def _merged(first: Tensor, segment: Tensor, rollout: Rollout, context: DrawConte
         hidden_prompt=hidden_prompts(rollout, owner, torch.zeros_like(owner), context),
     )
     return replace(rows, kl_weight=kl_weights(rows, context))
+
+
+def _drawn_and_counted(rollout: Rollout, context: DrawContext) -> Tensor:
+    """Mark the tokens [R, C] that `algorithm.tail` counts and that were drawn."""
+    trajectory = rollout.trajectory
+    drawn = trajectory.unmask_step < trajectory.num_steps[:, None]
+    return counted_tokens(trajectory, context) & drawn
 
 
 def _counted(rows: ScoredRows, rollout: Rollout, context: DrawContext) -> ScoredRows:

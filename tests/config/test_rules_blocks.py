@@ -50,8 +50,8 @@ REFUSED = {
     "states across blocks": (
         ["algorithm.name=tracerl"],
         "algorithm.name=tracerl scores tokens from a state in which earlier blocks are masked",
-        "agrpo, full_trajectory, just_grpo, cj_grpo, egspo, diffu_grpo, wd1, unigrpo, "
-        "coupled_grpo, spg, gdpo, espo, vrpo, bgpo",
+        "agrpo, full_trajectory, just_grpo, block_just_grpo, cj_grpo, egspo, diffu_grpo, wd1, "
+        "unigrpo, coupled_grpo, spg, gdpo, espo, vrpo, bgpo",
     ),
     "shift": (
         ["model.shift=true"],

@@ -16,6 +16,7 @@ CLAIMED = [
     ("full_trajectory", "random", {"level": "sequence"}),
     ("full_trajectory", "random", {"loss": "reinforce"}),
     ("just_grpo", "leftmost", {}),
+    ("block_just_grpo", "leftmost", {}),
     ("cj_grpo", "random", {}),
     ("agrpo", "random", {"mc_samples": 3}),
 ]

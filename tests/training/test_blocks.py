@@ -98,6 +98,7 @@ ESTIMATORS = {
         "sampling.denoising_steps=8",
         "algorithm.mc_samples=null",
     ],
+    "block_just_grpo": ["algorithm.mc_samples=null", "algorithm.merge_steps=2"],
     "diffu_grpo": [],  # hides a part of the prompt
     "coupled_grpo": [],
     "spg": [],
@@ -166,3 +167,30 @@ def test_as_many_draws_as_blocks_take_one_step_of_each():
     found, rows = run_ranks(1, _draws_of_blocks)[0]
     assert rows == len(found) > 3
     assert all(sorted(blocks) == [0, 1, 2, 3] for blocks in found.values())
+
+
+def _leftmost():
+    """Return both gradients on left-to-right completions, and the states that each scores."""
+    session, engine = open_session(
+        *KINDS["blocks of the row"],
+        "model.block_length=4",
+        "sampling.unmasking=leftmost",
+        "sampling.denoising_steps=8",
+        "algorithm.name=just_grpo",
+        "algorithm.mc_samples=null",
+    )
+    rollout, _ = collect_rollout(session, engine, 0)
+    found = []
+    for name in ("just_grpo", "block_just_grpo"):
+        algorithm = replace(session.run.settings.algorithm, name=name)
+        run = replace(session.run, settings=replace(session.run.settings, algorithm=algorithm))
+        states = len(prepare(run.settings, engine.ranks, rollout, seed=0).scored.rollout)
+        found.append((gradient(replace(session, run=run), engine, rollout)[1], states))
+    return found, len({int(r) for r in rollout.advantages.nonzero()})
+
+
+def test_all_blocks_from_one_row_give_the_gradient_of_left_to_right_decoding():
+    """One token a step: four states of a completion, one for each place in a block."""
+    ((exact, steps), (ours, states)), rollouts = run_ranks(1, _leftmost)[0]
+    assert relative_error(ours, exact) < 1e-5
+    assert states == 4 * rollouts < steps

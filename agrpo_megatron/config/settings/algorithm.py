@@ -81,7 +81,10 @@ class AlgorithmSettings:
         choices=SCORING,
     )
     merge_steps: int | None = setting(
-        None, "tracerl: denoising steps scored from the first one's state", low=1
+        None,
+        "tracerl: denoising steps scored from the first one's state; block_just_grpo: tokens of "
+        "each block scored from one state",
+        low=1,
     )
     states: str | None = setting(
         None, "masks of the finished completion, for one-shot and ELBO methods", choices=STATES

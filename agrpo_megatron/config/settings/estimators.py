@@ -20,6 +20,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "agrpo": _STEPS | {"mc_samples": 8},
     "full_trajectory": _STEPS,
     "just_grpo": _STEPS | {"normaliser": "constant"},
+    "block_just_grpo": _STEPS | {"normaliser": "constant", "merge_steps": 1, "tail": "all"},
     "cj_grpo": _STEPS | {"tail": "all", "normaliser": "same_step"},
     "step_merge": _MERGED | {"mc_samples": 8, "normaliser": "tokens"},
     "tracerl": _MERGED | {"merge_steps": 8, "normaliser": "rows"},
