@@ -70,11 +70,13 @@ def test_each_size_has_its_number_of_tensors(tmp_path, size, count):
     assert found["diffusion_head.weight"] == (131072, hidden)
 
 
-def test_the_14b_tensors_have_the_bytes_of_a_download(tmp_path):
-    """25.33 GiB in bf16, as a list of downloaded models has it."""
-    found = hf_shapes(_read(tmp_path, {**PUBLISHED, **SIZES["14B"]}))
-    nbytes = 2 * sum(torch.Size(shape).numel() for shape in found.values())
-    assert round(nbytes / 2**30, 1) == 25.2
+@pytest.mark.parametrize(("size", "downloaded"), [("8B", 15.95), ("14B", 25.33)])
+def test_the_tensors_have_the_bytes_of_a_download(tmp_path, size, downloaded):
+    """GiB, as a list of downloads has them: with an adapter of rank 128 on `o_proj`, in float32."""
+    model = _read(tmp_path, {**PUBLISHED, **SIZES[size]})
+    weights = 2 * sum(torch.Size(shape).numel() for shape in hf_shapes(model).values())
+    adapter = 4 * model.num_layers * 128 * (model.query_width + model.hidden_size)
+    assert round((weights + adapter) / 2**30, 2) == downloaded
 
 
 def test_tensors_have_the_published_names_and_shapes(tmp_path):
