@@ -172,6 +172,23 @@ def test_layouts_are_judged_by_the_weights_not_by_the_defaults(tmp_path, weights
     assert _resolved(tmp_path, weights, *more).max_sequence_length == 6000
 
 
+def test_blocks_are_judged_by_the_weights(tmp_path, weights):
+    """Released weights differ in their blocks, which their config.json may lack."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    ids = {"mask_token_id": 260, "eos_token_id": 257}
+    rest = {"max_position_embeddings": 1024, "rope_theta": 1000000, "rms_norm_eps": 1e-6}
+    config = {"model_type": "sdar", **sizes, **ids, **rest}
+    (weights / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="sampling.block_length=8 differs from model.block_length"):
+        _resolved(tmp_path, weights)
+    assert _resolved(tmp_path, weights, "sampling.block_length=4").block_length == 4
+    model = _resolved(tmp_path, weights, "model.block_length=8")
+    assert (model.block_length, model.head_width) == (8, 16)
+    with pytest.raises(ValueError, match="model.attention=full contradicts model.load="):
+        _resolved(tmp_path, weights, "model.attention=full")
+
+
 class _Arguments:
     checkpoint = settings = None
 

@@ -38,14 +38,14 @@ ENDS_EARLY = [name for name in SAMPLERS if "threshold" in name]
 ENDS_EARLY += ["Dream's own order", "rows that end early"]
 
 
-def _count():
+def _count(samplers, *overrides):
     """Return by sampler: our count of each completion, torch's of all, and the steps that ran."""
     found = {}
     likeliest = 0
     model_module.LEAST_ROWS = 1  # rows that fill up a small product belong to no completion
-    session, engine = open_session("train.token_budget=200")
+    session, engine = open_session("train.token_budget=200", *overrides)
     prompts = [torch.arange(3, 7 + row % 5) for row in range(PROMPTS)]
-    for name, changes in SAMPLERS.items():
+    for name, changes in samplers.items():
         sampling = replace(session.run.settings.sampling, **changes)
         model = replace(session.run.settings.model, shift="schedule" in changes)
         if changes.get("block_length") == 1:  # the likeliest token ends the text
@@ -65,7 +65,7 @@ def _count():
 
 @pytest.fixture(scope="module")
 def counts():
-    return run_ranks(1, _count)[0]
+    return run_ranks(1, _count, SAMPLERS)[0]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -74,6 +74,13 @@ def test_every_flop_of_a_sampler_is_counted(counts, name):
     ours, by_operator, _ = counts[name]
     assert set(by_operator) == {"aten.mm", "aten.bmm"} and min(by_operator.values()) > 0
     assert sum(ours) == sum(by_operator.values())
+
+
+def test_every_flop_of_heads_of_their_own_width_is_counted(counts):
+    """Heads of 6 in place of 4, in a residual stream of 16 for four of them."""
+    samplers = {"random": SAMPLERS["random"]}
+    ours, by_operator, _ = run_ranks(1, _count, samplers, "model.head_dim=6")[0]["random"]
+    assert sum(ours) == sum(by_operator.values()) > sum(counts["random"][0])
 
 
 def test_the_samplers_do_different_work(counts):

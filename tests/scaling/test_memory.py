@@ -30,6 +30,12 @@ from tests.training.tiny import open_session
 ROOT = Path(__file__).parent.parent.parent
 LLADA = ROOT / "examples" / "llada_8b" / "model.yaml"
 LAYOUTS = ["tp8", "tp4-sp-pp2", "pp4-dp2", "pp4-vpp2-dp2", "tp2-cp2-dp2", "tp2-pp2-dp2"]
+# SDAR-4B, whose heads of 128 are together wider than its residual stream.
+WIDE_HEADS = [
+    *("model.num_layers=36", "model.hidden_size=2560", "model.ffn_hidden_size=9728"),
+    *("model.head_dim=128", "model.num_query_groups=8", "model.qk_norm=true"),
+    "model.vocab_size=151936",
+]
 PADDING = 256  # numbers that Megatron may add to a buffer at its end and between parameters
 
 
@@ -37,11 +43,11 @@ def _spec(settings):
     return WeightSpec(settings.model, padded_vocab(settings), settings.precision, settings.fp8)
 
 
-def _llada_on_meta():
-    """Build LLaDA-8B's own rank of each layout without memory; return bytes held and predicted."""
+def _on_meta(cases):
+    """Build this rank of each layout without memory; return bytes held and predicted."""
     found = []
-    for layout in LAYOUTS:
-        settings = load(Settings, LLADA, [f"parallel={layout}", "run.threads=1"])
+    for layout, overrides in cases:
+        settings = load(Settings, LLADA, [f"parallel={layout}", "run.threads=1", *overrides])
         ranks = start_ranks(settings)
         with torch.device("meta"):
             network = build_network(settings, ranks)
@@ -52,8 +58,11 @@ def _llada_on_meta():
     return found
 
 
-def test_weights_of_llada_8b_are_those_of_the_built_model():
-    for result in run_ranks(8, _llada_on_meta):
+def test_weights_are_those_of_the_built_model():
+    """LLaDA-8B; SDAR-4B, also with biases."""
+    cases = [(layout, []) for layout in LAYOUTS]
+    cases += [("tp4-sp-pp2", WIDE_HEADS), ("tp2-pp4-vpp2", [*WIDE_HEADS, "model.qkv_bias=true"])]
+    for result in run_ranks(8, _on_meta, cases):
         assert [held for _, held, _ in result] == [predicted for _, _, predicted in result], result
 
 
@@ -61,6 +70,12 @@ def test_llada_8b_has_the_published_number_of_parameters():
     """Source: total_size of the checkpoint's index, 16,031,162,368 bytes in bf16."""
     settings = load(Settings, LLADA)
     assert 2 * stage_parameters(_spec(settings), settings.parallel, stage=0) == 16_031_162_368
+
+
+def test_sdar_4b_has_the_published_number_of_parameters():
+    """Source: total_size of the checkpoint's index, 8,822,848,512 bytes in bf16."""
+    settings = load(Settings, LLADA, WIDE_HEADS)
+    assert 2 * stage_parameters(_spec(settings), settings.parallel, stage=0) == 8_822_848_512
 
 
 def _state_bytes(optimizer):
@@ -136,8 +151,10 @@ def _saved_bytes(overrides):
 
 
 def test_activations_are_estimated_within_a_half():
+    ((wide, predicted_wide),) = run_ranks(1, _saved_bytes, ["model.head_dim=32"])
     ((held, predicted),) = run_ranks(1, _saved_bytes, [])
     assert held / 1.5 < predicted < 1.5 * held
+    assert (wide - held) / 1.5 < predicted_wide - predicted < 1.5 * (wide - held)
     full = "model.megatron={recompute_granularity: full, recompute_method: uniform, "
     ((less, predicted_less),) = run_ranks(1, _saved_bytes, [full + "recompute_num_layers: 1}"])
     assert less < held / 3 and predicted_less < predicted / 1.5

@@ -36,6 +36,7 @@ VARIANTS = {
         "model.rope_attention_factor=1.1",
         "model.query_scale_beta=0.5",
     ],
+    "wide heads": ["model.head_dim=16"],
 }
 LOCAL, TE = "kernels.layer_spec=local", "kernels.layer_spec=te"
 BF16, FP8 = "precision=bf16", "precision=fp8"
