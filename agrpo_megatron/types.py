@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from agrpo_megatron.config.settings import SamplingSettings
 
@@ -167,6 +167,37 @@ class Span(NamedTuple):
 type Row = tuple[Span, ...]
 
 
+class KeyStore(Protocol):
+    """Keys and values of rows in flight; see `megatron.layers.cache`."""
+
+    slots: int  # rows that it holds
+
+    def copy(self, layer: int, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy the first tokens of slots to others."""
+        ...
+
+    def read(self, layer: int, slots: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+        """Return the first keys and values of slots."""
+        ...
+
+    def write(
+        self, layer: int, slots: Sequence[int], first: int, keys: Tensor, values: Tensor
+    ) -> None:
+        """Store keys and values of slots from token `first` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """The part of packed rows that is not packed: their first tokens, whose keys are cached."""
+
+    store: KeyStore
+    slots: Sequence[int]  # of each row
+    before: Sequence[int]  # cached tokens of each row
+    keep: Sequence[int]  # packed tokens of each row whose keys are to be cached: its first ones
+    copies: Sequence[tuple[int, int, int]]  # from a slot, to a slot, tokens: before all else
+
+
 @dataclass(frozen=True)
 class PackedRows:
     """Rows laid end to end without padding."""
@@ -177,6 +208,7 @@ class PackedRows:
     host_bounds: Sequence[int] | None = None  # cu_seqlens, where the host knows them already
     # Who sees whom, by row; None: within rows, all tokens see each other.
     patterns: Sequence[Row] | None = None
+    cached: CachedRows | None = None  # then `patterns` are of whole rows
 
     @cached_property
     def bounds(self) -> Sequence[int]:

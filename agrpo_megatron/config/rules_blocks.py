@@ -1,6 +1,6 @@
 """Rules of a run whose model attends by blocks and decodes one after another."""
 
-from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.config.settings import RolloutSettings, Settings
 from agrpo_megatron.config.settings.estimators import ENTRIES
 
 # Estimators whose rows score tokens of one block each.
@@ -47,6 +47,16 @@ def validate_blocks(settings: Settings) -> None:
 
 def validate_whole_rows(settings: Settings) -> None:
     """Check that a model without blocks has no settings of block models."""
+    if settings.rollout.cached:
+        raise ValueError(
+            "rollout.cached=true needs finished blocks that no longer change, and in a model with "
+            "model.attention=full every token sees the later ones; use null or false"
+        )
+    if settings.rollout.cache_memory != RolloutSettings.cache_memory:
+        raise ValueError(
+            f"rollout.cache_memory={settings.rollout.cache_memory:g} is for models with blocks, "
+            f"and model.attention is full; use {RolloutSettings.cache_memory:g}"
+        )
     chosen = settings.kernels.block_attention
     if chosen != "auto":
         raise ValueError(

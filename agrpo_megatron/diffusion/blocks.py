@@ -21,6 +21,14 @@ def block_offsets(prompt_lengths: Tensor, sampling: SamplingSettings) -> Tensor:
     return prompt_lengths % sampling.block_length
 
 
+def first_blocks(trajectory: Trajectory) -> Tensor:
+    """Return the position [R] at which the first whole block of each row begins."""
+    prompts = torch.tensor([len(prompt) for prompt in trajectory.prompts])
+    return (
+        prompts - block_offsets(prompts, trajectory.sampling)
+    ) % trajectory.sampling.block_length
+
+
 def block_numbers(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
     """Return the block of each completion token [R, C], and its place in the block [R, C]."""
     sampling, device = trajectory.sampling, trajectory.tokens.device
@@ -30,12 +38,16 @@ def block_numbers(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
     return places // sampling.block_length, places % sampling.block_length
 
 
-def state_length(prompt: int, position: int, sampling: SamplingSettings) -> int:
-    """Return the tokens of a row that ends with the block of a completion's position."""
+def open_block(prompt: int, block: int, sampling: SamplingSettings) -> tuple[int, int]:
+    """Return the first token of a completion's block, in its row, and the token after the last.
+
+    Args:
+        prompt: tokens of the prompt.
+    """
     length = sampling.block_length
-    first = prompt % length if sampling.block_origin == "row" else 0
-    end = (position + first) // length * length + length - first
-    return prompt + min(end, sampling.completion_length)
+    offset = prompt % length if sampling.block_origin == "row" else 0
+    start = prompt - offset + block * length
+    return start, min(start + length, prompt + sampling.completion_length)
 
 
 def state_rows(
@@ -104,10 +116,9 @@ def with_open_blocks(scored: ScoredRows, rollout: Rollout, model: ModelSettings)
             "algorithm.name: its rows score tokens of several blocks, and model.attention="
             f"{model.attention} has rows of one open block; score each block in a row of its own"
         )
-    first = scored.scored.long().argmax(1).tolist()
     prompts = [len(trajectory.prompts[number]) for number in scored.rollout.tolist()]
     ends = [
-        state_length(prompt, position, sampling) - prompt
-        for prompt, position in zip(prompts, first, strict=True)
+        open_block(prompt, block, sampling)[1] - prompt
+        for prompt, block in zip(prompts, last.tolist(), strict=True)
     ]
     return replace(scored, length=torch.tensor(ends, device=scored.rollout.device))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from agrpo_megatron.types import PackedRows, Row
+from agrpo_megatron.types import CachedRows, PackedRows, Row
 
 
 def make_canvas(prompts: Sequence[Tensor], completions: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,19 +54,27 @@ def pack_scored(
     *,
     shift: bool = False,
     patterns: Sequence[Row] | None = None,
+    cached: CachedRows | None = None,
 ) -> PackedRows:
     """Pack as `pack` does, given the scored tokens' canvas rows [S] and columns [S], in order.
 
     The host knows the lengths, so it need not wait for a GPU.
+
+    Args:
+        lengths: tokens of each row that are packed: its first ones, or those after cached ones.
     """
     bounds = (0, *itertools.accumulate(lengths))
     cu_seqlens = on_device(bounds, canvas.device, dtype=torch.int32)
     owner = torch.arange(len(lengths), device=canvas.device)
     owner = owner.repeat_interleave(cu_seqlens.diff(), output_size=bounds[-1])
-    tokens = canvas[owner, positions_in_rows(cu_seqlens, bounds[-1])]
+    places = positions_in_rows(cu_seqlens, bounds[-1])
     if shift:
         column = (column - 1).clamp(min=0)
-    return PackedRows(tokens, cu_seqlens, cu_seqlens[row].long() + column, bounds, patterns)
+    if cached is not None:
+        before = on_device(cached.before, canvas.device)
+        places, column = places + before[owner], column - before[row]
+    tokens, scored = canvas[owner, places], cu_seqlens[row].long() + column
+    return PackedRows(tokens, cu_seqlens, scored, bounds, patterns, cached)
 
 
 def positions_in_rows(cu_seqlens: Tensor, count: int) -> Tensor:

@@ -73,11 +73,20 @@ def visible(places: Places, query: Tensor, key: Tensor) -> Tensor:
     )
 
 
-def places_of(rows: Sequence[Row], device: torch.device) -> Places:
-    """Return the places of the tokens of packed rows."""
-    lengths = torch.tensor([row_length(row) for row in rows])
+def places_of(
+    rows: Sequence[Row], device: torch.device, *, before: Sequence[int] | None = None
+) -> Places:
+    """Return the places of the tokens of packed rows.
+
+    Args:
+        before: tokens of each row that are left out, its first ones; None: none.
+    """
+    parts = [
+        _table(row)[:, first:] for row, first in zip(rows, before or [0] * len(rows), strict=True)
+    ]
+    lengths = torch.tensor([part.shape[1] for part in parts])
     numbers = torch.arange(len(rows)).repeat_interleave(lengths)
-    table = torch.cat([numbers[None], torch.cat([_table(row) for row in rows], 1)])
+    table = torch.cat([numbers[None], torch.cat(parts, 1)])
     if device.type == "cuda":
         table = table.pin_memory()
     return Places(*table.to(device, non_blocking=True))
@@ -101,6 +110,14 @@ def span_mask(row: Row, number: int, device: torch.device) -> Tensor | None:
     tokens = torch.arange(own.stop)
     key = torch.cat([tokens[context], tokens[own]]) if number else tokens
     mask = visible(places, tokens[own, None], key[None])
+    return None if bool(mask.all()) else mask.to(device)
+
+
+@functools.lru_cache(maxsize=256)
+def tail_mask(row: Row, before: int, device: torch.device) -> Tensor | None:
+    """Return which tokens of a row its tokens from `before` on see, [tokens, row]; None: all."""
+    places, tokens = places_of([row], torch.device("cpu")), torch.arange(row_length(row))
+    mask = visible(places, tokens[before:, None], tokens[None])
     return None if bool(mask.all()) else mask.to(device)
 
 

@@ -14,10 +14,17 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import MODEL_FREE, ModelSettings, SamplingSettings
 from agrpo_megatron.diffusion import noise
-from agrpo_megatron.diffusion.blocks import state_length, state_rows
+from agrpo_megatron.diffusion.admission import (
+    Admission,
+    Slots,
+    make_slots,
+    pack_step,
+    row_end,
+    step_length,
+)
 from agrpo_megatron.diffusion.draw import Draw, Forward, draw_tokens
 from agrpo_megatron.diffusion.logprobs import Vocabulary
-from agrpo_megatron.diffusion.packing import on_device, pack_scored
+from agrpo_megatron.diffusion.packing import on_device
 from agrpo_megatron.diffusion.sampler_state import (
     SamplerState,
     advance,
@@ -28,7 +35,7 @@ from agrpo_megatron.diffusion.sampler_state import (
 )
 from agrpo_megatron.diffusion.schedule import bernoulli_plan
 from agrpo_megatron.diffusion.turns import position_scores, turn_logprobs
-from agrpo_megatron.types import Trajectory
+from agrpo_megatron.types import KeyStore, Trajectory
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class SamplerContext:
     token_budget: int  # packed tokens per forward
     model: ModelSettings = ModelSettings()  # its shift, and its attention
     stop_ids: Sequence[int] = ()  # for `sampling.end_at_stop`
+    store: KeyStore | None = None  # caches what blocks before the open one have computed
     uniforms: Tensor | None = None  # [steps, R, C] replaces the sampler's noise, for `bernoulli`
     most_rows: int | None = None  # maximum rows in one forward; None: only the budget limits
 
@@ -96,50 +104,46 @@ def sample(
     state = start(tuple(prompts), rollout_ids, mask_id=context.mask_id, sampling=sampling)
     if sampling.unmasking == "bernoulli":
         state.plan = bernoulli_plan(_step_uniforms(state, context))
-    lengths = state.lengths
-    waiting = deque(sorted(range(len(lengths)), key=lambda row: -lengths[row]))
+    slots = None if context.store is None else make_slots(context.store, state.prompts)
+    rows, model = range(len(state.lengths)), context.model
+    admission = Admission(
+        state.lengths,
+        [step_length(state, row, model, slots) for row in rows],
+        context.token_budget,
+        len(rows) if context.most_rows is None else context.most_rows,
+        slots,
+    )
     in_flight: deque[_Group] = deque()
-    most = context.forward.in_flight
-    while waiting or in_flight:
+    most, is_stalled = context.forward.in_flight, False
+    while admission.waiting or in_flight:
         if hooks.should_stop():
             for group in in_flight:
                 group.draws()  # receive what other pipeline stages still send
             context.forward.close()
             raise SamplingStopped
         live: list[int] = []
-        if len(in_flight) == most or not waiting:
+        if len(in_flight) == most or is_stalled or not admission.waiting:
             group = in_flight.popleft()
-            live = _finish(state, group, context)
+            live = _finish(state, group, context, slots)
             complete = sorted(set(group.numbers) - set(live))
             if complete and hooks.on_complete is not None:
                 hooks.on_complete(complete, trajectory(state, complete))
-        live += _fill(live, waiting, lengths, free=most - len(in_flight), context=context)
+            if complete and slots is not None:
+                slots.end(complete)
+        used = sum(step_length(state, row, model, slots) for row in live)
+        live += admission.fill(live, used=used, free=most - len(in_flight))
+        is_stalled = not live
         if live:
             # Equal lengths share one attention call.
-            live.sort(key=lambda row: -_row_length(state, row, context))
-            in_flight.append(_launch(state, live, context))
+            live.sort(key=lambda row: -row_end(state, row, model))
+            in_flight.append(_launch(state, live, context, slots))
     context.forward.close()
-    return trajectory(state, list(range(len(lengths))))
+    return trajectory(state, list(rows))
 
 
-def _fill(
-    live: list[int], waiting: deque[int], lengths: list[int], *, free: int, context: SamplerContext
-) -> list[int]:
-    """Take waiting rows: a fair share for each of the `free` groups, within the budget."""
-    most = len(lengths) if context.most_rows is None else context.most_rows
-    share = sum(lengths[row] for row in waiting) / free
-    used, taken = sum(lengths[row] for row in live), 0
-    rows: list[int] = []
-    while waiting and (taken < share or not rows) and len(live) + len(rows) < most:
-        length = lengths[waiting[0]]
-        if (live or rows) and used + taken + length > context.token_budget:
-            break
-        taken += length
-        rows.append(waiting.popleft())
-    return rows
-
-
-def _launch(state: SamplerState, numbers: list[int], context: SamplerContext) -> _Group:
+def _launch(
+    state: SamplerState, numbers: list[int], context: SamplerContext, slots: Slots | None
+) -> _Group:
     """Send rows into their next denoising step.
 
     The host waits for the GPU once here, for the number of scored tokens, and once in `_finish`,
@@ -157,41 +161,25 @@ def _launch(state: SamplerState, numbers: list[int], context: SamplerContext) ->
     def draw_at(logits: Tensor, part: slice) -> Draw:
         return draw_tokens(logits, keys[part], vocab=context.vocab, sampling=state.sampling)
 
-    lengths = [_row_length(state, number, context) for number in numbers]
-    columns = state.columns[owners, scored]
-    packed = pack_scored(
-        state.canvas[rows],
-        lengths,
-        row,
-        columns,
-        shift=context.model.shift,
-        patterns=state_rows(
-            lengths, [len(state.prompts[n]) for n in numbers], context.model, state.sampling
-        ),
+    packed = pack_step(
+        state, numbers, row, state.columns[owners, scored], model=context.model, slots=slots
     )
     return _Group(numbers, rows, positions, wanted, spots, context.forward(packed, draw_at))
 
 
-def _finish(state: SamplerState, group: _Group, context: SamplerContext) -> list[int]:
+def _finish(
+    state: SamplerState, group: _Group, context: SamplerContext, slots: Slots | None
+) -> list[int]:
     """Fix the best of a group's draws and end its step; returns the rows still live."""
     draw, spots = group.draws(), group.spots
+    if slots is not None:
+        slots.ran(group.numbers)
     is_fixed, turns = _fixed(state, group, draw, context)
     rows, positions = group.rows[spots[0]], group.positions[spots]
     commit(state, rows, positions, draw, is_fixed[spots], {n: v[spots] for n, v in turns.items()})
     return advance(
         state, group.numbers, group.rows, eos_id=context.eos_id, stop_ids=context.stop_ids
     )
-
-
-def _row_length(state: SamplerState, number: int, context: SamplerContext) -> int:
-    """Return the tokens of a row in its next step; a block model needs none after its block."""
-    if not context.model.has_blocks:
-        return state.lengths[number]
-    prompt, sampling = len(state.prompts[number]), state.sampling
-    place = state.opened[number] * sampling.block_length
-    if sampling.block_origin == "row":
-        place = max(0, place - prompt % sampling.block_length)
-    return state_length(prompt, place, sampling)
 
 
 def _wanted(

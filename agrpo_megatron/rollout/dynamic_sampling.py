@@ -62,8 +62,9 @@ def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
     if session.run.replay is not None:
         metrics["rollout/replayed"] = len(rewards)
     else:
-        model = session.run.settings.model
-        metrics["flops"] = sum(sum(completion_flops(f.trajectory, model)) for f in rollouts)
+        model, cached = session.run.settings.model, session.run.settings.rollout.cached
+        counts = [completion_flops(f.trajectory, model, cached=cached) for f in rollouts]
+        metrics["flops"] = sum(map(sum, counts))
     warning = failure_warning(rewards, session.run.settings.task.grader.failed_score)
     if warning is not None:
         session.output.view.warn(f"iteration {iteration + 1}: {warning}")

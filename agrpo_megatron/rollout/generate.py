@@ -11,6 +11,7 @@ from torch import Tensor
 from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion.sampler import SamplerContext, SamplerHooks, SamplingStopped, sample
 from agrpo_megatron.megatron.forward import RolloutForward
+from agrpo_megatron.megatron.layers.cache import make_store
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import gather_objects
 from agrpo_megatron.megatron.pipeline import make_forward
@@ -116,6 +117,7 @@ def sample_prompts(
         model=settings.model,
         stop_ids=sorted(run.tokenizer.stop_ids),
         most_rows=settings.rollout.rows,
+        store=make_store(settings, network.ranks, prompts, sampling=sampling),
     )
     sampled = sample(prompts, rollout_ids, context=context, sampling=sampling, hooks=hooks)
     return sampled, forward

@@ -8,6 +8,7 @@ recomputed are not, so the count is the same under every layout.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,18 @@ if TYPE_CHECKING:
 WITH_GRADIENT = 3  # a forward and a backward pass, in forward passes
 
 
-def completion_flops(trajectory: Trajectory, model: ModelSettings) -> list[int]:
+def completion_flops(
+    trajectory: Trajectory, model: ModelSettings, *, cached: bool | None = None
+) -> list[int]:
     """Return the FLOPs [R] of each completion, over all its denoising steps.
 
-    Every denoising step runs the whole row, prompt and completion, or the part up to the open block
-    where a model sees no more; the head runs at the positions that the step scored. Rows that only
-    fill up a small head product are not counted.
+    Every denoising step runs the whole row, prompt and completion. A block model's row ends after
+    the open block; with a cache, a step runs the open block alone, each finished block runs once
+    more, and a prompt runs in the first of its completions. The head runs at the positions that the
+    step scored. Rows that only fill up a small head product are not counted.
+
+    Args:
+        cached: `rollout.cached`.
     """
     width, heads = trajectory.tokens.shape[1], scored_positions(trajectory).tolist()
     if not model.has_blocks:
@@ -37,34 +44,55 @@ def completion_flops(trajectory: Trajectory, model: ModelSettings) -> list[int]:
             for prompt, count in zip(trajectory.prompts, steps, strict=True)
         ]
     else:
-        layers = _open_block_flops(trajectory, model)
+        layers = _block_flops(trajectory, model, is_cached=cached is not False)
     return [flops + head_flops(count, model) for flops, count in zip(layers, heads, strict=True)]
 
 
-def _open_block_flops(trajectory: Trajectory, model: ModelSettings) -> list[int]:
-    """Return the FLOPs [R] of all steps of rows that end after their open block."""
-    sampling, result = trajectory.sampling, []
+def _block_flops(trajectory: Trajectory, model: ModelSettings, *, is_cached: bool) -> list[int]:
+    """Return the FLOPs [R] of the layers in all steps of a block model's completions."""
+    from agrpo_megatron.diffusion.blocks import open_block
+
+    result, known = [], set[bytes]()
     begins, ends = _steps_of_blocks(trajectory)
     for prompt, counts in zip(trajectory.prompts, (ends - begins).tolist(), strict=True):
-        first = len(prompt) % sampling.block_length
-        offset = first if sampling.block_origin == "row" else 0
-        total = 0
-        for block, count in enumerate(counts):
-            end = (block + 1) * sampling.block_length - offset
-            length = len(prompt) + min(end, sampling.completion_length)
-            total += count * row_flops(length, model, first=first - offset)
+        first, key, total = len(prompt) % trajectory.sampling.block_length, bytes(prompt.cpu()), 0
+        first = first if trajectory.sampling.block_origin == "completion" else 0
+        parts = [
+            open_block(len(prompt), block, trajectory.sampling) for block in range(len(counts))
+        ]
+        ran = [(part, count) for part, count in zip(parts, counts, strict=True) if count]
+        for number, ((start, end), count) in enumerate(ran):
+            if not is_cached:
+                total += count * row_flops(end, model, first=first)
+                continue
+            count += number < len(ran) - 1  # the finished block runs once more
+            total += count * _token_flops(end - start, (end - start) * end, model)
+        if is_cached and ran and key not in known:
+            total += row_flops(ran[0][0][0], model, first=first)
+            known.add(key)
         result.append(total)
     return result
 
 
-def scored_flops(lengths: Iterable[int], scored: int, model: ModelSettings) -> int:
+def scored_flops(
+    lengths: Iterable[int],
+    scored: int,
+    model: ModelSettings,
+    *,
+    firsts: Iterable[int] | None = None,
+) -> int:
     """Return the FLOPs of one forward pass over rows that an estimator scores.
 
     Args:
         lengths: tokens of each row, prompt and completion.
         scored: tokens of all rows that reach the head.
+        firsts: of each row, as `row_flops` takes it; None: 0.
     """
-    return sum(row_flops(length, model) for length in lengths) + head_flops(scored, model)
+    firsts = itertools.repeat(0) if firsts is None else firsts
+    layers = sum(
+        row_flops(n, model, first=first) for n, first in zip(lengths, firsts, strict=False)
+    )
+    return layers + head_flops(scored, model)
 
 
 def head_flops(positions: int, model: ModelSettings) -> int:
@@ -79,8 +107,13 @@ def row_flops(length: int, model: ModelSettings, *, first: int = 0) -> int:
     Args:
         first: the position at which the second block of a block model begins, if not its length.
     """
-    attention = 4 * _visible_pairs(length, model, first) * model.query_width
-    return model.num_layers * (2 * length * layer_matrices(model) + attention)
+    return _token_flops(length, _visible_pairs(length, model, first), model)
+
+
+def _token_flops(tokens: int, pairs: int, model: ModelSettings) -> int:
+    """Return the FLOPs of some tokens through all layers; `pairs` of tokens see each other."""
+    attention = 4 * pairs * model.query_width  # scores, and the weighted values
+    return model.num_layers * (2 * tokens * layer_matrices(model) + attention)
 
 
 def _visible_pairs(length: int, model: ModelSettings, first: int) -> int:

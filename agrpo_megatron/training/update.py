@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from agrpo_megatron.config.settings import ModelSettings, Settings
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, timestep_batch
-from agrpo_megatron.diffusion.blocks import with_open_blocks
+from agrpo_megatron.diffusion.blocks import first_blocks, with_open_blocks
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.table import is_joint, scored_rows
 from agrpo_megatron.megatron.engine import Engine
@@ -36,13 +36,14 @@ class Part:
     batches: list[TimestepBatch]
     lengths: Tensor  # [N] tokens of each row
     old: Tensor | None  # [N, C] log-probs of the policy that sampled; None: of the current one
+    forward: int  # FLOPs of a forward pass over the rows of all ranks
     reference: Tensor | None = None  # [N, C] log-probs of the frozen reference
     passes: int = 0  # forward passes without gradient over the rows
 
-    def flops(self, model: ModelSettings) -> int:
+    @property
+    def flops(self) -> int:
         """Return the FLOPs of all passes over the rows, those of all ranks."""
-        forward = scored_flops(self.lengths.tolist(), int(self.scored.scored.sum()), model)
-        return (WITH_GRADIENT + self.passes) * forward
+        return (WITH_GRADIENT + self.passes) * self.forward
 
 
 def update_policy(
@@ -88,7 +89,7 @@ def update_policy(
         filled = int(part.lengths.sum())
         packed = {"rows": len(part.lengths), "filled": filled, "slots": slots}
         packed["scoring_rows"] = part.passes * len(part.lengths)
-        packed["flops"] = part.flops(settings.model)
+        packed["flops"] = part.flops
         results.append({**metrics, **packed, "micro_batches": len(part.batches)})
     return _update_metrics(results), sum(result["filled"] for result in results)
 
@@ -113,7 +114,10 @@ def packed_part(settings: Settings, ranks: Ranks, rollout: Rollout, scored: Scor
         for rows in plan
     ]
     recorded = recorded_logprobs(rollout, scored)
-    return Part(scored, [local_part(batch, ranks) for batch in batches], lengths, recorded)
+    firsts = first_blocks(rollout.trajectory)[scored.rollout].tolist()
+    count = int(scored.scored.sum())
+    forward = scored_flops(lengths.tolist(), count, model, firsts=firsts)
+    return Part(scored, [local_part(batch, ranks) for batch in batches], lengths, recorded, forward)
 
 
 def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_first: bool) -> Part:

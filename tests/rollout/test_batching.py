@@ -18,6 +18,11 @@ SAMPLERS = {
     "low confidence": ["sampling.unmasking=low_confidence"],
     "top-k": ["sampling.top_k=9"],
     "small budget": ["train.token_budget=64"],
+    "cached blocks": [
+        "model.attention=block_causal",
+        "model.block_length=4",
+        "sampling.block_origin=row",
+    ],
 }
 
 

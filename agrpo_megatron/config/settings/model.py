@@ -155,6 +155,14 @@ class RolloutSettings:
     groups: int | None = setting(
         None, "groups of rows in flight; null: twice the pipeline stages, 1 without", low=1
     )
+    cached: bool | None = setting(
+        None,
+        "compute finished blocks once and keep their keys and values: the same completions, for "
+        "block models; null: where it is possible",
+    )
+    cache_memory: float = setting(
+        8.0, "largest cache of keys and values on each rank", unit="GiB", low=1e-6
+    )
     rows: int | None = setting(
         None,
         "most rows of a replica in one forward; null: as many as train.token_budget holds. Fewer "

@@ -7,12 +7,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from agrpo_megatron.diffusion.patterns import span_mask, span_slices
+from agrpo_megatron.diffusion.patterns import span_mask, span_slices, tail_mask
 from agrpo_megatron.megatron.layers.context import gather_keys
 from agrpo_megatron.megatron.layers.flex import attend
-from agrpo_megatron.megatron.layers.packed import PackedLayout
+from agrpo_megatron.megatron.layers.packed import PackedLayout, Run
 from agrpo_megatron.megatron.layers.rotary import scaled
-from agrpo_megatron.types import Row
+from agrpo_megatron.types import KeyStore, Row
 
 
 class PackedAttention(MegatronModule):
@@ -27,11 +27,13 @@ class PackedAttention(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
+        layer_number: int = 1,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         **_: object,
     ):
         super().__init__(config=config)
+        self.layer_number = layer_number
         assert pg_collection is not None and pg_collection.cp is not None
         self.softmax_scale, self.context_group = softmax_scale, pg_collection.cp
 
@@ -53,15 +55,40 @@ class PackedAttention(MegatronModule):
             key, value = gather_keys(key, value, layout.keys, group=self.context_group)
         if layout.block_mask is not None:
             return attend(query, key, value, layout.block_mask, scale=self.softmax_scale)
-        outputs, start = [], 0
+        outputs, start, cached = [], 0, layout.cached
+        if cached is not None:
+            cached.store.copy(self.layer_number, cached.copies)
         for run in layout.runs:
             end = start + run.rows * run.queries
             keys = slice(run.start, run.start + run.rows * run.keys)
-            parts = (query[start:end], key[keys], value[keys])
-            out = self._attend(*(_by_row(part, run.rows) for part in parts), run.pattern)
+            parts = [_by_row(x, run.rows) for x in (query[start:end], key[keys], value[keys])]
+            if cached is not None and run.slots:
+                out = self._attend_cached(*parts, run, cached.store)
+            else:
+                out = self._attend(*parts, run.pattern)
             outputs.append(out.transpose(1, 2).reshape(end - start, -1))
             start = end
         return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+
+    def _attend_cached(
+        self, query: Tensor, key: Tensor, value: Tensor, run: Run, store: KeyStore
+    ) -> Tensor:
+        """Attend from the last tokens of rows to whole rows, whose first keys are cached."""
+        assert run.pattern is not None
+        new = [x[:, :, : run.keep] for x in (key, value)]
+        if run.before:
+            old = store.read(self.layer_number, run.slots, run.before)
+            key, value = (torch.cat(pair, 2) for pair in zip(old, (key, value), strict=True))
+        if run.keep:
+            store.write(self.layer_number, run.slots, run.before, *new)
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=tail_mask(run.pattern, run.before, query.device),
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, pattern: Row | None) -> Tensor:
         """Attend within rows of one pattern, [rows, heads, tokens, head_dim]; a call for each span.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from agrpo_megatron.diffusion.patterns import full
 from agrpo_megatron.megatron.parallel import Axis, Ranks
-from agrpo_megatron.types import PackedRows, SftBatch, TimestepBatch
+from agrpo_megatron.types import CachedRows, PackedRows, SftBatch, TimestepBatch
 
 
 def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRows:
@@ -35,7 +35,14 @@ def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRow
         rows.scored,
         bounds,
         None if rows.patterns is None else (*rows.patterns, full(missing)),
+        None if rows.cached is None else _with_filler(rows.cached),
     )
+
+
+def _with_filler(cached: CachedRows) -> CachedRows:
+    """Add a row that neither reads nor writes the cache."""
+    parts = {name: (*getattr(cached, name), 0) for name in ("slots", "before", "keep")}
+    return replace(cached, **parts)
 
 
 def for_schedule(batches: Sequence[PackedRows], ranks: Ranks) -> tuple[list[PackedRows], int]:

@@ -15,7 +15,7 @@ from agrpo_megatron.megatron.layers.context import part_of
 from agrpo_megatron.megatron.layers.flex import make_block_mask
 from agrpo_megatron.megatron.layers.rotary import Yarn, frequencies
 from agrpo_megatron.megatron.parallel import Axis
-from agrpo_megatron.types import PackedRows, Row
+from agrpo_megatron.types import CachedRows, PackedRows, Row
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Run:
     keys: int  # per row
     start: int  # of the first row's keys, among this rank's keys
     pattern: Row | None = None  # None: all tokens of a row see each other
+    before: int = 0  # cached tokens of each row
+    keep: int = 0  # first queries of each row whose keys are to be cached
+    slots: tuple[int, ...] = ()  # of the rows; empty: no cache
 
 
 @dataclass
@@ -38,6 +41,7 @@ class PackedLayout(PackedSeqParams):
     runs: list[Run] = field(default_factory=list)
     keys: slice | None = None  # of all ranks' tokens; None: no row crosses parts
     block_mask: BlockMask | None = None  # of FlexAttention; None: SDPA, run by run
+    cached: CachedRows | None = None
     angles: Tensor | None = None  # [T, 1, head_dim] float32, of this rank's tokens
     cosines: Tensor | None = None  # of the angles
     sines: Tensor | None = None
@@ -63,7 +67,8 @@ def packed_layout(
     cu_seqlens, bounds, places = rows.cu_seqlens, rows.bounds, None
     if rows.patterns is not None:
         assert context.size == 1
-        places = places_of(rows.patterns, rows.tokens.device)
+        before = None if rows.cached is None else rows.cached.before
+        places = places_of(rows.patterns, rows.tokens.device, before=before)
     first, last = part_of(bounds[-1], context, context.rank)
     positions = positions_in_rows(cu_seqlens, bounds[-1]) if places is None else places.position
     positions = positions[first:last]
@@ -80,9 +85,12 @@ def packed_layout(
         cu_seqlens_kv=theirs,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        runs=_runs(bounds, first, last, origin=origin, patterns=rows.patterns),
+        runs=_runs(rows, first, last, origin=origin),
+        cached=rows.cached,
         keys=keys,
-        block_mask=make_block_mask(places) if use_flex and places is not None else None,
+        block_mask=make_block_mask(places)
+        if use_flex and not (places is None or rows.cached)
+        else None,
         angles=turns,
         cosines=turns.cos(),
         sines=turns.sin(),
@@ -104,28 +112,31 @@ def _rows_around(bounds: Sequence[int], first: int, last: int) -> slice:
     return slice(max(b for b in bounds if b <= first), min(b for b in bounds if b >= last))
 
 
-def _runs(
-    bounds: Sequence[int],
-    first: int,
-    last: int,
-    *,
-    origin: int,
-    patterns: Sequence[Row] | None,
-) -> list[Run]:
-    """Join neighbouring rows of equal length that lie completely in `first` to `last`."""
+def _runs(rows: PackedRows, first: int, last: int, *, origin: int) -> list[Run]:
+    """Join neighbouring rows of equal length and pattern that lie completely in `first` to `last`.
+
+    Rows with cached tokens are alike if as many are cached, and as many will be.
+    """
     runs: list[Run] = []
-    for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+    for number, (start, end) in enumerate(itertools.pairwise(rows.bounds)):
         queries = min(end, last) - max(start, first)
         if queries <= 0:
             continue
-        pattern = None if patterns is None else patterns[number]
+        run = _run_of(rows, number, queries, start - origin)
         before = runs[-1] if runs else None
-        if (
-            before
-            and queries == end - start == before.queries == before.keys
-            and pattern == before.pattern
-        ):
-            runs[-1] = replace(before, rows=before.rows + 1)
+        is_whole = queries == end - start
+        if before and is_whole and replace(before, rows=1, start=run.start, slots=run.slots) == run:
+            runs[-1] = replace(before, rows=before.rows + 1, slots=before.slots + run.slots)
         else:
-            runs.append(Run(1, queries, end - start, start - origin, pattern))
+            runs.append(run)
     return runs
+
+
+def _run_of(rows: PackedRows, number: int, queries: int, start: int) -> Run:
+    bounds, cached = rows.bounds, rows.cached
+    pattern = None if rows.patterns is None else rows.patterns[number]
+    run = Run(1, queries, bounds[number + 1] - bounds[number], start, pattern)
+    if cached is None or not cached.before[number] + cached.keep[number]:
+        return run
+    slots = (cached.slots[number],)
+    return replace(run, before=cached.before[number], keep=cached.keep[number], slots=slots)

@@ -93,7 +93,7 @@ def gradients_of(
                 tokens = float(part.lengths.sum())
                 work += tokens * (FORWARD + BACKWARD + FORWARD * part.passes)
                 rows += len(part.lengths)
-                flops += part.flops(session.run.settings.model)
+                flops += part.flops
     shape, times = (len(rollouts), draws, 2, SIZE), len(rollouts) * draws
     return Gradients(torch.stack(found).view(shape), work / times, rows / times, flops / times)
 

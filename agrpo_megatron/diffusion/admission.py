@@ -1,0 +1,191 @@
+"""Which rows a forward pass of the sampler takes, and where their keys and values are cached.
+
+Continuous batching: waiting rows take the place of finished ones, longest first. With a cache, each
+row in flight has a slot of it. Rows of one prompt share its computation: the first of them computes
+the prompt's keys, and the others start one step later, with a copy.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from agrpo_megatron.config.settings import ModelSettings
+from agrpo_megatron.diffusion.blocks import open_block, state_rows
+from agrpo_megatron.diffusion.packing import on_device, pack_scored
+from agrpo_megatron.diffusion.sampler_state import SamplerState
+from agrpo_megatron.types import CachedRows, KeyStore, PackedRows
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a row begins: its slot, and the slot that holds its prompt's keys."""
+
+    slot: int
+    source: int | None  # None: the row computes them itself
+
+
+@dataclass
+class Slots:
+    """The slots of a cache: who has which, and whose prompt each still holds."""
+
+    store: KeyStore
+    prompts: Sequence[bytes]  # of each row
+    free: list[int] = field(default_factory=list)
+    starts: dict[int, Start] = field(default_factory=dict)  # by row in flight
+    holders: dict[bytes, list[int]] = field(default_factory=dict)  # slots by finished prompt
+    held: dict[int, bytes] = field(default_factory=dict)  # and the inverse
+    cached: dict[int, int] = field(default_factory=dict)  # tokens, by row in flight
+    computing: set[bytes] = field(default_factory=set)  # prompts, by rows in their first step
+
+    def is_known(self, row: int) -> bool:
+        """Return whether a slot holds the keys of a row's prompt."""
+        return bool(self.holders.get(self.prompts[row]))
+
+    def start(self, row: int) -> None:
+        """Give a row a free slot, if there is one that of its prompt."""
+        prompt = self.prompts[row]
+        holders = self.holders.get(prompt, [])
+        own = next((slot for slot in holders if slot in self.free), None)
+        slot = self.free[-1] if own is None else own
+        self.free.remove(slot)
+        source = own if own is not None else next(iter(holders), None)
+        self.starts[row] = Start(slot, source)
+        if own is None:
+            self._forget(slot)
+        if source is None:
+            self.computing.add(prompt)
+
+    def rows(self, numbers: Sequence[int], starts: Sequence[int]) -> CachedRows:
+        """Return what is cached of rows that take a step, and what that step caches.
+
+        Args:
+            starts: tokens of each row before its open block.
+        """
+        slots = [self.starts[row].slot for row in numbers]
+        copies = []
+        for row, slot, start in zip(numbers, slots, starts, strict=True):
+            source = self.starts[row].source
+            if row not in self.cached and source is not None:
+                self.cached[row] = start
+                if source != slot and start:
+                    copies.append((source, slot, start))
+        before = [self.cached.get(row, 0) for row in numbers]
+        keep = [start - count for start, count in zip(starts, before, strict=True)]
+        self.cached |= dict(zip(numbers, starts, strict=True))
+        return CachedRows(self.store, slots, before, keep, copies)
+
+    def ran(self, rows: Sequence[int]) -> None:
+        """Note that the slots of rows hold the keys of their prompts."""
+        for row in rows:
+            slot, prompt = self.starts[row].slot, self.prompts[row]
+            self.computing.discard(prompt)
+            if self.held.get(slot) != prompt:
+                self.held[slot] = prompt
+                self.holders.setdefault(prompt, []).append(slot)
+
+    def end(self, rows: Sequence[int]) -> None:
+        """Free the slots of finished rows."""
+        for row in rows:
+            self.free.append(self.starts.pop(row).slot)
+            self.cached.pop(row, None)
+
+    def _forget(self, slot: int) -> None:
+        prompt = self.held.pop(slot, None)
+        if prompt is not None:
+            self.holders[prompt].remove(slot)
+
+
+def make_slots(store: KeyStore, prompts: Sequence[Tensor]) -> Slots:
+    """Return the slots of an empty cache."""
+    keys = [prompt.cpu().numpy().tobytes() for prompt in prompts]
+    return Slots(store, keys, free=list(range(store.slots))[::-1])
+
+
+@dataclass
+class Admission:
+    """Rows that wait for their first step."""
+
+    lengths: Sequence[int]  # R: tokens of each row
+    firsts: Sequence[int]  # R: tokens of each row in a first step that copies its prompt
+    budget: int  # tokens of a forward pass
+    most: int  # rows of a forward pass
+    slots: Slots | None
+    waiting: deque[int] = field(init=False)
+
+    def __post_init__(self):
+        order = sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row])
+        self.waiting = deque(order)
+
+    def fill(self, live: Sequence[int], *, used: int, free: int) -> list[int]:
+        """Take waiting rows: a fair share for each of the `free` groups, within the budget.
+
+        Args:
+            live: rows of the forward pass so far.
+            used: their tokens in it.
+        """
+        share = sum(self.lengths[row] for row in self.waiting) / free
+        taken, rows, later = 0, list[int](), list[int]()
+        while self.waiting and (taken < share or not rows) and len(live) + len(rows) < self.most:
+            row = self.waiting[0]
+            if self.slots is not None and not self.slots.free:
+                break
+            if self.slots is not None and self.slots.prompts[row] in self.slots.computing:
+                later.append(self.waiting.popleft())
+                continue
+            tokens = self._tokens(row)
+            if (live or rows) and used + tokens > self.budget:
+                break
+            used, taken = used + tokens, taken + self.lengths[row]
+            rows.append(self.waiting.popleft())
+            if self.slots is not None:
+                self.slots.start(row)
+        self.waiting.extendleft(reversed(later))
+        return rows
+
+    def _tokens(self, row: int) -> int:
+        """Return the tokens of a row's first step."""
+        is_copied = self.slots is not None and self.slots.is_known(row)
+        return self.firsts[row] if is_copied else self.lengths[row]
+
+
+def pack_step(
+    state: SamplerState,
+    numbers: list[int],
+    row: Tensor,
+    column: Tensor,
+    *,
+    model: ModelSettings,
+    slots: Slots | None,
+) -> PackedRows:
+    """Pack rows for their next step, without the tokens whose keys are cached.
+
+    Args:
+        row, column: [S] scored tokens, by place in `numbers` and by canvas column.
+    """
+    lengths = [row_end(state, number, model) for number in numbers]
+    prompts = [len(state.prompts[number]) for number in numbers]
+    patterns, cached = state_rows(lengths, prompts, model, state.sampling), None
+    if slots is not None:
+        cached = slots.rows(numbers, [_open_block(state, number)[0] for number in numbers])
+        lengths = [end - count for end, count in zip(lengths, cached.before, strict=True)]
+    canvas = state.canvas[on_device(numbers, row.device)]
+    return pack_scored(
+        canvas, lengths, row, column, shift=model.shift, patterns=patterns, cached=cached
+    )
+
+
+def row_end(state: SamplerState, number: int, model: ModelSettings) -> int:
+    """Return the tokens of a row in its next step; a block model needs none after its block."""
+    return _open_block(state, number)[1] if model.has_blocks else state.lengths[number]
+
+
+def step_length(state: SamplerState, number: int, model: ModelSettings, slots: Slots | None) -> int:
+    """Return the packed tokens of a row in its next step; if it is cached, at most two blocks."""
+    end = row_end(state, number, model)
+    return end if slots is None else min(end, 2 * state.sampling.block_length)
+
+
+def _open_block(state: SamplerState, number: int) -> tuple[int, int]:
+    return open_block(len(state.prompts[number]), state.opened[number], state.sampling)
