@@ -91,18 +91,7 @@ class MaskedDiffusionModel(LanguageModule):
         self.use_flex = use_flex
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
-        self.angles = partial(
-            rotary_angles,
-            head_dim=model.head_width,
-            rope_theta=model.rope_theta,
-            yarn=yarn_of(model),
-        )
-        self.query_scale = partial(
-            query_scale,
-            beta=model.query_scale_beta,
-            original_length=model.rope_original_length,
-            attention_factor=model.rope_attention_factor,
-        )
+        self.settings = model
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,
@@ -142,6 +131,26 @@ class MaskedDiffusionModel(LanguageModule):
         if isinstance(input_tensor, list):
             (input_tensor,) = input_tensor
         self.decoder.set_input_tensor(input_tensor)  # type: ignore[arg-type]
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """Return the rotary angles of positions [T], [T, 1, head_dim] float32."""
+        model = self.settings
+        return rotary_angles(
+            positions,
+            head_dim=model.head_width,
+            rope_theta=model.rope_theta,
+            yarn=yarn_of(model),
+        )
+
+    def query_scale(self, positions: Tensor) -> Tensor | None:
+        """Return what queries at positions [T] are multiplied by, [T, 1, 1] float32; None: by 1."""
+        model = self.settings
+        return query_scale(
+            positions,
+            beta=model.query_scale_beta,
+            original_length=model.rope_original_length,
+            attention_factor=model.rope_attention_factor,
+        )
 
     @_batch_invariant
     def forward(self, rows: PackedRows) -> Tensor:
