@@ -1,12 +1,14 @@
-"""Rules of the model's settings alone: heads, their widths, and blocks."""
+"""Rules of the model's settings alone: heads, their widths, rotary embeddings, and blocks."""
 
 import math
 
 from agrpo_megatron.config.settings import ModelSettings
 
+_PLAIN = ModelSettings()  # of plain rotary embeddings
+
 
 def validate_model(model: ModelSettings) -> None:
-    """Check that heads and groups divide what they share, and that blocks have a length.
+    """Check heads, groups, rotary embeddings and blocks: each has what it needs.
 
     Raises:
         ValueError: the first rule broken, with key, value, rule and fix.
@@ -21,6 +23,7 @@ def validate_model(model: ModelSettings) -> None:
             fix = min(divisors(whole), key=lambda divisor: abs(divisor - part))
             raise ValueError(f"model.{name}={part} does not divide model.{of}={whole}; use {fix}")
     _check_head(model)
+    _check_rope(model)
     attention, length = model.attention, model.block_length
     if model.has_blocks and length is None:
         raise ValueError(
@@ -46,6 +49,39 @@ def _check_head(model: ModelSettings) -> None:
         f"model.hidden_size={model.hidden_size} / model.num_attention_heads={heads} {why}; use a "
         f"multiple of {2 * heads}"
     )
+
+
+def _check_rope(model: ModelSettings) -> None:
+    """Check that rotary embeddings have what their scaling needs, and nothing besides."""
+    factor, beta, length = model.rope_factor, model.query_scale_beta, model.rope_original_length
+    if length is None and (factor > 1 or beta > 0):
+        name = "rope_factor" if factor > 1 else "query_scale_beta"
+        raise ValueError(
+            f"model.{name}={getattr(model, name)} needs model.rope_original_length; use the "
+            "longest row that the weights were first trained for, such as 16384"
+        )
+    if length is not None and factor == 1 and beta == 0:
+        raise ValueError(
+            f"model.rope_original_length={length} is for model.rope_factor and "
+            "model.query_scale_beta, and neither is set; use null, or set one of them"
+        )
+    fast, slow = model.rope_beta_fast, model.rope_beta_slow
+    if factor == 1:
+        for name, value in (("rope_beta_fast", fast), ("rope_beta_slow", slow)):
+            if value != (default := getattr(_PLAIN, name)):
+                raise ValueError(
+                    f"model.{name}={value} is for YaRN, and model.rope_factor=1; use {default}, or "
+                    "set model.rope_factor"
+                )
+    elif fast < slow:
+        raise ValueError(
+            f"model.rope_beta_fast={fast} is less than model.rope_beta_slow={slow}; exchange them"
+        )
+    elif model.rope_theta == 1:
+        raise ValueError(
+            f"model.rope_theta=1 turns all pairs alike, and model.rope_factor={factor} scales slow "
+            "ones; use for example 10000, or model.rope_factor=1"
+        )
 
 
 def divisors(whole: int) -> list[int]:

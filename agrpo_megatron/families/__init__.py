@@ -1,6 +1,6 @@
 """Model families: conversion of Hugging Face configurations and weight names to ours and back.
 
-A family is one file with `FAMILY`, a `Family` record. `FAMILIES` has them by `model_type`.
+A family is one file with `FAMILY`, a `Family` record. `FAMILIES` has them by name.
 """
 
 from pathlib import Path
@@ -9,10 +9,12 @@ from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.config_json import CONFIG, GENERATION, check_ids, read_object, shown
 from agrpo_megatron.families.dream import FAMILY as DREAM
 from agrpo_megatron.families.llada import FAMILY as LLADA
+from agrpo_megatron.families.nemotron_diffusion import FAMILY as NEMOTRON
 from agrpo_megatron.families.sdar import FAMILY as SDAR
 from agrpo_megatron.families.tensors import Family, Shapes, WeightMapping, expand, part_shapes
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM, SDAR)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM, SDAR, NEMOTRON)}
+_BY_TYPE = {family.model_type or family.name: family for family in FAMILIES.values()}
 
 
 def settings_from_hf(directory: str | Path) -> ModelSettings:
@@ -25,9 +27,9 @@ def settings_from_hf(directory: str | Path) -> ModelSettings:
     path = Path(directory) / CONFIG
     config = read_object(path)
     kind = config.get("model_type")
-    family = FAMILIES.get(str(kind).lower())  # Dream's has a capital letter
+    family = _BY_TYPE.get(str(kind).lower())  # Dream's has a capital letter
     if family is None:
-        known = f"known families are {', '.join(FAMILIES)}"
+        known = f"known families are {', '.join(_BY_TYPE)}"
         raise ValueError(f"{path}: {shown('model_type', kind)}; {known}")
     try:
         model = family.settings(config)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.tensors import STANDARD, Family, standard_names
+from agrpo_megatron.families.tensors import PLAIN_ROPE, STANDARD, Family, standard_names
 
 # Of a config.json that lacks them, as the published ones do.
 # Source: the tables of block diffusion models in SGLang and LMDeploy.
@@ -38,6 +38,7 @@ attn_implementation debug ep_size fuse_cross_entropy
 micro_forward skip_checkpoint use_deepep
 """
 _FIXED = {"qkv_bias": False, "qk_norm": True, "shift": False, "attention": "block_causal"}
+_FIXED |= PLAIN_ROPE
 
 
 def _other_settings(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:

@@ -36,6 +36,8 @@ STANDARD = {
     "num_query_groups": "num_key_value_heads",
     "max_sequence_length": "max_position_embeddings",
 }
+# Settings of a family whose modelling code has plain rotary embeddings.
+PLAIN_ROPE = {"rope_factor": 1.0, "rope_attention_factor": 1.0, "query_scale_beta": 0.0}
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -71,6 +73,7 @@ class Family:
     mappings: Callable[[ModelSettings], dict[str, tuple[str, ...]]]
     others: frozenset[str]  # keys of config.json that `other_settings` reads, or that are harmless
     fixed: Mapping[str, Any]  # settings with one value in every model of the family
+    model_type: str | None = None  # of config.json, in lower case; None: the family's name
 
     def settings(self, config: Mapping[str, Any]) -> ModelSettings:
         """Translate config.json; null means that a key is not set.

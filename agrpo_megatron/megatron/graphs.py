@@ -40,6 +40,7 @@ class _Recording:
     tokens: Tensor  # [tokens]
     bounds: Tensor  # [rows + 1] int32
     angles: Tensor  # [tokens, 1, head_dim]
+    query_scale: Tensor | None  # [tokens, 1, 1]
     hidden: Tensor  # [tokens, 1, hidden]
     replay: Callable[[], object]
 
@@ -90,7 +91,11 @@ class Graphs:
         full = on_device(bucket_bounds(bounds, bucket), rows.tokens.device, dtype=torch.int32)
         found.tokens.copy_(F.pad(rows.tokens, (0, bucket.tokens - len(rows.tokens))))
         found.bounds.copy_(full)
-        found.angles.copy_(self.model.angles(positions_in_rows(full, bucket.tokens)))
+        positions = positions_in_rows(full, bucket.tokens)
+        found.angles.copy_(self.model.angles(positions))
+        scale = self.model.query_scale(positions)
+        if scale is not None and found.query_scale is not None:
+            found.query_scale.copy_(scale)
         found.replay()
         return self.model.head(found.hidden, rows.scored)
 
@@ -98,16 +103,18 @@ class Graphs:
         tokens = torch.zeros(bucket.tokens, dtype=torch.int64, device=device)
         even = bucket_bounds([0, min(bucket.longest, bucket.tokens)], bucket)
         bounds = on_device(even, device, dtype=torch.int32)
-        angles = self.model.angles(positions_in_rows(bounds, bucket.tokens))
+        positions = positions_in_rows(bounds, bucket.tokens)
+        angles, scale = self.model.angles(positions), self.model.query_scale(positions)
         layout = PackedLayout(
             cu_seqlens_q=bounds,
             cu_seqlens_kv=bounds,
             max_seqlen_q=bucket.longest,
             max_seqlen_kv=bucket.longest,
             angles=angles,
+            query_scale=scale,
         )
         replay, hidden = self._record(lambda: self.model.body(tokens, layout))
-        return _Recording(tokens, bounds, angles, hidden, replay)
+        return _Recording(tokens, bounds, angles, scale, hidden, replay)
 
 
 def record_on_gpu() -> Recorder:

@@ -25,6 +25,7 @@ from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron.layers.context import padded_rows, part_of, scored_slices
 from agrpo_megatron.megatron.layers.local import local_spec
 from agrpo_megatron.megatron.layers.packed import PackedLayout, packed_layout, rotary_angles
+from agrpo_megatron.megatron.layers.rotary import query_scale, yarn_of
 from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.megatron.precision import kernel_values
 from agrpo_megatron.megatron.records import megatron_record
@@ -61,6 +62,7 @@ class MaskedDiffusionModel(LanguageModule):
     """A bidirectional transformer over packed rows; the head runs on scored tokens only.
 
     Args:
+        model: the settings of rotary embeddings and the longest row.
         vocab_rows: rows of embedding and head, a multiple of the tensor-parallel size.
         pre_process, post_process: whether this pipeline stage holds the embedding, the head.
         vp_stage: index among this rank's virtual stages.
@@ -74,9 +76,8 @@ class MaskedDiffusionModel(LanguageModule):
         spec: TransformerBlockSubmodules,
         *,
         ranks: Ranks,
+        model: ModelSettings,
         vocab_rows: int,
-        max_sequence_length: int,
-        rope_theta: float,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int = 0,
@@ -90,13 +91,12 @@ class MaskedDiffusionModel(LanguageModule):
         self.use_flex = use_flex
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
-        assert config.kv_channels is not None
-        self.angles = partial(rotary_angles, head_dim=config.kv_channels, rope_theta=rope_theta)
+        self.settings = model
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,
                 vocab_size=vocab_rows,
-                max_sequence_length=max_sequence_length,
+                max_sequence_length=model.max_sequence_length,
                 position_embedding_type="rope",
                 tp_group=groups.tp,
             )
@@ -132,6 +132,26 @@ class MaskedDiffusionModel(LanguageModule):
             (input_tensor,) = input_tensor
         self.decoder.set_input_tensor(input_tensor)  # type: ignore[arg-type]
 
+    def angles(self, positions: Tensor) -> Tensor:
+        """Return the rotary angles of positions [T], [T, 1, head_dim] float32."""
+        model = self.settings
+        return rotary_angles(
+            positions,
+            head_dim=model.head_width,
+            rope_theta=model.rope_theta,
+            yarn=yarn_of(model),
+        )
+
+    def query_scale(self, positions: Tensor) -> Tensor | None:
+        """Return what queries at positions [T] are multiplied by, [T, 1, 1] float32; None: by 1."""
+        model = self.settings
+        return query_scale(
+            positions,
+            beta=model.query_scale_beta,
+            original_length=model.rope_original_length,
+            attention_factor=model.rope_attention_factor,
+        )
+
     @_batch_invariant
     def forward(self, rows: PackedRows) -> Tensor:
         """Return the logits [S, V / tensor parallel] of this rank's scored tokens.
@@ -142,7 +162,13 @@ class MaskedDiffusionModel(LanguageModule):
         mine = scored_slices(rows, self.ranks)[self.ranks.context.rank]
         rows = padded_rows(rows, self.ranks)
         context = self.ranks.context
-        layout = packed_layout(rows, angles=self.angles, context=context, use_flex=self.use_flex)
+        layout = packed_layout(
+            rows,
+            angles=self.angles,
+            query_scale=self.query_scale,
+            context=context,
+            use_flex=self.use_flex,
+        )
         first, last = part_of(len(rows.tokens), context, context.rank)
         hidden = self.body(rows.tokens[first:last], layout)
         return self.head(hidden, rows.scored[mine] - first) if self.post_process else hidden
@@ -235,9 +261,8 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
             config,
             make_spec(config, layers[stage]),
             ranks=ranks,
+            model=model,
             vocab_rows=padded_vocab(settings),
-            max_sequence_length=model.max_sequence_length,
-            rope_theta=model.rope_theta,
             pre_process=stage == 0,
             post_process=stage == stages - 1,
             vp_stage=number,

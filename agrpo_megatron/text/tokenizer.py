@@ -6,7 +6,7 @@ Importing this module loads neither torch, sentencepiece nor transformers.
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,8 @@ def _load_huggingface(path: Path, chat_template: str | None) -> Tokenizer:
     mask_id = model.mask_token_id
     if mask_id is None:  # LLaDA's and Dream's directories do not register it
         mask_id = _find(vocabulary, MASK_PIECES)
+    if mask_id is None:  # Nemotron's is a reserved token
+        mask_id = _declared_mask(path, set(vocabulary.values()))
     mask_id, eos_id = _require(path, mask_id=mask_id, eos_id=model.eos_token_id)
     own = model.chat_template or {}
     own = {DEFAULT: own} if isinstance(own, str) else own
@@ -202,6 +204,13 @@ def _declared_ends(path: Path) -> frozenset[int]:
     files = (path / name for name in (CONFIG, GENERATION))
     found = [end for file in files if file.is_file() for end in end_ids(read_object(file))]
     return frozenset(end for end in found if type(end) is int)
+
+
+def _declared_mask(path: Path, ids: Container[int]) -> int | None:
+    """Return the mask token in the model's configuration, if the tokenizer has it."""
+    file = path / CONFIG
+    found = read_object(file).get("mask_token_id") if file.is_file() else None
+    return found if type(found) is int and found in ids else None
 
 
 def _require(path: Path, *, mask_id: int | None, eos_id: int | None) -> tuple[int, int]:

@@ -20,11 +20,12 @@ from agrpo_megatron.checkpoint.torch_dist import read_metadata
 from agrpo_megatron.checkpoint.weights import MegatronWeights
 from agrpo_megatron.families import hf_shapes, settings_from_hf
 from agrpo_megatron.runs.progress import HF, Progress
+from tests.families.nemotron import write_nemotron
 from tests.ranks import run_ranks
 from tests.training.tiny import tiny
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-FAMILIES = ["llada_tiny", "dream_tiny", "sdar_tiny"]
+FAMILIES = ["llada_tiny", "dream_tiny", "sdar_tiny", "nemotron"]
 LLADA = FIXTURES / "llada_tiny" / "hf"
 HEAD = "model.transformer.ff_out.weight"
 
@@ -37,10 +38,19 @@ def _files(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
 
 
+@pytest.fixture(params=FAMILIES)
+def source(request, tmp_path_factory):
+    """Return a small checkpoint of each family."""
+    if request.param == "nemotron":
+        return write_nemotron(tmp_path_factory.mktemp("published") / "hf")
+    return FIXTURES / request.param / "hf"
+
+
 def _sharded(folder, source):
     """Write a directory in bf16 of three shards with an index, a template and a tokenizer."""
     folder.mkdir()
-    tensors = {n: t.bfloat16() for n, t in load_file(source / "model.safetensors").items()}
+    stored = [load_file(file) for file in sorted(source.glob("*.safetensors"))]
+    tensors = {name: tensor.bfloat16() for part in stored for name, tensor in part.items()}
     index = {"metadata": {"total_size": 0}, "weight_map": {}}
     for number in range(3):
         file = f"model-{number + 1:05d}-of-00003.safetensors"
@@ -59,9 +69,8 @@ def _sharded(folder, source):
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_byte_returns(tmp_path, family):
-    source, steps = FIXTURES / family / "hf", []
+def test_every_byte_returns(tmp_path, source):
+    steps = []
     to_megatron_checkpoint(source, tmp_path / "m", progress=lambda *step: steps.append(step))
     to_hf_directory(tmp_path / "m", tmp_path / "h", progress=lambda *step: steps.append(step))
     assert _files(tmp_path / "h") == _files(source)
@@ -89,9 +98,8 @@ def test_a_config_without_blocks_and_mask_returns_as_it_was(tmp_path):
     assert _files(tmp_path / "h") == _files(source)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_byte_of_several_shards_returns(tmp_path, family):
-    source = _sharded(tmp_path / "s", FIXTURES / family / "hf")
+def test_every_byte_of_several_shards_returns(tmp_path, source):
+    source = _sharded(tmp_path / "s", source)
     to_megatron_checkpoint(source, tmp_path / "m", progress=_quiet)
     to_hf_directory(tmp_path / "m", tmp_path / "h", progress=_quiet)
     assert _files(tmp_path / "h") == _files(source)
@@ -106,7 +114,10 @@ def _through(source, target, overrides):
 
     settings = tiny(*overrides)
     settings = type(settings)(
-        run=settings.run, parallel=settings.parallel, model=read_model(Path(source))
+        run=settings.run,
+        precision=settings.precision,
+        parallel=settings.parallel,
+        model=read_model(Path(source)),
     )
     model = replace(settings.model, load=str(source))
     ranks = start_ranks(settings)
@@ -123,12 +134,12 @@ def _through(source, target, overrides):
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "tp2-pp2"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_byte_returns_through_a_layout(tmp_path, family, layout):
-    source = FIXTURES / family / "hf"
+def test_every_byte_returns_through_a_layout(tmp_path, source, layout):
     to_megatron_checkpoint(source, tmp_path / "m", progress=_quiet)
     size = 4 if layout == "tp2-pp2" else 1 if layout == "tp1" else 2
-    results = run_ranks(size, _through, tmp_path / "m", tmp_path, [f"parallel={layout}"])
+    dtype = json.loads((source / "config.json").read_text()).get("torch_dtype")
+    overrides = [f"parallel={layout}", f"precision={'bf16' if dtype == 'bfloat16' else 'fp32'}"]
+    results = run_ranks(size, _through, tmp_path / "m", tmp_path, overrides)
     to_hf_directory(results[0], tmp_path / "h", progress=_quiet)
     ours, theirs = _files(tmp_path / "h"), _files(source)
     assert ours == theirs

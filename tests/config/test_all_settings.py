@@ -26,6 +26,7 @@ CHANGED: dict[str, Any] = {
     "model.num_query_groups": 2,
     "model.head_dim": 6,
     "model.block_length": 6,
+    "model.rope_factor": 4.0,
     "model.megatron": {"attention_dropout": 0.1},
     "tokenizer.chat_template": "plain",
     "parallel.virtual": 2,
@@ -65,6 +66,15 @@ BY_CONFIDENCE = ["sampling.unmasking=low_confidence"]
 NEEDS = {
     "model.attention": ["model.block_length=4"],
     "model.block_length": ["model.attention=block_causal", "sampling.block_length=6"],
+    "model.rope_original_length": ["model.query_scale_beta=0.5"],
+    **{
+        f"model.{name}": ["model.rope_original_length=64"]
+        for name in ("rope_factor", "query_scale_beta")
+    },
+    **{
+        f"model.rope_beta_{name}": ["model.rope_original_length=64", "model.rope_factor=4"]
+        for name in ("fast", "slow")
+    },
     "fp8.recipe": ["precision=fp8"],
     "fp8.recipe=delayed": ["precision=fp8", "train.iterations=0"],
     "fp8.bf16_first_layers": ["precision=fp8", "model.num_layers=6"],

@@ -1,4 +1,4 @@
-"""Heads of any width, and blocks: what fits together, and what is refused."""
+"""Heads, rotary embeddings and blocks: what fits together, and what is refused."""
 
 import pytest
 
@@ -51,3 +51,57 @@ def test_blocks_have_a_length_and_full_attention_has_none(attention):
         "model.block_length=4 is for attention by blocks, and model.attention=full; use null, or "
         "model.attention=block_causal"
     )
+
+
+YARN = {"rope_factor": 4.0, "rope_original_length": 64}
+REFUSED_ROPE = {
+    "YaRN without a length": (
+        {"rope_factor": 4.0},
+        "model.rope_factor=4.0 needs model.rope_original_length; use the longest row that the "
+        "weights were first trained for, such as 16384",
+    ),
+    "scaled queries without a length": (
+        {"query_scale_beta": 0.5},
+        "model.query_scale_beta=0.5 needs model.rope_original_length; use the longest row that "
+        "the weights were first trained for, such as 16384",
+    ),
+    "a length without either": (
+        {"rope_original_length": 64},
+        "model.rope_original_length=64 is for model.rope_factor and model.query_scale_beta, and "
+        "neither is set; use null, or set one of them",
+    ),
+    "a beta without YaRN": (
+        {"rope_beta_slow": 2.0},
+        "model.rope_beta_slow=2.0 is for YaRN, and model.rope_factor=1; use 1.0, or set "
+        "model.rope_factor",
+    ),
+    "betas in the wrong order": (
+        {**YARN, "rope_beta_fast": 0.5},
+        "model.rope_beta_fast=0.5 is less than model.rope_beta_slow=1.0; exchange them",
+    ),
+    "all pairs alike": (
+        {**YARN, "rope_theta": 1.0},
+        "model.rope_theta=1 turns all pairs alike, and model.rope_factor=4.0 scales slow ones; "
+        "use for example 10000, or model.rope_factor=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_ROPE)
+def test_a_rotary_embedding_that_lacks_or_ignores_a_setting_is_refused(name):
+    values, said = REFUSED_ROPE[name]
+    assert _refusal(**values) == said
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        YARN,
+        {**YARN, "query_scale_beta": 0.1, "rope_beta_fast": 8.0, "rope_beta_slow": 8.0},
+        {"rope_original_length": 64, "query_scale_beta": 0.1},
+        {"rope_attention_factor": 1.5},
+    ],
+    ids=str,
+)
+def test_rotary_embeddings_may_be_scaled_in_part(values):
+    validate_model(ModelSettings(**values))

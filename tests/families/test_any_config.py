@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from agrpo_megatron.families import settings_from_hf
+from tests.families.nemotron import TINY
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 EXAMPLES = int(os.environ.get("AGRPO_EXAMPLES", "300"))
@@ -19,6 +20,7 @@ CONFIGS = {
     name: json.loads((FIXTURES / f"{name}_tiny" / "hf" / "config.json").read_text())
     for name in ("llada", "dream", "sdar")
 }
+CONFIGS["nemotron_diffusion"] = TINY
 # Keys of each file that may change: sizes and ids, and what changes no logits.
 SIZES = {
     "llada": {
@@ -44,6 +46,13 @@ SIZES = {
     },
 }
 SIZES["sdar"] = {**SIZES["dream"], "head_dim": "head_dim", "block_length": "block_size"}
+SIZES["nemotron_diffusion"] = {k: v for k, v in SIZES["sdar"].items() if k != "rope_theta"}
+ROPE = {
+    "rope_theta": "rope_theta",
+    "rope_factor": "factor",
+    "rope_original_length": "original_max_position_embeddings",
+    "query_scale_beta": "llama_4_scaling_beta",
+}
 DEFAULTS = {"mask_token_id": 151669, "block_size": 4}  # of SDAR, whose published files lack them
 OTHER_SIZES = {
     *("embedding_size", "eos_token_id", "include_qkv_bias", "mlp_hidden_size", "mlp_ratio"),
@@ -56,6 +65,7 @@ FREE = {
     *("sliding_window", "torch_dtype", "train_max_sequence_length", "transformers_version"),
     *("attn_implementation", "debug", "ep_size", "fuse_cross_entropy", "micro_forward"),
     *("skip_checkpoint", "use_cache", "use_deepep"),
+    *("ar_loss_weight", "dlm_loss_weight", "dlm_paradigm", "dp_varying_mask_ratio", "rope_theta"),
 }
 MORE = (
     *("auto_map", "block_size", "head_dim", "hidden_size", "is_decoder", "max_position_embeddings"),
@@ -125,11 +135,12 @@ def _check_refusal(message, path, text):
         assert said.startswith(": ") and ("=" in said or "is missing" in said)
         config = json.loads(text)
         names = [ascii(key)[1:-1] for key in config] + list(SIZES["llada"].values())
-        assert any(name in said for name in [*names, *OTHER_SIZES, *SIZES["sdar"].values()])
+        names += [*OTHER_SIZES, *SIZES["sdar"].values(), *ROPE.values(), "rope_parameters"]
+        assert any(name in said for name in names)
 
 
 def _check_settings(model, config):
-    """Compare with what the three modelling codes read, spelled out again."""
+    """Compare with what the modelling codes read, spelled out again."""
     given = {key: value for key, value in config.items() if value is not None}
     eos = given["eos_token_id"]
     if model.family == "sdar":
@@ -142,14 +153,22 @@ def _check_settings(model, config):
         expected["num_query_groups"] = given.get("n_kv_heads", given["n_heads"])
         expected["vocab_size"] = given.get("embedding_size", given.get("vocab_size"))
         expected["qkv_bias"] = given.get("include_qkv_bias", False)
-    for name in ("rope_theta", "norm_epsilon"):  # a number may be written as text, as in settings
+    if model.family == "nemotron_diffusion":
+        rope = given.get("rope_parameters", given.get("rope_scaling"))
+        if rope.get("rope_type", rope.get("type")) == "yarn" and rope["factor"] != 1:
+            assert {getattr(model, ours) == rope[theirs] for ours, theirs in ROPE.items()} == {True}
+    for name in expected.keys() & {
+        "rope_theta",
+        "norm_epsilon",
+    }:  # a number may be written as text, as in settings
         expected[name] = float(expected[name])
     found = {name: getattr(model, name) for name in expected}
     assert found == expected and list(map(type, found.values())) == [
         type(value) for value in expected.values()
     ]
     assert model.shift == (model.family == "dream") == (str(given["model_type"]).lower() == "dream")
-    assert model.has_blocks == model.qk_norm == (model.family == "sdar")
+    assert model.qk_norm == (model.family == "sdar")
+    assert model.has_blocks == (model.family in ("sdar", "nemotron_diffusion"))
     free = {*SIZES[model.family].values(), *OTHER_SIZES, *FREE, *MORE}
     for key in given.keys() - free:
         published = CONFIGS[model.family][key]

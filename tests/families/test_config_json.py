@@ -12,6 +12,7 @@ from agrpo_megatron.families import FAMILIES, settings_from_hf
 from agrpo_megatron.families.files import HfWeights
 from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.text.tokenizer import load_tokenizer
+from tests.families.nemotron import TINY
 from tests.text.chat_tokenizers import write_llada
 from tests.training.tiny import tiny
 
@@ -22,7 +23,8 @@ def _write(folder, family="llada", *, generation=None, **changes):
     """Write a changed config.json of a family, and generation_config.json."""
     folder.mkdir(exist_ok=True)
     source = FIXTURES / f"{family}_tiny" / "hf" / "config.json"
-    config = {**json.loads(source.read_text()), **changes}
+    published = TINY if family == "nemotron_diffusion" else json.loads(source.read_text())
+    config = {**published, **changes}
     (folder / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
@@ -57,6 +59,16 @@ REFUSED = {
     ),
     "two depths": ("llada", {"num_hidden_layers": 3}, "num_hidden_layers=3; the llada family need"),
     "two head sizes": ("dream", {"head_dim": 16}, "head_dim=16; the dream family needs 8 here"),
+    "a base that is no number": (
+        "nemotron_diffusion",
+        {"rope_parameters": {**TINY["rope_parameters"], "rope_theta": 0.5}},
+        "rope_parameters.rope_theta as model.rope_theta=0.5 must be at least 1",
+    ),
+    "a mask outside of Nemotron's rows": (
+        "nemotron_diffusion",
+        {"mask_token_id": 160},
+        "mask_token_id=160 does not fit",
+    ),
     "a head of odd width": ("sdar", {"head_dim": 5}, "model.head_dim=5 is odd"),
     "a mask of another vocabulary": (
         "sdar",

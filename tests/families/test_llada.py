@@ -128,7 +128,10 @@ def test_a_value_of_the_wrong_kind_is_named_as_the_setting_it_becomes(tmp_path, 
 
 def test_another_family_is_refused_with_those_that_are_known(tmp_path):
     message = _refusal(_write(tmp_path, model_type="gpt2"))
-    assert message.endswith("config.json: model_type='gpt2'; known families are llada, dream, sdar")
+    assert message.endswith(
+        "config.json: model_type='gpt2'; known families are llada, dream, sdar, "
+        "nemotron_labs_diffusion"
+    )
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])

@@ -22,6 +22,12 @@ KINDS = {
     "blocks of the row": [FROM_ROW],
     "blocks of the completion": [],
     "causal context": ["model.attention=causal_context", FROM_ROW],
+    "scaled positions": [
+        "model.attention=causal_context",
+        "model.rope_factor=4",
+        "model.rope_original_length=8",
+        "model.query_scale_beta=0.5",
+    ],
     "confidence, two at once": [
         FROM_ROW,
         "sampling.unmasking=low_confidence",

@@ -30,6 +30,12 @@ VARIANTS = {
     "grouped": [],
     "llada": ["model.num_query_groups=null"],
     "bias and qk-norm": ["model.qkv_bias=true", "model.qk_norm=true"],
+    "scaled positions": [
+        "model.rope_factor=4",
+        "model.rope_original_length=4",
+        "model.rope_attention_factor=1.1",
+        "model.query_scale_beta=0.5",
+    ],
     "wide heads": ["model.head_dim=16"],
 }
 LOCAL, TE = "kernels.layer_spec=local", "kernels.layer_spec=te"

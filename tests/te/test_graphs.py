@@ -15,6 +15,8 @@ RUN = [
     "model.hidden_size=64",
     "sampling.denoising_steps=8",
     "sampling.early_end=true",
+    "model.rope_original_length=4",  # queries are scaled by position
+    "model.query_scale_beta=0.5",
 ]
 
 

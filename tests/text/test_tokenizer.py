@@ -1,5 +1,6 @@
 """Tokenizers: exact round trips, the mask token, and unusable files."""
 
+import json
 import runpy
 import string
 import subprocess
@@ -99,6 +100,19 @@ def test_huggingface_directory(write_huggingface, added, named):
         "_",
         "<eos>",
     ]
+
+
+@pytest.mark.parametrize(("declared", "taken"), [(5, True), (10**6, False), ("5", False)])
+def test_the_mask_token_may_be_one_that_the_model_reserves(write_huggingface, declared, taken):
+    """As Nemotron-Labs-Diffusion has it: only config.json names the id."""
+    chosen = write_huggingface([], eos_token="<|endoftext|>")
+    (Path(chosen.path) / "config.json").write_text(json.dumps({"mask_token_id": declared}))
+    if taken:
+        tokenizer = load_tokenizer(chosen)
+        assert tokenizer.mask_id == declared and declared in tokenizer.special
+    else:
+        with pytest.raises(ValueError, match="has no mask token"):
+            load_tokenizer(chosen)
 
 
 def test_huggingface_directory_without_a_mask_token(write_huggingface):

@@ -25,7 +25,9 @@ class RunSettings:
 class ModelSettings:
     """The masked-diffusion transformer; named as Megatron-Core names the same things."""
 
-    family: str = setting("llada", "weight-name family", choices=("llada", "dream", "sdar"))
+    family: str = setting(
+        "llada", "weight-name family", choices=("llada", "dream", "sdar", "nemotron_diffusion")
+    )
     load: str | None = setting(
         None,
         "Hugging Face directory, Megatron checkpoint or run directory to start from, architecture "
@@ -44,6 +46,29 @@ class ModelSettings:
     eos_token_id: int | None = setting(None, "end-of-text id; null: the tokenizer's", low=0)
     max_sequence_length: int = setting(4096, "longest row", unit="tokens", low=2)
     rope_theta: float = setting(500000.0, "base of the rotary embedding", low=1)
+    rope_factor: float = setting(
+        1.0, "YaRN: rows may be so many times longer than rope_original_length; 1: none", low=1
+    )
+    rope_original_length: int | None = setting(
+        None,
+        "longest row before rope_factor and query_scale_beta; null without them",
+        unit="tokens",
+        low=1,
+    )
+    rope_beta_fast: float = setting(
+        32.0,
+        "YaRN: turns within rope_original_length from which a frequency stays as it is",
+        low=0.01,
+    )
+    rope_beta_slow: float = setting(
+        1.0, "YaRN: turns up to which a frequency is divided by rope_factor", low=0.01
+    )
+    rope_attention_factor: float = setting(1.0, "YaRN: factor of rotated queries and keys", low=0)
+    query_scale_beta: float = setting(
+        0.0,
+        "queries at position p grow by 1 + this * log(1 + floor(p / rope_original_length))",
+        low=0,
+    )
     norm_epsilon: float = setting(1e-5, "epsilon of RMSNorm", low=0)
     qkv_bias: bool = setting(False, "biases on query, key and value")
     qk_norm: bool = setting(False, "RMSNorm on queries and keys, per head")

@@ -11,6 +11,7 @@ from agrpo_megatron.diffusion.patterns import span_mask, span_slices, tail_mask
 from agrpo_megatron.megatron.layers.context import gather_keys
 from agrpo_megatron.megatron.layers.flex import attend
 from agrpo_megatron.megatron.layers.packed import PackedLayout, Run
+from agrpo_megatron.megatron.layers.rotary import scaled
 from agrpo_megatron.types import KeyStore, Row
 
 
@@ -48,7 +49,8 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """Attend within rows: [T, heads, head_dim], keys and values [T, groups, head_dim]."""
         layout = packed_seq_params
-        query, key = _rotate(query, layout), _rotate(key, layout)
+        query = scaled(_rotate(query, layout), layout.query_scale)
+        key = _rotate(key, layout)
         if layout.keys is not None:
             key, value = gather_keys(key, value, layout.keys, group=self.context_group)
         if layout.block_mask is not None:

@@ -13,6 +13,7 @@ from agrpo_megatron.diffusion.packing import on_device, positions_in_rows
 from agrpo_megatron.diffusion.patterns import places_of
 from agrpo_megatron.megatron.layers.context import part_of
 from agrpo_megatron.megatron.layers.flex import make_block_mask
+from agrpo_megatron.megatron.layers.rotary import Yarn, frequencies
 from agrpo_megatron.megatron.parallel import Axis
 from agrpo_megatron.types import CachedRows, PackedRows, Row
 
@@ -45,16 +46,23 @@ class PackedLayout(PackedSeqParams):
     angles: Tensor | None = None  # [T, 1, head_dim] float32, of this rank's tokens
     cosines: Tensor | None = None  # of the angles
     sines: Tensor | None = None
+    query_scale: Tensor | None = None  # [T, 1, 1] float32, of rotated queries; None: 1
 
 
 def packed_layout(
-    rows: PackedRows, *, angles: Callable[[Tensor], Tensor], context: Axis, use_flex: bool = False
+    rows: PackedRows,
+    *,
+    angles: Callable[[Tensor], Tensor],
+    context: Axis,
+    query_scale: Callable[[Tensor], Tensor | None] = lambda _: None,
+    use_flex: bool = False,
 ) -> PackedLayout:
     """Describe packed rows: positions restart at every row.
 
     Args:
         rows: of all context-parallel ranks together.
         angles: positions [T] -> rotary angles [T, 1, head_dim] float32.
+        query_scale: positions [T] -> factors of rotated queries [T, 1, 1] float32; None: 1.
         use_flex: whether rows with patterns go through FlexAttention.
     """
     cu_seqlens, bounds, places = rows.cu_seqlens, rows.bounds, None
@@ -64,7 +72,8 @@ def packed_layout(
         places = places_of(rows.patterns, rows.tokens.device, before=before)
     first, last = part_of(bounds[-1], context, context.rank)
     positions = positions_in_rows(cu_seqlens, bounds[-1]) if places is None else places.position
-    turns = angles(positions[first:last])
+    positions = positions[first:last]
+    turns = angles(positions)
     cuts = {part_of(bounds[-1], context, rank)[0] for rank in range(context.size)}
     keys = None if cuts <= set(bounds) else _rows_around(bounds, first, last)
     origin = keys.start if keys else first
@@ -89,13 +98,16 @@ def packed_layout(
         angles=turns,
         cosines=turns.cos(),
         sines=turns.sin(),
+        query_scale=query_scale(positions),
     )
 
 
-def rotary_angles(positions: Tensor, *, head_dim: int, rope_theta: float) -> Tensor:
+def rotary_angles(
+    positions: Tensor, *, head_dim: int, rope_theta: float, yarn: Yarn | None = None
+) -> Tensor:
     """Return the rotary angles of positions [T], [T, 1, head_dim] float32."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions[:, None].float() * (1.0 / rope_theta**exponents)
+    turns = frequencies(head_dim, rope_theta, yarn, device=positions.device)
+    angles = positions[:, None].float() * turns
     return torch.cat([angles, angles], dim=-1)[:, None]
 
 

@@ -21,6 +21,7 @@ from transformer_engine.pytorch.attention.rope import FusedRoPEFunc  # type: ign
 from agrpo_megatron.megatron.layers.attention import PackedAttention
 from agrpo_megatron.megatron.layers.context import gather_keys
 from agrpo_megatron.megatron.layers.packed import PackedLayout
+from agrpo_megatron.megatron.layers.rotary import scaled
 
 
 class TeAttention(TEDotProductAttention):
@@ -56,7 +57,8 @@ class TeAttention(TEDotProductAttention):
     ) -> Tensor:
         """Attend within rows: [T, heads, head_dim], keys and values [T, groups, head_dim]."""
         layout = packed_seq_params
-        query, key = _rotate(query, layout), _rotate(key, layout)
+        query = scaled(_rotate(query, layout), layout.query_scale)
+        key = _rotate(key, layout)
         if layout.keys is not None:
             key, value = gather_keys(key, value, layout.keys, group=self.context_group)
         return super().forward(
