@@ -6,6 +6,7 @@ Importing this module loads neither torch, sentencepiece nor transformers.
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,14 +182,21 @@ def _load_huggingface(path: Path, chat_template: str | None) -> Tokenizer:
 def _open_huggingface(path: Path) -> Any:
     """Load a tokenizer without running code from its directory."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+    from transformers.utils import logging
 
     config = path / "tokenizer_config.json"
     declared = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    # AutoTokenizer reads the model's config.json and warns about an unknown model type.
     # Dream's class, shipped as code, is Qwen2's under another name.
     kinds = {"PreTrainedTokenizerFast": PreTrainedTokenizerFast, "DreamTokenizer": Qwen2Tokenizer}
     kind = kinds.get(declared.get("tokenizer_class", ""), AutoTokenizer)
-    return kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # AutoTokenizer warns about a model type that it does not know
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # and about keys of such a config.json
+            return kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    finally:
+        logging.set_verbosity(level)
 
 
 def _find(vocabulary: dict[str, int], pieces: Iterable[str]) -> int | None:
