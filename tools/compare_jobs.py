@@ -186,6 +186,8 @@ def measure_variance(job: Job) -> Outcome:
         name: load(Settings, job.file, [*job.overrides, *own]).algorithm
         for name, own in members.items()
     }
+    # A run that chooses its own draws has no gradient of its own.
+    variants = {name: own for name, own in variants.items() if own.mc_samples != "auto"}
     base = resolved.settings.algorithm
     groups, size = base.prompts_per_iteration, base.group_size
     full = AlgorithmSettings(name=FULL, prompts_per_iteration=groups, group_size=size)
