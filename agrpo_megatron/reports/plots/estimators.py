@@ -70,7 +70,10 @@ def curves_figure(
         is_lowest = place + COLUMNS >= len(means)
         axes.tick_params(axis="x", labelbottom=is_lowest)
     for axes, name in zip(grid.flat, means, strict=False):
-        _panel(axes, name, means, baseline, theme, percent=look.percent)
+        final = float(np.mean([y[-1] for _, y in curves[name]]))
+        title = f"{name}  {shown(final)}" if look.percent else name
+        dress(axes, title, percent=look.percent)
+        _panel(axes, name, means, baseline, theme)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=style.STEPS))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}"))
     text: dict[str, Any] = {"fontsize": style.LABEL_SIZE, "color": theme.muted}
@@ -94,11 +97,8 @@ def _panel(
     means: Mapping[str, tuple[np.ndarray, ...]],
     baseline: str,
     theme: Theme,
-    *,
-    percent: bool,
 ) -> None:
     x, mean, low, high = means[name]
-    dress(axes, f"{name}  {shown(mean[-1])}" if percent else name, percent=percent)
     for other, (places, values, *_) in means.items():
         if other not in (name, baseline):
             axes.plot(places, values, color=theme.pale, linewidth=0.8, zorder=1)
