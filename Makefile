@@ -5,9 +5,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help install resilience te slurm demo test quick lint types
 
-# Test processes, and what they test. A multi-rank test starts its ranks with one thread each. Two
-# processes more than small machines have cores: tests of SLURM and of hung ranks mostly wait.
-WORKERS ?= 4
+# Test processes, and what they test. A multi-rank test starts its ranks with one thread each. One
+# process more than small machines have cores: tests of SLURM and of hung ranks mostly wait.
+WORKERS ?= 3
 TESTS ?= tests
 
 BIN := .venv/bin
