@@ -62,12 +62,13 @@ def curves_figure(
     top = max(float(x[-1]) for x, *_ in means.values())
     unit = max(size for size in UNITS if size <= max(1.0, top / 10))
     key = f"blue: {baseline}; grey: the others; band: 95% of the seeds' mean"
-    count = math.ceil(len(means) / COLUMNS)
-    figure = style.new_figure(11, 0.7 + 1.9 * count)
-    grid = figure.subplots(count, COLUMNS, sharex=True, sharey=True, squeeze=False)
+    columns = min(COLUMNS, len(means))
+    count = math.ceil(len(means) / columns)
+    figure = style.new_figure(max(6, 2.75 * columns), 0.7 + 1.9 * count)
+    grid = figure.subplots(count, columns, sharex=True, sharey=True, squeeze=False)
     for place, axes in enumerate(grid.flat):
         axes.set_visible(place < len(means))
-        is_lowest = place + COLUMNS >= len(means)
+        is_lowest = place + columns >= len(means)
         axes.tick_params(axis="x", labelbottom=is_lowest)
     for axes, name in zip(grid.flat, means, strict=False):
         final = float(np.mean([y[-1] for _, y in curves[name]]))
