@@ -26,7 +26,7 @@ class Finished:
     final: float
     iterations: int
     flops: float  # of reinforcement learning
-    update_flops: float  # the part without rollouts and measurements
+    update_flops: float  # the part without rollouts: updates, and measurements of draws
     cpu_seconds: float  # likewise
     entropy: float  # nats a token, mean of the last iterations
     evaluated: tuple[tuple[int, float], ...]  # iteration, held-out accuracy
@@ -79,7 +79,9 @@ def read_finished(directory: Path, seed: int) -> Finished:
         final=last["accuracy"],
         iterations=len(run.rl),
         flops=float(costs[-1, 0]),
-        update_flops=float(sum(row["update_flops"] for row in run.rl)),
+        update_flops=float(
+            sum(row["update_flops"] + row.get("measuring_flops", 0) for row in run.rl)
+        ),
         cpu_seconds=float(costs[-1, 1]),
         entropy=float(entropies[-LAST:].mean()),
         evaluated=tuple((int(at), float(value)) for at, value in zip(x, y, strict=True)),

@@ -108,7 +108,8 @@ class Admission:
     """Rows that wait for their first step."""
 
     lengths: Sequence[int]  # R: tokens of each row
-    firsts: Sequence[int]  # R: tokens of each row in a first step that copies its prompt
+    firsts: Sequence[int]  # R: tokens of each row in its first step, the prompt included
+    laters: Sequence[int]  # R: tokens of each row in any other step, at most
     budget: int  # tokens of a forward pass
     most: int  # rows of a forward pass
     slots: Slots | None
@@ -123,7 +124,7 @@ class Admission:
 
         Args:
             live: rows of the forward pass so far.
-            used: their tokens in it.
+            used: their tokens in it, at most.
         """
         share = sum(self.lengths[row] for row in self.waiting) / free
         taken, rows, later = 0, list[int](), list[int]()
@@ -145,9 +146,9 @@ class Admission:
         return rows
 
     def _tokens(self, row: int) -> int:
-        """Return the tokens of a row's first step."""
-        is_copied = self.slots is not None and self.slots.is_known(row)
-        return self.firsts[row] if is_copied else self.lengths[row]
+        """Return what a row needs of the budget; without a cache, in its longest step."""
+        computes_prompt = self.slots is not None and not self.slots.is_known(row)
+        return self.firsts[row] if computes_prompt else self.laters[row]
 
 
 def pack_step(
@@ -181,10 +182,13 @@ def row_end(state: SamplerState, number: int, model: ModelSettings) -> int:
     return _open_block(state, number)[1] if model.has_blocks else state.lengths[number]
 
 
-def step_length(state: SamplerState, number: int, model: ModelSettings, slots: Slots | None) -> int:
-    """Return the packed tokens of a row in its next step; if it is cached, at most two blocks."""
-    end = row_end(state, number, model)
-    return end if slots is None else min(end, 2 * state.sampling.block_length)
+def step_length(state: SamplerState, number: int, slots: Slots | None) -> int:
+    """Return the packed tokens of a row in a step, at most; if it is cached, two blocks.
+
+    Without a cache it is the whole row: its part up to the open block grows from block to block.
+    """
+    whole = state.lengths[number]
+    return whole if slots is None else min(whole, 2 * state.sampling.block_length)
 
 
 def _open_block(state: SamplerState, number: int) -> tuple[int, int]:

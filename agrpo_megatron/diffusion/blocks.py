@@ -163,16 +163,16 @@ def replay_rows(
         is_other = states and owners[states[0].number] != owners[number]
         is_full = context + copied > budget or scored.hidden_prompt is not None
         if states and (is_other or is_full):
-            rows.append(_replay_row(states, rollout, scored, model))
+            rows.append(_replay_row(states, owners[states[0].number], trajectory, model))
             states, context, copied = [], before, end - start
         states.append(_State(number, start, before, end))
     if states:
-        rows.append(_replay_row(states, rollout, scored, model))
+        rows.append(_replay_row(states, owners[states[0].number], trajectory, model))
     return rows
 
 
 def _replay_row(
-    states: Sequence[_State], rollout: Rollout, scored: ScoredRows, model: ModelSettings
+    states: Sequence[_State], owner: int, trajectory: Trajectory, model: ModelSettings
 ) -> ReplayRow:
     copies = list[tuple[int, int]]()  # neighbouring states that follow each other are one copy
     for state in states:
@@ -180,9 +180,7 @@ def _replay_row(
             copies[-1] = copies[-1][0], state.end - copies[-1][0]
         else:
             copies.append((state.start, state.end - state.start))
-    trajectory, context = rollout.trajectory, max(state.before for state in states)
-    owner = int(scored.rollout[states[0].number])
-    prompt = len(trajectory.prompts[owner])
+    context, prompt = max(state.before for state in states), len(trajectory.prompts[owner])
     pattern = context_row(context, prompt, model, trajectory.sampling, copies=copies)
     numbers, parts = zip(*((s.number, (s.start, s.end)) for s in states), strict=True)
     return ReplayRow(owner, context, numbers, parts, pattern)

@@ -104,11 +104,6 @@ def places_of(
     return Places(*table.to(device, non_blocking=True))
 
 
-def positions_of(rows: Sequence[Row]) -> Tensor:
-    """Return the position of each token of packed rows, [T], on the CPU."""
-    return torch.cat([_table(row)[1] for row in rows])
-
-
 @functools.lru_cache(maxsize=256)
 def span_mask(row: Row, number: int, device: torch.device) -> Tensor | None:
     """Return which keys the tokens of a span see, [tokens, keys] bool; None: all of them.

@@ -108,7 +108,8 @@ def sample(
     rows, model = range(len(state.lengths)), context.model
     admission = Admission(
         state.lengths,
-        [step_length(state, row, model, slots) for row in rows],
+        [row_end(state, row, model) for row in rows],
+        [step_length(state, row, slots) for row in rows],
         context.token_budget,
         len(rows) if context.most_rows is None else context.most_rows,
         slots,
@@ -130,7 +131,7 @@ def sample(
                 hooks.on_complete(complete, trajectory(state, complete))
             if complete and slots is not None:
                 slots.end(complete)
-        used = sum(step_length(state, row, model, slots) for row in live)
+        used = sum(step_length(state, row, slots) for row in live)
         live += admission.fill(live, used=used, free=most - len(in_flight))
         is_stalled = not live
         if live:

@@ -6,7 +6,6 @@ from agrpo_megatron.diffusion.patterns import (
     block_causal,
     full,
     places_of,
-    positions_of,
     replay,
     row_length,
     span_mask,
@@ -44,9 +43,9 @@ def test_a_copy_sees_the_context_before_its_block_and_its_own_block():
     """Context of 10 tokens, blocks of 4; the copies are tokens 4 to 9, then 8 to 9."""
     row = replay(10, 4, [(4, 6), (8, 2)], causal=False)
     mask = _mask([row])
-    assert positions_of([row]).tolist() == [*range(10), *range(4, 10), 8, 9]
+    assert places_of([row], CPU).position.tolist() == [*range(10), *range(4, 10), 8, 9]
     owner = torch.tensor([0] * 10 + [1] * 6 + [2] * 2)
-    position = positions_of([row])
+    position = places_of([row], CPU).position
     for query in range(18):
         for key in range(18):
             block, other = int(position[query]) // 4, int(position[key]) // 4

@@ -13,7 +13,6 @@ from agrpo_megatron.diffusion.patterns import (
     block_causal,
     full,
     places_of,
-    positions_of,
     replay,
     row_length,
     visible,
@@ -51,7 +50,9 @@ def _packed(rows):
 
 def _explicit(query, key, value, rows):
     """Attend by the whole mask: rotated pairs, scores, softmax."""
-    angles = rotary_angles(positions_of(rows), head_dim=WIDTH, rope_theta=100.0)
+    angles = rotary_angles(
+        places_of(rows, torch.device("cpu")).position, head_dim=WIDTH, rope_theta=100.0
+    )
     turn = torch.complex(angles.cos(), angles.sin())[..., : WIDTH // 2]
 
     def rotated(x):

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from agrpo_megatron.diffusion.blocks import open_block
 from agrpo_megatron.diffusion.sampler import SamplerHooks, SamplingStopped
+from agrpo_megatron.megatron.pipeline import Direct
 from agrpo_megatron.rollout.generate import encode_prompts, sample_prompts
 from agrpo_megatron.tasks.base import task_prompts
 from tests.ranks import run_ranks
@@ -165,3 +167,59 @@ def test_a_cache_that_holds_no_row_is_refused():
     said = run_ranks(1, _refused)[0]
     assert said.startswith("rollout.cache_memory=2e-06 GiB holds no row: one of")
     assert "rollout.cached=false" in said
+
+
+def _long(block):
+    """Return the packed tokens of four completions of 256 tokens after one prompt of 256."""
+    session, engine = open_session(
+        "model.attention=block_causal",
+        f"model.block_length={block}",
+        f"sampling.block_length={block}",
+        FROM_ROW,
+        "model.num_layers=1",
+        "model.max_sequence_length=512",
+        "sampling.completion_length=256",
+        "sampling.denoising_steps=256",
+        "sampling.early_end=false",
+        "train.token_budget=16384",
+    )
+    prompts = [torch.arange(256) % 70 + 3] * 4
+    sampling = session.run.settings.sampling
+    _, forward = sample_prompts(
+        session.run, engine.network, prompts, torch.arange(4), sampling=sampling
+    )
+    ends = [open_block(256, number, sampling)[1] for number in range(256 // block)]
+    return forward.tokens // 4, block * sum(ends)
+
+
+@pytest.mark.parametrize(("block", "cached", "open_rows"), [(4, 1340, 98816), (32, 8480, 102400)])
+def test_the_token_forwards_of_docs_blocks(block, cached, open_rows):
+    """One token a step: counted with the cache, and rows up to the open block by arithmetic."""
+    assert run_ranks(1, _long, block)[0] == (cached, open_rows)
+    assert 8 * cached < open_rows
+
+
+def _most_tokens(overrides):
+    """Return the packed tokens of the largest forward pass."""
+    session, engine = open_session(*BLOCKS, FROM_ROW, "train.token_budget=90", *overrides)
+    found, start = [], Direct._start
+
+    def recorded(self, item):
+        found.append(len(item.rows.tokens))
+        start(self, item)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Direct, "_start", recorded)
+        prompts = _prompts(session.run)
+        sampling = session.run.settings.sampling
+        ids = torch.arange(len(prompts))
+        sample_prompts(session.run, engine.network, prompts, ids, sampling=sampling)
+    return max(found), len(found)
+
+
+def test_forward_passes_stay_within_the_token_budget():
+    """Also without a cache, where rows grow with every block."""
+    uncached, many = run_ranks(1, _most_tokens, ["rollout.cached=false"])[0]
+    cached, few = run_ranks(1, _most_tokens, [])[0]
+    assert uncached <= 90 and cached <= 90
+    assert few < many, "as cached rows are short, more of them share a pass"
