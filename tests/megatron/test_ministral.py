@@ -11,7 +11,7 @@ from transformers import Ministral3Config, Ministral3ForCausalLM
 
 from agrpo_megatron.config.settings import ModelSettings, RunSettings, Settings
 from agrpo_megatron.diffusion.blocks import state_rows
-from agrpo_megatron.diffusion.patterns import block_causal, positions_of, replay
+from agrpo_megatron.diffusion.patterns import block_causal, places_of, replay
 from agrpo_megatron.families import FAMILIES
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.parallel import start_ranks
@@ -107,7 +107,7 @@ def _compared(model):
     found = {}
     with torch.no_grad():
         for name, (row, mask) in _cases().items():
-            positions = positions_of([row])
+            positions = places_of([row], torch.device("cpu")).position
             tokens = _tokens(len(positions))
             bounds = torch.tensor([0, len(tokens)])
             every = torch.arange(len(tokens))
