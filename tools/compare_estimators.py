@@ -2,6 +2,7 @@
 
     python tools/compare_estimators.py examples/compare/countdown.yaml examples/compare/sudoku.yaml
     python tools/compare_estimators.py examples/compare/sudoku.yaml --only agrpo,espo --output out
+    python tools/compare_estimators.py examples/compare/sudoku.yaml --seeds 5,6,7,8,9 --output again
 
 Each file is a task: its settings, a supervised phase, and the budget `train.flops`, which counts
 rollouts, updates and passes without gradient. members.yaml, next to it, has the estimators, their
@@ -222,7 +223,7 @@ def _plans(arguments: argparse.Namespace) -> list[Comparison]:
         raise ValueError(f"--workers={arguments.workers} must be at least 1; use for example 2")
     comparisons = []
     for file in files:
-        members = read_members(arguments.members or file.parent / MEMBERS)
+        members = read_members(arguments.members or file.parent / MEMBERS, arguments.seeds)
         comparisons.append(plan(file, _only(members, arguments.only), overrides, arguments.output))
     folders = [each.folder for each in comparisons]
     if len(set(folders)) < len(folders):
@@ -245,6 +246,11 @@ def _only(members: Members, names: str | None) -> Members:
     return replace(members, choices=kept)
 
 
+def _numbers(text: str) -> list[int]:
+    """Return the whole numbers of an argument; argparse shows the error of another text."""
+    return [int(word) for word in text.split(",")]
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -252,6 +258,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("words", nargs="+", metavar="FILE [KEY=VALUE]", help="tasks; overrides")
     parser.add_argument("--members", type=Path, help="default: members.yaml next to each FILE")
     parser.add_argument("--only", metavar="NAME,...", help="some members; the baseline is needed")
+    parser.add_argument("--seeds", type=_numbers, metavar="N,...", help="in place of the file's")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: run.dir of each FILE")
     parser.add_argument(
         "--workers",

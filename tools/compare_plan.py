@@ -121,8 +121,11 @@ def _texts(name: str, choice: Choice) -> list[str]:
     return [f"{key}={flow(value)}" for key, value in own.items()]
 
 
-def read_members(path: Path) -> Members:
+def read_members(path: Path, seeds: Sequence[int] | None = None) -> Members:
     """Read a file of members.
+
+    Args:
+        seeds: in place of the file's; None: those of the file.
 
     Raises:
         ValueError: it lacks a key, has an unknown one, or names a member or a seed wrongly.
@@ -137,7 +140,7 @@ def read_members(path: Path) -> Members:
             f"{path}: baseline={tree['baseline']} is no member; use one of {[*members]}"
         )
     choices = {name: _choices({**common, **(own or {})}) for name, own in members.items()}
-    seeds, tuning = (tuple(tree[key] or ()) for key in ("seeds", "tuning_seeds"))
+    seeds, tuning = tuple(seeds or tree["seeds"] or ()), tuple(tree["tuning_seeds"] or ())
     if len(set(seeds)) < max(2, len(seeds)) or set(seeds) & set(tuning):
         raise ValueError(
             f"{path}: seeds={list(seeds)} must be at least two, each once and none of "

@@ -141,6 +141,7 @@ def check_sampler(golden: Golden) -> Iterator[Check]:
             token_budget=4096,
             model=model,
             uniforms=case.uniforms,
+            gumbels=case.gumbels,
             stop_ids=case.stop_ids,
         )
         ids = torch.arange(len(case.prompts), device=case.expected.device)

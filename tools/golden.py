@@ -54,6 +54,7 @@ class SamplerCase:
     sampling: SamplingSettings
     detail: str
     uniforms: Tensor | None = None  # [steps, R, C]
+    gumbels: Tensor | None = None  # [steps, R, C, V], the noise of tokens
     steps: Tensor | None = None  # [R, C] that fixed each token, from 0; -1: none did
     stop_ids: tuple[int, ...] = ()
 

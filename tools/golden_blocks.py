@@ -98,11 +98,9 @@ def tracerl_cases(
 
 
 def decode_cases(cases: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[SamplerCase]:
-    """Yield the greedy decodes; sampled ones depend on the public sampler's own noise."""
+    """Yield the decodes; sampled ones with the noise of the public sampler."""
     for number, case in enumerate(cases.get("decode", [])):
         part = below(tensors, f"decode.{number}.")
-        if case["top_k"] != 1:
-            continue
         prompt, output = part["prompt_ids"], part["output_ids"]
         size, block = prompt.shape[1], case["block_length"]
         width = output.shape[1] - size
@@ -131,4 +129,14 @@ def decode_cases(cases: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[
             detail,
             steps=torch.where(steps > 0, steps - 1, -1),
             stop_ids=tuple(case["stop_ids"]),
+            gumbels=_gumbels(part, width) if "noise" in part else None,
         )
+
+
+def _gumbels(part: dict[str, Tensor], width: int) -> Tensor:
+    """Return the noise [steps, 1, C, vocabulary] of a decode; its public form is exponential."""
+    noise, size = -part["noise"].double().log(), part["prompt_ids"].shape[1]
+    found = noise.new_zeros(len(noise), size + width, noise.shape[-1])
+    for step, start in enumerate(part["forward_start"].tolist()):
+        found[step, start : start + noise.shape[1]] = noise[step]
+    return found[:, None, size:]

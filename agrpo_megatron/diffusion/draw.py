@@ -57,7 +57,8 @@ def draw_tokens(
     take tens of GiB.
 
     Args:
-        keys: [S] noise keys, see `noise.noise_key`; each token id folds into them.
+        keys: [S] noise keys, see `noise.noise_key`; each token id folds into them. Or the Gumbel
+            noise itself, [S, vocabulary] float.
     """
     rows = max(1, MAX_LOGITS // logits.shape[-1])
     parts = zip(logits.split(rows), keys.split(rows), strict=True)
@@ -68,7 +69,7 @@ def _draw(logits: Tensor, keys: Tensor, vocab: Vocabulary, sampling: SamplingSet
     support = None
     if sampling.is_cut and (sampling.temperature > 0 or sampling.truncation == "top_p_first"):
         draw, support = _draw_kept(logits, keys, vocab, sampling)
-    elif (kernel := kernel_for(logits)) is not None:
+    elif (kernel := kernel_for(logits)) is not None and not keys.is_floating_point():
         tokens, logprobs, entropies, spreads, untempered = kernel.draw_whole(
             logits, keys, vocab=vocab, temperature=sampling.temperature
         )
@@ -117,7 +118,7 @@ def _draw_whole(
     noisy = policy
     if sampling.temperature > 0:
         ids = vocab.start + torch.arange(policy.shape[-1], device=policy.device)
-        noisy = policy.double() + noise.gumbel(noise.fold(keys[:, None], ids))
+        noisy = policy.double() + _gumbel(keys, ids)
     best, column = noisy.max(-1)
     top = reduce(best.clone(), vocab.group, dist.ReduceOp.MAX)
     tokens = lowest_of_best(column + vocab.start, best < top, vocab.group)
@@ -134,7 +135,7 @@ def _draw_kept(
     support_ids, support = _support(policy, vocab, sampling)
     chosen = torch.zeros_like(support_ids[:, :1])
     if sampling.temperature > 0:
-        noisy = support + noise.gumbel(noise.fold(keys[:, None], support_ids))
+        noisy = support + _gumbel(keys, support_ids)
         chosen = noisy.argmax(-1, keepdim=True)
     tokens = support_ids.gather(-1, chosen).squeeze(-1)
     logprobs = support.gather(-1, chosen).squeeze(-1).to(policy.dtype)
@@ -142,6 +143,13 @@ def _draw_kept(
     spreads = support_spread(support).to(policy.dtype)
     confidences = _confidences(logits, tokens, logprobs, vocab, sampling)
     return Draw(tokens, logprobs, entropies, spreads, confidences, support_ids), support
+
+
+def _gumbel(keys: Tensor, ids: Tensor) -> Tensor:
+    """Return the noise [S, K] of token ids, [K] or [S, K] with -1 where there is none."""
+    if keys.is_floating_point():
+        return keys.gather(1, ids.clamp(min=0).expand(len(keys), -1))
+    return noise.gumbel(noise.fold(keys[:, None], ids))
 
 
 def _confidences(

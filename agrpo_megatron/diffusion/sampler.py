@@ -52,6 +52,7 @@ class SamplerContext:
     stop_ids: Sequence[int] = ()  # for `sampling.end_at_stop`
     store: KeyStore | None = None  # caches what blocks before the open one have computed
     uniforms: Tensor | None = None  # [steps, R, C] replaces the sampler's noise, for `bernoulli`
+    gumbels: Tensor | None = None  # [steps, R, C, vocabulary] replaces the noise of tokens
     most_rows: int | None = None  # maximum rows in one forward; None: only the budget limits
 
 
@@ -155,9 +156,12 @@ def _launch(
     wanted = _wanted(state, rows, positions, exists, context)
     spots = row, _ = wanted.nonzero(as_tuple=True)
     owners, scored = rows[row], positions[spots]
-    keys = noise.noise_key(
-        context.seed, noise.TOKENS, state.rollout_ids[owners], state.step[owners], scored
-    )
+    if context.gumbels is None:
+        keys = noise.noise_key(
+            context.seed, noise.TOKENS, state.rollout_ids[owners], state.step[owners], scored
+        )
+    else:
+        keys = context.gumbels[state.step[owners], owners, scored]
 
     def draw_at(logits: Tensor, part: slice) -> Draw:
         return draw_tokens(logits, keys[part], vocab=context.vocab, sampling=state.sampling)
