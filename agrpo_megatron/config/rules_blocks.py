@@ -43,6 +43,8 @@ def validate_blocks(settings: Settings) -> None:
             f"model.shift=true predicts a token from the one before, and {by} predicts a block's "
             "first token from its own place; use model.shift=false"
         )
+    if settings.sft.autoregressive_weight and settings.model.attention != "causal_context":
+        raise ValueError(_not_causal(settings))
     if settings.sampling.schedule == "dream":
         raise ValueError(
             f"sampling.schedule=dream decodes the completion as one block, and {by} decodes "
@@ -68,12 +70,22 @@ def validate_whole_rows(settings: Settings) -> None:
             "algorithm.name=block_just_grpo scores all blocks from one row, and with "
             "model.attention=full a block sees the others masked; use just_grpo"
         )
+    if settings.sft.autoregressive_weight:
+        raise ValueError(_not_causal(settings))
     chosen = settings.kernels.block_attention
     if chosen != "auto":
         raise ValueError(
             f"kernels.block_attention={chosen} is for models with blocks, and model.attention is "
             "full; use auto"
         )
+
+
+def _not_causal(settings: Settings) -> str:
+    return (
+        f"sft.autoregressive_weight={settings.sft.autoregressive_weight:g} predicts next tokens "
+        "from what is before them, and with model.attention="
+        f"{settings.model.attention} they are visible; use 0"
+    )
 
 
 def _check_samplers(settings: Settings, by: str) -> None:

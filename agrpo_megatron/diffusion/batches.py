@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from agrpo_megatron.config.settings import ModelSettings, SamplingSettings
+from agrpo_megatron.config.settings import ModelSettings, SamplingSettings, SftSettings
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.blocks import block_offsets, doubled_row
 from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, pack, unscored_row
@@ -144,7 +144,7 @@ def sft_batches(
     micro_batches: Sequence[Tensor],
     *,
     mask_id: int,
-    mask_epsilon: float,
+    sft: SftSettings,
     seed: int,
     model: ModelSettings | None = None,
     sampling: SamplingSettings | None = None,
@@ -154,7 +154,9 @@ def sft_batches(
     Each response token is masked with probability t and weighs 1 / (t * C). End-of-text padding
     is part of the response. Source: LLaDA (arXiv 2502.09992), section 2.3. A block model sees the
     whole example, and after it the masked response, each block of which sees the example before it:
-    the rows and the loss of SDAR's training code.
+    the rows and the loss of SDAR's training code. With an `autoregressive_weight` each response
+    token is also predicted from the example's token before it, and weighs 1 / C: the loss of
+    Nemotron-Labs-Diffusion.
 
     Args:
         example_ids: [B] noise indices: the mask of an index is the same under any layout.
@@ -165,29 +167,43 @@ def sft_batches(
     model, sampling = model or ModelSettings(), sampling or SamplingSettings()
     places = torch.arange(responses.shape[1], device=responses.device)
     row_key = noise.noise_key(seed, noise.MASKS, example_ids)
-    rate = mask_epsilon + (1 - mask_epsilon) * noise.uniform(row_key)
+    rate = sft.mask_epsilon + (1 - sft.mask_epsilon) * noise.uniform(row_key)
     chance = noise.uniform(noise.fold(row_key[:, None], places))
     masked = chance < rate[:, None]
-    weight = (1 / (rate * responses.shape[1]))[:, None].expand_as(masked)
+    follows = torch.full_like(masked, sft.autoregressive_weight > 0)
+    weight = torch.cat(
+        [
+            torch.full_like(rate, sft.autoregressive_weight)[:, None].expand_as(masked),
+            (sft.diffusion_weight / rate)[:, None].expand_as(masked),
+        ],
+        1,
+    )
+    weight = weight / responses.shape[1]
+    targets, scored = torch.cat([responses, responses], 1), torch.cat([follows, masked], 1)
     batches = []
     for chunk in micro_batches:
-        mine, part = masked[chunk], [prompts[i] for i in chunk.tolist()]
+        mine, part = scored[chunk], [prompts[i] for i in chunk.tolist()]
         rows = _sft_rows(part, responses[chunk], mine, mask_id, model, sampling)
         sources = chunk.to(mine.device)[mine.nonzero()[:, 0]]
         weights = weight[chunk][mine].float()
-        batches.append(SftBatch(rows, responses[chunk][mine], weights, sources))
+        batches.append(SftBatch(rows, targets[chunk][mine], weights, sources))
     return batches
 
 
 def _sft_rows(
     prompts: Sequence[Tensor],
     responses: Tensor,
-    masked: Tensor,
+    scored: Tensor,
     mask_id: int,
     model: ModelSettings,
     sampling: SamplingSettings,
 ) -> PackedRows:
-    """Pack masked responses [n, C] after their prompts, or after whole examples."""
+    """Pack masked responses [n, C] after their prompts, or after whole examples.
+
+    Args:
+        scored: [n, 2 C]: tokens that the one before predicts in the example; masked tokens.
+    """
+    follows, masked = scored.chunk(2, dim=1)
     states = responses.masked_fill(masked, mask_id)
     if not model.has_blocks or not len(states):
         return _packed(prompts, states, masked, mask_id=mask_id, shift=model.shift)
@@ -199,5 +215,7 @@ def _sft_rows(
     canvas, before = make_canvas(contexts, states)
     columns = completion_columns(before, states.shape[1])
     marks = torch.zeros_like(canvas, dtype=torch.bool).scatter_(1, columns, masked)
+    first = torch.tensor([len(prompt) for prompt in prompts], device=canvas.device)
+    marks.scatter_(1, completion_columns(first - 1, states.shape[1]), follows)
     lengths = torch.tensor([row_length(pattern) for pattern in patterns], device=canvas.device)
     return pack(canvas, lengths, marks, patterns=patterns)

@@ -208,7 +208,10 @@ def _scored_share(sft: SftSettings, sampling: SamplingSettings) -> float:
     """Return the share of tokens that the head scores, in the phase where it is larger.
 
     The head scores the tokens that a denoising step fixes; in a supervised phase the masked tokens,
-    half of the completion on average. The prompt is assumed to be as long as the completion.
+    half of the completion on average, and all others too if it learns the next token as well, from
+    rows that hold the completion twice. The prompt is assumed to be as long as the completion.
     """
+    if sft.iterations and sft.autoregressive_weight:
+        return 1 / 2
     masked = 1 / 2 if sft.iterations else 0.0
     return max(masked, 1 / sampling.denoising_steps) / 2

@@ -74,7 +74,7 @@ def _batches(
         torch.arange(size, device=ranks.device) + iteration * size,
         my_micro_batches(lengths, model, ranks, budget=settings.train.token_budget),
         mask_id=run.mask_id,
-        mask_epsilon=settings.sft.mask_epsilon,
+        sft=settings.sft,
         seed=settings.run.seed,
         model=model,
         sampling=sampling,

@@ -81,6 +81,7 @@ NEEDS = {
     "fp8.bf16_last_layers": ["precision=fp8", "model.num_layers=6"],
     "fp8.primary_weights": ["precision=fp8", "optimizer.distributed=true"],
     "kernels.layer_spec=te": ["precision=bf16"],
+    "sft.autoregressive_weight": ["model.attention=causal_context", "model.block_length=4"],
     "rollout.cached": ["model.attention=block_causal", "model.block_length=4"],
     "rollout.cache_memory": ["model.attention=block_causal", "model.block_length=4"],
     "kernels.block_attention": ["model.attention=block_causal", "model.block_length=4"],

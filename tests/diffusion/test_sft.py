@@ -6,6 +6,7 @@ import numpy
 import pytest
 import torch
 
+from agrpo_megatron.config.settings import ModelSettings, SamplingSettings, SftSettings
 from agrpo_megatron.diffusion import batches, noise
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from tests.diffusion.toy import Toy, relative_error
@@ -17,7 +18,7 @@ RESPONSES = {1: [1], 2: [2, 0], 3: [0, 2, 1]}
 
 
 def sft_batches(count, response, toy, **options):
-    options = {"mask_epsilon": 1e-3, "seed": 0, "size": count, **options}
+    options = {"sft": SftSettings(), "seed": 0, "size": count, **options}
     return batches.sft_batches(
         [torch.tensor([0])] * count,
         response.expand(count, -1),
@@ -41,7 +42,7 @@ def mean_loss(monkeypatch, table, toy, response, epsilon):
     hidden = torch.tensor([p for _, _, p in cases])
     queue = [uniforms, torch.where(hidden, 0.0, 1.0)]
     monkeypatch.setattr(noise, "uniform", lambda _key: queue.pop(0))
-    (batch,) = sft_batches(len(cases), response, toy, mask_epsilon=epsilon)
+    (batch,) = sft_batches(len(cases), response, toy, sft=SftSettings(mask_epsilon=epsilon))
     assert not queue
     rate, masks = epsilon + (1 - epsilon) * uniforms, hidden.sum(1)
     chance = rate**masks * (1 - rate) ** (toy.length - masks)
@@ -121,3 +122,38 @@ def test_masks_depend_on_the_example_and_not_on_the_micro_batches():
     assert torch.equal(tokens, whole.rows.tokens)
     other = sft_batches(30, torch.tensor([0, 1, 2]), toy, seed=1)[0]
     assert not torch.equal(other.rows.tokens, whole.rows.tokens)
+
+
+def test_next_tokens_are_scored_in_the_example_and_masked_ones_in_its_copy():
+    """Nemotron-Labs-Diffusion's loss: 1 / C per next token, 0.3 / (t C) per masked one."""
+    model = ModelSettings(attention="causal_context", block_length=2)
+    prompts = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
+    responses = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 6, 5, 4, 3, 2]])
+
+    def batch(**weights):
+        (found,) = batches.sft_batches(
+            prompts,
+            responses,
+            torch.arange(2),
+            [torch.arange(2)],
+            mask_id=99,
+            sft=SftSettings(**weights),
+            seed=4,
+            model=model,
+            sampling=SamplingSettings(block_length=2, block_origin="row"),
+        )
+        return found
+
+    masked, both = batch(), batch(diffusion_weight=0.3, autoregressive_weight=1.0)
+    assert torch.equal(both.rows.tokens, masked.rows.tokens)
+    is_masked = both.rows.tokens[both.rows.scored] == 99
+    assert torch.equal(both.rows.scored[is_masked], masked.rows.scored)
+    assert torch.equal(both.targets[is_masked], masked.targets)
+    torch.testing.assert_close(both.weights[is_masked], 0.3 * masked.weights)
+    follows = both.rows.scored[~is_masked] + 1
+    assert torch.equal(both.rows.tokens[follows], responses.flatten())
+    assert torch.equal(both.targets[~is_masked], responses.flatten())
+    assert both.weights[~is_masked].tolist() == [pytest.approx(1 / 6)] * 12
+    starts = both.rows.cu_seqlens[:-1].long()
+    assert torch.equal(both.sources[~is_masked], torch.arange(2).repeat_interleave(6))
+    assert (follows - starts.repeat_interleave(6)).tolist() == [*range(3, 9), *range(2, 8)]

@@ -94,6 +94,13 @@ class SftSettings:
     batch_size: int = setting(128, "examples per optimizer step, all ranks together", low=1)
     problems: int | None = setting(None, "problems whose solutions are used; null: all", low=1)
     mask_epsilon: float = setting(1e-3, "lowest masking rate t", low=0, high=1)
+    diffusion_weight: float = setting(1.0, "weight of the cross-entropy of masked tokens", low=0)
+    autoregressive_weight: float = setting(
+        0.0,
+        "weight of the cross-entropy of the response's next tokens, in the same rows; for "
+        "model.attention=causal_context, whose published loss is 1 with diffusion_weight 0.3",
+        low=0,
+    )
     optimizer: OptimizerSettings = section(OptimizerSettings, "optimizer of this phase")
 
 
