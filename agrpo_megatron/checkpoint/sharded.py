@@ -67,6 +67,14 @@ def _model_state(network: Network) -> dict[str, Any]:
     for state in states:  # the local specification's extra states are empty
         for key in [key for key in state if key.endswith("_extra_state")]:
             del state[key]
+    if network.adapters is not None:
+        own = network.adapters.sharded_state()
+        for chunk, state in zip(network.chunks, states, strict=True):
+            trained = {name for name, p in chunk.named_parameters() if p.requires_grad}
+            for key in [*state]:
+                if key not in trained:
+                    del state[key]
+            state |= {key: own[key] for key in trained & own.keys()}
     if len(states) == 1:
         return {"model": states[0]}
     return {f"model{number}": state for number, state in enumerate(states)}

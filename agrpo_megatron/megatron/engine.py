@@ -65,7 +65,7 @@ class Engine:
         Args:
             uncast: by name, the values of FP8 weights before their cast.
         """
-        if not uncast:
+        if not uncast or self.network.adapters is not None:
             self.optimizer.reload_model_params()
             return
         values = {p: uncast.get(name, p) for name, p in self.network.named_parameters()}

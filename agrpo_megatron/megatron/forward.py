@@ -72,6 +72,7 @@ class RolloutForward(Forward):
         self.tokens = 0  # packed tokens so far
         self.slots = Slots(network.ranks.pipeline.size)
         network.set_training("eval")
+        network.for_rollouts()
         network.renew_casts()
 
     def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:

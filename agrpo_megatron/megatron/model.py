@@ -177,6 +177,8 @@ class MaskedDiffusionModel(LanguageModule):
     def body(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
         """Run this rank's tokens [T] through the layers; [T / sequence parallel, 1, hidden]."""
         hidden = self.embedding(tokens[None], None) if self.pre_process else None
+        if hidden is not None and torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden.requires_grad_()  # of a frozen embedding: recomputation needs it
         return self.decoder(hidden, attention_mask=None, packed_seq_params=layout)
 
     @_batch_invariant

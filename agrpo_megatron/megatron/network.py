@@ -1,6 +1,6 @@
 """This rank's part of a model: its virtual stages, its ranks, its part of the vocabulary."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -10,6 +10,7 @@ from agrpo_megatron.config.parallel import padded_vocab
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.families.tensors import FUSED_NORMS, LAYER
+from agrpo_megatron.megatron.lora.adapters import Adapters, Held
 from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_chunks
 from agrpo_megatron.megatron.parallel import Ranks
 
@@ -24,6 +25,8 @@ class Network:
     ranks: Ranks
     vocab: Vocabulary  # the logit columns of this rank
     has_graphs: bool = False  # whether rollouts run as CUDA graphs
+    adapters: Adapters | None = None  # what is trained in place of the weights
+    is_reference: bool = False  # whether it is the frozen model, without its adapters
 
     @property
     def config(self) -> TransformerConfig:
@@ -33,12 +36,23 @@ class Network:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield this rank's parameters by their local-spec names, with global layer numbers."""
         for chunk in self.chunks:
-            layers = chunk.decoder.layers
             for name, parameter in chunk.named_parameters():
-                if found := LAYER.match(name):
-                    number = layers[int(found[1])].layer_number - 1  # type: ignore[operator]
-                    name = f"decoder.layers.{number}.{LOCAL_NAMES.get(found[2], found[2])}"
-                yield name, parameter
+                yield _global_name(name, chunk), parameter
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of this rank that are not frozen."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def for_updates(self) -> None:
+        """Make forward passes compute what updates train, or the frozen model if it is that."""
+        if self.adapters is not None:
+            use = self.adapters.switch_off if self.is_reference else self.adapters.for_updates
+            use()
+
+    def for_rollouts(self) -> None:
+        """Make forward passes compute the policy, the fastest way that was chosen."""
+        if self.adapters is not None:
+            self.adapters.for_rollouts()
 
     def set_training(self, mode: str) -> None:
         """Switch all virtual stages to `train` or `eval`."""
@@ -66,4 +80,25 @@ def build_network(settings: Settings, ranks: Ranks) -> Network:
         forbidden=(model.mask_token_id,) if settings.sampling.forbid_mask_token else (),
         group=ranks.tensor.group,
     )
-    return Network(build_chunks(settings, ranks), ranks, vocab, settings.kernels.cuda_graphs)
+    chunks, adapters = build_chunks(settings, ranks), None
+    if settings.lora.rank is not None:
+        adapters = Adapters(_held(chunks), model, settings.lora, ranks)
+    return Network(chunks, ranks, vocab, settings.kernels.cuda_graphs, adapters)
+
+
+def _held(chunks: Sequence[MaskedDiffusionModel]) -> Held:
+    """Return the modules of this rank's matrices, and their virtual stages."""
+    return {
+        _global_name(name, chunk): (chunk.get_submodule(name.rpartition(".")[0]), chunk)
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if parameter.dim() == 2
+    }
+
+
+def _global_name(name: str, chunk: MaskedDiffusionModel) -> str:
+    """Return a parameter's local-spec name, with the number of its layer in the whole model."""
+    if not (found := LAYER.match(name)):
+        return name
+    number = chunk.decoder.layers[int(found[1])].layer_number - 1  # type: ignore[operator]
+    return f"decoder.layers.{number}.{LOCAL_NAMES.get(found[2], found[2])}"

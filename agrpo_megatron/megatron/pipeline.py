@@ -49,6 +49,7 @@ def forward_rows(
     that this rank holds. Without a pipeline it is a loop, else Megatron's schedule.
     """
     network.set_training("eval")
+    network.for_updates()
     ranks, parallel = network.ranks, network.ranks.parallel
     if parallel.pipeline == 1:
         network.renew_casts()

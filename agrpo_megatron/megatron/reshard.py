@@ -41,6 +41,8 @@ class RolloutCopy:
         """Return the network with the weights of an optimizer step; called by every rank."""
         if step != self.step:
             torch.cuda.synchronize()  # the optimizer has streams of its own
+            for network in (source, self.network):
+                network.for_updates()
             swap_model_weights(_Whole(source), _Whole(self.network), GroupedCopy())  # type: ignore[arg-type]
             self.step = step
         return self.network

@@ -13,6 +13,7 @@ from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import hf_shapes, weight_mappings
 from agrpo_megatron.families.files import HfWeights
 from agrpo_megatron.families.transforms import Part, Split, from_megatron, to_megatron
+from agrpo_megatron.megatron.lora.adapters import ROOT
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import Ranks, gather_objects
 
@@ -67,7 +68,7 @@ def load_named(
         start from them. Empty without FP8 weights.
     """
     uncast: dict[str, Tensor] = {}
-    parameters = dict(network.named_parameters())
+    parameters = {n: p for n, p in network.named_parameters() if not n.startswith(f"{ROOT}.")}
     tensor = network.ranks.tensor
     for mapping in weight_mappings(settings):
         if mapping.megatron not in parameters:

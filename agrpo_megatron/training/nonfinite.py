@@ -68,7 +68,7 @@ def find_in_loss[Batch: (SftBatch, TimestepBatch)](
 
 def find_in_gradient(engine: Engine, batches: Sequence[SftBatch | TimestepBatch]) -> Finding:
     """Find the parameters whose gradient is not finite; called by every rank."""
-    grads = ((name, p.main_grad) for name, p in engine.network.named_parameters())  # type: ignore[attr-defined]
+    grads = ((name, p.main_grad) for name, p in engine.network.trained_parameters())  # type: ignore[attr-defined]
     places = _not_finite(grads)
     return Finding("gradient", places, _from_batches(batches), True, _bad_weights(engine))
 

@@ -120,6 +120,7 @@ def _forward_and_backward[Batch: (SftBatch, TimestepBatch)](
     """Return the loss and the metrics of each micro-batch, if this rank has them."""
     network, ranks = engine.network, engine.ranks
     network.set_training("train")
+    network.for_updates()
     drop_gradients(engine)
     reported = examples if ranks.data_context.rank == 0 else 0
     counts = iter([reported] + [0] * (len(batches) - 1))

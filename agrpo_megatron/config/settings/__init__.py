@@ -11,6 +11,7 @@ from agrpo_megatron.config.schema import build, from_text, section, setting
 from agrpo_megatron.config.settings.algorithm import PROPOSALS as PROPOSALS
 from agrpo_megatron.config.settings.algorithm import STEP_SAMPLERS as STEP_SAMPLERS
 from agrpo_megatron.config.settings.algorithm import AlgorithmSettings
+from agrpo_megatron.config.settings.lora import LoraSettings
 from agrpo_megatron.config.settings.model import (
     ModelSettings,
     ParallelSettings,
@@ -52,6 +53,7 @@ class Settings:
     parallel: ParallelSettings = section(ParallelSettings, "layout of the ranks")
     rollout: RolloutSettings = section(RolloutSettings, "rollouts under a pipeline")
     task: TaskSettings = section(TaskSettings, "problems and reward")
+    lora: LoraSettings = section(LoraSettings, "low-rank adapters in place of all weights")
     sft: SftSettings = section(SftSettings, "supervised phase")
     sampling: SamplingSettings = section(SamplingSettings, "rollout sampler")
     algorithm: AlgorithmSettings = section(AlgorithmSettings, "policy gradient")

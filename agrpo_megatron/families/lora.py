@@ -1,0 +1,81 @@
+"""The linear layers of a family that may have low-rank adapters, by their published names."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from agrpo_megatron.config.settings import LoraSettings, ModelSettings
+from agrpo_megatron.families import hf_shapes, weight_mappings
+from agrpo_megatron.families.tensors import WeightMapping
+
+LINEAR = ("qkv", "row", "gate_up")  # transforms of the linear layers within a block
+HEAD, EMBEDDING = "output_layer", "word_embeddings"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A published linear layer."""
+
+    name: str
+    outputs: int
+    inputs: int
+    mapping: WeightMapping  # of the Megatron parameter that holds its weight, alone or with others
+
+    @property
+    def is_split_by_inputs(self) -> bool:
+        """Whether tensor parallelism splits its inputs; else its outputs."""
+        return self.mapping.transform == "row"
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it is the head."""
+        return self.mapping.module == HEAD
+
+
+def linear_layers(model: ModelSettings) -> list[Linear]:
+    """Return the linear layers of a model, the head last."""
+    shapes = hf_shapes(model)
+    return [
+        Linear(name.removesuffix(".weight"), *shapes[name], mapping)
+        for mapping in weight_mappings(model)
+        if (mapping.transform in LINEAR and mapping.megatron.endswith("weight"))
+        or mapping.module == HEAD
+        for name in mapping.parts
+    ]
+
+
+def adapted_layers(model: ModelSettings, lora: LoraSettings) -> list[Linear]:
+    """Return the layers that get adapters.
+
+    A pattern names a layer by its whole name or by the end of it, from a dot on; `*` is any text.
+
+    Raises:
+        ValueError: a pattern names no layer.
+    """
+    layers = linear_layers(model)
+    if lora.modules is None:
+        return [layer for layer in layers if not layer.is_head]
+    for pattern in lora.modules:
+        if not any(_is_named(layer.name, pattern) for layer in layers):
+            raise ValueError(
+                f"lora.modules: {pattern} names no linear layer of the {model.family} family; use "
+                f"for example {', '.join(_nearest(pattern, layers))}"
+            )
+    return [layer for layer in layers if any(_is_named(layer.name, each) for each in lora.modules)]
+
+
+def trained_whole(model: ModelSettings, lora: LoraSettings) -> dict[str, str]:
+    """Return the tensors that are trained whole: Hugging Face names, by Megatron's."""
+    wanted = {EMBEDDING: lora.train_embedding, HEAD: lora.train_head}
+    modules = [name for name, is_trained in wanted.items() if is_trained]
+    return {m.megatron: m.parts[0] for m in weight_mappings(model) if m.module in modules}
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _nearest(pattern: str, layers: Sequence[Linear]) -> list[str]:
+    ends = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers))
+    return difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=3, cutoff=0.3) or ends
