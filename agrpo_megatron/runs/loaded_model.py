@@ -8,7 +8,9 @@ from agrpo_megatron.config.schema import load, written
 from agrpo_megatron.config.settings import ModelSettings, Settings, TokenizerSettings
 from agrpo_megatron.config.values import text
 from agrpo_megatron.families import settings_from_hf
+from agrpo_megatron.runs.base import read_base
 from agrpo_megatron.runs.progress import (
+    BASE_FILE,
     CHECKPOINTS,
     HF,
     MODEL_FILE,
@@ -28,6 +30,8 @@ def on_its_own(settings: Settings, checkpoint: Path) -> Settings:
     if not (checkpoint / MODEL_FILE).exists() or not (checkpoint / RUN_FILE).exists():
         return settings
     load_from = settings.model.load and str(checkpoint)
+    if (checkpoint / BASE_FILE).exists():  # adapters alone: their base has to be there still
+        load_from = read_base(checkpoint).load
     saved, given = load(Settings, checkpoint / RUN_FILE).tokenizer, settings.tokenizer
     if saved.path is not None and given.path in (None, saved.path):
         path = _carried_tokenizer(checkpoint, is_file=saved.path.endswith(".model"))

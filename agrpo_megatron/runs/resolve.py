@@ -6,8 +6,10 @@ Runs before any process group and before torch is needed, so wrong input is refu
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from agrpo_megatron.config.parallel import stage_layers
 from agrpo_megatron.config.rules import validate
 from agrpo_megatron.config.settings import ModelSettings, Settings
+from agrpo_megatron.families.lora import check_stages
 from agrpo_megatron.runs.loaded_model import with_loaded_model
 from agrpo_megatron.tasks import Task, build_task
 from agrpo_megatron.tasks.base import SPLITS, Split, as_prompt, task_prompts
@@ -53,6 +55,8 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     settings = replace(settings, model=model)
     validate(settings, world_size)
     _check_tokens(model, tokenizer)
+    if settings.lora.rank is not None:
+        check_stages(model, settings.lora, stage_layers(model, settings.parallel))
     task = build_task(settings.task)
     for key, own in (("mask_token_id", tokenizer.mask_id), ("eos_token_id", tokenizer.eos_id)):
         if (used := getattr(model, key)) != own:
