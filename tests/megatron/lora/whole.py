@@ -24,8 +24,8 @@ def whole_adapters(network, of=lambda parameter: parameter.detach()):
     return {name: value for stage in stages for name, value in stage.items()}
 
 
-def random_adapters(network, seed=0, scale=0.2):
-    """Fill adapters with random numbers, B too, the same at any layout."""
+def random_adapters(network, seed=0, scale=0.2, of=lambda drawn: drawn):
+    """Fill adapters with `of` random numbers, B too, the same at any layout."""
     sizes = {}
     for part in network.adapters.parts():
         rank = len(part.lora_A)
@@ -34,6 +34,6 @@ def random_adapters(network, seed=0, scale=0.2):
 
     def draw(name):
         generator = torch.Generator().manual_seed(seed + sum(name.encode()))
-        return scale * torch.randn(sizes[name], generator=generator)
+        return of(scale * torch.randn(sizes[name], generator=generator))
 
     network.adapters.fill(draw)
