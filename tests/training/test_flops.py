@@ -1,6 +1,7 @@
 """FLOPs of training are what torch counts, under any layout; a budget of them ends a run."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from agrpo_megatron.checkpoint.start import load_start_weights
 from agrpo_megatron.megatron import model as model_module
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.runs.directory import is_finished
+from agrpo_megatron.scaling.flops import update_cost, update_factor
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
@@ -28,6 +30,7 @@ from tests.training.tiny import (
 
 NULL = "algorithm.mc_samples=null"
 PAIRS = ["algorithm.group_size=2", "algorithm.prompts_per_iteration=16"]
+LORA = ["lora.rank=3"]
 # Settings, and the passes over the rows of each update; a pass with gradient counts as 3.
 VARIANTS = {
     "agrpo": ([], [3]),
@@ -40,6 +43,19 @@ VARIANTS = {
         ["algorithm.name=espo", NULL, "algorithm.updates_per_iteration=2"],
         [4, 5],
     ),
+    "adapters": (LORA, [3]),
+    "merged adapters": ([*LORA, "lora.merge_rollouts=true"], [3]),
+    "some adapters, to a reference": (
+        [
+            "lora.rank=2",
+            "lora.modules=[q_proj, attn_out, ff_out]",
+            "lora.train_head=true",
+            "lora.train_embedding=true",
+            "algorithm.kl_coefficient=0.1",
+            "algorithm.rollout_correction=2.0",
+        ],
+        [5],
+    ),
     "without tails": (["algorithm.name=vrpo", NULL, "algorithm.tail=first"], [5]),
 }
 
@@ -51,14 +67,17 @@ def _counted(names, layout=()):
     found = {}
     for name in names:
         session, engine = open_session(
-            *VARIANTS[name][0], *layout, world_size=dist.get_world_size()
+            *VARIANTS[name][0], *layout, world_size=dist.get_world_size(), fill=_filled
         )
         settings, ranks, reference = session.run.settings, session.run.ranks, None
         if settings.algorithm.needs_reference:
-            reference = build_network(settings, ranks)
-            load_start_weights(reference, settings)
+            reference = replace(build_network(settings, ranks), is_reference=True)
+            _filled(reference, settings)
+            reference.for_updates()
+        engine.network.for_rollouts()
         with _counting() as rollouts:
             rollout, sampled = collect_rollout(session, engine, 0)
+        engine.network.for_updates()
         with _counting() as updates:
             updated, _ = update_policy(session, engine, rollout, reference)
         torchs = [rollouts.get_total_flops(), updates.get_total_flops()]
@@ -66,6 +85,14 @@ def _counted(names, layout=()):
         metrics["lengths"] = [len(prompt) + 8 for prompt in rollout.trajectory.prompts]
         found[name] = [sampled["flops"], updated["flops"]], torchs, metrics
     return found
+
+
+def _filled(network, settings):
+    """Load weights, and new adapters if the network has any."""
+    uncast = load_start_weights(network, settings)
+    if network.adapters is not None:
+        network.adapters.initialise(settings.run.seed)
+    return uncast
 
 
 @contextmanager
@@ -106,6 +133,24 @@ def test_a_count_by_hand(alone):
     assert (sampled, updated) == (sum(of_rollout), 3 * sum(scored))
 
 
+def test_adapters_by_hand(alone):
+    """Rank 3 on all of two layers: frozen matrices twice, attention and adapters three times."""
+    width, keys, inner, layers, rank = 16, 8, 32, 2, 3
+    sizes = [(width, width), (width, keys), (width, keys), (width, width)]
+    sizes += [(width, inner), (width, inner), (inner, width)]
+    token = layers * sum(2 * rank * (inputs + outputs) for inputs, outputs in sizes)
+    matrices = layers * sum(2 * inputs * outputs for inputs, outputs in sizes)
+    counts = {name: alone[name][0] for name in ("agrpo", "adapters", "merged adapters")}
+    lengths = alone["adapters"][2]["lengths"]
+    assert lengths == alone["agrpo"][2]["lengths"]
+    assert counts["merged adapters"][0] == counts["agrpo"][0]
+    assert counts["adapters"][0] - counts["agrpo"][0] == 4 * token * sum(lengths)
+    model, lora = tiny().model, tiny(*LORA).lora
+    assert update_cost(model, lora).token == 2 * matrices + 3 * token
+    assert update_cost(model).token == 3 * matrices
+    assert update_factor(model, lora) == (2 * matrices + 3 * token) / (matrices + token)
+
+
 LAYOUTS = {
     "dp2": ["parallel.data=2"],
     "tp2": ["parallel.tensor=2"],
@@ -115,7 +160,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_layout_does_not_change_the_count(alone, layout):
-    names = ["agrpo", "to a reference", "of sequences, twice"]
+    names = ["agrpo", "to a reference", "of sequences, twice", "some adapters, to a reference"]
     for found in run_ranks(2, _counted, names, LAYOUTS[layout]):
         for name in names:
             assert found[name][0] == alone[name][0], name
