@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from agrpo_megatron.checkpoint.start import load_start_weights
 from agrpo_megatron.megatron import model as model_module
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.runs.directory import is_finished
@@ -25,6 +24,7 @@ from tests.training.tiny import (
     resolved_run,
     same_metrics,
     silent_view,
+    start_weights,
     tiny,
 )
 
@@ -67,12 +67,12 @@ def _counted(names, layout=()):
     found = {}
     for name in names:
         session, engine = open_session(
-            *VARIANTS[name][0], *layout, world_size=dist.get_world_size(), fill=_filled
+            *VARIANTS[name][0], *layout, world_size=dist.get_world_size(), fill=start_weights
         )
         settings, ranks, reference = session.run.settings, session.run.ranks, None
         if settings.algorithm.needs_reference:
             reference = replace(build_network(settings, ranks), is_reference=True)
-            _filled(reference, settings)
+            start_weights(reference, settings)
             reference.for_updates()
         engine.network.for_rollouts()
         with _counting() as rollouts:
@@ -85,14 +85,6 @@ def _counted(names, layout=()):
         metrics["lengths"] = [len(prompt) + 8 for prompt in rollout.trajectory.prompts]
         found[name] = [sampled["flops"], updated["flops"]], torchs, metrics
     return found
-
-
-def _filled(network, settings):
-    """Load weights, and new adapters if the network has any."""
-    uncast = load_start_weights(network, settings)
-    if network.adapters is not None:
-        network.adapters.initialise(settings.run.seed)
-    return uncast
 
 
 @contextmanager
