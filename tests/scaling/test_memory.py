@@ -100,8 +100,16 @@ def _tiny(overrides):
         "moments": _state_bytes(engine.optimizer),
         "tensors": len(trained),
     }
-    stage = engine.ranks.pipeline.rank
-    return held, rank_memory(session.run.settings, dist.get_world_size(), stage=stage)
+    stage, settings = engine.ranks.pipeline.rank, session.run.settings
+    predicted = rank_memory(settings, dist.get_world_size(), stage=stage)
+    if settings.lora.merge_rollouts:  # without activations, nothing makes room for the copy
+        settings = replace(settings, train=replace(settings.train, token_budget=0))
+        without = rank_memory(settings, dist.get_world_size(), stage=stage)
+        assert without.unmerged > predicted.unmerged == 0
+        engine.network.for_rollouts()
+        kept = engine.network.adapters._kept.values()
+        assert sum(weight.nbytes for weight in kept) == without.unmerged
+    return held, predicted
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -133,7 +141,7 @@ ADAPTERS = {
     "head too": [LORA, ALL_LAYERS],
     "some, and whole tables": [
         *(LORA, "lora.modules=[k_proj, ff_out]"),
-        *("lora.train_embedding=true", "lora.train_head=true"),
+        *("lora.train_embedding=true", "lora.train_head=true", "lora.merge_rollouts=true"),
     ],
 }
 
@@ -299,6 +307,32 @@ def test_a_rollout_layout_of_its_own_has_copies_in_one_direction():
     memory = rank_memory(load(Settings, LLADA, given), 8, stage=0)
     one_direction = IN_LAYERS // 2 + 4 * (IN_LAYERS // 2) // 128**2
     assert memory.rollout_copy == WEIGHTS + 4096 * 65 + one_direction
+
+
+def test_a_reference_is_a_second_model_but_for_adapters():
+    given = ["parallel=tp2", "algorithm.kl_coefficient=0.1"]
+    bf16 = rank_memory(load(Settings, LLADA, given), 8, stage=0)
+    assert bf16.reference == bf16.weights == WEIGHTS + 4096 * 65
+    fp8 = rank_memory(load(Settings, LLADA, [*given, "precision=fp8"]), 8, stage=0)
+    assert fp8.reference == fp8.weights + fp8.fp8_copies // 2
+    assert rank_memory(load(Settings, LLADA, [*given, "lora.rank=64"]), 8, stage=0).reference == 0
+
+
+def test_adapters_of_the_published_run():
+    """Rank 64 on the seven linear layers of 32 blocks, and on the head, which is named alike."""
+    blocks = 64 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 12288))
+    head = 64 * (4096 + 126464)
+    rank = ["parallel=dp8", "lora.rank=64"]
+    memory = rank_memory(load(Settings, LLADA, rank), 8, stage=0)
+    assert memory.gradients == 4 * blocks and memory.weights == 2 * (WEIGHTS + blocks)
+    with_head = rank_memory(load(Settings, LLADA, [*rank, ALL_LAYERS]), 8, stage=0)
+    assert with_head.gradients == 4 * (blocks + head) == 4 * 176_128_000
+    assert with_head.moments == 8 * (blocks + head) // 8
+    merged = [*rank, "lora.merge_rollouts=true", "train.token_budget=1024"]
+    merging = rank_memory(load(Settings, LLADA, merged), 8, stage=0)
+    assert merging.unmerged == 2 * IN_LAYERS - merging.activations > 0
+    in_tp2 = rank_memory(load(Settings, LLADA, [*merged, "rollout.parallel=tp2"]), 8, stage=0)
+    assert in_tp2.unmerged == IN_LAYERS - merging.activations
 
 
 def test_the_worst_rank_is_the_worst_of_all_stages():

@@ -47,15 +47,12 @@ VARIANTS = {
     "merged adapters": ([*LORA, "lora.merge_rollouts=true"], [3]),
     "some adapters, to a reference": (
         [
-            "lora.rank=2",
-            "lora.modules=[q_proj, attn_out, ff_out]",
-            "lora.train_head=true",
-            "lora.train_embedding=true",
-            "algorithm.kl_coefficient=0.1",
-            "algorithm.rollout_correction=2.0",
+            *("lora.rank=2", "lora.modules=[q_proj, attn_out, ff_out]"),
+            *("algorithm.kl_coefficient=0.1", "algorithm.rollout_correction=2.0"),
         ],
         [5],
     ),
+    "adapters and tables": ([*LORA, "lora.train_embedding=true", "lora.train_head=true"], [3]),
     "without tails": (["algorithm.name=vrpo", NULL, "algorithm.tail=first"], [5]),
 }
 
