@@ -44,7 +44,7 @@ class Memory:
     reference: int = 0  # the frozen policy's weights; with adapters it is the model without them
     activations: int = 0
     rollout_cache: int = 0  # keys and values of a rollout, beyond the room of the activations
-    unmerged: int = 0  # weights before `lora.merge_rollouts`, beyond the room that is then left
+    unmerged: int = 0  # weights before `lora.merge_rollouts`, beyond the room that is left then
     host: int = 0  # moved off the GPU by `optimizer.offload`
 
     @property
@@ -88,7 +88,6 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
     cache, has_reference = 0, settings.algorithm.needs_reference and settings.lora.rank is None
     if settings.model.has_blocks and settings.rollout.cached is not False:
         cache = int(settings.rollout.cache_memory * 2**30)
-    room = max(0, activations - cache)
     return Memory(
         weights=weights,
         fp8_copies=copies,
@@ -99,7 +98,7 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
         reference=_without_backward(weights, copies) if has_reference else 0,
         activations=activations,
         rollout_cache=max(0, cache - activations),
-        unmerged=max(0, _unmerged(spec, parallel, settings.rollout_layout, stage=stage) - room),
+        unmerged=_unmerged(settings, spec, stage=stage, room=max(0, activations - cache)),
         # Main weights, their gradients and both moments, all in float32.
         host=moved * 4 * FLOAT32,
     )
@@ -179,17 +178,22 @@ def _without_backward(weights: int, copies: int) -> int:
     return weights + copies // 2
 
 
-def _unmerged(
-    spec: WeightSpec, training: ParallelSettings, rollout: ParallelSettings, *, stage: int
-) -> int:
-    """Return the bytes of weights that are kept while adapters are merged into them."""
+def _unmerged(settings: Settings, spec: WeightSpec, *, stage: int, room: int) -> int:
+    """Return the bytes of weights that are kept while adapters are merged into them.
+
+    Updates need the weights as they were, so these use the room that activations leave in a
+    rollout. A separate rollout layout stays merged in updates, and has no room.
+    """
     if not spec.lora.merge_rollouts:
         return 0
+    rollout = settings.rollout_layout
+    is_own = rollout == settings.parallel
     width = FLOAT32 if spec.precision == "fp32" else BFLOAT16
-    stages = [stage] if rollout == training else range(rollout.pipeline)
     sizes = {"tensor": rollout.tensor, "vocab_rows": spec.vocab_rows}
+    stages = [stage] if is_own else range(rollout.pipeline)
     found = [stage_adapted(spec.model, spec.lora, rollout, stage=each) for each in stages]
-    return width * max(adapted_weights(spec.model, adapted, **sizes) for adapted in found)
+    kept = width * max(adapted_weights(spec.model, adapted, **sizes) for adapted in found)
+    return max(0, kept - room) if is_own else kept
 
 
 def fp8_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:

@@ -1,15 +1,15 @@
 """FLOPs of training are what torch counts, under any layout; a budget of them ends a run."""
 
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from agrpo_megatron.checkpoint.start import load_start_weights
 from agrpo_megatron.megatron import model as model_module
-from agrpo_megatron.megatron.network import build_network
+from agrpo_megatron.megatron.engine import build_reference
 from agrpo_megatron.runs.directory import is_finished
 from agrpo_megatron.scaling.flops import update_cost, update_factor
 from agrpo_megatron.training.rl import collect_rollout, update_policy
@@ -24,7 +24,6 @@ from tests.training.tiny import (
     resolved_run,
     same_metrics,
     silent_view,
-    start_weights,
     tiny,
 )
 
@@ -64,17 +63,16 @@ def _counted(names, layout=()):
     found = {}
     for name in names:
         session, engine = open_session(
-            *VARIANTS[name][0], *layout, world_size=dist.get_world_size(), fill=start_weights
+            *VARIANTS[name][0], *layout, world_size=dist.get_world_size()
         )
-        settings, ranks, reference = session.run.settings, session.run.ranks, None
+        settings, reference = session.run.settings, None
         if settings.algorithm.needs_reference:
-            reference = replace(build_network(settings, ranks), is_reference=True)
-            start_weights(reference, settings)
-            reference.for_updates()
+            reference = build_reference(settings, engine.network)
+            if not reference.is_reference:
+                load_start_weights(reference, settings)
         engine.network.for_rollouts()
         with _counting() as rollouts:
             rollout, sampled = collect_rollout(session, engine, 0)
-        engine.network.for_updates()
         with _counting() as updates:
             updated, _ = update_policy(session, engine, rollout, reference)
         torchs = [rollouts.get_total_flops(), updates.get_total_flops()]

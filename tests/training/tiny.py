@@ -110,14 +110,6 @@ class Recorder:
         pass
 
 
-def start_weights(network: Network, settings: Settings) -> dict[str, Tensor]:
-    """Fill a network with the weights of a run's start, and new adapters if it has any."""
-    uncast = load_start_weights(network, settings)
-    if network.adapters is not None:
-        network.adapters.initialise(settings.run.seed)
-    return uncast
-
-
 def open_session(
     *overrides: str,
     world_size: int = 1,

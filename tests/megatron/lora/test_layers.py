@@ -41,8 +41,7 @@ def test_recomputation_drops_the_same_inputs_again(layout):
     own = [f"parallel={layout}", "lora.dropout=0.5"]
     size = 2 if "2" in layout else 1
     kept, again, without = (
-        run_ranks(size, _update, [*own, *more])[0]
-        for more in ([], [RECOMPUTE], ["lora.dropout=0"])
+        run_ranks(size, _update, [*own, *more])[0] for more in ([], [RECOMPUTE], ["lora.dropout=0"])
     )
     for name, gradient in kept[1].items():
         assert torch.equal(again[1][name], gradient)
