@@ -6,11 +6,14 @@ real; errors of a GPU's shorter sums within a product are missing.
 
 import pytest
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.sft import run_sft
+from tests.megatron.lora.whole import whole_adapters
 from tests.ranks import run_ranks
 from tests.te.models import (
+    ADAPTERS,
     BF16,
     DELAYED,
     FP8,
@@ -158,3 +161,39 @@ def test_fp8_learns_as_bf16_does():
     for recipe in ("delayed", *RECIPES):
         assert curves[recipe] != curves["bf16"]
         assert ends[recipe] == pytest.approx(ends["bf16"], rel=0.05)
+
+
+def _adapted(overrides):
+    """Return dtypes of frozen weights, the errors of two updates' ratios, and what changed."""
+    session, engine = opened(*ADAPTERS, "optimizer.learning_rate=0.03", *overrides, phase="rl")
+    network, errors = engine.network, []
+    frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
+    before = {name: whole(p).clone() for name, p in frozen.items()}
+    start = whole_adapters(network, lambda p: p.detach().clone())
+    for iteration in range(2):
+        rollout, _ = collect_rollout(session, engine, iteration)
+        errors.append(update_policy(session, engine, rollout, None)[0]["ratio/max_error"])
+    network.for_updates()
+    changed = [name for name, p in frozen.items() if not torch.equal(whole(p), before[name])]
+    moved = [not torch.equal(start[name], p) for name, p in whole_adapters(network).items()]
+    kinds = {
+        type(p.data).__name__ for name, p in frozen.items() if "linear" in name and p.dim() > 1
+    }
+    return kinds, errors, changed, moved
+
+
+def whole(weight):
+    """Return a weight's values, also of one that is stored in 8 bits."""
+    return weight.dequantize() if is_float8tensor(weight) else weight.detach()
+
+
+STORED = ["fp8.primary_weights=true", "optimizer.distributed=true", "sft.iterations=0"]
+
+
+@pytest.mark.parametrize("overrides", [STORED, ["lora.merge_rollouts=true"], []])
+def test_adapters_learn_on_a_base_in_fp8(overrides):
+    """Its weights keep every bit, stored in 8 bits or cast; merged weights are cast anew."""
+    [(kinds, errors, changed, moved)] = run_ranks(1, _adapted, [FP8, *overrides])
+    assert ("Parameter" not in kinds and "Tensor" not in kinds) == (overrides == STORED)
+    assert not changed and all(moved)
+    assert max(errors) < (0.3 if "lora.merge_rollouts=true" in overrides else 1e-6)
