@@ -1,11 +1,12 @@
 """What the low-rank adapters of a rank hold, and the weights that they are merged into."""
 
+import math
 from collections.abc import Sequence
 
 from agrpo_megatron.config.parallel import layer_stages
 from agrpo_megatron.config.settings import LoraSettings, ModelSettings, ParallelSettings
 from agrpo_megatron.families import hf_shapes
-from agrpo_megatron.families.lora import Linear, adapted_layers
+from agrpo_megatron.families.lora import Linear, adapted_layers, trained_whole
 from agrpo_megatron.families.tensors import LAYER
 
 
@@ -58,3 +59,16 @@ def adapted_weights(
         is_head = any(layer.is_head for layer in adapted if layer.mapping == mapping)
         total += (vocab_rows if is_head else rows) * shapes[mapping.parts[0]][1] // tensor
     return total
+
+
+def adapter_note(model: ModelSettings, lora: LoraSettings) -> str:
+    """Return a line on what is trained, of how much."""
+    shapes, layers = hf_shapes(model), adapted_layers(model, lora)
+    assert model.vocab_size is not None
+    trained = adapter_parameters(layers, lora.rank, tensor=1, vocab_rows=model.vocab_size)
+    trained += sum(math.prod(shapes[name]) for name in trained_whole(model, lora).values())
+    whole = sum(math.prod(shape) for shape in shapes.values())
+    return (
+        f"adapters of rank {lora.rank} on {len(layers)} layers: {trained / 1e6:.3g}M parameters "
+        f"are trained, of a model of {whole / 1e6:.3g}M"
+    )

@@ -26,6 +26,7 @@ from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.runs.progress import CHECKPOINTS, Progress
 from agrpo_megatron.runs.resolve import Resolved
 from agrpo_megatron.runs.stored_rollouts import ROLLOUTS
+from agrpo_megatron.scaling.adapters import adapter_note
 from agrpo_megatron.tasks.base import SPLITS
 from agrpo_megatron.tasks.grading import Grader, wrong_solutions
 from agrpo_megatron.training.checkpointing import MODEL_FILES, Checkpointer, describe_model
@@ -147,6 +148,8 @@ def _show_notes(session: Session) -> None:
     run, view = session.run, session.output.view
     if run.settings.precision != "fp32":
         view.note(in_one_line(kernels_for(run.settings)))
+    if run.settings.lora.rank is not None:
+        view.note(adapter_note(run.settings.model, run.settings.lora))
     run.task.problems("train")  # loading the problems creates the notes
     if run.ranks.is_main:
         for split in SPLITS:
