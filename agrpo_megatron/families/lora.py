@@ -51,7 +51,7 @@ def adapted_layers(model: ModelSettings, lora: LoraSettings) -> list[Linear]:
     A pattern names a layer by its whole name or by the end of it, from a dot on; `*` is any text.
 
     Raises:
-        ValueError: a pattern names no layer.
+        ValueError: a pattern names no layer, or the head, which is trained whole.
     """
     layers = linear_layers(model)
     if lora.modules is None:
@@ -62,7 +62,13 @@ def adapted_layers(model: ModelSettings, lora: LoraSettings) -> list[Linear]:
                 f"lora.modules: {pattern} names no linear layer of the {model.family} family; use "
                 f"for example {', '.join(_nearest(pattern, layers))}"
             )
-    return [layer for layer in layers if any(_is_named(layer.name, each) for each in lora.modules)]
+    named = [layer for layer in layers if any(_is_named(layer.name, each) for each in lora.modules)]
+    if lora.train_head and named[-1].is_head:
+        raise ValueError(
+            f"lora.modules={lora.modules} names the head {named[-1].name}, which lora.train_head=true"
+            " trains whole; leave it out of lora.modules, or use lora.train_head=false"
+        )
+    return named
 
 
 def trained_whole(model: ModelSettings, lora: LoraSettings) -> dict[str, str]:

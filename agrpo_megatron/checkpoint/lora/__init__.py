@@ -1,0 +1,1 @@
+"""Checkpoints of adapters: their base, their merged weights, and PEFT's format."""
