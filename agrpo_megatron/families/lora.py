@@ -60,13 +60,14 @@ def adapted_layers(model: ModelSettings, lora: LoraSettings) -> list[Linear]:
         if not any(_is_named(layer.name, pattern) for layer in layers):
             raise ValueError(
                 f"lora.modules: {pattern} names no linear layer of the {model.family} family; use "
-                f"for example {', '.join(_nearest(pattern, layers))}"
+                f"{', '.join(_nearest(pattern, layers))}"
             )
     named = [layer for layer in layers if any(_is_named(layer.name, each) for each in lora.modules)]
     if lora.train_head and named[-1].is_head:
         raise ValueError(
-            f"lora.modules={lora.modules} names the head {named[-1].name}, which lora.train_head=true"
-            " trains whole; leave it out of lora.modules, or use lora.train_head=false"
+            f"lora.modules={lora.modules} names the head {named[-1].name}, which "
+            "lora.train_head=true trains whole; leave it out of lora.modules, or use "
+            "lora.train_head=false"
         )
     return named
 
@@ -83,5 +84,6 @@ def _is_named(name: str, pattern: str) -> bool:
 
 
 def _nearest(pattern: str, layers: Sequence[Linear]) -> list[str]:
+    """Return the ends of all layers' names, the nearest first."""
     ends = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers))
-    return difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=3, cutoff=0.3) or ends
+    return difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=len(ends), cutoff=0.0)

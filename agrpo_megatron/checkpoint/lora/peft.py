@@ -109,7 +109,7 @@ def lora_settings_of(folder: Path, model: ModelSettings) -> LoraSettings:
     values = {ours: config[theirs] for ours, theirs in SETTINGS.items() if theirs in config}
     values |= {"modules": _modules(names, model), "load": str(folder)}
     for key in WHOLE:
-        asked = trained_whole(model, LoraSettings(rank=1, **{key: True}))
+        asked = trained_whole(model, replace(LoraSettings(), **{key: True}))
         values[key] = bool(asked) and set(asked.values()) <= names
     lora = build(LoraSettings, values, f"{path} as lora.")
     read_peft(folder, model, lora)

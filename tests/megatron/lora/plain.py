@@ -35,11 +35,12 @@ class PlainModel(nn.Module):
                 norm.register_parameter("weight", nn.Parameter(torch.empty(shape)))
                 self._add(owner, norm)
         # The literal transformer has LLaDA's names.
-        pairs = zip(weight_mappings(replace(model, family="llada")), weight_mappings(model))
+        llada = weight_mappings(replace(model, family="llada"))
+        pairs = zip(llada, weight_mappings(model), strict=True)
         self._names = {
             theirs.rpartition(".")[0]: ours.rpartition(".")[0]
-            for llada, own in pairs
-            for theirs, ours in zip(llada.parts, own.parts, strict=True)
+            for published, own in pairs
+            for theirs, ours in zip(published.parts, own.parts, strict=True)
         }
         assert not self.load_state_dict(tensors).unexpected_keys
 
@@ -60,9 +61,7 @@ class PlainModel(nn.Module):
             for name, module in modules.items()
             if name.endswith(("norm", "ln_f"))
         }
-        return literal_logits(
-            norms, self.settings, tokens, layer=lambda name, x: modules[name](x)
-        )
+        return literal_logits(norms, self.settings, tokens, layer=lambda name, x: modules[name](x))
 
 
 def random_(model: nn.Module, names: tuple[str, ...], scale: float, seed: int = 0) -> None:
