@@ -18,7 +18,7 @@ from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.weights import load_named
-from agrpo_megatron.scaling.flops import row_flops
+from agrpo_megatron.scaling.flops import Work, scored_work
 from agrpo_megatron.types import PackedRows, TimestepBatch
 
 
@@ -190,11 +190,9 @@ def random_batch(scale: Scale, *, seed: int, device: torch.device) -> TimestepBa
     )
 
 
-def forward_flops(rows: PackedRows, model: ModelSettings) -> int:
-    """Return the FLOPs of one forward: the layers on all rows, the head on the scored tokens."""
-    assert model.vocab_size is not None
-    layers = sum(row_flops(length, model) for length in rows.cu_seqlens.diff().tolist())
-    return layers + len(rows.scored) * 2 * model.hidden_size * model.vocab_size
+def work_of(rows: PackedRows) -> Work:
+    """Return the work of one pass: the layers on all rows, the head on the scored tokens."""
+    return scored_work(rows.cu_seqlens.diff().tolist(), len(rows.scored))
 
 
 def free_memory() -> None:

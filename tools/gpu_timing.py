@@ -13,13 +13,13 @@ from gpu_model import (
     LLADA_8B,
     REHEARSAL,
     Scale,
-    forward_flops,
     free_memory,
     open_engine,
     open_network,
     random_batch,
     random_rows,
     scale_settings,
+    work_of,
 )
 from torch import Tensor
 
@@ -30,13 +30,13 @@ from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import make_forward
+from agrpo_megatron.scaling.flops import forward_cost, update_cost
 from agrpo_megatron.training.objective import make_loss
 from agrpo_megatron.training.step import optimizer_step
 from agrpo_megatron.types import PackedRows
 
 SETS = 3  # of rotating inputs, so that no run finds the last input in a cache
 SMALL = (1, 2, 4)  # rows of the rollout batches that graphs are timed with
-TRAINING_FACTOR = 3  # FLOPs of a forward and its backward, in forwards
 
 
 def run_job(job: Job, *, is_rehearsal: bool) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def time_rollout(network: Network, settings: Settings, scale: Scale) -> dict[str
     _start_memory(device)
     calls = [partial(_denoise, forward, rows, draw) for rows in sets]
     spent = seconds_of(_rotated(calls), repeats=3 * scale.repeats, device=device)
-    flops = forward_flops(sets[0], settings.model)
+    flops = forward_cost(settings.model, settings.lora).of(work_of(sets[0]))
     return _speed(spent, tokens=len(sets[0].tokens), flops=flops, device=device)
 
 
@@ -128,7 +128,8 @@ def time_update(engine: Engine, settings: Settings, scale: Scale, *, count: int)
 
     _start_memory(device)
     spent = seconds_of(update, repeats=scale.repeats, device=device, warm=1)
-    flops = TRAINING_FACTOR * sum(forward_flops(batch.rows, settings.model) for batch in batches)
+    cost = update_cost(settings.model, settings.lora)
+    flops = sum(cost.of(work_of(batch.rows)) for batch in batches)
     tokens = sum(len(batch.rows.tokens) for batch in batches)
     return _speed(spent, tokens=tokens, flops=flops, device=device) | {"micro_batches": count}
 

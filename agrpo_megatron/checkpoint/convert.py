@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.checkpoint.card import write_card
-from agrpo_megatron.checkpoint.integrity import seal, verify
+from agrpo_megatron.checkpoint.integrity import seal
 from agrpo_megatron.checkpoint.model_files import carry, config_of, write_config, write_model_files
 from agrpo_megatron.checkpoint.torch_dist import BLOCK, Piece, checkpoint_key, write_checkpoint
-from agrpo_megatron.checkpoint.weights import DTYPES, MegatronWeights, is_megatron, open_weights
+from agrpo_megatron.checkpoint.weights import DTYPES, is_megatron, open_checkpoint, open_weights
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import hf_shapes, weight_mappings
 from agrpo_megatron.families.config_json import read_object
@@ -63,17 +63,25 @@ def to_megatron_checkpoint(
 
 
 def to_hf_directory(
-    source: Path, target: Path, *, progress: ByteProgress, dtype: str | None = None
+    source: Path,
+    target: Path,
+    *,
+    progress: ByteProgress,
+    dtype: str | None = None,
+    base: Path | None = None,
 ) -> None:
     """Convert a Megatron checkpoint, of any layout, to a Hugging Face directory; one process.
 
-    The original modelling code can load the names, shapes, dtypes and shards.
+    The original modelling code can load the names, shapes, dtypes and shards. Adapters are merged.
+
+    Args:
+        dtype: `fp32`, `bf16` or `fp16`; None keeps each tensor's own.
+        base: where the base of adapters is now; None: where it was.
 
     Raises:
         ValueError: the source is damaged or lacks a tensor, or the target exists.
     """
-    verify(source)
-    weights = MegatronWeights(source, dtype)
+    weights = open_checkpoint(source, dtype=dtype, base=base)
     tensors, files = weights.tensors, _shards(weights.tensors, source / HF)
     kinds = Counter(tensor.dtype for tensor in tensors.values())
     common = str(kinds.most_common(1)[0][0]).removeprefix("torch.")

@@ -44,8 +44,11 @@ def load_checkpoint(path: Path, engine: Engine) -> None:
         engine.cast_weights()
 
 
-def load_weights(path: Path, network: Network) -> dict[str, Tensor]:
+def load_weights(path: Path, network: Network, *, is_base: bool = False) -> dict[str, Tensor]:
     """Load only the model's weights, in place; called by every rank, at any layout.
+
+    Args:
+        is_base: load all weights but adapters, in place of what is trained.
 
     Returns:
         The tensors that FP8 weights were cast from, by Megatron's name: main weights, if the
@@ -56,25 +59,24 @@ def load_weights(path: Path, network: Network) -> dict[str, Tensor]:
     """
     stored = set(read_metadata(path).state_dict_metadata)
     with torch.no_grad():
-        wanted = _model_state(network)
+        wanted = _model_state(network, is_base=is_base)
         use_stored_names(wanted, stored)
         return _fill(network, _load(wanted, path))
 
 
-def _model_state(network: Network) -> dict[str, Any]:
-    """Return the sharded state of each virtual stage, under the keys that Megatron's tools use."""
-    states = [chunk.sharded_state_dict() for chunk in network.chunks]
-    for state in states:  # the local specification's extra states are empty
-        for key in [key for key in state if key.endswith("_extra_state")]:
-            del state[key]
-    if network.adapters is not None:
-        own = network.adapters.sharded_state()
-        for chunk, state in zip(network.chunks, states, strict=True):
-            trained = {name for name, p in chunk.named_parameters() if p.requires_grad}
-            for key in [*state]:
-                if key not in trained:
-                    del state[key]
-            state |= {key: own[key] for key in trained & own.keys()}
+def _model_state(network: Network, *, is_base: bool = False) -> dict[str, Any]:
+    """Return the sharded state of each virtual stage, under the keys that Megatron's tools use.
+
+    Of a network with adapters it is that of what is trained, or else of the base.
+    """
+    states, adapters = [], network.adapters
+    own = {} if adapters is None else adapters.sharded_state()
+    for chunk in network.chunks:
+        state = chunk.sharded_state_dict()
+        kept = {name for name, p in chunk.named_parameters() if is_base or p.requires_grad}
+        # The local specification's extra states are empty.
+        mine = {key: state[key] for key in state if key in kept and key not in own}
+        states.append(mine if is_base else mine | {key: own[key] for key in own if key in kept})
     if len(states) == 1:
         return {"model": states[0]}
     return {f"model{number}": state for number, state in enumerate(states)}

@@ -4,16 +4,39 @@ from pathlib import Path
 
 from torch import Tensor
 
+from agrpo_megatron.checkpoint.lora.base import base_path, find_base
 from agrpo_megatron.checkpoint.resume import verify_together
 from agrpo_megatron.checkpoint.sharded import load_weights
+from agrpo_megatron.checkpoint.weights import open_weights
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.megatron.weights import initialise, load_hf
-from agrpo_megatron.runs.progress import MODEL_FILE, RUN_SETTINGS, checkpoint_path
+from agrpo_megatron.megatron.weights import initialise, load_hf, load_named
+from agrpo_megatron.runs.base import check_base
+from agrpo_megatron.runs.progress import BASE_FILE, MODEL_FILE
+
+
+def load_model(network: Network, settings: Settings, checkpoint: Path | None) -> dict[str, Tensor]:
+    """Fill a network from a checkpoint of the run, or else with what it starts from; mutates it.
+
+    Returns:
+        As `load_start_weights`.
+
+    Raises:
+        ValueError: the checkpoint does not hold weights of this shape, or the base of its adapters
+            is another one.
+    """
+    if checkpoint is None:
+        return load_start_weights(network, settings)
+    if network.adapters is not None:
+        check_base(checkpoint, find_base(settings, network.ranks))
+        load_start_weights(network, settings)
+    return load_weights(checkpoint, network)
 
 
 def load_start_weights(network: Network, settings: Settings) -> dict[str, Tensor]:
     """Fill a network with what `model.load` names, or with random weights; mutates it.
+
+    Adapters start from `lora.load`, or with a product of zero.
 
     Returns:
         The tensors that FP8 weights were cast from, by name.
@@ -21,13 +44,19 @@ def load_start_weights(network: Network, settings: Settings) -> dict[str, Tensor
     Raises:
         ValueError: the directory does not hold weights of this shape.
     """
-    source = settings.model.load
-    if source is None:
-        return initialise(network, settings.model, settings.run.seed)
-    path = Path(source)
-    if (path / RUN_SETTINGS).exists():
-        return load_weights(checkpoint_path(path), network)
-    if (path / MODEL_FILE).exists():
-        verify_together(path, network.ranks)
-        return load_weights(path, network)
-    return load_hf(network, settings.model, path)
+    uncast = _load_base(network, settings)
+    if network.adapters is not None:
+        network.adapters.initialise(settings.run.seed)
+    return uncast
+
+
+def _load_base(network: Network, settings: Settings) -> dict[str, Tensor]:
+    path, model = base_path(settings), settings.model
+    if path is None:
+        return initialise(network, model, settings.run.seed)
+    if not (path / MODEL_FILE).exists():
+        return load_hf(network, model, path)
+    verify_together(path, network.ranks)
+    if (path / BASE_FILE).exists():
+        return load_named(network, model, open_weights(path)[1].part)
+    return load_weights(path, network, is_base=True)

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.checkpoint.model_files import architecture
-from agrpo_megatron.checkpoint.weights import MegatronWeights, open_weights
+from agrpo_megatron.checkpoint.weights import Weights, open_weights
 from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.diffusion.packing import pack
-from agrpo_megatron.families.files import HfWeights
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.megatron.weights import load_named
 
-Weights = HfWeights | MegatronWeights
 ROWS, LENGTH = 4, 64  # of the random tokens for the logits
 
 

@@ -8,15 +8,22 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.checkpoint.integrity import verify
+from agrpo_megatron.checkpoint.lora.base import verify_base
+from agrpo_megatron.checkpoint.lora.merged import MergedWeights
 from agrpo_megatron.checkpoint.model_files import read_model
 from agrpo_megatron.checkpoint.torch_dist import METADATA, TorchDist, checkpoint_key
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import hf_shapes, settings_from_hf, weight_mappings
 from agrpo_megatron.families.files import HfWeights, Stored
+from agrpo_megatron.families.random_weights import RandomWeights
 from agrpo_megatron.families.tensors import WeightMapping, megatron_shape
 from agrpo_megatron.families.transforms import from_megatron
+from agrpo_megatron.runs.base import read_base
+from agrpo_megatron.runs.progress import BASE_FILE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+type Weights = HfWeights | MegatronWeights | MergedWeights
 
 
 class MegatronWeights:
@@ -93,15 +100,38 @@ def is_megatron(path: Path) -> bool:
     return (path / METADATA).is_file()
 
 
-def open_weights(path: Path) -> tuple[ModelSettings, HfWeights | MegatronWeights]:
+def open_weights(path: Path) -> tuple[ModelSettings, Weights]:
     """Open a Hugging Face directory or a Megatron checkpoint.
 
     Raises:
         ValueError: it is neither, damaged, or not of a known family.
     """
     if is_megatron(path):
-        verify(path)
-        weights = MegatronWeights(path)
+        weights = open_checkpoint(path)
         return weights.model, weights
     model = settings_from_hf(path)
     return model, HfWeights(path, model)
+
+
+def open_checkpoint(
+    path: Path, *, dtype: str | None = None, base: Path | None = None
+) -> MegatronWeights | MergedWeights:
+    """Open a Megatron checkpoint; adapters are merged into their base.
+
+    Args:
+        dtype: `fp32`, `bf16` or `fp16`; None keeps each tensor's own.
+        base: where the base of adapters is now; None: where it was.
+
+    Raises:
+        ValueError: a checkpoint is damaged, or the base is another one.
+    """
+    verify(path)
+    if not (path / BASE_FILE).exists():
+        return MegatronWeights(path, dtype)
+    place, model = base or read_base(path).load, read_model(path)
+    if place is None:
+        weights = RandomWeights(model, read_base(path).seed)
+    else:
+        verify_base(path, Path(place))
+        _, weights = open_weights(Path(place))
+    return MergedWeights(path, weights, DTYPES[dtype] if dtype else None)

@@ -95,7 +95,13 @@ def open_target(arguments: argparse.Namespace) -> Target:
         ValueError: there is no such model, or the settings are wrong.
     """
     from agrpo_megatron.runs.loaded_model import on_its_own
-    from agrpo_megatron.runs.progress import CHECKPOINTS, MODEL_FILE, RUN_FILE, RUN_SETTINGS
+    from agrpo_megatron.runs.progress import (
+        BASE_FILE,
+        CHECKPOINTS,
+        MODEL_FILE,
+        RUN_FILE,
+        RUN_SETTINGS,
+    )
     from agrpo_megatron.runs.progress import checkpoint_path as find
 
     target, name = Path(arguments.target), arguments.checkpoint
@@ -122,10 +128,11 @@ def open_target(arguments: argparse.Namespace) -> Target:
     settings = _load(arguments, own if is_megatron and own.exists() else None, weights)
     settings = on_its_own(settings, target)
     whole = target.resolve()
+    adapters = target if (target / BASE_FILE).exists() else None  # model.load is their base
     if whole.parent.name != CHECKPOINTS:
-        return Target(settings, None, whole.name, "", Path(EVALUATIONS))
+        return Target(settings, adapters, whole.name, "", Path(EVALUATIONS))
     run = whole.parent.parent
-    return Target(settings, None, whole.name, run.name, run / EVALUATIONS)
+    return Target(settings, adapters, whole.name, run.name, run / EVALUATIONS)
 
 
 def is_main() -> bool:

@@ -67,6 +67,12 @@ def stage_layers(model: ModelSettings, parallel: ParallelSettings) -> tuple[int,
     return tuple(split[rank][chunk] for chunk in range(chunks) for rank in range(ranks))
 
 
+def layer_stages(model: ModelSettings, parallel: ParallelSettings) -> list[int]:
+    """Return the pipeline rank of each layer."""
+    chunks = enumerate(stage_layers(model, parallel))
+    return [chunk % parallel.pipeline for chunk, layers in chunks for _ in range(layers)]
+
+
 def attention_cost(model: ModelSettings) -> float:
     """Return the FLOPs of attending to one token, relative to a token's linear FLOPs.
 

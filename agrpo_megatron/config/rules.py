@@ -11,6 +11,7 @@ from typing import Any
 from agrpo_megatron.config.parallel import layout_name, layout_text, model_ranks, stage_layers
 from agrpo_megatron.config.rules_algorithm import validate_algorithm
 from agrpo_megatron.config.rules_blocks import validate_blocks, validate_whole_rows
+from agrpo_megatron.config.rules_lora import validate_lora
 from agrpo_megatron.config.rules_model import divisors, validate_model
 from agrpo_megatron.config.rules_precision import validate_precision
 from agrpo_megatron.config.rules_rollouts import validate_stored_rollouts
@@ -39,6 +40,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         if settings.rollout.parallel is not None:
             _validate_rollout(settings, world_size)
     validate_precision(settings)
+    validate_lora(settings)
     validate_sampling(settings.sampling, "sampling")
     validate_sampling(settings.evaluation_sampling, "evaluation")
     validate_algorithm(settings.algorithm, settings.sampling)

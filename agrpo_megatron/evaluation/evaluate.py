@@ -173,7 +173,7 @@ def _complete(session: Session, network: Network, plan: Plan, batch: Batch) -> l
     graded = generate(session, network, request)
     trajectory, stop_ids = graded.trajectory, run.tokenizer.stop_ids
     prompts = task_prompts(run.task, problems, split=plan.split)
-    flops = completion_flops(trajectory, run.settings.model, cached=run.settings.rollout.cached)
+    flops = completion_flops(trajectory, run.settings)
     steps, tokens = trajectory.num_steps.tolist(), trajectory.tokens.tolist()
     return [
         {

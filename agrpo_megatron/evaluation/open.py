@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from agrpo_megatron.checkpoint.resume import verify_together
-from agrpo_megatron.checkpoint.sharded import load_weights
-from agrpo_megatron.checkpoint.start import load_start_weights
+from agrpo_megatron.checkpoint.start import load_model
 from agrpo_megatron.evaluation.evaluate import EVALUATION_IDS
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
@@ -41,9 +40,7 @@ def opened(resolved: Resolved, checkpoint: Path | None) -> Iterator[tuple[Sessio
         network.set_training("eval")
         if checkpoint is not None:
             verify_together(checkpoint, ranks)
-            load_weights(checkpoint, network)
-        else:
-            load_start_weights(network, settings)
+        load_model(network, settings, checkpoint)
         with closing(Grader(resolved.task, settings.task)) as grader:
             run = Run(settings, ranks, resolved.task, resolved.tokenizer, grader)
             yield Session(run, Output(log)), network

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from agrpo_megatron.config.settings import LoraSettings, ModelSettings
 from agrpo_megatron.families import hf_shapes, weight_mappings
-from agrpo_megatron.families.tensors import WeightMapping
+from agrpo_megatron.families.tensors import LAYER, WeightMapping
 
 LINEAR = ("qkv", "row", "gate_up")  # transforms of the linear layers within a block
 HEAD, EMBEDDING = "output_layer", "word_embeddings"
@@ -37,7 +37,7 @@ def linear_layers(model: ModelSettings) -> list[Linear]:
     """Return the linear layers of a model, the head last."""
     shapes = hf_shapes(model)
     return [
-        Linear(name.removesuffix(".weight"), *shapes[name], mapping)
+        Linear(name.removesuffix(".weight"), shapes[name][0], shapes[name][1], mapping)
         for mapping in weight_mappings(model)
         if (mapping.transform in LINEAR and mapping.megatron.endswith("weight"))
         or mapping.module == HEAD
@@ -70,6 +70,31 @@ def adapted_layers(model: ModelSettings, lora: LoraSettings) -> list[Linear]:
             "lora.train_head=false"
         )
     return named
+
+
+def check_stages(model: ModelSettings, lora: LoraSettings, stages: Sequence[int]) -> None:
+    """Check that every virtual pipeline stage has something to train.
+
+    Args:
+        stages: layers of each stage, in order.
+
+    Raises:
+        ValueError: one has no adapter.
+    """
+    names = {layer.mapping.megatron for layer in adapted_layers(model, lora)}
+    places = {found[1] if (found := LAYER.match(name)) else "head" for name in names}
+    start = 0
+    for number, count in enumerate(stages):
+        held = {str(layer) for layer in range(start, start + count)}
+        if number == len(stages) - 1:
+            held.add("head")
+        if not held & places:
+            raise ValueError(
+                f"lora.modules={lora.modules} names nothing in layers {start} to "
+                f"{start + count - 1}, which are a pipeline stage; name a layer of each stage, or "
+                "use fewer stages"
+            )
+        start += count
 
 
 def trained_whole(model: ModelSettings, lora: LoraSettings) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -133,6 +133,16 @@ def build_engine(
         for part in engine.optimizers:
             part.optimizer._apply_scale = partial(_scale_finitely, part.optimizer._apply_scale)
     return engine
+
+
+def build_reference(settings: Settings, network: Network) -> Network:
+    """Return the frozen reference of a network; called by every rank.
+
+    With adapters it is the same network, which leaves them out; else a second one without weights.
+    """
+    if network.adapters is not None:
+        return replace(network, is_reference=True)
+    return build_network(settings, network.ranks)
 
 
 def _scale_finitely(

@@ -1,6 +1,5 @@
 """Import and export weights of a built model, by the names of its family."""
 
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import hf_shapes, weight_mappings
 from agrpo_megatron.families.files import HfWeights
+from agrpo_megatron.families.random_weights import RandomWeights
 from agrpo_megatron.families.transforms import Part, Split, from_megatron, to_megatron
 from agrpo_megatron.megatron.lora.adapters import ROOT
 from agrpo_megatron.megatron.network import Network
@@ -35,27 +35,10 @@ def load_hf(network: Network, settings: ModelSettings, directory: str | Path) ->
 def initialise(network: Network, settings: ModelSettings, seed: int) -> dict[str, Tensor]:
     """Draw random weights by tensor name, so they are the same under any layout.
 
-    Norms are 1, biases 0, everything else is normal with `model.init_std`; projections back into
-    the residual stream are scaled by 1 / sqrt(2 * num_layers), as Megatron does.
-
     Returns:
         The uncast values of FP8 weights, see `load_named`.
     """
-    shapes, mappings = hf_shapes(settings), weight_mappings(settings)
-    into_residual = {name for m in mappings if m.transform == "row" for name in m.parts}
-
-    def _draw(name: str) -> Tensor:
-        shape, std = shapes[name], settings.init_std
-        if name.endswith("bias"):
-            return torch.zeros(shape)
-        if len(shape) == 1:
-            return torch.ones(shape)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        if name in into_residual:
-            std /= (2 * settings.num_layers) ** 0.5
-        return torch.randn(shape, generator=generator) * std
-
-    return load_named(network, settings, _draw)
+    return load_named(network, settings, RandomWeights(settings, seed).part)
 
 
 def load_named(

@@ -62,8 +62,7 @@ def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
     if session.run.replay is not None:
         metrics["rollout/replayed"] = len(rewards)
     else:
-        model, cached = session.run.settings.model, session.run.settings.rollout.cached
-        counts = [completion_flops(f.trajectory, model, cached=cached) for f in rollouts]
+        counts = [completion_flops(f.trajectory, session.run.settings) for f in rollouts]
         metrics["flops"] = sum(map(sum, counts))
     warning = failure_warning(rewards, session.run.settings.task.grader.failed_score)
     if warning is not None:

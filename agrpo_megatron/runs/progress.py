@@ -14,6 +14,7 @@ LATEST, BEST = "latest", "best"  # files that name a checkpoint
 PARTIAL, DAMAGED = ".partial-", "damaged-"
 # In a checkpoint with the tensors: settings of the model and of the run, Hugging Face files.
 MODEL_FILE, RUN_FILE, HF = "model.yaml", "run.yaml", "hf"
+BASE_FILE = "base.json"  # in a checkpoint of adapters: what they were trained on
 TEMPLATE = "chat_template.jinja"  # in `hf`: the file that tokenizer.chat_template names
 PHASES = ("sft", "rl")
 

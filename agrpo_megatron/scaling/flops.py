@@ -1,114 +1,174 @@
 """FLOPs of completions and updates, counted from what ran; 2 per multiply-add.
 
-Matrices, attention and head are counted.
+Matrices, attention, head and low-rank adapters are counted.
 
-Norms, rotations, activations, sampling, the padding of the vocabulary and activations that are
-recomputed are not, so the count is the same under every layout.
+Norms, rotations, activations, sampling, the padding of the vocabulary, the merging of adapters into
+weights and activations that are recomputed are not, so the count is the same under every layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from agrpo_megatron.config.parallel import layer_matrices
-from agrpo_megatron.config.settings import ModelSettings
+from agrpo_megatron.config.settings import LoraSettings, ModelSettings, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from agrpo_megatron.types import Row, Trajectory
 
-WITH_GRADIENT = 3  # a forward and a backward pass, in forward passes
+
+@dataclass(frozen=True)
+class Work:
+    """What passes through a model."""
+
+    tokens: int  # through the layers
+    pairs: int  # of tokens that see each other
+    scored: int = 0  # tokens that reach the head
 
 
-def completion_flops(
-    trajectory: Trajectory, model: ModelSettings, *, cached: bool | None = None
-) -> list[int]:
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of a unit of each kind of work."""
+
+    token: int
+    pair: int
+    scored: int
+
+    def of(self, work: Work) -> int:
+        """Return the FLOPs of some work."""
+        return self.token * work.tokens + self.pair * work.pairs + self.scored * work.scored
+
+
+def forward_cost(model: ModelSettings, lora: LoraSettings | None = None) -> Cost:
+    """Return the cost of a forward pass; with `lora`, adapters are applied beside the weights."""
+    return _sum((1, _weights(model)), (1, _attention(model)), (1, _adapters(model, lora)))
+
+
+def update_cost(model: ModelSettings, lora: LoraSettings | None = None) -> Cost:
+    """Return the cost of a forward and a backward pass.
+
+    Attention and trained weights cost three forwards: outputs, and the gradients of inputs and
+    weights. Frozen weights cost two, in the first layer as well: its input takes a gradient, which
+    recomputation needs.
+    """
+    weights = _weights(model)
+    if lora is None or lora.rank is None:
+        return _sum((3, weights), (3, _attention(model)))
+    head = Cost(0, 0, weights.scored if lora.train_head else 0)
+    trained = _adapters(model, lora)
+    return _sum((2, weights), (1, head), (3, _attention(model)), (3, trained))
+
+
+def update_factor(model: ModelSettings, lora: LoraSettings) -> float:
+    """Return what a token costs in an update, in forward passes; 3 without adapters.
+
+    Attention and head are left out.
+    """
+    return update_cost(model, lora).token / forward_cost(model, lora).token
+
+
+def _weights(model: ModelSettings) -> Cost:
+    assert model.vocab_size is not None
+    head = 2 * model.hidden_size * model.vocab_size
+    return Cost(2 * model.num_layers * layer_matrices(model), 0, head)
+
+
+def _attention(model: ModelSettings) -> Cost:
+    """Return the cost of scores and of the weighted values."""
+    return Cost(0, 4 * model.num_layers * model.query_width, 0)
+
+
+def _adapters(model: ModelSettings, lora: LoraSettings | None) -> Cost:
+    if lora is None or lora.rank is None:
+        return Cost(0, 0, 0)
+    from agrpo_megatron.families.lora import adapted_layers
+
+    token = scored = 0
+    for layer in adapted_layers(model, lora):
+        flops = 2 * lora.rank * (layer.inputs + layer.outputs)
+        token, scored = token + flops * (not layer.is_head), scored + flops * layer.is_head
+    return Cost(token, 0, scored)
+
+
+def _sum(*costs: tuple[int, Cost]) -> Cost:
+    """Return the sum of costs, each a number of times."""
+    kinds = zip(*([times * n for n in astuple(cost)] for times, cost in costs), strict=True)
+    return Cost(*map(sum, kinds))
+
+
+def completion_flops(trajectory: Trajectory, settings: Settings) -> list[int]:
     """Return the FLOPs [R] of each completion, over all its denoising steps.
 
     Every denoising step runs the whole row, prompt and completion. A block model's row ends after
     the open block; with a cache, a step runs the open block alone, each finished block runs once
     more, and a prompt runs in the first of its completions. The head runs at the positions that the
     step scored. Rows that only fill up a small head product are not counted.
-
-    Args:
-        cached: `rollout.cached`.
     """
+    model, lora = settings.model, settings.lora
     width, heads = trajectory.tokens.shape[1], scored_positions(trajectory).tolist()
-    if not model.has_blocks:
-        steps = trajectory.num_steps.tolist()
-        layers = [
-            count * row_flops(len(prompt) + width, model)
-            for prompt, count in zip(trajectory.prompts, steps, strict=True)
-        ]
+    cost = forward_cost(model, None if lora.merge_rollouts else lora)
+    if model.has_blocks:
+        layers = _block_work(trajectory, model, is_cached=settings.rollout.cached is not False)
     else:
-        layers = _block_flops(trajectory, model, is_cached=cached is not False)
-    return [flops + head_flops(count, model) for flops, count in zip(layers, heads, strict=True)]
+        steps = trajectory.num_steps.tolist()
+        lengths = [len(prompt) + width for prompt in trajectory.prompts]
+        layers = [(n * count, n**2 * count) for n, count in zip(lengths, steps, strict=True)]
+    return [cost.of(Work(*own, count)) for own, count in zip(layers, heads, strict=True)]
 
 
-def _block_flops(trajectory: Trajectory, model: ModelSettings, *, is_cached: bool) -> list[int]:
-    """Return the FLOPs [R] of the layers in all steps of a block model's completions."""
+def _block_work(
+    trajectory: Trajectory, model: ModelSettings, *, is_cached: bool
+) -> list[tuple[int, int]]:
+    """Return the tokens and pairs [R] of all steps of a block model's completions."""
     from agrpo_megatron.diffusion.blocks import context_row, open_block, state_row
     from agrpo_megatron.diffusion.patterns import visible_pairs
 
     sampling, result, known = trajectory.sampling, [], set[bytes]()
     begins, ends = _steps_of_blocks(trajectory)
     for prompt, counts in zip(trajectory.prompts, (ends - begins).tolist(), strict=True):
-        size, key, total = len(prompt), bytes(prompt.cpu().numpy()), 0
+        size, key, tokens, pairs = len(prompt), bytes(prompt.cpu().numpy()), 0, 0
         ran = [(open_block(size, n, sampling), count) for n, count in enumerate(counts) if count]
         for number, ((start, end), count) in enumerate(ran):
             if is_cached:
                 count += number < len(ran) - 1  # the finished block runs once more
-                total += count * _token_flops(end - start, (end - start) * end, model)
+                tokens += count * (end - start)
+                pairs += count * (end - start) * end
             else:
-                pairs = visible_pairs(state_row(end, size, model, sampling))
-                total += count * _token_flops(end, pairs, model)
+                tokens += count * end
+                pairs += count * visible_pairs(state_row(end, size, model, sampling))
         context = ran[0][0][0] if ran else 0
         if is_cached and context and key not in known:
-            pairs = visible_pairs(context_row(context, size, model, sampling))
-            total += _token_flops(context, pairs, model)
+            tokens += context
+            pairs += visible_pairs(context_row(context, size, model, sampling))
             known.add(key)
-        result.append(total)
+        result.append((tokens, pairs))
     return result
 
 
-def scored_flops(lengths: Iterable[int], scored: int, model: ModelSettings) -> int:
-    """Return the FLOPs of one forward pass over rows that an estimator scores.
+def scored_work(lengths: Iterable[int], scored: int) -> Work:
+    """Return the work of rows that an estimator scores; all tokens of a row see each other.
 
     Args:
         lengths: tokens of each row, prompt and completion.
         scored: tokens of all rows that reach the head.
     """
-    return sum(row_flops(length, model) for length in lengths) + head_flops(scored, model)
+    lengths = list(lengths)
+    return Work(sum(lengths), sum(length**2 for length in lengths), scored)
 
 
-def pattern_flops(patterns: Iterable[Row], scored: int, model: ModelSettings) -> int:
-    """Return the FLOPs of one forward pass over rows of patterns; `scored` tokens reach the head.
+def pattern_work(patterns: Iterable[Row], scored: int) -> Work:
+    """Return the work of rows of patterns; `scored` tokens reach the head.
 
     A pair of tokens counts where one sees the other.
     """
     from agrpo_megatron.diffusion.patterns import row_length, visible_pairs
 
-    layers = (_token_flops(row_length(row), visible_pairs(row), model) for row in patterns)
-    return sum(layers) + head_flops(scored, model)
-
-
-def head_flops(positions: int, model: ModelSettings) -> int:
-    """Return the FLOPs of the head at some positions."""
-    assert model.vocab_size is not None
-    return 2 * positions * model.hidden_size * model.vocab_size
-
-
-def row_flops(length: int, model: ModelSettings) -> int:
-    """Return the FLOPs of one row through all layers, without the head; all tokens see all."""
-    return _token_flops(length, length**2, model)
-
-
-def _token_flops(tokens: int, pairs: int, model: ModelSettings) -> int:
-    """Return the FLOPs of some tokens through all layers; `pairs` of tokens see each other."""
-    attention = 4 * pairs * model.query_width  # scores, and the weighted values
-    return model.num_layers * (2 * tokens * layer_matrices(model) + attention)
+    rows = list(patterns)
+    return Work(sum(map(row_length, rows)), sum(map(visible_pairs, rows)), scored)
 
 
 def scored_positions(trajectory: Trajectory) -> Tensor:

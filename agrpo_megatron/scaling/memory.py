@@ -1,21 +1,28 @@
 """Bytes that each rank holds under a layout; exact for weights, gradients and optimizer states.
 
-Activations are estimates, see `_activations`. Workspaces, communication buffers and allocator
-fragmentation come on top: leave a tenth of the GPU free for them.
+Activations are estimates, see `scaling.activations`. Workspaces, communication buffers and
+fragments of the allocator come on top: leave a tenth of the GPU free for them.
 """
 
 from dataclasses import dataclass, fields
 
-from agrpo_megatron.config.parallel import data_ranks, layer_matrices, padded_vocab, stage_layers
+from agrpo_megatron.config.parallel import (
+    data_ranks,
+    layer_matrices,
+    layer_stages,
+    padded_vocab,
+    stage_layers,
+)
 from agrpo_megatron.config.settings import (
     Fp8Settings,
+    LoraSettings,
     ModelSettings,
     OptimizerSettings,
     ParallelSettings,
-    SamplingSettings,
     Settings,
-    SftSettings,
 )
+from agrpo_megatron.scaling.activations import kept_numbers, scored_share
+from agrpo_megatron.scaling.adapters import adapted_weights, adapter_parameters, stage_adapted
 
 SPARE = 0.9  # usable share of a GPU's memory; the rest is for uncounted buffers
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a number
@@ -34,8 +41,10 @@ class Memory:
     main_weights: int = 0  # the optimizer's float32 copies of bf16 or FP8 weights
     moments: int = 0
     rollout_copy: int = 0  # a second set of weights, if rollouts have a separate layout
+    reference: int = 0  # the frozen policy's weights; with adapters it is the model without them
     activations: int = 0
     rollout_cache: int = 0  # keys and values of a rollout, beyond the room of the activations
+    unmerged: int = 0  # weights before `lora.merge_rollouts`, beyond the room that is left then
     host: int = 0  # moved off the GPU by `optimizer.offload`
 
     @property
@@ -52,6 +61,7 @@ class WeightSpec:
     vocab_rows: int  # of embedding and head, padding included
     precision: str
     fp8: Fp8Settings
+    lora: LoraSettings
 
 
 PARTS = tuple(part.name for part in fields(Memory) if part.name != "host")
@@ -67,18 +77,15 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
     """Return the memory of a rank of a pipeline stage; `rules` has checked the layout."""
     parallel, optimizer = settings.parallel, settings.optimizer
     is_float32 = settings.precision == "fp32"
-    spec = WeightSpec(settings.model, padded_vocab(settings), settings.precision, settings.fp8)
-    count = stage_parameters(spec, parallel, stage=stage)
+    spec = weight_spec(settings)
+    count = trained_parameters(spec, parallel, stage=stage)
     weights, copies = _weights(spec, parallel, stage=stage)
-    tokens = settings.train.token_budget // parallel.context
-    scored = int(tokens * _scored_share(settings.sft, settings.sampling))
-    activations = _activations(spec, parallel, tokens=tokens, scored=scored, stage=stage)
+    activations = _activations(settings, spec, stage=stage)
     replicas = data_ranks(parallel, world_size) * parallel.context
     own = -(-count // (replicas if optimizer.distributed else 1))
     moved = round(optimizer.offload * own)
     is_short = not is_float32 and optimizer.main_gradients == "bf16"
-    activations *= FLOAT32 if is_float32 else BFLOAT16
-    cache = 0
+    cache, has_reference = 0, settings.algorithm.needs_reference and settings.lora.rank is None
     if settings.model.has_blocks and settings.rollout.cached is not False:
         cache = int(settings.rollout.cache_memory * 2**30)
     return Memory(
@@ -88,11 +95,34 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
         main_weights=0 if is_float32 else (own - moved) * _main_width(settings.fp8, optimizer),
         moments=(own - moved) * MOMENTS[optimizer.moments],
         rollout_copy=_rollout_copy(spec, parallel, settings.rollout_layout),
+        reference=_without_backward(weights, copies) if has_reference else 0,
         activations=activations,
         rollout_cache=max(0, cache - activations),
+        unmerged=_unmerged(settings, spec, stage=stage, room=max(0, activations - cache)),
         # Main weights, their gradients and both moments, all in float32.
         host=moved * 4 * FLOAT32,
     )
+
+
+def weight_spec(settings: Settings) -> WeightSpec:
+    """Return what determines the stored weights."""
+    rows = padded_vocab(settings)
+    return WeightSpec(settings.model, rows, settings.precision, settings.fp8, settings.lora)
+
+
+def _activations(settings: Settings, spec: WeightSpec, *, stage: int) -> int:
+    """Return the bytes that a rank keeps for the backward pass."""
+    tokens = settings.train.token_budget // settings.parallel.context
+    numbers = kept_numbers(
+        spec.model,
+        spec.lora,
+        settings.parallel,
+        tokens=tokens,
+        scored=int(tokens * scored_share(settings.sft, settings.sampling)),
+        vocab_rows=spec.vocab_rows,
+        stage=stage,
+    )
+    return numbers * (FLOAT32 if spec.precision == "fp32" else BFLOAT16)
 
 
 def _main_width(fp8: Fp8Settings, optimizer: OptimizerSettings) -> int:
@@ -113,9 +143,10 @@ def _weights(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> tup
     An FP8 weight is stored twice: row-wise for the outputs, column-wise for the gradient of the
     inputs. The first micro-batch makes the copies and Transformer Engine keeps them
     (`TransformerEngineBaseModule.quantize_weight`); FP8 primary weights (`fp8.primary_weights`)
-    have no copies.
+    have no copies. Adapters are never in FP8.
     """
     count = stage_parameters(spec, parallel, stage=stage)
+    count += _adapter_parameters(spec, parallel, stage=stage)
     if spec.precision == "fp32":
         return count * FLOAT32, 0
     in_fp8 = fp8_parameters(spec, parallel, stage=stage)
@@ -138,9 +169,31 @@ def _rollout_copy(spec: WeightSpec, training: ParallelSettings, rollout: Paralle
     """Return the bytes of the weights of a rollout layout, on its most loaded stage."""
     if rollout == training:
         return 0
-    # Without a backward pass, an FP8 copy needs one direction of the two.
     found = (_weights(spec, rollout, stage=stage) for stage in range(rollout.pipeline))
-    return max(weights + copies // 2 for weights, copies in found)
+    return max(_without_backward(weights, copies) for weights, copies in found)
+
+
+def _without_backward(weights: int, copies: int) -> int:
+    """Return the bytes of weights that take no gradient: FP8 copies in one direction of the two."""
+    return weights + copies // 2
+
+
+def _unmerged(settings: Settings, spec: WeightSpec, *, stage: int, room: int) -> int:
+    """Return the bytes of weights that are kept while adapters are merged into them.
+
+    Updates need the weights as they were, so these use the room that activations leave in a
+    rollout. A separate rollout layout stays merged in updates, and has no room.
+    """
+    if not spec.lora.merge_rollouts:
+        return 0
+    rollout = settings.rollout_layout
+    is_own = rollout == settings.parallel
+    width = FLOAT32 if spec.precision == "fp32" else BFLOAT16
+    sizes = {"tensor": rollout.tensor, "vocab_rows": spec.vocab_rows}
+    stages = [stage] if is_own else range(rollout.pipeline)
+    found = [stage_adapted(spec.model, spec.lora, rollout, stage=each) for each in stages]
+    kept = width * max(adapted_weights(spec.model, adapted, **sizes) for adapted in found)
+    return max(0, kept - room) if is_own else kept
 
 
 def fp8_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:
@@ -148,9 +201,9 @@ def fp8_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) 
     if spec.precision != "fp8":
         return 0
     model, fp8 = spec.model, spec.fp8
-    chunks = enumerate(stage_layers(model, parallel))
-    stages = [chunk % parallel.pipeline for chunk, layers in chunks for _ in range(layers)]
-    in_fp8 = stages[fp8.bf16_first_layers : model.num_layers - fp8.bf16_last_layers]
+    in_fp8 = layer_stages(model, parallel)[
+        fp8.bf16_first_layers : model.num_layers - fp8.bf16_last_layers
+    ]
     return in_fp8.count(stage) * layer_matrices(model) // parallel.tensor
 
 
@@ -158,13 +211,33 @@ def stage_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int
     """Return the weights of each rank of a pipeline stage, over all its virtual stages."""
     model, stages = spec.model, parallel.pipeline
     layers = sum(stage_layers(model, parallel)[stage::stages])
-    count = layers * layer_parameters(model, parallel.tensor)
-    table = spec.vocab_rows // parallel.tensor * model.hidden_size
+    count, table = layers * layer_parameters(model, parallel.tensor), _table(spec, parallel)
     if stage == 0:
         count += table
     if stage == stages - 1:
         count += table + model.hidden_size  # the head, and the norm before it
     return count
+
+
+def trained_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:
+    """Return how many numbers of each rank of a pipeline stage are trained."""
+    lora = spec.lora
+    if lora.rank is None:
+        return stage_parameters(spec, parallel, stage=stage)
+    tables = lora.train_embedding * (stage == 0)
+    tables += lora.train_head * (stage == parallel.pipeline - 1)
+    return _adapter_parameters(spec, parallel, stage=stage) + tables * _table(spec, parallel)
+
+
+def _adapter_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:
+    adapted = stage_adapted(spec.model, spec.lora, parallel, stage=stage)
+    sizes = {"tensor": parallel.tensor, "vocab_rows": spec.vocab_rows}
+    return adapter_parameters(adapted, spec.lora.rank, **sizes)
+
+
+def _table(spec: WeightSpec, parallel: ParallelSettings) -> int:
+    """Return the weights of each rank in the embedding, or in the head."""
+    return spec.vocab_rows // parallel.tensor * spec.model.hidden_size
 
 
 def layer_parameters(model: ModelSettings, tensor: int) -> int:
@@ -174,44 +247,3 @@ def layer_parameters(model: ModelSettings, tensor: int) -> int:
         split += model.query_width + 2 * model.key_width
     norms = 2 * model.hidden_size + (2 * model.head_width if model.qk_norm else 0)
     return split // tensor + norms
-
-
-def _activations(
-    spec: WeightSpec, parallel: ParallelSettings, *, tokens: int, scored: int, stage: int
-) -> int:
-    """Estimate how many numbers are kept for the backward pass, logits included.
-
-    Per token and layer: the residual stream and the two normalised inputs (split only by sequence
-    parallelism), and, split by tensor parallelism, queries, keys, values before and after the
-    rotation, the attention's output, gate, up, and their product. Full recomputation keeps only the
-    residual stream, and one layer. Stage s of p holds p - s micro-batches at once. Logits are held
-    three times, in the model's dtype and in float32. FP8 products keep their inputs in fewer bytes,
-    which is not counted.
-    """
-    model = spec.model
-    whole = 4 * model.hidden_size // (parallel.tensor if parallel.sequence else 1)
-    attention = 4 * model.query_width + 4 * model.key_width
-    split = (attention + 4 * model.ffn_hidden_size) // parallel.tensor
-    layers = sum(stage_layers(model, parallel)[stage :: parallel.pipeline])
-    flying = parallel.pipeline - stage
-    if model.megatron.get("recompute_granularity") == "full":
-        kept = layers * flying * whole // 4 + whole + split
-    else:
-        kept = layers * flying * (whole + split)
-    total = tokens * kept
-    if stage == parallel.pipeline - 1:
-        total += 3 * scored * spec.vocab_rows // parallel.tensor
-    return total
-
-
-def _scored_share(sft: SftSettings, sampling: SamplingSettings) -> float:
-    """Return the share of tokens that the head scores, in the phase where it is larger.
-
-    The head scores the tokens that a denoising step fixes; in a supervised phase the masked tokens,
-    half of the completion on average, and all others too if it learns the next token as well, from
-    rows that hold the completion twice. The prompt is assumed to be as long as the completion.
-    """
-    if sft.iterations and sft.autoregressive_weight:
-        return 1 / 2
-    masked = 1 / 2 if sft.iterations else 0.0
-    return max(masked, 1 / sampling.denoising_steps) / 2

@@ -12,6 +12,7 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.families.files import is_huggingface
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.rollout.session import Session
+from agrpo_megatron.runs.base import Base, write_base
 from agrpo_megatron.runs.progress import CHECKPOINTS, HF, RUN_FILE, TEMPLATE, Progress
 from agrpo_megatron.runs.stored_rollouts import sampling_number
 from agrpo_megatron.text.tokenizer import CHARACTERS
@@ -122,11 +123,16 @@ class Checkpointer:
         self._saved = iteration
 
 
-def describe_model(folder: Path, settings: Settings, checkpoint: Path | None = None) -> None:
+def describe_model(
+    folder: Path, settings: Settings, checkpoint: Path | None = None, base: Base | None = None
+) -> None:
     """Write the files that checkpoints hold besides their tensors; one rank.
 
     The tokenizer, and the files of the Hugging Face model that the run starts from; of a resumed
     run, those of its checkpoint. Earlier checkpoints share the folder's files: it is made anew.
+
+    Args:
+        base: of adapters; None: all weights are trained.
     """
     load, tokenizer = settings.model.load, settings.tokenizer
     sources = [CHARACTERS if tokenizer.path is None else Path(tokenizer.path)]
@@ -142,5 +148,7 @@ def describe_model(folder: Path, settings: Settings, checkpoint: Path | None = N
     if own not in sources and (tokenizer.chat_template or "").endswith(".jinja"):
         shutil.copyfile(str(tokenizer.chat_template), partial / HF / TEMPLATE)
     (partial / RUN_FILE).write_text(to_yaml(settings), encoding="utf-8")
+    if base is not None:
+        write_base(partial, base)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

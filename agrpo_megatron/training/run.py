@@ -5,15 +5,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
+from agrpo_megatron.checkpoint.lora.base import find_base
 from agrpo_megatron.checkpoint.resume import find_checkpoint
-from agrpo_megatron.checkpoint.sharded import load_checkpoint, load_weights
-from agrpo_megatron.checkpoint.start import load_start_weights
+from agrpo_megatron.checkpoint.sharded import load_checkpoint
+from agrpo_megatron.checkpoint.start import load_model, load_start_weights
 from agrpo_megatron.evaluation.evaluate import evaluate
 from agrpo_megatron.hardware.kernels import in_one_line, kernels_for
-from agrpo_megatron.megatron.engine import Engine, build_engine
-from agrpo_megatron.megatron.network import Network, build_network
+from agrpo_megatron.megatron.engine import Engine, build_engine, build_reference
 from agrpo_megatron.megatron.parallel import Ranks, start_ranks, stop_ranks
 from agrpo_megatron.resilience.attempts import begin, claim
 from agrpo_megatron.resilience.monitors import monitors
@@ -22,6 +20,7 @@ from agrpo_megatron.resilience.stop import Stop, Stopped, agree
 from agrpo_megatron.rollout.cache import NoCache, RolloutCache
 from agrpo_megatron.rollout.replay import open_replay
 from agrpo_megatron.rollout.session import Output, Run, Safety, Session, View
+from agrpo_megatron.runs.base import check_base
 from agrpo_megatron.runs.directory import check_data, data_digests, run_digest
 from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.runs.progress import CHECKPOINTS, Progress
@@ -110,8 +109,13 @@ def _opened(
         if found:
             view.note(f"resuming after {done.phase} iteration {done.iteration}")
         _show_notes(session)
+        base = None
+        if settings.lora.rank is not None:
+            base = find_base(settings, ranks)
+            if found:
+                check_base(found[0], base)
         if ranks.is_main:
-            describe_model(directory / MODEL_FILES, settings, found[0] if found else None)
+            describe_model(directory / MODEL_FILES, settings, found[0] if found else None, base)
         yield session, found
 
 
@@ -192,8 +196,9 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
     _fill(run, engine, checkpoint, start)
     reference = None
     if settings.algorithm.needs_reference:
-        reference = build_network(settings, run.ranks)
-        _load_start(run, reference, start)
+        reference = build_reference(settings, engine.network)
+        if not reference.is_reference:
+            load_model(reference, settings, start)
     scores = done.scores  # none without an evaluation before this checkpoint
     if checkpoint is None:
         scores = evaluate(session, engine.rollout_network(), iteration=0, stage="before")
@@ -253,17 +258,9 @@ def _sft_end(directory: Path, iterations: int) -> Path | None:
 
 def _fill(run: Run, engine: Engine, checkpoint: Path | None, start: Path | None) -> None:
     """Load a checkpoint, or else start weights, into the network and the optimizer."""
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, engine)
-    else:
-        engine.init_main_weights(_load_start(run, engine.network, start))
-
-
-def _load_start(run: Run, network: Network, start: Path | None) -> dict[str, Tensor]:
-    """Load the weights from which a phase starts: of a checkpoint, or of `model.load`.
-
-    Returns the tensors that FP8 weights were cast from, by name.
-    """
-    if start is not None:
-        return load_weights(start, network)
-    return load_start_weights(network, run.settings)
+    if checkpoint is None:
+        engine.init_main_weights(load_model(engine.network, run.settings, start))
+        return
+    if engine.network.adapters is not None:
+        load_start_weights(engine.network, run.settings)
+    load_checkpoint(checkpoint, engine)

@@ -15,7 +15,13 @@ from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.rollout.session import Session
-from agrpo_megatron.scaling.flops import WITH_GRADIENT, pattern_flops, scored_flops
+from agrpo_megatron.scaling.flops import (
+    Work,
+    forward_cost,
+    pattern_work,
+    scored_work,
+    update_cost,
+)
 from agrpo_megatron.training.nan_guard import NanGuard, Update, rollout_keys
 from agrpo_megatron.training.objective import (
     BatchLoss,
@@ -37,14 +43,10 @@ class Part:
     batches: list[TimestepBatch]
     lengths: Tensor  # tokens of each packed row
     old: Tensor | None  # [N, C] log-probs of the policy that sampled; None: of the current one
-    forward: int  # FLOPs of a forward pass over the rows of all ranks
+    work: Work  # of a pass over the rows of all ranks
+    flops: int  # of all passes over the rows of all ranks, the one with gradient included
     reference: Tensor | None = None  # [N, C] log-probs of the frozen reference
     passes: int = 0  # forward passes without gradient over the rows
-
-    @property
-    def flops(self) -> int:
-        """Return the FLOPs of all passes over the rows, those of all ranks."""
-        return (WITH_GRADIENT + self.passes) * self.forward
 
 
 def update_policy(
@@ -109,27 +111,27 @@ def packed_part(settings: Settings, ranks: Ranks, rollout: Rollout, scored: Scor
     model = settings.model
     assert model.mask_token_id is not None
     make = _replayed if model.has_blocks else _whole
-    lengths, forward, batches = make(settings, ranks, rollout, scored, model.mask_token_id)
+    lengths, work, batches = make(settings, ranks, rollout, scored, model.mask_token_id)
     batches = [local_part(batch, ranks) for batch in batches]
-    return Part(scored, batches, lengths, recorded_logprobs(rollout, scored), forward)
+    flops = update_cost(model, settings.lora).of(work)
+    return Part(scored, batches, lengths, recorded_logprobs(rollout, scored), work, flops)
 
 
 def _whole(
     settings: Settings, ranks: Ranks, rollout: Rollout, scored: ScoredRows, mask_id: int
-) -> tuple[Tensor, int, list[TimestepBatch]]:
-    """Pack each scored row for itself; returns lengths, FLOPs of a pass, this rank's batches."""
+) -> tuple[Tensor, Work, list[TimestepBatch]]:
+    """Pack each scored row for itself; returns lengths, work, this rank's batches."""
     model, lengths = settings.model, row_lengths(rollout, scored)
     plan = my_micro_batches(lengths, model, ranks, budget=settings.train.token_budget)
     batches = [
         timestep_batch(rollout, scored, rows, mask_id=mask_id, shift=model.shift) for rows in plan
     ]
-    forward = scored_flops(lengths.tolist(), int(scored.scored.sum()), model)
-    return lengths, forward, batches
+    return lengths, scored_work(lengths.tolist(), int(scored.scored.sum())), batches
 
 
 def _replayed(
     settings: Settings, ranks: Ranks, rollout: Rollout, scored: ScoredRows, mask_id: int
-) -> tuple[Tensor, int, list[TimestepBatch]]:
+) -> tuple[Tensor, Work, list[TimestepBatch]]:
     """Pack states of the same rollout after one copy of its text; returns as `_whole` does."""
     model, budget = settings.model, settings.train.token_budget
     rows = replay_rows(scored, rollout, model, budget=budget)
@@ -141,7 +143,7 @@ def _replayed(
         packed = pack_replay(mine, rollout, scored, mask_id=mask_id) if mine else None
         batches.append(timestep_batch(rollout, scored, states, mask_id=mask_id, packed=packed))
     patterns = [row.pattern for row in rows]
-    return lengths, pattern_flops(patterns, int(scored.scored.sum()), model), batches
+    return lengths, pattern_work(patterns, int(scored.scored.sum())), batches
 
 
 def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_first: bool) -> Part:
@@ -158,16 +160,16 @@ def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_fi
     if recorded is not None:
         factor = (old - recorded).exp().clamp(max=limit)
         scored = replace(scored, weight=scored.weight * factor)
-    return replace(part, scored=scored, old=old, passes=part.passes + 1)
+    return replace(_passed(part, settings), scored=scored, old=old)
 
 
 def with_reference(part: Part, reference: Network, settings: Settings) -> Part:
     """Score a part under the frozen reference; called by every rank."""
     if settings.algorithm.kl == "exact":
         batches = with_distributions(reference, part.batches, settings.sampling, settings.algorithm)
-        return replace(part, batches=batches, passes=part.passes + 1)
+        return replace(_passed(part, settings, is_frozen=True), batches=batches)
     table, _ = _tables(reference, part, settings)
-    return replace(part, reference=table, passes=part.passes + 1)
+    return replace(_passed(part, settings, is_frozen=True), reference=table)
 
 
 def with_loss(
@@ -196,13 +198,19 @@ def with_loss(
         current, entropies = part.old, None
     else:
         current, entropies = _tables(engine.network, part, settings)
-        part = replace(part, passes=part.passes + 1)
+        part = _passed(part, settings)
     assert current is not None
     assert part.old is not None
     tables = Tables(current, part.old, part.reference, entropies)
     metrics, slopes = joint_loss(scored, tables, rollout, algorithm)
     speaker = part.batches[0] if engine.ranks.data_context.rank == 0 else None
     return part, make_tangent(slopes, metrics, vocab, sampling, algorithm, speaker=speaker)
+
+
+def _passed(part: Part, settings: Settings, *, is_frozen: bool = False) -> Part:
+    """Return a part after one more forward pass without gradient; frozen: without adapters."""
+    cost = forward_cost(settings.model, None if is_frozen else settings.lora)
+    return replace(part, passes=part.passes + 1, flops=part.flops + cost.of(part.work))
 
 
 def _tables(network: Network, part: Part, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,7 @@ CHANGED: dict[str, Any] = {
     "train.flops": 1e12,
     "train.stop_metric": "accuracy",
     "evaluation.tasks": {"sudoku": {}},
+    "lora.modules": ["q_proj"],
     "checkpoint.best": "reward/mean",
     "resilience.timeouts": {"rollout": 5},
     "launch.time": "04:00:00",
@@ -82,6 +83,14 @@ NEEDS = {
     "fp8.primary_weights": ["precision=fp8", "optimizer.distributed=true"],
     "kernels.layer_spec=te": ["precision=bf16"],
     "sft.autoregressive_weight": ["model.attention=causal_context", "model.block_length=4"],
+    **{
+        f"lora.{name}": ["lora.rank=4"]
+        for name in ("alpha", "rank_stabilised", "dropout", "modules", "load")
+    },
+    **{
+        f"lora.{name}": ["lora.rank=4"]
+        for name in ("train_embedding", "train_head", "merge_rollouts")
+    },
     "rollout.cached": ["model.attention=block_causal", "model.block_length=4"],
     "rollout.cache_memory": ["model.attention=block_causal", "model.block_length=4"],
     "kernels.block_attention": ["model.attention=block_causal", "model.block_length=4"],

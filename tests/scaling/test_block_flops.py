@@ -33,7 +33,7 @@ def _count(overrides):
             sampling=settings.sampling,
         )
     counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    ours = sum(completion_flops(trajectory, settings.model, cached=settings.rollout.cached))
+    ours = sum(completion_flops(trajectory, settings))
     pairs = _pairs(trajectory, settings)
     return ours, counted["aten.mm"], counted["aten.bmm"], 4 * pairs * 16 * 2
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.megatron import model as model_module
 from agrpo_megatron.rollout.generate import sample_prompts
-from agrpo_megatron.scaling.flops import completion_flops, row_flops
+from agrpo_megatron.scaling.flops import Work, completion_flops, forward_cost
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
 
@@ -58,7 +58,7 @@ def _count(samplers, *overrides):
         likeliest = int(trajectory.tokens.flatten().mode().values)
         counted = counter.get_flop_counts()["Global"]
         by_operator = {str(operator): flops for operator, flops in counted.items()}
-        ours = completion_flops(trajectory, model)
+        ours = completion_flops(trajectory, inner.settings)
         found[name] = ours, by_operator, trajectory.num_steps.tolist()
     return found
 
@@ -95,9 +95,14 @@ def test_the_samplers_do_different_work(counts):
 def test_a_row_of_llada_8b():
     """4096 wide, 32 layers, 12288 in SwiGLU: 6.98 billion weights in matrices, head aside."""
     model = ModelSettings(
-        num_layers=32, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=12288,
+        num_attention_heads=32,
+        vocab_size=126464,
     )
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
     assert weights == 6_979_321_856
-    assert row_flops(1, model) == 2 * weights + 32 * 4 * 4096
-    assert row_flops(512, model) == 512 * 2 * weights + 512**2 * 32 * 4 * 4096
+    cost = forward_cost(model)
+    assert cost.of(Work(1, 1)) == 2 * weights + 32 * 4 * 4096
+    assert cost.of(Work(512, 512**2)) == 512 * 2 * weights + 512**2 * 32 * 4 * 4096

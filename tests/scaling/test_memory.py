@@ -10,17 +10,16 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
-from agrpo_megatron.config.parallel import padded_vocab
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.scaling.memory import (
     PARTS,
-    WeightSpec,
     fp8_parameters,
     rank_memory,
     stage_parameters,
+    weight_spec,
     worst_rank,
 )
 from agrpo_megatron.training.rl import collect_rollout, update_policy
@@ -37,10 +36,6 @@ WIDE_HEADS = [
     "model.vocab_size=151936",
 ]
 PADDING = 256  # numbers that Megatron may add to a buffer at its end and between parameters
-
-
-def _spec(settings):
-    return WeightSpec(settings.model, padded_vocab(settings), settings.precision, settings.fp8)
 
 
 def _on_meta(cases):
@@ -69,13 +64,13 @@ def test_weights_are_those_of_the_built_model():
 def test_llada_8b_has_the_published_number_of_parameters():
     """Source: total_size of the checkpoint's index, 16,031,162,368 bytes in bf16."""
     settings = load(Settings, LLADA)
-    assert 2 * stage_parameters(_spec(settings), settings.parallel, stage=0) == 16_031_162_368
+    assert 2 * stage_parameters(weight_spec(settings), settings.parallel, stage=0) == 16_031_162_368
 
 
 def test_sdar_4b_has_the_published_number_of_parameters():
     """Source: total_size of the checkpoint's index, 8,822,848,512 bytes in bf16."""
     settings = load(Settings, LLADA, WIDE_HEADS)
-    assert 2 * stage_parameters(_spec(settings), settings.parallel, stage=0) == 8_822_848_512
+    assert 2 * stage_parameters(weight_spec(settings), settings.parallel, stage=0) == 8_822_848_512
 
 
 def _state_bytes(optimizer):
@@ -93,16 +88,26 @@ def _tiny(overrides):
     rollout, _ = collect_rollout(session, engine, 0)
     update_policy(session, engine, rollout, None)
     named = list(engine.network.named_parameters())
+    trained = [p for _, p in engine.network.trained_parameters()]
     main = [p for g in engine.optimizer.param_groups for p in g["params"]]
     held = {
         "weights": sum(p.numel() * p.element_size() for _, p in named),
         "gradients": sum(b.grad_data.nbytes for ddp in engine.ddp for b in ddp.buffers),
+        "main_grads": sum(p.main_grad.nbytes for p in trained),
         "main_weights": sum(p.numel() * 4 for p in main),
         "moments": _state_bytes(engine.optimizer),
-        "tensors": len(named),
+        "tensors": len(trained),
     }
-    stage = engine.ranks.pipeline.rank
-    return held, rank_memory(session.run.settings, dist.get_world_size(), stage=stage)
+    stage, settings = engine.ranks.pipeline.rank, session.run.settings
+    predicted = rank_memory(settings, dist.get_world_size(), stage=stage)
+    if settings.lora.merge_rollouts:  # without activations, nothing makes room for the copy
+        settings = replace(settings, train=replace(settings.train, token_budget=0))
+        without = rank_memory(settings, dist.get_world_size(), stage=stage)
+        assert without.unmerged > predicted.unmerged == 0
+        engine.network.for_rollouts()
+        kept = engine.network.adapters._kept.values()
+        assert sum(weight.nbytes for weight in kept) == without.unmerged
+    return held, predicted
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -125,6 +130,63 @@ def test_gradients_and_optimizer_states_are_those_of_a_trained_engine(
     if layout == "dp2":  # the optimizer may cut the buffer anywhere: together it is right
         total = sum(held["moments"] for held, _ in results)
         assert total == sum(predicted.moments for _, predicted in results)
+
+
+LORA = "lora.rank=4"
+ALL_LAYERS = "lora.modules=[q_proj, k_proj, v_proj, attn_out, ff_proj, up_proj, ff_out]"
+ADAPTERS = {
+    "blocks": [LORA],
+    "head too": [LORA, ALL_LAYERS],
+    "some, and whole tables": [
+        *(LORA, "lora.modules=[k_proj, ff_out]"),
+        *("lora.train_embedding=true", "lora.train_head=true", "lora.merge_rollouts=true"),
+    ],
+}
+
+
+def _with_adapters(layouts):
+    """Train one iteration at each layout, precision and choice of adapters."""
+    cases = [
+        (layout, precision, name)
+        for layout in layouts
+        for precision in ("fp32", "bf16")
+        for name in (ADAPTERS if precision == "bf16" else ["head too"])
+    ]
+    found = {}
+    for layout, precision, name in cases:
+        given = [f"parallel={layout}", "optimizer.distributed=true", f"precision={precision}"]
+        found[layout, precision, name] = _tiny([*given, *ADAPTERS[name]])
+    return found
+
+
+def _check_trained(precision, ranks):
+    """Check gradients of each rank, and states of all together: their cuts may be anywhere."""
+    for held, predicted in ranks:
+        assert held["weights"] == predicted.weights
+        assert held["main_grads"] == predicted.gradients
+        slack = held["tensors"] * PADDING * 4
+        assert 0 <= held["gradients"] - predicted.gradients <= slack
+        assert predicted.reference == predicted.unmerged == 0
+    sums = {
+        part: [sum(held[part] for held, _ in ranks), sum(getattr(p, part) for _, p in ranks)]
+        for part in ("main_weights", "moments")
+    }
+    assert sums["moments"][0] == sums["moments"][1] > 0
+    if precision == "bf16":
+        assert sums["main_weights"][0] == sums["main_weights"][1]
+
+
+def test_adapters_are_all_that_has_gradients_and_optimizer_states():
+    for results in (
+        run_ranks(1, _with_adapters, ["tp1"]),
+        run_ranks(2, _with_adapters, ["tp2-sp", "pp2", "dp2"]),
+    ):
+        for case in results[0]:
+            layout, precision, _ = case
+            ranks = [result[case] for result in results]
+            groups = [ranks] if layout == "dp2" else [[rank] for rank in ranks]
+            for group in groups:
+                _check_trained(precision, group)
 
 
 def _saved_bytes(overrides):
@@ -158,6 +220,18 @@ def test_activations_are_estimated_within_a_half():
     full = "model.megatron={recompute_granularity: full, recompute_method: uniform, "
     ((less, predicted_less),) = run_ranks(1, _saved_bytes, [full + "recompute_num_layers: 1}"])
     assert less < held / 3 and predicted_less < predicted / 1.5
+
+
+def test_activations_with_adapters_are_estimated_within_a_half():
+    """Frozen layers without adapters keep no inputs, layers with some keep theirs."""
+    heads, found = "model.head_dim=16", []
+    for given in ([], ["lora.modules=[q_proj, k_proj, v_proj, attn_out]"], ["lora.dropout=0.1"]):
+        found += run_ranks(1, _saved_bytes, [heads, LORA, *given])
+    for held, predicted in found:
+        assert held / 1.5 < predicted < 1.5 * held
+    (all_held, all_predicted), (some_held, some_predicted), _ = found
+    less = all_held - some_held
+    assert 0 < less / 1.5 < all_predicted - some_predicted < 1.5 * less
 
 
 WEIGHTS = 8_015_581_184  # of LLaDA-8B
@@ -213,7 +287,7 @@ def test_layers_that_stay_bf16_are_not_copied_wherever_they_are():
     }
     for layout, counts in stages.items():
         settings = load(Settings, LLADA, [*given, f"parallel={layout}"])
-        parallel, spec = settings.parallel, _spec(settings)
+        parallel, spec = settings.parallel, weight_spec(settings)
         held = [fp8_parameters(spec, parallel, stage=s) for s in range(parallel.pipeline)]
         assert held == [count * layer // parallel.tensor for count in counts], layout
 
@@ -231,6 +305,32 @@ def test_a_rollout_layout_of_its_own_has_copies_in_one_direction():
     memory = rank_memory(load(Settings, LLADA, given), 8, stage=0)
     one_direction = IN_LAYERS // 2 + 4 * (IN_LAYERS // 2) // 128**2
     assert memory.rollout_copy == WEIGHTS + 4096 * 65 + one_direction
+
+
+def test_a_reference_is_a_second_model_but_for_adapters():
+    given = ["parallel=tp2", "algorithm.kl_coefficient=0.1"]
+    bf16 = rank_memory(load(Settings, LLADA, given), 8, stage=0)
+    assert bf16.reference == bf16.weights == WEIGHTS + 4096 * 65
+    fp8 = rank_memory(load(Settings, LLADA, [*given, "precision=fp8"]), 8, stage=0)
+    assert fp8.reference == fp8.weights + fp8.fp8_copies // 2
+    assert rank_memory(load(Settings, LLADA, [*given, "lora.rank=64"]), 8, stage=0).reference == 0
+
+
+def test_adapters_of_the_published_run():
+    """Rank 64 on the seven linear layers of 32 blocks, and on the head, which is named alike."""
+    blocks = 64 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 12288))
+    head = 64 * (4096 + 126464)
+    rank = ["parallel=dp8", "lora.rank=64"]
+    memory = rank_memory(load(Settings, LLADA, rank), 8, stage=0)
+    assert memory.gradients == 4 * blocks and memory.weights == 2 * (WEIGHTS + blocks)
+    with_head = rank_memory(load(Settings, LLADA, [*rank, ALL_LAYERS]), 8, stage=0)
+    assert with_head.gradients == 4 * (blocks + head) == 4 * 176_128_000
+    assert with_head.moments == 8 * (blocks + head) // 8
+    merged = [*rank, "lora.merge_rollouts=true", "train.token_budget=1024"]
+    merging = rank_memory(load(Settings, LLADA, merged), 8, stage=0)
+    assert merging.unmerged == 2 * IN_LAYERS - merging.activations > 0
+    in_tp2 = rank_memory(load(Settings, LLADA, [*merged, "rollout.parallel=tp2"]), 8, stage=0)
+    assert in_tp2.unmerged == IN_LAYERS, "a copy that stays merged in updates"
 
 
 def test_the_worst_rank_is_the_worst_of_all_stages():

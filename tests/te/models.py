@@ -11,6 +11,7 @@ from agrpo_megatron.megatron.weights import export_hf, load_named
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.training.sft import run_sft
 from agrpo_megatron.types import PackedRows
+from tests.megatron.lora.whole import random_adapters, whole_adapters
 from tests.te import kernels
 from tests.te.kernels import MXFP8 as MXFP8
 from tests.training.tiny import open_session
@@ -38,6 +39,7 @@ VARIANTS = {
     ],
     "wide heads": ["model.head_dim=16"],
 }
+ADAPTERS = ["model.qkv_bias=true", "lora.rank=4", "lora.alpha=8"]
 LOCAL, TE = "kernels.layer_spec=local", "kernels.layer_spec=te"
 BF16, FP8 = "precision=bf16", "precision=fp8"
 TENSORWISE = "fp8.recipe=tensorwise"
@@ -54,7 +56,9 @@ def opened(
     if weights is not None:
         saved = torch.load(weights)
         load_named(engine.network, session.run.settings.model, saved.__getitem__)
-        engine.optimizer.reload_model_params()
+    if engine.network.adapters is not None:
+        random_adapters(engine.network, scale=0.1, of=torch.Tensor.bfloat16)
+    engine.optimizer.reload_model_params()
     return session, engine
 
 
@@ -84,8 +88,11 @@ def sft_gradient(session: Session, engine: Engine) -> tuple[float, dict[str, Ten
     caught: dict[str, Tensor] = {}
 
     def step() -> tuple[bool, float, None]:
-        named = {n: p.main_grad.clone() for n, p in engine.network.named_parameters()}
-        caught.update(export_hf(named, session.run.settings.model, session.run.ranks))
+        named = {n: p.main_grad.clone() for n, p in engine.network.trained_parameters()}
+        if engine.network.adapters is not None:
+            caught.update(whole_adapters(engine.network, lambda p: p.main_grad.clone()))
+        else:
+            caught.update(export_hf(named, session.run.settings.model, session.run.ranks))
         return True, 0.0, None
 
     engine.optimizer.step = step  # type: ignore[method-assign]

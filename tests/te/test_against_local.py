@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from tests.te.models import (
+    ADAPTERS,
     BF16,
     LOCAL,
     TE,
@@ -20,8 +21,10 @@ from tests.te.models import (
 )
 from tests.te.rules import calls
 
+MODELS = {**VARIANTS, "adapters": ADAPTERS}
 LAYOUTS = ("tp2", "tp2-sp", "pp2", "cp2")
 NO_FURTHER = 1.5  # times the local spec's own error
+EXCHANGED = 2.5  # of adapters, whose inner products ranks exchange in bfloat16
 
 
 def _write_start(path, overrides):
@@ -42,7 +45,7 @@ def _computed(path, overrides):
 @pytest.fixture(scope="module")
 def start(request, tmp_path_factory):
     """Return weights, the variant, and results of float32 and of the local spec in bfloat16."""
-    path, variant = tmp_path_factory.mktemp("start") / "weights.pt", VARIANTS[request.param]
+    path, variant = tmp_path_factory.mktemp("start") / "weights.pt", MODELS[request.param]
     run_ranks(1, _write_start, path, variant)
     [exact] = run_ranks(1, _computed, path, [*variant, "precision=fp32", LOCAL])
     [local] = run_ranks(1, _computed, path, [*variant, BF16, LOCAL])
@@ -52,7 +55,9 @@ def start(request, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("start", "layout"),
-    [(name, "dp1") for name in VARIANTS] + [("bias and qk-norm", name) for name in LAYOUTS],
+    [(name, "dp1") for name in MODELS]
+    + [("bias and qk-norm", name) for name in LAYOUTS]
+    + [("adapters", "tp2-sp")],
     indirect=["start"],
 )
 def test_logits_and_gradients_are_no_further_from_float32(start, layout):
@@ -67,7 +72,8 @@ def test_logits_and_gradients_are_no_further_from_float32(start, layout):
         allowed = errors(local["gradient"], exact["gradient"])
         assert measured.keys() == allowed.keys()
         for name, error in measured.items():
-            assert error <= NO_FURTHER * allowed[name] < 0.1, name
+            further = EXCHANGED if "lora" in name and layout != "dp1" else NO_FURTHER
+            assert error <= further * allowed[name] < 0.1, name
         if layout == "dp1":
             allowed = distance(local["logits"], exact["logits"])
             assert distance(ours["logits"], exact["logits"]) <= NO_FURTHER * allowed < 0.03

@@ -120,7 +120,7 @@ def _two_budgets(name, overrides):
         run = replace(session.run, settings=replace(settings, train=train))
         part = prepare(run.settings, engine.ranks, rollout, seed=settings.run.seed)
         _, grads = gradient(replace(session, run=run), engine, rollout)
-        found.append((grads, len(part.lengths), len(part.scored.rollout), part.forward))
+        found.append((grads, len(part.lengths), len(part.scored.rollout), part.flops))
     return found
 
 

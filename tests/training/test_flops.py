@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agrpo_megatron.checkpoint.start import load_start_weights
 from agrpo_megatron.megatron import model as model_module
-from agrpo_megatron.megatron.network import build_network
+from agrpo_megatron.megatron.engine import build_reference
 from agrpo_megatron.runs.directory import is_finished
+from agrpo_megatron.scaling.flops import update_cost, update_factor
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
@@ -28,6 +29,7 @@ from tests.training.tiny import (
 
 NULL = "algorithm.mc_samples=null"
 PAIRS = ["algorithm.group_size=2", "algorithm.prompts_per_iteration=16"]
+LORA = ["lora.rank=3"]
 # Settings, and the passes over the rows of each update; a pass with gradient counts as 3.
 VARIANTS = {
     "agrpo": ([], [3]),
@@ -40,6 +42,16 @@ VARIANTS = {
         ["algorithm.name=espo", NULL, "algorithm.updates_per_iteration=2"],
         [4, 5],
     ),
+    "adapters": (LORA, [3]),
+    "merged adapters": ([*LORA, "lora.merge_rollouts=true"], [3]),
+    "some adapters, to a reference": (
+        [
+            *("lora.rank=2", "lora.modules=[q_proj, attn_out, ff_out]"),
+            *("algorithm.kl_coefficient=0.1", "algorithm.rollout_correction=2.0"),
+        ],
+        [5],
+    ),
+    "adapters and tables": ([*LORA, "lora.train_embedding=true", "lora.train_head=true"], [3]),
     "without tails": (["algorithm.name=vrpo", NULL, "algorithm.tail=first"], [5]),
 }
 
@@ -53,10 +65,12 @@ def _counted(names, layout=()):
         session, engine = open_session(
             *VARIANTS[name][0], *layout, world_size=dist.get_world_size()
         )
-        settings, ranks, reference = session.run.settings, session.run.ranks, None
+        settings, reference = session.run.settings, None
         if settings.algorithm.needs_reference:
-            reference = build_network(settings, ranks)
-            load_start_weights(reference, settings)
+            reference = build_reference(settings, engine.network)
+            if not reference.is_reference:
+                load_start_weights(reference, settings)
+        engine.network.for_rollouts()
         with _counting() as rollouts:
             rollout, sampled = collect_rollout(session, engine, 0)
         with _counting() as updates:
@@ -106,6 +120,24 @@ def test_a_count_by_hand(alone):
     assert (sampled, updated) == (sum(of_rollout), 3 * sum(scored))
 
 
+def test_adapters_by_hand(alone):
+    """Rank 3 on all of two layers: frozen matrices twice, attention and adapters three times."""
+    width, keys, inner, layers, rank = 16, 8, 32, 2, 3
+    sizes = [(width, width), (width, keys), (width, keys), (width, width)]
+    sizes += [(width, inner), (width, inner), (inner, width)]
+    token = layers * sum(2 * rank * (inputs + outputs) for inputs, outputs in sizes)
+    matrices = layers * sum(2 * inputs * outputs for inputs, outputs in sizes)
+    counts = {name: alone[name][0] for name in ("agrpo", "adapters", "merged adapters")}
+    lengths = alone["adapters"][2]["lengths"]
+    assert lengths == alone["agrpo"][2]["lengths"]
+    assert counts["merged adapters"][0] == counts["agrpo"][0]
+    assert counts["adapters"][0] - counts["agrpo"][0] == 4 * token * sum(lengths)
+    model, lora = tiny().model, tiny(*LORA).lora
+    assert update_cost(model, lora).token == 2 * matrices + 3 * token
+    assert update_cost(model).token == 3 * matrices
+    assert update_factor(model, lora) == (2 * matrices + 3 * token) / (matrices + token)
+
+
 LAYOUTS = {
     "dp2": ["parallel.data=2"],
     "tp2": ["parallel.tensor=2"],
@@ -115,7 +147,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_layout_does_not_change_the_count(alone, layout):
-    names = ["agrpo", "to a reference", "of sequences, twice"]
+    names = ["agrpo", "to a reference", "of sequences, twice", "some adapters, to a reference"]
     for found in run_ranks(2, _counted, names, LAYOUTS[layout]):
         for name in names:
             assert found[name][0] == alone[name][0], name

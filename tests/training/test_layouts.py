@@ -13,6 +13,7 @@ from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.text.tokenizer import CHARACTERS
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.sft import run_sft
+from tests.megatron.lora.whole import whole_adapters
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
 
@@ -77,6 +78,18 @@ BLOCK_LAYOUTS = {
     "tp2-pp2 recompute": (4, [RECOMPUTE % "recompute_num_layers: 1"]),
 }
 
+ADAPTERS = ["lora.rank=3", "lora.alpha=6", "lora.modules=[q_proj,v_proj,attn_out,up_proj,ff_out]"]
+ADAPTED_LAYOUTS = {
+    "tp2 merged": (2, ["lora.merge_rollouts=true"]),
+    "tp2-sp recompute": (2, [RECOMPUTE % "recompute_num_layers: 1"]),
+    "pp2 recompute, rollout tp2": (
+        2,
+        [RECOMPUTE % "recompute_num_layers: 1", "rollout.parallel=tp2"],
+    ),
+    "cp2": (2, []),
+    "dp2 distributed optimizer": (2, [DISTRIBUTED]),
+}
+
 
 def _write_start(folder, overrides):
     """Write random weights as a Hugging Face directory."""
@@ -102,12 +115,13 @@ def _train(folder, overrides):
         numbers.append(metrics)
     engine.finish_parameters()
     weights = {name: p.detach() for name, p in engine.network.named_parameters()}
+    adapters = {} if engine.network.adapters is None else whole_adapters(engine.network)
     return {
         "tokens": tokens,
         "loss": [record["loss"] for record in numbers],
         "grad_norm": [record["grad_norm"] for record in numbers],
         "ratio error": max(record.get("ratio/max_error", 0.0) for record in numbers),
-        "weights": export_hf(weights, session.run.settings.model, session.run.ranks),
+        "weights": export_hf(weights, session.run.settings.model, session.run.ranks) | adapters,
     }
 
 
@@ -148,6 +162,23 @@ def test_the_layout_changes_nothing_of_a_block_model(block_start, block_alone, n
     size, overrides = BLOCK_LAYOUTS[name]
     own = [*BLOCK_SAMPLING, f"parallel={name.partition(' ')[0]}", *overrides]
     _compare(run_ranks(size, _train, block_start, own), block_alone)
+
+
+@pytest.fixture(scope="module")
+def adapted_alone(start):
+    return run_ranks(1, _train, start, ADAPTERS)[0]
+
+
+@pytest.mark.parametrize("name", ADAPTED_LAYOUTS)
+def test_the_layout_changes_nothing_of_adapters(start, adapted_alone, name):
+    """Of attention, MLP and the head, which has the name of the MLP's second matrix."""
+    size, overrides = ADAPTED_LAYOUTS[name]
+    own = [*ADAPTERS, f"parallel={name.partition(' ')[0]}", *overrides]
+    results = run_ranks(size, _train, start, own)
+    _compare(results, adapted_alone)
+    names = [name for name in adapted_alone["weights"] if "lora_B" in name]
+    assert len(names) == 4 * 5 + 1
+    assert min(float(adapted_alone["weights"][name].abs().max()) for name in names) > 1e-3
 
 
 def _compare(results, alone):

@@ -11,7 +11,7 @@ from agrpo_megatron.config.schema import build, from_text, section, setting
 from agrpo_megatron.config.settings.algorithm import PROPOSALS as PROPOSALS
 from agrpo_megatron.config.settings.algorithm import STEP_SAMPLERS as STEP_SAMPLERS
 from agrpo_megatron.config.settings.algorithm import AlgorithmSettings
-from agrpo_megatron.config.settings.lora import LoraSettings
+from agrpo_megatron.config.settings.lora import LoraSettings as LoraSettings
 from agrpo_megatron.config.settings.model import (
     ModelSettings,
     ParallelSettings,

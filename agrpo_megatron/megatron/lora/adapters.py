@@ -27,11 +27,7 @@ Held = Mapping[str, tuple[nn.Module, nn.Module]]
 
 
 class Adapters:
-    """The adapters of a rank's linear layers; the other weights of the rank are frozen.
-
-    Raises:
-        ValueError: a pipeline stage has none.
-    """
+    """The adapters of a rank's linear layers; the other weights of the rank are frozen."""
 
     def __init__(self, held: Held, model: ModelSettings, lora: LoraSettings, ranks: Ranks):
         self._mode, self._layers, self._ranks = Mode(), list[AdaptedLinear](), ranks
@@ -46,12 +42,6 @@ class Adapters:
             if mapping.megatron in held and any(linears):
                 sizes = [shapes[name][0] // ranks.tensor.size for name in mapping.parts]
                 self._attach(*held[mapping.megatron], linears, sizes, model, lora)
-        if not self._layers:
-            raise ValueError(
-                f"lora.modules={lora.modules} names no layer of pipeline stage "
-                f"{ranks.pipeline.rank}, which would have nothing to train; use names that each "
-                "stage has"
-            )
 
     def _attach(
         self,
@@ -140,7 +130,7 @@ class Adapters:
             for name in MATRICES
         }
 
-        def draw(name: str) -> Tensor:
+        def _draw(name: str) -> Tensor:
             linear, matrix = shapes[name]
             if name.endswith("lora_B.weight"):
                 return torch.zeros(linear.outputs, matrix.shape[1])
@@ -148,7 +138,7 @@ class Adapters:
             drawn = torch.rand(len(matrix), linear.inputs, generator=generator)
             return (2 * drawn - 1) / linear.inputs**0.5
 
-        self.fill(draw)
+        self.fill(_draw)
 
     def sharded_state(self) -> dict[str, ShardedTensor]:
         """Return the adapters as Megatron saves them, by parameter of their virtual stage."""

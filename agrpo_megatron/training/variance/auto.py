@@ -22,6 +22,7 @@ from agrpo_megatron.estimators.weights import needs_every_rollout
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.rollout.session import Run, Session
+from agrpo_megatron.scaling.flops import update_factor
 from agrpo_megatron.training.step import without_trace
 from agrpo_megatron.training.variance.choice import (
     State,
@@ -31,7 +32,7 @@ from agrpo_megatron.training.variance.choice import (
     learned,
     window,
 )
-from agrpo_megatron.training.variance.measure import BACKWARD, FORWARD, gradients_of, some_of
+from agrpo_megatron.training.variance.measure import gradients_of, some_of
 from agrpo_megatron.types import Rollout
 
 PART = 4  # one in so many groups is measured, and two at least
@@ -49,6 +50,7 @@ class AutoDraws:
         self._algorithm = algorithm
         self._state = State(self._with(None).draws) if not kept else from_record(kept)
         self._sampling = 0.0  # work of the iteration's rollouts
+        self._with_gradient = 3.0  # work of a token in an update
         self._found: dict[str, float] = {}  # metrics of the iteration's measurement
 
     @property
@@ -71,7 +73,8 @@ class AutoDraws:
             sampled: groups that the iteration sampled, over those that it kept.
         """
         algorithm, steps = self._algorithm, _live_steps(session.run, rollout)
-        lengths, self._found = _lengths(rollout), {}
+        lengths, self._found, settings = _lengths(rollout), {}, session.run.settings
+        self._with_gradient = update_factor(settings.model, settings.lora)
         self._sampling = sampled * float((rollout.trajectory.num_steps * lengths).sum())
         counts = self._counts(rollout, int(steps.max()))
         # Rows of a rollout: its draws, or its live steps where these are fewer.
@@ -84,7 +87,7 @@ class AutoDraws:
             started = time.perf_counter()
             self._measure(session, engine, rollout, reference, counts, tokens)
             self._found["timing/measure"] = time.perf_counter() - started
-        settings = replace(session.run.settings, algorithm=self._with(self._state.chosen))
+        settings = replace(settings, algorithm=self._with(self._state.chosen))
         return replace(session, run=replace(session.run, settings=settings))
 
     def after_update(self, metrics: Mapping[str, float], tokens: int) -> dict[str, float]:
@@ -95,7 +98,7 @@ class AutoDraws:
             tokens: that it scored with gradient.
         """
         passes = metrics["scoring_rows"] / max(1.0, metrics["rows"])
-        work = self._sampling + tokens * (FORWARD + BACKWARD + FORWARD * passes)
+        work = self._sampling + tokens * (self._with_gradient + passes)
         self._state = state = replace(self._state, made=self._state.made + work)
         own = state.candidates.get(state.chosen)
         return {

@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.checkpoint.sharded import load_weights
-from agrpo_megatron.checkpoint.start import load_start_weights
+from agrpo_megatron.checkpoint.start import load_model
 from agrpo_megatron.config.rules_algorithm import OF_ESTIMATORS, validate_algorithm
 from agrpo_megatron.config.settings import AlgorithmSettings, Settings
 from agrpo_megatron.config.settings.estimators import ENTRIES
-from agrpo_megatron.megatron.engine import Engine, build_engine
-from agrpo_megatron.megatron.network import Network, build_network
+from agrpo_megatron.megatron.engine import Engine, build_engine, build_reference
+from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
 from agrpo_megatron.rollout.replay import open_replay
 from agrpo_megatron.rollout.session import Output, Run, Session
@@ -88,12 +87,10 @@ def opened(
     try:
         log = RunLog(Path(settings.run.dir), settings=settings, is_main=False)
         engine = build_engine(settings, plain, iterations=1, ranks=ranks)
-        reference = build_network(settings, ranks) if needs_reference else None
+        reference = build_reference(settings, engine.network) if needs_reference else None
         for network in (engine.network, *([reference] if reference else [])):
-            if checkpoint is not None:
-                load_weights(checkpoint, network)
-            else:
-                load_start_weights(network, settings)
+            if not network.is_reference:
+                load_model(network, settings, checkpoint)
         engine.init_main_weights({})
         with closing(Grader(resolved.task, settings.task)) as grader:
             replay = open_replay(settings)

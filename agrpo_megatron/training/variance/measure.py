@@ -16,6 +16,7 @@ from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.rollout.session import Session
+from agrpo_megatron.scaling.flops import update_factor
 from agrpo_megatron.training.step import accumulate_gradients
 from agrpo_megatron.training.update import (
     Part,
@@ -27,8 +28,6 @@ from agrpo_megatron.training.update import (
 from agrpo_megatron.training.variance.sketch import SIZE, gradient_sketch
 from agrpo_megatron.trajectories import select
 from agrpo_megatron.types import Rollout
-
-FORWARD, BACKWARD = 1, 2  # work of a token, relative to its forward pass
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,8 @@ def gradients_of(
             that of an iteration's first update.
     """
     found, work, rows, flops = [], 0.0, 0, 0
+    settings = session.run.settings
+    with_gradient = update_factor(settings.model, settings.lora)
     for rollout in rollouts:
         halves = _halves(rollout, algorithm.group_size)
         for number in range(first, first + draws):
@@ -91,7 +92,7 @@ def gradients_of(
                 sketch, part = _gradient(session, engine, half, algorithm, reference, number)
                 found.append(sketch)
                 tokens = float(part.lengths.sum())
-                work += tokens * (FORWARD + BACKWARD + FORWARD * part.passes)
+                work += tokens * (with_gradient + part.passes)
                 rows += len(part.scored.rollout)
                 flops += part.flops
     shape, times = (len(rollouts), draws, 2, SIZE), len(rollouts) * draws

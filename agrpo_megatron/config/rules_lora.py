@@ -1,0 +1,57 @@
+"""Rules of low-rank adapters."""
+
+import os
+from dataclasses import fields
+
+from agrpo_megatron.config.settings import LoraSettings, Settings
+from agrpo_megatron.config.values import text
+
+
+def validate_lora(settings: Settings) -> None:
+    """Check that adapters fit the rest of the run, and that nothing is set without them.
+
+    Raises:
+        ValueError: the first rule broken, with key, value, rule and fix.
+    """
+    lora = settings.lora
+    if lora.rank is None:
+        for field in fields(LoraSettings):
+            value, default = getattr(lora, field.name), getattr(LoraSettings(), field.name)
+            if value != default:
+                raise ValueError(
+                    f"lora.{field.name}={text(value)} is for adapters, and lora.rank is null; set "
+                    f"lora.rank, for example to 64, or use lora.{field.name}={text(default)}"
+                )
+        return
+    if lora.modules == []:
+        raise ValueError(
+            "lora.modules=[] names no layer; use null for all linear layers of the blocks"
+        )
+    if lora.load is not None and not os.path.isdir(lora.load):
+        raise ValueError(f"lora.load={lora.load} is not a directory; give one in PEFT's format")
+    if lora.merge_rollouts and settings.fp8.primary_weights:
+        raise ValueError(
+            "lora.merge_rollouts=true adds to the weights, and fp8.primary_weights=true keeps them "
+            "in 8 bits only; use lora.merge_rollouts=false"
+        )
+    if settings.algorithm.needs_reference:
+        _check_reference(settings)
+
+
+def _check_reference(settings: Settings) -> None:
+    """Check that the model without its adapters is the policy that the run starts from."""
+    lora = settings.lora
+    others = {
+        "sft.iterations": settings.sft.iterations,
+        "lora.load": lora.load,
+        "lora.train_embedding": lora.train_embedding,
+        "lora.train_head": lora.train_head,
+    }
+    for key, value in others.items():
+        if value:
+            fix = "null" if key == "lora.load" else "0" if key == "sft.iterations" else "false"
+            raise ValueError(
+                f"{key}={text(value)} changes the policy before or beyond its adapters, and the "
+                "reference of the KL term is the model without them; merge an earlier run by "
+                f"model.load=RUN, and use {key}={fix}"
+            )

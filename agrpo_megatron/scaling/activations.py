@@ -1,0 +1,103 @@
+"""An estimate of what autograd keeps for the backward pass."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from agrpo_megatron.config.parallel import layer_stages
+from agrpo_megatron.config.settings import (
+    LoraSettings,
+    ModelSettings,
+    ParallelSettings,
+    SamplingSettings,
+    SftSettings,
+)
+from agrpo_megatron.scaling.adapters import layer_number, stage_adapted
+
+
+def kept_numbers(
+    model: ModelSettings,
+    lora: LoraSettings,
+    parallel: ParallelSettings,
+    *,
+    tokens: int,
+    scored: int,
+    vocab_rows: int,
+    stage: int,
+) -> int:
+    """Estimate how many numbers are kept for the backward pass, logits included.
+
+    Each layer keeps what `_layer` says. Full recomputation keeps only the residual stream, and one
+    layer. Stage s of p holds p - s micro-batches at once. Logits are held three times, in the
+    model's dtype and in float32. FP8 products keep their inputs in fewer bytes, which is not
+    counted.
+    """
+    numbers = [n for n, place in enumerate(layer_stages(model, parallel)) if place == stage]
+    modules = {number: Counter[str]() for number in numbers}
+    for linear in stage_adapted(model, lora, parallel, stage=stage):
+        if (number := layer_number(linear)) is not None:
+            modules[number][linear.mapping.module] += 1
+    layers = [_layer(model, lora, parallel, modules[number]) for number in numbers]
+    flying = parallel.pipeline - stage
+    if model.megatron.get("recompute_granularity") == "full":
+        residual = model.hidden_size // _split_by(parallel)
+        kept = len(layers) * flying * residual + max(layers)
+    else:
+        kept = flying * sum(layers)
+    total = tokens * kept
+    if stage == parallel.pipeline - 1:
+        total += 3 * scored * vocab_rows // parallel.tensor
+    return total
+
+
+def _layer(
+    model: ModelSettings,
+    lora: LoraSettings,
+    parallel: ParallelSettings,
+    adapted: Mapping[str, int],
+) -> int:
+    """Return the numbers that a layer keeps for each token.
+
+    The residual stream and the two normalised inputs (split only by sequence parallelism), and,
+    split by tensor parallelism, queries, keys, values before and after the rotation, the
+    attention's output, gate, up, and their product.
+
+    With adapters, no gradient of a frozen weight needs its inputs. But the adapters of a layer
+    need the same inputs, so these are dropped only where a layer has none: the normalised inputs
+    and the product, as the attention itself needs its output. Each adapter keeps its `lora.rank`
+    inner numbers. Dropout keeps a mask, half as large as bf16 inputs, and inputs of its own.
+
+    Args:
+        adapted: adapters of the layer by Megatron's module; ignored if there are none at all.
+    """
+    hidden, inner = model.hidden_size, model.ffn_hidden_size
+    whole = 4 * hidden
+    split = 4 * model.query_width + 4 * model.key_width + 4 * inner
+    if lora.rank is None:
+        return whole // _split_by(parallel) + split // parallel.tensor
+    widths = {"linear_qkv": hidden, "linear_fc1": hidden}
+    whole -= sum(width for module, width in widths.items() if module not in adapted)
+    split -= inner if "linear_fc2" not in adapted else 0
+    if lora.dropout:
+        whole += sum(width // 2 for module, width in widths.items() if module in adapted)
+        split += inner // 2 if "linear_fc2" in adapted else 0
+        split += 3 * model.query_width // 2 if "linear_proj" in adapted else 0
+    own = lora.rank * sum(adapted.values())
+    return whole // _split_by(parallel) + split // parallel.tensor + own
+
+
+def _split_by(parallel: ParallelSettings) -> int:
+    """Return how many ranks split the residual stream's tokens."""
+    return parallel.tensor if parallel.sequence else 1
+
+
+def scored_share(sft: SftSettings, sampling: SamplingSettings) -> float:
+    """Return the share of tokens that the head scores, in the phase where it is larger.
+
+    The head scores the tokens that a denoising step fixes; in a supervised phase the masked tokens,
+    half of the completion on average, and all others too if it learns the next token as well, from
+    rows that hold the completion twice. The prompt is assumed to be as long as the completion.
+    """
+    if sft.iterations and sft.autoregressive_weight:
+        return 1 / 2
+    masked = 1 / 2 if sft.iterations else 0.0
+    return max(masked, 1 / sampling.denoising_steps) / 2
