@@ -27,11 +27,11 @@ from agrpo_megatron.config.settings import (
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.families.files import HfWeights
 from agrpo_megatron.families.lora import adapted_layers, trained_whole
-from agrpo_megatron.megatron.lora.adapters import MATRICES, tensor_name
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.weights import load_named
 from tests.megatron.lora.plain import PlainModel, random_
+from tests.megatron.lora.whole import random_adapters, whole_adapters
 from tests.megatron.test_model import pack
 from tests.ranks import run_ranks
 
@@ -79,7 +79,7 @@ def difference(ours, theirs):
 
 
 def _network(source, lora, tensor, read):
-    """Return a network with a fixture's weights, and adapters and whole tensors from `read`."""
+    """Return a network with a fixture's weights, but for those that are trained whole."""
     layout = ParallelSettings(tensor=tensor)
     model = model_of(source)
     settings = Settings(run=RunSettings(threads=1), model=model, lora=lora, parallel=layout)
@@ -87,7 +87,6 @@ def _network(source, lora, tensor, read):
     network.set_training("eval")
     base, whole = HfWeights(source, model), trained_whole(model, lora).values()
     load_named(network, model, lambda name: (read if name in whole else base.part)(name))
-    network.adapters.fill(read)
     return network
 
 
@@ -100,30 +99,22 @@ def _imported(source, folder, tensor):
     """Return this rank's columns of the logits with PEFT's adapters."""
     model = model_of(source)
     lora = lora_settings_of(folder, model)
-    return _logits(_network(source, lora, tensor, read_peft(folder, model, lora)), source)
+    read = read_peft(folder, model, lora)
+    network = _network(source, lora, tensor, read)
+    network.adapters.fill(read)
+    return _logits(network, source)
 
 
 def _exported(source, lora):
     """Return our adapters by name, random ones, and the logits with them."""
-    generator, model = torch.Generator().manual_seed(3), model_of(source)
-    shapes = {
-        tensor_name(layer, matrix): shape
-        for layer in adapted_layers(model, lora)
-        for matrix, shape in zip(
-            MATRICES, ((lora.rank, layer.inputs), (layer.outputs, lora.rank)), strict=True
-        )
+    base = HfWeights(source, model_of(source))
+    drawn = {
+        name: base.part(name)[:] + torch.randn(base.tensors[name].shape) / 5
+        for name in trained_whole(model_of(source), lora).values()
     }
-    drawn = {name: torch.randn(shape, generator=generator) / 5 for name, shape in shapes.items()}
-    base = HfWeights(source, model)
-    for name in trained_whole(model, lora).values():
-        drawn[name] = base.part(name)[:] + torch.randn(base.tensors[name].shape) / 5
     network = _network(source, lora, 1, drawn.__getitem__)
-    held = {
-        tensor_name(part.linear, matrix): getattr(part, matrix).detach()
-        for part in network.adapters.parts()
-        for matrix in MATRICES
-    }
-    return {**drawn, **held}, _logits(network, source)
+    random_adapters(network)
+    return {**drawn, **whole_adapters(network)}, _logits(network, source)
 
 
 def adapted_by_peft(module):

@@ -19,12 +19,12 @@ from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.steps import draws_at, rows_at
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.megatron.engine import build_engine
-from agrpo_megatron.megatron.lora.adapters import MATRICES, tensor_name
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.weights import load_hf
 from agrpo_megatron.training.step import accumulate_gradients
 from agrpo_megatron.training.update import packed_part, with_loss, with_reference
 from tests.megatron.lora.plain import PlainModel, random_
+from tests.megatron.lora.whole import whole_adapters
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[3]
@@ -140,14 +140,7 @@ def _ours(folder, numbers, tensor):
         metrics = accumulate_gradients(
             engine, scored.batches, loss=loss, examples=len(rollout.rewards)
         )
-        gradients = {
-            tensor_name(adapter.linear, name): (
-                getattr(adapter, name).main_grad.clone(),
-                getattr(adapter, name).partition_dim,
-            )
-            for adapter in network.adapters.parts()
-            for name in MATRICES
-        }
+        gradients = whole_adapters(network, lambda parameter: parameter.main_grad)
         results.append((metrics["loss"], gradients))
     return results
 
@@ -155,15 +148,6 @@ def _ours(folder, numbers, tensor):
 def norm(tensors):
     """Return the norm of all tensors together."""
     return torch.stack([tensor.norm() for tensor in tensors.values()]).norm()
-
-
-def joined(shards):
-    """Return a whole gradient from those of all ranks, each with the dimension that is split."""
-    gradients, dim = [gradient for gradient, _ in shards], shards[0][1]
-    if dim == -1:
-        assert all(torch.equal(gradients[0], other) for other in gradients)
-        return gradients[0]
-    return torch.cat(gradients, dim)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -194,11 +178,9 @@ def test_loss_and_gradients_are_those_of_pefts_lora(tmp_path, tensor):
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-        assert expected.keys() == ours[0][1].keys()
-        differences = {
-            name: joined([gradients[name] for _, gradients in ours]) - gradient
-            for name, gradient in expected.items()
-        }
-        assert norm(differences) < 1e-5 * norm(expected), number
-        for name, difference in differences.items():
-            assert difference.norm() < 3e-5 * expected[name].norm(), (number, name)
+        for _, gradients in ours:
+            assert expected.keys() == gradients.keys()
+            differences = {name: gradients[name] - whole for name, whole in expected.items()}
+            assert norm(differences) < 1e-5 * norm(expected), number
+            for name, difference in differences.items():
+                assert difference.norm() < 3e-5 * expected[name].norm(), (number, name)
