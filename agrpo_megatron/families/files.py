@@ -50,8 +50,32 @@ class Stored:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-class HfWeights:
-    """The tensors of a Hugging Face directory; indexing a tensor reads only that part.
+class LazyTensors:
+    """Tensors in safetensors files, by name; indexing a tensor reads only that part."""
+
+    def __init__(self, tensors: dict[str, Stored]):
+        self.tensors = tensors
+        self._open: Any = None
+        self._path, self._read = Path(), 0
+
+    def part(self, name: str) -> "_FilePart":
+        """Return a lazy tensor."""
+        return _FilePart(self, name)
+
+    def read(self, name: str, index: Any) -> Tensor:
+        """Read a part of a tensor; a copy, so that the file's pages can be released."""
+        stored = self.tensors[name]
+        if stored.file != self._path or self._read > MAX_MAPPED:
+            self._open = None
+            self._open = safe_open(stored.file, framework="pt")
+            self._path, self._read = stored.file, 0
+        part = self._open.get_slice(name)[index].clone()
+        self._read += part.nbytes
+        return part
+
+
+class HfWeights(LazyTensors):
+    """The tensors of a Hugging Face directory.
 
     Raises:
         ValueError: there are no safetensors, a shard is missing, damaged or truncated, the index
@@ -59,8 +83,8 @@ class HfWeights:
     """
 
     def __init__(self, directory: str | Path, model: ModelSettings):
+        super().__init__({})
         self.directory = Path(directory)
-        self.tensors: dict[str, Stored] = {}
         index = read_index(self.directory)
         for file in _files(self.directory, index):
             for name, entry in read_header(file).items():
@@ -76,12 +100,6 @@ class HfWeights:
         # If there are more layers than tensors, one is missing in the first of them.
         layers = min(model.num_layers, len(self.tensors) + 1)
         self._check(hf_shapes(replace(model, num_layers=layers)), model.family)
-        self._open: Any = None
-        self._path, self._read = Path(), 0
-
-    def part(self, name: str) -> "_FilePart":
-        """Return a lazy tensor of the directory."""
-        return _FilePart(self, name)
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]], family: str) -> None:
         """Check that the directory has exactly the tensors of a model."""
@@ -105,23 +123,12 @@ class HfWeights:
                 f"{family} family has no such tensor"
             )
 
-    def read(self, name: str, index: Any) -> Tensor:
-        """Read a part of a tensor; a copy, so that the file's pages can be released."""
-        stored = self.tensors[name]
-        if stored.file != self._path or self._read > MAX_MAPPED:
-            self._open = None
-            self._open = safe_open(stored.file, framework="pt")
-            self._path, self._read = stored.file, 0
-        part = self._open.get_slice(name)[index].clone()
-        self._read += part.nbytes
-        return part
-
 
 @dataclass(frozen=True)
 class _FilePart:
     """A tensor in a file, as `families.transforms.Part`."""
 
-    weights: HfWeights
+    weights: LazyTensors
     name: str
 
     @property

@@ -51,7 +51,7 @@ def adapted_layers(model: ModelSettings, lora: LoraSettings) -> list[Linear]:
     A pattern names a layer by its whole name or by the end of it, from a dot on; `*` is any text.
 
     Raises:
-        ValueError: a pattern names no layer.
+        ValueError: a pattern names no layer, or the head, which is trained whole.
     """
     layers = linear_layers(model)
     if lora.modules is None:
@@ -60,9 +60,16 @@ def adapted_layers(model: ModelSettings, lora: LoraSettings) -> list[Linear]:
         if not any(_is_named(layer.name, pattern) for layer in layers):
             raise ValueError(
                 f"lora.modules: {pattern} names no linear layer of the {model.family} family; use "
-                f"for example {', '.join(_nearest(pattern, layers))}"
+                f"{', '.join(_nearest(pattern, layers))}"
             )
-    return [layer for layer in layers if any(_is_named(layer.name, each) for each in lora.modules)]
+    named = [layer for layer in layers if any(_is_named(layer.name, each) for each in lora.modules)]
+    if lora.train_head and named[-1].is_head:
+        raise ValueError(
+            f"lora.modules={lora.modules} names the head {named[-1].name}, which "
+            "lora.train_head=true trains whole; leave it out of lora.modules, or use "
+            "lora.train_head=false"
+        )
+    return named
 
 
 def check_stages(model: ModelSettings, lora: LoraSettings, stages: Sequence[int]) -> None:
@@ -102,5 +109,6 @@ def _is_named(name: str, pattern: str) -> bool:
 
 
 def _nearest(pattern: str, layers: Sequence[Linear]) -> list[str]:
+    """Return the ends of all layers' names, the nearest first."""
     ends = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers))
-    return difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=3, cutoff=0.3) or ends
+    return difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=len(ends), cutoff=0.0)

@@ -1,5 +1,8 @@
 """The masked-diffusion transformer once more: plain torch, one row at a time, from HF tensors."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,23 +11,36 @@ from agrpo_megatron.config.settings import ModelSettings
 
 
 def literal_logits(
-    tensors: dict[str, Tensor], model: ModelSettings, tokens: Tensor, *, mask: Tensor | None = None
+    tensors: dict[str, Tensor],
+    model: ModelSettings,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    layer: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return the logits [T, V] of one row of tokens [T]; `mask` [T, T]: who sees whom."""
-    x = tensors["model.transformer.wte.weight"][tokens]
-    for layer in range(model.num_layers):
-        part = {
-            name.removeprefix(f"model.transformer.blocks.{layer}."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(f"model.transformer.blocks.{layer}.")
-        }
-        normed = _norm(x, part["attn_norm.weight"], model)
-        x = x + _attention(normed, part, model, mask) @ part["attn_out.weight"].T
-        normed = _norm(x, part["ff_norm.weight"], model)
-        gated = F.silu(normed @ part["ff_proj.weight"].T) * (normed @ part["up_proj.weight"].T)
-        x = x + gated @ part["ff_out.weight"].T
+    """Return the logits [T, V] of one row of tokens [T]; `mask` [T, T]: who sees whom.
+
+    Args:
+        layer: the output of a linear layer or of the embedding, by its name; None: by its tensors.
+    """
+    layer = layer or partial(_layer, tensors)
+    x = layer("model.transformer.wte", tokens)
+    for number in range(model.num_layers):
+        block = f"model.transformer.blocks.{number}."
+        normed = _norm(x, tensors[block + "attn_norm.weight"], model)
+        heads = {name: layer(f"{block}{name}_proj", normed) for name in "qkv"}
+        norms = {name: tensors.get(f"{block}{name}_norm.weight") for name in "qk"}
+        x = x + layer(block + "attn_out", _attention(heads, norms, model, mask))
+        normed = _norm(x, tensors[block + "ff_norm.weight"], model)
+        gated = F.silu(layer(block + "ff_proj", normed)) * layer(block + "up_proj", normed)
+        x = x + layer(block + "ff_out", gated)
     x = _norm(x, tensors["model.transformer.ln_f.weight"], model)
-    return x @ tensors["model.transformer.ff_out.weight"].T
+    return layer("model.transformer.ff_out", x)
+
+
+def _layer(tensors: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+    return F.linear(x, weight, bias) if x.is_floating_point() else weight[x]
 
 
 def _norm(x: Tensor, weight: Tensor, model: ModelSettings) -> Tensor:
@@ -32,19 +48,18 @@ def _norm(x: Tensor, weight: Tensor, model: ModelSettings) -> Tensor:
 
 
 def _attention(
-    x: Tensor, part: dict[str, Tensor], model: ModelSettings, mask: Tensor | None
+    flat: dict[str, Tensor],
+    norms: dict[str, Tensor | None],
+    model: ModelSettings,
+    mask: Tensor | None,
 ) -> Tensor:
     """Attend from every position to every position of the mask, [T, heads * head]."""
-    head = model.head_dim or model.hidden_size // model.num_attention_heads
-    heads = {}
-    for name in "qkv":
-        y = x @ part[f"{name}_proj.weight"].T
-        if model.qkv_bias:
-            y = y + part[f"{name}_proj.bias"]
-        heads[name] = y.view(len(x), -1, head).transpose(0, 1)  # [heads, T, head]
-    for name in "qk":
-        if model.qk_norm:
-            heads[name] = _norm(heads[name], part[f"{name}_norm.weight"], model)
+    head, heads = model.head_width, {}
+    for name, y in flat.items():
+        heads[name] = y.view(len(y), -1, head).transpose(0, 1)  # [heads, T, head]
+    for name, norm in norms.items():
+        if norm is not None:
+            heads[name] = _norm(heads[name], norm, model)
         heads[name] = _rotate(heads[name], model.rope_theta)
     repeats = model.num_attention_heads // (model.num_query_groups or model.num_attention_heads)
     key, value = (heads[name].repeat_interleave(repeats, dim=0) for name in "kv")
