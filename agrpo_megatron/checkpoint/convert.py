@@ -17,8 +17,15 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.checkpoint.card import write_card
-from agrpo_megatron.checkpoint.integrity import seal
-from agrpo_megatron.checkpoint.model_files import carry, config_of, write_config, write_model_files
+from agrpo_megatron.checkpoint.integrity import seal, verify
+from agrpo_megatron.checkpoint.lora.merged import AdapterTensors
+from agrpo_megatron.checkpoint.model_files import (
+    OF_TOKENIZER,
+    carry,
+    config_of,
+    write_config,
+    write_model_files,
+)
 from agrpo_megatron.checkpoint.torch_dist import BLOCK, Piece, checkpoint_key, write_checkpoint
 from agrpo_megatron.checkpoint.weights import DTYPES, is_megatron, open_checkpoint, open_weights
 from agrpo_megatron.config.settings import ModelSettings
@@ -32,10 +39,12 @@ from agrpo_megatron.families.files import (
     read_index,
     write_safetensors,
 )
+from agrpo_megatron.families.peft import TENSORS, write_peft
 from agrpo_megatron.families.tensors import megatron_shape
 from agrpo_megatron.families.transforms import Part, Split, to_megatron
+from agrpo_megatron.runs.base import read_base
 from agrpo_megatron.runs.files import write_whole
-from agrpo_megatron.runs.progress import HF
+from agrpo_megatron.runs.progress import BASE_FILE, HF
 
 SHARD = 5_000_000_000  # bytes of a Hugging Face shard without an index
 JOB = "conversion.json"
@@ -102,6 +111,36 @@ def to_hf_directory(
             write_config(partial, config, weights.model)
         _write_index(partial, files, tensors)
         write_card(source, partial)
+
+
+def to_peft_directory(
+    source: Path, target: Path, *, progress: ByteProgress, dtype: str | None = None
+) -> None:
+    """Convert a checkpoint of adapters to a directory that the PEFT library loads; one process.
+
+    Raises:
+        ValueError: the source is damaged, or holds all weights, or the target exists.
+    """
+    verify(source)
+    if not (source / BASE_FILE).exists():
+        raise ValueError(
+            f"{source}: holds all weights of a model, and no adapters; convert it by `agrpo convert "
+            "to-hf`"
+        )
+    tensors = AdapterTensors(source)
+    kind = DTYPES[dtype] if dtype else tensors.dtype
+    with _unfinished(target, source, dtype) as partial:
+        write_peft(
+            partial,
+            tensors.part,
+            model=tensors.model,
+            lora=tensors.lora,
+            base=read_base(source).load,
+            dtype=kind,
+        )
+        carry(source / HF, partial, names=OF_TOKENIZER)
+    size = (target / TENSORS).stat().st_size
+    progress(size, size)
 
 
 def _pieces(model: ModelSettings, weights: HfWeights, dtype: str | None) -> list[Piece]:

@@ -9,6 +9,8 @@ from agrpo_megatron.checkpoint.resume import verify_together
 from agrpo_megatron.checkpoint.sharded import load_weights
 from agrpo_megatron.checkpoint.weights import open_weights
 from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.families.lora import trained_whole
+from agrpo_megatron.families.peft import read_peft
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.weights import initialise, load_hf, load_named
 from agrpo_megatron.runs.base import check_base
@@ -44,9 +46,15 @@ def load_start_weights(network: Network, settings: Settings) -> dict[str, Tensor
     Raises:
         ValueError: the directory does not hold weights of this shape.
     """
-    uncast = _load_base(network, settings)
-    if network.adapters is not None:
+    uncast, lora = _load_base(network, settings), settings.lora
+    if network.adapters is None:
+        return uncast
+    if lora.load is None:
         network.adapters.initialise(settings.run.seed)
+    else:
+        read = read_peft(Path(lora.load), settings.model, lora)
+        network.adapters.fill(read)
+        load_named(network, settings.model, read, only=trained_whole(settings.model, lora))
     return uncast
 
 

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from agrpo_megatron.cli.common import add_command
@@ -12,6 +13,8 @@ examples:
   agrpo convert to-megatron LLaDA-8B-Instruct llada-8b-megatron
   agrpo convert to-hf runs/llada exported             the run's latest checkpoint
   agrpo convert to-hf runs/llada exported --checkpoint best --dtype bf16
+  agrpo convert to-hf runs/lora merged                adapters, merged into their base
+  agrpo convert to-peft runs/lora adapters            the adapters alone, for the PEFT library
   agrpo convert verify LLaDA-8B-Instruct llada-8b-megatron
 """
 SHOWN = 5  # tensors that differ most
@@ -33,6 +36,7 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
     for name, text in (
         ("to-megatron", "Hugging Face directory to a Megatron checkpoint"),
         ("to-hf", "Megatron checkpoint, or a run, to a Hugging Face directory"),
+        ("to-peft", "adapters of a checkpoint, or a run, to PEFT's format"),
     ):
         way = add_command(ways, name, text, convert)
         way.add_argument("source", type=Path, metavar="SOURCE")
@@ -40,8 +44,12 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         way.add_argument(
             "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights; default: as stored"
         )
-        if name == "to-hf":
+        if name != "to-megatron":
             way.add_argument("--checkpoint", metavar="NAME", help="of a run: latest, best, a name")
+        if name == "to-hf":
+            way.add_argument(
+                "--base", type=Path, metavar="DIR", help="of adapters, if it has been moved"
+            )
     text = "compare tensors and logits of two checkpoints, of either format"
     way = add_command(ways, "verify", text, verify)
     way.add_argument("first", type=Path, metavar="A")
@@ -52,14 +60,18 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Convert a Hugging Face directory, or a Megatron checkpoint."""
-    source, is_to_hf = arguments.source, arguments.way == "to-hf"
-    if is_to_hf:
+    source, way = arguments.source, arguments.way
+    if way != "to-megatron":
         source = _checkpoint(source, arguments.checkpoint)
-    from agrpo_megatron.checkpoint.convert import to_hf_directory, to_megatron_checkpoint
+    from agrpo_megatron.checkpoint import convert as ways
     from agrpo_megatron.runs.files import check_folder, naming_full_disk
 
     check_folder(arguments.target.parent, key="TARGET's folder")
-    write = to_hf_directory if is_to_hf else to_megatron_checkpoint
+    write = {
+        "to-megatron": ways.to_megatron_checkpoint,
+        "to-hf": partial(ways.to_hf_directory, base=getattr(arguments, "base", None)),
+        "to-peft": ways.to_peft_directory,
+    }[way]
     with naming_full_disk(arguments.target.parent), _bar("converting") as progress:
         write(source, arguments.target, dtype=arguments.dtype, progress=progress)
     print(arguments.target)

@@ -10,6 +10,7 @@ from agrpo_megatron.families import hf_shapes, weight_mappings
 from agrpo_megatron.families.tensors import LAYER, WeightMapping
 
 LINEAR = ("qkv", "row", "gate_up")  # transforms of the linear layers within a block
+MATRICES = ("lora_A", "lora_B")
 HEAD, EMBEDDING = "output_layer", "word_embeddings"
 
 
@@ -31,6 +32,11 @@ class Linear:
     def is_head(self) -> bool:
         """Whether it is the head."""
         return self.mapping.module == HEAD
+
+
+def tensor_name(linear: Linear, matrix: str) -> str:
+    """Return the name of an adapter's tensor, as PEFT has it within the model."""
+    return f"{linear.name}.{matrix}.weight"
 
 
 def linear_layers(model: ModelSettings) -> list[Linear]:

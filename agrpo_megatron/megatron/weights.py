@@ -1,6 +1,6 @@
 """Import and export weights of a built model, by the names of its family."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -42,16 +42,27 @@ def initialise(network: Network, settings: ModelSettings, seed: int) -> dict[str
 
 
 def load_named(
-    network: Network, settings: ModelSettings, read: Callable[[str], Part]
+    network: Network,
+    settings: ModelSettings,
+    read: Callable[[str], Part],
+    *,
+    only: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Fill the parameters this rank holds from whole Hugging Face tensors; mutates them.
+
+    Args:
+        only: Megatron's names of those to fill; None: all but adapters.
 
     Returns:
         By Megatron's name, the values of FP8 weights before their cast: the float32 main weights
         start from them. Empty without FP8 weights.
     """
     uncast: dict[str, Tensor] = {}
-    parameters = {n: p for n, p in network.named_parameters() if not n.startswith(f"{ROOT}.")}
+    parameters = {
+        name: parameter
+        for name, parameter in network.named_parameters()
+        if not name.startswith(f"{ROOT}.") and (only is None or name in only)
+    }
     tensor = network.ranks.tensor
     for mapping in weight_mappings(settings):
         if mapping.megatron not in parameters:

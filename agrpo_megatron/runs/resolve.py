@@ -5,6 +5,7 @@ Runs before any process group and before torch is needed, so wrong input is refu
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from agrpo_megatron.config.parallel import stage_layers
 from agrpo_megatron.config.rules import validate
@@ -93,9 +94,13 @@ def _validate_unread(settings: Settings, world_size: int) -> None:
 def _validate_known(settings: Settings, world_size: int) -> None:
     """Check settings with a known model, whose layers may get adapters."""
     validate(settings, world_size)
-    if settings.lora.rank is not None:
-        stages = stage_layers(settings.model, settings.parallel)
-        check_stages(settings.model, settings.lora, stages)
+    model, lora = settings.model, settings.lora
+    if lora.rank is not None:
+        check_stages(model, lora, stage_layers(model, settings.parallel))
+    if lora.load is not None:
+        from agrpo_megatron.families.peft import read_peft  # loads torch
+
+        read_peft(Path(lora.load), model, lora)
 
 
 def _resolved(

@@ -1,1 +1,1 @@
-"""Checkpoints of adapters: their base, their merged weights, and PEFT's format."""
+"""Checkpoints of adapters: their base, and their merged weights."""

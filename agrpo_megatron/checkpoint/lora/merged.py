@@ -1,6 +1,7 @@
 """The weights of a checkpoint of adapters, with their product added to the base."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.families import hf_shapes
 from agrpo_megatron.families.files import Stored
-from agrpo_megatron.families.lora import Linear, adapted_layers, trained_whole
+from agrpo_megatron.families.lora import adapted_layers, trained_whole
 from agrpo_megatron.families.transforms import Part
 from agrpo_megatron.runs.progress import RUN_FILE
 
@@ -38,11 +39,17 @@ class AdapterTensors:
         self._checkpoint = TorchDist(folder)
 
     def part(self, name: str) -> Tensor:
-        """Return for instance `model.layers.0.mlp.up_proj.lora_A.weight`, [rank, inputs]."""
+        """Return for instance `model.layers.0.mlp.up_proj.lora_A.weight`, [rank, inputs].
+
+        A tensor that was trained whole has its Hugging Face name.
+        """
+        if name in self.whole:
+            return self.whole[name]
         found = self._checkpoint.read(f"{ADAPTERS}{name}", None)
         layer = next(layer for layer in self.layers if name.startswith(f"{layer.name}."))
         return found[: layer.outputs] if name.endswith("lora_B.weight") else found
 
+    @cached_property
     def whole(self) -> dict[str, Tensor]:
         """Return the tensors that were trained whole, by their Hugging Face names."""
         shapes = hf_shapes(self.model)
@@ -51,9 +58,10 @@ class AdapterTensors:
             for megatron, name in trained_whole(self.model, self.lora).items()
         }
 
-    def dtype(self, layer: Linear) -> torch.dtype:
-        """Return the dtype of a layer's adapter."""
-        stored = self._checkpoint.tensor(f"{ADAPTERS}{layer.name}.lora_A.weight")
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of all adapters, which is that of the run."""
+        stored = self._checkpoint.tensor(f"{ADAPTERS}{self.layers[0].name}.lora_A.weight")
         return stored.properties.dtype
 
 
@@ -68,10 +76,10 @@ class MergedWeights:
 
     def __init__(self, folder: Path, base: Weights, dtype: torch.dtype | None = None):
         self.folder, self._base, self._adapters = folder, base, AdapterTensors(folder)
-        self.model, self._whole = self._adapters.model, self._adapters.whole()
+        self.model, self._whole = self._adapters.model, self._adapters.whole
         layers = self._adapters.layers
         self._layers = {f"{layer.name}.weight": layer for layer in layers}
-        kind = dtype or self._adapters.dtype(layers[0])
+        kind = dtype or self._adapters.dtype
         shapes = hf_shapes(self.model)
         self.tensors = {name: Stored(folder, kind, shape) for name, shape in shapes.items()}
 

@@ -14,13 +14,18 @@ from torch import Tensor, nn
 
 from agrpo_megatron.config.settings import LoraSettings, ModelSettings
 from agrpo_megatron.families import hf_shapes, weight_mappings
-from agrpo_megatron.families.lora import Linear, adapted_layers, trained_whole
+from agrpo_megatron.families.lora import (
+    MATRICES,
+    Linear,
+    adapted_layers,
+    tensor_name,
+    trained_whole,
+)
 from agrpo_megatron.families.transforms import Part, Split
 from agrpo_megatron.megatron.lora.layers import BESIDE, MERGED, OFF, AdaptedLinear, LowRank, Mode
 from agrpo_megatron.megatron.parallel import Ranks
 
 ROOT = "adapters"  # the module of a virtual stage that holds them; a name's dots become slashes
-MATRICES = ("lora_A", "lora_B")
 
 # By Megatron's name of its weight: a linear layer of this rank, and the virtual stage it is in.
 Held = Mapping[str, tuple[nn.Module, nn.Module]]
@@ -161,11 +166,6 @@ class Adapters:
                         matrix, key, **common
                     )
         return state
-
-
-def tensor_name(linear: Linear, matrix: str) -> str:
-    """Return the name of an adapter's tensor, as PEFT has it within the model."""
-    return f"{linear.name}.{matrix}.weight"
 
 
 def _share(matrix: Any, whole: Part, split: Split) -> Tensor:

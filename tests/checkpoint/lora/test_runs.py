@@ -81,7 +81,7 @@ def test_a_checkpoint_holds_what_is_trained_and_names_its_base(whole, base):
 def _adapters(run_dir):
     tensors = AdapterTensors(checkpoint_path(run_dir))
     names = [f"{layer.name}.lora_{m}.weight" for layer in tensors.layers for m in "AB"]
-    return {name: tensors.part(name) for name in names} | tensors.whole()
+    return {name: tensors.part(name) for name in names} | tensors.whole
 
 
 def test_a_killed_run_resumes_to_the_same_bits(whole, base, tmp_path):

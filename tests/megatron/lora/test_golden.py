@@ -14,10 +14,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from agrpo_megatron.checkpoint.lora.peft import lora_settings_of, read_peft
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.steps import draws_at, rows_at
 from agrpo_megatron.families import settings_from_hf
+from agrpo_megatron.families.peft import lora_settings_of, read_peft
 from agrpo_megatron.megatron.engine import build_engine
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.weights import load_hf

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.megatron.lora.adapters import MATRICES, tensor_name
+from agrpo_megatron.families.lora import MATRICES, tensor_name
 
 
 def whole_adapters(network, of=lambda parameter: parameter.detach()):

@@ -29,11 +29,15 @@ from agrpo_megatron.families.files import (
     read_header,
     write_safetensors,
 )
-from agrpo_megatron.families.lora import adapted_layers, linear_layers, trained_whole
+from agrpo_megatron.families.lora import (
+    MATRICES,
+    adapted_layers,
+    linear_layers,
+    tensor_name,
+    trained_whole,
+)
 from agrpo_megatron.families.tensors import Shapes
 from agrpo_megatron.families.transforms import Part
-from agrpo_megatron.megatron.lora.adapters import MATRICES, tensor_name
-from agrpo_megatron.runs.files import write_whole
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # PEFT's two wrappers around the model
@@ -142,7 +146,7 @@ def write_peft(
 
     write_safetensors(path, stored, blocks)
     config = json.dumps(_config(model, lora, base), indent=2, sort_keys=True)
-    write_whole(folder / CONFIG, config + "\n")
+    (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
 
 
 def _config(model: ModelSettings, lora: LoraSettings, base: str | None) -> dict[str, Any]:

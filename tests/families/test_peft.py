@@ -11,13 +11,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from agrpo_megatron.checkpoint.lora.peft import (
-    CONFIG,
-    TENSORS,
-    lora_settings_of,
-    read_peft,
-    write_peft,
-)
 from agrpo_megatron.config.settings import (
     LoraSettings,
     ParallelSettings,
@@ -27,6 +20,13 @@ from agrpo_megatron.config.settings import (
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.families.files import HfWeights
 from agrpo_megatron.families.lora import adapted_layers, trained_whole
+from agrpo_megatron.families.peft import (
+    CONFIG,
+    TENSORS,
+    lora_settings_of,
+    read_peft,
+    write_peft,
+)
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.weights import load_named
