@@ -20,11 +20,12 @@ from agrpo_megatron.cli.common import (
     open_target,
     world_size,
 )
+from agrpo_megatron.cli.config import add_config
 from agrpo_megatron.cli.convert import add_convert
 from agrpo_megatron.cli.evaluate import add_evaluate, add_report
 from agrpo_megatron.cli.launch import add_launch
 from agrpo_megatron.cli.variance import add_variance
-from agrpo_megatron.config.schema import describe, load, to_yaml
+from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.resilience import exit_status
 from agrpo_megatron.runs.files import naming_full_disk
@@ -220,32 +221,6 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def config(arguments: argparse.Namespace) -> int:
-    """Print the settings reference, or check a file and print it resolved."""
-    from rich.console import Console
-
-    from agrpo_megatron.reports.tables import settings_reference
-
-    if arguments.tasks:
-        from agrpo_megatron.tasks import describe_tasks
-
-        for name, described in describe_tasks().items():
-            Console().print(f"[bold]task.name={name}[/]")
-            settings_reference(described, Console())
-        return 0
-    if arguments.file is None:
-        settings_reference(describe(Settings), Console(), prefix=arguments.section)
-        return 0
-    settings = load(Settings, arguments.file, arguments.overrides)
-    from agrpo_megatron.runs.directory import resolve_run
-    from agrpo_megatron.training.passed import check_start
-
-    resolved = resolve_run(settings, world_size=arguments.ranks or world_size())
-    check_start(resolved)
-    print(to_yaml(resolved.settings), end="")
-    return 0
-
-
 def _is_unread(error: BaseException) -> bool:
     """Whether the reader of stdout is gone; the rest of the output is then discarded."""
     if isinstance(error, SystemExit):  # raised by rich
@@ -289,12 +264,5 @@ def _parser() -> argparse.ArgumentParser:
     command = add_command(commands, "doctor", "what is installed, and a run's kernels", doctor)
     command.add_argument("file", nargs="?", metavar="FILE", help="settings of the run (YAML)")
     add_overrides(command)
-    command = add_command(commands, "config", "explain all settings, or check a file", config)
-    command.add_argument("file", nargs="?", metavar="FILE", help="check this and print it resolved")
-    command.add_argument(
-        "--ranks", type=int, metavar="N", help="check the layout for this many ranks; default: 1"
-    )
-    command.add_argument("--section", default="", help="only settings with this prefix")
-    command.add_argument("--tasks", action="store_true", help="explain the options of each task")
-    add_overrides(command)
+    add_config(commands)
     return parser

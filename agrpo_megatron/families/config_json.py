@@ -1,4 +1,4 @@
-"""config.json and generation_config.json: strict reading, and keys and ids of every family."""
+"""The JSON files of a Hugging Face directory: strict reading, and keys and ids of every family."""
 
 import json
 from collections import Counter
@@ -9,6 +9,7 @@ from typing import Any
 from agrpo_megatron.config.settings import ModelSettings
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+INDEX = "model.safetensors.index.json"
 # Keys that transformers writes for any model, and that change no logits here.
 _ANY_MODEL = """
 _attn_implementation_autoset _name_or_path architectures auto_map bos_token_id do_sample dtype
@@ -35,6 +36,27 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         fix = "download it again, or give a Hugging Face directory"
         raise ValueError(f"{path}: not a JSON object ({error}); {fix}") from None
+
+
+def read_index(directory: Path) -> dict[str, str] | None:
+    """Return the file of each tensor from the directory's index; None without an index.
+
+    Raises:
+        ValueError: the index cannot be read, or names a file that is not in its folder.
+    """
+    path = directory / INDEX
+    if not path.exists():
+        return None
+    files = read_object(path).get("weight_map")
+    if not isinstance(files, dict):
+        raise ValueError(f"{path}: not an index of safetensors: it has no weight_map")
+    for name, file in files.items():
+        # A conversion back writes these names. Links may lead anywhere, as in the hub's cache.
+        parts = Path(file).parts if isinstance(file, str) else ("..",)
+        if ".." in parts or Path(file).is_absolute() or not file.endswith(".safetensors"):
+            fix = "name a .safetensors file in this folder or below it"
+            raise ValueError(f"{path}: {shown('weight_map', {name: file})}; {fix}")
+    return files
 
 
 def end_ids(given: Mapping[str, Any]) -> list[Any]:

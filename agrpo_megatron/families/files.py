@@ -17,9 +17,8 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import hf_shapes
-from agrpo_megatron.families.config_json import read_object, shown
+from agrpo_megatron.families.config_json import INDEX, read_index
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BUFFER = "rotary_emb.inv_freq"  # ends such names in old checkpoints; made from rope_theta here
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -162,27 +161,6 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 def is_huggingface(path: Path) -> bool:
     """Return whether a directory is a Hugging Face model, with weights or without."""
     return (path / "config.json").is_file()
-
-
-def read_index(directory: Path) -> dict[str, str] | None:
-    """Return the file of each tensor from the directory's index; None without an index.
-
-    Raises:
-        ValueError: the index cannot be read, or names a file that is not in its folder.
-    """
-    path = directory / INDEX
-    if not path.exists():
-        return None
-    files = read_object(path).get("weight_map")
-    if not isinstance(files, dict):
-        raise ValueError(f"{path}: not an index of safetensors: it has no weight_map")
-    for name, file in files.items():
-        # A conversion back writes these names. Links may lead anywhere, as in the hub's cache.
-        parts = Path(file).parts if isinstance(file, str) else ("..",)
-        if ".." in parts or Path(file).is_absolute() or not file.endswith(".safetensors"):
-            fix = "name a .safetensors file in this folder or below it"
-            raise ValueError(f"{path}: {shown('weight_map', {name: file})}; {fix}")
-    return files
 
 
 def _files(directory: Path, index: Mapping[str, str] | None) -> list[Path]:

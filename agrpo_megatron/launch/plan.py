@@ -10,7 +10,7 @@ from agrpo_megatron.config.settings import LaunchSettings, Settings
 from agrpo_megatron.launch.cluster import parse_time, write_time
 from agrpo_megatron.launch.job import check_launch, ranks_per_node
 from agrpo_megatron.launch.sweep import SWEEP
-from agrpo_megatron.runs.directory import is_finished, progress, resolve_run
+from agrpo_megatron.runs.directory import is_finished, plan_settings, progress
 from agrpo_megatron.scaling.memory import PARTS, SPARE, Memory, worst_rank
 from agrpo_megatron.training.passed import check_start
 
@@ -26,6 +26,7 @@ class JobPlan:
     state: str  # new, resumes, or finished
     is_finished: bool
     memory: Memory  # of the rank that needs the most
+    missing: str | None  # one line on what the run needs of model.load and this machine lacks
 
 
 def plan_run(
@@ -43,8 +44,8 @@ def plan_run(
     settings = load(Settings, file, overrides)
     check_launch(settings.launch, nodes)
     world_size = nodes * ranks_per_node(settings.launch)
-    resolved = resolve_run(settings, world_size=world_size, is_restart=is_restart)
-    settings, directory = resolved.settings, Path(resolved.settings.run.dir)
+    planned = plan_settings(settings, world_size=world_size, is_restart=is_restart)
+    settings, directory = planned.settings, Path(planned.settings.run.dir)
     if (directory / SWEEP).exists() and not is_restart:
         raise ValueError(f"run.dir={directory} holds a sweep; choose another run.dir")
     memory = worst_rank(settings, world_size)
@@ -52,13 +53,13 @@ def plan_run(
     done = None if is_restart else progress(settings)
     is_over, state = is_finished(settings, done), "new"
     if not is_over:
-        check_start(resolved)
+        check_start(planned)
     if is_over:
         state = "finished"
     elif done is not None:
         of = settings.train.iterations if done.phase == "rl" else settings.sft.iterations
         state = f"resumes after {done.phase} iteration {done.iteration} of {of}"
-    return JobPlan(settings, nodes, state, is_over, memory)
+    return JobPlan(settings, nodes, state, is_over, memory, planned.missing)
 
 
 def notes(plan: JobPlan) -> list[str]:

@@ -34,17 +34,19 @@ class Launch:
     notes: list[str]
     preparations: list[str]  # shell commands
     job: Job
+    missing: list[str]  # lines on files of model.load that this machine lacks
     table: Job | None = None  # of a sweep: runs after the array has ended
 
     def script(self, more_notes: Sequence[str]) -> str:
         """Return the shell script that prints the numbers of the jobs it submits."""
+        missing = [f"missing   {line}" for line in self.missing]
         commands = [*self.preparations, command(self.job)]
         if self.table is not None:
             # An array's number may be followed by ;CLUSTER.
             after = '--dependency="afterany:${array%%;*}"'
             array = f'array=$(\n{command(self.job)}\n)\necho "$array"'
             commands[-1:] = [array, command(self.table, extra=[after])]
-        return shell_script([*self.notes, *more_notes], commands)
+        return shell_script([*self.notes, *missing, *more_notes], commands)
 
 
 def launch_run(file: str, overrides: Sequence[str], *, nodes: int, is_restart: bool) -> Launch:
@@ -62,7 +64,8 @@ def launch_run(file: str, overrides: Sequence[str], *, nodes: int, is_restart: b
     layouts = [plan.settings.parallel, plan.settings.rollout_layout]
     job = run_job(settings, directory, nodes=nodes, arguments=words, layouts=layouts)
     prepared = _prepare(directory, is_restart=is_restart)
-    return Launch(directory, settings, nodes, notes(plan), prepared, job)
+    missing = [plan.missing] if plan.missing else []
+    return Launch(directory, settings, nodes, notes(plan), prepared, job, missing)
 
 
 def launch_sweep(
@@ -102,18 +105,23 @@ def launch_sweep(
         for name, plan in zip(sweep.members, plans, strict=True)
     ]
     found += notes(max(plans, key=lambda plan: plan.memory.total))[1:]
-    return Launch(directory, settings, nodes, found, [*prepared, file_text], job, table)
+    missing = list(dict.fromkeys(plan.missing for plan in plans if plan.missing))
+    prepared.append(file_text)
+    return Launch(directory, settings, nodes, found, prepared, job, missing, table)
 
 
 def check_job(launch: Launch, *, is_dry: bool) -> list[str]:
     """Ask the cluster whether it accepts the job; returns notes.
 
     Args:
-        is_dry: whether an unreachable cluster is only a note.
+        is_dry: whether an unreachable cluster is only a note, and missing files are allowed.
 
     Raises:
-        ValueError: the cluster refuses the job or is unreachable.
+        ValueError: the cluster refuses the job or is unreachable, or files of model.load are
+            missing.
     """
+    if launch.missing and not is_dry:
+        raise ValueError(f"{launch.missing[0]}; put them there, or add --dry-run to see the job")
     try:
         if shutil.which("sbatch") is None:
             raise RuntimeError("sbatch is not on PATH")

@@ -12,7 +12,7 @@ from agrpo_megatron.runs.files import digest, free_name, write_whole
 from agrpo_megatron.runs.loaded_model import on_its_own
 from agrpo_megatron.runs.log import check_log
 from agrpo_megatron.runs.progress import CHECKPOINTS, RUN_SETTINGS, Progress, latest_checkpoint
-from agrpo_megatron.runs.resolve import SPLIT_NAMES, Resolved, resolve
+from agrpo_megatron.runs.resolve import SPLIT_NAMES, Planned, Resolved, plan, resolve
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.mixture import Mixture
 
@@ -37,18 +37,41 @@ def resolve_run(settings: Settings, *, world_size: int, is_restart: bool = False
         ValueError: as `resolve` and `check_log`.
     """
     check_log(settings)
-    directory, source, given = Path(settings.run.dir), settings.model.load, settings.tokenizer
-    found = None if is_restart else latest_checkpoint(directory / CHECKPOINTS)
-    saved = load(Settings, directory / RUN_SETTINGS) if found else None
-    is_reference = settings.algorithm.needs_reference and settings.sft.iterations == 0
-    if found is None or saved is None or saved.model.load != source or is_reference:
+    source, given = settings.model.load, settings.tokenizer
+    found = _own_start(settings, is_restart=is_restart)
+    if found is None:
         return resolve(settings, world_size=world_size)
-    resolved = resolve(on_its_own(settings, found[0]), world_size=world_size)
+    saved, checkpoint = found
+    resolved = resolve(on_its_own(settings, checkpoint), world_size=world_size)
     if source is not None and given.path is None:
         template = given.chat_template or saved.tokenizer.chat_template
         given = replace(saved.tokenizer, chat_template=template)
     model = replace(resolved.settings.model, load=source)
     return replace(resolved, settings=replace(resolved.settings, model=model, tokenizer=given))
+
+
+def plan_settings(settings: Settings, *, world_size: int, is_restart: bool = False) -> Planned:
+    """Do as `resolve_run` for a plan, where files of `model.load` may be missing.
+
+    Raises:
+        ValueError: as `resolve_run`.
+    """
+    if _own_start(settings, is_restart=is_restart) is None:
+        check_log(settings)
+        return plan(settings, world_size=world_size)
+    found = resolve_run(settings, world_size=world_size, is_restart=is_restart)
+    return Planned(found.settings, found.task, found.tokenizer, None)
+
+
+def _own_start(settings: Settings, *, is_restart: bool) -> tuple[Settings, Path] | None:
+    """Return settings and checkpoint of a run that resumes without what it started from."""
+    directory = Path(settings.run.dir)
+    found = None if is_restart else latest_checkpoint(directory / CHECKPOINTS)
+    saved = load(Settings, directory / RUN_SETTINGS) if found else None
+    is_reference = settings.algorithm.needs_reference and settings.sft.iterations == 0
+    if found is None or saved is None or saved.model.load != settings.model.load or is_reference:
+        return None
+    return saved, found[0]
 
 
 def progress(settings: Settings) -> Progress | None:

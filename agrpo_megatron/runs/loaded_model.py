@@ -1,6 +1,6 @@
 """What a run takes from `model.load`, or from its own checkpoint: architecture and tokenizer."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from agrpo_megatron.config.schema import load, written
 from agrpo_megatron.config.settings import ModelSettings, Settings, TokenizerSettings
 from agrpo_megatron.config.values import text
 from agrpo_megatron.families import settings_from_hf
+from agrpo_megatron.families.config_json import CONFIG, read_index
 from agrpo_megatron.runs.base import read_base
 from agrpo_megatron.runs.progress import (
     BASE_FILE,
@@ -23,6 +24,19 @@ from agrpo_megatron.runs.progress import (
 # Settings of `model` that may differ from those of `model.load`: weights of that shape take any.
 REPLACE_LOADED = ("max_sequence_length", "mask_token_id", "eos_token_id", "rope_theta")
 REPLACE_LOADED += ("norm_epsilon", "init_std", "block_length")
+# Settings of `model` that a plan without its folder needs.
+SHAPES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+MOST_NAMED = 8  # shards in one line
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What this machine lacks of `model.load`, and what a plan still has."""
+
+    text: str  # one line
+    has_folder: bool
+    has_tokenizer: bool
 
 
 def on_its_own(settings: Settings, checkpoint: Path) -> Settings:
@@ -43,8 +57,55 @@ def on_its_own(settings: Settings, checkpoint: Path) -> Settings:
     return replace(settings, model=replace(settings.model, load=load_from), tokenizer=given)
 
 
-def with_loaded_model(settings: Settings) -> Settings:
-    """Take the architecture from `model.load`, and its tokenizer if none is set."""
+def missing_files(settings: Settings) -> Missing | None:
+    """Return what a Hugging Face directory of `model.load` lacks; None if a run can start from it.
+
+    A missing folder counts if the settings give the model's shapes.
+
+    Raises:
+        ValueError: the index of the weights cannot be read.
+    """
+    source = settings.model.load
+    if source is None:
+        return None
+    folder, has_tokenizer = Path(source), settings.tokenizer.path is not None
+    if not folder.exists() and set(SHAPES) <= written(settings.model):
+        by = "the folder is missing; planned with the shapes of the settings file"
+        return _missing(source, by, has_folder=False, has_tokenizer=has_tokenizer)
+    is_ours = (folder / RUN_SETTINGS).exists() or (folder / MODEL_FILE).exists()
+    if is_ours or not (folder / CONFIG).is_file():
+        return None
+    lacked = _missing_weights(folder)
+    if not has_tokenizer:
+        has_tokenizer = any((folder / name).exists() for name in VOCABULARIES)
+        lacked += [] if has_tokenizer else VOCABULARIES[:1]
+    if not lacked:
+        return None
+    by = f"the folder lacks {', '.join(lacked)}; planned with its {CONFIG}"
+    return _missing(source, by, has_folder=True, has_tokenizer=has_tokenizer)
+
+
+def _missing(source: str, by: str, *, has_folder: bool, has_tokenizer: bool) -> Missing:
+    more = "" if has_tokenizer else ", prompts are not checked"
+    return Missing(f"model.load={source}: {by}{more}", has_folder, has_tokenizer)
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    """Return the weight files that a Hugging Face directory lacks, by its index if it has one."""
+    index = read_index(folder)
+    if index is None:
+        return [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
+    lacked = [name for name in sorted(set(index.values())) if not (folder / name).is_file()]
+    more = len(lacked) - MOST_NAMED
+    return [*lacked[:MOST_NAMED], f"{more} more shards"] if more > 1 else lacked
+
+
+def with_loaded_model(settings: Settings, *, has_weights: bool = True) -> Settings:
+    """Take the architecture from `model.load`, and its tokenizer if none is set.
+
+    Args:
+        has_weights: whether the weights of a Hugging Face directory, if any, must be whole.
+    """
     source = settings.model.load
     if source is None:
         return settings
@@ -58,7 +119,8 @@ def with_loaded_model(settings: Settings) -> Settings:
         carried = TokenizerSettings(_carried_tokenizer(Path(source)))
     else:
         model, carried = settings_from_hf(source), TokenizerSettings(source)
-        _check_weights(source, model)
+        if has_weights:
+            _check_weights(source, model)
     model = _with_written(model, settings.model)
     tokenizer = settings.tokenizer
     if tokenizer.path is None:

@@ -10,7 +10,7 @@ from agrpo_megatron.config.parallel import stage_layers
 from agrpo_megatron.config.rules import validate
 from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.families.lora import check_stages
-from agrpo_megatron.runs.loaded_model import with_loaded_model
+from agrpo_megatron.runs.loaded_model import missing_files, with_loaded_model
 from agrpo_megatron.tasks import Task, build_task
 from agrpo_megatron.tasks.base import SPLITS, Split, as_prompt, task_prompts
 from agrpo_megatron.tasks.curriculum import filter_by_pass_rate, solved_problems
@@ -31,6 +31,16 @@ class Resolved:
     tokenizer: Tokenizer
 
 
+@dataclass(frozen=True)
+class Planned:
+    """Complete settings and their task, where files of `model.load` may be missing."""
+
+    settings: Settings
+    task: Task
+    tokenizer: Tokenizer | None  # None: it is missing, and nothing that needs it was checked
+    missing: str | None  # one line on what a run needs and this machine lacks
+
+
 def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPLITS) -> Resolved:
     """Fill what follows from `model.load` and the tokenizer, then check everything.
 
@@ -40,11 +50,58 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
     Raises:
         ValueError: any rule is broken; the message names key, value, rule and fix.
     """
+    _validate_unread(settings, world_size)
+    settings = with_loaded_model(settings)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    return _resolved(settings, tokenizer, world_size=world_size, needs=needs)
+
+
+def plan(settings: Settings, *, world_size: int) -> Planned:
+    """Do as `resolve`, also where files of `model.load` are missing.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    missing, source = missing_files(settings), settings.model.load
+    if missing is None:
+        found = resolve(settings, world_size=world_size)
+        return Planned(found.settings, found.task, found.tokenizer, None)
+    if missing.has_folder:
+        _validate_unread(settings, world_size)
+        settings = with_loaded_model(settings, has_weights=False)
+    else:
+        settings = replace(settings, model=replace(settings.model, load=None))
+    if missing.has_tokenizer:
+        tokenizer = load_tokenizer(settings.tokenizer)
+        found = _resolved(settings, tokenizer, world_size=world_size, needs=SPLITS)
+        settings, task = found.settings, found.task
+    else:
+        _validate_known(settings, world_size)
+        tokenizer, task = None, _filled_task(settings, SPLITS)
+        filter_by_pass_rate(task, settings.task)
+    settings = replace(settings, model=replace(settings.model, load=source))
+    return Planned(settings, task, tokenizer, missing.text)
+
+
+def _validate_unread(settings: Settings, world_size: int) -> None:
+    """Check settings before `model.load` is read."""
     model = settings.model
     unread = model if model.load is None else replace(model, vocab_size=None)  # not `is_known`
     validate(replace(settings, model=unread), world_size)
-    settings = with_loaded_model(settings)
-    tokenizer = load_tokenizer(settings.tokenizer)
+
+
+def _validate_known(settings: Settings, world_size: int) -> None:
+    """Check settings with a known model, whose layers may get adapters."""
+    validate(settings, world_size)
+    if settings.lora.rank is not None:
+        stages = stage_layers(settings.model, settings.parallel)
+        check_stages(settings.model, settings.lora, stages)
+
+
+def _resolved(
+    settings: Settings, tokenizer: Tokenizer, *, world_size: int, needs: Sequence[Split]
+) -> Resolved:
+    """Fill what follows from the tokenizer into settings with a known model; check everything."""
     model = settings.model
     model = replace(
         model,
@@ -53,21 +110,25 @@ def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPL
         eos_token_id=tokenizer.eos_id if model.eos_token_id is None else model.eos_token_id,
     )
     settings = replace(settings, model=model)
-    validate(settings, world_size)
+    _validate_known(settings, world_size)
     _check_tokens(model, tokenizer)
-    if settings.lora.rank is not None:
-        check_stages(model, settings.lora, stage_layers(model, settings.parallel))
-    task = build_task(settings.task)
+    task = _filled_task(settings, needs)
     for key, own in (("mask_token_id", tokenizer.mask_id), ("eos_token_id", tokenizer.eos_id)):
         if (used := getattr(model, key)) != own:
             task.notes.append(f"model.{key}={used} is used; the tokenizer's own is {own}")
-    trains = settings.train.iterations > 0 or settings.sft.iterations > 0
-    _require_problems(task, needs, trains=trains)
     check_prompts(settings, task, tokenizer)
     filter_by_pass_rate(task, settings.task)
     if settings.sft.iterations > 0 and "train" in needs:
         _check_solutions(settings, task, tokenizer)
     return Resolved(settings, task, tokenizer)
+
+
+def _filled_task(settings: Settings, needs: Sequence[Split]) -> Task:
+    """Build the task, which must have the problems that are needed."""
+    task = build_task(settings.task)
+    trains = settings.train.iterations > 0 or settings.sft.iterations > 0
+    _require_problems(task, needs, trains=trains)
+    return task
 
 
 def _check_tokens(model: ModelSettings, tokenizer: Tokenizer) -> None:

@@ -13,8 +13,10 @@ from agrpo_megatron.config.settings import AlgorithmSettings, Settings
 from agrpo_megatron.config.values import text
 from agrpo_megatron.runs.directory import DATA, data_digests, run_digest
 from agrpo_megatron.runs.progress import RUN_SETTINGS
-from agrpo_megatron.runs.resolve import Resolved
+from agrpo_megatron.runs.resolve import Planned, Resolved
+from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.base import task_prompts
+from agrpo_megatron.text.tokenizer import Tokenizer
 
 ROLLOUTS, ROUND = "rollouts", ".safetensors"  # folder in a run directory; ending of a round's file
 DIGITS = 6  # of a round's number
@@ -63,8 +65,10 @@ def stored_run(directory: Path) -> tuple[Settings, dict[str, str]]:
     return settings, data
 
 
-def check_replay(resolved: Resolved) -> None:
+def check_replay(resolved: Resolved | Planned) -> None:
     """Check that a run can replay the rollouts of `train.from_rollouts`, where it is set.
+
+    Without a tokenizer the prompts are not compared.
 
     Raises:
         ValueError: the directory holds no run or too few rollouts, or they are of other settings,
@@ -84,7 +88,8 @@ def check_replay(resolved: Resolved) -> None:
         )
     if here.train.iterations > 0:
         _check_rounds(source, there, here, run=run_digest(there, data))
-        _check_prompts(source, resolved)
+        if resolved.tokenizer is not None:
+            _check_prompts(source, resolved.task, resolved.tokenizer)
 
 
 def _check_shared(source: Path, there: Settings, here: Settings) -> None:
@@ -144,9 +149,8 @@ def _run_of(path: Path) -> str | None:
         return None
 
 
-def _check_prompts(source: Path, resolved: Resolved) -> None:
+def _check_prompts(source: Path, task: Task, tokenizer: Tokenizer) -> None:
     """Check that the prompts of the first round have the ids that this run's tokenizer gives."""
-    task, tokenizer = resolved.task, resolved.tokenizer
     with safe_open(round_path(source / ROLLOUTS, 0), framework="np") as file:
         ids = iter(file.get_tensor("prompts").tolist())
         lengths = file.get_tensor("prompt_lengths").tolist()

@@ -5,11 +5,11 @@ from dataclasses import replace
 from agrpo_megatron.config.rules_precision import optimizers
 from agrpo_megatron.config.settings import Fp8Settings, KernelSettings, Settings
 from agrpo_megatron.hardware.kernels import kernels_for
-from agrpo_megatron.runs.resolve import Resolved
+from agrpo_megatron.runs.resolve import Planned, Resolved
 from agrpo_megatron.runs.stored_rollouts import check_replay
 
 
-def check_start(resolved: Resolved) -> None:
+def check_start(resolved: Resolved | Planned) -> None:
     """Check what a run that is about to start needs besides correct settings.
 
     Raises:

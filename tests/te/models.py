@@ -57,7 +57,7 @@ def opened(
         saved = torch.load(weights)
         load_named(engine.network, session.run.settings.model, saved.__getitem__)
     if engine.network.adapters is not None:
-        random_adapters(engine.network, of=torch.Tensor.bfloat16)
+        random_adapters(engine.network, scale=0.1, of=torch.Tensor.bfloat16)
     engine.optimizer.reload_model_params()
     return session, engine
 

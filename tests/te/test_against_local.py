@@ -24,6 +24,7 @@ from tests.te.rules import calls
 MODELS = {**VARIANTS, "adapters": ADAPTERS}
 LAYOUTS = ("tp2", "tp2-sp", "pp2", "cp2")
 NO_FURTHER = 1.5  # times the local spec's own error
+EXCHANGED = 2.5  # of adapters, whose inner products ranks exchange in bfloat16
 
 
 def _write_start(path, overrides):
@@ -71,7 +72,8 @@ def test_logits_and_gradients_are_no_further_from_float32(start, layout):
         allowed = errors(local["gradient"], exact["gradient"])
         assert measured.keys() == allowed.keys()
         for name, error in measured.items():
-            assert error <= NO_FURTHER * allowed[name] < (0.6 if "lora" in name else 0.1), name
+            further = EXCHANGED if "lora" in name and layout != "dp1" else NO_FURTHER
+            assert error <= further * allowed[name] < 0.1, name
         if layout == "dp1":
             allowed = distance(local["logits"], exact["logits"])
             assert distance(ours["logits"], exact["logits"]) <= NO_FURTHER * allowed < 0.03

@@ -9,12 +9,14 @@ import torch.distributed as dist
 
 from agrpo_megatron.checkpoint.start import load_start_weights
 from agrpo_megatron.config.rules_algorithm import OF_LOSSES, validate_algorithm
+from agrpo_megatron.config.rules_blocks import ACROSS
 from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.config.settings.estimators import ENTRIES
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from tests.ranks import run_ranks
+from tests.training.test_layouts import BLOCK_MODEL
 from tests.training.tiny import open_session
 
 # Without a baseline a loss is no difference of equal numbers; a large epsilon keeps Adam from
@@ -37,6 +39,8 @@ LAYOUTS = {
     "cp2": (2, ["parallel=cp2"]),
     "dp2": (2, []),
 }
+BLOCKS = [*BLOCK_MODEL, "sampling.block_length=4", "sampling.block_origin=row"]
+OF_BLOCKS = ("tp2", "pp2", "dp2")  # tests/training/test_blocks.py has other micro-batches
 OWN = Path(__file__).parents[2] / "examples" / "my_estimator.py"
 # Of the first gradient, relative; tensor parallelism sums other parts in float32.
 BOUNDS = dict.fromkeys(LAYOUTS, 1e-6) | {"tp2": 3e-6}
@@ -45,6 +49,7 @@ OF_TURNS = {"unmasking": "entropy", "block_length": 4, "position_temperature": 0
 ALL_DRAWN = {"unmasking": "low_confidence", "block_length": 4, "record_drawn": True}
 VARIANTS: dict = {name: {"name": name} for name in ENTRIES} | {
     "agrpo": {"name": "agrpo", **FEW},
+    "just_grpo": {"name": "just_grpo", "sampling": {"unmasking": "leftmost"}},
     "bgpo": {"name": "bgpo", **FEW},
     "vrpo": {"name": "vrpo", **FEW},
     "step_merge": {"name": "step_merge", **FEW},
@@ -144,9 +149,14 @@ def _nothing(overrides):
     return results
 
 
-def _all(overrides):
+def _all(overrides, but=()):
+    """Return gradients and metrics of two updates, by variant, but for some."""
     session, engine = open_session(*COMMON, *overrides, world_size=dist.get_world_size())
-    return {name: _update(session, engine, changed) for name, changed in VARIANTS.items()}
+    return {
+        name: _update(session, engine, changed)
+        for name, changed in VARIANTS.items()
+        if name not in but
+    }
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +167,28 @@ def alone():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_layout_changes_nothing(alone, layout):
     size, overrides = LAYOUTS[layout]
-    for results in run_ranks(size, _all, overrides):
+    _compare(run_ranks(size, _all, overrides), alone, BOUNDS[layout])
+
+
+@pytest.fixture(scope="module")
+def blocks_alone():
+    return run_ranks(1, _all, BLOCKS, ACROSS)[0]
+
+
+@pytest.mark.parametrize("layout", OF_BLOCKS)
+def test_the_layout_changes_nothing_of_a_block_model(blocks_alone, layout):
+    size, overrides = LAYOUTS[layout]
+    _compare(run_ranks(size, _all, [*BLOCKS, *overrides], ACROSS), blocks_alone, BOUNDS[layout])
+
+
+def _compare(ranks, alone, bound):
+    for results in ranks:
+        assert results.keys() == alone.keys()
         for name, (grads, metrics) in results.items():
             expected, whole = alone[name]
             for number, (ours, theirs) in enumerate(zip(grads, expected, strict=True)):
                 error = _norm({n: ours[n] - theirs[n] for n in theirs}) / _norm(theirs)
-                assert error < (1e-5 if number else BOUNDS[layout]), (name, number, error)
+                assert error < (1e-5 if number else bound), (name, number, error)
             for key in ("loss", "rows", "scoring_rows", "kl", "clip_fraction", "ratio/mean"):
                 assert metrics[key] == pytest.approx(whole[key], rel=1e-5, abs=1e-6), (name, key)
 
