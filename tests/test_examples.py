@@ -47,7 +47,7 @@ SETTINGS = sorted(path for path in EXAMPLES.glob("*.yaml") if path.stem != "swee
 def test_examples_resolve_without_a_note(path, monkeypatch):
     """No problem is left out, and the tokenizer has every character that is written."""
     monkeypatch.chdir(ROOT)
-    settings = load(Settings, path)
+    settings = load(Settings, path, ["model.load=null"])  # that run comes first
     validate(settings)
     found = resolve(settings, world_size=1)
     assert found.task.notes == []
@@ -143,3 +143,26 @@ def test_an_estimator_and_a_loss_of_ones_own_train(tmp_path):
     (record,) = [record for record in records if record["phase"] == "rl"]
     assert record["rows"] == record["scoring_rows"] == 4  # one suffix of each, scored twice
     assert record["ratio/max_error"] == 0
+
+
+def test_adapters_start_from_the_supervised_phase_of_the_demo(tmp_path):
+    train("tiny.yaml", tmp_path / "sft", "train.iterations=0")
+    load = f"model.load={tmp_path / 'sft'}"
+    records = train("lora.yaml", tmp_path / "run", load, "sft.iterations=0")
+    assert [record["phase"] for record in records] == ["eval", "rl", "eval"]
+    sampled = []
+    for target in ("run", "run/checkpoints/rl-000001"):
+        status, printed = agrpo(tmp_path, "sample", tmp_path / target, "-n", "1")
+        assert status == 0, printed
+        sampled.append(printed.partition("checkpoint")[0])
+    assert sampled[0] == sampled[1] and "completion" in sampled[0]
+    for way, name in (("to-peft", "adapter_model.safetensors"), ("to-hf", "model.safetensors")):
+        status, printed = agrpo(tmp_path, "convert", way, tmp_path / "run", tmp_path / way)
+        assert status == 0 and (tmp_path / way / name).is_file(), printed
+    status, printed = agrpo(tmp_path, "convert", "to-peft", tmp_path / "sft", tmp_path / "no")
+    assert status == 2 and "holds all weights of a model, and no adapters" in printed
+    lora = f"lora.load={tmp_path / 'to-peft'}"
+    train("lora.yaml", tmp_path / "again", load, lora, "sft.iterations=0", "lora.dropout=0.1")
+    words = ["config", EXAMPLES / "lora.yaml", load, lora, "lora.rank=4"]
+    status, printed = agrpo(tmp_path, *words)
+    assert status == 2 and "differs from lora.rank=4; set lora.rank=8" in printed

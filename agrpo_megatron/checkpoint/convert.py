@@ -124,8 +124,7 @@ def to_peft_directory(
     verify(source)
     if not (source / BASE_FILE).exists():
         raise ValueError(
-            f"{source}: holds all weights of a model, and no adapters; convert it by `agrpo convert "
-            "to-hf`"
+            f"{source}: holds all weights of a model, and no adapters; use `agrpo convert to-hf`"
         )
     tensors = AdapterTensors(source)
     kind = DTYPES[dtype] if dtype else tensors.dtype

@@ -151,6 +151,7 @@ REFUSED = {
     "model.load=other": "is not a directory",
     "tokenizer.path=other": "does not exist",
     "task.pass_rates=other": "cannot be read",
+    "lora.load=other": "is not a directory",
 }
 RANKS = {"parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.data"}
 

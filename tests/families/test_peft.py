@@ -35,7 +35,7 @@ from tests.megatron.lora.whole import random_adapters, whole_adapters
 from tests.megatron.test_model import pack
 from tests.ranks import run_ranks
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 LLADA, DREAM, SDAR = (FIXTURES / f"{name}_tiny" / "hf" for name in ("llada", "dream", "sdar"))
 LIMIT = 1e-5  # of the largest logit
 BLOCKS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
