@@ -84,6 +84,7 @@ def _model_state(network: Network, *, is_base: bool = False) -> dict[str, Any]:
 
 def _fill(network: Network, state: dict[str, Any]) -> dict[str, Tensor]:
     """Fill the network's weights; return the sources of FP8 weights, by Megatron's name."""
+    network.for_updates()
     parts = [part for name, part in state.items() if name.startswith("model")]
     names, sources = {p: name for name, p in network.named_parameters()}, {}
     for chunk, part in zip(network.chunks, parts, strict=True):

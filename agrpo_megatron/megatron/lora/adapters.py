@@ -118,6 +118,7 @@ class Adapters:
             read: returns for instance `model.layers.0.mlp.up_proj.lora_A.weight`, [rank, inputs];
                 `lora_B` is [outputs, rank].
         """
+        self.for_updates()  # merged weights would keep the old ones
         split = Split(self._ranks.tensor.rank, self._ranks.tensor.size)
         for part in self.parts():
             for name in MATRICES:

@@ -29,6 +29,7 @@ RUN = [
     *FOUR,
     "lora.rank=3",
     "lora.alpha=6",
+    "lora.modules=[q_proj,k_proj,v_proj,attn_out,ff_proj,up_proj,ff_out]",  # and the head
     "lora.train_embedding=true",
     "train.iterations=4",
     "evaluation.interval=2",
@@ -68,7 +69,7 @@ def test_a_checkpoint_holds_what_is_trained_and_names_its_base(whole, base):
     stored = tensors._checkpoint.tensors()
     kinds = {name.partition(".")[0] for name in stored}
     assert kinds == {"adapters", "embedding", "optimizer"}
-    count = 2 * 7 * 4  # matrices of seven layers in four blocks
+    count = 2 * (7 * 4 + 1)  # matrices of seven layers in four blocks, and of the head
     assert sum(name.startswith("adapters.") for name in stored) == count
     moments = [n for n in stored if n.startswith("optimizer.state.exp_avg.")]
     assert len(moments) == count + 1
@@ -157,7 +158,7 @@ def _logits(run_dir, base, exported):
 @pytest.mark.parametrize("size", [1, 2])
 def test_merging_changes_rounding_alone_and_is_undone_bit_for_bit(whole, base, size):
     for found, changed, is_undone in run_ranks(size, _logits, whole, base, None):
-        assert is_undone and changed == 4 * 4  # fused matrices of four layers
+        assert is_undone and changed == 4 * 4 + 1  # fused matrices of four layers, and the head
         assert torch.equal(found["unmerged"], found["beside"])
         scale = float(found["beside"].abs().max())
         assert float((found["merged"] - found["beside"]).abs().max()) < 1e-5 * scale
@@ -187,4 +188,4 @@ def test_a_merged_export_has_the_logits_of_the_adapters(whole, base, tmp_path):
         assert float((logits - own).abs().max()) < 1e-5
     (_, start), (_, trained) = open_weights(base), open_weights(exported)
     changed = [n for n in start.tensors if not torch.equal(start.part(n)[:], trained.part(n)[:])]
-    assert len(changed) == 7 * 4 + 1  # adapted layers, and the embedding
+    assert len(changed) == 7 * 4 + 2  # adapted layers, head and embedding
