@@ -138,7 +138,7 @@ ADAPTERS = {
     "blocks": [LORA],
     "head too": [LORA, ALL_LAYERS],
     "some, and whole tables": [
-        *(LORA, "lora.modules=[k_proj, ff_out]"),
+        *(LORA, "lora.modules=[k_proj, blocks.*.ff_out]"),
         *("lora.train_embedding=true", "lora.train_head=true", "lora.merge_rollouts=true"),
     ],
 }
