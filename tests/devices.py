@@ -87,7 +87,8 @@ def move(module: nn.Module) -> None:
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                part._parameters[name] = nn.Parameter(Elsewhere(parameter.detach()))
+                there = Elsewhere(parameter.detach())
+                part._parameters[name] = nn.Parameter(there, parameter.requires_grad)
 
 
 def _is_other(device: Any) -> bool:

@@ -137,6 +137,17 @@ def test_a_wrong_file_of_members_is_refused(tmp_path, old, new, said):
         read_members(path)
 
 
+def test_other_seeds_keep_the_tuning_and_start_from_phases_of_their_own(tmp_path):
+    given, other = (read_members(EXAMPLES / "members.yaml", seeds) for seeds in (None, [5, 6]))
+    assert other.seeds == (5, 6) and other.tuning_seeds == given.tuning_seeds
+    first, second = (plan(EXAMPLES / "countdown.yaml", m, [], tmp_path) for m in (given, other))
+    assert first.tuning() == second.tuning()
+    shared = {job.directory for job in first.starts()} & {job.directory for job in second.starts()}
+    assert {path.name for path in shared} == {"seed-100"}
+    with pytest.raises(ValueError, match=r"seeds=\[5, 100\] must be .* none of tuning_seeds"):
+        read_members(EXAMPLES / "members.yaml", [5, 100])
+
+
 def _when_begun(directory, act, phase="rl"):
     """Call a function, in a thread, once a run has logged a record of a phase."""
 

@@ -30,8 +30,8 @@ def load_model(network: Network, settings: Settings, checkpoint: Path | None) ->
     if checkpoint is None:
         return load_start_weights(network, settings)
     if network.adapters is not None:
-        check_base(checkpoint, find_base(settings, network.ranks))
-        load_start_weights(network, settings)
+        check_base(checkpoint, find_base(settings, network.ranks, checkpoint))
+        load_base(network, settings, checkpoint)
     return load_weights(checkpoint, network)
 
 
@@ -46,7 +46,7 @@ def load_start_weights(network: Network, settings: Settings) -> dict[str, Tensor
     Raises:
         ValueError: the directory does not hold weights of this shape.
     """
-    uncast, lora = _load_base(network, settings), settings.lora
+    uncast, lora = load_base(network, settings, None), settings.lora
     if network.adapters is None:
         return uncast
     if lora.load is None:
@@ -58,8 +58,16 @@ def load_start_weights(network: Network, settings: Settings) -> dict[str, Tensor
     return uncast
 
 
-def _load_base(network: Network, settings: Settings) -> dict[str, Tensor]:
-    path, model = base_path(settings), settings.model
+def load_base(network: Network, settings: Settings, checkpoint: Path | None) -> dict[str, Tensor]:
+    """Fill all weights but adapters with what the run starts from; mutates the network.
+
+    Args:
+        checkpoint: of adapters, which names its base; None: there is none yet.
+
+    Returns:
+        As `load_start_weights`.
+    """
+    path, model = base_path(settings, checkpoint), settings.model
     if path is None:
         return initialise(network, model, settings.run.seed)
     if not (path / MODEL_FILE).exists():

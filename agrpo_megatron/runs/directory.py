@@ -47,7 +47,8 @@ def resolve_run(settings: Settings, *, world_size: int, is_restart: bool = False
         template = given.chat_template or saved.tokenizer.chat_template
         given = replace(saved.tokenizer, chat_template=template)
     model = replace(resolved.settings.model, load=source)
-    return replace(resolved, settings=replace(resolved.settings, model=model, tokenizer=given))
+    own = replace(resolved.settings, model=model, tokenizer=given, lora=settings.lora)
+    return replace(resolved, settings=own)
 
 
 def plan_settings(settings: Settings, *, world_size: int, is_restart: bool = False) -> Planned:

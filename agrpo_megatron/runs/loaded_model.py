@@ -44,8 +44,9 @@ def on_its_own(settings: Settings, checkpoint: Path) -> Settings:
     if not (checkpoint / MODEL_FILE).exists() or not (checkpoint / RUN_FILE).exists():
         return settings
     load_from = settings.model.load and str(checkpoint)
+    lora = settings.lora
     if (checkpoint / BASE_FILE).exists():  # adapters alone: their base has to be there still
-        load_from = read_base(checkpoint).load
+        load_from, lora = read_base(checkpoint).load, replace(lora, load=None)
     saved, given = load(Settings, checkpoint / RUN_FILE).tokenizer, settings.tokenizer
     if saved.path is not None and given.path in (None, saved.path):
         path = _carried_tokenizer(checkpoint, is_file=saved.path.endswith(".model"))
@@ -54,7 +55,8 @@ def on_its_own(settings: Settings, checkpoint: Path) -> Settings:
     is_own = given.chat_template in (None, saved.chat_template)
     if is_own and (saved.chat_template or "").endswith(".jinja") and template.exists():
         given = replace(given, chat_template=str(template))
-    return replace(settings, model=replace(settings.model, load=load_from), tokenizer=given)
+    model = replace(settings.model, load=load_from)
+    return replace(settings, model=model, tokenizer=given, lora=lora)
 
 
 def missing_files(settings: Settings) -> Missing | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from agrpo_megatron.checkpoint.lora.base import find_base
 from agrpo_megatron.checkpoint.resume import find_checkpoint
 from agrpo_megatron.checkpoint.sharded import load_checkpoint
-from agrpo_megatron.checkpoint.start import load_model, load_start_weights
+from agrpo_megatron.checkpoint.start import load_base, load_model
 from agrpo_megatron.evaluation.evaluate import evaluate
 from agrpo_megatron.hardware.kernels import in_one_line, kernels_for
 from agrpo_megatron.megatron.engine import Engine, build_engine, build_reference
@@ -112,7 +112,7 @@ def _opened(
         _show_notes(session)
         base = None
         if settings.lora.rank is not None:
-            base = find_base(settings, ranks)
+            base = find_base(settings, ranks, found[0] if found else None)
             if found:
                 check_base(found[0], base)
         if ranks.is_main:
@@ -265,5 +265,5 @@ def _fill(run: Run, engine: Engine, checkpoint: Path | None, start: Path | None)
         engine.init_main_weights(load_model(engine.network, run.settings, start))
         return
     if engine.network.adapters is not None:
-        load_start_weights(engine.network, run.settings)
+        load_base(engine.network, run.settings, checkpoint)
     load_checkpoint(checkpoint, engine)

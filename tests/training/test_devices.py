@@ -17,6 +17,7 @@ from tests.devices import DEVICE, Elsewhere, OtherDevice, move
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
 
+BLOCKS = ["model.block_length=4", "sampling.unmasking=low_confidence"]
 CASES = {
     "random": [],
     "low confidence": ["sampling.unmasking=low_confidence"],
@@ -48,6 +49,10 @@ CASES = {
     "by advantage": ["algorithm.allocation=advantage", "sampling.top_k=3"],
     "all steps": ["algorithm.name=full_trajectory", "algorithm.mc_samples=null"],
     "reference": ["algorithm.kl_coefficient=0.1"],
+    "adapters": ["lora.rank=3", "algorithm.kl_coefficient=0.1", "lora.dropout=0.1"],
+    "merged adapters": ["lora.rank=3", "lora.merge_rollouts=true", "lora.modules=[ff_out,q_proj]"],
+    "blocks": [*BLOCKS, "model.attention=block_causal", "sampling.block_origin=row"],
+    "blocks without a cache": [*BLOCKS, "model.attention=causal_context", "rollout.cached=false"],
 }
 
 
@@ -59,12 +64,13 @@ class BackwardAlone:
 
     def step(self, engine, batches, *, loss, examples, update):
         """Run forward and backward over the micro-batches."""
+        engine.network.for_updates()
         chunk, collected = engine.network.chunks[0], []
         for batch in batches:
             total, metrics = loss(chunk(batch.rows), batch)
             total.backward()
             collected.append({**metrics, "loss": total.detach()})
-        gradients = [parameter.grad for parameter in chunk.parameters()]
+        gradients = [p.grad for p in chunk.parameters() if p.requires_grad]
         assert all(isinstance(gradient, Elsewhere) for gradient in gradients)
         names = collected[0]
         sums = {name: sum(float(metrics[name].sum()) for metrics in collected) for name in names}

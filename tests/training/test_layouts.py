@@ -86,6 +86,7 @@ ADAPTED_LAYOUTS = {
         2,
         [RECOMPUTE % "recompute_num_layers: 1", "rollout.parallel=tp2"],
     ),
+    "pp2-vpp2": (2, []),
     "cp2": (2, []),
     "dp2 distributed optimizer": (2, [DISTRIBUTED]),
 }

@@ -8,17 +8,20 @@ from agrpo_megatron.checkpoint.integrity import digests
 from agrpo_megatron.checkpoint.torch_dist import METADATA
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.parallel import Ranks, gather_objects
-from agrpo_megatron.runs.base import Base, check_base
+from agrpo_megatron.runs.base import Base, check_base, read_base
 from agrpo_megatron.runs.progress import BASE_FILE, RUN_SETTINGS, checkpoint_path
 
 
-def find_base(settings: Settings, ranks: Ranks) -> Base:
-    """Return the base that a run's settings name; called by every rank, which reads a share.
+def find_base(settings: Settings, ranks: Ranks, checkpoint: Path | None) -> Base:
+    """Return the base of a run; called by every rank, which reads a share.
+
+    Args:
+        checkpoint: as `base_path` has it.
 
     Raises:
         ValueError: `model.load` is gone, or holds no weights.
     """
-    path = base_path(settings)
+    path = base_path(settings, checkpoint)
     if path is None:
         return Base(None, settings.run.seed, None)
     names = _weight_files(path)
@@ -29,11 +32,22 @@ def find_base(settings: Settings, ranks: Ranks) -> Base:
     return Base(str(path), settings.run.seed, _digest(found))
 
 
-def base_path(settings: Settings) -> Path | None:
-    """Return the folder of the frozen weights; of a run, its latest checkpoint."""
+def base_path(settings: Settings, checkpoint: Path | None) -> Path | None:
+    """Return the folder of the frozen weights; None: they are random.
+
+    Of a run it is the latest checkpoint. It may have trained on since adapters were saved, so these
+    have the base that they name, as long as it is there.
+
+    Args:
+        checkpoint: of adapters; None: there is none yet.
+    """
     load = settings.model.load
     if load is None:
         return None
+    if checkpoint is not None and (checkpoint / BASE_FILE).exists():
+        named = read_base(checkpoint).load
+        if named is not None and Path(named).is_dir():
+            return Path(named)
     return checkpoint_path(Path(load)) if Path(load, RUN_SETTINGS).exists() else Path(load)
 
 

@@ -21,7 +21,7 @@ from agrpo_megatron.runs.progress import RUN_FILE
 ADAPTERS = "adapters."  # before the names of their tensors, which are PEFT's
 
 
-class Weights(Protocol):
+class Source(Protocol):
     """Whole tensors by their Hugging Face names."""
 
     def part(self, name: str) -> Part:
@@ -74,7 +74,7 @@ class MergedWeights:
         dtype: of all tensors; None: the run's.
     """
 
-    def __init__(self, folder: Path, base: Weights, dtype: torch.dtype | None = None):
+    def __init__(self, folder: Path, base: Source, dtype: torch.dtype | None = None):
         self.folder, self._base, self._adapters = folder, base, AdapterTensors(folder)
         self.model, self._whole = self._adapters.model, self._adapters.whole
         layers = self._adapters.layers

@@ -2,18 +2,21 @@
 
 import hashlib
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.checkpoint.convert import to_hf_directory
+from agrpo_megatron.checkpoint.convert import to_hf_directory, to_peft_directory
 from agrpo_megatron.checkpoint.lora.merged import AdapterTensors
 from agrpo_megatron.checkpoint.start import load_model, load_start_weights
 from agrpo_megatron.checkpoint.weights import MegatronWeights, open_weights
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.megatron.pipeline import forward_rows
+from agrpo_megatron.runs.directory import resolve_run
 from agrpo_megatron.runs.progress import checkpoint_path
 from agrpo_megatron.text.tokenizer import CHARACTERS
 from agrpo_megatron.training.run import train
@@ -22,7 +25,14 @@ from tests.ranks import run_ranks
 from tests.training.test_layouts import FOUR_LAYERS, _write_start
 from tests.training.test_resume import _kill_in_save
 from tests.training.test_run import read
-from tests.training.tiny import open_session, resolved_run, same_metrics, silent_view
+from tests.training.tiny import (
+    HashedReward,
+    open_session,
+    resolved_run,
+    same_metrics,
+    silent_view,
+    tiny,
+)
 
 FOUR = [FOUR_LAYERS, f"tokenizer.path={CHARACTERS}"]
 RUN = [
@@ -50,9 +60,9 @@ def base(tmp_path_factory):
 def _train(run_dir, base, overrides, save=None):
     if save is not None:
         _kill_in_save(*save)
-    world_size = dist.get_world_size()
-    own = [*RUN, f"model.load={base}", *overrides]
-    train(resolved_run(run_dir, *own, world_size=world_size), silent_view())
+    settings = tiny(f"run.dir={run_dir}", *RUN, f"model.load={base}", *overrides)
+    resolved = resolve_run(settings, world_size=dist.get_world_size())
+    train(replace(resolved, task=HashedReward(resolved.task)), silent_view())
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +102,29 @@ def test_a_killed_run_resumes_to_the_same_bits(whole, base, tmp_path):
     assert same_metrics(read(tmp_path / "metrics.jsonl"), read(whole / "metrics.jsonl"))
     ours, theirs = _adapters(tmp_path), _adapters(whole)
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_a_run_resumes_when_its_base_trained_on_and_its_first_adapters_are_gone(whole, tmp_path):
+    """Adapters name the checkpoint that they were trained on, and are not read from PEFT again."""
+    folder, adapters = tmp_path / "base", tmp_path / "peft"
+    longer = [*FOUR, "sft.iterations=2", "checkpoint.interval=1", "checkpoint.keep=9"]
+    to_peft_directory(checkpoint_path(whole), adapters, progress=lambda *_: None)
+    run_ranks(1, _train_all, folder, [*longer, "train.iterations=0"])
+    (folder / "checkpoints" / "latest").write_text("sft-000001")
+    own = [f"lora.load={adapters}"]
+    with pytest.raises(AssertionError, match="killed by signal 9"):
+        run_ranks(1, _train, tmp_path / "run", folder, own, (2, "seal"))
+    (folder / "checkpoints" / "latest").write_text("sft-000002")
+    shutil.rmtree(adapters)
+    run_ranks(1, _train, tmp_path / "run", folder, own)
+    checkpoint = checkpoint_path(tmp_path / "run")
+    assert checkpoint.name == "rl-000004"
+    named = json.loads((checkpoint / "base.json").read_text())
+    assert Path(named["load"]) == folder / "checkpoints" / "sft-000001"
+
+
+def _train_all(run_dir, overrides):
+    train(resolved_run(run_dir, *overrides), silent_view())
 
 
 def test_a_run_resumes_at_another_layout(whole, base, tmp_path):

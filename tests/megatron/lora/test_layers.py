@@ -49,6 +49,23 @@ def test_recomputation_drops_the_same_inputs_again(layout):
     assert without[0]["ratio/max_error"] < 1e-5 < kept[0]["ratio/max_error"]
 
 
+def _ratios(_):
+    """Return the first update's ratio error, by precision and by how rollouts apply adapters."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        for merges in (False, True):
+            own = [f"precision={precision}", f"lora.merge_rollouts={str(merges).lower()}"]
+            found[precision, merges] = _update(own)[0]["ratio/max_error"]
+    return found
+
+
+def test_merged_rollouts_change_the_ratio_by_the_rounding_of_the_weights_and_others_not_at_all():
+    [found] = run_ranks(1, _ratios, None)
+    assert found["fp32", False] == found["bf16", False] == 0
+    assert 0 < found["fp32", True] < 1e-5
+    assert 1e-3 < found["bf16", True] < 1
+
+
 def _kl(_):
     """Return the KL metric by both kinds of reference, and the loss with adapters on."""
     own = [*ADAPTERS, "algorithm.kl_coefficient=0.1", "optimizer.learning_rate=0"]
