@@ -175,6 +175,8 @@ def _rows(directory, phase="rl"):
 
 
 def test_a_comparison_is_interrupted_killed_and_continued(tmp_path, capfd):
+    # A shell starts its background jobs with interrupts ignored, and tests may be one of them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     _fork_server()  # the tool's processes come from the server of the other tests
     (tmp_path / "task.yaml").write_text(MICRO)
     (tmp_path / "broken.py").write_text(BROKEN)
