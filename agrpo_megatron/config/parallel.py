@@ -23,6 +23,8 @@ def layout_text(parallel: ParallelSettings) -> str:
         f"pp{parallel.pipeline}",
         f"vpp{parallel.virtual}" if parallel.virtual > 1 else "",
         f"cp{parallel.context}",
+        f"ep{parallel.expert}" if parallel.expert > 1 else "",
+        f"etp{parallel.expert_tensor}" if parallel.expert_tensor is not None else "",
         f"dp{parallel.data}" if parallel.data is not None else "",
     )
     return "-".join(part for part in parts if part)

@@ -13,6 +13,7 @@ from agrpo_megatron.config.rules_algorithm import validate_algorithm
 from agrpo_megatron.config.rules_blocks import validate_blocks, validate_whole_rows
 from agrpo_megatron.config.rules_lora import validate_lora
 from agrpo_megatron.config.rules_model import divisors, validate_model
+from agrpo_megatron.config.rules_moe import expert_misfit, expert_rank_misfit, validate_experts
 from agrpo_megatron.config.rules_precision import validate_precision
 from agrpo_megatron.config.rules_rollouts import validate_stored_rollouts
 from agrpo_megatron.config.settings import (
@@ -39,6 +40,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         validate_layout(settings.model, settings.parallel, world_size=world_size)
         if settings.rollout.parallel is not None:
             _validate_rollout(settings, world_size)
+    validate_experts(settings)
     validate_precision(settings)
     validate_lora(settings)
     validate_sampling(settings.sampling, "sampling")
@@ -195,15 +197,28 @@ def nearest_layout(
         virtual = min(parallel.virtual, model.num_layers // pipeline) if pipeline > 1 else 1
         near = ParallelSettings(
             tensor=tensor,
-            sequence=parallel.sequence and tensor > 1,
+            sequence=(parallel.sequence or model.moe.experts is not None) and tensor > 1,
             pipeline=pipeline,
             virtual=max(1, virtual),
             context=context,
             data=world_size // (tensor * pipeline * context),
         )
+        near = _with_experts(near, model, parallel.expert, world_size)
         if not _model_misfit(model, near):
             fitting.append(near)
     return min(fitting, key=lambda near: _distance(near, parallel))
+
+
+def _with_experts(
+    near: ParallelSettings, model: ModelSettings, asked: int, world_size: int
+) -> ParallelSettings:
+    """Return the layout with the largest expert parallelism up to the size that was asked for."""
+    found = near
+    for expert in range(2, asked + 1):
+        one = replace(near, expert=expert)
+        if not (expert_misfit(model, one) or expert_rank_misfit(one, world_size)):
+            found = one
+    return found
 
 
 def _distance(near: ParallelSettings, asked: ParallelSettings) -> tuple[Any, ...]:
@@ -233,7 +248,7 @@ def _model_misfit(model: ModelSettings, parallel: ParallelSettings, *, at: str =
     if pipeline * virtual > model.num_layers:
         stages = f"{pipeline} x {at}virtual={virtual} stages" if virtual > 1 else str(pipeline)
         return f"pipeline={stages} is more than model.num_layers={model.num_layers}"
-    return ""
+    return expert_misfit(model, parallel, at=at)
 
 
 def _rank_misfit(parallel: ParallelSettings, world_size: int) -> str:
@@ -247,7 +262,7 @@ def _rank_misfit(parallel: ParallelSettings, world_size: int) -> str:
             ranks = f"the {left} ranks left of the {world_size} that were started"
     if parallel.data not in (None, left):
         return f"data={parallel.data} is not {ranks}"
-    return ""
+    return expert_rank_misfit(parallel, world_size)
 
 
 def _layers_misfit(model: ModelSettings, parallel: ParallelSettings) -> str:

@@ -2,6 +2,7 @@
 
 import math
 
+from agrpo_megatron.config.rules_moe import validate_moe
 from agrpo_megatron.config.settings import ModelSettings
 
 _PLAIN = ModelSettings()  # of plain rotary embeddings
@@ -24,6 +25,7 @@ def validate_model(model: ModelSettings) -> None:
             raise ValueError(f"model.{name}={part} does not divide model.{of}={whole}; use {fix}")
     _check_head(model)
     _check_rope(model)
+    validate_moe(model)
     attention, length = model.attention, model.block_length
     if model.has_blocks and length is None:
         raise ValueError(
@@ -38,7 +40,13 @@ def validate_model(model: ModelSettings) -> None:
 
 
 def _check_head(model: ModelSettings) -> None:
-    """Refuse an odd width of a head, whose numbers rotary embeddings turn in pairs."""
+    """Refuse an odd width of a head, or of its rotated part, whose numbers turn in pairs."""
+    share, width = model.rotary_fraction, model.head_width * model.rotary_fraction
+    if model.head_width % 2 == 0 and (width % 2 or width == 0):
+        raise ValueError(
+            f"model.rotary_fraction={share:g} rotates {width:g} of the {model.head_width} numbers "
+            "of a head, and they turn in pairs; use for example 0.5"
+        )
     if model.head_width % 2 == 0:
         return
     why, head = "is odd, and rotary embeddings turn pairs", model.head_dim

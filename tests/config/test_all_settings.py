@@ -29,6 +29,10 @@ CHANGED: dict[str, Any] = {
     "model.rope_factor": 4.0,
     "model.megatron": {"attention_dropout": 0.1},
     "tokenizer.chat_template": "plain",
+    "model.moe.experts": 4,
+    "model.moe.groups": 2,
+    "model.moe.block_experts": 2,
+    "model.rotary_fraction": 0.5,
     "parallel.virtual": 2,
     "parallel.layers": [3, 1],
     "rollout.parallel": "tp2",
@@ -63,8 +67,26 @@ USUAL = {"an integer": 3, "a number": 0.75, "text": "other", "a list of integers
 USUAL["true or false"] = True
 USUAL |= {"a list of texts": ["--reservation=x"]}
 BY_CONFIDENCE = ["sampling.unmasking=low_confidence"]
+EXPERTS = ["model.moe.experts=4", "model.moe.ffn_hidden_size=16"]
 # What else a setting needs, by its key, or by key=value.
 NEEDS = {
+    **{
+        f"model.moe.{name}": EXPERTS
+        for name in (
+            *("experts", "topk", "ffn_hidden_size", "shared_ffn_hidden_size", "dense_layers"),
+            *("score", "normalise", "scaling_factor"),
+        )
+    },
+    "model.moe.expert_bias": [*EXPERTS, "model.moe.score=sigmoid"],
+    "model.moe.groups": [*EXPERTS, "model.moe.group_topk=2"],
+    "model.moe.group_topk": [*EXPERTS, "model.moe.experts=12", "model.moe.groups=6"],
+    "model.moe.block_experts": [
+        *EXPERTS,
+        "model.attention=block_causal",
+        "model.block_length=4",
+    ],
+    "parallel.expert": EXPERTS,
+    "parallel.expert_tensor": EXPERTS,
     "model.attention": ["model.block_length=4"],
     "model.block_length": ["model.attention=block_causal", "sampling.block_length=6"],
     "model.rope_original_length": ["model.query_scale_beta=0.5"],
@@ -153,7 +175,8 @@ REFUSED = {
     "task.pass_rates=other": "cannot be read",
     "lora.load=other": "is not a directory",
 }
-RANKS = {"parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.data"}
+RANKS = {f"parallel.{n}" for n in ("tensor", "pipeline", "context", "data", "expert")}
+RANKS.add("parallel.expert_tensor")
 
 
 def _others(line):

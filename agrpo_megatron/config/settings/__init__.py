@@ -19,6 +19,7 @@ from agrpo_megatron.config.settings.model import (
     RunSettings,
     TokenizerSettings,
 )
+from agrpo_megatron.config.settings.moe import MoeSettings as MoeSettings
 from agrpo_megatron.config.settings.precision import PRECISIONS, Fp8Settings, KernelSettings
 from agrpo_megatron.config.settings.resilience import LaunchSettings, ResilienceSettings
 from agrpo_megatron.config.settings.training import MODEL_FREE as MODEL_FREE

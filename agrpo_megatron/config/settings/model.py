@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from agrpo_megatron.config.schema import setting
+from agrpo_megatron.config.schema import section, setting
+from agrpo_megatron.config.settings.moe import MoeSettings
 from agrpo_megatron.config.values import MOST_SEED
 
 
@@ -26,7 +27,17 @@ class ModelSettings:
     """The masked-diffusion transformer; named as Megatron-Core names the same things."""
 
     family: str = setting(
-        "llada", "weight-name family", choices=("llada", "dream", "sdar", "nemotron_diffusion")
+        "llada",
+        "weight-name family",
+        choices=(
+            "llada",
+            "dream",
+            "sdar",
+            "nemotron_diffusion",
+            "sdar_moe",
+            "llada_moe",
+            "llada2_moe",
+        ),
     )
     load: str | None = setting(
         None,
@@ -36,6 +47,7 @@ class ModelSettings:
     num_layers: int = setting(4, "transformer layers", low=1)
     hidden_size: int = setting(128, "width of the residual stream", low=1)
     ffn_hidden_size: int = setting(384, "width of the SwiGLU hidden layer", low=1)
+    moe: MoeSettings = section(MoeSettings, "experts in place of the SwiGLU")
     num_attention_heads: int = setting(4, "attention heads", low=1)
     num_query_groups: int | None = setting(None, "key/value heads (GQA); null: one per head", low=1)
     head_dim: int | None = setting(
@@ -46,6 +58,9 @@ class ModelSettings:
     eos_token_id: int | None = setting(None, "end-of-text id; null: the tokenizer's", low=0)
     max_sequence_length: int = setting(4096, "longest row", unit="tokens", low=2)
     rope_theta: float = setting(500000.0, "base of the rotary embedding", low=1)
+    rotary_fraction: float = setting(
+        1.0, "share of a head's numbers that rotate, from the first", low=0.01, high=1
+    )
     rope_factor: float = setting(
         1.0, "YaRN: rows may be so many times longer than rope_original_length; 1: none", low=1
     )
@@ -99,6 +114,16 @@ class ModelSettings:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def rotary_width(self) -> int:
+        """The numbers of a head that rotate, an even count."""
+        return int(self.head_width * self.rotary_fraction)
+
+    @property
+    def moe_layers(self) -> int:
+        """How many layers have experts: all but the first `moe.dense_layers`."""
+        return 0 if self.moe.experts is None else self.num_layers - self.moe.dense_layers
+
+    @property
     def query_width(self) -> int:
         """The width of all queries together, and of the attention's output."""
         return self.head_width * self.num_attention_heads
@@ -137,7 +162,16 @@ class ParallelSettings:
         None, "layers of each (virtual) stage in order; null: even, embedding and head counted"
     )
     context: int = setting(1, "ranks that share each row's tokens", low=1, short="cp")
+    expert: int = setting(1, "ranks that share the experts of a layer", low=1, short="ep")
+    expert_tensor: int | None = setting(
+        None, "tensor-parallel ranks of each expert; null: as `tensor`", low=1, short="etp"
+    )
     data: int | None = setting(None, "data-parallel ranks; null: all remaining", low=1, short="dp")
+
+    @property
+    def expert_split(self) -> int:
+        """Tensor-parallel ranks of each expert."""
+        return self.expert_tensor or self.tensor
 
 
 @dataclass(frozen=True)

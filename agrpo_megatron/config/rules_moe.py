@@ -1,0 +1,154 @@
+"""Rules of mixtures of experts: of the model alone, of its layout, and of the rest of the run."""
+
+from dataclasses import fields
+
+from agrpo_megatron.config.settings import ModelSettings, MoeSettings, ParallelSettings, Settings
+from agrpo_megatron.config.values import text
+
+
+def validate_moe(model: ModelSettings) -> None:
+    """Check that experts have what they need, and that nothing is set without them.
+
+    Raises:
+        ValueError: the first rule broken, with key, value, rule and fix.
+    """
+    moe, default = model.moe, MoeSettings()
+    if moe.experts is None:
+        for field in fields(MoeSettings):
+            value, usual = getattr(moe, field.name), getattr(default, field.name)
+            if value != usual:
+                raise ValueError(
+                    f"model.moe.{field.name}={text(value)} is for experts, and model.moe.experts is "
+                    f"null; set it, or use model.moe.{field.name}={text(usual)}"
+                )
+        return
+    if moe.ffn_hidden_size is None:
+        raise ValueError(
+            f"model.moe.experts={moe.experts} needs model.moe.ffn_hidden_size, the width of one "
+            "expert; use for example 768"
+        )
+    if moe.topk > moe.experts:
+        raise ValueError(
+            f"model.moe.topk={moe.topk} is more than model.moe.experts={moe.experts}; use at most "
+            f"{moe.experts}"
+        )
+    if moe.dense_layers >= model.num_layers:
+        raise ValueError(
+            f"model.moe.dense_layers={moe.dense_layers} leaves none of model.num_layers="
+            f"{model.num_layers} layers for experts; use at most {model.num_layers - 1}"
+        )
+    _check_score(moe)
+    _check_groups(moe)
+    if moe.block_experts is not None:
+        _check_block_experts(model, moe.block_experts)
+
+
+def _check_score(moe: MoeSettings) -> None:
+    if moe.expert_bias and moe.score == "softmax":
+        raise ValueError(
+            "model.moe.expert_bias=true is for independent scores, and model.moe.score=softmax; "
+            "use sigmoid, or model.moe.expert_bias=false"
+        )
+    if moe.scaling_factor == 0:
+        raise ValueError("model.moe.scaling_factor=0 makes every output zero; use 1.0")
+
+
+def _check_groups(moe: MoeSettings) -> None:
+    """Check that groups split the experts, and that a token's groups hold its experts."""
+    groups, chosen, experts = moe.groups, moe.group_topk, moe.experts
+    assert experts is not None
+    if (groups is None) != (chosen is None):
+        name, lacks = ("group_topk", "groups") if groups is None else ("groups", "group_topk")
+        raise ValueError(
+            f"model.moe.{name}={getattr(moe, name)} needs model.moe.{lacks}; set both, or neither"
+        )
+    if groups is None or chosen is None:
+        return
+    if experts % groups or experts // groups < 2:
+        raise ValueError(
+            f"model.moe.groups={groups} does not split model.moe.experts={experts} into groups of "
+            "two or more; use a divisor of at most half"
+        )
+    if chosen > groups or chosen * (experts // groups) < moe.topk:
+        raise ValueError(
+            f"model.moe.group_topk={chosen} of model.moe.groups={groups} must be at most all groups "
+            f"and hold model.moe.topk={moe.topk} experts; use {groups}"
+        )
+
+
+def _check_block_experts(model: ModelSettings, admitted: int) -> None:
+    moe = model.moe
+    assert moe.experts is not None
+    if not moe.topk <= admitted <= moe.experts:
+        raise ValueError(
+            f"model.moe.block_experts={admitted} must be from model.moe.topk={moe.topk} to "
+            f"model.moe.experts={moe.experts}; use {moe.experts}, or null"
+        )
+    if not model.has_blocks:
+        raise ValueError(
+            f"model.moe.block_experts={admitted} is of a block's tokens, and model.attention=full "
+            "has no blocks; use null, or model.attention=block_causal"
+        )
+    if moe.groups is not None:
+        raise ValueError(
+            f"model.moe.block_experts={admitted} and model.moe.groups={moe.groups} both restrict "
+            "the choice; use null for one of them"
+        )
+
+
+def expert_misfit(model: ModelSettings, parallel: ParallelSettings, *, at: str = "") -> str:
+    """Return the broken rule between experts and layout, after its key's prefix; empty if none."""
+    moe, expert, split = model.moe, parallel.expert, parallel.expert_split
+    if moe.experts is None or moe.ffn_hidden_size is None:
+        if expert > 1:
+            return f"expert={expert} shares experts, and model.moe.experts is null"
+        if parallel.expert_tensor is not None:
+            return f"expert_tensor={split} splits experts, and model.moe.experts is null"
+        return ""
+    if moe.experts % expert:
+        return f"expert={expert} does not divide model.moe.experts={moe.experts}"
+    if moe.ffn_hidden_size % split:
+        name = "tensor" if parallel.expert_tensor is None else "expert_tensor"
+        return f"{name}={split} does not divide model.moe.ffn_hidden_size={moe.ffn_hidden_size}"
+    shared = moe.shared_ffn_hidden_size
+    if shared is not None and shared % parallel.tensor:
+        return f"tensor={parallel.tensor} does not divide model.moe.shared_ffn_hidden_size={shared}"
+    if parallel.tensor > 1 and not parallel.sequence:
+        return (
+            f"sequence=false with {at}tensor={parallel.tensor}: Megatron's experts need sequence "
+            "parallelism next to tensor parallelism (sp)"
+        )
+    if expert > 1 and parallel.virtual > 1:
+        return (
+            f"expert={expert} with {at}virtual={parallel.virtual}: ranks of different replicas "
+            "would meet in different layers"
+        )
+    return ""
+
+
+def expert_rank_misfit(parallel: ParallelSettings, world_size: int) -> str:
+    """Return the broken rule between expert parallelism and the ranks; empty if none."""
+    ranks = world_size // parallel.pipeline
+    size = parallel.expert * parallel.expert_split
+    if ranks % size:
+        return (
+            f"expert={parallel.expert} times expert_tensor={parallel.expert_split} does not divide "
+            f"the {ranks} ranks of a pipeline stage"
+        )
+    return ""
+
+
+def validate_experts(settings: Settings) -> None:
+    """Check that the rest of the run fits experts.
+
+    Raises:
+        ValueError: the first rule broken, with key, value, rule and fix.
+    """
+    if settings.model.moe.experts is None:
+        return
+    refused = {
+        "kernels.cuda_graphs": (settings.kernels.cuda_graphs, "the counts of an expert's tokens"),
+    }
+    for key, (value, why) in refused.items():
+        if value:
+            raise ValueError(f"{key}={text(value)}: {why} change from forward to forward; use false")
