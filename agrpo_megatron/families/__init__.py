@@ -56,7 +56,7 @@ def settings_from_hf(
 
 def _family_of(config: Mapping[str, Any]) -> Family | None:
     kind = str(config.get("model_type")).lower()  # Dream's has a capital letter
-    if kind == LLADA.name and config.get("num_experts") is not None:
+    if kind == LLADA.name and "num_experts" in config and "d_model" not in config:
         return LLADA_MOE  # published with the type of LLaDA-8B
     return _BY_TYPE.get(kind)
 
