@@ -1,9 +1,10 @@
 """Lines of checks against golden numbers, and the model they are computed with."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,15 +54,23 @@ def largest(error: float, device: torch.device) -> float:
     return float(top)
 
 
-def settings_at(model: Path, parallel: str, *, token_budget: int) -> Settings:
+def settings_at(
+    model: Path, parallel: str, *, token_budget: int, lacking: Mapping[str, Any] | None = None
+) -> Settings:
     """Return checked settings for a checkpoint in Hugging Face format, as published code runs it.
+
+    Args:
+        lacking: keys that a config.json without them has.
 
     Raises:
         ValueError: the folder holds no such model, or the layout does not fit.
     """
     parts = from_text(ParallelSettings, parallel, key="--parallel")
     layout = build(ParallelSettings, parts, "--parallel ")
-    settings = Settings(model=settings_from_hf(model), parallel=layout)
+    found = settings_from_hf(model, lacking)
+    if found.moe.experts is not None and layout.tensor > 1:
+        layout = replace(layout, sequence=True)  # no other layout of experts has tensor parallelism
+    settings = Settings(model=found, parallel=layout)
     block = settings.model.block_length or settings.sampling.block_length
     settings = replace(
         settings,

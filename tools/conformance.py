@@ -46,7 +46,13 @@ from checks import (  # noqa: E402 - of this folder
     settings_at,
 )
 from golden import LogprobCase, below, logit_cases, sampler_cases  # noqa: E402 - of this folder
-from golden_blocks import block_logit_cases, decode_cases, tracerl_cases  # noqa: E402
+from golden_blocks import (  # noqa: E402
+    block_logit_cases,
+    decode_cases,
+    ids_and_block,
+    tracerl_cases,
+)
+from golden_experts import difference, mine, router_cases, watched  # noqa: E402
 
 LOGITS, LOSS, GRADIENT = 1e-5, 1e-5, 1e-4
 
@@ -187,7 +193,23 @@ def check_agrpo(golden: Golden) -> Iterator[Check]:
         yield Check(f"agrpo {number} gradients", errors[worst], GRADIENT, detail)
 
 
-CHECKS = (check_logits, check_logprobs, check_sampler, check_agrpo)
+def check_routers(golden: Golden) -> Iterator[Check]:
+    """Compare what routers choose, with which weights, and the outputs of layers of experts."""
+    block = golden.settings.model.block_length
+    for case in router_cases(golden.tensors, block):
+        rows = pack(case.canvas, case.lengths, case.canvas >= 0, patterns=case.patterns)
+        with watched(golden.network) as seen:
+            forward_rows(golden.network, [rows], lambda _, logits: None)
+        ours = seen.get(case.layer)
+        wrong = 0 if ours is None else int((ours.chosen != mine(case.chosen, ours)).sum())
+        count = f"{len(case.chosen)} tokens"
+        yield Check(f"{case.name} experts", wrong, 0, count)
+        for name, expected in case.values.items():
+            error = 0.0 if ours is None else difference(ours.values[name], mine(expected, ours))
+            yield Check(f"{case.name} {name}", error, LOGITS, count)
+
+
+CHECKS = (check_logits, check_routers, check_logprobs, check_sampler, check_agrpo)
 
 
 def _published(case: dict) -> tuple[SamplingSettings, AlgorithmSettings]:
@@ -250,7 +272,8 @@ def _open(directory: Path, parallel: str) -> Golden:
         tensors = load_file(directory / "golden.safetensors")
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory}: not a conformance directory: {error}") from None
-    settings = settings_at(directory / "hf", parallel, token_budget=512)
+    lacking = ids_and_block(cases)
+    settings = settings_at(directory / "hf", parallel, token_budget=512, lacking=lacking)
     ranks = start_ranks(settings)
     engine = open_engine(settings, ranks, directory / "hf")
     there = {name: tensor.to(ranks.device) for name, tensor in tensors.items()}

@@ -19,23 +19,33 @@ UNMASKING = {
 RANKED_BEFORE = ("dare", "bd3")
 
 
+def ids_and_block(cases: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys that a published config.json may lack."""
+    mask = cases.get("tokens", {}).get("mask_token_id")
+    blocks = [case["block_length"] for case in cases.get("decode", [])]
+    block = cases.get("block_length", blocks[0] if blocks else None)
+    found = {"mask_token_id": mask, "block_size": block}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def block_logit_cases(tensors: dict[str, Tensor], block: int) -> Iterator[LogitCase]:
     """Yield whole rows, and clean rows with a partially masked copy, alone and of a packed row."""
-    if whole := below(tensors, "logits."):
-        ids = whole["input_ids"]
-        count, length = ids.shape
-        yield LogitCase(
-            "logits",
-            ids,
-            torch.full((count,), length),
-            torch.ones_like(ids, dtype=torch.bool),
-            whole["logits"].flatten(0, 1),
-            shift=False,
-            patterns=[block_causal(length, block)] * count,
-        )
-    if doubled := below(tensors, "train."):
-        rows = zip(doubled["clean_ids"], doubled["noisy_ids"], strict=True)
-        yield _doubled("train", list(rows), doubled["logits_noisy"].flatten(0, 1), block)
+    whole = below(tensors, "logits.")
+    ids = whole["input_ids"]
+    count, length = ids.shape
+    lengths, scored = torch.full((count,), length), torch.ones_like(ids, dtype=torch.bool)
+    found = {"logits": (whole.get("logits"), block)}
+    found |= {
+        name: (tensors.get(f"{name}.logits"), n) for name, n in (("full", length), ("block", block))
+    }
+    for name, (logits, each) in found.items():
+        if logits is not None:
+            patterns, flat = [block_causal(length, each)] * count, logits.flatten(0, 1)
+            yield LogitCase(name, ids, lengths, scored, flat, shift=False, patterns=patterns)
+    for group, key in (("train", "ids"), ("bdtrain", "input_ids")):
+        if doubled := below(tensors, f"{group}."):
+            rows = zip(doubled[f"clean_{key}"], doubled[f"noisy_{key}"], strict=True)
+            yield _doubled(group, list(rows), doubled["logits_noisy"].flatten(0, 1), block)
     if packed := below(tensors, "packed."):
         starts = (packed["position_ids_in"][0] == 0).nonzero()[:, 0].tolist()
         bounds = [*_sample_starts(starts), packed["clean_ids"].shape[1]]

@@ -18,8 +18,8 @@ def validate_moe(model: ModelSettings) -> None:
             value, usual = getattr(moe, field.name), getattr(default, field.name)
             if value != usual:
                 raise ValueError(
-                    f"model.moe.{field.name}={text(value)} is for experts, and model.moe.experts is "
-                    f"null; set it, or use model.moe.{field.name}={text(usual)}"
+                    f"model.moe.{field.name}={text(value)} is for experts, and model.moe.experts "
+                    f"is null; set it, or use model.moe.{field.name}={text(usual)}"
                 )
         return
     if moe.ffn_hidden_size is None:
@@ -71,8 +71,8 @@ def _check_groups(moe: MoeSettings) -> None:
         )
     if chosen > groups or chosen * (experts // groups) < moe.topk:
         raise ValueError(
-            f"model.moe.group_topk={chosen} of model.moe.groups={groups} must be at most all groups "
-            f"and hold model.moe.topk={moe.topk} experts; use {groups}"
+            f"model.moe.group_topk={chosen} must be at most model.moe.groups={groups}, and hold "
+            f"model.moe.topk={moe.topk} experts; use {groups}"
         )
 
 
@@ -84,10 +84,10 @@ def _check_block_experts(model: ModelSettings, admitted: int) -> None:
             f"model.moe.block_experts={admitted} must be from model.moe.topk={moe.topk} to "
             f"model.moe.experts={moe.experts}; use {moe.experts}, or null"
         )
-    if not model.has_blocks:
+    if model.attention != "block_causal":
         raise ValueError(
-            f"model.moe.block_experts={admitted} is of a block's tokens, and model.attention=full "
-            "has no blocks; use null, or model.attention=block_causal"
+            f"model.moe.block_experts={admitted} is of the tokens of a block, and model.attention="
+            f"{model.attention}; use null, or model.attention=block_causal"
         )
     if moe.groups is not None:
         raise ValueError(
@@ -146,9 +146,8 @@ def validate_experts(settings: Settings) -> None:
     """
     if settings.model.moe.experts is None:
         return
-    refused = {
-        "kernels.cuda_graphs": (settings.kernels.cuda_graphs, "the counts of an expert's tokens"),
-    }
-    for key, (value, why) in refused.items():
-        if value:
-            raise ValueError(f"{key}={text(value)}: {why} change from forward to forward; use false")
+    if settings.kernels.cuda_graphs:
+        raise ValueError(
+            "kernels.cuda_graphs=true repeats the shapes of one forward pass, and the counts of an "
+            "expert's tokens change; use false"
+        )

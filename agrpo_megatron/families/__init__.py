@@ -3,34 +3,44 @@
 A family is one file with `FAMILY`, a `Family` record. `FAMILIES` has them by name.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.config_json import CONFIG, GENERATION, check_ids, read_object, shown
 from agrpo_megatron.families.dream import FAMILY as DREAM
 from agrpo_megatron.families.llada import FAMILY as LLADA
+from agrpo_megatron.families.llada2_moe import FAMILY as LLADA2_MOE
+from agrpo_megatron.families.llada_moe import FAMILY as LLADA_MOE
 from agrpo_megatron.families.nemotron_diffusion import FAMILY as NEMOTRON
 from agrpo_megatron.families.sdar import FAMILY as SDAR
+from agrpo_megatron.families.sdar import FAMILY_MOE as SDAR_MOE
 from agrpo_megatron.families.tensors import Family, Shapes, WeightMapping, expand, part_shapes
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM, SDAR, NEMOTRON)}
+_ALL = (LLADA, DREAM, SDAR, NEMOTRON, SDAR_MOE, LLADA_MOE, LLADA2_MOE)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 _BY_TYPE = {family.model_type or family.name: family for family in FAMILIES.values()}
 
 
-def settings_from_hf(directory: str | Path) -> ModelSettings:
+def settings_from_hf(
+    directory: str | Path, lacking: Mapping[str, Any] | None = None
+) -> ModelSettings:
     """Read the model settings of a Hugging Face directory; the weights stay closed.
+
+    Args:
+        lacking: keys that a config.json without them has.
 
     Raises:
         ValueError: config.json is missing, of an unknown family, has a key that the family lacks,
             or disagrees with generation_config.json.
     """
     path = Path(directory) / CONFIG
-    config = read_object(path)
-    kind = config.get("model_type")
-    family = _BY_TYPE.get(str(kind).lower())  # Dream's has a capital letter
+    config = {**(lacking or {}), **read_object(path)}
+    family = _family_of(config)
     if family is None:
         known = f"known families are {', '.join(_BY_TYPE)}"
-        raise ValueError(f"{path}: {shown('model_type', kind)}; {known}")
+        raise ValueError(f"{path}: {shown('model_type', config.get('model_type'))}; {known}")
     try:
         model = family.settings(config)
     except ValueError as error:
@@ -42,9 +52,16 @@ def settings_from_hf(directory: str | Path) -> ModelSettings:
     return model
 
 
+def _family_of(config: Mapping[str, Any]) -> Family | None:
+    kind = str(config.get("model_type")).lower()  # Dream's has a capital letter
+    if kind == LLADA.name and config.get("num_experts") is not None:
+        return LLADA_MOE  # published with the type of LLaDA-8B
+    return _BY_TYPE.get(kind)
+
+
 def weight_mappings(model: ModelSettings) -> list[WeightMapping]:
     """Return one mapping for each Megatron parameter of the whole model."""
-    return expand(FAMILIES[model.family].mappings(model), model.num_layers)
+    return expand(FAMILIES[model.family].mappings(model), model)
 
 
 def hf_shapes(model: ModelSettings) -> Shapes:

@@ -9,7 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.tensors import PLAIN_ROPE, STANDARD, Family, standard_names
+from agrpo_megatron.families.tensors import (
+    NO_EXPERTS,
+    PLAIN_ROPE,
+    STANDARD,
+    Family,
+    standard_names,
+)
 
 _REQUIRED = {
     "hidden_act": "silu",
@@ -31,7 +37,8 @@ _OTHERS = frozenset(("max_window_layers", "sliding_window"))
 
 
 # Query, key and value always have biases, the output projection has none.
-_FIXED = {"qkv_bias": True, "qk_norm": False, "shift": True, "attention": "full", **PLAIN_ROPE}
+_FIXED = {"qkv_bias": True, "qk_norm": False, "shift": True, "attention": "full"}
+_FIXED |= {**NO_EXPERTS, **PLAIN_ROPE}
 
 
 def _other_settings(_config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:

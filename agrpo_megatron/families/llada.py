@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.tensors import PLAIN_ROPE, Family
+from agrpo_megatron.families.tensors import NO_EXPERTS, PLAIN_ROPE, Family
 
 _REQUIRED = {
     "alibi": False,
@@ -50,7 +50,7 @@ init_fn init_std precision tie_word_embeddings train_max_sequence_length
 """
 _OTHERS = frozenset((*_SIZES, "include_qkv_bias", *_HARMLESS.split()))
 
-_FIXED = {"qk_norm": False, "shift": False, "attention": "full", **PLAIN_ROPE}
+_FIXED = {"qk_norm": False, "shift": False, "attention": "full", **NO_EXPERTS, **PLAIN_ROPE}
 
 
 def _other_settings(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:

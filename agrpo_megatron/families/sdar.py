@@ -1,4 +1,6 @@
-"""SDAR (1.7B, 4B, 8B) and TraDo: Qwen3's shapes, attention by blocks, no shift, untied head.
+"""SDAR and TraDo: Qwen3's shapes, attention by blocks, no shift, untied head.
+
+`sdar` has 1.7B, 4B and 8B parameters; `sdar_moe`, SDAR-30B-A3B, has experts in every layer.
 
 Source: config.json, model.safetensors.index.json and the modelling code of JetAstra/SDAR.
 """
@@ -7,7 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.tensors import PLAIN_ROPE, STANDARD, Family, standard_names
+from agrpo_megatron.families.tensors import (
+    NO_EXPERTS,
+    PLAIN_ROPE,
+    STANDARD,
+    Family,
+    known_mask,
+    standard_names,
+)
 
 # Of a config.json that lacks them, as the published ones do.
 # Source: the tables of block diffusion models in SGLang and LMDeploy.
@@ -40,16 +49,27 @@ micro_forward skip_checkpoint use_deepep
 _FIXED = {"qkv_bias": False, "qk_norm": True, "shift": False, "attention": "block_causal"}
 _FIXED |= PLAIN_ROPE
 
+_MOE_REQUIRED = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+_MOE_KEYS = {
+    "moe.experts": "num_experts",
+    "moe.topk": "num_experts_per_tok",
+    "moe.ffn_hidden_size": "moe_intermediate_size",
+    "moe.normalise": "norm_topk_prob",
+}
+_MOE_FIXED = {
+    "moe.dense_layers": 0,
+    "moe.shared_ffn_hidden_size": None,
+    "moe.score": "softmax",
+    "moe.scaling_factor": 1.0,
+    "moe.expert_bias": False,
+    "moe.groups": None,
+    "moe.block_experts": None,
+}
+
 
 def _other_settings(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    rows, mask = config["vocab_size"], config.get("mask_token_id", MASK)
-    if "mask_token_id" not in config and type(rows) is int and rows <= MASK:
-        raise ValueError(
-            f"mask_token_id is missing, and vocab_size={rows} has no row for the published {MASK}; "
-            "add mask_token_id and block_size"
-        )
     return {
-        "mask_token_id": ("mask_token_id", mask),
+        "mask_token_id": known_mask(config, MASK, "mask_token_id and block_size"),
         "block_length": ("block_size", config.get("block_size", BLOCK_SIZE)),
     }
 
@@ -68,7 +88,29 @@ def _other_keys(model: ModelSettings) -> dict[str, Any]:
     }
 
 
+def _moe_keys(model: ModelSettings) -> dict[str, Any]:
+    own = {"architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe"}
+    return {**_other_keys(model), **own, "output_router_logits": False}
+
+
 _OTHERS = frozenset(_OTHER_KEYS.split())
 FAMILY = Family(
-    "sdar", _REQUIRED, _KEYS, _other_settings, _other_keys, standard_names, _OTHERS, _FIXED
+    "sdar",
+    _REQUIRED,
+    _KEYS,
+    _other_settings,
+    _other_keys,
+    standard_names,
+    _OTHERS,
+    _FIXED | NO_EXPERTS,
+)
+FAMILY_MOE = Family(
+    "sdar_moe",
+    _REQUIRED | _MOE_REQUIRED,
+    _KEYS | _MOE_KEYS,
+    _other_settings,
+    _moe_keys,
+    standard_names,
+    _OTHERS | {"output_router_logits", "router_aux_loss_coef"},  # only about a loss
+    _FIXED | _MOE_FIXED,
 )

@@ -1,8 +1,9 @@
 """How a family is described: settings, the tensors of each Megatron parameter, their shapes."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from agrpo_megatron.config.rules_model import validate_model
@@ -36,9 +37,13 @@ STANDARD = {
     "num_query_groups": "num_key_value_heads",
     "max_sequence_length": "max_position_embeddings",
 }
-# Settings of a family whose modelling code has plain rotary embeddings.
-PLAIN_ROPE = {"rope_factor": 1.0, "rope_attention_factor": 1.0, "query_scale_beta": 0.0}
+# Settings of a family whose modelling code has plain rotary embeddings; of one without experts.
+UNSCALED_ROPE = {"rope_factor": 1.0, "rope_attention_factor": 1.0, "query_scale_beta": 0.0}
+PLAIN_ROPE = {**UNSCALED_ROPE, "rotary_fraction": 1.0}
+NO_EXPERTS = {"moe.experts": None}
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+# Experts as Megatron's loop of experts names them, with their numbers in the whole layer.
+EXPERT = re.compile(r"(.+\.mlp\.experts\.)local_experts\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,14 @@ class WeightMapping:
     @property
     def transform(self) -> str:
         """Return the transform's name: how the parts are laid out and split over ranks."""
-        return TRANSFORMS.get(self.module, "copy")
+        found = TRANSFORMS.get(self.module, "copy")
+        return "fused_qkv" if found == "qkv" and len(self.parts) == 1 else found
+
+    @property
+    def expert(self) -> int | None:
+        """Return the number of the expert that holds the parameter; None: no expert does."""
+        found = EXPERT.match(self.megatron)
+        return int(found[2]) if found else None
 
 
 @dataclass(frozen=True)
@@ -92,15 +104,16 @@ class Family:
             raise ValueError(f"{missing}; the {self.name} family needs it") from None
         values: dict[str, Any] = {"family": self.name, **self.fixed}
         for ours, (theirs, value) in found.items():
-            values[ours] = getattr(build(ModelSettings, {ours: value}, f"{theirs} as model."), ours)
-        model = ModelSettings(**values)
+            built = build(ModelSettings, _tree({ours: value}), f"{theirs} as model.")
+            values[ours] = attrgetter(ours)(built)
+        model = replace(build(ModelSettings, _tree(values)))  # nobody wrote it
         validate_model(model)
         self._check_others(given, model)
         return model
 
     def _check_others(self, given: Mapping[str, Any], model: ModelSettings) -> None:
         """Check the keys that give no setting."""
-        wanted = {theirs: getattr(model, ours) for ours, theirs in STANDARD.items()}
+        wanted = _by_their_keys(model, STANDARD)
         wanted["head_dim"] = model.head_width
         wanted["rope_parameters"] = {"rope_theta": model.rope_theta, "rope_type": "default"}
         wanted |= {**dict.fromkeys(OFF, False), **self.required}
@@ -119,7 +132,7 @@ class Family:
             ValueError: the modelling code does not support this model.
         """
         for ours, value in self.fixed.items():
-            if (found := getattr(model, ours)) != value:
+            if (found := attrgetter(ours)(model)) != value:
                 said = f"model.{ours}={text(found)}: the {self.name} family's modelling code needs "
                 raise ValueError(said + text(value))
         if "head_dim" not in self.keys and model.query_width != model.hidden_size:
@@ -127,8 +140,24 @@ class Family:
                 f"model.head_dim={model.head_dim}: the {self.name} family's modelling code needs "
                 "null, hidden_size / num_attention_heads"
             )
-        same = {theirs: getattr(model, ours) for ours, theirs in self.keys.items()}
+        same = _by_their_keys(model, self.keys)
         return {**self.required, **same, **self.other_keys(model)}
+
+
+def _tree(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested mappings of values by dotted name."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, key = name.split(".")
+        node = tree
+        for part in sections:
+            node = node.setdefault(part, {})
+        node[key] = value
+    return tree
+
+
+def _by_their_keys(model: ModelSettings, keys: Mapping[str, str]) -> dict[str, Any]:
+    return {theirs: attrgetter(ours)(model) for ours, theirs in keys.items()}
 
 
 def standard_names(model: ModelSettings) -> dict[str, tuple[str, ...]]:
@@ -145,11 +174,7 @@ def standard_names(model: ModelSettings) -> dict[str, tuple[str, ...]]:
         layer + "self_attention.linear_proj.weight": (block + "self_attn.o_proj.weight",),
         # The norm after the attention and before the MLP.
         layer + "pre_mlp_layernorm.weight": (block + "post_attention_layernorm.weight",),
-        layer + "mlp.linear_fc1.weight": (
-            block + "mlp.gate_proj.weight",
-            block + "mlp.up_proj.weight",
-        ),
-        layer + "mlp.linear_fc2.weight": (block + "mlp.down_proj.weight",),
+        **mlp_names(model, block),
         "decoder.final_layernorm.weight": ("model.norm.weight",),
         "output_layer.weight": ("lm_head.weight",),
     }
@@ -163,20 +188,78 @@ def standard_names(model: ModelSettings) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def expand(names: Mapping[str, tuple[str, ...]], num_layers: int) -> list[WeightMapping]:
-    """Return one mapping per parameter: names with `{i}` once per layer."""
+def known_mask(config: Mapping[str, Any], mask: int, fix: str) -> tuple[str, Any]:
+    """Return the key and the value of a mask token that published files of a family lack.
+
+    Raises:
+        ValueError: the embedding has no row for the published one.
+    """
+    rows = config["vocab_size"]
+    if "mask_token_id" not in config and type(rows) is int and rows <= mask:
+        raise ValueError(
+            f"mask_token_id is missing, and vocab_size={rows} has no row for the published {mask}; "
+            f"add {fix}"
+        )
+    return "mask_token_id", config.get("mask_token_id", mask)
+
+
+def mlp_names(
+    model: ModelSettings, block: str, *, shared: str = "mlp.shared_experts."
+) -> dict[str, tuple[str, ...]]:
+    """Return the tensors of SwiGLUs and experts as transformers' own code names them.
+
+    Args:
+        block: their prefix of a layer.
+        shared: their name of the shared experts.
+    """
+
+    def swiglu(ours: str, theirs: str) -> dict[str, tuple[str, ...]]:
+        parts = [f"{block}{theirs}{part}_proj.weight" for part in ("gate", "up", "down")]
+        prefix = f"decoder.layers.{{i}}.mlp.{ours}"
+        return {
+            prefix + "linear_fc1.weight": (parts[0], parts[1]),
+            prefix + "linear_fc2.weight": (parts[2],),
+        }
+
+    moe, router = model.moe, "decoder.layers.{i}.mlp.router."
+    names = swiglu("", "mlp.") if model.moe_layers < model.num_layers else {}
+    if moe.experts is None:
+        return names
+    names[router + "weight"] = (block + "mlp.gate.weight",)
+    if moe.expert_bias:
+        names[router + "expert_bias"] = (block + "mlp.gate.expert_bias",)
+    if moe.shared_ffn_hidden_size is not None:
+        names |= swiglu("shared_experts.", shared)
+    return names | swiglu("experts.local_experts.{e}.", "mlp.experts.{e}.")
+
+
+def expand(names: Mapping[str, tuple[str, ...]], model: ModelSettings) -> list[WeightMapping]:
+    """Return one mapping per parameter: names with `{i}` once per layer, `{e}` once per expert."""
+    experts = range(model.moe.experts or 0)
     return [
         WeightMapping(
-            megatron.replace("{i}", str(i)), tuple(part.replace("{i}", str(i)) for part in parts)
+            megatron.replace("{i}", str(i)).replace("{e}", str(e)),
+            tuple(part.replace("{i}", str(i)).replace("{e}", str(e)) for part in parts),
         )
         for megatron, parts in names.items()
-        for i in range(num_layers if "{i}" in megatron else 1)
+        for i in _layers_with(megatron, model)
+        for e in (experts if "{e}" in megatron else [0])
     ]
+
+
+def _layers_with(megatron: str, model: ModelSettings) -> Iterable[int]:
+    """Return the layers that have a parameter."""
+    dense = model.num_layers - model.moe_layers
+    if "{i}" not in megatron:
+        return [0]
+    if any(part in megatron for part in (".router.", "experts.")):
+        return range(dense, model.num_layers)
+    return range(dense if ".mlp.linear_fc" in megatron else model.num_layers)
 
 
 def part_shapes(mappings: Sequence[WeightMapping], model: ModelSettings) -> Shapes:
     """Return the shape of every Hugging Face tensor of some mappings."""
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    hidden, moe = model.hidden_size, model.moe
     queries, keys, head = model.query_width, model.key_width, model.head_width
     assert model.vocab_size is not None
     vocab = (model.vocab_size, hidden)
@@ -185,18 +268,33 @@ def part_shapes(mappings: Sequence[WeightMapping], model: ModelSettings) -> Shap
         "output_layer": [vocab],
         "linear_qkv": [(queries, hidden), (keys, hidden), (keys, hidden)],
         "linear_proj": [(hidden, queries)],
-        "linear_fc1": [(ffn, hidden), (ffn, hidden)],
-        "linear_fc2": [(hidden, ffn)],
         "q_layernorm": [(head,)],
         "k_layernorm": [(head,)],
+        "router": [(moe.experts or 0, hidden)],
     }
     result: Shapes = {}
     for mapping in mappings:
         found = shapes.get(mapping.module, [(hidden,)])
+        if mapping.module.startswith("linear_fc"):
+            ffn = _ffn_width(mapping, model)
+            found = [(ffn, hidden)] * 2 if mapping.module == "linear_fc1" else [(hidden, ffn)]
+        if mapping.transform == "fused_qkv":
+            found = [(queries + 2 * keys, hidden)]
         if mapping.megatron.endswith("bias"):
             found = [shape[:1] for shape in found]
         result.update(zip(mapping.parts, found, strict=True))
     return result
+
+
+def _ffn_width(mapping: WeightMapping, model: ModelSettings) -> int:
+    """Return the hidden width of the SwiGLU that holds a parameter."""
+    width: int | None = model.ffn_hidden_size
+    if ".shared_experts." in mapping.megatron:
+        width = model.moe.shared_ffn_hidden_size
+    elif mapping.expert is not None:
+        width = model.moe.ffn_hidden_size
+    assert width is not None
+    return width
 
 
 def megatron_shape(mapping: WeightMapping, shapes: Shapes) -> tuple[int, ...]:

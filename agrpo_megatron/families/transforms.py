@@ -4,6 +4,7 @@ copy     the same on every rank
 row      split along the columns of the matrix (its inputs)
 vocab    split along the vocabulary, padded to an even split
 qkv      for each query group its queries, its key, its value; split by groups
+         (fused_qkv: from one tensor of all queries, all keys, all values)
 gate_up  gate above up on every rank, both split along their rows
 """
 
@@ -49,6 +50,9 @@ def to_megatron(
 ) -> Tensor:
     """Join whole Hugging Face tensors into this rank's shard of a Megatron parameter."""
     part = parts[0]
+    if transform == "fused_qkv":
+        sizes = [model.query_width, model.key_width, model.key_width]
+        return _interleave(part[:].split(sizes), model, split)
     if transform == "qkv":
         return _interleave(parts, model, split)
     if transform == "gate_up":
@@ -62,8 +66,9 @@ def to_megatron(
 
 def from_megatron(shards: list[Tensor], transform: str, model: ModelSettings) -> list[Tensor]:
     """Invert `to_megatron`, given the shards of all ranks in order."""
-    if transform == "qkv":
-        return _separate(torch.cat(shards), model)
+    if transform in ("qkv", "fused_qkv"):
+        parts = _separate(torch.cat(shards), model)
+        return [torch.cat(parts)] if transform == "fused_qkv" else parts
     if transform == "gate_up":
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([half[part] for half in halves]) for part in range(2)]

@@ -3,10 +3,10 @@
 Parameters have GPTModel's names, so other Megatron tools can read the checkpoints.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial, wraps
-from typing import Any, Concatenate
+from typing import Concatenate
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +14,24 @@ from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from agrpo_megatron.config.parallel import padded_vocab, stage_layers
-from agrpo_megatron.config.settings import ModelSettings, ParallelSettings, Settings
+from agrpo_megatron.config.settings import (
+    ModelSettings,
+    MoeSettings,
+    Settings,
+)
 from agrpo_megatron.hardware.kernels import kernels_for
+from agrpo_megatron.megatron.layers.config import transformer_config
 from agrpo_megatron.megatron.layers.context import padded_rows, part_of, scored_slices
 from agrpo_megatron.megatron.layers.local import local_spec
 from agrpo_megatron.megatron.layers.packed import PackedLayout, packed_layout, rotary_angles
 from agrpo_megatron.megatron.layers.rotary import query_scale, yarn_of
+from agrpo_megatron.megatron.layers.router import Blocks, ExpertRouter, block_ids
 from agrpo_megatron.megatron.parallel import Ranks
-from agrpo_megatron.megatron.precision import kernel_values
-from agrpo_megatron.megatron.records import megatron_record
 from agrpo_megatron.types import PackedRows
 
 # A matrix of fewer rows takes another CPU kernel, which sums in another order: a token's logits
@@ -125,6 +128,13 @@ class MaskedDiffusionModel(LanguageModule):
                 tp_group=groups.tp,
             )
         self.setup_embeddings_and_output_layer()
+        self.routers = [each for each in self.modules() if isinstance(each, ExpertRouter)]
+
+    @property
+    def first_expert(self) -> int:
+        """The number of this rank's first expert in every layer of experts."""
+        ranks = self.ranks.expert
+        return (self.settings.moe.experts or 0) // ranks.size * ranks.rank
 
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
         """Receive the hidden states of the previous stage; called by Megatron's schedule."""
@@ -133,11 +143,11 @@ class MaskedDiffusionModel(LanguageModule):
         self.decoder.set_input_tensor(input_tensor)  # type: ignore[arg-type]
 
     def angles(self, positions: Tensor) -> Tensor:
-        """Return the rotary angles of positions [T], [T, 1, head_dim] float32."""
+        """Return the rotary angles of positions [T], [T, 1, rotated width] float32."""
         model = self.settings
         return rotary_angles(
             positions,
-            head_dim=model.head_width,
+            head_dim=model.rotary_width,
             rope_theta=model.rope_theta,
             yarn=yarn_of(model),
         )
@@ -179,7 +189,19 @@ class MaskedDiffusionModel(LanguageModule):
         hidden = self.embedding(tokens[None], None) if self.pre_process else None
         if hidden is not None and torch.is_grad_enabled() and not hidden.requires_grad:
             hidden.requires_grad_()  # of a frozen embedding: recomputation needs it
+        if self.settings.moe.block_experts is not None:
+            self._set_blocks(layout)
         return self.decoder(hidden, attention_mask=None, packed_seq_params=layout)
+
+    def _set_blocks(self, layout: PackedLayout) -> None:
+        """Give the routers the blocks of this rank's tokens."""
+        assert layout.places is not None
+        ids, count = block_ids(layout.places)
+        group = self.tp_group if self.config.sequence_parallel else None
+        if group is not None:
+            ids = ids.chunk(group.size())[group.rank()]
+        for router in self.routers:
+            router.blocks = Blocks(ids, count, group)
 
     @_batch_invariant
     def head(self, hidden: Tensor, places: Tensor) -> Tensor:
@@ -192,57 +214,6 @@ class MaskedDiffusionModel(LanguageModule):
         filled = F.pad(places, (0, max(0, LEAST_ROWS - count))) if count else places
         logits, _ = self.output_layer(hidden[filled])
         return logits[:count].squeeze(1)
-
-
-class _StageLayout(PipelineParallelLayerLayout):
-    """Megatron's table of layers by stage, for our stage instead of the global one."""
-
-    def __init__(self, stages: list[list[str]], size: int, stage: int):
-        super().__init__(stages, size)  # type: ignore[arg-type]
-        self.stage = stage
-
-    def get_layer_offset(self, *args: Any, **kwargs: Any) -> int:
-        """Return how many layers come before a virtual stage of this rank."""
-        return super().get_layer_offset(*args, **{**kwargs, "pp_rank": self.stage})
-
-
-def transformer_config(
-    settings: Settings, parallel: ParallelSettings, *, stage: int
-) -> TransformerConfig:
-    """Translate settings into Megatron's for a pipeline stage; `model.megatron` overrides.
-
-    Raises:
-        ValueError: Megatron refuses a value or does not know a key of `model.megatron`.
-    """
-    model, precision, fp8 = settings.model, settings.precision, settings.fp8
-    values = {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.num_query_groups or model.num_attention_heads,
-        "kv_channels": model.head_width,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": model.norm_epsilon,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": model.qkv_bias,
-        "qk_layernorm": model.qk_norm,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "init_method_std": model.init_std,
-        "calculate_per_token_loss": True,
-        "moe_token_dispatcher_type": "alltoall",  # the default needs equal lengths
-        "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
-        "masked_softmax_fusion": False,
-        "perform_initialization": False,  # weights are loaded by name, see `families`
-        "use_cpu_initialization": not torch.cuda.is_available(),
-        **kernel_values(precision, fp8, settings.kernels, kernels_for(settings)),
-        **_layout_values(model, parallel, stage),
-    }
-    return megatron_record(TransformerConfig, values, model.megatron, key="model.megatron")
 
 
 def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel, ...]:
@@ -259,9 +230,10 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
     chunks = []
     for number in range(parallel.virtual):
         stage = number * parallel.pipeline + ranks.pipeline.rank
+        first = sum(layers[:stage])
         chunk = MaskedDiffusionModel(
             config,
-            make_spec(config, layers[stage]),
+            make_spec(config, _experts_of(model, range(first, first + layers[stage]))),
             ranks=ranks,
             model=model,
             vocab_rows=padded_vocab(settings),
@@ -275,19 +247,7 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
     return tuple(chunks)
 
 
-def _layout_values(model: ModelSettings, parallel: ParallelSettings, stage: int) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "tensor_model_parallel_size": parallel.tensor,
-        "sequence_parallel": parallel.sequence,
-        "context_parallel_size": parallel.context,
-        "pipeline_model_parallel_size": parallel.pipeline,
-        "variable_seq_lengths": parallel.virtual == 1,  # see `context.for_schedule`
-        "overlap_p2p_comm": parallel.virtual > 1,  # else two stages mix up the two directions
-        "batch_p2p_comm": parallel.virtual == 1,
-    }
-    if parallel.pipeline > 1:
-        stages = [["decoder"] * count for count in stage_layers(model, parallel)]
-        stages[0].insert(0, "embedding")
-        stages[-1].append("loss")
-        values["pipeline_model_parallel_layout"] = _StageLayout(stages, parallel.pipeline, stage)
-    return values
+def _experts_of(model: ModelSettings, layers: Iterable[int]) -> list[MoeSettings | None]:
+    """Return the experts of some layers; None: a layer has a SwiGLU."""
+    dense = model.num_layers - model.moe_layers
+    return [None if layer < dense else model.moe for layer in layers]

@@ -1,10 +1,11 @@
 """This rank's part of a model: its virtual stages, its ranks, its part of the vocabulary."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from agrpo_megatron.config.parallel import padded_vocab
 from agrpo_megatron.config.settings import Settings
@@ -34,10 +35,18 @@ class Network:
         return self.chunks[0].config
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield this rank's parameters by their local-spec names, with global layer numbers."""
+        """Yield this rank's parameters by their local-spec names, with global numbers."""
         for chunk in self.chunks:
             for name, parameter in chunk.named_parameters():
                 yield _global_name(name, chunk), parameter
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters, and the biases of experts, which no gradient trains."""
+        yield from self.named_parameters()
+        for chunk in self.chunks:
+            for name, buffer in chunk.named_buffers():
+                if name.endswith(".expert_bias"):
+                    yield _global_name(name, chunk), buffer
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank that are not frozen."""
@@ -97,8 +106,20 @@ def _held(chunks: Sequence[MaskedDiffusionModel]) -> Held:
 
 
 def _global_name(name: str, chunk: MaskedDiffusionModel) -> str:
-    """Return a parameter's local-spec name, with the number of its layer in the whole model."""
+    """Return a weight's local-spec name, with the numbers of layer and expert in the whole model.
+
+    Transformer Engine's grouped experts number the weights of one module.
+    """
     if not (found := LAYER.match(name)):
         return name
     number = chunk.decoder.layers[int(found[1])].layer_number - 1  # type: ignore[operator]
-    return f"decoder.layers.{number}.{LOCAL_NAMES.get(found[2], found[2])}"
+    rest = LOCAL_NAMES.get(found[2], found[2])
+    if expert := _EXPERT.fullmatch(rest):
+        held = chunk.first_expert + int(expert[1] or expert[4])
+        rest = f"mlp.experts.local_experts.{held}.{expert[2] or expert[3]}.weight"
+    return f"decoder.layers.{number}.{rest}"
+
+
+_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc\d)\.weight|(linear_fc\d)\.weight(\d+))"
+)

@@ -38,7 +38,9 @@ class Ranks:
     pipeline: Axis
     context: Axis
     data: Axis
-    data_context: Axis  # data x context: the ranks with the same weights
+    data_context: Axis  # data x context: the ranks with the same weights, but for experts
+    expert: Axis  # the ranks that share the experts of a layer
+    expert_tensor: Axis  # the ranks that share each expert
     replica: dist.ProcessGroup | None  # the ranks of one model copy, over gloo; None: one rank
     token_multiple: int = 1  # packed tokens of a rank are padded to it
     rollout_layout: "Ranks | None" = None  # if rollouts have a separate layout
@@ -107,7 +109,8 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
     GPUs, channels of its own.
     """
     timeout, world = settings.run.timeout, dist.group.WORLD
-    key = (world, timeout, parallel.tensor, parallel.pipeline, parallel.virtual, parallel.context)
+    sizes = (parallel.tensor, parallel.pipeline, parallel.virtual, parallel.context)
+    key = (world, timeout, *sizes, parallel.expert, parallel.expert_split)
     if key not in _made:
         parallel_state.__dict__.update(_NO_GROUPS)
         replica = _make_groups(parallel, timeout)
@@ -126,6 +129,8 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
         context=_axis(groups.cp),
         data=_axis(groups.dp),
         data_context=_axis(groups.dp_cp),
+        expert=_axis(groups.ep),
+        expert_tensor=_axis(groups.expt_tp),
         replica=replica,
         token_multiple=token_multiple(settings.precision),
     )
@@ -138,6 +143,8 @@ def _make_groups(parallel: ParallelSettings, timeout: float) -> dist.ProcessGrou
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_split,
         distributed_timeout_minutes=max(1, round(timeout / 60)),
     )
     if model_ranks(parallel) == 1:

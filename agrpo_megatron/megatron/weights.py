@@ -1,5 +1,6 @@
 """Import and export weights of a built model, by the names of its family."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import hf_shapes, weight_mappings
 from agrpo_megatron.families.files import HfWeights
 from agrpo_megatron.families.random_weights import RandomWeights
+from agrpo_megatron.families.tensors import WeightMapping
 from agrpo_megatron.families.transforms import Part, Split, from_megatron, to_megatron
 from agrpo_megatron.megatron.lora.adapters import ROOT
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.megatron.parallel import Ranks, gather_objects
+from agrpo_megatron.megatron.parallel import Axis, Ranks, gather_objects
 
 
 def load_hf(network: Network, settings: ModelSettings, directory: str | Path) -> dict[str, Tensor]:
@@ -60,14 +62,13 @@ def load_named(
     uncast: dict[str, Tensor] = {}
     parameters = {
         name: parameter
-        for name, parameter in network.named_parameters()
+        for name, parameter in network.named_weights()
         if not name.startswith(f"{ROOT}.") and (only is None or name in only)
     }
-    tensor = network.ranks.tensor
     for mapping in weight_mappings(settings):
         if mapping.megatron not in parameters:
-            continue  # another pipeline stage holds it
-        parameter = parameters.pop(mapping.megatron)
+            continue  # another pipeline stage or rank of experts holds it
+        parameter, tensor = parameters.pop(mapping.megatron), _axis_of(mapping, network.ranks)
         split = Split(tensor.rank, tensor.size, vocab_rows=len(parameter) * tensor.size)
         with torch.no_grad():
             parts = [read(name) for name in mapping.parts]
@@ -85,6 +86,8 @@ def export_hf(
 ) -> dict[str, Tensor]:
     """Return whole Hugging Face tensors on every rank; called by every rank of a replica.
 
+    With expert parallelism, every rank calls it.
+
     Args:
         tensors: Megatron parameter name -> this rank's shard (weights or gradients), with
             global layer numbers.
@@ -95,25 +98,38 @@ def export_hf(
             continue
         shard = tensors[mapping.megatron]
         shard = (shard.dequantize() if is_float8tensor(shard) else shard).contiguous()
-        shards = [torch.empty_like(shard) for _ in range(ranks.tensor.size)]
-        dist.all_gather(shards, shard, group=ranks.tensor.group)
+        tensor = _axis_of(mapping, ranks)
+        shards = [torch.empty_like(shard) for _ in range(tensor.size)]
+        dist.all_gather(shards, shard, group=tensor.group)
         parts = from_megatron(shards, mapping.transform, settings)
         mine.update(zip(mapping.parts, parts, strict=True))
-    return _from_all_stages(mine, settings, ranks)
+    for axis in (ranks.expert, ranks.pipeline):
+        mine = _from_all(axis, mine, settings)
+    return mine
 
 
-def _from_all_stages(
-    mine: dict[str, Tensor], settings: ModelSettings, ranks: Ranks
-) -> dict[str, Tensor]:
-    """Add the tensors that other pipeline stages hold, in the order of the family's table."""
-    if ranks.pipeline.size == 1:
+def _axis_of(mapping: WeightMapping, ranks: Ranks) -> Axis:
+    """Return the ranks that split a parameter."""
+    return ranks.tensor if mapping.expert is None else ranks.expert_tensor
+
+
+def _from_all(axis: Axis, mine: dict[str, Tensor], settings: ModelSettings) -> dict[str, Tensor]:
+    """Add the tensors that other ranks of an axis hold, in the order of the family's table."""
+    if axis.size == 1:
         return mine
-    held = gather_objects(list(mine), ranks.pipeline.group)
-    members = dist.get_process_group_ranks(ranks.pipeline.group)
-    owners = {name: members[stage] for stage, names in enumerate(held) for name in names}
+    held = gather_objects({name: each.dtype for name, each in mine.items()}, axis.group)
+    members = dist.get_process_group_ranks(axis.group)
+    copies = Counter(name for names in held for name in names)
+    owners = {
+        name: (members[rank], names[name]) for rank, names in enumerate(held) for name in names
+    }
     like, result = next(iter(mine.values())), {}
     for name, shape in hf_shapes(settings).items():
-        tensor = mine[name].contiguous() if name in mine else like.new_empty(shape)
-        dist.broadcast(tensor, owners[name], group=ranks.pipeline.group)
+        if name not in owners:
+            continue
+        owner, dtype = owners[name]
+        tensor = mine[name].contiguous() if name in mine else like.new_empty(shape, dtype=dtype)
+        if copies[name] < axis.size:
+            dist.broadcast(tensor, owner, group=axis.group)
         result[name] = tensor
     return result

@@ -33,7 +33,7 @@ def check_passed(settings: Settings) -> None:
         return
     # Megatron takes seconds to load.
     from agrpo_megatron.megatron.engine import ddp_config, optimizer_config
-    from agrpo_megatron.megatron.model import transformer_config
+    from agrpo_megatron.megatron.layers.config import transformer_config
 
     try:
         kernels_for(settings, phases=("sft", "rl"))

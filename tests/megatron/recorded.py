@@ -21,7 +21,7 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.diffusion.sampler import SamplerContext, SamplerHooks, SamplingStopped, sample
 from agrpo_megatron.megatron import platform
-from agrpo_megatron.megatron.model import transformer_config
+from agrpo_megatron.megatron.layers.config import transformer_config
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import Axis, Ranks
 from agrpo_megatron.megatron.pipeline import make_forward

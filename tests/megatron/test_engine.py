@@ -9,7 +9,7 @@ from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron import engine as engine_module
 from agrpo_megatron.megatron.engine import optimizer_config
-from agrpo_megatron.megatron.model import transformer_config
+from agrpo_megatron.megatron.layers.config import transformer_config
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
 

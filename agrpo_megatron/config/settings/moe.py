@@ -20,7 +20,9 @@ class MoeSettings:
         None, "width of an expert's hidden layer; null without experts", low=1
     )
     shared_ffn_hidden_size: int | None = setting(
-        None, "hidden width of the shared experts, which see all tokens, together; null: none", low=1
+        None,
+        "hidden width of the shared experts, which see all tokens, together; null: none",
+        low=1,
     )
     dense_layers: int = setting(0, "first layers that have a SwiGLU in place of experts", low=0)
     score: str = setting(

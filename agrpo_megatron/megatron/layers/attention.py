@@ -125,9 +125,11 @@ def _by_row(x: Tensor, rows: int) -> Tensor:
 
 
 def _rotate(x: Tensor, layout: PackedLayout) -> Tensor:
-    """Rotate the two halves of each head, [T, heads, head_dim]."""
+    """Rotate the two halves of each head's rotated part, [T, heads, head_dim]."""
     assert layout.cosines is not None and layout.sines is not None
-    wide = x.float()
+    width = layout.cosines.shape[-1]
+    wide = x[..., :width].float()
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return (wide * layout.cosines + turned * layout.sines).to(x.dtype)
+    rotated = (wide * layout.cosines + turned * layout.sines).to(x.dtype)
+    return rotated if width == x.shape[-1] else torch.cat([rotated, x[..., width:]], dim=-1)

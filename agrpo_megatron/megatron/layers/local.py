@@ -1,5 +1,7 @@
 """The `local` layer spec: Megatron's transformer layer with our norm and packed attention."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,11 +9,14 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from agrpo_megatron.config.settings import MoeSettings
 from agrpo_megatron.megatron.layers.attention import PackedAttention
+from agrpo_megatron.megatron.layers.router import ExpertRouter
 
 
 class RMSNorm(nn.Module):
@@ -32,9 +37,24 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-def local_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
-    """Return `layers` of the `local` spec: Megatron's, bidirectional, on packed rows."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+def local_spec(
+    config: TransformerConfig, layers: Sequence[MoeSettings | None]
+) -> TransformerBlockSubmodules:
+    """Return layers of the `local` spec: Megatron's, bidirectional, on packed rows.
+
+    Args:
+        layers: for each layer its experts; None: a SwiGLU.
+    """
+    made = {moe: _layer(config, moe) for moe in set(layers)}
+    return TransformerBlockSubmodules(layer_specs=[made[moe] for moe in layers], layer_norm=RMSNorm)
+
+
+def _layer(config: TransformerConfig, moe: MoeSettings | None) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=moe and moe.experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
     parts: Any = layer.submodules
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
@@ -43,4 +63,17 @@ def local_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmod
     attention.submodules.core_attention = PackedAttention
     norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+    if moe is not None:
+        use_router(parts, moe)
+    return layer
+
+
+def use_router(parts: Any, moe: MoeSettings) -> None:
+    """Give a layer of experts our router, and the checkpoint names of any specification."""
+    parts.mlp.keywords["submodules"].router = partial(ExpertRouter, moe=moe)
+    # Transformer Engine fuses no norm into a layer of experts.
+    parts.sharded_state_dict_keys_map = {
+        ours: theirs
+        for ours, theirs in parts.sharded_state_dict_keys_map.items()
+        if not ours.startswith("pre_mlp_layernorm")
+    }

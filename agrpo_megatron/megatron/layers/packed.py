@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from agrpo_megatron.diffusion.packing import on_device, positions_in_rows
-from agrpo_megatron.diffusion.patterns import places_of
+from agrpo_megatron.diffusion.patterns import Places, places_of
 from agrpo_megatron.megatron.layers.context import part_of
 from agrpo_megatron.megatron.layers.flex import make_block_mask
 from agrpo_megatron.megatron.layers.rotary import Yarn, frequencies
@@ -43,10 +43,11 @@ class PackedLayout(PackedSeqParams):
     block_mask: BlockMask | None = None  # of FlexAttention; None: SDPA, run by run
     cached: CachedRows | None = None
     slots: list[Tensor] = field(default_factory=list)  # of each run, [rows]; with a cache
-    angles: Tensor | None = None  # [T, 1, head_dim] float32, of this rank's tokens
+    angles: Tensor | None = None  # [T, 1, rotated width] float32, of this rank's tokens
     cosines: Tensor | None = None  # of the angles
     sines: Tensor | None = None
     query_scale: Tensor | None = None  # [T, 1, 1] float32, of rotated queries; None: 1
+    places: Places | None = None  # of all tokens; None: without patterns
 
 
 def packed_layout(
@@ -61,7 +62,7 @@ def packed_layout(
 
     Args:
         rows: of all context-parallel ranks together.
-        angles: positions [T] -> rotary angles [T, 1, head_dim] float32.
+        angles: positions [T] -> rotary angles [T, 1, rotated width] float32.
         query_scale: positions [T] -> factors of rotated queries [T, 1, 1] float32; None: 1.
         use_flex: whether rows with patterns go through FlexAttention.
     """
@@ -99,13 +100,18 @@ def packed_layout(
         cosines=turns.cos(),
         sines=turns.sin(),
         query_scale=query_scale(positions),
+        places=places,
     )
 
 
 def rotary_angles(
     positions: Tensor, *, head_dim: int, rope_theta: float, yarn: Yarn | None = None
 ) -> Tensor:
-    """Return the rotary angles of positions [T], [T, 1, head_dim] float32."""
+    """Return the rotary angles of positions [T], [T, 1, head_dim] float32.
+
+    Args:
+        head_dim: the numbers of a head that rotate.
+    """
     turns = frequencies(head_dim, rope_theta, yarn, device=positions.device)
     angles = positions[:, None].float() * turns
     return torch.cat([angles, angles], dim=-1)[:, None]

@@ -5,6 +5,7 @@ from the local spec's; `Network.named_parameters` yields the local spec's names.
 Imported only to build a model with this spec: Transformer Engine is optional.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +14,16 @@ from megatron.core.extensions.transformer_engine import TEDotProductAttention, T
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformer_engine.pytorch.attention.rope import FusedRoPEFunc  # type: ignore[reportMissingImports]
 
+from agrpo_megatron.config.settings import MoeSettings
 from agrpo_megatron.megatron.layers.attention import PackedAttention
 from agrpo_megatron.megatron.layers.context import gather_keys
+from agrpo_megatron.megatron.layers.local import use_router
 from agrpo_megatron.megatron.layers.packed import PackedLayout
 from agrpo_megatron.megatron.layers.rotary import scaled
 
@@ -67,23 +71,38 @@ class TeAttention(TEDotProductAttention):
 
 
 def te_spec(
-    config: TransformerConfig, layers: int, *, has_patterns: bool = False
+    config: TransformerConfig,
+    layers: Sequence[MoeSettings | None],
+    *,
+    has_patterns: bool = False,
 ) -> TransformerBlockSubmodules:
-    """Return `layers` of the `te` spec: Megatron's, on packed rows.
+    """Return layers of the `te` spec: Megatron's, on packed rows.
 
     Args:
+        layers: for each layer its experts, whose products are grouped; None: a SwiGLU.
         has_patterns: whether rows have patterns of attention, which Transformer Engine's own
             attention does not know.
     """
+    core = PackedAttention if has_patterns else TeAttention
+    made = {moe: _layer(config, moe, core) for moe in set(layers)}
+    return TransformerBlockSubmodules(layer_specs=[made[moe] for moe in layers], layer_norm=TENorm)
+
+
+def _layer(config: TransformerConfig, moe: MoeSettings | None, core: type) -> ModuleSpec:
     layer = get_gpt_layer_with_transformer_engine_spec(
-        qk_layernorm=config.qk_layernorm, use_te_activation_func=config.use_te_activation_func
+        num_experts=moe and moe.experts,
+        moe_grouped_gemm=True,
+        qk_layernorm=config.qk_layernorm,
+        use_te_activation_func=config.use_te_activation_func,
     )
     parts: Any = layer.submodules
     attention = parts.self_attention
     # Megatron passes `no_mask` on as `padding` for packed rows.
     attention.params = {**attention.params, "attn_mask_type": AttnMaskType.no_mask}
-    attention.submodules.core_attention = PackedAttention if has_patterns else TeAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
+    attention.submodules.core_attention = core
+    if moe is not None:
+        use_router(parts, moe)
+    return layer
 
 
 def _rotate(x: Tensor, layout: PackedLayout) -> Tensor:

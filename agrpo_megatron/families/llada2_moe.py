@@ -1,0 +1,137 @@
+"""LLaDA2.0 and 2.1, mini and flash: attention by blocks, experts by groups and biased sigmoids.
+
+Source: config.json, model.safetensors.index.json and the modelling code of LLaDA2.0-mini, and
+arXiv 2512.15745; 2602.08676 for 2.1.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from agrpo_megatron.config.settings import ModelSettings
+from agrpo_megatron.families.config_json import shown
+from agrpo_megatron.families.tensors import (
+    STANDARD,
+    UNSCALED_ROPE,
+    Family,
+    known_mask,
+    standard_names,
+)
+
+# The published files have neither.
+MASK, BLOCK_SIZE = 156895, 32
+SHARED, ROTARY = "num_shared_experts", "rotary_dim"
+
+_REQUIRED = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "output_dropout": 0.0,
+    "norm_head": False,
+    "norm_softmax": False,
+    "rope_scaling": None,
+    "score_function": "sigmoid",
+    "tie_word_embeddings": False,
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "use_rmsnorm": True,
+    "use_sliding_window": False,
+    "using_split_qkv_in_self_attention": False,
+}
+_KEYS = {
+    **STANDARD,
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "rope_theta": "rope_theta",
+    "norm_epsilon": "rms_norm_eps",
+    "rotary_fraction": "partial_rotary_factor",
+    "qk_norm": "use_qk_norm",
+    "moe.experts": "num_experts",
+    "moe.topk": "num_experts_per_tok",
+    "moe.ffn_hidden_size": "moe_intermediate_size",
+    "moe.dense_layers": "first_k_dense_replace",
+    "moe.normalise": "norm_topk_prob",
+    "moe.scaling_factor": "routed_scaling_factor",
+    "moe.expert_bias": "moe_router_enable_expert_bias",
+}
+# A window is not used without `use_sliding_window`. The router is float32 here in any case.
+_OTHER_KEYS = f"""
+block_size eos_token_id mask_token_id n_group topk_group {SHARED} {ROTARY}
+max_window_layers sliding_window output_router_logits router_aux_loss_coef router_dtype
+num_nextn_predict_layers mtp_loss_scaling_factor
+"""
+_FIXED = {
+    "qkv_bias": False,
+    "shift": False,
+    "attention": "block_causal",
+    "moe.score": "sigmoid",
+    "moe.block_experts": None,
+}
+_FIXED |= UNSCALED_ROPE
+
+
+def _other_settings(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    width, fraction = config["head_dim"], config["partial_rotary_factor"]
+    for key, wanted in ((ROTARY, width * fraction), ("num_nextn_predict_layers", 0)):
+        if config.get(key, wanted) != wanted:
+            raise ValueError(f"{shown(key, config[key])}; the llada2_moe family needs {wanted:g}")
+    groups = config["n_group"], config["topk_group"]
+    has_groups = groups != (1, 1)  # one group restricts nothing
+    shared = config.get(SHARED) or 0
+    # Padding ends a text where nothing else does, as in the published files.
+    end = "eos_token_id" if "eos_token_id" in config else "pad_token_id"
+    return {
+        "eos_token_id": (end, config[end]),
+        "mask_token_id": known_mask(config, MASK, "mask_token_id and block_size"),
+        "block_length": ("block_size", config.get("block_size", BLOCK_SIZE)),
+        "moe.groups": ("n_group", groups[0] if has_groups else None),
+        "moe.group_topk": ("topk_group", groups[1] if has_groups else None),
+        "moe.shared_ffn_hidden_size": (SHARED, shared * config["moe_intermediate_size"] or None),
+    }
+
+
+def _other_keys(model: ModelSettings) -> dict[str, Any]:
+    moe = model.moe
+    assert moe.ffn_hidden_size is not None
+    return {
+        "architectures": ["LLaDA2MoeModelLM"],
+        "model_type": "llada2_moe",
+        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
+        "head_dim": model.head_width,
+        ROTARY: model.rotary_width,
+        "block_size": model.block_length,
+        "mask_token_id": model.mask_token_id,
+        "pad_token_id": model.eos_token_id,
+        "n_group": moe.groups or 1,
+        "topk_group": moe.group_topk or 1,
+        SHARED: (moe.shared_ffn_hidden_size or 0) // moe.ffn_hidden_size,
+        "router_dtype": "fp32",
+        "output_router_logits": False,
+        "use_cache": False,
+    }
+
+
+def _mappings(model: ModelSettings) -> dict[str, tuple[str, ...]]:
+    """Return the standard names but those of attention, whose projections are one tensor."""
+    block, layer = "model.layers.{i}.attention.", "decoder.layers.{i}.self_attention."
+    names = {
+        **standard_names(model),
+        "embedding.word_embeddings.weight": ("model.word_embeddings.weight",),
+        layer + "linear_qkv.weight": (block + "query_key_value.weight",),
+        layer + "linear_proj.weight": (block + "dense.weight",),
+    }
+    if model.qk_norm:
+        names[layer + "q_layernorm.weight"] = (block + "query_layernorm.weight",)
+        names[layer + "k_layernorm.weight"] = (block + "key_layernorm.weight",)
+    return names
+
+
+FAMILY = Family(
+    "llada2_moe",
+    _REQUIRED,
+    _KEYS,
+    _other_settings,
+    _other_keys,
+    _mappings,
+    frozenset(_OTHER_KEYS.split()),
+    _FIXED,
+)
