@@ -24,6 +24,7 @@ from agrpo_megatron.scaling.memory import (
     weight_spec,
 )
 from tests.ranks import run_ranks
+from tests.scaling.test_memory import _saved_bytes, _tiny
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 SDAR, MINI, FLASH = "sdar_30b", "llada2_mini", "llada2_flash"
@@ -231,3 +232,27 @@ def test_experts_keep_their_inputs_and_four_products():
     assert _activations("parallel=tp2-sp-ep4") == 8192 * 48 * whole, "two ranks split each expert"
     full = "model.megatron={recompute_granularity: full}"
     assert _activations("parallel=ep8", full) == 8192 * (48 * 2048 + layer)
+
+
+TINY = ["model.family=llada_moe", "model.moe.experts=4", "model.moe.ffn_hidden_size=24"]
+KINDS = ["model.moe.shared_ffn_hidden_size=96", "model.moe.dense_layers=1"]
+KINDS += ["model.moe.score=sigmoid", "model.moe.expert_bias=true"]
+
+
+@pytest.mark.parametrize("overrides", [TINY, [*TINY, *KINDS]], ids=["all", "all kinds"])
+def test_activations_of_experts_are_estimated_within_a_half(overrides):
+    ((held, predicted),) = run_ranks(1, _saved_bytes, overrides)
+    assert held / 1.5 < predicted < 1.5 * held
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2"])
+def test_bytes_with_experts_are_those_of_a_trained_engine(layout):
+    """Three layers of experts after a first without."""
+    given = [f"parallel={layout}", "optimizer.distributed=true", "precision=bf16"]
+    results = run_ranks(2, _tiny, [*given, *TINY, *KINDS])
+    assert all(held["main_grads"] == predicted.gradients for held, predicted in results)
+    biases = sum(predicted.weights - held["weights"] for held, predicted in results)
+    assert biases == 4 * 4 * 3 * (1 if layout == "pp2" else 2)
+    for part in ("main_weights", "moments"):
+        total = sum(held[part] for held, _ in results)
+        assert total == sum(getattr(predicted, part) for _, predicted in results) > 0
