@@ -22,9 +22,10 @@ from agrpo_megatron.scaling.memory import (
     rank_memory,
     stage_parameters,
     weight_spec,
+    worst_rank,
 )
 from tests.ranks import run_ranks
-from tests.scaling.test_memory import _saved_bytes, _tiny
+from tests.scaling.test_memory import _saved_bytes, _tiny, _tool
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 SDAR, MINI, FLASH = "sdar_30b", "llada2_mini", "llada2_flash"
@@ -232,6 +233,21 @@ def test_experts_keep_their_inputs_and_four_products():
     assert _activations("parallel=tp2-sp-ep4") == 8192 * 48 * whole, "two ranks split each expert"
     full = "model.megatron={recompute_granularity: full}"
     assert _activations("parallel=ep8", full) == 8192 * (48 * 2048 + layer)
+
+
+def test_the_tool_lists_layouts_of_experts():
+    done = _tool("examples/sdar_30b/model.yaml", "--ranks", "8")
+    rows = {
+        row[0]: row for line in done.stdout.splitlines() if "-dp" in line and (row := line.split())
+    }
+    assert done.returncode == 0
+    assert {"tp1-pp1-cp1-ep8-dp8", "tp2-sp-pp1-cp1-ep4-dp4", "tp1-pp1-cp1-dp8"} <= rows.keys()
+    name = "tp2-sp-pp1-cp1-ep4-etp1-dp4"
+    memory = worst_rank(planned(SDAR, f"parallel={name}"), 8)
+    assert rows[name][-3] == f"{memory.total / 2**30:.1f}"
+    assert not any("tp8" in name or "ep3-" in name for name in rows)
+    dense = _tool("examples/sdar_8b/model.yaml", "--ranks", "8")
+    assert "tp2-sp-pp1-cp1-dp4" in dense.stdout and "ep" not in dense.stdout
 
 
 TINY = ["model.family=llada_moe", "model.moe.experts=4", "model.moe.ffn_hidden_size=24"]
