@@ -25,7 +25,7 @@ def layout_text(parallel: ParallelSettings) -> str:
         f"vpp{parallel.virtual}" if parallel.virtual > 1 else "",
         f"cp{parallel.context}",
         f"ep{parallel.expert}" if parallel.expert > 1 else "",
-        f"etp{parallel.expert_tensor}" if parallel.expert_tensor is not None else "",
+        f"etp{parallel.expert_tensor}" if parallel.expert_tensor > 1 else "",
         f"dp{parallel.data}" if parallel.data is not None else "",
     )
     return "-".join(part for part in parts if part)

@@ -98,18 +98,21 @@ def _check_block_experts(model: ModelSettings, admitted: int) -> None:
 
 def expert_misfit(model: ModelSettings, parallel: ParallelSettings, *, at: str = "") -> str:
     """Return the broken rule between experts and layout, after its key's prefix; empty if none."""
-    moe, expert, split = model.moe, parallel.expert, parallel.expert_split
+    moe, expert, split = model.moe, parallel.expert, parallel.expert_tensor
     if moe.experts is None or moe.ffn_hidden_size is None:
         if expert > 1:
             return f"expert={expert} shares experts, and model.moe.experts is null"
-        if parallel.expert_tensor is not None:
+        if split > 1:
             return f"expert_tensor={split} splits experts, and model.moe.experts is null"
         return ""
     if moe.experts % expert:
         return f"expert={expert} does not divide model.moe.experts={moe.experts}"
+    if split not in (1, parallel.tensor):
+        return f"expert_tensor={split} is neither 1 nor {at}tensor={parallel.tensor}"
     if moe.ffn_hidden_size % split:
-        name = "tensor" if parallel.expert_tensor is None else "expert_tensor"
-        return f"{name}={split} does not divide model.moe.ffn_hidden_size={moe.ffn_hidden_size}"
+        return (
+            f"expert_tensor={split} does not divide model.moe.ffn_hidden_size={moe.ffn_hidden_size}"
+        )
     shared = moe.shared_ffn_hidden_size
     if shared is not None and shared % parallel.tensor:
         return f"tensor={parallel.tensor} does not divide model.moe.shared_ffn_hidden_size={shared}"
@@ -129,10 +132,10 @@ def expert_misfit(model: ModelSettings, parallel: ParallelSettings, *, at: str =
 def expert_rank_misfit(parallel: ParallelSettings, world_size: int) -> str:
     """Return the broken rule between expert parallelism and the ranks; empty if none."""
     ranks = world_size // parallel.pipeline
-    size = parallel.expert * parallel.expert_split
+    size = parallel.expert * parallel.expert_tensor
     if ranks % size:
         return (
-            f"expert={parallel.expert} times expert_tensor={parallel.expert_split} does not divide "
+            f"expert={parallel.expert} x expert_tensor={parallel.expert_tensor} does not divide "
             f"the {ranks} ranks of a pipeline stage"
         )
     return ""
@@ -150,4 +153,10 @@ def validate_experts(settings: Settings) -> None:
         raise ValueError(
             "kernels.cuda_graphs=true repeats the shapes of one forward pass, and the counts of an "
             "expert's tokens change; use false"
+        )
+    layout = settings.rollout_layout
+    if layout.expert > 1 and layout.pipeline > 1 and settings.rollout.schedule == "lockstep":
+        raise ValueError(
+            "rollout.schedule=lockstep runs all groups of a replica at once, and replicas that "
+            f"share experts by ep{layout.expert} run theirs together; use ring"
         )

@@ -1,15 +1,18 @@
 """What the forwards of a rollout share: groups of rows, their draws, and the count of the work."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion.draw import Draw, DrawAt, Forward
+from agrpo_megatron.diffusion.packing import unscored_row
+from agrpo_megatron.diffusion.patterns import full
 from agrpo_megatron.megatron.layers.context import scored_slices
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import Ranks
@@ -65,7 +68,11 @@ class Item:
 
 
 class RolloutForward(Forward):
-    """Runs the rows of a rollout, and counts its work."""
+    """Runs the rows of a rollout, and counts its work.
+
+    Replicas that share experts run their forward passes together. One whose rollout is over runs
+    passes without rows until the others are over too.
+    """
 
     def __init__(self, network: Network, *, groups: int):
         self.network, self.in_flight = network, groups
@@ -77,13 +84,36 @@ class RolloutForward(Forward):
 
     def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
         """Start a group of rows; the returned function waits for the group's draws."""
+        self._meet(is_working=True)
         self.tokens += len(rows.tokens)
         item = Item(rows, draw_at)
         self._start(item)
         return partial(self._finish, item)
 
     def close(self) -> None:
-        """Do nothing: no group is in flight once its draws are known."""
+        """End the rollout; no group is in flight once its draws are known."""
+        while self._meet(is_working=False):
+            self._idle()
+
+    def _meet(self, *, is_working: bool) -> bool:
+        """Return whether a replica that shares experts is still at work; each one calls it."""
+        expert, device = self.network.ranks.expert, self.network.ranks.device
+        if expert.size == 1:
+            return False
+        found = torch.tensor(int(is_working), device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=expert.group)
+        return is_working or bool(found)
+
+    def _idle(self) -> None:
+        """Run a forward pass of one token, whose result is of no use."""
+        raise NotImplementedError
+
+    def _filler(self) -> PackedRows:
+        """Return the row of a forward pass without rows."""
+        model, device = self.network.chunks[0].settings, self.network.ranks.device
+        assert model.mask_token_id is not None
+        row = unscored_row(model.mask_token_id, device)
+        return replace(row, patterns=(full(1),)) if model.has_blocks else row
 
     def _start(self, item: Item) -> None:
         raise NotImplementedError

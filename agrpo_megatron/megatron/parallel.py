@@ -110,7 +110,7 @@ def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.devic
     """
     timeout, world = settings.run.timeout, dist.group.WORLD
     sizes = (parallel.tensor, parallel.pipeline, parallel.virtual, parallel.context)
-    key = (world, timeout, *sizes, parallel.expert, parallel.expert_split)
+    key = (world, timeout, *sizes, parallel.expert, parallel.expert_tensor)
     if key not in _made:
         parallel_state.__dict__.update(_NO_GROUPS)
         replica = _make_groups(parallel, timeout)
@@ -144,7 +144,7 @@ def _make_groups(parallel: ParallelSettings, timeout: float) -> dist.ProcessGrou
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_split,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         distributed_timeout_minutes=max(1, round(timeout / 60)),
     )
     if model_ranks(parallel) == 1:

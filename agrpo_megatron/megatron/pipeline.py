@@ -99,6 +99,10 @@ class Direct(RolloutForward):
         self.slots.run()
         item.drawn = draw_group(item, self._logits(item.rows), self.network.ranks)
 
+    @torch.no_grad()
+    def _idle(self) -> None:
+        self.network.chunks[0](self._filler())
+
 
 class Lockstep(Staged):
     """Megatron's schedule, once per denoising step, for all groups together."""
@@ -176,8 +180,20 @@ class Ring(Staged):
         self._under_way.append(item)
 
     def close(self) -> None:
-        """Wait until everything sent has arrived."""
+        """End the rollout, and wait until everything sent has arrived."""
+        super().close()
         self._wait_for_sends(but=0)
+
+    @torch.no_grad()
+    def _idle(self) -> None:
+        (chunk,), rows = self.network.chunks, self._filler()
+        if not chunk.pre_process:
+            chunk.set_input_tensor(self._receive(rows))
+        output = chunk(rows)
+        if not chunk.post_process:
+            send = dist.isend(output, self._after, group=self.network.ranks.pipeline.group)
+            self._sent.append([(send, output)])
+            self._wait_for_sends(but=2 * self.in_flight)
 
     def _finish(self, item: Item) -> Draw:
         """Return a group's draws; groups with virtual stages left advance first."""

@@ -8,9 +8,11 @@ checkpoints.
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from agrpo_megatron.config.settings import KernelSettings
@@ -109,9 +111,44 @@ class _Stream:
     wait_stream = wait_event = record = synchronize = wait
 
 
+def _to_host(counts: Any, *, as_numpy: bool = False, **_: Any) -> Any:
+    """Return counts of tokens as Megatron copies them from a GPU, for collectives."""
+    return counts.numpy() if as_numpy and isinstance(counts, torch.Tensor) else counts
+
+
+def _gather_uneven(mine: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    """Gather tensors of unequal lengths, which gloo refuses."""
+    whole = mine.new_empty(sum(sizes), *mine.shape[1:])
+    for rank, part in enumerate(whole.split(sizes)):
+        if rank == group.rank():
+            part.copy_(mine)
+        dist.broadcast(part, dist.get_global_rank(group, rank), group=group)
+    return whole
+
+
+def _reduce_uneven(whole: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    """Add up tensors over ranks and return this rank's part of unequal length."""
+    total = whole.clone()
+    dist.all_reduce(total, group=group)
+    return total.split(sizes)[group.rank()].contiguous()
+
+
+def _with_uneven(even: Callable[..., Any], uneven: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a collective of Megatron's that also takes unequal lengths."""
+
+    def run(tensor: torch.Tensor, group: Any, sizes: Any = None, *others: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even(tensor, group, sizes, *others)
+        return uneven(tensor, group, sizes)
+
+    return run
+
+
 @functools.cache  # once in a process
 def _stand_in_for_cuda() -> None:
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tracker
+    from megatron.core.transformer.moe import token_dispatcher
 
     cpu, stream = torch.device("cpu"), _Stream()
     functions = {
@@ -131,4 +168,10 @@ def _stand_in_for_cuda() -> None:
     torch.cuda.__dict__.update(functions)
     tracker._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     tracker._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    token_dispatcher.maybe_move_tensor_to_cpu = _to_host
+    for name, uneven in (
+        ("_gather_along_first_dim", _gather_uneven),
+        ("_reduce_scatter_along_first_dim", _reduce_uneven),
+    ):
+        setattr(mappings, name, _with_uneven(getattr(mappings, name), uneven))
     _CpuForCuda().__enter__()

@@ -47,11 +47,11 @@ def find_in_loss[Batch: (SftBatch, TimestepBatch)](
         batches: of this rank.
         computed: the loss and the metrics of each, if this rank has them.
     """
-    data, bad = engine.ranks.data.rank, [n for n, m in enumerate(computed) if not _all_finite(m)]
-    found: list[tuple[int, list[int]]] = gather_objects((data, bad))
-    count = len(batches)
-    places = {rank: _numbered(mine, count) for rank, (_, mine) in enumerate(found) if mine}
-    again = sorted({number for other, mine in found if other == data for number in mine})
+    bad = [n for n, m in enumerate(computed) if not _all_finite(m)]
+    found, count = gather_objects(bad), len(batches)
+    places = {rank: _numbered(mine, count) for rank, mine in enumerate(found) if mine}
+    # Ranks that share experts run the same micro-batches, whosever they are.
+    again = sorted({number for mine in found for number in mine})
 
     def rows_of(number: int, logits: Tensor) -> list[int]:
         """Return the rows of a micro-batch with a non-finite loss."""

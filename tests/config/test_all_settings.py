@@ -86,7 +86,7 @@ NEEDS = {
         "model.block_length=4",
     ],
     "parallel.expert": EXPERTS,
-    "parallel.expert_tensor": EXPERTS,
+    "parallel.expert_tensor": [*EXPERTS, "parallel.tensor=2", "parallel.sequence=true"],
     "model.attention": ["model.block_length=4"],
     "model.block_length": ["model.attention=block_causal", "sampling.block_length=6"],
     "model.rope_original_length": ["model.query_scale_beta=0.5"],

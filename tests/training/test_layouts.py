@@ -1,38 +1,23 @@
 """One supervised and three AGRPO iterations from the same weights: the same at every layout."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
-from agrpo_megatron.families import FAMILIES
 from agrpo_megatron.megatron.weights import export_hf
-from agrpo_megatron.text.tokenizer import CHARACTERS
 from agrpo_megatron.training.rl import collect_rollout, update_policy
-from agrpo_megatron.training.sft import run_sft
-from tests.megatron.lora.whole import whole_adapters
 from tests.ranks import run_ranks
+from tests.training.layouts import (
+    COMMON,
+    DISTRIBUTED,
+    RECOMPUTE,
+    compare,
+    train,
+    write_start,
+)
 from tests.training.tiny import open_session
 
-FOUR_LAYERS = "model.num_layers=4"
-# Without a baseline the loss is no difference of equal numbers. Adam divides by the root of its
-# second moment: where a gradient is only rounding, an epsilon far above that keeps the step from
-# being only rounding, too.
-COMMON = [
-    FOUR_LAYERS,
-    f"tokenizer.path={CHARACTERS}",
-    "sft.iterations=1",
-    "algorithm.baseline=none",
-    "optimizer.megatron.adam_eps=1e-4",
-    "optimizer.clip_grad=0.5",
-    "train.token_budget=45",  # three rows of 14 or 15 tokens: an odd number now and then
-]
-DISTRIBUTED = "optimizer.distributed=true"
 OVERLAP = [DISTRIBUTED, "ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true"]
-RECOMPUTE = "model.megatron={recompute_granularity: full, recompute_method: uniform, %s}"
 # name: ranks, overrides
 TABLE = {
     "tp2": (2, []),
@@ -92,69 +77,35 @@ ADAPTED_LAYOUTS = {
 }
 
 
-def _write_start(folder, overrides):
-    """Write random weights as a Hugging Face directory."""
-    session, engine = open_session(FOUR_LAYERS, *overrides)
-    model = session.run.settings.model
-    named = {n: p.detach() for n, p in engine.network.named_parameters()}
-    save_file(export_hf(named, model, session.run.ranks), Path(folder) / "model.safetensors")
-    config = FAMILIES[model.family].config(model)
-    (Path(folder) / "config.json").write_text(json.dumps(config))
-
-
-def _train(folder, overrides):
-    """Return completions, losses, gradient norms and trained weights."""
-    world_size = dist.get_world_size()
-    load = f"model.load={folder}"
-    session, engine = open_session(*COMMON, load, *overrides, world_size=world_size)
-    run_sft(session, engine, start=0, on_iteration_end=lambda _: None)
-    tokens, numbers = [], [session.output.log.records[0]]
-    for iteration in range(3):
-        rollout, _ = collect_rollout(session, engine, iteration)
-        metrics, _ = update_policy(session, engine, rollout, None)
-        tokens.append(rollout.trajectory.tokens)
-        numbers.append(metrics)
-    engine.finish_parameters()
-    weights = {name: p.detach() for name, p in engine.network.named_parameters()}
-    adapters = {} if engine.network.adapters is None else whole_adapters(engine.network)
-    return {
-        "tokens": tokens,
-        "loss": [record["loss"] for record in numbers],
-        "grad_norm": [record["grad_norm"] for record in numbers],
-        "ratio error": max(record.get("ratio/max_error", 0.0) for record in numbers),
-        "weights": export_hf(weights, session.run.settings.model, session.run.ranks) | adapters,
-    }
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
-    run_ranks(1, _write_start, folder, [])
+    run_ranks(1, write_start, folder, [])
     return folder
 
 
 @pytest.fixture(scope="module")
 def alone(start):
-    return run_ranks(1, _train, start, [])[0]
+    return run_ranks(1, train, start, [])[0]
 
 
 @pytest.mark.parametrize("name", [*TABLE, *MORE])
 def test_the_layout_changes_nothing(start, alone, name):
     size, overrides = (TABLE | MORE)[name]
     layout = name.partition(" ")[0]
-    _compare(run_ranks(size, _train, start, [f"parallel={layout}", *overrides]), alone)
+    compare(run_ranks(size, train, start, [f"parallel={layout}", *overrides]), alone)
 
 
 @pytest.fixture(scope="module")
 def block_start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("blocks")
-    run_ranks(1, _write_start, folder, BLOCK_MODEL)
+    run_ranks(1, write_start, folder, BLOCK_MODEL)
     return folder
 
 
 @pytest.fixture(scope="module")
 def block_alone(block_start):
-    return run_ranks(1, _train, block_start, BLOCK_SAMPLING)[0]
+    return run_ranks(1, train, block_start, BLOCK_SAMPLING)[0]
 
 
 @pytest.mark.parametrize("name", BLOCK_LAYOUTS)
@@ -162,12 +113,12 @@ def test_the_layout_changes_nothing_of_a_block_model(block_start, block_alone, n
     """Rows end after the open block, so their lengths change from step to step."""
     size, overrides = BLOCK_LAYOUTS[name]
     own = [*BLOCK_SAMPLING, f"parallel={name.partition(' ')[0]}", *overrides]
-    _compare(run_ranks(size, _train, block_start, own), block_alone)
+    compare(run_ranks(size, train, block_start, own), block_alone)
 
 
 @pytest.fixture(scope="module")
 def adapted_alone(start):
-    return run_ranks(1, _train, start, ADAPTERS)[0]
+    return run_ranks(1, train, start, ADAPTERS)[0]
 
 
 @pytest.mark.parametrize("name", ADAPTED_LAYOUTS)
@@ -175,25 +126,14 @@ def test_the_layout_changes_nothing_of_adapters(start, adapted_alone, name):
     """Of attention, MLP and the head, which has the name of the MLP's second matrix."""
     size, overrides = ADAPTED_LAYOUTS[name]
     own = [*ADAPTERS, f"parallel={name.partition(' ')[0]}", *overrides]
-    results = run_ranks(size, _train, start, own)
-    _compare(results, adapted_alone)
+    results = run_ranks(size, train, start, own)
+    compare(results, adapted_alone)
     names = [name for name in adapted_alone["weights"] if "lora_B" in name]
     assert len(names) == 4 * 5 + 1
     assert min(float(adapted_alone["weights"][name].abs().max()) for name in names) > 1e-3
 
 
-def _compare(results, alone):
-    for result in results:
-        for ours, theirs in zip(result["tokens"], alone["tokens"], strict=True):
-            assert torch.equal(ours, theirs)
-        for key in ("loss", "grad_norm"):
-            assert result[key] == pytest.approx(alone[key], rel=1e-5)
-        assert result["ratio error"] < 1e-5
-        for key, tensor in alone["weights"].items():
-            assert float((result["weights"][key] - tensor).abs().max()) < 1e-5, key
-
-
-def test_what_layouts_are_compared_by_is_not_trivial(start, alone):
+def test_what_layouts_arecompared_by_is_not_trivial(start, alone):
     """Losses are no rounding, gradients are clipped, and weights and completions change."""
     assert min(map(abs, alone["loss"])) > 1e-2
     assert min(alone["grad_norm"]) > 0.5

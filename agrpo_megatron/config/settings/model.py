@@ -163,15 +163,10 @@ class ParallelSettings:
     )
     context: int = setting(1, "ranks that share each row's tokens", low=1, short="cp")
     expert: int = setting(1, "ranks that share the experts of a layer", low=1, short="ep")
-    expert_tensor: int | None = setting(
-        None, "tensor-parallel ranks of each expert; null: as `tensor`", low=1, short="etp"
+    expert_tensor: int = setting(
+        1, "tensor-parallel ranks of each expert: 1, or as many as `tensor`", low=1, short="etp"
     )
     data: int | None = setting(None, "data-parallel ranks; null: all remaining", low=1, short="dp")
-
-    @property
-    def expert_split(self) -> int:
-        """Tensor-parallel ranks of each expert."""
-        return self.expert_tensor or self.tensor
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def _expert_values(model: ModelSettings, parallel: ParallelSettings) -> dict[str
         "moe_router_pre_softmax": True,  # one expert of a token needs it
         "moe_grouped_gemm": True,
         "expert_model_parallel_size": parallel.expert,
-        "expert_tensor_parallel_size": parallel.expert_split,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
     }
 
 

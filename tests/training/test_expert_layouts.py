@@ -1,0 +1,88 @@
+"""The same trainings as test_layouts.py, of models with experts: the same at every layout."""
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.training.layouts import DISTRIBUTED, RECOMPUTE, compare, train, write_start
+
+EXPERTS = [
+    "model.family=llada_moe",
+    "model.qk_norm=true",
+    "model.moe.experts=4",
+    "model.moe.ffn_hidden_size=24",
+    "model.moe.normalise=false",
+]
+LAYOUTS = {
+    "tp2-sp": (2, []),
+    "ep2": (2, []),
+    "ep2 distributed optimizer": (2, [DISTRIBUTED]),
+    "ep4": (4, [DISTRIBUTED]),
+    "tp2-sp-ep2": (2, []),
+    "tp2-sp-ep2-etp2": (4, [DISTRIBUTED]),
+    "pp2-ep2": (4, [DISTRIBUTED]),
+    "cp2-ep2": (2, []),
+    "ep2 with dp4, distributed optimizer": (4, [DISTRIBUTED]),
+    "ep2 recompute": (2, [RECOMPUTE % "recompute_num_layers: 1"]),
+    "ep2 rollout tp2": (2, ["rollout.parallel=tp2-sp"]),
+    "pp2 rollout ep2": (2, ["rollout.parallel=ep2"]),
+}
+# LLaDA2's: groups, biases, shared experts, a first dense layer, partial rotation, blocks.
+BLOCKS = [
+    "model.family=llada2_moe",
+    "model.attention=block_causal",
+    "model.block_length=4",
+    "model.qk_norm=true",
+    "model.rotary_fraction=0.5",
+    "model.moe={experts: 8, topk: 2, ffn_hidden_size: 24, shared_ffn_hidden_size: 24}",
+    "model.moe.dense_layers=1",
+    "model.moe.score=sigmoid",
+    "model.moe.expert_bias=true",
+    "model.moe.groups=4",
+    "model.moe.group_topk=2",
+    "model.moe.scaling_factor=2.5",
+]
+SAMPLING = ["sampling.block_origin=row", "sampling.unmasking=low_confidence"]
+BLOCK_LAYOUTS = {
+    "tp2-sp-ep2": (2, [DISTRIBUTED]),
+    "pp2-ep2": (4, []),
+    "ep2 rollout tp2": (2, ["rollout.parallel=tp2-sp"]),
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    run_ranks(1, write_start, folder, EXPERTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(start):
+    return run_ranks(1, train, start, [])[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_changes_nothing_of_experts(start, alone, name):
+    """Replicas that share experts end their rollouts after different numbers of passes."""
+    size, overrides = LAYOUTS[name]
+    layout = name.partition(" ")[0]
+    compare(run_ranks(size, train, start, [f"parallel={layout}", *overrides]), alone)
+
+
+@pytest.fixture(scope="module")
+def block_start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blocks")
+    run_ranks(1, write_start, folder, BLOCKS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def block_alone(block_start):
+    return run_ranks(1, train, block_start, SAMPLING)[0]
+
+
+@pytest.mark.parametrize("name", BLOCK_LAYOUTS)
+def test_the_layout_changes_nothing_of_a_block_model_with_experts(block_start, block_alone, name):
+    size, overrides = BLOCK_LAYOUTS[name]
+    own = [*SAMPLING, f"parallel={name.partition(' ')[0]}", *overrides]
+    compare(run_ranks(size, train, block_start, own), block_alone)
