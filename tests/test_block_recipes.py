@@ -60,7 +60,7 @@ def test_on_four_nodes_a_run_sees_as_many_problems(name):
     one, four = (load(Settings, EXAMPLES / f"{name}{end}.yaml") for end in ("", "_4_nodes"))
     changed = {"run.dir", "algorithm.prompts_per_iteration", "optimizer.learning_rate"}
     changed |= {"optimizer.warmup_iterations", "train.iterations", "evaluation.interval"}
-    layout = {"parallel.tensor", "parallel.sequence", "parallel.expert_tensor", "model.megatron"}
+    layout = {"parallel.tensor", "parallel.sequence", "model.megatron"}
     assert changed <= differences(one, four) <= changed | layout | {"optimizer.moments"}
     assert four.algorithm.prompts_per_iteration == 4 * one.algorithm.prompts_per_iteration
     assert four.optimizer.learning_rate == 2 * one.optimizer.learning_rate

@@ -64,21 +64,20 @@ def _layouts(settings: Settings, ranks: int, only: str | None) -> Iterator[Setti
         yield replace(settings, parallel=parallel)
         return
     sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
-    of_experts: list[tuple[int, int | None]] = [(1, None)]
-    if settings.model.moe.experts is not None:  # each expert whole on a rank, or split by tensor
-        of_experts += [(size, split) for size in sizes[1:] for split in (None, 1)]
-    every = itertools.product(sizes, sizes, sizes, of_experts)
-    for tensor, pipeline, context, (expert, split) in every:
+    of_experts = sizes if settings.model.moe.experts is not None else [1]
+    every = itertools.product(sizes, sizes, sizes, of_experts, (False, True))
+    for tensor, pipeline, context, expert, is_split in every:
+        if is_split and (tensor == 1 or expert == 1):
+            continue
         parallel = ParallelSettings(
             tensor=tensor,
             sequence=tensor > 1,
             pipeline=pipeline,
             context=context,
             expert=expert,
-            expert_tensor=split,
+            expert_tensor=tensor if is_split else 1,
         )
-        is_new = split != tensor  # else it is the layout without `expert_tensor`
-        if is_new and layout_fits(settings.model, parallel, world_size=ranks):
+        if layout_fits(settings.model, parallel, world_size=ranks):
             yield replace(settings, parallel=parallel)
 
 

@@ -147,7 +147,7 @@ class LayerMatrices:
 
     def held(self, parallel: ParallelSettings) -> tuple[int, int]:
         """Return what each rank of a layout holds: outside the experts, and of them."""
-        experts = self.experts // parallel.expert * self.expert // parallel.expert_split
+        experts = self.experts // parallel.expert * self.expert // parallel.expert_tensor
         return self.split // parallel.tensor + self.router, experts
 
 

@@ -105,7 +105,7 @@ def _routed(model: ModelSettings, lora: LoraSettings, parallel: ParallelSettings
     moe = model.moe
     assert moe.experts is not None and moe.ffn_hidden_size is not None
     is_trained = lora.rank is None
-    inputs = model.hidden_size * parallel.expert_split * is_trained
+    inputs = model.hidden_size * parallel.expert_tensor * is_trained
     copies = moe.topk * (inputs + (4 + is_trained) * moe.ffn_hidden_size)
     return (3 * moe.experts + copies) // _split_by(parallel)
 

@@ -141,7 +141,7 @@ def _replicas(parallel: ParallelSettings, world_size: int) -> tuple[int, int]:
 
     Source: expert_data_parallel_size of Megatron-Core's `parallel_state`.
     """
-    of_experts = parallel.pipeline * parallel.expert * parallel.expert_split
+    of_experts = parallel.pipeline * parallel.expert * parallel.expert_tensor
     return data_ranks(parallel, world_size) * parallel.context, world_size // of_experts
 
 

@@ -223,11 +223,11 @@ FLASH = ModelSettings(
         # Embedding and head are half a layer each; 3.3 if eight ranks share the experts.
         (SDAR_30B, "pp4", (12, 12, 12, 12)),
         (SDAR_30B, "pp4-ep8", (10, 14, 14, 10)),
-        (SDAR_30B, "tp2-sp-pp4-ep4", (11, 13, 13, 11)),
-        (SDAR_30B, "tp2-sp-pp4-ep4-etp1", (12, 12, 12, 12)),
+        (SDAR_30B, "tp2-sp-pp4-ep4-etp2", (11, 13, 13, 11)),
+        (SDAR_30B, "tp2-sp-pp4-ep4", (12, 12, 12, 12)),
         # The first layer has no experts: the embedding costs its stage no layer.
         (FLASH, "pp4", (8, 8, 8, 8)),
-        (FLASH, "tp4-sp-pp2-ep8-etp1", (16, 16)),
+        (FLASH, "tp4-sp-pp2-ep8", (16, 16)),
         (FLASH, "pp4-ep16", (7, 9, 9, 7)),
         (FLASH, "pp5", (7, 7, 6, 6, 6)),
         (FLASH, "pp2-vpp2", (8, 8, 8, 8)),

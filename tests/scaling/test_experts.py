@@ -94,13 +94,14 @@ def test_first_layers_cost_their_swiglu_and_others_the_shared_expert_too():
 LAYOUTS = [
     (SDAR, 8, "ep8"),
     (SDAR, 32, "pp2-ep8"),
+    (SDAR, 8, "tp2-sp-ep4-etp2"),
     (SDAR, 8, "tp2-sp-ep4"),
-    (SDAR, 8, "tp2-sp-ep4-etp1"),
-    (SDAR, 8, "tp2-sp-etp1"),
+    (SDAR, 8, "tp2-sp"),
+    (SDAR, 8, "tp2-sp-etp2"),
     (MINI, 8, "cp2-ep8"),
     (FLASH, 128, "pp4-ep16"),
-    (FLASH, 128, "tp4-sp-pp2-ep8-etp1"),
-    (FLASH, 128, "tp2-sp-pp4-ep16"),
+    (FLASH, 128, "tp4-sp-pp2-ep8"),
+    (FLASH, 128, "tp2-sp-pp4-ep16-etp2"),
 ]
 
 
@@ -113,7 +114,7 @@ def _rank_alone(settings, rank, world):
         parallel.pipeline,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_split,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         create_gloo_process_groups=False,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -172,7 +173,7 @@ def _all_built():
 def test_bytes_of_a_rank_are_those_of_the_built_model():
     """The first and the last stage, on the meta device."""
     found = run_ranks(1, _all_built, timeout=240)[0]
-    assert len(found) == 13
+    assert len(found) == 14
     for case, (held, predicted) in found.items():
         assert held == predicted, case
 
@@ -191,7 +192,7 @@ def test_sdar_30b_on_eight_gpus_by_hand():
 
 
 def test_all_matrices_but_the_router_are_copied_in_fp8():
-    given = ["precision=fp8", "fp8.bf16_last_layers=2", "parallel=tp2-sp-pp2-ep4-etp1"]
+    given = ["precision=fp8", "fp8.bf16_last_layers=2", "parallel=tp2-sp-pp2-ep4"]
     settings = planned(MINI, *given)
     spec, parallel = weight_spec(settings), settings.parallel
     held = [fp8_parameters(spec, parallel, stage=stage) for stage in (0, 1)]
@@ -228,9 +229,11 @@ def test_experts_keep_their_inputs_and_four_products():
     assert _activations("parallel=ep8") == 8192 * 48 * layer
     assert _activations("parallel=ep2") == 8192 * 48 * layer, "as many copies come as go"
     half = (4 * 2048 + attention) // 2 + (3 * 128 + 8 * (2048 + 5 * 768)) // 2
-    assert _activations("parallel=tp2-sp-ep8-etp1") == 8192 * 48 * half
+    assert _activations("parallel=tp2-sp-ep8") == 8192 * 48 * half
     whole = (4 * 2048 + attention) // 2 + (3 * 128 + 8 * (2 * 2048 + 5 * 768)) // 2
-    assert _activations("parallel=tp2-sp-ep4") == 8192 * 48 * whole, "two ranks split each expert"
+    assert _activations("parallel=tp2-sp-ep4-etp2") == 8192 * 48 * whole, (
+        "two ranks split each expert"
+    )
     full = "model.megatron={recompute_granularity: full}"
     assert _activations("parallel=ep8", full) == 8192 * (48 * 2048 + layer)
 
@@ -242,7 +245,7 @@ def test_the_tool_lists_layouts_of_experts():
     }
     assert done.returncode == 0
     assert {"tp1-pp1-cp1-ep8-dp8", "tp2-sp-pp1-cp1-ep4-dp4", "tp1-pp1-cp1-dp8"} <= rows.keys()
-    name = "tp2-sp-pp1-cp1-ep4-etp1-dp4"
+    name = "tp2-sp-pp1-cp1-ep4-etp2-dp4"
     memory = worst_rank(planned(SDAR, f"parallel={name}"), 8)
     assert rows[name][-3] == f"{memory.total / 2**30:.1f}"
     assert not any("tp8" in name or "ep3-" in name for name in rows)
@@ -261,7 +264,7 @@ def test_activations_of_experts_are_estimated_within_a_half(overrides):
     assert held / 1.5 < predicted < 1.5 * held
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2", "ep2", "tp2-sp-etp2", "tp2-sp-ep2"])
 def test_bytes_with_experts_are_those_of_a_trained_engine(layout):
     """Three layers of experts after a first without."""
     given = [f"parallel={layout}", "optimizer.distributed=true", "precision=bf16"]
