@@ -264,14 +264,20 @@ def test_activations_of_experts_are_estimated_within_a_half(overrides):
     assert held / 1.5 < predicted < 1.5 * held
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2", "ep2", "tp2-sp-etp2", "tp2-sp-ep2"])
-def test_bytes_with_experts_are_those_of_a_trained_engine(layout):
+def _trained(layouts):
+    given = ["optimizer.distributed=true", "precision=bf16", *TINY, *KINDS]
+    return {layout: _tiny([f"parallel={layout}", *given]) for layout in layouts}
+
+
+def test_bytes_with_experts_are_those_of_trained_engines():
     """Three layers of experts after a first without."""
-    given = [f"parallel={layout}", "optimizer.distributed=true", "precision=bf16"]
-    results = run_ranks(2, _tiny, [*given, *TINY, *KINDS])
-    assert all(held["main_grads"] == predicted.gradients for held, predicted in results)
-    biases = sum(predicted.weights - held["weights"] for held, predicted in results)
-    assert biases == 4 * 4 * 3 * (1 if layout == "pp2" else 2)
-    for part in ("main_weights", "moments"):
-        total = sum(held[part] for held, _ in results)
-        assert total == sum(getattr(predicted, part) for _, predicted in results) > 0
+    layouts = ["tp2-sp", "pp2", "dp2", "ep2", "tp2-sp-etp2", "tp2-sp-ep2"]
+    ranks = run_ranks(2, _trained, layouts)
+    for layout in layouts:
+        results = [rank[layout] for rank in ranks]
+        assert all(held["main_grads"] == predicted.gradients for held, predicted in results)
+        biases = sum(predicted.weights - held["weights"] for held, predicted in results)
+        assert biases == 4 * 4 * 3 * (1 if layout == "pp2" else 2), layout
+        for part in ("main_weights", "moments"):
+            total = sum(held[part] for held, _ in results)
+            assert total == sum(getattr(predicted, part) for _, predicted in results) > 0, layout
