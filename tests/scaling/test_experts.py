@@ -96,8 +96,6 @@ LAYOUTS = [
     (SDAR, 32, "pp2-ep8"),
     (SDAR, 8, "tp2-sp-ep4-etp2"),
     (SDAR, 8, "tp2-sp-ep4"),
-    (SDAR, 8, "tp2-sp"),
-    (SDAR, 8, "tp2-sp-etp2"),
     (MINI, 8, "cp2-ep8"),
     (FLASH, 128, "pp4-ep16"),
     (FLASH, 128, "tp4-sp-pp2-ep8"),
@@ -173,7 +171,7 @@ def _all_built():
 def test_bytes_of_a_rank_are_those_of_the_built_model():
     """The first and the last stage, on the meta device."""
     found = run_ranks(1, _all_built, timeout=240)[0]
-    assert len(found) == 14
+    assert len(found) == 12
     for case, (held, predicted) in found.items():
         assert held == predicted, case
 
