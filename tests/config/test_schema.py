@@ -192,7 +192,7 @@ def test_an_unknown_key_names_the_nearest(override, message):
         (
             "parallel=4",
             "parallel=4 is a section; write parallel: and indent its keys, or write any of tpN, "
-            "sp, ppN, vppN, cpN, dpN (N from 1) joined by -",
+            "sp, ppN, vppN, cpN, epN, etpN, dpN (N from 1) joined by -",
         ),
         (
             "parallel=tp2-xx3",
