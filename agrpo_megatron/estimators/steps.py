@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings
@@ -16,6 +17,7 @@ from agrpo_megatron.estimators.weights import (
     needs_every_rollout,
     share_of_rollouts,
 )
+from agrpo_megatron.trajectories import tokens_before
 from agrpo_megatron.types import Rollout, ScoredRows, StepDraws, Trajectory
 
 
@@ -127,6 +129,8 @@ def proposal_of(trajectory: Trajectory, context: DrawContext) -> Tensor:
             usable = timesteps.has_gradient(trajectory, most)
     else:
         scores = timesteps.step_entropies(trajectory, most)
+    if usable is None and trajectory.edit_step is not None:
+        usable = timesteps.step_actions(trajectory, most) > 0
     return timesteps.step_proposal(
         live, scores, proposal=settings.proposal, uniform_mix=settings.uniform_mix, usable=usable
     )
@@ -140,14 +144,16 @@ def _step_lengths(trajectory: Trajectory, most: int, settings: AlgorithmSettings
 
 
 def all_steps(trajectory: Trajectory, context: DrawContext) -> StepDraws:
-    """Return every live step of every rollout once."""
+    """Return every live step of every rollout once, but those that neither fixed nor edited."""
     live, most = live_of(trajectory, context)
     table = timesteps.uniform_steps(live, most)
+    if trajectory.edit_step is not None:
+        table = table * (timesteps.step_actions(trajectory, most) > 0)
     return _draws(table)
 
 
 def rows_at(trajectory: Trajectory, draws: StepDraws, *, scoring: str = "token") -> ScoredRows:
-    """Return the state before each drawn step, and the tokens that it fixed.
+    """Return the state before each drawn step, and the tokens that it fixed, or put by an edit.
 
     With `scoring: augmented`, also those that it drew and put back. Which tokens a step keeps is a
     step function of all that it drew, so the log-probs of these are the step's whole gradient,
@@ -156,11 +162,32 @@ def rows_at(trajectory: Trajectory, draws: StepDraws, *, scoring: str = "token")
     fixed, step = trajectory.unmask_step[draws.rollout], draws.step[:, None]
     weight = draws.weight[:, None].expand_as(fixed)
     rows = ScoredRows(draws.rollout, fixed >= step, fixed == step, weight, is_sampled=True)
+    if trajectory.edit_step is not None:
+        rows = _with_edits(replace(rows, step=draws.step), trajectory.edit_step, trajectory)
     if scoring == "augmented":
         rows = _with_drawn(rows, draws, trajectory)
     elif scoring == "positions":
         rows = _with_turns(rows, draws, trajectory)
     return replace(rows, weight=weight * rows.has_token)
+
+
+def _with_edits(rows: ScoredRows, made: Tensor, trajectory: Trajectory) -> ScoredRows:
+    """Score the first tokens of positions, and the new tokens of edits, in place of the final ones.
+
+    Args:
+        made: [R, E] the step of each edit.
+    """
+    assert rows.step is not None
+    assert trajectory.edit_position is not None
+    assert trajectory.edit_logprob is not None
+    owner, width = rows.rollout, rows.scored.shape[1]
+    is_mine = made[owner] == rows.step[:, None]
+    place = trajectory.edit_position[owner].masked_fill(~is_mine, width)
+    scored = F.pad(rows.scored, (0, 1)).scatter(1, place, value=True)[:, :width]
+    logprobs = F.pad(trajectory.logprobs[owner], (0, 1))
+    logprobs = logprobs.scatter(1, place, trajectory.edit_logprob[owner])[:, :width]
+    targets = tokens_before(trajectory, owner, rows.step + 1)
+    return replace(rows, scored=scored, targets=targets, target_logprobs=logprobs)
 
 
 def _with_drawn(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> ScoredRows:
