@@ -84,6 +84,15 @@ def tokens_before(trajectory: Trajectory, rollout: Tensor, step: Tensor) -> Tens
     return old.where(first < most, tokens)
 
 
+def edits_of(trajectory: Trajectory, row: int) -> list[tuple[int, int, int, int]]:
+    """Return (step, position, old, new) of each edit of a rollout, in the order of the steps."""
+    if trajectory.edit_step is None:
+        return []
+    names = ("edit_step", "edit_position", "edit_old", "edit_new")
+    columns = (getattr(trajectory, name)[row].tolist() for name in names)
+    return [edit for edit in zip(*columns, strict=True) if edit[0] >= 0]
+
+
 def state_tokens(
     trajectory: Trajectory, scored: ScoredRows, rows: Tensor, *, mask_id: int
 ) -> Tensor:

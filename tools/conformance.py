@@ -46,7 +46,12 @@ from checks import (  # noqa: E402 - of this folder
     settings_at,
 )
 from golden import LogprobCase, below, logit_cases, sampler_cases  # noqa: E402 - of this folder
-from golden_blocks import block_logit_cases, decode_cases, tracerl_cases  # noqa: E402
+from golden_blocks import (  # noqa: E402
+    block_logit_cases,
+    decode_cases,
+    tracerl_cases,
+    wrong_states,
+)
 
 LOGITS, LOSS, GRADIENT = 1e-5, 1e-5, 1e-4
 
@@ -151,7 +156,11 @@ def check_sampler(golden: Golden) -> Iterator[Check]:
             ran = ours.unmask_step < ours.num_steps[:, None]
             is_wrong &= case.steps >= 0  # the public sampler leaves the others masked
             is_wrong |= ours.unmask_step.masked_fill(~ran, -1) != case.steps
-        wrong = int(is_wrong.sum())
+        wrong = 0
+        if case.inputs is not None:
+            is_wrong &= case.expected != model.mask_token_id  # blocks after the end
+            wrong = wrong_states(case, ours, model.mask_token_id)
+        wrong += int(is_wrong.sum())
         yield Check(case.name, wrong, 0, f"{is_wrong.numel()} tokens, {case.detail}")
 
 

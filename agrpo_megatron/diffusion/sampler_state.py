@@ -91,7 +91,7 @@ def start(
         step_in_block=zeros.clone(),
         schedule=on_device(step_counts(sampling), device),
         drawn=_no_draws(rows, sampling, device) if sampling.record_drawn else {},
-        edits=[Edits(*[zeros[:0]] * 5, *[torch.zeros(0, device=device)] * 3, None)],
+        edits=[_no_edits(device)],
     )
 
 
@@ -100,6 +100,12 @@ def _no_draws(rows: int, sampling: SamplingSettings, device: torch.device) -> di
     shape = (rows, sampling.most_steps, sampling.block_length)
     record = {name: torch.zeros(shape, device=device) for name in DRAWN}
     return record | {"tokens": torch.full(shape, -1, dtype=torch.int32, device=device)}
+
+
+def _no_edits(device: torch.device) -> Edits:
+    """Return the record of edits before the first step."""
+    id_, value = (torch.zeros(0, dtype=d, device=device) for d in (torch.int64, torch.float32))
+    return Edits(id_, id_, id_, id_, id_, value, value, value, None)
 
 
 def block_positions(state: SamplerState, rows: Tensor) -> tuple[Tensor, Tensor]:
