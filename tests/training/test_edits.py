@@ -81,7 +81,7 @@ def _compare(overrides):
 def test_the_gradient_is_that_of_a_slow_loop_over_tokens_and_edits():
     """Steps that only edit count, with the ratio 1 before the first update; so do idle steps."""
     error, metrics, edits, idle = run_ranks(1, _compare, [])[0]
-    print(error, metrics["ratio/max_error"], edits, idle)
+
     assert edits > 10 and idle > 5
     assert error < 1e-5
     assert metrics["ratio/max_error"] < 1e-5
