@@ -77,11 +77,6 @@ def _check_edits(algorithm: AlgorithmSettings, sampling: SamplingSettings) -> No
             "lets an edit put the mask token in place of a fixed one",
             "sampling.forbid_mask_token=true",
         ),
-        "sampling.record_drawn=true": (
-            sampling.record_drawn,
-            "records the draws at masked positions only",
-            "sampling.record_drawn=false",
-        ),
         f"sampling.position_temperature={sampling.position_temperature}": (
             sampling.position_temperature is not None,
             "draws the positions of a step, and edits are not drawn",

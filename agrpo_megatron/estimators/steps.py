@@ -129,8 +129,8 @@ def proposal_of(trajectory: Trajectory, context: DrawContext) -> Tensor:
             usable = timesteps.has_gradient(trajectory, most)
     else:
         scores = timesteps.step_entropies(trajectory, most)
-    if usable is None and trajectory.edit_step is not None:
-        usable = timesteps.step_actions(trajectory, most) > 0
+    if usable is None:
+        usable = _has_target(trajectory, context, most)
     return timesteps.step_proposal(
         live, scores, proposal=settings.proposal, uniform_mix=settings.uniform_mix, usable=usable
     )
@@ -144,12 +144,21 @@ def _step_lengths(trajectory: Trajectory, most: int, settings: AlgorithmSettings
 
 
 def all_steps(trajectory: Trajectory, context: DrawContext) -> StepDraws:
-    """Return every live step of every rollout once, but those that neither fixed nor edited."""
+    """Return every live step of every rollout that has something to score, once."""
     live, most = live_of(trajectory, context)
     table = timesteps.uniform_steps(live, most)
-    if trajectory.edit_step is not None:
-        table = table * (timesteps.step_actions(trajectory, most) > 0)
-    return _draws(table)
+    usable = _has_target(trajectory, context, most)
+    return _draws(table if usable is None else table * usable)
+
+
+def _has_target(trajectory: Trajectory, context: DrawContext, most: int) -> Tensor | None:
+    """Return which steps have something to score, [R, most]; None: all of them.
+
+    A step that may only edit may change nothing; then what it drew is all that it did.
+    """
+    if trajectory.edit_step is None or context.algorithm.scoring == "augmented":
+        return None
+    return timesteps.step_actions(trajectory, most) > 0
 
 
 def rows_at(trajectory: Trajectory, draws: StepDraws, *, scoring: str = "token") -> ScoredRows:
@@ -201,7 +210,7 @@ def _with_drawn(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> S
     )
     return replace(
         rows,
-        scored=_masked_in_block(rows, trajectory),
+        scored=_drawn_in_block(rows, draws, trajectory),
         targets=tokens.long(),
         target_logprobs=logprobs,
     )
@@ -213,17 +222,21 @@ def _with_turns(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> S
     assert trajectory.turn_logprobs is not None
     return replace(
         rows,
-        scored=_masked_in_block(rows, trajectory),
+        scored=_drawn_in_block(rows, draws, trajectory),
         turns=trajectory.turns[draws.rollout].long().masked_fill(~rows.scored, -1),
         turn_logprobs=trajectory.turn_logprobs[draws.rollout],
     )
 
 
-def _masked_in_block(rows: ScoredRows, trajectory: Trajectory) -> Tensor:
-    """Mark the masked positions [N, C] of the block of the tokens that a step fixed."""
+def _drawn_in_block(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> Tensor:
+    """Mark the positions [N, C] of the open block at which steps drew: masked ones, or any to edit.
+
+    The open block is the last one that has a token, once the step is done.
+    """
     blocks = block_numbers(trajectory)[0][rows.rollout]
-    block = blocks.gather(1, rows.scored.long().argmax(1, keepdim=True))
-    return rows.hidden & (blocks == block)
+    is_later = trajectory.unmask_step[rows.rollout] > draws.step[:, None]
+    is_open = blocks == blocks.masked_fill(is_later, -1).amax(1, keepdim=True)
+    return is_open if trajectory.edit_step is not None else is_open & rows.hidden
 
 
 def at_level(draws: StepDraws, rollout: Rollout, context: DrawContext) -> ScoredRows:

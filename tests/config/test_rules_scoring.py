@@ -38,11 +38,6 @@ REFUSED = {
         EDITED | {"forbid_mask_token": False},
         f"{NOT_FOR_EDITS}sampling.forbid_mask_token=true",
     ),
-    "edits and all drawn tokens": (
-        {},
-        EDITED | {"record_drawn": True},
-        f"{NOT_FOR_EDITS}sampling.record_drawn=false",
-    ),
     "edits and drawn positions": (
         {},
         EDITED | BY_ENTROPY,
@@ -139,7 +134,13 @@ def test_what_has_no_meaning_is_refused(case):
 @pytest.mark.parametrize("name", ["agrpo", "full_trajectory", "cj_grpo"])
 @pytest.mark.parametrize(
     "changed",
-    [{}, {"unmasking": "margin"}, {"threshold": 0.5}, {"threshold": 0.5, "unmasking": "random"}],
+    [
+        {},
+        {"unmasking": "margin"},
+        {"threshold": 0.5},
+        {"threshold": 0.5, "unmasking": "random"},
+        {"edit_threshold": 0.9, "block_origin": "row"},
+    ],
 )
 def test_what_the_sampler_records_is_scored(name, changed):
     algorithm = AlgorithmSettings(name=name, scoring="augmented")
