@@ -64,7 +64,8 @@ class Trajectory:
     """R completions with the record of their sampling: enough to re-score every step.
 
     The partially masked state before denoising step t of rollout r is
-    `tokens[r, j] if unmask_step[r, j] < t else mask`.
+    `tokens[r, j] if unmask_step[r, j] < t else mask`. With edits, `tokens` is the final text, and
+    `trajectories.tokens_before` the text at t.
     """
 
     prompts: tuple[Tensor, ...]  # R tensors of prompt ids, int64
@@ -86,6 +87,17 @@ class Trajectory:
     # Of drawn positions; None unless `sampling.position_temperature`.
     turns: Tensor | None = None  # [R, C] int32, turn of the position within its step, from 0
     turn_logprobs: Tensor | None = None  # [R, C] float32, nats, of the position at its turn
+    # The edits of each rollout, in the order of their steps: a step overwrote a token that was
+    # fixed before. None unless `sampling.edit_threshold`; padded with -1 to the most edits, E.
+    # What is recorded at [R, C] is of the first token of a position.
+    edit_step: Tensor | None = None  # [R, E] int64
+    edit_position: Tensor | None = None  # [R, E] int64, in the completion
+    edit_old: Tensor | None = None  # [R, E] int64
+    edit_new: Tensor | None = None  # [R, E] int64
+    edit_logprob: Tensor | None = None  # [R, E] float32, nats, of the new token when drawn
+    edit_entropy: Tensor | None = None  # [R, E] float32, nats, of the distribution of the draw
+    edit_spread: Tensor | None = None  # [R, E] float32, 1 - sum p^2 of it
+    edit_support_ids: Tensor | None = None  # [R, E, K] int32
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,7 @@ class ScoredRows:
     # With them, the loss also has the choice of positions among the scored ones, as a unit a row.
     turns: Tensor | None = None  # [N, C] int64; -1 where the row's step did not choose
     turn_logprobs: Tensor | None = None  # [N, C] of the positions, when the sampler drew them
+    step: Tensor | None = None  # [N] whose text the state shows; None: the final text
 
     @property
     def has_token(self) -> Tensor:

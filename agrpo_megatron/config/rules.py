@@ -146,12 +146,13 @@ def validate_sampling(sampling: SamplingSettings, section_name: str) -> None:
             f"{section_name}.unmasking=bernoulli takes its rates from Dream's time; set "
             "sampling.schedule=dream, or use random"
         )
-    if sampling.threshold is not None and sampling.unmasking in ("margin", "bernoulli"):
-        raise ValueError(
-            f"sampling.threshold={sampling.threshold} is a probability of tokens, and "
-            f"{section_name}.unmasking={sampling.unmasking} does not rank by it; use "
-            "low_confidence, or null"
-        )
+    for key in ("threshold", "edit_threshold"):
+        chance = getattr(sampling, key)
+        if chance is not None and sampling.unmasking in ("margin", "bernoulli"):
+            raise ValueError(
+                f"sampling.{key}={chance} is a probability of tokens, and {section_name}."
+                f"unmasking={sampling.unmasking} does not rank by it; use low_confidence, or null"
+            )
     if sampling.schedule != "dream" and (steps % blocks or steps > length):
         down = max(blocks, min(length, steps - steps % blocks))
         raise ValueError(
