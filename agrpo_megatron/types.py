@@ -97,6 +97,7 @@ class GradedRollouts:
     tokens: int  # packed tokens processed by the network
     bubble: float  # share of the pipeline's stage-slots in which a stage was idle
     seconds: dict[str, float]  # on this rank: see `rollout.generate.generate`
+    experts: dict[int, Any] | None = None  # this rank's `rollout.experts.Record`s, by rollout id
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Rollout:
     rewards: Tensor  # [R] float32
     correct: Tensor  # [R] bool
     advantages: Tensor  # [R] float32
+    experts: dict[int, Any] | None = None  # this rank's `rollout.experts.Record`s, by rollout id
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class ScoredRows:
     kl_weight: Tensor | None = None  # [N, C] of the KL; None: as `weight`
     advantage: Tensor | None = None  # [N]; None: that of the row's rollout
     length: Tensor | None = None  # [N] completion tokens in the state; None: all
+    step: Tensor | None = None  # [N] denoising step that saw the state; None: none did
     targets: Tensor | None = None  # [N, C] ids; None: the tokens of the rollout
     target_logprobs: Tensor | None = None  # [N, C] of `targets`, when the sampler drew them
     # With them, the loss also has the choice of positions among the scored ones, as a unit a row.
@@ -197,6 +200,14 @@ class CachedRows:
 
 
 @dataclass(frozen=True)
+class RolloutExperts:
+    """The experts that a rollout chose for packed tokens, on the host."""
+
+    chosen: Tensor  # [T, layers with experts, topk] int16; -1: not known
+    is_replayed: bool  # routers reuse them; else they only count what they choose otherwise
+
+
+@dataclass(frozen=True)
 class PackedRows:
     """Rows laid end to end without padding."""
 
@@ -207,6 +218,10 @@ class PackedRows:
     # Who sees whom, by row; None: within rows, all tokens see each other.
     patterns: Sequence[Row] | None = None
     cached: CachedRows | None = None  # then `patterns` are of whole rows
+    # Of a rollout's rows: their numbers, and the tokens before the open block of a block model.
+    owners: Sequence[tuple[int, int]] | None = None
+    experts: RolloutExperts | None = None
+    seen: dict[int, Tensor] | None = None  # takes each layer's choice [T, topk]; None: not kept
 
     @cached_property
     def bounds(self) -> Sequence[int]:
