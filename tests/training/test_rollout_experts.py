@@ -9,12 +9,13 @@ import torch.distributed as dist
 from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from tests.ranks import run_ranks
-from tests.training.layouts import COMMON, DISTRIBUTED, compare, write_start
+from tests.training.layouts import COMMON, DISTRIBUTED, RECOMPUTE, compare, write_start
 from tests.training.test_expert_layouts import BLOCKS, EXPERTS, SAMPLING
 from tests.training.tiny import open_session
 
-COMPARE = ["algorithm.rollout_experts=compare"]
-REPLAY = ["algorithm.rollout_experts=replay"]
+COMPARE = ["algorithm.rollout_experts=compare", "checkpoint.rollouts=false"]
+REPLAY = ["algorithm.rollout_experts=replay", "checkpoint.rollouts=false"]
+MODES = COMPARE, REPLAY
 
 
 @contextmanager
@@ -73,10 +74,70 @@ def start(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("noise", ["layer", "pass"])
-def test_replayed_experts_make_the_ratio_of_the_first_update_one(start, noise):
-    off = run_ranks(1, train, start, COMPARE, noise)[0]
-    on = run_ranks(1, train, start, REPLAY, noise)[0]
-    print(off["ratio error"], off["changed"], on["ratio error"], on["changed"])
-    assert off["ratio error"] > 1e-3 and min(off["changed"]) > 0.01
+@pytest.fixture(scope="module")
+def alone(start):
+    return run_ranks(1, train, start, REPLAY, "layer")[0]
+
+
+def test_without_replay_other_experts_move_the_ratio(start):
+    found = run_ranks(1, train, start, COMPARE, "layer")[0]
+    assert found["ratio error"] > 1e-2 and min(found["changed"]) > 0.01
+
+
+def test_replayed_experts_make_the_ratio_of_the_first_update_one(start, alone):
+    """Also where each forward pass of the rollout has its own noise."""
+    for found in (alone, run_ranks(1, train, start, REPLAY, "pass")[0]):
+        assert found["ratio error"] < 1e-5 and min(found["changed"]) > 0.01
+
+
+def test_replay_changes_no_bit_where_routers_choose_the_same(start):
+    off, on = (run_ranks(1, train, start, mode, "")[0] for mode in ([], REPLAY))
+    assert on["changed"] == [0.0, 0.0] and off["changed"] == [None, None]
+    assert (on["loss"], on["grad_norm"]) == (off["loss"], off["grad_norm"])
+    assert all(torch.equal(on["weights"][name], off["weights"][name]) for name in on["weights"])
+
+
+LAYOUTS = {
+    "tp2-sp": (2, [DISTRIBUTED]),
+    "pp2": (2, []),
+    "pp2-vpp2": (2, []),
+    "cp2": (2, []),
+    "ep2": (2, [RECOMPUTE % "recompute_num_layers: 1"]),
+    "dp2 rollout tp2": (2, ["rollout.parallel=tp2-sp"]),
+    "pp2 recompute": (2, [RECOMPUTE % "recompute_num_layers: 1"]),
+    "pp2-ep2 rollout ep2": (4, ["rollout.parallel=ep2"]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_changes_nothing_of_replayed_experts(start, alone, name):
+    """Ranks exchange what they recorded: updates share rows and layers in another way."""
+    size, overrides = LAYOUTS[name]
+    layout = f"parallel={name.partition(' ')[0]}"
+    found = run_ranks(size, train, start, [*REPLAY, layout, *overrides], "layer")
+    compare(found, alone)
+    assert all(result["changed"] == pytest.approx(alone["changed"], abs=0.01) for result in found)
+
+
+@pytest.fixture(scope="module")
+def block_start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blocks")
+    run_ranks(1, write_start, folder, BLOCKS)
+    return folder
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_blocks_replay_the_experts_of_their_context(block_start, cached):
+    """With a cache each token's keys are those of one pass, so its noise may be of that pass."""
+    own = [*SAMPLING, f"rollout.cached={str(cached).lower()}"]
+    noise = "pass" if cached else "layer"
+    off, on = (run_ranks(1, train, block_start, [*own, *mode], noise)[0] for mode in MODES)
+    assert off["ratio error"] > 1e-2 and min(off["changed"]) > 0.01
     assert on["ratio error"] < 1e-5 and min(on["changed"]) > 0.01
+
+
+def test_the_layout_changes_nothing_of_replayed_blocks(block_start):
+    own = [*SAMPLING, *REPLAY]
+    alone = run_ranks(1, train, block_start, own, "layer")[0]
+    layout = ["parallel=pp2-ep2", "rollout.parallel=tp2-sp"]
+    compare(run_ranks(4, train, block_start, [*own, *layout], "layer"), alone)
