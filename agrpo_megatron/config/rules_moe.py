@@ -2,13 +2,10 @@
 
 from dataclasses import fields
 
-from agrpo_megatron.config.own_code import is_file_name
 from agrpo_megatron.config.settings import ModelSettings, MoeSettings, ParallelSettings, Settings
 from agrpo_megatron.config.values import text
 
-# Estimators whose states a denoising step saw: of one step's tokens, or of several steps'.
-_ON_STEPS = ("agrpo", "full_trajectory", "just_grpo", "egspo", "cj_grpo")
-_ON_SEGMENTS = ("step_merge", "tracerl", "rldf")
+_ON_SEVERAL_BLOCKS = ("step_merge", "tracerl", "rldf")  # estimators that score tokens of several
 
 
 def validate_moe(model: ModelSettings) -> None:
@@ -185,13 +182,10 @@ def _check_rollout_experts(settings: Settings) -> None:
             f"{said} needs the choice of experts in rollouts, which rollouts that "
             "checkpoint.rollouts=true stores do not have; use checkpoint.rollouts=false"
         )
-    known = _ON_STEPS if model.has_blocks else _ON_STEPS + _ON_SEGMENTS
-    if algorithm.name not in known and not is_file_name(algorithm.name):
-        kind = "whole states of blocks" if algorithm.name in _ON_SEGMENTS else "states"
+    if model.has_blocks and algorithm.name in _ON_SEVERAL_BLOCKS:
         raise ValueError(
-            f"{said} is for {kind} that the sampler saw, and algorithm.name={algorithm.name} "
-            f"scores others; use algorithm.name={' or '.join(known)}, or "
-            "algorithm.rollout_experts=null"
+            f"{said} is for states of one open block under model.attention={model.attention}, and "
+            f"algorithm.name={algorithm.name} scores several; use algorithm.rollout_experts=null"
         )
     if algorithm.filled.prompt_mask:
         raise ValueError(

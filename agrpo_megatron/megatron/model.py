@@ -131,7 +131,8 @@ class MaskedDiffusionModel(LanguageModule):
         self.setup_embeddings_and_output_layer()
         self.routers = [each for each in self.modules() if isinstance(each, ExpertRouter)]
         for layer in self.decoder.layers:
-            layer.register_forward_pre_hook(_inform_router, with_kwargs=True)
+            if isinstance(router := getattr(layer.mlp, "router", None), ExpertRouter):
+                layer.register_forward_pre_hook(partial(_inform, router), with_kwargs=True)
 
     @property
     def first_expert(self) -> int:
@@ -238,11 +239,9 @@ class MaskedDiffusionModel(LanguageModule):
         return logits[:count].squeeze(1)
 
 
-def _inform_router(layer: torch.nn.Module, _: tuple[()], inputs: dict[str, Any]) -> None:
-    """Give a layer's router its forward pass; also where the layer is computed again."""
-    router = getattr(layer.mlp, "router", None)
-    if isinstance(router, ExpertRouter):
-        router.pass_ = inputs["packed_seq_params"].routing
+def _inform(router: ExpertRouter, _: Any, __: tuple[()], inputs: dict[str, Any]) -> None:
+    """Give a router the forward pass of its layer; also if the layer is computed again."""
+    router.pass_ = inputs["packed_seq_params"].routing
 
 
 def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel, ...]:

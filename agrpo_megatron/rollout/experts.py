@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from agrpo_megatron.config.settings import Settings
@@ -40,7 +39,8 @@ class Record:
 
     def at(self, step: int) -> Tensor:
         """Return the experts of a step's open part, or of the context."""
-        return torch.cat(self.context) if step == CONTEXT else self.steps[step]
+        open_part = self.steps[max(step, 0)]
+        return torch.cat([open_part[:0], *self.context]) if step == CONTEXT else open_part
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class Recorder:
             before = 0 if cached is None else cached.before[place]
             # Clones, as views would keep all that is not theirs.
             known = sum(map(len, record.context))
-            record.context.append(own[known - before : start - before].clone())
+            if known < start:
+                record.context.append(own[known - before : start - before].clone())
             record.steps.append(own[start - before :].clone())
             if cached is not None:
                 holders[cached.slots[place]] = record
@@ -136,7 +137,7 @@ def with_experts(
         parts: of each micro-batch, its packed rows.
 
     Raises:
-        ValueError: an estimator of the user scores states that no denoising step saw.
+        ValueError: an estimator scores states that no denoising step saw.
     """
     if scored.step is None:
         raise ValueError(
@@ -150,17 +151,23 @@ def with_experts(
     for batch, rows in zip(batches, parts, strict=True):
         if found:
             pieces = [found[key][:count] for row in rows for key, count in row.pieces(keys)]
-            chosen = _padded(pieces, len(batch.rows.tokens), like=next(iter(found.values())))
+            chosen = _joined_pieces(pieces, batch.rows, like=next(iter(found.values())))
             given = RolloutExperts(chosen, is_replayed)
             batch = replace(batch, rows=replace(batch.rows, experts=given))
         result.append(batch)
     return result
 
 
-def _padded(pieces: Sequence[Tensor], count: int, *, like: Tensor) -> Tensor:
-    """Return the pieces as one table of `count` tokens; the others are not known."""
-    chosen = torch.cat([like[:0], *pieces])
-    return F.pad(chosen, (0, 0, 0, 0, 0, count - len(chosen)), value=-1)
+def _joined_pieces(pieces: Sequence[Tensor], rows: PackedRows, *, like: Tensor) -> Tensor:
+    """Return the experts [T, layers, topk] of packed rows; those of a filler are not known."""
+    if not pieces:
+        return like.new_full((len(rows.tokens), *like.shape[1:]), -1)
+    if sum(map(len, pieces)) != len(rows.tokens):
+        raise ValueError(
+            "algorithm.rollout_experts is for rows of one denoising step, with the open block of a "
+            "block model, and the estimator scores other states; use algorithm.rollout_experts=null"
+        )
+    return torch.cat(list(pieces))
 
 
 def _exchange(records: Mapping[int, Record], keys: Sequence[Key]) -> dict[Key, Tensor]:
@@ -174,7 +181,11 @@ def _exchange(records: Mapping[int, Record], keys: Sequence[Key]) -> dict[Key, T
     if mine:
         layers = next(iter(records.values())).layers
         # One tensor is sent faster than many.
-        sent = layers, [(key, len(part)) for key, part in mine.items()], torch.cat([*mine.values()])
+        sent = (
+            layers,
+            [(key, len(part)) for key, part in mine.items()],
+            torch.cat(list(mine.values())),
+        )
     parts: dict[Key, list[tuple[tuple[int, ...], Tensor]]] = {key: [] for key in keys}
     for received in gather_objects(sent):
         if received is not None:

@@ -103,7 +103,7 @@ def update_policy(
         slots = len(part.batches) * ranks.data.size * budget
         filled = int(part.lengths.sum())
         count = len(part.scored.rollout)
-        packed = {"rows": count, "filled": filled, "slots": slots}
+        packed: dict[str, float] = {"rows": count, "filled": filled, "slots": slots}
         packed["scoring_rows"] = part.passes * count
         packed["flops"] = part.flops
         if settings.algorithm.rollout_experts is not None:
