@@ -5,8 +5,6 @@ from dataclasses import fields
 from agrpo_megatron.config.settings import ModelSettings, MoeSettings, ParallelSettings, Settings
 from agrpo_megatron.config.values import text
 
-_ON_SEVERAL_BLOCKS = ("step_merge", "tracerl", "rldf")  # estimators that score tokens of several
-
 
 def validate_moe(model: ModelSettings) -> None:
     """Check that experts have what they need, and that nothing is set without them.
@@ -182,11 +180,6 @@ def _check_rollout_experts(settings: Settings) -> None:
             f"{said} needs the choice of experts in rollouts, which rollouts that "
             "checkpoint.rollouts=true stores do not have; use checkpoint.rollouts=false"
         )
-    if model.has_blocks and algorithm.name in _ON_SEVERAL_BLOCKS:
-        raise ValueError(
-            f"{said} is for states of one open block under model.attention={model.attention}, and "
-            f"algorithm.name={algorithm.name} scores several; use algorithm.rollout_experts=null"
-        )
     if algorithm.filled.prompt_mask:
         raise ValueError(
             f"{said} is for prompts that the sampler saw, and algorithm.prompt_mask="
@@ -195,6 +188,6 @@ def _check_rollout_experts(settings: Settings) -> None:
     if settings.parallel.pipeline > 1 and "moe" in model.megatron.get("recompute_modules", ()):
         raise ValueError(
             f"{said} is not known to layers that model.megatron.recompute_modules=[moe] computes "
-            f"again with parallel.pipeline={settings.parallel.pipeline}; use recompute_granularity "
-            "full"
+            f"again with parallel.pipeline={settings.parallel.pipeline}; use "
+            "recompute_granularity=full"
         )
