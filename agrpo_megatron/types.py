@@ -109,6 +109,7 @@ class GradedRollouts:
     tokens: int  # packed tokens processed by the network
     bubble: float  # share of the pipeline's stage-slots in which a stage was idle
     seconds: dict[str, float]  # on this rank: see `rollout.generate.generate`
+    experts: dict[int, Any] | None = None  # this rank's `rollout.experts.Record`s, by rollout id
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Rollout:
     rewards: Tensor  # [R] float32
     correct: Tensor  # [R] bool
     advantages: Tensor  # [R] float32
+    experts: dict[int, Any] | None = None  # this rank's `rollout.experts.Record`s, by rollout id
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class ScoredRows:
     # With them, the loss also has the choice of positions among the scored ones, as a unit a row.
     turns: Tensor | None = None  # [N, C] int64; -1 where the row's step did not choose
     turn_logprobs: Tensor | None = None  # [N, C] of the positions, when the sampler drew them
-    step: Tensor | None = None  # [N] whose text the state shows; None: the final text
+    step: Tensor | None = None  # [N] that saw the state; None: none did, it shows the final text
 
     @property
     def has_token(self) -> Tensor:
@@ -210,6 +212,14 @@ class CachedRows:
 
 
 @dataclass(frozen=True)
+class RolloutExperts:
+    """The experts that a rollout chose for packed tokens, on the host."""
+
+    chosen: Tensor  # [T, layers with experts, topk] int16; -1: not known
+    is_replayed: bool  # routers reuse them; else they only count what they choose otherwise
+
+
+@dataclass(frozen=True)
 class PackedRows:
     """Rows laid end to end without padding."""
 
@@ -220,6 +230,10 @@ class PackedRows:
     # Who sees whom, by row; None: within rows, all tokens see each other.
     patterns: Sequence[Row] | None = None
     cached: CachedRows | None = None  # then `patterns` are of whole rows
+    # Of a rollout's rows: their numbers, and the tokens before the open block of a block model.
+    owners: Sequence[tuple[int, int]] | None = None
+    experts: RolloutExperts | None = None
+    seen: dict[int, Tensor] | None = None  # takes each layer's choice [T, topk]; None: not kept
 
     @cached_property
     def bounds(self) -> Sequence[int]:

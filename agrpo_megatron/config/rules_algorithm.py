@@ -25,6 +25,7 @@ OF_ESTIMATORS: dict[str, tuple[str, ...]] = {
     "live_steps": (*_ON_STEPS, "cj_grpo"),
     "rollout_correction": (*_ON_STEPS, "cj_grpo"),
     "scoring": ("agrpo", "full_trajectory", "cj_grpo"),
+    "rollout_experts": (*_ON_STEPS, "cj_grpo", "step_merge", "tracerl", "rldf"),
 }
 # setting: the losses that use it
 OF_LOSSES: dict[str, tuple[str, ...]] = {

@@ -147,6 +147,8 @@ def validate_experts(settings: Settings) -> None:
     Raises:
         ValueError: the first rule broken, with key, value, rule and fix.
     """
+    if settings.algorithm.rollout_experts is not None:
+        _check_rollout_experts(settings)
     if settings.model.moe.experts is None:
         return
     if settings.kernels.cuda_graphs:
@@ -159,4 +161,33 @@ def validate_experts(settings: Settings) -> None:
         raise ValueError(
             "rollout.schedule=lockstep runs all groups of a replica at once, and replicas that "
             f"share experts by ep{layout.expert} run theirs together; use ring"
+        )
+
+
+def _check_rollout_experts(settings: Settings) -> None:
+    """Check that the experts of rollouts are kept, and that states of rollouts are scored."""
+    algorithm, model = settings.algorithm, settings.model
+    said = f"algorithm.rollout_experts={algorithm.rollout_experts}"
+    if model.is_known and model.moe.experts is None:
+        raise ValueError(f"{said} is for experts, and model.moe.experts is null; use null")
+    if settings.train.from_rollouts is not None:
+        raise ValueError(
+            f"{said} needs the choice of experts in rollouts, which train.from_rollouts="
+            f"{settings.train.from_rollouts} does not have; use algorithm.rollout_experts=null"
+        )
+    if settings.checkpoint.rollouts:
+        raise ValueError(
+            f"{said} needs the choice of experts in rollouts, which rollouts that "
+            "checkpoint.rollouts=true stores do not have; use checkpoint.rollouts=false"
+        )
+    if algorithm.filled.prompt_mask:
+        raise ValueError(
+            f"{said} is for prompts that the sampler saw, and algorithm.prompt_mask="
+            f"{algorithm.prompt_mask:g} masks some of them; use 0"
+        )
+    if settings.parallel.pipeline > 1 and "moe" in model.megatron.get("recompute_modules", ()):
+        raise ValueError(
+            f"{said} is not known to layers that model.megatron.recompute_modules=[moe] computes "
+            f"again with parallel.pipeline={settings.parallel.pipeline}; use "
+            "recompute_granularity=full"
         )

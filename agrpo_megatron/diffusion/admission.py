@@ -7,7 +7,7 @@ the prompt's keys, and the others start one step later, with a copy.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -168,13 +168,15 @@ def pack_step(
     lengths = [row_end(state, number, model) for number in numbers]
     prompts = [len(state.prompts[number]) for number in numbers]
     patterns, cached = state_rows(lengths, prompts, model, state.sampling), None
+    starts = [_open_block(state, number)[0] if model.has_blocks else 0 for number in numbers]
     if slots is not None:
-        cached = slots.rows(numbers, [_open_block(state, number)[0] for number in numbers])
+        cached = slots.rows(numbers, starts)
         lengths = [end - count for end, count in zip(lengths, cached.before, strict=True)]
     canvas = state.canvas[on_device(numbers, row.device)]
-    return pack_scored(
+    packed = pack_scored(
         canvas, lengths, row, column, shift=model.shift, patterns=patterns, cached=cached
     )
+    return replace(packed, owners=list(zip(numbers, starts, strict=True)))
 
 
 def row_end(state: SamplerState, number: int, model: ModelSettings) -> int:

@@ -170,9 +170,11 @@ def rows_at(trajectory: Trajectory, draws: StepDraws, *, scoring: str = "token")
     """
     fixed, step = trajectory.unmask_step[draws.rollout], draws.step[:, None]
     weight = draws.weight[:, None].expand_as(fixed)
-    rows = ScoredRows(draws.rollout, fixed >= step, fixed == step, weight, is_sampled=True)
+    rows = ScoredRows(
+        draws.rollout, fixed >= step, fixed == step, weight, is_sampled=True, step=draws.step
+    )
     if trajectory.edit_step is not None:
-        rows = _with_edits(replace(rows, step=draws.step), trajectory.edit_step, trajectory)
+        rows = _with_edits(rows, trajectory.edit_step, trajectory)
     if scoring == "augmented":
         rows = _with_drawn(rows, draws, trajectory)
     elif scoring == "positions":

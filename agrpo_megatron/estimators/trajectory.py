@@ -169,6 +169,7 @@ def masked_tail_rows(
         weight=share * own.double(),
         is_sampled=False,
         unit=unit[:, None].expand_as(scored),
+        step=step[:, 0],
     )
 
 
@@ -188,6 +189,7 @@ def _merged(first: Tensor, segment: Tensor, rollout: Rollout, context: DrawConte
         weight=token_weights(scored, owner, rollout, context, step=number),
         is_sampled=False,
         hidden_prompt=hidden_prompts(rollout, owner, torch.zeros_like(owner), context),
+        step=start,
     )
     return replace(rows, kl_weight=kl_weights(rows, context))
 

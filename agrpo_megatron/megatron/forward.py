@@ -74,6 +74,9 @@ class RolloutForward(Forward):
     passes without rows until the others are over too.
     """
 
+    # Receives rows with the experts of this stage for their tokens; None: nothing is noted.
+    record: Callable[[PackedRows], None] | None = None
+
     def __init__(self, network: Network, *, groups: int):
         self.network, self.in_flight = network, groups
         self.tokens = 0  # packed tokens so far
@@ -86,9 +89,9 @@ class RolloutForward(Forward):
         """Start a group of rows; the returned function waits for the group's draws."""
         self._meet(is_working=True)
         self.tokens += len(rows.tokens)
-        item = Item(rows, draw_at)
+        item = Item(rows if self.record is None else replace(rows, seen={}), draw_at)
         self._start(item)
-        return partial(self._finish, item)
+        return partial(self._end, item)
 
     def close(self) -> None:
         """End the rollout; no group is in flight once its draws are known."""
@@ -117,6 +120,13 @@ class RolloutForward(Forward):
 
     def _start(self, item: Item) -> None:
         raise NotImplementedError
+
+    def _end(self, item: Item) -> Draw:
+        """Return a group's draws, after its experts are noted."""
+        drawn = self._finish(item)
+        if self.record is not None:
+            self.record(item.rows)
+        return drawn
 
     def _finish(self, item: Item) -> Draw:
         assert item.drawn is not None

@@ -6,9 +6,10 @@ Parameters have GPTModel's names, so other Megatron tools can read the checkpoin
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial, wraps
-from typing import Concatenate
+from typing import Any, Concatenate
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
@@ -30,7 +31,7 @@ from agrpo_megatron.megatron.layers.context import padded_rows, part_of, scored_
 from agrpo_megatron.megatron.layers.local import local_spec
 from agrpo_megatron.megatron.layers.packed import PackedLayout, packed_layout, rotary_angles
 from agrpo_megatron.megatron.layers.rotary import query_scale, yarn_of
-from agrpo_megatron.megatron.layers.router import Blocks, ExpertRouter, block_ids
+from agrpo_megatron.megatron.layers.router import Blocks, ExpertRouter, Routing, block_ids
 from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.types import PackedRows
 
@@ -134,6 +135,9 @@ class MaskedDiffusionModel(LanguageModule):
             )
         self.setup_embeddings_and_output_layer()
         self.routers = [each for each in self.modules() if isinstance(each, ExpertRouter)]
+        for layer in self.decoder.layers:
+            if isinstance(router := getattr(layer.mlp, "router", None), ExpertRouter):
+                layer.register_forward_pre_hook(partial(_inform, router), with_kwargs=True)
 
     @property
     def first_expert(self) -> int:
@@ -185,7 +189,11 @@ class MaskedDiffusionModel(LanguageModule):
             use_flex=self.use_flex,
         )
         first, last = part_of(len(rows.tokens), context, context.rank)
+        if self.routers:
+            layout.routing = self._routing(rows, layout)
         hidden = self.body(rows.tokens[first:last], layout)
+        if rows.seen is not None and layout.routing.seen is not None:
+            self._note(rows.seen, layout.routing.seen)
         return self.head(hidden, rows.scored[mine] - first) if self.post_process else hidden
 
     @_batch_invariant
@@ -194,19 +202,34 @@ class MaskedDiffusionModel(LanguageModule):
         hidden = self.embedding(tokens[None], None) if self.pre_process else None
         if hidden is not None and torch.is_grad_enabled() and not hidden.requires_grad:
             hidden.requires_grad_()  # of a frozen embedding: recomputation needs it
-        if self.settings.moe.block_experts is not None:
-            self._set_blocks(layout)
         return self.decoder(hidden, attention_mask=None, packed_seq_params=layout)
 
-    def _set_blocks(self, layout: PackedLayout) -> None:
-        """Give the routers the blocks of this rank's tokens."""
-        assert layout.places is not None
-        ids, count = block_ids(layout.places)
-        group = self.tp_group if self.config.sequence_parallel else None
-        if group is not None:
-            ids = ids.chunk(group.size())[group.rank()]
-        for router in self.routers:
-            router.blocks = Blocks(ids, count, group)
+    def _routing(self, rows: PackedRows, layout: PackedLayout) -> Routing:
+        """Return what the routers need to know of this rank's tokens."""
+        tensor, context = self.ranks.tensor, self.ranks.context
+        routing = Routing(seen=None if rows.seen is None else {})
+        if self.settings.moe.block_experts is not None:
+            assert layout.places is not None
+            ids, count = block_ids(layout.places)
+            group = tensor.group if tensor.size > 1 else None
+            routing = replace(
+                routing, blocks=Blocks(ids.chunk(tensor.size)[tensor.rank], count, group)
+            )
+        if rows.experts is not None:
+            parts = rows.experts.chosen.chunk(context.size * tensor.size)
+            mine = parts[context.rank * tensor.size + tensor.rank].to(rows.tokens.device)
+            routing = replace(routing, experts=mine, is_replayed=rows.experts.is_replayed)
+        return routing
+
+    def _note(self, seen: dict[int, Tensor], mine: dict[int, Tensor]) -> None:
+        """Note the choice of each layer for the tokens of all ranks, [T, topk]."""
+        dtype = torch.uint8 if (self.settings.moe.experts or 0) <= 256 else torch.int32
+        whole = torch.stack(list(mine.values()), 1).to(dtype)
+        for axis in (self.ranks.tensor, self.ranks.context):
+            if axis.size > 1:
+                part, whole = whole, whole.new_empty(axis.size * len(whole), *whole.shape[1:])
+                dist.all_gather_into_tensor(whole, part, group=axis.group)
+        seen.update(zip(mine, whole.unbind(1), strict=True))
 
     @_batch_invariant
     def head(self, hidden: Tensor, places: Tensor) -> Tensor:
@@ -219,6 +242,11 @@ class MaskedDiffusionModel(LanguageModule):
         filled = F.pad(places, (0, max(0, LEAST_ROWS - count))) if count else places
         logits, _ = self.output_layer(hidden[filled])
         return logits[:count].squeeze(1)
+
+
+def _inform(router: ExpertRouter, _: Any, __: tuple[()], inputs: dict[str, Any]) -> None:
+    """Give a router the forward pass of its layer; also if the layer is computed again."""
+    router.pass_ = inputs["packed_seq_params"].routing
 
 
 def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel, ...]:

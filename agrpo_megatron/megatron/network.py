@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -66,6 +68,22 @@ class Network:
         """Switch all virtual stages to `train` or `eval`."""
         for chunk in self.chunks:
             chunk.train(mode == "train")
+
+    def forget_counts(self) -> None:
+        """Forget which experts were compared with a rollout's."""
+        for chunk in self.chunks:
+            for router in chunk.routers:
+                router.counts = None
+
+    def changed_experts(self) -> float:
+        """Return the share of a rollout's choices that the routers made otherwise; every rank."""
+        counts = torch.zeros(2, dtype=torch.int64, device=self.ranks.device)
+        for chunk in self.chunks:
+            for router in chunk.routers:
+                counts += 0 if router.counts is None else router.counts
+        dist.all_reduce(counts)
+        changed, compared = counts.tolist()
+        return changed / max(1, compared)
 
     def renew_casts(self) -> None:
         """Make the next forward cast the weights to FP8 again, as they may have changed.

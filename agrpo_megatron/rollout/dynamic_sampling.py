@@ -108,10 +108,12 @@ def _chosen(rounds: list[GradedRollouts], rows: list[int]) -> GradedRollouts:
     trajectories = [found.trajectory for found in rounds]
     order = torch.tensor(rows, device=trajectories[0].tokens.device)
     names = sorted({name for found in rounds for name in found.seconds})
+    records = [found.experts for found in rounds if found.experts is not None]
     return GradedRollouts(
         select(join(trajectories), order),
         [rewards[row] for row in rows],
         sum(found.tokens for found in rounds),
         sum(found.bubble for found in rounds) / len(rounds),
         {name: sum(found.seconds.get(name, 0.0) for found in rounds) for name in names},
+        {number: record for part in records for number, record in part.items()},
     )

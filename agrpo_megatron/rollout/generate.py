@@ -16,6 +16,7 @@ from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import gather_objects
 from agrpo_megatron.megatron.pipeline import make_forward
 from agrpo_megatron.resilience.stop import Stopped, Turns
+from agrpo_megatron.rollout.experts import Recorder, make_recorder
 from agrpo_megatron.rollout.session import Run, Safety, Session
 from agrpo_megatron.tasks.base import Split, task_prompts
 from agrpo_megatron.tasks.grading import Call
@@ -67,8 +68,9 @@ def generate(session: Session, network: Network, request: Request) -> GradedRoll
     with safety.sections("rollout" if is_training else "evaluation"):
         share = _share(run, safety, network, request)
         grading = _Grading(run, [request.problems[place] for place in share.places], request.split)
+        recorder = make_recorder(run.settings, ranks, share.rollout_ids) if is_training else None
         trajectory, forward = _sample_share(
-            run, safety, network, request, share, grading if is_parallel else None
+            session, network, request, share, grading if is_parallel else None, recorder
         )
     sampled = time.perf_counter()
     with safety.sections("reward" if is_training else "evaluation"):
@@ -83,7 +85,8 @@ def generate(session: Session, network: Network, request: Request) -> GradedRoll
     seconds = {"timing/rollout": sampled - started, "timing/reward": time.perf_counter() - sampled}
     if is_parallel:
         seconds["timing/reward_hidden"] = max(0.0, grader.busy - busy - waited)
-    return _joined(parts, ranks.device, seconds)
+    experts = None if recorder is None else recorder.records
+    return replace(_joined(parts, ranks.device, seconds), experts=experts)
 
 
 def encode_prompts(run: Run, prompts: Sequence[Prompt]) -> list[Tensor]:
@@ -100,13 +103,18 @@ def sample_prompts(
     *,
     sampling: SamplingSettings,
     hooks: SamplerHooks | None = None,
+    recorder: Recorder | None = None,
 ) -> tuple[Trajectory, RolloutForward]:
     """Sample one completion per prompt; also return the forward, which counts tokens and slots.
 
     Called by every rank of a replica with the same prompts.
+
+    Args:
+        recorder: keeps the experts of the tokens; None: nothing does.
     """
     settings = run.settings
     forward = make_forward(network, settings.rollout, sampling=sampling)
+    forward.record = recorder
     context = SamplerContext(
         forward=forward,
         vocab=network.vocab,
@@ -148,18 +156,20 @@ def _share(run: Run, safety: Safety, network: Network, request: Request) -> _Sha
 
 
 def _sample_share(
-    run: Run,
-    safety: Safety,
+    session: Session,
     network: Network,
     request: Request,
     share: _Share,
     grading: "_Grading | None",
+    recorder: Recorder | None,
 ) -> tuple[Trajectory, RolloutForward]:
     """Return the share's trajectory, cached completions first; if one rank stops, all stop.
 
     Args:
         grading: receives each finished completion; None grades all at the end.
+        recorder: keeps the experts of the tokens; None: nothing does.
     """
+    run, safety = session.run, session.safety
     cached, count = share.cached, len(share.places) - len(share.prompts)
     if grading is not None and cached is not None and count:
         grading(range(count), cached.tokens)
@@ -176,7 +186,13 @@ def _sample_share(
     sampled = None
     try:
         sampled = sample_prompts(
-            run, network, share.prompts, share.rollout_ids, sampling=request.sampling, hooks=hooks
+            run,
+            network,
+            share.prompts,
+            share.rollout_ids,
+            sampling=request.sampling,
+            hooks=hooks,
+            recorder=recorder,
         )
     except SamplingStopped:
         if writer is not None:

@@ -44,7 +44,7 @@ class Memory:
     activations: int = 0
     rollout_cache: int = 0  # keys and values of a rollout, beyond the room of the activations
     unmerged: int = 0  # weights before `lora.merge_rollouts`, beyond the room that is left then
-    host: int = 0  # moved off the GPU by `optimizer.offload`
+    host: int = 0  # moved off the GPU by `optimizer.offload`; records of `rollout_experts`
 
     @property
     def total(self) -> int:
@@ -99,7 +99,7 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
         rollout_cache=max(0, cache - activations),
         unmerged=_unmerged(settings, spec, stage=stage, room=max(0, activations - cache)),
         # Main weights, their gradients and both moments, all in float32.
-        host=moved * 4 * FLOAT32,
+        host=moved * 4 * FLOAT32 + _expert_records(settings, world_size),
     )
 
 
@@ -122,6 +122,26 @@ def _activations(settings: Settings, spec: WeightSpec, *, stage: int) -> int:
         stage=stage,
     )
     return numbers * (FLOAT32 if spec.precision == "fp32" else BFLOAT16)
+
+
+def _expert_records(settings: Settings, world_size: int) -> int:
+    """Return the bytes of the experts that a rank records in a rollout, at most.
+
+    One for each expert that a layer chooses for a token (four above 256 experts), in each step;
+    in a block model only for the open block, and once for the whole row.
+    """
+    model, sampling, algorithm = settings.model, settings.sampling, settings.algorithm
+    if algorithm.rollout_experts is None:
+        return 0
+    layout, length = settings.rollout_layout, sampling.completion_length
+    row = length + (settings.task.prompt_tokens or model.max_sequence_length - length)
+    steps = sampling.most_steps
+    tokens = row + steps * sampling.block_length if model.has_blocks else steps * row
+    layers = -(-model.moe_layers // layout.pipeline)
+    groups = algorithm.prompts_per_iteration * (1 + algorithm.resample_rounds)
+    rows = -(-groups * algorithm.group_size // data_ranks(layout, world_size))
+    width = 1 if (model.moe.experts or 0) <= 256 else 4
+    return rows * tokens * layers * model.moe.topk * width
 
 
 def _main_width(fp8: Fp8Settings, optimizer: OptimizerSettings) -> int:

@@ -94,7 +94,7 @@ def collect_rollout(
     scores = torch.tensor([reward.score for reward in graded.rewards], device=device)
     gains = advantages(scores, algorithm)
     correct = torch.tensor([reward.correct for reward in graded.rewards], device=device)
-    rollout = Rollout(graded.trajectory, rewards=scores, correct=correct, advantages=gains)
+    rollout = Rollout(graded.trajectory, scores, correct, gains, graded.experts)
     records = sample_records(run, groups.problems, graded, split="train")
     session.output.log.samples(records, phase="rl", iteration=iteration + 1)
     has_pipeline = engine.ranks.for_rollouts.pipeline.size > 1

@@ -1,6 +1,7 @@
 """The updates of one iteration: what the estimator scores, older log-probs, optimizer step."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.rollout.experts import ScoredPart, with_experts
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.scaling.flops import (
     Work,
@@ -49,6 +51,15 @@ class Part:
     passes: int = 0  # forward passes without gradient over the rows
 
 
+class Packed(NamedTuple):
+    """Scored rows in micro-batches."""
+
+    lengths: Tensor  # tokens of each packed row
+    work: Work  # of a pass over the rows of all ranks
+    batches: list[TimestepBatch]  # of this rank
+    parts: list[list[ScoredPart]]  # of each of these, its packed rows
+
+
 def update_policy(
     session: Session,
     engine: Engine,
@@ -65,7 +76,7 @@ def update_policy(
     run, guard = session.run, guard or NanGuard(session, "rl")
     iteration = rollout.trajectory.weights_version + 1
     key = rollout_keys(run, rollout.trajectory)
-    settings, ranks = run.settings, engine.ranks
+    settings, ranks, network = run.settings, engine.ranks, engine.network
     budget, results = settings.train.token_budget, []
     parts = [
         prepare(settings, ranks, rollout, seed=settings.run.seed + 7919 * number)
@@ -73,7 +84,7 @@ def update_policy(
     ]
     engine.finish_parameters()
     parts = [
-        with_old_logprobs(engine.network, part, settings, is_first=number == 0)
+        with_old_logprobs(network, part, settings, is_first=number == 0)
         for number, part in enumerate(parts)
     ]
     for number, part in enumerate(parts):
@@ -81,6 +92,7 @@ def update_policy(
             part = with_reference(part, reference, settings)
         engine.finish_parameters()
         part, loss = with_loss(engine, part, rollout, settings, is_first=number == 0)
+        network.forget_counts()
         metrics = guard.step(
             engine,
             part.batches,
@@ -91,9 +103,11 @@ def update_policy(
         slots = len(part.batches) * ranks.data.size * budget
         filled = int(part.lengths.sum())
         count = len(part.scored.rollout)
-        packed = {"rows": count, "filled": filled, "slots": slots}
+        packed: dict[str, float] = {"rows": count, "filled": filled, "slots": slots}
         packed["scoring_rows"] = part.passes * count
         packed["flops"] = part.flops
+        if settings.algorithm.rollout_experts is not None:
+            packed["changed"] = network.changed_experts()
         results.append({**metrics, **packed, "micro_batches": len(part.batches)})
     return _update_metrics(results), sum(result["filled"] for result in results)
 
@@ -111,7 +125,10 @@ def packed_part(settings: Settings, ranks: Ranks, rollout: Rollout, scored: Scor
     model = settings.model
     assert model.mask_token_id is not None
     make = _replayed if model.has_blocks else _whole
-    lengths, work, batches = make(settings, ranks, rollout, scored, model.mask_token_id)
+    lengths, work, batches, parts = make(settings, ranks, rollout, scored, model.mask_token_id)
+    mode = settings.algorithm.rollout_experts
+    if mode is not None:
+        batches = with_experts(batches, parts, scored, rollout, is_replayed=mode == "replay")
     batches = [local_part(batch, ranks) for batch in batches]
     flops = update_cost(model, settings.lora).of(work)
     return Part(scored, batches, lengths, recorded_logprobs(rollout, scored), work, flops)
@@ -119,31 +136,34 @@ def packed_part(settings: Settings, ranks: Ranks, rollout: Rollout, scored: Scor
 
 def _whole(
     settings: Settings, ranks: Ranks, rollout: Rollout, scored: ScoredRows, mask_id: int
-) -> tuple[Tensor, Work, list[TimestepBatch]]:
-    """Pack each scored row for itself; returns lengths, work, this rank's batches."""
+) -> Packed:
+    """Pack each scored row for itself."""
     model, lengths = settings.model, row_lengths(rollout, scored)
     plan = my_micro_batches(lengths, model, ranks, budget=settings.train.token_budget)
     batches = [
         timestep_batch(rollout, scored, rows, mask_id=mask_id, shift=model.shift) for rows in plan
     ]
-    return lengths, scored_work(lengths.tolist(), int(scored.scored.sum())), batches
+    parts = [[ScoredPart(0, [row]) for row in rows.tolist()] for rows in plan]
+    work = scored_work(lengths.tolist(), int(scored.scored.sum()))
+    return Packed(lengths, work, batches, parts)
 
 
 def _replayed(
     settings: Settings, ranks: Ranks, rollout: Rollout, scored: ScoredRows, mask_id: int
-) -> tuple[Tensor, Work, list[TimestepBatch]]:
-    """Pack states of the same rollout after one copy of its text; returns as `_whole` does."""
+) -> Packed:
+    """Pack states of the same rollout after one copy of its text."""
     model, budget = settings.model, settings.train.token_budget
     rows = replay_rows(scored, rollout, model, budget=budget)
     lengths = torch.tensor([row.length for row in rows], dtype=torch.int64)
-    batches = []
+    batches, parts = [], []
     for plan in my_micro_batches(lengths, model, ranks, budget=budget):
         mine = [rows[number] for number in plan.tolist()]
         states = torch.tensor([state for row in mine for state in row.states], dtype=torch.int64)
         packed = pack_replay(mine, rollout, scored, mask_id=mask_id) if mine else None
         batches.append(timestep_batch(rollout, scored, states, mask_id=mask_id, packed=packed))
+        parts.append([ScoredPart(row.context, row.states) for row in mine])
     patterns = [row.pattern for row in rows]
-    return lengths, pattern_work(patterns, int(scored.scored.sum())), batches
+    return Packed(lengths, pattern_work(patterns, int(scored.scored.sum())), batches, parts)
 
 
 def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_first: bool) -> Part:
@@ -164,11 +184,16 @@ def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_fi
 
 
 def with_reference(part: Part, reference: Network, settings: Settings) -> Part:
-    """Score a part under the frozen reference; called by every rank."""
+    """Score a part under the frozen reference, with its own experts; called by every rank."""
+    own = [replace(batch, rows=replace(batch.rows, experts=None)) for batch in part.batches]
     if settings.algorithm.kl == "exact":
-        batches = with_distributions(reference, part.batches, settings.sampling, settings.algorithm)
+        found = with_distributions(reference, own, settings.sampling, settings.algorithm)
+        batches = [
+            replace(batch, reference_shard=other.reference_shard)
+            for batch, other in zip(part.batches, found, strict=True)
+        ]
         return replace(_passed(part, settings, is_frozen=True), batches=batches)
-    table, _ = _tables(reference, part, settings)
+    table, _ = _tables(reference, replace(part, batches=own), settings)
     return replace(_passed(part, settings, is_frozen=True), reference=table)
 
 
@@ -249,6 +274,7 @@ def _made_metrics(results: list[dict[str, float]]) -> dict[str, float]:
         "ratio/mean": sum(r["ratio_sum"] for r in results) / tokens if tokens else 1.0,
         "ratio/max_error": results[0]["ratio_max_error"],
         "ratio/p99_error": results[0]["ratio_p99_error"],
+        **({"experts/changed": results[0]["changed"]} if "changed" in results[0] else {}),
         "clip_fraction": sum(r["clipped_tokens"] for r in results) / scored,
         "kl": sum(r["kl_sum"] for r in results) / scored,
         **{n: sum(r.get(n, 0.0) for r in results) / len(results) for n in own},

@@ -86,6 +86,7 @@ NEEDS = {
         "model.attention=block_causal",
         "model.block_length=4",
     ],
+    "algorithm.rollout_experts": [*EXPERTS, "checkpoint.rollouts=false"],
     "parallel.expert": EXPERTS,
     "parallel.expert_tensor": [*EXPERTS, "parallel.tensor=2", "parallel.sequence=true"],
     "model.attention": ["model.block_length=4"],

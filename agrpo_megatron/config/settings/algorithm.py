@@ -170,6 +170,12 @@ class AlgorithmSettings:
     rollout_correction: float | None = setting(
         None, "limit of importance weights for log-probs that differ from the sampler's", low=1
     )
+    rollout_experts: str | None = setting(
+        None,
+        "experts that the rollout chose: compare logs how many routers choose otherwise in the "
+        "update; replay also reuses them there",
+        choices=("compare", "replay"),
+    )
     normaliser: str | None = setting(
         None, "what the sum over scored tokens is divided by", choices=NORMALISERS
     )

@@ -29,13 +29,18 @@ def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRow
         return rows
     end = rows.cu_seqlens[-1:] + missing
     bounds = None if rows.host_bounds is None else (*rows.host_bounds, len(rows.tokens) + missing)
-    return PackedRows(
-        F.pad(rows.tokens, (0, missing)),
-        torch.cat([rows.cu_seqlens, end]),
-        rows.scored,
-        bounds,
-        None if rows.patterns is None else (*rows.patterns, full(missing)),
-        None if rows.cached is None else _with_filler(rows.cached),
+    experts = rows.experts
+    if experts is not None:
+        chosen = F.pad(experts.chosen, (0, 0, 0, 0, 0, missing), value=-1)
+        experts = replace(experts, chosen=chosen)
+    return replace(
+        rows,
+        tokens=F.pad(rows.tokens, (0, missing)),
+        cu_seqlens=torch.cat([rows.cu_seqlens, end]),
+        host_bounds=bounds,
+        patterns=None if rows.patterns is None else (*rows.patterns, full(missing)),
+        cached=None if rows.cached is None else _with_filler(rows.cached),
+        experts=experts,
     )
 
 

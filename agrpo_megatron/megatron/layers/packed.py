@@ -14,6 +14,7 @@ from agrpo_megatron.diffusion.patterns import Places, places_of
 from agrpo_megatron.megatron.layers.context import part_of
 from agrpo_megatron.megatron.layers.flex import make_block_mask
 from agrpo_megatron.megatron.layers.rotary import Yarn, frequencies
+from agrpo_megatron.megatron.layers.router import Routing
 from agrpo_megatron.megatron.parallel import Axis
 from agrpo_megatron.types import CachedRows, PackedRows, Row
 
@@ -48,6 +49,7 @@ class PackedLayout(PackedSeqParams):
     sines: Tensor | None = None
     query_scale: Tensor | None = None  # [T, 1, 1] float32, of rotated queries; None: 1
     places: Places | None = None  # of all tokens; None: without patterns
+    routing: Routing = Routing()
 
 
 def packed_layout(

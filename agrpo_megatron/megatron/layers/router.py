@@ -44,33 +44,42 @@ def block_ids(places: Places) -> tuple[Tensor, int]:
     return ids, found.shape[1]
 
 
-def route(
-    logits: Tensor,
-    moe: MoeSettings,
-    *,
-    bias: Tensor | None = None,
-    blocks: Blocks | None = None,
-    chosen: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the weights of each token's experts and their numbers, [T, topk] each.
+@dataclass(frozen=True)
+class Routing:
+    """What the routers of a forward pass know besides logits, and where they note their choice."""
+
+    blocks: Blocks | None = None
+    experts: Tensor | None = None  # [T, layers, topk] int16 of a rollout; -1: not known
+    is_replayed: bool = False  # whether known experts of the rollout are chosen
+    seen: dict[int, Tensor] | None = None  # takes the choice [T, topk] of each layer
+
+
+def scores_of(logits: Tensor, moe: MoeSettings) -> Tensor:
+    """Return the scores [T, experts] of a router's logits."""
+    return logits.float().softmax(-1) if moe.score == "softmax" else logits.float().sigmoid()
+
+
+@torch.no_grad()
+def choose(
+    scores: Tensor, moe: MoeSettings, *, bias: Tensor | None = None, blocks: Blocks | None = None
+) -> Tensor:
+    """Return the experts of each token, [T, topk].
 
     Args:
-        logits: of the router, [T, experts].
-        bias: of each expert in the choice, [experts]; weights are without it.
+        bias: of each expert in the choice, [experts].
         blocks: of the tokens, if a block admits experts.
-        chosen: the experts, if they are given; only the weights are computed.
     """
-    scores = logits.float()
-    scores = scores.softmax(-1) if moe.score == "softmax" else scores.sigmoid()
-    if chosen is None:
-        with torch.no_grad():
-            ranks = scores if bias is None else scores + bias
-            chosen = _admitted(ranks, moe, blocks).topk(moe.topk, dim=-1).indices
+    ranks = scores if bias is None else scores + bias
+    return _admitted(ranks, moe, blocks).topk(moe.topk, dim=-1).indices
+
+
+def weigh(scores: Tensor, chosen: Tensor, moe: MoeSettings) -> Tensor:
+    """Return the weights [T, topk] of chosen experts."""
     weights = scores.gather(1, chosen)
     # Published code leaves a single sigmoid as it is.
     if moe.normalise and (moe.topk > 1 or moe.score == "softmax"):
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * moe.scaling_factor, chosen
+    return weights * moe.scaling_factor
 
 
 def _admitted(ranks: Tensor, moe: MoeSettings, blocks: Blocks | None) -> Tensor:
@@ -90,7 +99,7 @@ def _admitted(ranks: Tensor, moe: MoeSettings, blocks: Blocks | None) -> Tensor:
 
 
 class ExpertRouter(TopKRouter):
-    """Megatron's router with the choice of `route`."""
+    """Megatron's router with the choice of `choose` and the weights of `weigh`."""
 
     def __init__(
         self,
@@ -102,13 +111,22 @@ class ExpertRouter(TopKRouter):
     ):
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
         self.moe = moe
-        self.blocks: Blocks | None = None  # of the forward pass that runs
+        self.pass_ = Routing()  # the forward pass that runs
+        self.counts: Tensor | None = None  # choices changed and compared, in passes with gradient
+
+    @property
+    def number(self) -> int:
+        """The number of this layer among those with experts."""
+        assert self.layer_number is not None
+        return self.layer_number - 1 - self.moe.dense_layers
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return weights and choice of each token as [T, experts], zero and false elsewhere."""
         assert padding_mask is None
         logits = self.apply_z_loss(logits.flatten(0, -2))
-        weights, chosen = route(logits, self.moe, bias=self.expert_bias, blocks=self.blocks)
+        scores = scores_of(logits, self.moe)
+        chosen = self._chosen(scores)
+        weights = weigh(scores, chosen, self.moe)
         probs = torch.zeros_like(logits).scatter(1, chosen, weights.to(logits.dtype))
         chosen_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, value=True)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
@@ -118,3 +136,20 @@ class ExpertRouter(TopKRouter):
             probs = self._apply_aux_loss(probs, scores, counted)
         self._apply_expert_bias(chosen_map)
         return probs, chosen_map
+
+    def _chosen(self, scores: Tensor) -> Tensor:
+        """Return the experts of each token, its own or the rollout's, and note them."""
+        routing = self.pass_
+        chosen = choose(scores, self.moe, bias=self.expert_bias, blocks=routing.blocks)
+        if routing.experts is not None:
+            given = routing.experts[:, self.number].long()
+            is_known = given >= 0
+            # A recomputed layer runs twice, once with gradient.
+            if self.training and torch.is_grad_enabled():
+                is_other = (given[:, :, None] != chosen[:, None]).all(-1)
+                found = torch.stack([(is_other & is_known).sum(), is_known.sum()])
+                self.counts = found if self.counts is None else self.counts + found
+            chosen = torch.where(is_known, given, chosen) if routing.is_replayed else chosen
+        if routing.seen is not None:
+            routing.seen[self.number] = chosen
+        return chosen

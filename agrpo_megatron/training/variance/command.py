@@ -49,7 +49,8 @@ def plan_variants(
             f"between the halves of a batch; use {groups + 1}"
         )
     shared = ("prompts_per_iteration", "group_size", "baseline", "scale_by_std")
-    every = (*shared, "scoring")
+    of_steps = ("scoring", "rollout_experts")
+    every = (*shared, *of_steps)
     common: dict[str, Any] = {name: getattr(settings.algorithm, name) for name in every}
     own = settings.algorithm
     drawn = own if own.name == "agrpo" else AlgorithmSettings(**common)
@@ -60,7 +61,7 @@ def plan_variants(
             raise ValueError(f"--estimators={name}: use any of {', '.join(ENTRIES)}")
         # A pair of completions has no advantage to subtract a baseline from.
         kept = ("group_size",) if name == "vrpo" else shared
-        kept = every if name in OF_ESTIMATORS["scoring"] else kept
+        kept += tuple(key for key in of_steps if name in OF_ESTIMATORS[key])
         variants[name] = AlgorithmSettings(name=name, **{key: common[key] for key in kept})
     for algorithm in variants.values():
         validate_algorithm(algorithm, settings.sampling)

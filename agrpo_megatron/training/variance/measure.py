@@ -140,6 +140,7 @@ def some_of(rollout: Rollout, rows: Tensor) -> Rollout:
         rollout.rewards[rows],
         rollout.correct[rows],
         rollout.advantages[rows],
+        rollout.experts,
     )
 
 
