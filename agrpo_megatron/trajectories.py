@@ -1,7 +1,8 @@
 """Join, select, move and name the tensors of records such as `Trajectory` and `Draw`.
 
-These functions read the fields from the record's dataclass, so a new field is joined, selected,
-moved, sent and stored without a change here.
+Also the text of a trajectory as its sampler saw it, which edits changed. The other functions read
+the fields from the record's dataclass, so a new field is joined, selected, moved, sent and stored
+without a change here.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from agrpo_megatron.types import Trajectory
+    from agrpo_megatron.types import ScoredRows, Trajectory
 
-SUPPORT = "support_ids"  # the one field whose last dimension differs; None where nothing is cut
+SUPPORT = "support_ids"  # None where nothing is cut
 
 
 def tensors(record: Any) -> dict[str, Tensor]:
@@ -35,14 +36,14 @@ def map_tensors[Record](record: Record, change: Callable[[Tensor], Tensor]) -> R
 def concatenate[Record](parts: Sequence[Record]) -> Record:
     """Concatenate each tensor of records of one type along the first dimension.
 
-    Support ids are padded with -1 to the widest; a part without support ids gets only -1.
+    The other dimensions of support ids and edits differ: they are padded with -1 to the widest. A
+    part without a tensor that others have gets only -1.
     """
     if len(parts) == 1:
         return parts[0]
     names = dict.fromkeys(name for part in parts for name in tensors(part))
-    joined = {name: [getattr(part, name) for part in parts] for name in names}
-    if SUPPORT in joined:
-        joined[SUPPORT] = _padded(joined[SUPPORT], [part.tokens for part in parts])  # type: ignore[attr-defined]
+    counts = [len(next(iter(tensors(part).values()))) for part in parts]
+    joined = {name: _padded([getattr(part, name) for part in parts], counts) for name in names}
     return replace(parts[0], **{name: torch.cat(of_parts) for name, of_parts in joined.items()})  # type: ignore[type-var]
 
 
@@ -64,13 +65,59 @@ def moved(trajectory: Trajectory, device: torch.device | str) -> Trajectory:
     return replace(map_tensors(trajectory, lambda tensor: tensor.to(device)), prompts=prompts)
 
 
-def _padded(supports: Sequence[Tensor | None], tokens: Sequence[Tensor]) -> list[Tensor]:
-    """Return supports [..., K] of one width; -1 for a part that has none."""
-    found = [support for support in supports if support is not None]
-    width = max(support.shape[-1] for support in found)
-    return [
-        F.pad(support, (0, width - support.shape[-1]), value=-1)
-        if support is not None
-        else found[0].new_full((*of_part.shape, width), -1)
-        for support, of_part in zip(supports, tokens, strict=True)
-    ]
+def tokens_before(trajectory: Trajectory, rollout: Tensor, step: Tensor) -> Tensor:
+    """Return the completions [N, C] with the edits made before steps [N]: what is not masked there.
+
+    Where an edit is still to come, the token is the one that the first such edit overwrote.
+    """
+    tokens = trajectory.tokens[rollout]
+    if trajectory.edit_step is None:
+        return tokens
+    assert trajectory.edit_position is not None
+    assert trajectory.edit_old is not None
+    most = trajectory.edit_step.shape[1]
+    number = torch.arange(most, device=tokens.device)
+    number = number.where(trajectory.edit_step[rollout] >= step[:, None], most)
+    place = trajectory.edit_position[rollout].clamp(min=0)
+    first = torch.full_like(tokens, most).scatter_reduce_(1, place, number, "amin")
+    old = F.pad(trajectory.edit_old[rollout], (0, 1)).gather(1, first)
+    return old.where(first < most, tokens)
+
+
+def edits_of(trajectory: Trajectory, row: int) -> list[tuple[int, int, int, int]]:
+    """Return (step, position, old, new) of each edit of a rollout, in the order of the steps."""
+    if trajectory.edit_step is None:
+        return []
+    names = ("edit_step", "edit_position", "edit_old", "edit_new")
+    columns = (getattr(trajectory, name)[row].tolist() for name in names)
+    return [edit for edit in zip(*columns, strict=True) if edit[0] >= 0]
+
+
+def state_tokens(
+    trajectory: Trajectory, scored: ScoredRows, rows: Tensor, *, mask_id: int
+) -> Tensor:
+    """Return the completions [n, C] of partially masked states.
+
+    Args:
+        rows: [n] indices of scored rows.
+    """
+    rollout = scored.rollout[rows]
+    if scored.step is None:
+        shown = trajectory.tokens[rollout]
+    else:
+        shown = tokens_before(trajectory, rollout, scored.step[rows])
+    return shown.masked_fill(scored.hidden[rows], mask_id)
+
+
+def _padded(values: Sequence[Tensor | None], counts: Sequence[int]) -> list[Tensor]:
+    """Return tensors [count, ...] that agree in all other dimensions; -1 where one had nothing."""
+    found = [value for value in values if value is not None]
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in found), strict=True)]
+    result = []
+    for value, count in zip(values, counts, strict=True):
+        if value is None:
+            value = found[0].new_empty(count, *[0] * len(shape))
+        missing = [wanted - has for wanted, has in zip(shape, value.shape[1:], strict=True)]
+        pads = [pad for size in reversed(missing) for pad in (0, size)]
+        result.append(F.pad(value, pads, value=-1) if any(pads) else value)
+    return result

@@ -64,7 +64,8 @@ class Trajectory:
     """R completions with the record of their sampling: enough to re-score every step.
 
     The partially masked state before denoising step t of rollout r is
-    `tokens[r, j] if unmask_step[r, j] < t else mask`.
+    `tokens[r, j] if unmask_step[r, j] < t else mask`. With edits, `tokens` is the final text, and
+    `trajectories.tokens_before` the text at t.
     """
 
     prompts: tuple[Tensor, ...]  # R tensors of prompt ids, int64
@@ -86,6 +87,17 @@ class Trajectory:
     # Of drawn positions; None unless `sampling.position_temperature`.
     turns: Tensor | None = None  # [R, C] int32, turn of the position within its step, from 0
     turn_logprobs: Tensor | None = None  # [R, C] float32, nats, of the position at its turn
+    # The edits of each rollout, in the order of their steps: a step overwrote a token that was
+    # fixed before. None unless `sampling.edit_threshold`; padded with -1 to the most edits, E.
+    # What is recorded at [R, C] is of the first token of a position.
+    edit_step: Tensor | None = None  # [R, E] int64
+    edit_position: Tensor | None = None  # [R, E] int64, in the completion
+    edit_old: Tensor | None = None  # [R, E] int64
+    edit_new: Tensor | None = None  # [R, E] int64
+    edit_logprob: Tensor | None = None  # [R, E] float32, nats, of the new token when drawn
+    edit_entropy: Tensor | None = None  # [R, E] float32, nats, of the distribution of the draw
+    edit_spread: Tensor | None = None  # [R, E] float32, 1 - sum p^2 of it
+    edit_support_ids: Tensor | None = None  # [R, E, K] int32
 
 
 @dataclass(frozen=True)
@@ -144,7 +156,7 @@ class ScoredRows:
     kl_weight: Tensor | None = None  # [N, C] of the KL; None: as `weight`
     advantage: Tensor | None = None  # [N]; None: that of the row's rollout
     length: Tensor | None = None  # [N] completion tokens in the state; None: all
-    step: Tensor | None = None  # [N] denoising step that saw the state; None: none did
+    step: Tensor | None = None  # [N] that saw the state; None: none, and it shows the final text
     targets: Tensor | None = None  # [N, C] ids; None: the tokens of the rollout
     target_logprobs: Tensor | None = None  # [N, C] of `targets`, when the sampler drew them
     # With them, the loss also has the choice of positions among the scored ones, as a unit a row.
@@ -200,14 +212,6 @@ class CachedRows:
 
 
 @dataclass(frozen=True)
-class RolloutExperts:
-    """The experts that a rollout chose for packed tokens, on the host."""
-
-    chosen: Tensor  # [T, layers with experts, topk] int16; -1: not known
-    is_replayed: bool  # routers reuse them; else they only count what they choose otherwise
-
-
-@dataclass(frozen=True)
 class PackedRows:
     """Rows laid end to end without padding."""
 
@@ -220,7 +224,8 @@ class PackedRows:
     cached: CachedRows | None = None  # then `patterns` are of whole rows
     # Of a rollout's rows: their numbers, and the tokens before the open block of a block model.
     owners: Sequence[tuple[int, int]] | None = None
-    experts: RolloutExperts | None = None
+    experts: Tensor | None = None  # [T, layers, topk] int16 of the rollout; -1: not known
+    is_replayed: bool = False  # routers reuse them; else they only count what they choose otherwise
     seen: dict[int, Tensor] | None = None  # takes each layer's choice [T, topk]; None: not kept
 
     @cached_property

@@ -23,7 +23,7 @@ class Wider(Trajectory):
     margins: Tensor | None = None  # [R, C]
 
 
-def _trajectory(first, rows, support=None):
+def _trajectory(first, rows, support=None, edits=None):
     ids = torch.arange(first, first + rows)
     grid = ids[:, None] * 10 + torch.arange(C)
     return Wider(
@@ -38,7 +38,19 @@ def _trajectory(first, rows, support=None):
         rollout_ids=ids,
         sampling=SamplingSettings(),
         margins=grid.float() * 3,
+        **_edits(ids, edits),
     )
+
+
+def _edits(ids, most):
+    """Return the fields of edits; rollout `n` has `n` of them, at most `most`."""
+    if most is None:
+        return {}
+    places = torch.arange(most).expand(len(ids), -1)
+    table = places.masked_fill(places >= ids[:, None], -1)
+    names = ("step", "position", "old", "new")
+    values = {f"edit_{name}": table.clone() for name in names} | {"edit_logprob": table.float()}
+    return values | {"edit_support_ids": table[..., None].repeat(1, 1, 2).int()}
 
 
 def test_a_new_field_is_joined_selected_and_changed():
@@ -59,13 +71,22 @@ def test_supports_are_padded_to_the_widest_and_a_part_may_have_none():
     assert joined.support_ids[:, 0].tolist() == [[0, 0, -1, -1], [-1] * 4, [20] * 4]
 
 
-@pytest.mark.parametrize("support", [None, 2])
-def test_a_new_field_is_stored_and_read(monkeypatch, tmp_path, support):
+def test_edits_are_padded_to_the_most_of_a_rollout():
+    joined = concatenate([_trajectory(0, 1, edits=0), _trajectory(2, 2, edits=3)])
+    assert joined.edit_step.tolist() == [[-1, -1, -1], [0, 1, -1], [0, 1, 2]]
+    assert joined.edit_support_ids.shape == (3, 3, 2)
+    assert (joined.edit_support_ids[..., 0] == joined.edit_step).all()
+
+
+@pytest.mark.parametrize(
+    ("support", "edits"), [(None, None), (2, None), (None, 3), (2, 8), (None, 0)]
+)
+def test_a_new_field_is_stored_and_read(monkeypatch, tmp_path, support, edits):
     monkeypatch.setattr(cache, "Trajectory", Wider)
     monkeypatch.setattr(cache, "gather_objects", lambda mine: [mine])
     ranks = SimpleNamespace(is_main=True, speaks_for_replica=True, device="cpu")
     ours, other = (cache.RolloutCache(tmp_path, ranks, run=run) for run in ("this", "other"))
-    written = replace(_trajectory(5, 3, support), weights_version=7)
+    written = replace(_trajectory(5, 3, support, edits), weights_version=7)
     ids, sampling = written.rollout_ids, written.sampling
     ours.writer("x", ranks).add(written)
     found = ours.find_completions("x", ids, sampling=sampling)

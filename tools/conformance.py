@@ -51,6 +51,7 @@ from golden_blocks import (  # noqa: E402
     decode_cases,
     ids_and_block,
     tracerl_cases,
+    wrong_states,
 )
 from golden_experts import difference, mine, router_cases, watched  # noqa: E402
 
@@ -157,7 +158,11 @@ def check_sampler(golden: Golden) -> Iterator[Check]:
             ran = ours.unmask_step < ours.num_steps[:, None]
             is_wrong &= case.steps >= 0  # the public sampler leaves the others masked
             is_wrong |= ours.unmask_step.masked_fill(~ran, -1) != case.steps
-        wrong = int(is_wrong.sum())
+        wrong = 0
+        if case.inputs is not None:
+            is_wrong &= case.expected != model.mask_token_id  # blocks after the end
+            wrong = wrong_states(case, ours, model.mask_token_id)
+        wrong += int(is_wrong.sum())
         yield Check(case.name, wrong, 0, f"{is_wrong.numel()} tokens, {case.detail}")
 
 

@@ -57,6 +57,7 @@ class SamplerCase:
     gumbels: Tensor | None = None  # [steps, R, C, V], the noise of tokens
     steps: Tensor | None = None  # [R, C] that fixed each token, from 0; -1: none did
     stop_ids: tuple[int, ...] = ()
+    inputs: Tensor | None = None  # [calls, L] row of each forward of one prompt; -1: not in it
 
 
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

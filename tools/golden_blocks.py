@@ -9,6 +9,9 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion.patterns import block_causal, replay
+from agrpo_megatron.estimators.steps import rows_at
+from agrpo_megatron.trajectories import state_tokens
+from agrpo_megatron.types import StepDraws, Trajectory
 
 UNMASKING = {
     "low_confidence_static": "low_confidence",
@@ -111,6 +114,9 @@ def decode_cases(cases: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[
     """Yield the decodes; sampled ones with the noise of the public sampler."""
     for number, case in enumerate(cases.get("decode", [])):
         part = below(tensors, f"decode.{number}.")
+        if "version" in case:
+            yield _llada2(f"decode {number}", case, part)
+            continue
         prompt, output = part["prompt_ids"], part["output_ids"]
         size, block = prompt.shape[1], case["block_length"]
         width = output.shape[1] - size
@@ -141,6 +147,58 @@ def decode_cases(cases: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[
             stop_ids=tuple(case["stop_ids"]),
             gumbels=_gumbels(part, width) if "noise" in part else None,
         )
+
+
+def _llada2(name: str, case: dict[str, Any], part: dict[str, Tensor]) -> SamplerCase:
+    """Return a decode of LLaDA2.0 or 2.1; its canvas ends with a whole block."""
+    prompt, canvas, block = part["prompt_ids"], part["canvas"], case["block_length"]
+    size, edits = prompt.shape[1], case["version"] == "2.1"
+    width = canvas.shape[1] - size
+    if edits:
+        steps = -(-block // case["num_to_transfer"])
+    else:
+        steps = min(case["steps"], case["gen_length"] // case["minimal_topk"])
+    sampling = SamplingSettings(
+        completion_length=width,
+        block_length=block,
+        block_origin="row",
+        denoising_steps=width // block * steps,
+        unmasking="low_confidence",
+        temperature=case["temperature"],
+        top_k=case["top_k"],
+        top_p=case["top_p"] or 1.0,
+        threshold=case["threshold"],
+        edit_threshold=case["editing_threshold"] if edits else None,
+        edit_steps=case["max_post_steps"] if edits else SamplingSettings.edit_steps,
+        early_end=False,
+        end_at_stop=case["eos_early_stop"] or not edits,
+        forbid_mask_token=False,
+    )
+    return SamplerCase(
+        name,
+        [prompt[0]],
+        canvas[:, size:],
+        sampling,
+        f"LLaDA{case['version']}, {steps} steps a block, {case['forward_calls']} forwards",
+        stop_ids=(case["eos_id"],),
+        inputs=part["forward_inputs"].long(),
+    )
+
+
+def wrong_states(case: SamplerCase, ours: Trajectory, mask_id: int) -> int:
+    """Return the tokens of the states before all steps that differ from the forwards' inputs.
+
+    Every input is a row up to the end of the open block; one forward more or less is an error, too.
+    """
+    assert case.inputs is not None
+    count = min(len(case.inputs), int(ours.num_steps[0]))
+    steps = torch.arange(count, device=case.inputs.device)
+    draws = StepDraws(torch.zeros_like(steps), steps, torch.ones(count, device=steps.device))
+    states = state_tokens(ours, rows_at(ours, draws), steps, mask_id=mask_id)
+    rows = torch.cat([case.prompts[0].expand(count, -1), states], 1)
+    inputs = case.inputs[:count]
+    wrong = int(((rows != inputs) & (inputs >= 0)).sum())
+    return wrong + abs(len(case.inputs) - int(ours.num_steps[0]))
 
 
 def _gumbels(part: dict[str, Tensor], width: int) -> Tensor:

@@ -157,7 +157,8 @@ def of_trajectory(recorded: Recorded, rollout: Rollout, context: DrawContext) ->
 def of_steps(recorded: Recorded, rollout: Rollout, context: DrawContext) -> ScoredRows:
     """Read chosen steps and their advantages, [B, K] each."""
     live, _ = live_of(rollout.trajectory, context)
-    draws = steps_as_draws(recorded.tensors["eval_steps"], live)
+    steps = recorded.tensors["eval_steps"]
+    draws = steps_as_draws(steps, steps < live[:, None])
     rows = at_level(draws, rollout, context)
     return replace(rows, advantage=recorded.tensors["advantages"].flatten())
 

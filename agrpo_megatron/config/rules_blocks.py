@@ -65,6 +65,11 @@ def validate_whole_rows(settings: Settings) -> None:
             f"rollout.cache_memory={settings.rollout.cache_memory:g} is for models with blocks, "
             f"and model.attention is full; use {RolloutSettings.cache_memory:g}"
         )
+    if settings.sampling.edit_threshold is not None:
+        raise ValueError(
+            f"sampling.edit_threshold={settings.sampling.edit_threshold:g} is for the decoding of "
+            "models with blocks, and model.attention is full; use null"
+        )
     if settings.algorithm.name == "block_just_grpo":
         raise ValueError(
             "algorithm.name=block_just_grpo scores all blocks from one row, and with "

@@ -15,6 +15,7 @@ def validate_scoring(algorithm: AlgorithmSettings, sampling: SamplingSettings) -
         _check_positions(sampling.position_temperature, sampling)
     if sampling.record_drawn:
         _check_recorded(sampling)
+    _check_edits(algorithm, sampling)
     if algorithm.scoring == "augmented":
         _check_augmented(algorithm, sampling)
     if algorithm.scoring == "positions":
@@ -54,6 +55,45 @@ def _check_recorded(sampling: SamplingSettings) -> None:
             f"{text(sampling.top_k)} sampling.top_p={sampling.top_p:g} cut them; use "
             "sampling.top_k=null sampling.top_p=1, or sampling.record_drawn=false"
         )
+
+
+def _check_edits(algorithm: AlgorithmSettings, sampling: SamplingSettings) -> None:
+    """Refuse edits where the record of a step, or an estimator, has no place for them."""
+    if sampling.edit_threshold is None:
+        if sampling.edit_steps != SamplingSettings.edit_steps:
+            raise ValueError(
+                f"sampling.edit_steps={sampling.edit_steps} has no meaning without sampling."
+                f"edit_threshold; set it, for example to 0.9, or use {SamplingSettings.edit_steps}"
+            )
+        return
+    refused = {
+        "sampling.block_origin=completion": (
+            sampling.block_origin == "completion",
+            "counts blocks from the completion, and models that edit from the row's first token",
+            "sampling.block_origin=row",
+        ),
+        "sampling.forbid_mask_token=false": (
+            not sampling.forbid_mask_token,
+            "lets an edit put the mask token in place of a fixed one",
+            "sampling.forbid_mask_token=true",
+        ),
+        f"sampling.position_temperature={sampling.position_temperature}": (
+            sampling.position_temperature is not None,
+            "draws the positions of a step, and edits are not drawn",
+            "sampling.position_temperature=null",
+        ),
+        "algorithm.name=just_grpo": (
+            algorithm.name == "just_grpo",
+            "scores one token a step, from those on its left, and an edit is another action",
+            "algorithm.name=full_trajectory",
+        ),
+    }
+    for said, (is_refused, why, fix) in refused.items():
+        if is_refused:
+            raise ValueError(
+                f"{said} {why}: it is not for sampling.edit_threshold="
+                f"{sampling.edit_threshold:g}; use {fix}, or sampling.edit_threshold=null"
+            )
 
 
 def _check_augmented(algorithm: AlgorithmSettings, sampling: SamplingSettings) -> None:

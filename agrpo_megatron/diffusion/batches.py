@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from agrpo_megatron.config.settings import ModelSettings, SamplingSettings, SftSettings
@@ -10,7 +11,15 @@ from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.blocks import block_offsets, doubled_row
 from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, pack, unscored_row
 from agrpo_megatron.diffusion.patterns import row_length
-from agrpo_megatron.types import PackedRows, Rollout, ScoredRows, SftBatch, TimestepBatch
+from agrpo_megatron.trajectories import state_tokens
+from agrpo_megatron.types import (
+    PackedRows,
+    Rollout,
+    ScoredRows,
+    SftBatch,
+    TimestepBatch,
+    Trajectory,
+)
 
 
 def row_lengths(rollout: Rollout, scored: ScoredRows) -> Tensor:
@@ -38,7 +47,6 @@ def timestep_batch(
     """
     trajectory, rows = rollout.trajectory, rows.to(scored.rollout.device)
     source, target = scored.rollout[rows], scored.scored[rows]
-    states = trajectory.tokens[source].masked_fill(scored.hidden[rows], mask_id)
     row, position = target.nonzero(as_tuple=True)
     owner, number = source[row], rows[row]
     gains = rollout.advantages[owner]
@@ -47,17 +55,17 @@ def timestep_batch(
     kl_weight = scored.weight if scored.kl_weight is None else scored.kl_weight
     if scored.coefficient is not None:  # there, it is of a single token in an exact KL only
         kl_weight = kl_weight * scored.coefficient
-    support = trajectory.support_ids if scored.is_sampled else None
     targets = trajectory.tokens[source] if scored.targets is None else scored.targets[rows]
     old = recorded_logprobs(rollout, scored, rows)
     if packed is None:
         prompts = _states_of_prompts(rollout, scored, rows, mask_id)
         length = None if scored.length is None else scored.length[rows]
+        states = state_tokens(trajectory, scored, rows, mask_id=mask_id)
         packed = _packed(prompts, states, target, length=length, mask_id=mask_id, shift=shift)
     return TimestepBatch(
         rows=packed,
         targets=targets[row, position],
-        support_ids=support[owner, position] if support is not None else None,
+        support_ids=_supports(trajectory, scored, number, position),
         old_logprobs=None if old is None else old[row, position],
         reference_logprobs=None,
         advantages=gains,
@@ -82,6 +90,34 @@ def recorded_logprobs(
     if scored.target_logprobs is not None:
         return scored.target_logprobs[rows]
     return rollout.trajectory.logprobs[scored.rollout[rows]]
+
+
+def _supports(
+    trajectory: Trajectory, scored: ScoredRows, number: Tensor, position: Tensor
+) -> Tensor | None:
+    """Return the candidates [S, K] from which the sampler drew targets; None: all ids.
+
+    Args:
+        number, position: [S] of the targets, the scored row and the place in the completion.
+    """
+    if not scored.is_sampled or trajectory.support_ids is None:
+        return None
+    owner = scored.rollout[number]
+    support = trajectory.support_ids[owner, position]
+    edited = trajectory.edit_support_ids
+    if scored.step is None or edited is None:
+        return support
+    assert trajectory.edit_step is not None
+    assert trajectory.edit_position is not None
+    is_mine = trajectory.edit_step[owner] == scored.step[number, None]
+    is_mine &= trajectory.edit_position[owner] == position[:, None]
+    found = edited[owner, is_mine.long().argmax(1)]
+    missing = support.shape[1] - found.shape[1]
+    support, found = (
+        F.pad(ids, (0, max(0, more)), value=-1)
+        for ids, more in ((support, -missing), (found, missing))
+    )
+    return found.where(is_mine.any(1, keepdim=True), support)
 
 
 def _states_of_prompts(

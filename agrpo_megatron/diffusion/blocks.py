@@ -12,6 +12,7 @@ from torch import Tensor
 from agrpo_megatron.config.settings import ModelSettings, SamplingSettings
 from agrpo_megatron.diffusion.packing import make_canvas, on_device
 from agrpo_megatron.diffusion.patterns import replay, row_length
+from agrpo_megatron.trajectories import state_tokens
 from agrpo_megatron.types import PackedRows, Rollout, Row, ScoredRows, Trajectory
 
 
@@ -192,7 +193,7 @@ def pack_replay(
     """Pack rows of finished text and states; scored tokens come out state by state."""
     trajectory, device = rollout.trajectory, rollout.trajectory.tokens.device
     states = torch.tensor([state for row in rows for state in row.states], device=device)
-    masked = trajectory.tokens[scored.rollout[states]].masked_fill(scored.hidden[states], mask_id)
+    masked = state_tokens(trajectory, scored, states, mask_id=mask_id)
     owners = [row.rollout for row in rows]
     prompts = [_prompt_of(row, trajectory, scored, mask_id) for row in rows]
     whole, _ = make_canvas(prompts, trajectory.tokens[torch.tensor(owners, device=device)])

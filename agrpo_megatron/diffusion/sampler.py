@@ -30,11 +30,12 @@ from agrpo_megatron.diffusion.sampler_state import (
     advance,
     block_positions,
     commit,
+    commit_edits,
     start,
     trajectory,
 )
 from agrpo_megatron.diffusion.schedule import bernoulli_plan
-from agrpo_megatron.diffusion.turns import position_scores, turn_logprobs
+from agrpo_megatron.diffusion.turns import best, places_of, position_scores, turn_logprobs
 from agrpo_megatron.types import KeyStore, Trajectory
 
 
@@ -77,8 +78,8 @@ class _Group:
     numbers: list[int]  # n rows
     rows: Tensor  # [n] the same, on the device
     positions: Tensor  # [n, block length] of their blocks, in the completion
-    wanted: Tensor  # [n, block length] whether this step scores the position
-    spots: tuple[Tensor, ...]  # [S] and [S]: where `wanted` is true
+    wanted: Tensor  # [n, block length] whether this step may fix the position
+    spots: tuple[Tensor, ...]  # [S] and [S]: `wanted` positions, and those that it may edit
     draws: Callable[[], Draw]  # waits for the draws
 
 
@@ -154,7 +155,10 @@ def _launch(
     rows = on_device(numbers, state.rollout_ids.device)
     positions, exists = block_positions(state, rows)
     wanted = _wanted(state, rows, positions, exists, context)
-    spots = row, _ = wanted.nonzero(as_tuple=True)
+    scored = wanted
+    if state.sampling.edit_threshold is not None:
+        scored = wanted | ((state.unmask_step[rows].gather(1, positions) >= 0) & exists)
+    spots = row, _ = scored.nonzero(as_tuple=True)
     owners, scored = rows[row], positions[spots]
     if context.gumbels is None:
         keys = noise.noise_key(
@@ -182,17 +186,29 @@ def _finish(
     is_fixed, turns = _fixed(state, group, draw, context)
     rows, positions = group.rows[spots[0]], group.positions[spots]
     commit(state, rows, positions, draw, is_fixed[spots], {n: v[spots] for n, v in turns.items()})
+    has_edited = None
+    if state.sampling.edit_threshold is not None:
+        is_edit = draw.confidences.exp() >= state.sampling.edit_threshold
+        is_edit &= draw.tokens != state.canvas[rows, state.columns[rows, positions]]
+        is_edit &= ~group.wanted[spots]
+        commit_edits(state, rows, positions, draw, is_edit)
+        has_edited = torch.zeros_like(group.wanted).index_put_(spots, is_edit).any(1)
     return advance(
-        state, group.numbers, group.rows, eos_id=context.eos_id, stop_ids=context.stop_ids
+        state,
+        group.numbers,
+        group.rows,
+        eos_id=context.eos_id,
+        stop_ids=context.stop_ids,
+        has_edited=has_edited,
     )
 
 
 def _wanted(
     state: SamplerState, rows: Tensor, positions: Tensor, exists: Tensor, context: SamplerContext
 ) -> Tensor:
-    """Mark the existing positions [n, block length] of each row's block that a step must score.
+    """Mark the existing positions [n, block length] of each row's block that a step may fix.
 
-    Where the positions that it fixes are known before the forward, it scores no others.
+    Where the positions that it fixes are known before the forward, there are no others.
     """
     if state.plan is not None:
         return state.plan[rows] == state.step[rows, None]
@@ -200,7 +216,7 @@ def _wanted(
     if not state.sampling.foresees_positions:
         return masked
     rank = _model_free_rank(state, rows, positions, masked, context)
-    return _best(rank, _scheduled(state, rows)) & masked
+    return best(rank, _scheduled(state, rows)) & masked
 
 
 def _fixed(
@@ -219,10 +235,11 @@ def _fixed(
         by_entropy = sampling.unmasking == "entropy"
         rank = torch.full(wanted.shape, float("-inf"), dtype=torch.float64, device=rows.device)
         rank[spots] = (-draw.entropies if by_entropy else draw.confidences).double()
+        rank = rank.masked_fill(~wanted, float("-inf"))
     if sampling.position_temperature is not None:
         scores = position_scores(-rank, sampling.position_temperature)
         return _drawn_positions(state, group, scores, context)
-    fixed = _best(rank, _scheduled(state, rows))
+    fixed = best(rank, _scheduled(state, rows))
     if sampling.threshold is not None:
         sure = torch.zeros_like(wanted)
         sure[spots] = draw.confidences.exp() >= sampling.threshold
@@ -236,15 +253,16 @@ def _drawn_positions(
     """Draw the positions that a step fixes: the highest of scores [n, block length] and noise."""
     wanted = group.wanted
     noisy = scores + noise.gumbel(_position_keys(state, group.rows, group.positions, context))
-    places = _places(noisy.masked_fill(~wanted, float("-inf")))
+    places = places_of(noisy.masked_fill(~wanted, float("-inf")))
     fixed = (places < _scheduled(state, group.rows)) & wanted
     turns = places.masked_fill(~fixed, -1)
     return fixed, {"turns": turns, "turn_logprobs": turn_logprobs(scores, turns, wanted)}
 
 
 def _scheduled(state: SamplerState, rows: Tensor) -> Tensor:
-    """Return how many tokens the schedule fixes in this step, [n, 1]."""
-    return state.schedule[state.step_in_block[rows]][:, None]
+    """Return how many tokens the schedule fixes in this step, [n, 1]; after its end, any."""
+    step = state.step_in_block[rows].clamp(max=len(state.schedule) - 1)
+    return state.schedule[step][:, None]
 
 
 def _model_free_rank(
@@ -275,17 +293,3 @@ def _step_uniforms(state: SamplerState, context: SamplerContext) -> Tensor:
     positions = torch.arange(state.sampling.completion_length, device=device)
     rollouts = state.rollout_ids[None, :, None]
     return noise.uniform(noise.noise_key(context.seed, noise.POSITIONS, rollouts, steps, positions))
-
-
-def _best(rank: Tensor, counts: Tensor) -> Tensor:
-    """Mark the `counts` [n, 1] highest of each row of `rank` [n, B]; the leftmost wins a tie."""
-    return _places(rank) < counts
-
-
-def _places(rank: Tensor) -> Tensor:
-    """Return the place of each position in the descending order of its row, [n, B] from 0."""
-    order = torch.argsort(rank, dim=1, descending=True, stable=True)
-    places = torch.empty_like(order)
-    return places.scatter_(
-        1, order, torch.arange(rank.shape[1], device=rank.device).expand_as(order)
-    )

@@ -14,13 +14,28 @@ from agrpo_megatron.diffusion.blocks import block_offsets
 from agrpo_megatron.diffusion.draw import Draw
 from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, on_device
 from agrpo_megatron.diffusion.schedule import step_counts
-from agrpo_megatron.trajectories import SUPPORT
+from agrpo_megatron.trajectories import SUPPORT, concatenate, tensors
 from agrpo_megatron.types import Trajectory
 
 _DRAWN = {field.name for field in fields(Draw)} - {"tokens", SUPPORT}
 # Fields of a draw that a trajectory keeps as float32, besides its token and its support.
 RECORDED = tuple(field.name for field in fields(Trajectory) if field.name in _DRAWN)
 DRAWN = ("tokens", "logprobs", "spreads")  # of all tokens that a step draws: `drawn_*`
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Edits [n] of any rows; those of a row are in the order of its steps."""
+
+    row: Tensor  # of the sampler
+    step: Tensor
+    position: Tensor
+    old: Tensor
+    new: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    spread: Tensor
+    support_ids: Tensor | None  # [n, K]
 
 
 @dataclass
@@ -43,6 +58,7 @@ class SamplerState:
     step_in_block: Tensor  # [R]
     schedule: Tensor  # [steps of a block] tokens that each fixes
     drawn: dict[str, Tensor]  # `DRAWN`, each [R, steps, block]; empty: not recorded
+    edits: list[Edits]  # parts of the record
     plan: Tensor | None = None  # [R, C] step that fixes each position, where known beforehand
 
 
@@ -75,6 +91,7 @@ def start(
         step_in_block=zeros.clone(),
         schedule=on_device(step_counts(sampling), device),
         drawn=_no_draws(rows, sampling, device) if sampling.record_drawn else {},
+        edits=[_no_edits(device)],
     )
 
 
@@ -83,6 +100,12 @@ def _no_draws(rows: int, sampling: SamplingSettings, device: torch.device) -> di
     shape = (rows, sampling.most_steps, sampling.block_length)
     record = {name: torch.zeros(shape, device=device) for name in DRAWN}
     return record | {"tokens": torch.full(shape, -1, dtype=torch.int32, device=device)}
+
+
+def _no_edits(device: torch.device) -> Edits:
+    """Return the record of edits before the first step."""
+    id_, value = (torch.zeros(0, dtype=d, device=device) for d in (torch.int64, torch.float32))
+    return Edits(id_, id_, id_, id_, id_, value, value, value, None)
 
 
 def block_positions(state: SamplerState, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,6 +157,34 @@ def commit(
     _write(state.support_ids, places, ids.to(torch.int32), is_fixed[:, None])
 
 
+def commit_edits(
+    state: SamplerState, rows: Tensor, positions: Tensor, draw: Draw, is_edit: Tensor
+) -> None:
+    """Overwrite fixed tokens by drawn ones, and record it; the host waits for their number.
+
+    Args:
+        rows, positions, is_edit: [S] of the drawn tokens.
+    """
+    chosen = is_edit.nonzero()[:, 0]
+    if not len(chosen):
+        return
+    rows, positions = rows[chosen], positions[chosen]
+    places, support = (rows, state.columns[rows, positions]), draw.support_ids
+    edits = Edits(
+        row=rows,
+        step=state.step[rows],
+        position=positions,
+        old=state.canvas[places],
+        new=draw.tokens[chosen],
+        logprob=draw.logprobs[chosen].float(),
+        entropy=draw.entropies[chosen].float(),
+        spread=draw.spreads[chosen].float(),
+        support_ids=None if support is None else support[chosen].to(torch.int32),
+    )
+    state.canvas[places] = edits.new
+    state.edits.append(edits)
+
+
 def advance(
     state: SamplerState,
     numbers: list[int],
@@ -141,6 +192,7 @@ def advance(
     *,
     eos_id: int | None,
     stop_ids: Sequence[int],
+    has_edited: Tensor | None = None,
 ) -> list[int]:
     """Count the step, move finished blocks on, end rows, and return the rows still live.
 
@@ -148,10 +200,15 @@ def advance(
 
     Args:
         numbers, rows: the same rows, on the host and on the device [n].
+        has_edited: [n] whether the step edited a row; None: without edits.
     """
     sampling, width = state.sampling, state.sampling.completion_length
     positions, exists = block_positions(state, rows)
-    done = ((state.unmask_step[rows].gather(1, positions) >= 0) | ~exists).all(1)
+    fixed_at = state.unmask_step[rows].gather(1, positions)
+    done = ((fixed_at >= 0) | ~exists).all(1)
+    if has_edited is not None:
+        more = state.step[rows] - fixed_at.amax(1)  # steps since the block's last mask was fixed
+        done &= ((more > 0) & ~has_edited) | (more >= sampling.edit_steps)
     state.step[rows] += 1
     state.step_in_block[rows] = (state.step_in_block[rows] + 1).masked_fill(done, 0)
     state.block[rows] += done.long()
@@ -191,7 +248,30 @@ def trajectory(state: SamplerState, rows: list[int]) -> Trajectory:
         sampling=state.sampling,
         **recorded,
         **drawn,
+        **_edit_tables(state, chosen),
     )
+
+
+def _edit_tables(state: SamplerState, chosen: Tensor) -> dict[str, Any]:
+    """Return the edits of rows `chosen` [n] as fields [n, E] of a trajectory."""
+    if state.sampling.edit_threshold is None:
+        return {}
+    edits = concatenate(state.edits)
+    state.edits = [edits]
+    places = torch.full_like(state.step, len(chosen))
+    places[chosen] = torch.arange(len(chosen), device=chosen.device)
+    row, order = places[edits.row].sort(stable=True)
+    counts = torch.bincount(row, minlength=len(chosen) + 1)
+    column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    is_mine = row < len(chosen)
+    row, column, order = row[is_mine], column[is_mine], order[is_mine]
+    most, tables = max([0, *counts[:-1].tolist()]), {}
+    for name, values in tensors(edits).items():
+        table = values.new_full((len(chosen), most, *values.shape[1:]), -1)
+        table[row, column] = values[order]
+        tables[f"edit_{name}"] = table
+    del tables["edit_row"]
+    return tables
 
 
 def _fill_tail(state: SamplerState, numbers: list[int], eos_id: int) -> None:

@@ -33,3 +33,17 @@ def turn_logprobs(scores: Tensor, turns: Tensor, allowed: Tensor) -> Tensor:
     rest = ranked.flip(1).logcumsumexp(1).flip(1)
     found = (ranked - rest).gather(1, order.argsort(1))
     return found.masked_fill(turns < 0, 0.0)
+
+
+def best(rank: Tensor, counts: Tensor) -> Tensor:
+    """Mark the `counts` [n, 1] highest of each row of `rank` [n, B]; the leftmost wins a tie."""
+    return places_of(rank) < counts
+
+
+def places_of(rank: Tensor) -> Tensor:
+    """Return the place of each position in the descending order of its row, [n, B] from 0."""
+    order = torch.argsort(rank, dim=1, descending=True, stable=True)
+    places = torch.empty_like(order)
+    return places.scatter_(
+        1, order, torch.arange(rank.shape[1], device=rank.device).expand_as(order)
+    )

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings
@@ -16,6 +17,7 @@ from agrpo_megatron.estimators.weights import (
     needs_every_rollout,
     share_of_rollouts,
 )
+from agrpo_megatron.trajectories import tokens_before
 from agrpo_megatron.types import Rollout, ScoredRows, StepDraws, Trajectory
 
 
@@ -127,6 +129,8 @@ def proposal_of(trajectory: Trajectory, context: DrawContext) -> Tensor:
             usable = timesteps.has_gradient(trajectory, most)
     else:
         scores = timesteps.step_entropies(trajectory, most)
+    if usable is None:
+        usable = _has_target(trajectory, context, most)
     return timesteps.step_proposal(
         live, scores, proposal=settings.proposal, uniform_mix=settings.uniform_mix, usable=usable
     )
@@ -140,14 +144,25 @@ def _step_lengths(trajectory: Trajectory, most: int, settings: AlgorithmSettings
 
 
 def all_steps(trajectory: Trajectory, context: DrawContext) -> StepDraws:
-    """Return every live step of every rollout once."""
+    """Return every live step of every rollout that has something to score, once."""
     live, most = live_of(trajectory, context)
     table = timesteps.uniform_steps(live, most)
-    return _draws(table)
+    usable = _has_target(trajectory, context, most)
+    return _draws(table if usable is None else table * usable)
+
+
+def _has_target(trajectory: Trajectory, context: DrawContext, most: int) -> Tensor | None:
+    """Return which steps have something to score, [R, most]; None: all of them.
+
+    A step that may only edit may change nothing; then what it drew is all that it did.
+    """
+    if trajectory.edit_step is None or context.algorithm.scoring == "augmented":
+        return None
+    return timesteps.step_actions(trajectory, most) > 0
 
 
 def rows_at(trajectory: Trajectory, draws: StepDraws, *, scoring: str = "token") -> ScoredRows:
-    """Return the state before each drawn step, and the tokens that it fixed.
+    """Return the state before each drawn step, and the tokens that it fixed, or put by an edit.
 
     With `scoring: augmented`, also those that it drew and put back. Which tokens a step keeps is a
     step function of all that it drew, so the log-probs of these are the step's whole gradient,
@@ -158,11 +173,32 @@ def rows_at(trajectory: Trajectory, draws: StepDraws, *, scoring: str = "token")
     rows = ScoredRows(
         draws.rollout, fixed >= step, fixed == step, weight, is_sampled=True, step=draws.step
     )
+    if trajectory.edit_step is not None:
+        rows = _with_edits(rows, trajectory.edit_step, trajectory)
     if scoring == "augmented":
         rows = _with_drawn(rows, draws, trajectory)
     elif scoring == "positions":
         rows = _with_turns(rows, draws, trajectory)
     return replace(rows, weight=weight * rows.has_token)
+
+
+def _with_edits(rows: ScoredRows, made: Tensor, trajectory: Trajectory) -> ScoredRows:
+    """Score the first tokens of positions, and the new tokens of edits, in place of the final ones.
+
+    Args:
+        made: [R, E] the step of each edit.
+    """
+    assert rows.step is not None
+    assert trajectory.edit_position is not None
+    assert trajectory.edit_logprob is not None
+    owner, width = rows.rollout, rows.scored.shape[1]
+    is_mine = made[owner] == rows.step[:, None]
+    place = trajectory.edit_position[owner].masked_fill(~is_mine, width)
+    scored = F.pad(rows.scored, (0, 1)).scatter(1, place, value=True)[:, :width]
+    logprobs = F.pad(trajectory.logprobs[owner], (0, 1))
+    logprobs = logprobs.scatter(1, place, trajectory.edit_logprob[owner])[:, :width]
+    targets = tokens_before(trajectory, owner, rows.step + 1)
+    return replace(rows, scored=scored, targets=targets, target_logprobs=logprobs)
 
 
 def _with_drawn(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> ScoredRows:
@@ -176,7 +212,7 @@ def _with_drawn(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> S
     )
     return replace(
         rows,
-        scored=_masked_in_block(rows, trajectory),
+        scored=_drawn_in_block(rows, draws, trajectory),
         targets=tokens.long(),
         target_logprobs=logprobs,
     )
@@ -188,17 +224,21 @@ def _with_turns(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> S
     assert trajectory.turn_logprobs is not None
     return replace(
         rows,
-        scored=_masked_in_block(rows, trajectory),
+        scored=_drawn_in_block(rows, draws, trajectory),
         turns=trajectory.turns[draws.rollout].long().masked_fill(~rows.scored, -1),
         turn_logprobs=trajectory.turn_logprobs[draws.rollout],
     )
 
 
-def _masked_in_block(rows: ScoredRows, trajectory: Trajectory) -> Tensor:
-    """Mark the masked positions [N, C] of the block of the tokens that a step fixed."""
+def _drawn_in_block(rows: ScoredRows, draws: StepDraws, trajectory: Trajectory) -> Tensor:
+    """Mark the positions [N, C] of the open block at which steps drew: masked ones, or any to edit.
+
+    The open block is the last one that has a token, once the step is done.
+    """
     blocks = block_numbers(trajectory)[0][rows.rollout]
-    block = blocks.gather(1, rows.scored.long().argmax(1, keepdim=True))
-    return rows.hidden & (blocks == block)
+    is_later = trajectory.unmask_step[rows.rollout] > draws.step[:, None]
+    is_open = blocks == blocks.masked_fill(is_later, -1).amax(1, keepdim=True)
+    return is_open if trajectory.edit_step is not None else is_open & rows.hidden
 
 
 def at_level(draws: StepDraws, rollout: Rollout, context: DrawContext) -> ScoredRows:

@@ -14,17 +14,29 @@ def live_steps(trajectory: Trajectory, *, eos_id: int | None, rule: str) -> Tens
     """Return how many leading denoising steps of each rollout are scored, [R] int64.
 
     `sampled` counts every forward pass that ran. `text` (published) stops at the step that fixed
-    the last token other than end-of-text: 0 steps for an empty completion.
+    the last token other than end-of-text, or edited it: 0 steps for an empty completion.
     """
     if rule == "sampled" or eos_id is None:
         return trajectory.num_steps
+    last = trajectory.unmask_step
+    if trajectory.edit_step is not None:
+        assert trajectory.edit_position is not None
+        places = trajectory.edit_position.clamp(min=0)
+        last = last.scatter_reduce(1, places, trajectory.edit_step, "amax")
     text = trajectory.tokens != eos_id
-    return (trajectory.unmask_step.masked_fill(~text, -1).amax(1) + 1).clamp(min=0)
+    return (last.masked_fill(~text, -1).amax(1) + 1).clamp(min=0)
+
+
+def step_actions(trajectory: Trajectory, num_steps: int) -> Tensor:
+    """Return how many tokens each step fixed or edited, [R, num_steps] float64."""
+    ones = torch.ones_like
+    edited = None if trajectory.edit_step is None else ones(trajectory.edit_step)
+    return _step_sums(trajectory, ones(trajectory.unmask_step), edited, num_steps)
 
 
 def step_entropies(trajectory: Trajectory, num_steps: int) -> Tensor:
-    """Return the summed entropy of the tokens fixed at each step, [R, num_steps] float64, nats."""
-    return _step_sums(trajectory, trajectory.entropies, num_steps)
+    """Return the summed entropy of each step's tokens, [R, num_steps] float64, nats."""
+    return _step_sums(trajectory, trajectory.entropies, trajectory.edit_entropy, num_steps)
 
 
 def step_lengths(trajectory: Trajectory, num_steps: int) -> Tensor:
@@ -34,8 +46,11 @@ def step_lengths(trajectory: Trajectory, num_steps: int) -> Tensor:
     2 (1 - p(token)) - (1 - sum p^2). It lies between one and two times (1 - p(token))^2, which
     bounds the rounding of the two recorded numbers.
     """
-    squares = _squares(trajectory.logprobs, trajectory.spreads)
-    return _step_sums(trajectory, squares, num_steps).sqrt()
+    squares, edited = _squares(trajectory.logprobs, trajectory.spreads), None
+    if trajectory.edit_logprob is not None:
+        assert trajectory.edit_spread is not None
+        edited = _squares(trajectory.edit_logprob, trajectory.edit_spread)
+    return _step_sums(trajectory, squares, edited, num_steps).sqrt()
 
 
 def drawn_lengths(trajectory: Trajectory, num_steps: int) -> Tensor:
@@ -47,12 +62,12 @@ def drawn_lengths(trajectory: Trajectory, num_steps: int) -> Tensor:
 
 
 def has_gradient(trajectory: Trajectory, num_steps: int) -> Tensor:
-    """Return whether a step fixed a token that could have been another, [R, num_steps] bool.
+    """Return whether a step drew a token that could have been another, [R, num_steps] bool.
 
     Where top-k and top-p left one candidate to each of its tokens, the step's log-probs are 0
     whatever the weights: it has no gradient, no KL and no entropy.
     """
-    return _step_sums(trajectory, trajectory.spreads, num_steps) > 0
+    return _step_sums(trajectory, trajectory.spreads, trajectory.edit_spread, num_steps) > 0
 
 
 def uniform_steps(live: Tensor, count: int) -> Tensor:
@@ -76,15 +91,15 @@ def step_proposal(
 
     Args:
         live: [R] numbers of live steps.
-        scores: [R, M] from `step_entropies` or `step_lengths`.
+        scores: [R, M] from `step_entropies` or `step_lengths`; unused by `uniform`.
         usable: [R, M] the steps that may be drawn; None: all live ones. The others must have no
             gradient.
     """
     uniform = uniform_steps(live, scores.shape[1])
-    if proposal == "uniform":
-        return uniform
     if usable is not None:
         uniform = _normalised(uniform * usable)
+    if proposal == "uniform":
+        return uniform
     scores = _normalised((scores + PUBLISHED_ENTROPY_FLOOR) * (uniform > 0))
     return (1 - uniform_mix) * scores + uniform_mix * uniform
 
@@ -178,10 +193,21 @@ def invert(proposal: Tensor, uniforms: Tensor) -> Tensor:
     return torch.minimum(steps, last[:, None])
 
 
-def _step_sums(trajectory: Trajectory, values: Tensor, num_steps: int) -> Tensor:
-    """Return the sum of values [R, C] over the tokens fixed at each step, [R, num_steps]."""
+def _step_sums(
+    trajectory: Trajectory, values: Tensor, edited: Tensor | None, num_steps: int
+) -> Tensor:
+    """Return the sum of values over the tokens that each step fixed or edited, [R, num_steps].
+
+    Args:
+        values: [R, C] of the first tokens.
+        edited: [R, E] of the edits' new tokens; None without edits.
+    """
     ran = trajectory.unmask_step < trajectory.num_steps[:, None]
     steps = trajectory.unmask_step.masked_fill(~ran, num_steps).clamp(max=num_steps)
+    if trajectory.edit_step is not None and edited is not None:
+        made = trajectory.edit_step
+        steps = torch.cat([steps, made.masked_fill(made < 0, num_steps).clamp(max=num_steps)], 1)
+        values = torch.cat([values, edited], 1)
     values = _on_cpu(values)
     sums = values.new_zeros(len(values), num_steps + 1)
     return sums.scatter_add_(1, steps.cpu(), values)[:, :num_steps].to(steps.device)

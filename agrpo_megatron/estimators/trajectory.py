@@ -98,18 +98,20 @@ def egspo(rollout: Rollout, context: DrawContext) -> ScoredRows:
     """
     trajectory = rollout.trajectory
     live, most = live_of(trajectory, context)
-    fixed = _per_step(trajectory, torch.ones_like(trajectory.entropies), most)
-    mean = timesteps.step_entropies(trajectory, most) / fixed.clamp(min=1)
-    mean = mean.masked_fill(torch.arange(most, device=mean.device) >= live[:, None], -1.0)
+    actions = timesteps.step_actions(trajectory, most)
+    mean = timesteps.step_entropies(trajectory, most) / actions.clamp(min=1)
+    is_live = torch.arange(most, device=mean.device) < live[:, None]
+    mean = mean.masked_fill(~is_live | (actions == 0), -1.0)
     count = min(context.algorithm.draws, most)
-    steps = mean.argsort(dim=1, descending=True, stable=True)[:, :count]
-    return at_level(steps_as_draws(steps, live), rollout, context)
+    best = mean.sort(dim=1, descending=True, stable=True)
+    steps, is_usable = best.indices[:, :count], best.values[:, :count] >= 0
+    return at_level(steps_as_draws(steps, is_usable), rollout, context)
 
 
-def steps_as_draws(steps: Tensor, live: Tensor) -> StepDraws:
-    """Weigh chosen steps [R, K] equally; those past the live ones [R] are left out."""
-    rollout, place = (steps < live[:, None]).nonzero(as_tuple=True)
-    chosen = torch.bincount(rollout, minlength=len(live))
+def steps_as_draws(steps: Tensor, is_usable: Tensor) -> StepDraws:
+    """Weigh chosen steps [R, K] equally; those that are not usable [R, K] are left out."""
+    rollout, place = is_usable.nonzero(as_tuple=True)
+    chosen = torch.bincount(rollout, minlength=len(is_usable))
     return StepDraws(rollout, steps[rollout, place], 1 / chosen[rollout].double())
 
 

@@ -206,6 +206,7 @@ def mlp_names(
     """
 
     def swiglu(ours: str, theirs: str) -> dict[str, tuple[str, ...]]:
+        """Return the tensors of one SwiGLU of each layer."""
         parts = [f"{block}{theirs}{part}_proj.weight" for part in ("gate", "up", "down")]
         prefix = f"decoder.layers.{{i}}.mlp.{ours}"
         return {

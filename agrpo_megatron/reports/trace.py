@@ -2,6 +2,7 @@
 
 import colorsys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -15,8 +16,22 @@ INK = "#10151c"
 MAX_LINES = 64  # more steps are thinned out evenly; the first and the last are kept
 
 
+class Edit(NamedTuple):
+    """A token that a denoising step overwrote by another."""
+
+    step: int
+    place: int
+    old: str
+    new: str
+
+
 def trace(
-    pieces: Sequence[str], unmask_step: Sequence[int], console: Console, *, num_steps: int
+    pieces: Sequence[str],
+    unmask_step: Sequence[int],
+    console: Console,
+    *,
+    num_steps: int,
+    edits: Sequence[Edit] = (),
 ) -> None:
     """Print a completion coloured by denoising step, then one line per step.
 
@@ -25,6 +40,7 @@ def trace(
 
     Args:
         num_steps: tokens at or past this step were filled in, not drawn.
+        edits: in the order of their steps.
     """
     tail = tail_start(pieces)
     shown = [TAIL_BOX if i >= tail else visible(piece) for i, piece in enumerate(pieces)]
@@ -36,28 +52,45 @@ def trace(
     cells = zip(shown, unmask_step, strict=True)
     console.print(Text.assemble(*((text, _colour(step, num_steps)) for text, step in cells)))
     console.print()
-    console.print(_steps(shown, unmask_step, num_steps))
+    console.print(_steps(shown, unmask_step, num_steps, edits))
 
 
-def _steps(shown: Sequence[str], unmask_step: Sequence[int], num_steps: int) -> Table:
-    """Return the state after each denoising step, with the tokens it unmasked coloured."""
+def _steps(
+    shown: Sequence[str], unmask_step: Sequence[int], num_steps: int, edits: Sequence[Edit]
+) -> Table:
+    """Return the state after each denoising step, with the tokens it unmasked or put coloured."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("step", justify="right", style="dim", no_wrap=True)
     table.add_column("new", justify="right", style="dim", no_wrap=True)
     table.add_column("after it", overflow="fold")
-    drawn = sorted({step for step in unmask_step if step < num_steps})
-    for step in _thinned(drawn):
-        state = Text()
-        for text, when in zip(shown, unmask_step, strict=True):
+    if edits:
+        table.add_column("edited", overflow="fold")
+    drawn = {step for step in unmask_step if step < num_steps} | {edit.step for edit in edits}
+    for step in _thinned(sorted(drawn)):
+        state, here = Text(), [edit for edit in edits if edit.step == step]
+        places, texts = {edit.place for edit in here}, _before(shown, edits, step + 1)
+        for place, (text, when) in enumerate(zip(texts, unmask_step, strict=True)):
             if when > step:
                 state.append(MASK_DOT * cell_len(text), "dim")
             else:
-                state.append(text, _colour(step, num_steps) if when == step else None)
-        table.add_row(str(step), f"+{list(unmask_step).count(step)}", state)
+                is_new = when == step or place in places
+                state.append(text, _colour(step, num_steps) if is_new else None)
+        said = ", ".join(f"{visible(edit.old)} -> {visible(edit.new)}" for edit in here)
+        row = str(step), f"+{list(unmask_step).count(step)}", state, Text(said)
+        table.add_row(*row[: len(table.columns)])
     filled = sum(step >= num_steps for step in unmask_step)
     if filled:
         table.add_row("end", f"+{filled}", Text("".join(shown)))
     return table
+
+
+def _before(shown: Sequence[str], edits: Sequence[Edit], step: int) -> list[str]:
+    """Return the tokens as they were before a step, where they are not masked."""
+    texts = list(shown)
+    for edit in reversed(edits):
+        if edit.step >= step:
+            texts[edit.place] = visible(edit.old)
+    return texts
 
 
 def _thinned(steps: Sequence[int]) -> Sequence[int]:

@@ -1,6 +1,7 @@
 """FLOPs of completions and updates, counted from what ran; 2 per multiply-add.
 
-Matrices, attention, head and low-rank adapters are counted.
+Matrices, attention, head and low-rank adapters are counted; of experts, those that a token is
+routed to, and the router.
 
 Norms, rotations, activations, sampling, the padding of the vocabulary, the merging of adapters into
 weights and activations that are recomputed are not, so the count is the same under every layout.
@@ -74,7 +75,8 @@ def update_factor(model: ModelSettings, lora: LoraSettings) -> float:
 def _weights(model: ModelSettings) -> Cost:
     assert model.vocab_size is not None
     head = 2 * model.hidden_size * model.vocab_size
-    return Cost(2 * model.num_layers * layer_matrices(model), 0, head)
+    used = sum(layer_matrices(model, number).used for number in range(model.num_layers))
+    return Cost(2 * used, 0, head)
 
 
 def _attention(model: ModelSettings) -> Cost:
@@ -175,27 +177,31 @@ def scored_positions(trajectory: Trajectory) -> Tensor:
     """Return how many positions [R] the head scored, over all denoising steps.
 
     A position is scored in every step of its block up to the step that fixes it; only in that step
-    if the sampler chooses positions before the forward.
+    if the sampler chooses positions before the forward. With edits, also in all that follow.
     """
     from agrpo_megatron.diffusion.blocks import block_numbers
 
-    fixed_at = trajectory.unmask_step
-    ran = fixed_at < trajectory.num_steps[:, None]
-    if trajectory.sampling.foresees_positions:
-        return ran.sum(1)
-    begins, _ = _steps_of_blocks(trajectory)
-    times = fixed_at - begins.gather(1, block_numbers(trajectory)[0]) + 1
-    return (times * ran).sum(1)
+    first = last = trajectory.unmask_step
+    ran = first < trajectory.num_steps[:, None]
+    bounds, blocks = _steps_of_blocks(trajectory), block_numbers(trajectory)[0]
+    begins, ends = (bound.gather(1, blocks) for bound in bounds)
+    if not trajectory.sampling.foresees_positions:
+        first = begins
+    if trajectory.sampling.edit_threshold is not None:
+        last = ends - 1
+    return ((last - first + 1) * ran).sum(1)
 
 
 def _steps_of_blocks(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
-    """Return the first step of each block, and the step after its last, [R, most blocks] each."""
+    """Return the first step of each block, and the step after its last, [R, most blocks] each.
+
+    The first step fixes a token, and so do all others but some of those that may edit.
+    """
     from agrpo_megatron.diffusion.blocks import block_numbers
 
     numbers, blocks = block_numbers(trajectory)[0], trajectory.sampling.most_blocks
-    after = trajectory.unmask_step + 1
-    ends = after.new_zeros(len(after), blocks).scatter_reduce(1, numbers, after, "amax")
-    ends = ends.cummax(1).values.clamp(max=trajectory.num_steps[:, None])
-    begins = ends.roll(1, dims=1)
-    begins[:, 0] = 0
+    begins = trajectory.num_steps[:, None].repeat(1, blocks)
+    begins = begins.scatter_reduce(1, numbers, trajectory.unmask_step, "amin")
+    ends = begins.roll(-1, dims=1)
+    ends[:, -1] = trajectory.num_steps
     return begins, ends

@@ -67,6 +67,7 @@ USUAL = {"an integer": 3, "a number": 0.75, "text": "other", "a list of integers
 USUAL["true or false"] = True
 USUAL |= {"a list of texts": ["--reservation=x"]}
 BY_CONFIDENCE = ["sampling.unmasking=low_confidence"]
+EDITS = ["model.attention=block_causal", "model.block_length=4", "sampling.block_origin=row"]
 EXPERTS = ["model.moe.experts=4", "model.moe.ffn_hidden_size=16"]
 # What else a setting needs, by its key, or by key=value.
 NEEDS = {
@@ -126,6 +127,8 @@ NEEDS = {
     "sampling.schedule=dream": ["sampling.block_length=12"],
     "sampling.record_drawn": BY_CONFIDENCE,
     "sampling.position_temperature": ["sampling.unmasking=entropy"],
+    "sampling.edit_threshold": EDITS,
+    "sampling.edit_steps": [*EDITS, "sampling.edit_threshold=0.5"],
     "sampling.unmasking=bernoulli": ["sampling.schedule=dream", "sampling.block_length=12"],
     "evaluation.unmasking=bernoulli": ["sampling.schedule=dream", "sampling.block_length=12"],
     "train.stop_metric": ["train.stop_patience=2"],

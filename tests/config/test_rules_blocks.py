@@ -79,6 +79,17 @@ def test_what_block_models_lack_is_refused_with_its_key_and_a_fix(name):
     assert message.startswith(said) and message.endswith(f"; use {fix}")
 
 
+def test_edits_are_for_models_with_blocks():
+    edits = ["sampling.edit_threshold=0.9", "sampling.block_origin=row"]
+    validate(load(Settings, None, [*BLOCKS, *SAMPLING, *edits]))
+    with pytest.raises(ValueError, match="edit") as error:
+        validate(load(Settings, None, [*SAMPLING, *edits]))
+    assert str(error.value) == (
+        "sampling.edit_threshold=0.9 is for the decoding of models with blocks, and "
+        "model.attention is full; use null"
+    )
+
+
 @pytest.mark.parametrize("name", [name for name in REFUSED if "order" not in name])
 def test_the_same_is_accepted_of_a_model_of_full_attention(name):
     validate(load(Settings, None, [*SAMPLING, *REFUSED[name][0]]), world_size=2)

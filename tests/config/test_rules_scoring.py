@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from agrpo_megatron.config.rules import validate_sampling
 from agrpo_megatron.config.rules_algorithm import validate_algorithm
+from agrpo_megatron.config.rules_blocks import ACROSS
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings, Settings
+from agrpo_megatron.config.settings.estimators import ENTRIES
 
 RECORDED = SamplingSettings(
     completion_length=8,
@@ -16,7 +19,35 @@ RECORDED = SamplingSettings(
     record_drawn=True,
 )
 BY_ENTROPY = {"unmasking": "entropy", "position_temperature": 0.5, "record_drawn": False}
+EDITED = {"edit_threshold": 0.9, "block_origin": "row", "record_drawn": False}
+NOT_FOR_EDITS = "it is not for sampling.edit_threshold=0.9; use "
 REFUSED = {
+    "steps without edits": (
+        {},
+        {"edit_steps": 3},
+        "sampling.edit_steps=3 has no meaning without sampling.edit_threshold; set it, for example "
+        "to 0.9, or use 16",
+    ),
+    "edits in blocks of the completion": (
+        {},
+        EDITED | {"block_origin": "completion"},
+        f"{NOT_FOR_EDITS}sampling.block_origin=row, or sampling.edit_threshold=null",
+    ),
+    "edits to the mask token": (
+        {},
+        EDITED | {"forbid_mask_token": False},
+        f"{NOT_FOR_EDITS}sampling.forbid_mask_token=true",
+    ),
+    "edits and drawn positions": (
+        {},
+        EDITED | BY_ENTROPY,
+        f"{NOT_FOR_EDITS}sampling.position_temperature=null",
+    ),
+    "edits and one token a step": (
+        {"name": "just_grpo"},
+        EDITED | {"unmasking": "leftmost"},
+        f"{NOT_FOR_EDITS}algorithm.name=full_trajectory",
+    ),
     "positions by confidence": (
         {},
         BY_ENTROPY | {"unmasking": "low_confidence"},
@@ -103,7 +134,13 @@ def test_what_has_no_meaning_is_refused(case):
 @pytest.mark.parametrize("name", ["agrpo", "full_trajectory", "cj_grpo"])
 @pytest.mark.parametrize(
     "changed",
-    [{}, {"unmasking": "margin"}, {"threshold": 0.5}, {"threshold": 0.5, "unmasking": "random"}],
+    [
+        {},
+        {"unmasking": "margin"},
+        {"threshold": 0.5},
+        {"threshold": 0.5, "unmasking": "random"},
+        {"edit_threshold": 0.9, "block_origin": "row"},
+    ],
 )
 def test_what_the_sampler_records_is_scored(name, changed):
     algorithm = AlgorithmSettings(name=name, scoring="augmented")
@@ -115,6 +152,22 @@ def test_drawn_positions_are_scored_or_only_their_tokens(name):
     for scoring in ("positions", "token"):
         algorithm = AlgorithmSettings(name=name, scoring=scoring)
         validate_algorithm(algorithm, replace(RECORDED, **BY_ENTROPY))
+
+
+@pytest.mark.parametrize("name", sorted(set(ENTRIES) - {"just_grpo", *ACROSS}))
+def test_edits_are_scored_or_left_to_the_final_text(name):
+    validate_algorithm(AlgorithmSettings(name=name), replace(RECORDED, **EDITED))
+
+
+def test_evaluation_edits_as_the_rollouts_do():
+    settings = load(Settings, None, ["sampling.edit_threshold=0.8", "sampling.edit_steps=2"])
+    assert settings.evaluation_sampling.edit_threshold == 0.8
+    assert settings.evaluation_sampling.edit_steps == 2
+    with pytest.raises(ValueError, match=r"^sampling.edit_threshold=0.8 is a probability") as error:
+        validate_sampling(replace(settings.evaluation_sampling, unmasking="margin"), "evaluation")
+    assert str(error.value).endswith(
+        "evaluation.unmasking=margin does not rank by it; use low_confidence, or null"
+    )
 
 
 def test_evaluation_draws_no_positions_and_records_nothing():

@@ -6,13 +6,14 @@ from torch import Tensor
 from agrpo_megatron.diffusion.batches import row_lengths, timestep_batch
 from agrpo_megatron.diffusion.packing import assign_rows
 from agrpo_megatron.estimators.steps import rows_at
+from agrpo_megatron.trajectories import state_tokens
 from agrpo_megatron.types import Rollout, ScoredRows, StepDraws, TimestepBatch, Trajectory
 
 
 def rebuild_state(trajectory: Trajectory, rollout: Tensor, step: Tensor, mask_id: int) -> Tensor:
     """Return the completions [N, C] as the estimators see them before the given steps [N]."""
     rows = rows_at(trajectory, StepDraws(rollout, step, torch.ones(len(step))))
-    return trajectory.tokens[rollout].masked_fill(rows.hidden, mask_id)
+    return state_tokens(trajectory, rows, torch.arange(len(step)), mask_id=mask_id)
 
 
 def plan(lengths: Tensor, token_budget: int) -> list[Tensor]:

@@ -10,7 +10,7 @@ from agrpo_megatron.config.schema import describe
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.reports.tables import overview_table, settings_reference
 from agrpo_megatron.reports.terminal import LiveView, sparkline
-from agrpo_megatron.reports.trace import trace
+from agrpo_megatron.reports.trace import Edit, trace
 from tests.reports.synthetic import eval_row, rl_row, sft_row
 
 
@@ -96,6 +96,20 @@ def test_trace_shows_each_step_in_order():
         ["0", "+1", f"{dots}[b]{dots}\u00b7"],
         ["1", "+1", f"{dots}[b]{dots}d"],
         ["2", "+2", "ab[b]c\u23ced"],
+    ]
+
+
+def test_trace_shows_edits_at_their_steps():
+    """The second token is fixed as x, becomes y, and then z; the last step only edits."""
+    console = plain_console()
+    edits = [Edit(1, 1, "x", "y"), Edit(2, 1, "y", "z"), Edit(2, 0, "\n", "a")]
+    trace(["a", "z"], [1, 0], console, num_steps=4, edits=edits)
+    lines = [line.split() for line in output(console).splitlines()]
+    assert ["step", "new", "after", "it", "edited"] in lines
+    assert [line for line in lines if line and line[0].isdigit()] == [
+        ["0", "+1", "\u00b7x"],
+        ["1", "+1", "\u23cey", "x", "->", "y"],
+        ["2", "+0", "az", "y", "->", "z,", "\u23ce", "->", "a"],
     ]
 
 

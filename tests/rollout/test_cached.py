@@ -37,6 +37,12 @@ KINDS = {
         "sampling.threshold=0.6",
         "sampling.end_at_stop=true",
     ],
+    "edits": [
+        FROM_ROW,
+        "sampling.unmasking=low_confidence",
+        "sampling.edit_threshold=0.04",
+        "sampling.edit_steps=2",
+    ],
 }
 GROUP = 3
 
@@ -69,6 +75,10 @@ def _assert_same(ours, theirs):
     for name in ("tokens", "unmask_step", "num_steps"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert float((ours.logprobs - theirs.logprobs).abs().max()) < 1e-5
+    if theirs.edit_step is not None:
+        assert theirs.edit_step.numel()
+        for name in ("step", "position", "old", "new"):
+            assert torch.equal(getattr(ours, f"edit_{name}"), getattr(theirs, f"edit_{name}"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,6 +93,7 @@ def test_cached_rollouts_are_the_uncached_ones(kind):
 
 LAYOUTS = {
     "tp2": (2, []),
+    "tp2 edits": (2, KINDS["edits"]),
     "pp2": (2, []),
     "pp2 lockstep": (2, ["rollout.schedule=lockstep"]),
     "tp2-sp": (2, []),
@@ -94,7 +105,7 @@ LAYOUTS = {
 def test_the_layout_and_the_batch_change_nothing(name):
     """Few rows in flight, in several groups: rows wait for slots, and for their group's prompt."""
     size, own = LAYOUTS[name]
-    expected, _ = run_ranks(1, _sample, [FROM_ROW])[0]
+    expected, _ = run_ranks(1, _sample, [FROM_ROW, *own] if "edits" in name else [FROM_ROW])[0]
     few = [f"parallel={name.partition(' ')[0]}", "rollout.groups=3", "rollout.rows=2", *own]
     for ours, _ in run_ranks(size, _sample, [FROM_ROW, *few]):
         _assert_same(ours, expected)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 
 from agrpo_megatron.rollout import generate as sampling
 from agrpo_megatron.training import run as training
@@ -29,6 +30,16 @@ RUN = [
     "evaluation.interval=2",
     "checkpoint.interval=2",
     "checkpoint.best=null",
+]
+EDITED = [
+    "sampling.record_drawn=false",
+    "algorithm.scoring=token",
+    "model.attention=block_causal",
+    "model.block_length=4",
+    "sampling.block_origin=row",
+    "sampling.edit_threshold=0.04",
+    "sampling.edit_steps=2",
+    "train.iterations=2",
 ]
 KEEP = ["checkpoint.keep_rollouts=true"]
 OF_ROLLOUTS = ("reward/mean", "accuracy", "entropy", "live_steps/mean", "zero_advantage_fraction")
@@ -120,6 +131,15 @@ def test_a_replay_with_the_same_settings_ends_at_the_same_bits(stored, tmp_path)
     note = f"replays the rollouts of {source} (train.from_rollouts); nothing is sampled"
     assert note in said and note in (tmp_path / "run" / "notes.txt").read_text()
     assert list((tmp_path / "run" / "rollouts").iterdir()) == [] and _state(source) == files
+
+
+def test_a_replay_of_edited_completions_ends_at_the_same_bits(tmp_path):
+    source, run = tmp_path / "source", tmp_path / "run"
+    ((weights, *_),) = run_ranks(1, _train, source, [*KEEP, *EDITED])
+    ((ends, *_),) = run_ranks(1, _train, run, [f"train.from_rollouts={source}", *EDITED])
+    assert _same(ends, weights)
+    with safe_open(source / "rollouts" / "000000.safetensors", framework="pt") as file:
+        assert (file.get_tensor("edit_step") >= 0).sum() > 5
 
 
 def test_another_estimator_learns_otherwise_from_the_same_tokens(stored, replayed):

@@ -75,6 +75,55 @@ def generic_gemm(  # noqa: PLR0913
     return [out, bias_gradient, None, None]
 
 
+def te_general_grouped_gemm(  # noqa: PLR0913
+    a,
+    trans_a,
+    b,
+    trans_b,
+    out,
+    out_dtype,
+    counts,
+    bias,
+    bias_type,
+    single_output,
+    gelu_inputs,
+    grad,
+    workspaces,
+    workspace_size,
+    accumulate,
+    use_split_accumulator,
+    sm_margin,
+):
+    """Write op(b) @ op(a) of each expert to its output, or to its rows of a single one."""
+    refuse("each expert has operands", len(a) == len(b), not any(len(part) for part in bias))
+    if single_output:
+        refuse("one output has the rows of all", len(out) == 1, sum(counts) == len(out[0]))
+        out = out[0].split(counts)
+    for left, right, result in zip(a, b, out, strict=True):
+        if not result.numel() or 0 in right.size():
+            result.copy_(result if accumulate else torch.zeros_like(result))
+            continue
+        beta = 1.0 if accumulate else 0.0
+        shared = (workspaces[0], workspace_size, accumulate, use_split_accumulator)
+        operands = (left, trans_a, right, trans_b, result, None, out_dtype)
+        generic_gemm(*operands, None, bias_type, False, None, grad, *shared, beta=beta)  # noqa: FBT003
+    return bias
+
+
+def fused_multi_row_padding(x, out, counts, padded):
+    """Copy the rows of each expert, and fill up with rows of zeros."""
+    refuse("the rows are those of all experts", sum(counts) == len(x), sum(padded) == len(out))
+    for part, whole in zip(x.split(counts), out.split(padded), strict=True):
+        whole[: len(part)], whole[len(part) :] = part, 0
+
+
+def fused_multi_row_unpadding(x, out, padded, counts):
+    """Copy the rows of each expert without those that fill up."""
+    refuse("the rows are those of all experts", sum(counts) == len(out), sum(padded) == len(x))
+    for whole, part in zip(x.split(padded), out.split(counts), strict=True):
+        part.copy_(whole[: len(part)])
+
+
 def rmsnorm_fwd(x, weight, eps, out, quantizer, dtype, sm_margin, zero_centered):
     """Return [the norm of every row, None, 1 / root mean square of each]."""
     refuse("rows are a contiguous matrix", x.dim() == 2, x.is_contiguous(), weight.is_contiguous())
@@ -114,11 +163,13 @@ def _rotate(x, angles, starts, layout, interleaved, cu_seqlens, cp_size, *, sign
     refuse("halves are rotated", not interleaved, x.dim() == 4)
     refuse("angles are float32 [s, 1, 1, d]", angles.dtype == torch.float32, angles.dim() == 4)
     refuse("an angle for each position", angles.shape[1:3] == (1, 1), len(angles) >= len(x))
-    refuse("heads are rotated whole", angles.shape[-1] == x.shape[-1], angles.is_contiguous())
-    wide, angles = x.double(), angles[: len(x)].double()
+    width = angles.shape[-1]
+    refuse("the first numbers of a head are rotated", width <= x.shape[-1], angles.is_contiguous())
+    wide, angles = x[..., :width].double(), angles[: len(x)].double()
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return (wide * angles.cos() + sign * turned * angles.sin()).to(x.dtype)
+    rotated = (wide * angles.cos() + sign * turned * angles.sin()).to(x.dtype)
+    return torch.cat([rotated, x[..., width:]], dim=-1)
 
 
 def swiglu(x, quantizer):

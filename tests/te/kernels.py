@@ -21,6 +21,9 @@ STAND_INS = {
     attention: ("get_fused_attn_backend", "fused_attn_fwd", "fused_attn_bwd"),
     dense: (
         "generic_gemm",
+        "te_general_grouped_gemm",
+        "fused_multi_row_padding",
+        "fused_multi_row_unpadding",
         "rmsnorm_fwd",
         "rmsnorm_bwd",
         "fused_rope_forward",
@@ -30,6 +33,7 @@ STAND_INS = {
     ),
     quantize: (
         "quantize",
+        "split_quantize",
         "dequantize",
         "bgrad_quantize",
         "fp8_transpose",
@@ -74,6 +78,7 @@ def install(overrides: Sequence[str] = ()) -> None:
     from agrpo_megatron.megatron import platform
 
     platform._stand_in_for_cuda()
+    torch._dynamo.config.disable = True  # it would compile for the GPU
     ranks.prepare_platform = lambda threads=None: torch.device("cpu")
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1

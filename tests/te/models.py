@@ -38,6 +38,11 @@ VARIANTS = {
         "model.query_scale_beta=0.5",
     ],
     "wide heads": ["model.head_dim=16"],
+    "experts": [
+        *("model.family=llada_moe", "model.qk_norm=true", "model.rotary_fraction=0.5"),
+        "model.moe={experts: 4, topk: 2, ffn_hidden_size: 32, dense_layers: 1, normalise: false}",
+        "model.moe.shared_ffn_hidden_size=32",
+    ],
 }
 ADAPTERS = ["model.qkv_bias=true", "lora.rank=4", "lora.alpha=8"]
 LOCAL, TE = "kernels.layer_spec=local", "kernels.layer_spec=te"

@@ -252,3 +252,10 @@ def _empty_delayed(quantizer, shape, dtype, device):
     if quantizer.internal:
         return Float8TensorStorage(fake_dtype=dtype, **parts)
     return Float8Tensor(shape=shape, dtype=dtype, device=device, **parts)
+
+
+def split_quantize(x, counts, quantizers, **_):
+    """Return the casts of each expert's rows."""
+    refuse("the rows are those of all experts", sum(counts) == len(x))
+    parts = x.split(counts)
+    return [quantize(part, each) for part, each in zip(parts, quantizers, strict=True)]

@@ -24,7 +24,9 @@ from tests.te.rules import calls
 MODELS = {**VARIANTS, "adapters": ADAPTERS}
 LAYOUTS = ("tp2", "tp2-sp", "pp2", "cp2")
 NO_FURTHER = 1.5  # times the local spec's own error
-EXCHANGED = 2.5  # of adapters, whose inner products ranks exchange in bfloat16
+# Of adapters, whose inner products ranks exchange in bfloat16; and of experts, where the two specs
+# round other tokens to other experts.
+LOOSE = 2.5
 
 
 def _write_start(path, overrides):
@@ -49,7 +51,8 @@ def start(request, tmp_path_factory):
     run_ranks(1, _write_start, path, variant)
     [exact] = run_ranks(1, _computed, path, [*variant, "precision=fp32", LOCAL])
     [local] = run_ranks(1, _computed, path, [*variant, BF16, LOCAL])
-    assert not exact["calls"] and not any("gemm" in name for name in local["calls"])
+    # Megatron's router uses Transformer Engine's product wherever it finds one.
+    assert "experts" in request.param or not (exact["calls"] or "generic_gemm" in local["calls"])
     return path, variant, exact, local
 
 
@@ -62,6 +65,7 @@ def start(request, tmp_path_factory):
 )
 def test_logits_and_gradients_are_no_further_from_float32(start, layout):
     path, variant, exact, local = start
+    has_experts = any("model.moe" in override for override in variant)
     overrides = [*variant, BF16, TE]
     if layout != "dp1":
         overrides.append(f"parallel={layout}")
@@ -72,8 +76,11 @@ def test_logits_and_gradients_are_no_further_from_float32(start, layout):
         allowed = errors(local["gradient"], exact["gradient"])
         assert measured.keys() == allowed.keys()
         for name, error in measured.items():
-            further = EXCHANGED if "lora" in name and layout != "dp1" else NO_FURTHER
-            assert error <= further * allowed[name] < 0.1, name
+            is_exchanged = "lora" in name and layout != "dp1"
+            further = LOOSE if is_exchanged or has_experts else NO_FURTHER
+            # In bfloat16 some tokens near a tie have other experts than in float32.
+            most = 0.5 if "mlp.gate." in name else 0.2 if has_experts else 0.1
+            assert error <= further * allowed[name] < most, name
         if layout == "dp1":
             allowed = distance(local["logits"], exact["logits"])
             assert distance(ours["logits"], exact["logits"]) <= NO_FURTHER * allowed < 0.03

@@ -116,7 +116,9 @@ class SamplingSettings:
         "that it may hold the end of the prompt, and a completion has one block more",
         choices=("completion", "row"),
     )
-    denoising_steps: int = setting(128, "forward passes per completion, at most", low=1)
+    denoising_steps: int = setting(
+        128, "forward passes per completion, at most; edits may add some", low=1
+    )
     schedule: str = setting(
         "uniform", "tokens per step: equal (LLaDA) or by Dream's time", choices=("uniform", "dream")
     )
@@ -131,6 +133,16 @@ class SamplingSettings:
     )
     threshold: float | None = setting(
         None, "also fix every token at least this probable, beyond the schedule", low=0, high=1
+    )
+    edit_threshold: float | None = setting(
+        None,
+        "overwrite fixed tokens of the open block by a drawn other one at least this probable "
+        "(LLaDA2.1); null: never",
+        low=0,
+        high=1,
+    )
+    edit_steps: int = setting(
+        16, "with edits: more steps of a block once it has no mask, while they edit; at most", low=0
     )
     confidence: str = setting(
         "policy",
@@ -164,7 +176,8 @@ class SamplingSettings:
     def most_steps(self) -> int:
         """The most forward passes of a completion."""
         blocks = self.completion_length // self.block_length
-        return self.denoising_steps + self.denoising_steps // blocks * (self.most_blocks - blocks)
+        steps = self.denoising_steps + self.denoising_steps // blocks * (self.most_blocks - blocks)
+        return steps + self.edit_steps * self.most_blocks * (self.edit_threshold is not None)
 
     @property
     def is_cut(self) -> bool:
@@ -173,7 +186,7 @@ class SamplingSettings:
 
     @property
     def foresees_positions(self) -> bool:
-        """Whether the positions that a step fixes are known before its forward pass."""
+        """Whether the masked positions that a step fixes are known before its forward pass."""
         return self.unmasking in MODEL_FREE and self.threshold is None
 
 
