@@ -216,9 +216,9 @@ class MaskedDiffusionModel(LanguageModule):
                 routing, blocks=Blocks(ids.chunk(tensor.size)[tensor.rank], count, group)
             )
         if rows.experts is not None:
-            parts = rows.experts.chosen.chunk(context.size * tensor.size)
+            parts = rows.experts.chunk(context.size * tensor.size)
             mine = parts[context.rank * tensor.size + tensor.rank].to(rows.tokens.device)
-            routing = replace(routing, experts=mine, is_replayed=rows.experts.is_replayed)
+            routing = replace(routing, experts=mine, is_replayed=rows.is_replayed)
         return routing
 
     def _note(self, seen: dict[int, Tensor], mine: dict[int, Tensor]) -> None:

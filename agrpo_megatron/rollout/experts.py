@@ -20,7 +20,6 @@ from agrpo_megatron.types import (
     CachedRows,
     PackedRows,
     Rollout,
-    RolloutExperts,
     ScoredRows,
     TimestepBatch,
 )
@@ -152,8 +151,8 @@ def with_experts(
         if found:
             pieces = [found[key][:count] for row in rows for key, count in row.pieces(keys)]
             chosen = _joined_pieces(pieces, batch.rows, like=next(iter(found.values())))
-            given = RolloutExperts(chosen, is_replayed)
-            batch = replace(batch, rows=replace(batch.rows, experts=given))
+            packed = replace(batch.rows, experts=chosen, is_replayed=is_replayed)
+            batch = replace(batch, rows=packed)
         result.append(batch)
     return result
 

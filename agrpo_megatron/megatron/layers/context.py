@@ -31,8 +31,7 @@ def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRow
     bounds = None if rows.host_bounds is None else (*rows.host_bounds, len(rows.tokens) + missing)
     experts = rows.experts
     if experts is not None:
-        chosen = F.pad(experts.chosen, (0, 0, 0, 0, 0, missing), value=-1)
-        experts = replace(experts, chosen=chosen)
+        experts = F.pad(experts, (0, 0, 0, 0, 0, missing), value=-1)
     return replace(
         rows,
         tokens=F.pad(rows.tokens, (0, missing)),
