@@ -29,6 +29,11 @@ class Linear:
         return self.mapping.transform == "row"
 
     @property
+    def is_expert(self) -> bool:
+        """Whether it is of one expert; shared experts, which see all tokens, are not."""
+        return self.mapping.expert is not None
+
+    @property
     def is_head(self) -> bool:
         """Whether it is the head."""
         return self.mapping.module == HEAD
