@@ -18,6 +18,7 @@ from agrpo_megatron.families.lora import (
     MATRICES,
     Linear,
     adapted_layers,
+    in_megatron_order,
     tensor_name,
     trained_whole,
 )
@@ -44,6 +45,7 @@ class Adapters:
 
     def __init__(self, held: Held, model: ModelSettings, lora: LoraSettings, ranks: Ranks):
         self._mode, self._layers, self._ranks = Mode(), list[AdaptedLinear](), ranks
+        self._model = model
         self._merges, self._kept = lora.merge_rollouts, dict[AdaptedLinear, Tensor]()
         wanted = {layer.name: layer for layer in adapted_layers(model, lora)}
         whole, shapes = trained_whole(model, lora), hf_shapes(model)
@@ -133,6 +135,7 @@ class Adapters:
             split = Split(axis.rank, axis.size)
             for name in MATRICES:
                 matrix, whole = getattr(part, name), read(tensor_name(part.linear, name))
+                whole = in_megatron_order(part.linear, name, whole, self._model)
                 matrix.copy_(_share(matrix, whole, split))
 
     def initialise(self, seed: int) -> None:

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.families.lora import MATRICES, tensor_name
+from agrpo_megatron.families.lora import MATRICES, in_published_order, tensor_name
 from agrpo_megatron.megatron.parallel import gather_objects
 
 
@@ -23,7 +23,9 @@ def whole_adapters(network, of=lambda parameter: parameter.detach()):
                 dist.all_gather(shards, value, group=tensor.group)
                 value = torch.cat(shards, parameter.partition_dim)
             rows = part.linear.outputs if name == "lora_B" else len(value)
-            found[tensor_name(part.linear, name)] = value[:rows]
+            model = network.chunks[0].settings
+            value = in_published_order(part.linear, name, value[:rows], model)
+            found[tensor_name(part.linear, name)] = value
     for axis in (ranks.expert, ranks.pipeline):
         for held in gather_objects(found, axis.group):
             found |= held
