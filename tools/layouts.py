@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agrpo_megatron.config.parallel import layout_name, model_ranks
-from agrpo_megatron.config.rules import validate_layout
+from agrpo_megatron.config.rules import layout_fits, validate_layout
 from agrpo_megatron.config.schema import build, from_text, load
 from agrpo_megatron.config.settings import ParallelSettings, Settings
 from agrpo_megatron.families import settings_from_hf
@@ -41,7 +41,7 @@ def main() -> int:
     found.sort(key=lambda pair: (model_ranks(pair[1]), pair[0].total))
     shown = [name for name in (*PARTS, "total", "host") if any(getattr(m, name) for m, _ in found)]
     table = Table(box=SIMPLE_HEAD)
-    table.add_column("layout")
+    table.add_column("layout", no_wrap=True)
     for name in shown:
         table.add_column(name.replace("_", " "), justify="right")
     table.add_column(f"{arguments.memory:g} GiB")
@@ -51,7 +51,7 @@ def main() -> int:
         table.add_row(
             layout_name(parallel, arguments.ranks), *sizes, "fits" if fits else "[dim]too much[/]"
         )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
     return 0
 
 
@@ -64,15 +64,21 @@ def _layouts(settings: Settings, ranks: int, only: str | None) -> Iterator[Setti
         yield replace(settings, parallel=parallel)
         return
     sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
-    for tensor, pipeline, context in itertools.product(sizes, repeat=3):
-        parallel = ParallelSettings(
-            tensor=tensor, sequence=tensor > 1, pipeline=pipeline, context=context
-        )
-        try:
-            validate_layout(settings.model, parallel, world_size=ranks, key="parallel")
-        except ValueError:
+    of_experts = sizes if settings.model.moe.experts is not None else [1]
+    every = itertools.product(sizes, sizes, sizes, of_experts, (False, True))
+    for tensor, pipeline, context, expert, is_split in every:
+        if is_split and (tensor == 1 or expert == 1):
             continue
-        yield replace(settings, parallel=parallel)
+        parallel = ParallelSettings(
+            tensor=tensor,
+            sequence=tensor > 1,
+            pipeline=pipeline,
+            context=context,
+            expert=expert,
+            expert_tensor=tensor if is_split else 1,
+        )
+        if layout_fits(settings.model, parallel, world_size=ranks):
+            yield replace(settings, parallel=parallel)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

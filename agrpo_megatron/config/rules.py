@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -12,7 +12,7 @@ from agrpo_megatron.config.parallel import layout_name, layout_text, model_ranks
 from agrpo_megatron.config.rules_algorithm import validate_algorithm
 from agrpo_megatron.config.rules_blocks import validate_blocks, validate_whole_rows
 from agrpo_megatron.config.rules_lora import validate_lora
-from agrpo_megatron.config.rules_model import divisors, validate_model
+from agrpo_megatron.config.rules_model import divisors, two_nearest, validate_model
 from agrpo_megatron.config.rules_moe import expert_misfit, expert_rank_misfit, validate_experts
 from agrpo_megatron.config.rules_precision import validate_precision
 from agrpo_megatron.config.rules_rollouts import validate_stored_rollouts
@@ -186,6 +186,11 @@ def validate_layout(
         raise ValueError(f"{said}{problem}; {fix}use {key}={near}, the nearest layout that fits")
 
 
+def layout_fits(model: ModelSettings, parallel: ParallelSettings, *, world_size: int) -> bool:
+    """Return whether `validate_layout` takes a layout without `layers`."""
+    return not (_model_misfit(model, parallel) or _rank_misfit(parallel, world_size))
+
+
 def nearest_layout(
     model: ModelSettings, parallel: ParallelSettings, *, world_size: int
 ) -> ParallelSettings:
@@ -289,9 +294,3 @@ def _validate_rollout(settings: Settings, world_size: int) -> None:
             f"keeps every stage busy; use {key}={layout_name(near, world_size)}"
         )
     validate_layout(model, parallel, world_size=world_size, key=key)
-
-
-def two_nearest(wanted: int, allowed: Sequence[int]) -> str:
-    """Return the two allowed values nearest to `wanted`, for the fix of an error."""
-    nearest = sorted(allowed, key=lambda value: abs(value - wanted))[:2]
-    return " or ".join(map(str, sorted(nearest)))

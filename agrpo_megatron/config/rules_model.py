@@ -1,6 +1,7 @@
 """Rules of the model's settings alone: heads, their widths, rotary embeddings, and blocks."""
 
 import math
+from collections.abc import Sequence
 
 from agrpo_megatron.config.rules_moe import validate_moe
 from agrpo_megatron.config.settings import ModelSettings
@@ -96,3 +97,9 @@ def divisors(whole: int) -> list[int]:
     """Return the divisors of a number, ascending."""
     small = [divisor for divisor in range(1, math.isqrt(whole) + 1) if whole % divisor == 0]
     return sorted({*small, *(whole // divisor for divisor in small)})
+
+
+def two_nearest(wanted: int, allowed: Sequence[int]) -> str:
+    """Return the two allowed values nearest to `wanted`, for the fix of an error."""
+    nearest = sorted(allowed, key=lambda value: abs(value - wanted))[:2]
+    return " or ".join(map(str, sorted(nearest)))

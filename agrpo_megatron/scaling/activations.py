@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from agrpo_megatron.config.parallel import layer_stages
+from agrpo_megatron.config.parallel import layer_matrices, layers_of
 from agrpo_megatron.config.settings import (
     LoraSettings,
     ModelSettings,
@@ -31,12 +31,12 @@ def kept_numbers(
     model's dtype and in float32. FP8 products keep their inputs in fewer bytes, which is not
     counted.
     """
-    numbers = [n for n, place in enumerate(layer_stages(model, parallel)) if place == stage]
+    numbers = layers_of(model, parallel, stage=stage)
     modules = {number: Counter[str]() for number in numbers}
     for linear in stage_adapted(model, lora, parallel, stage=stage):
         if (number := layer_number(linear)) is not None:
             modules[number][linear.mapping.module] += 1
-    layers = [_layer(model, lora, parallel, modules[number]) for number in numbers]
+    layers = [_layer(model, lora, parallel, modules[number], number=number) for number in numbers]
     flying = parallel.pipeline - stage
     if model.megatron.get("recompute_granularity") == "full":
         residual = model.hidden_size // _split_by(parallel)
@@ -54,12 +54,15 @@ def _layer(
     lora: LoraSettings,
     parallel: ParallelSettings,
     adapted: Mapping[str, int],
+    *,
+    number: int,
 ) -> int:
     """Return the numbers that a layer keeps for each token.
 
     The residual stream and the two normalised inputs (split only by sequence parallelism), and,
     split by tensor parallelism, queries, keys, values before and after the rotation, the
-    attention's output, gate, up, and their product.
+    attention's output, gate, up, and their product. In a layer with experts, the last three are
+    those of the shared experts, and `_routed` comes on top.
 
     With adapters, no gradient of a frozen weight needs its inputs. But the adapters of a layer
     need the same inputs, so these are dropped only where a layer has none: the normalised inputs
@@ -68,12 +71,16 @@ def _layer(
 
     Args:
         adapted: adapters of the layer by Megatron's module; ignored if there are none at all.
+        number: of the layer, from 0.
     """
-    hidden, inner = model.hidden_size, model.ffn_hidden_size
+    hidden, inner, routed = model.hidden_size, model.ffn_hidden_size, 0
+    if layer_matrices(model, number).experts:
+        inner = model.moe.shared_ffn_hidden_size or 0
+        routed = _routed(model, lora, parallel)
     whole = 4 * hidden
     split = 4 * model.query_width + 4 * model.key_width + 4 * inner
     if lora.rank is None:
-        return whole // _split_by(parallel) + split // parallel.tensor
+        return whole // _split_by(parallel) + split // parallel.tensor + routed
     widths = {"linear_qkv": hidden, "linear_fc1": hidden}
     whole -= sum(width for module, width in widths.items() if module not in adapted)
     split -= inner if "linear_fc2" not in adapted else 0
@@ -82,7 +89,25 @@ def _layer(
         split += inner // 2 if "linear_fc2" in adapted else 0
         split += 3 * model.query_width // 2 if "linear_proj" in adapted else 0
     own = lora.rank * sum(adapted.values())
-    return whole // _split_by(parallel) + split // parallel.tensor + own
+    return whole // _split_by(parallel) + split // parallel.tensor + own + routed
+
+
+def _routed(model: ModelSettings, lora: LoraSettings, parallel: ParallelSettings) -> int:
+    """Return the numbers that router and experts keep for each token of this rank.
+
+    The router keeps three numbers for each expert: logits, scores and weights. A token goes to
+    `moe.topk` experts, which are assumed to be spread evenly over the ranks: a rank receives as
+    many copies as it sends, in practice the rank with the popular experts more. Each copy is whole
+    on all ranks that split its expert. An expert keeps its inputs, and gate, up, their product and
+    the product with its weight.
+    Frozen experts, next to adapters, need neither their inputs nor the last product.
+    """
+    moe = model.moe
+    assert moe.experts is not None and moe.ffn_hidden_size is not None
+    is_trained = lora.rank is None
+    inputs = model.hidden_size * parallel.expert_tensor * is_trained
+    copies = moe.topk * (inputs + (4 + is_trained) * moe.ffn_hidden_size)
+    return (3 * moe.experts + copies) // _split_by(parallel)
 
 
 def _split_by(parallel: ParallelSettings) -> int:

@@ -1,6 +1,7 @@
 """FLOPs of completions and updates, counted from what ran; 2 per multiply-add.
 
-Matrices, attention, head and low-rank adapters are counted.
+Matrices, attention, head and low-rank adapters are counted; of experts, those that a token is
+routed to, and the router.
 
 Norms, rotations, activations, sampling, the padding of the vocabulary, the merging of adapters into
 weights and activations that are recomputed are not, so the count is the same under every layout.
@@ -74,7 +75,8 @@ def update_factor(model: ModelSettings, lora: LoraSettings) -> float:
 def _weights(model: ModelSettings) -> Cost:
     assert model.vocab_size is not None
     head = 2 * model.hidden_size * model.vocab_size
-    return Cost(2 * model.num_layers * layer_matrices(model), 0, head)
+    used = sum(layer_matrices(model, number).used for number in range(model.num_layers))
+    return Cost(2 * used, 0, head)
 
 
 def _attention(model: ModelSettings) -> Cost:

@@ -9,9 +9,8 @@ from dataclasses import dataclass, fields
 from agrpo_megatron.config.parallel import (
     data_ranks,
     layer_matrices,
-    layer_stages,
+    layers_of,
     padded_vocab,
-    stage_layers,
 )
 from agrpo_megatron.config.settings import (
     Fp8Settings,
@@ -78,11 +77,11 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
     parallel, optimizer = settings.parallel, settings.optimizer
     is_float32 = settings.precision == "fp32"
     spec = weight_spec(settings)
-    count = trained_parameters(spec, parallel, stage=stage)
+    trained = trained_parameters(spec, parallel, stage=stage)
     weights, copies = _weights(spec, parallel, stage=stage)
     activations = _activations(settings, spec, stage=stage)
-    replicas = data_ranks(parallel, world_size) * parallel.context
-    own = -(-count // (replicas if optimizer.distributed else 1))
+    replicas = _replicas(parallel, world_size) if optimizer.distributed else (1, 1)
+    own = sum(-(-count // ranks) for count, ranks in zip(trained, replicas, strict=True))
     moved = round(optimizer.offload * own)
     is_short = not is_float32 and optimizer.main_gradients == "bf16"
     cache, has_reference = 0, settings.algorithm.needs_reference and settings.lora.rank is None
@@ -91,7 +90,7 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
     return Memory(
         weights=weights,
         fp8_copies=copies,
-        gradients=count * (BFLOAT16 if is_short else FLOAT32),
+        gradients=sum(trained) * (BFLOAT16 if is_short else FLOAT32),
         main_weights=0 if is_float32 else (own - moved) * _main_width(settings.fp8, optimizer),
         moments=(own - moved) * MOMENTS[optimizer.moments],
         rollout_copy=_rollout_copy(spec, parallel, settings.rollout_layout),
@@ -137,23 +136,41 @@ def _main_width(fp8: Fp8Settings, optimizer: OptimizerSettings) -> int:
     return FLOAT32 if is_whole else BFLOAT16
 
 
+def _replicas(parallel: ParallelSettings, world_size: int) -> tuple[int, int]:
+    """Return how many ranks hold the same weights, and the same experts.
+
+    Source: expert_data_parallel_size of Megatron-Core's `parallel_state`.
+    """
+    of_experts = parallel.pipeline * parallel.expert * parallel.expert_tensor
+    return data_ranks(parallel, world_size) * parallel.context, world_size // of_experts
+
+
 def _weights(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> tuple[int, int]:
     """Return the bytes of a rank's weights, and of their FP8 copies.
 
     An FP8 weight is stored twice: row-wise for the outputs, column-wise for the gradient of the
     inputs. The first micro-batch makes the copies and Transformer Engine keeps them
     (`TransformerEngineBaseModule.quantize_weight`); FP8 primary weights (`fp8.primary_weights`)
-    have no copies. Adapters are never in FP8.
+    have no copies. Adapters and routers are never in FP8. Biases of experts, which are buffers,
+    stay in float32.
     """
-    count = stage_parameters(spec, parallel, stage=stage)
+    count = sum(stage_parameters(spec, parallel, stage=stage))
     count += _adapter_parameters(spec, parallel, stage=stage)
+    biases = FLOAT32 * _expert_biases(spec.model, parallel, stage=stage)
     if spec.precision == "fp32":
-        return count * FLOAT32, 0
+        return count * FLOAT32 + biases, 0
     in_fp8 = fp8_parameters(spec, parallel, stage=stage)
     both = 2 * (in_fp8 + _scales(spec.fp8.recipe, in_fp8))
     if spec.fp8.primary_weights:
-        return (count - in_fp8) * BFLOAT16 + both, 0
-    return count * BFLOAT16, both
+        return (count - in_fp8) * BFLOAT16 + both + biases, 0
+    return count * BFLOAT16 + biases, both
+
+
+def _expert_biases(model: ModelSettings, parallel: ParallelSettings, *, stage: int) -> int:
+    if not model.moe.expert_bias:
+        return 0
+    layers = layers_of(model, parallel, stage=stage)
+    return sum(layer_matrices(model, number).experts for number in layers)
 
 
 def _scales(recipe: str | None, count: int) -> int:
@@ -201,32 +218,49 @@ def fp8_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) 
     if spec.precision != "fp8":
         return 0
     model, fp8 = spec.model, spec.fp8
-    in_fp8 = layer_stages(model, parallel)[
-        fp8.bf16_first_layers : model.num_layers - fp8.bf16_last_layers
-    ]
-    return in_fp8.count(stage) * layer_matrices(model) // parallel.tensor
-
-
-def stage_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:
-    """Return the weights of each rank of a pipeline stage, over all its virtual stages."""
-    model, stages = spec.model, parallel.pipeline
-    layers = sum(stage_layers(model, parallel)[stage::stages])
-    count, table = layers * layer_parameters(model, parallel.tensor), _table(spec, parallel)
-    if stage == 0:
-        count += table
-    if stage == stages - 1:
-        count += table + model.hidden_size  # the head, and the norm before it
+    in_fp8 = range(fp8.bf16_first_layers, model.num_layers - fp8.bf16_last_layers)
+    count = 0
+    for number in layers_of(model, parallel, stage=stage):
+        if number in in_fp8:
+            matrices = layer_matrices(model, number)
+            count += sum(matrices.held(parallel)) - matrices.router
     return count
 
 
-def trained_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:
-    """Return how many numbers of each rank of a pipeline stage are trained."""
+def stage_parameters(
+    spec: WeightSpec, parallel: ParallelSettings, *, stage: int
+) -> tuple[int, int]:
+    """Return the weights of each rank of a pipeline stage: outside the experts, and of them.
+
+    Over all its virtual stages.
+    """
+    model = spec.model
+    layers = [
+        layer_parameters(model, parallel, number)
+        for number in layers_of(model, parallel, stage=stage)
+    ]
+    count, experts = map(sum, zip(*layers, strict=True))
+    if stage == 0:
+        count += _table(spec, parallel)
+    if stage == parallel.pipeline - 1:
+        count += _table(spec, parallel) + model.hidden_size  # the head, and the norm before it
+    return count, experts
+
+
+def trained_parameters(
+    spec: WeightSpec, parallel: ParallelSettings, *, stage: int
+) -> tuple[int, int]:
+    """Return how many numbers of each rank of a pipeline stage are trained.
+
+    Outside the experts, and of them, as `stage_parameters`.
+    """
     lora = spec.lora
     if lora.rank is None:
         return stage_parameters(spec, parallel, stage=stage)
     tables = lora.train_embedding * (stage == 0)
     tables += lora.train_head * (stage == parallel.pipeline - 1)
-    return _adapter_parameters(spec, parallel, stage=stage) + tables * _table(spec, parallel)
+    adapters = _adapter_parameters(spec, parallel, stage=stage)
+    return adapters + tables * _table(spec, parallel), 0
 
 
 def _adapter_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:
@@ -240,10 +274,15 @@ def _table(spec: WeightSpec, parallel: ParallelSettings) -> int:
     return spec.vocab_rows // parallel.tensor * spec.model.hidden_size
 
 
-def layer_parameters(model: ModelSettings, tensor: int) -> int:
-    """Return the weights of one layer on each tensor-parallel rank; norms are replicated."""
-    split = layer_matrices(model)
+def layer_parameters(
+    model: ModelSettings, parallel: ParallelSettings, number: int
+) -> tuple[int, int]:
+    """Return the weights of a layer on each rank: outside the experts, and of them.
+
+    Norms are replicated.
+    """
+    count, experts = layer_matrices(model, number).held(parallel)
     if model.qkv_bias:
-        split += model.query_width + 2 * model.key_width
+        count += (model.query_width + 2 * model.key_width) // parallel.tensor
     norms = 2 * model.hidden_size + (2 * model.head_width if model.qk_norm else 0)
-    return split // tensor + norms
+    return count + norms, experts

@@ -1,15 +1,15 @@
 """Layouts: their text, and the split of the layers over the stages."""
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import accumulate, combinations, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agrpo_megatron.config.parallel import data_ranks, layout_name, stage_layers
+from agrpo_megatron.config.parallel import _spread, data_ranks, layout_name, stage_layers
 from agrpo_megatron.config.schema import build, from_text
-from agrpo_megatron.config.settings import ModelSettings, ParallelSettings
+from agrpo_megatron.config.settings import ModelSettings, MoeSettings, ParallelSettings
 
 LLADA_8B = ModelSettings(
     num_layers=32,
@@ -146,6 +146,95 @@ def test_entries_stand_in_megatrons_order():
 def test_without_a_vocabulary_only_layers_count():
     assert stage_layers(SMALL, parallel_of("pp4")) == (2, 2, 2, 2)
     assert stage_layers(replace(SMALL, num_layers=10), parallel_of("pp4")) == (2, 3, 3, 2)
+
+
+def _greedy(count, held, *, layer, least):
+    """Give equal layers one by one to the smallest place; the first and the last come after."""
+    layers = [least] * len(held)
+
+    def cost(place):
+        return held[place] + layer * layers[place], place in (0, len(held) - 1), place
+
+    for _ in range(count - sum(layers)):
+        layers[min(range(len(held)), key=cost)] += 1
+    return tuple(layers)
+
+
+@given(
+    st.integers(1, 9),
+    st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    st.integers(1, 3),
+    st.integers(0, 12),
+)
+def test_equal_layers_go_to_the_smallest_place_one_by_one(layer, held, least, more):
+    count = least * len(held) + more
+    found = _spread((layer,) * count, tuple(held), least=least)
+    assert found == _greedy(count, held, layer=layer, least=least)
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=9),
+    st.lists(st.integers(0, 30), min_size=1, max_size=4),
+)
+def test_unequal_layers_stay_in_order_and_make_the_largest_place_smallest(sizes, held):
+    held = held[: len(sizes)]
+
+    def places(counts):
+        starts = [0, *accumulate(counts)]
+        parts = [sizes[a:b] for a, b in pairwise(starts)]
+        return sorted(
+            (own + sum(part) for own, part in zip(held, parts, strict=True)), reverse=True
+        )
+
+    found = _spread(tuple(sizes), tuple(held), least=1)
+    assert sum(found) == len(sizes) and min(found) >= 1
+    every = combinations(range(1, len(sizes)), len(held) - 1)
+    splits = [[b - a for a, b in pairwise([0, *cuts, len(sizes)])] for cuts in every]
+    assert places(found) == min(places(split) for split in splits)
+
+
+# SDAR-30B-A3B and LLaDA2.0-flash. Of a layer's weights, 18,874,368 and 50,331,648 are split by tp
+# (attention, shared experts), 603,979,776 and 3,221,225,472 by ep (experts).
+SDAR_30B = ModelSettings(
+    num_layers=48,
+    hidden_size=2048,
+    num_attention_heads=32,
+    num_query_groups=4,
+    head_dim=128,
+    vocab_size=151936,
+    moe=MoeSettings(experts=128, topk=8, ffn_hidden_size=768),
+)
+FLASH = ModelSettings(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=9216,
+    num_attention_heads=32,
+    num_query_groups=4,
+    vocab_size=157184,
+    moe=MoeSettings(
+        experts=256, topk=8, ffn_hidden_size=1024, shared_ffn_hidden_size=1024, dense_layers=1
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "layers"),
+    [
+        # Embedding and head are half a layer each; 3.3 if eight ranks share the experts.
+        (SDAR_30B, "pp4", (12, 12, 12, 12)),
+        (SDAR_30B, "pp4-ep8", (10, 14, 14, 10)),
+        (SDAR_30B, "tp2-sp-pp4-ep4-etp2", (11, 13, 13, 11)),
+        (SDAR_30B, "tp2-sp-pp4-ep4", (12, 12, 12, 12)),
+        # The first layer has no experts: the embedding costs its stage no layer.
+        (FLASH, "pp4", (8, 8, 8, 8)),
+        (FLASH, "tp4-sp-pp2-ep8", (16, 16)),
+        (FLASH, "pp4-ep16", (7, 9, 9, 7)),
+        (FLASH, "pp5", (7, 7, 6, 6, 6)),
+        (FLASH, "pp2-vpp2", (8, 8, 8, 8)),
+    ],
+)
+def test_experts_count_as_far_as_a_rank_holds_them(model, layout, layers):
+    assert stage_layers(model, parallel_of(layout)) == layers
 
 
 def _largest(model, layers):

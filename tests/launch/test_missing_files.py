@@ -17,6 +17,7 @@ from tests.text.chat_tokenizers import write_llada
 
 EXAMPLES = ROOT / "examples"
 RECIPES = {"llada_8b/gsm8k": 1, "sdar_8b/math": 1, "nemotron_14b/gsm8k": 2}  # nodes
+RECIPES |= {"sdar_30b/math_4_nodes": 4, "llada2_flash/gsm8k": 16}
 SHARDS = [f"model-{number:05d}-of-00012.safetensors" for number in range(1, 13)]
 ROW = {"problem": "1 + 1", "question": "1 + 1", "answer": "#### 2"}
 

@@ -83,6 +83,19 @@ def test_every_flop_of_heads_of_their_own_width_is_counted(counts):
     assert sum(ours) == sum(by_operator.values()) > sum(counts["random"][0])
 
 
+EXPERTS = ["model.family=llada_moe", "model.moe.experts=4", "model.moe.ffn_hidden_size=24"]
+SHARED = ["model.moe.shared_ffn_hidden_size=8", "model.moe.dense_layers=1", "model.moe.topk=3"]
+SHARED += ["model.moe.score=sigmoid", "model.moe.expert_bias=true"]
+
+
+@pytest.mark.parametrize("overrides", [EXPERTS, [*EXPERTS, *SHARED]], ids=["all", "all kinds"])
+def test_every_flop_of_routed_tokens_is_counted(counts, overrides):
+    """Two or three experts of each token; a first layer without, and an expert for all tokens."""
+    samplers = {"random": SAMPLERS["random"]}
+    ours, by_operator, _ = run_ranks(1, _count, samplers, *overrides)[0]["random"]
+    assert sum(ours) == sum(by_operator.values()) > sum(counts["random"][0])
+
+
 def test_the_samplers_do_different_work(counts):
     """Rows that end early, and blocks that a threshold ends early, or the test above is hollow."""
     steps = {name: ran for name, (_, _, ran) in counts.items()}

@@ -30,6 +30,7 @@ from tests.training.tiny import (
 NULL = "algorithm.mc_samples=null"
 PAIRS = ["algorithm.group_size=2", "algorithm.prompts_per_iteration=16"]
 LORA = ["lora.rank=3"]
+EXPERTS = ["model.family=llada_moe", "model.moe.experts=4", "model.moe.ffn_hidden_size=24"]
 # Settings, and the passes over the rows of each update; a pass with gradient counts as 3.
 VARIANTS = {
     "agrpo": ([], [3]),
@@ -53,6 +54,7 @@ VARIANTS = {
     ),
     "adapters and tables": ([*LORA, "lora.train_embedding=true", "lora.train_head=true"], [3]),
     "without tails": (["algorithm.name=vrpo", NULL, "algorithm.tail=first"], [5]),
+    "experts": (EXPERTS, [3]),
 }
 
 
