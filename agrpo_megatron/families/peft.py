@@ -270,8 +270,9 @@ def _short(
         named = adapted_layers(model, LoraSettings(rank=1, modules=[pattern]))
         return {layer.name for layer in named} <= set(chosen)
 
-    forms = [[*(short(name) for short in shorter), name] for name in chosen]
-    return list(dict.fromkeys(next(filter(names_no_other, each)) for each in forms))
+    forms = ((name, [short(name) for short in shorter]) for name in chosen)
+    found = (next(filter(names_no_other, each), name) for name, each in forms)
+    return list(dict.fromkeys(found))
 
 
 def _end(name: str) -> str:

@@ -85,15 +85,21 @@ def _attention(model: ModelSettings) -> Cost:
 
 
 def _adapters(model: ModelSettings, lora: LoraSettings | None) -> Cost:
+    """Return the cost of adapters; if some experts have none, all are assumed to be as popular."""
     if lora is None or lora.rank is None:
         return Cost(0, 0, 0)
     from agrpo_megatron.families.lora import adapted_layers
 
-    token = scored = 0
+    token = scored = routed = 0
     for layer in adapted_layers(model, lora):
         flops = 2 * lora.rank * (layer.inputs + layer.outputs)
-        token, scored = token + flops * (not layer.is_head), scored + flops * layer.is_head
-    return Cost(token, 0, scored)
+        if layer.is_head:
+            scored += flops
+        elif layer.is_expert:
+            routed += flops
+        else:
+            token += flops
+    return Cost(token + routed * model.moe.topk // (model.moe.experts or 1), 0, scored)
 
 
 def _sum(*costs: tuple[int, Cost]) -> Cost:

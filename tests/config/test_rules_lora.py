@@ -39,6 +39,13 @@ REFUSED = {
         ],
         "use lora.merge_rollouts=false",
     ),
+    "split experts that move": (
+        [
+            *("lora.rank=4", "model.family=llada_moe", "model.moe.experts=4"),
+            *("model.moe.ffn_hidden_size=24", "rollout.parallel=tp2-sp-etp2"),
+        ],
+        "rollout.parallel.expert_tensor=2 splits adapters of experts",
+    ),
     "supervised phase": ([*REFERENCE, "sft.iterations=3"], "sft.iterations=3 changes the policy"),
     "a whole head": ([*REFERENCE, "lora.train_head=true"], "use lora.train_head=false"),
 }

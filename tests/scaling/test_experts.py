@@ -21,6 +21,7 @@ from agrpo_megatron.scaling.memory import (
     fp8_parameters,
     rank_memory,
     stage_parameters,
+    trained_parameters,
     weight_spec,
     worst_rank,
 )
@@ -275,3 +276,48 @@ def test_bytes_with_experts_are_those_of_a_trained_engine(layout):
     for part in ("main_weights", "moments"):
         total = sum(held[part] for held, _ in results)
         assert total == sum(getattr(predicted, part) for _, predicted in results) > 0
+
+
+# Adapters.
+
+LORA = ["lora.rank=4", "precision=bf16", "optimizer.distributed=true"]
+
+
+def _adapted(layouts):
+    some = ["lora.modules=[experts.3.*, o_proj, shared_experts.down_proj]"]
+    return {
+        (layout, len(named)): _tiny([*LORA, *TINY, *KINDS, *named, f"parallel={layout}"])
+        for layout in layouts
+        for named in ([], [*some, "lora.merge_rollouts=true"])
+    }
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "ep2", "tp2-sp-etp2", "tp2-sp-ep2"])
+def test_bytes_with_adapted_experts_are_those_of_a_trained_engine(layout):
+    """Where one expert is adapted, they are those of its rank."""
+    results = run_ranks(2, _adapted, [layout])
+    for case, (_, predicted) in results[0].items():
+        found = [result[case] for result in results]
+        assert max(held["main_grads"] for held, _ in found) == predicted.gradients, case
+        if case[1] == 0:
+            assert all(held["main_grads"] == mine.gradients for held, mine in found)
+            for part in ("main_weights", "moments"):
+                total = sum(held[part] for held, _ in found)
+                assert total == sum(getattr(mine, part) for _, mine in found) > 0
+
+
+def test_adapters_on_experts_of_sdar_30b_by_hand():
+    settings = planned(SDAR, "parallel=ep8", "lora.rank=16")
+    expert = 3 * 16 * (2048 + 768)
+    attention = 16 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    counts = trained_parameters(weight_spec(settings), settings.parallel, stage=0)
+    assert counts == (48 * attention, 48 * 16 * expert)
+    model, lora = settings.model, settings.lora
+    token = 2 * 48 * (attention + 8 * expert)
+    assert forward_cost(model, lora).token - forward_cost(model).token == token
+
+
+@pytest.mark.parametrize("more", [[], ["lora.dropout=0.1"]], ids=["", "dropout"])
+def test_activations_of_adapted_experts_are_estimated_within_a_half(more):
+    ((held, predicted),) = run_ranks(1, _saved_bytes, [*TINY, *KINDS, "lora.rank=4", *more])
+    assert held / 1.5 < predicted < 1.5 * held

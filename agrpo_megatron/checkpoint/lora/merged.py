@@ -36,6 +36,7 @@ class AdapterTensors:
         self.folder, self.model = folder, read_model(folder)
         self.lora = load(Settings, folder / RUN_FILE).lora
         self.layers = adapted_layers(self.model, self.lora)
+        self._by_name = {layer.name: layer for layer in self.layers}
         self._checkpoint = TorchDist(folder)
 
     def part(self, name: str) -> Tensor:
@@ -47,7 +48,7 @@ class AdapterTensors:
             return self.whole[name]
         found = self._checkpoint.read(f"{ADAPTERS}{name}", None)
         owner, _, matrix = name.removesuffix(".weight").rpartition(".")
-        layer = next(layer for layer in self.layers if layer.name == owner)
+        layer = self._by_name[owner]
         found = found[: layer.outputs] if matrix == "lora_B" else found
         return in_published_order(layer, matrix, found, self.model)
 
