@@ -54,14 +54,15 @@ def update_cost(model: ModelSettings, lora: LoraSettings | None = None) -> Cost:
 
     Attention and trained weights cost three forwards: outputs, and the gradients of inputs and
     weights. Frozen weights cost two, in the first layer as well: its input takes a gradient, which
-    recomputation needs.
+    recomputation needs. Megatron computes the gradient of a frozen router, too.
     """
     weights = _weights(model)
     if lora is None or lora.rank is None:
         return _sum((3, weights), (3, _attention(model)))
-    head = Cost(0, 0, weights.scored if lora.train_head else 0)
+    routers = sum(layer_matrices(model, number).router for number in range(model.num_layers))
+    others = Cost(2 * routers, 0, weights.scored if lora.train_head else 0)
     trained = _adapters(model, lora)
-    return _sum((2, weights), (1, head), (3, _attention(model)), (3, trained))
+    return _sum((2, weights), (1, others), (3, _attention(model)), (3, trained))
 
 
 def update_factor(model: ModelSettings, lora: LoraSettings) -> float:
