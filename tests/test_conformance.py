@@ -79,6 +79,28 @@ def test_the_golden_numbers_of_dream_hold(tmp_path, layout):
     assert last == f"{DREAM}: 14 of 14 checks passed at {whole_name(layout)}"
 
 
+# Folder: layouts by ranks, and the number of checks.
+EXPERTS = {
+    "sdarmoe_tiny": ({"ep2": 2}, 23),
+    "lladamoe_tiny": ({"tp2-ep2": 2}, 9),
+}
+
+
+@pytest.mark.parametrize(
+    ("folder", "layout"), [(f, layout) for f, (sizes, _) in EXPERTS.items() for layout in sizes]
+)
+def test_the_golden_numbers_of_experts_hold(tmp_path, folder, layout):
+    """Logits, routers' choices and weights, outputs of experts, decodes."""
+    sizes, count = EXPERTS[folder]
+    where = GOLDEN.parent / folder
+    arguments = [where, "--parallel", layout]
+    results = run_ranks(sizes[layout], run_tool, "conformance", tmp_path, arguments)
+    assert {status for status, _ in results} == {0}, results[0][1]
+    checks, last = read_checks(results[0][1])
+    assert len(checks) == count and any(name.startswith("router") for name in checks)
+    assert last.startswith(f"{where}: {count} of {count} checks passed at ")
+
+
 def _check_elsewhere(folder):
     """Check logits and samplers with weights and golden tensors on another device."""
     tool = runpy.run_path(str(TOOL), run_name="conformance")

@@ -1,23 +1,45 @@
 """Write a Hugging Face checkpoint of random weights, for trying conversions at a size.
 
     python tools/generate_checkpoint.py DIR --gigabytes 2 --shards 6
+    python tools/generate_checkpoint.py DIR --family llada2_moe --gigabytes 4
 
-LLaDA's names and LLaDA-8B's vocabulary at a width of 1024, in bf16, with an index; tensors are
-written as a stream, so any size can be made.
+A family's names and vocabulary at a width of 1024, in bf16, with an index; 64 experts in a family
+that has some. Tensors are written as a stream, so any size can be made.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from agrpo_megatron.config.settings import ModelSettings
+from agrpo_megatron.config.settings import ModelSettings, MoeSettings
 from agrpo_megatron.families import FAMILIES, hf_shapes
 from agrpo_megatron.families.files import INDEX, Stored, write_safetensors
+from agrpo_megatron.families.tensors import with_values
 
-WIDTH, VOCABULARY = 1024, 126464
+WIDTH = 1024
+EXPERTS = MoeSettings(experts=64, topk=4, ffn_hidden_size=512)
+# Vocabulary, mask token and end of text of each family, and its experts.
+FAMILY = {
+    "llada": (126464, 126336, 126081, MoeSettings()),
+    "sdar_moe": (151936, 151669, 151643, EXPERTS),
+    "llada2_moe": (
+        *(157184, 156895, 156892),
+        replace(
+            EXPERTS,
+            shared_ffn_hidden_size=512,
+            dense_layers=1,
+            score="sigmoid",
+            scaling_factor=2.5,
+            expert_bias=True,
+            groups=8,
+            group_topk=4,
+        ),
+    ),
+}
 BLOCK = 1 << 14  # rows made at once
 
 
@@ -27,6 +49,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="must not exist yet")
+    parser.add_argument("--family", choices=FAMILY, default="llada", help="(llada)")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of weights, about (2)")
     parser.add_argument("--shards", type=int, default=6, help="files (6)")
     arguments = parser.parse_args()
@@ -34,7 +57,7 @@ def main() -> int:
         print(f"generate: error: {arguments.directory} exists", file=sys.stderr)
         return 2
     arguments.directory.mkdir(parents=True)
-    model = _model(arguments.gigabytes * 1e9)
+    model = _model(arguments.family, arguments.gigabytes * 1e9)
     tensors = {n: Stored(Path(), torch.bfloat16, s) for n, s in hf_shapes(model).items()}
     total, filled, files = sum(t.nbytes for t in tensors.values()), 0, {}
     for name, tensor in tensors.items():
@@ -46,23 +69,38 @@ def main() -> int:
         write_safetensors(arguments.directory / file, held, lambda name: _blocks(tensors[name]))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
     (arguments.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    config = {**FAMILIES["llada"].config(model), "dtype": "bfloat16"}
+    config = {**FAMILIES[model.family].config(model), "dtype": "bfloat16"}
     (arguments.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(f"{arguments.directory}: {len(tensors)} tensors, {total / 1e9:.2f} GB")
     return 0
 
 
-def _model(nbytes: float) -> ModelSettings:
-    layer = 2 * WIDTH * (4 * WIDTH + 9 * WIDTH)
-    return ModelSettings(
-        num_layers=max(1, round((nbytes - 4 * VOCABULARY * WIDTH) / layer)),
-        hidden_size=WIDTH,
-        ffn_hidden_size=3 * WIDTH,
-        num_attention_heads=16,
-        vocab_size=VOCABULARY,
-        mask_token_id=126336,
-        eos_token_id=126081,
+def _model(family: str, nbytes: float) -> ModelSettings:
+    vocabulary, mask, end, moe = FAMILY[family]
+    model = with_values(
+        ModelSettings(
+            family=family,
+            hidden_size=WIDTH,
+            ffn_hidden_size=3 * WIDTH,
+            num_attention_heads=16,
+            head_dim=WIDTH // 16,
+            vocab_size=vocabulary,
+            mask_token_id=mask,
+            eos_token_id=end,
+            qk_norm=True,
+            moe=moe,
+        ),
+        FAMILIES[family].fixed,
     )
+    if model.has_blocks:
+        model = replace(model, block_length=4)
+    sizes = [_nbytes(replace(model, num_layers=layers)) for layers in (2, 3)]
+    layers = 2 + round((nbytes - sizes[0]) / (sizes[1] - sizes[0]))
+    return replace(model, num_layers=max(1 + moe.dense_layers, layers))
+
+
+def _nbytes(model: ModelSettings) -> int:
+    return sum(2 * torch.Size(shape).numel() for shape in hf_shapes(model).values())
 
 
 def _blocks(tensor: Stored):

@@ -101,6 +101,7 @@ def watched(network: Network) -> Iterator[dict[int, Seen]]:
     hooks = []
 
     def watch(layer: Any) -> None:
+        """Record what a layer computes."""
         number = layer.layer_number - 1
 
         def routed(_: Any, given: tuple[Any, ...], made: tuple[Tensor, Tensor]) -> None:

@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,21 @@ from agrpo_megatron.checkpoint.model_files import (
     write_config,
     write_model_files,
 )
-from agrpo_megatron.checkpoint.torch_dist import BLOCK, Piece, checkpoint_key, write_checkpoint
+from agrpo_megatron.checkpoint.torch_dist import BLOCK, Piece, checkpoint_place, write_checkpoint
 from agrpo_megatron.checkpoint.weights import DTYPES, is_megatron, open_checkpoint, open_weights
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import hf_shapes, weight_mappings
-from agrpo_megatron.families.config_json import read_object
+from agrpo_megatron.families.config_json import CONFIG, read_object
 from agrpo_megatron.families.files import (
     INDEX,
     SINGLE,
     HfWeights,
     Stored,
+    merged_name,
     read_index,
     write_safetensors,
 )
+from agrpo_megatron.families.llada2_moe import MERGED_TYPE
 from agrpo_megatron.families.peft import TENSORS, write_peft
 from agrpo_megatron.families.tensors import megatron_shape
 from agrpo_megatron.families.transforms import Part, Split, to_megatron
@@ -91,7 +94,8 @@ def to_hf_directory(
         ValueError: the source is damaged or lacks a tensor, or the target exists.
     """
     weights = open_checkpoint(source, dtype=dtype, base=base)
-    tensors, files = weights.tensors, _shards(weights.tensors, source / HF)
+    tensors, parts = _published_form(weights.tensors, source / HF)
+    files = _shards(tensors, source / HF)
     kinds = Counter(tensor.dtype for tensor in tensors.values())
     common = str(kinds.most_common(1)[0][0]).removeprefix("torch.")
     config = config_of(weights.model, common, source / HF)
@@ -104,7 +108,9 @@ def to_hf_directory(
                 continue
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
             write_safetensors(
-                partial / file, held, lambda name: count.passing(weights.blocks(name))
+                partial / file,
+                held,
+                lambda name: count.passing(b for part in parts[name] for b in weights.blocks(part)),
             )
         carry(source / HF, partial)
         if config:
@@ -149,18 +155,16 @@ def _pieces(model: ModelSettings, weights: HfWeights, dtype: str | None) -> list
         parts = [weights.part(name) for name in mapping.parts]
         shape = megatron_shape(mapping, shapes)
         count, width = shape[0], shape[1:]
-        key, layer = checkpoint_key(mapping.megatron)
-        kind = DTYPES[dtype] if dtype else kinds[key]
-        whole = shape if layer is None else (model.num_layers, *shape)
+        place = checkpoint_place(mapping.megatron, model)
+        kind = DTYPES[dtype] if dtype else kinds[place.key]
         block = max(1, BLOCK // (torch.Size(width).numel() * kind.itemsize))
         step = count if len(parts) > 1 else block
         for start in range(0, count, step):
             rows = slice(start, min(start + step, count))
-            offset, own = (start, *(0 for _ in width)), (rows.stop - start, *width)
-            if layer is not None:
-                offset, own = (layer, *offset), (1, *own)
+            offset = (*place.index, start, *(0 for _ in width))
+            own = (*(1 for _ in place.index), rows.stop - start, *width)
             make = functools.partial(_rows, parts, mapping.transform, model, rows, kind)
-            pieces.append(Piece(key, kind, whole, offset, own, make))
+            pieces.append(Piece(place.key, kind, (*place.counts, *shape), offset, own, make))
     return pieces
 
 
@@ -170,7 +174,7 @@ def _dtypes(model: ModelSettings, weights: HfWeights) -> dict[str, torch.dtype]:
     for mapping in weight_mappings(model):
         for name in mapping.parts:
             kind = weights.tensors[name].dtype
-            key, _ = checkpoint_key(mapping.megatron)
+            key = checkpoint_place(mapping.megatron, model).key
             first, other = found.setdefault(key, (kind, name))
             if kind != first:
                 both = f"{other} ({first}) and {name} ({kind}) become one tensor"
@@ -183,6 +187,26 @@ def _rows(
 ) -> Tensor:
     part = parts[0] if len(parts) == 1 else to_megatron(parts, transform, model, Split())
     return part[rows].to(dtype)
+
+
+def _published_form(
+    tensors: Mapping[str, Stored], carried: Path
+) -> tuple[dict[str, Stored], dict[str, list[str]]]:
+    """Return the tensors of a Hugging Face directory, and the tensors of the model in each.
+
+    Experts are merged where the index or the type of the carried configuration says so.
+    """
+    names, config = set(read_index(carried) or ()), carried / CONFIG
+    is_merged = config.exists() and read_object(config).get("model_type") == MERGED_TYPE
+    result, parts = dict[str, Stored](), dict[str, list[str]]()
+    for own, stored in tensors.items():
+        merged, name = merged_name(own), own
+        if merged is not None and (is_merged or merged[0] in names):
+            name = merged[0]
+        held = parts.setdefault(name, [])
+        held.append(own)
+        result[name] = stored if name == own else replace(stored, shape=(len(held), *stored.shape))
+    return result, parts
 
 
 def _shards(tensors: Mapping[str, Stored], carried: Path) -> dict[str, str]:

@@ -27,17 +27,25 @@ MAIN = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
 
 def sharded_optimizer(engine: Engine, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    """Return the optimizer's sharded state; called by every rank."""
+    """Return the optimizer's sharded state; called by every rank.
+
+    The weights of experts may have an optimizer of their own. Then the states are under its number,
+    and their tensors are named as if there were one optimizer.
+    """
     if is_loading:
         _prepare_to_load(engine)
-    distributed = _distributed(engine)
-    if distributed is None:
-        return engine.optimizer.sharded_state_dict(model, is_loading=is_loading)
+    parts = [_sharded(part, model, is_loading=is_loading) for part in engine.optimizers]
+    return parts[0] if len(parts) == 1 else dict(enumerate(parts))
+
+
+def _sharded(part: Any, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    if not isinstance(part, DistributedOptimizer):
+        return part.sharded_state_dict(model, is_loading=is_loading)
     if is_loading:
-        distributed.load_state_dict(distributed.state_dict())  # allocates what is missing
+        part.load_state_dict(part.state_dict())  # allocates what is missing
     return {
-        **distributed.state_dict(),
-        "param_state": owned_state(distributed, model, is_loading=is_loading),
+        **part.state_dict(),
+        "param_state": owned_state(part, model, is_loading=is_loading),
         "param_state_sharding_type": FORMAT,
     }
 
@@ -69,28 +77,25 @@ def fill_optimizer(engine: Engine, loaded: dict[str, Any], steps: int) -> None:
         loaded: the tensors of this optimizer, and the checkpoint's non-tensor state.
         steps: optimizer steps done.
     """
-    own: Any = engine.optimizer.state_dict()
-    distributed = _distributed(engine)
-    if distributed is not None:
-        for group in own["optimizer"]["param_groups"]:
-            group["step"] = steps
-        distributed.load_state_dict(own)
-        fill_owned(distributed, loaded["param_state"])
-    elif "fp32_from_fp16_params" in own:
-        adam = {**own["optimizer"], "state": _moments(engine, loaded["optimizer"], steps)}
-        main = loaded["fp32_from_fp16_params"]
-        state = {**own, "optimizer": adam, "fp32_from_fp16_params": main}
-        engine.optimizer.load_state_dict(state)
-    else:
-        engine.optimizer.load_state_dict({**own, "state": _moments(engine, loaded, steps)})
-    for part in engine.optimizers:
+    parts = engine.optimizers
+    for number, part in enumerate(parts):
+        _fill(part, loaded if len(parts) == 1 else loaded[number], steps)
         _count(part.optimizer, steps)
 
 
-def _distributed(engine: Engine) -> DistributedOptimizer | None:
-    """Return the distributed optimizer, if the engine has one."""
-    first = engine.optimizers[0]
-    return first if isinstance(first, DistributedOptimizer) else None
+def _fill(part: Any, loaded: dict[str, Any], steps: int) -> None:
+    own: Any = part.state_dict()
+    if isinstance(part, DistributedOptimizer):
+        for group in own["optimizer"]["param_groups"]:
+            group["step"] = steps
+        part.load_state_dict(own)
+        fill_owned(part, loaded["param_state"])
+    elif "fp32_from_fp16_params" in own:
+        adam = {**own["optimizer"], "state": _moments(part, loaded["optimizer"], steps)}
+        main = loaded["fp32_from_fp16_params"]
+        part.load_state_dict({**own, "optimizer": adam, "fp32_from_fp16_params": main})
+    else:
+        part.load_state_dict({**own, "state": _moments(part, loaded, steps)})
 
 
 def _prepare_to_load(engine: Engine) -> None:
@@ -113,10 +118,10 @@ def _prepare_to_load(engine: Engine) -> None:
             }
 
 
-def _moments(engine: Engine, loaded: dict[str, Any], steps: int) -> dict[Any, Any]:
+def _moments(part: Any, loaded: dict[str, Any], steps: int) -> dict[Any, Any]:
     """Return the loaded moments by parameter, with the step if torch's Adam needs one."""
     state = {key: value for key, value in loaded["state"].items() if key != "common_step"}
-    if isinstance(engine.optimizers[0].optimizer, torch.optim.AdamW):
+    if isinstance(part.optimizer, torch.optim.AdamW):
         state["common_step"] = torch.tensor(float(steps))
     return state
 

@@ -15,6 +15,7 @@ from agrpo_megatron.checkpoint.optimizer_state import (
 )
 from agrpo_megatron.checkpoint.torch_dist import read_metadata
 from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.megatron.model import expert_biases
 from agrpo_megatron.megatron.network import Network
 
 
@@ -74,6 +75,8 @@ def _model_state(network: Network, *, is_base: bool = False) -> dict[str, Any]:
     for chunk in network.chunks:
         state = chunk.sharded_state_dict()
         kept = {name for name, p in chunk.named_parameters() if is_base or p.requires_grad}
+        if is_base or adapters is None:
+            kept |= {name for name, _ in expert_biases(chunk)}
         # The local specification's extra states are empty.
         mine = {key: state[key] for key in state if key in kept and key not in own}
         states.append(mine if is_base else mine | {key: own[key] for key in own if key in kept})

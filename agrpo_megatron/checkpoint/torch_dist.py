@@ -2,16 +2,18 @@
 
 The format is torch.distributed.checkpoint's: files of tensors, and a `.metadata` that says which
 block of which tensor lies where. A tensor of all layers is one tensor [layers, ...], under the
-name that GPTModel gives it.
+name that GPTModel gives it; of all experts too, [layers, experts, ...]. Where layers differ, the
+name has the layer's number.
 """
 
 import itertools
 import json
 import pickle
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +23,8 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from agrpo_megatron.families.tensors import FUSED_NORMS, LAYER
+from agrpo_megatron.config.settings import ModelSettings
+from agrpo_megatron.families.tensors import EXPERT, FUSED_NORMS, LAYER
 from agrpo_megatron.runs.files import write_whole
 
 METADATA, CONFIG = ".metadata", "metadata.json"
@@ -54,12 +57,36 @@ class Piece:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def checkpoint_key(parameter: str) -> tuple[str, int | None]:
-    """Return the checkpoint's name of a parameter of the whole model, and its layer."""
+class Place(NamedTuple):
+    """Where a parameter of the whole model lies in a checkpoint."""
+
+    key: str  # name of the tensor
+    index: tuple[int, ...] = ()  # the parameter's layer and expert in it
+    counts: tuple[int, ...] = ()  # of layers and experts in it
+
+
+def checkpoint_place(parameter: str, model: ModelSettings) -> Place:
+    """Return the place of a parameter of the whole model.
+
+    Source: `sharded_state_dict` of Megatron's TransformerBlock and SequentialMLP.
+    """
+    expert = EXPERT.match(parameter)
+    if expert is not None:
+        parameter = f"{expert[1]}experts.{expert[3]}"
     found = LAYER.match(parameter)
     if found is None:
-        return parameter, None
-    return f"decoder.layers.{FUSED_NORMS.get(found[2], found[2])}", int(found[1])
+        return Place(parameter)
+    layer, name = int(found[1]), found[2]
+    has_experts = layer >= model.num_layers - model.moe_layers
+    if not (has_experts and name.startswith("pre_mlp_layernorm")):
+        name = FUSED_NORMS.get(name, name)
+    where = [] if model.moe.dense_layers else [(layer, model.num_layers)]
+    prefix = f"{layer}." if model.moe.dense_layers else ""
+    if expert is not None:
+        assert model.moe.experts is not None
+        where.append((int(expert[2]), model.moe.experts))
+    index, counts = tuple(i for i, _ in where), tuple(n for _, n in where)
+    return Place(f"decoder.layers.{prefix}{name}", index, counts)
 
 
 def write_checkpoint(folder: Path, pieces: Sequence[Piece], done: Callable[[int], Any]) -> None:
@@ -104,6 +131,7 @@ class TorchDist:
         self.folder, self.metadata = folder, read_metadata(folder)
         self._reader = filesystem.FileSystemReader(folder)
         self._reader.set_up_storage_reader(self.metadata, True)
+        self._by_index: dict[str, defaultdict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
     def tensors(self) -> list[str]:
         """Return the names of all tensors."""
@@ -121,31 +149,43 @@ class TorchDist:
             raise ValueError(f"{self.folder}: tensor {key} is missing from the checkpoint")
         return found
 
-    def read(self, key: str, layer: int | None, rows: slice | None = None) -> Tensor:
-        """Return rows of a tensor, or of one layer of it; all rows by default."""
-        stored = self.tensor(key)
-        bounds = [slice(0, n) for n in stored.size]
-        if layer is not None:
-            bounds[0] = slice(layer, layer + 1)
+    def read(self, key: str, index: tuple[int, ...] = (), *, rows: slice | None = None) -> Tensor:
+        """Return rows of a tensor, or of one layer and expert of it; all rows by default."""
+        stored, lead = self.tensor(key), len(index)
+        bounds = [slice(i, i + 1) for i in index] + [slice(0, n) for n in stored.size[lead:]]
         if rows is not None:
-            bounds[0 if layer is None else 1] = rows
+            bounds[lead] = rows
         wanted = ChunkStorageMetadata(
             torch.Size(b.start for b in bounds), torch.Size(b.stop - b.start for b in bounds)
         )
         result = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
-        items = create_read_items_for_chunk_list(key, stored, [wanted])
+        near = replace(stored, chunks=self._chunks(key, index))
+        items = create_read_items_for_chunk_list(key, near, [wanted])
         try:
             self._reader.read_data(planner.LoadPlan(items), _Into(result)).wait()
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{self.folder}: tensor {key} cannot be read ({reason})") from None
-        return result if layer is None else result.squeeze(0)
+        return result.reshape(result.shape[lead:])
 
-    def row_blocks(self, key: str, layer: int | None) -> Iterator[slice]:
+    def row_blocks(self, key: str, index: tuple[int, ...] = ()) -> Iterator[slice]:
         """Yield the saved row blocks of a tensor; reading part of a block reads all of it."""
-        stored, dim = self.tensor(key), 0 if layer is None else 1
-        starts = {chunk.offsets[dim] for chunk in stored.chunks}
-        yield from itertools.starmap(slice, itertools.pairwise([*sorted(starts), stored.size[dim]]))
+        dim, rows = len(index), self.tensor(key).size[len(index)]
+        starts = {chunk.offsets[dim] for chunk in self._chunks(key, index)}
+        yield from itertools.starmap(slice, itertools.pairwise([*sorted(starts), rows]))
+
+    def _chunks(self, key: str, index: tuple[int, ...]) -> list[ChunkStorageMetadata]:
+        """Return the saved blocks that overlap a layer and expert of a tensor."""
+        if not index:
+            return self.tensor(key).chunks
+        found = self._by_index.get(key)
+        if found is None:
+            found = self._by_index[key] = defaultdict(list)
+            for chunk in self.tensor(key).chunks:
+                spans = zip(chunk.offsets, chunk.sizes[: len(index)], strict=False)
+                for place in itertools.product(*(range(o, o + n) for o, n in spans)):
+                    found[place].append(chunk)
+        return found[index]
 
 
 def read_metadata(folder: Path) -> metadata.Metadata:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,9 @@ def compare_tensors(
 def compare_logits(first: Path, second: Path) -> Difference:
     """Return the difference of the logits on random, partly masked rows; one process."""
     model, ours, theirs = _open_copies(first, second)
+    assert model.vocab_size is not None
+    if model.mask_token_id is None:  # the tokenizer's; any token serves here
+        model = replace(model, mask_token_id=model.vocab_size - 1)
     settings = Settings(model=model)
     ranks = start_ranks(settings)
     try:

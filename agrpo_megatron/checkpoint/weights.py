@@ -11,7 +11,7 @@ from agrpo_megatron.checkpoint.integrity import verify
 from agrpo_megatron.checkpoint.lora.base import verify_base
 from agrpo_megatron.checkpoint.lora.merged import MergedWeights
 from agrpo_megatron.checkpoint.model_files import read_model
-from agrpo_megatron.checkpoint.torch_dist import METADATA, TorchDist, checkpoint_key
+from agrpo_megatron.checkpoint.torch_dist import METADATA, TorchDist, checkpoint_place
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import hf_shapes, settings_from_hf, weight_mappings
 from agrpo_megatron.families.files import HfWeights, Stored
@@ -62,31 +62,33 @@ class MegatronWeights:
         if len(mapping.parts) > 1:
             yield self._fused(mapping)[number].to(stored.dtype)
             return
-        place, rows = checkpoint_key(mapping.megatron), stored.shape[0]
-        for block in self._checkpoint.row_blocks(*place):
+        place, rows = checkpoint_place(mapping.megatron, self.model), stored.shape[0]
+        for block in self._checkpoint.row_blocks(place.key, place.index):
             if block.start < rows:
                 part = slice(block.start, min(block.stop, rows))
-                yield self._checkpoint.read(*place, part).to(stored.dtype)
+                read = self._checkpoint.read(place.key, place.index, rows=part)
+                yield read.to(stored.dtype)
 
     def _read_fused(self, mapping: WeightMapping) -> list[Tensor]:
-        whole = self._checkpoint.read(*checkpoint_key(mapping.megatron))
+        place = checkpoint_place(mapping.megatron, self.model)
+        whole = self._checkpoint.read(place.key, place.index)
         return from_megatron([whole], mapping.transform, self.model)
 
     def _check(self, mapping: WeightMapping, shape: tuple[int, ...]) -> torch.dtype:
-        key, layer = checkpoint_key(mapping.megatron)
-        stored = self._checkpoint.tensor(key)
-        whole = shape if layer is None else (self.model.num_layers, *shape)
+        place = checkpoint_place(mapping.megatron, self.model)
+        stored, whole = self._checkpoint.tensor(place.key), (*place.counts, *shape)
         found = tuple(stored.size)
         padded = mapping.transform == "vocab" and found[0] >= whole[0] and found[1:] == whole[1:]
         if found != whole and not padded:
             raise ValueError(
-                f"{self.folder}: tensor {key} has shape {list(found)}, and model.yaml asks for "
-                f"{list(whole)}"
+                f"{self.folder}: tensor {place.key} has shape {list(found)}, and model.yaml asks "
+                f"for {list(whole)}"
             )
         return stored.properties.dtype
 
     def _refuse_unknown(self) -> None:
-        known = {checkpoint_key(mapping.megatron)[0] for mapping, _ in self._mappings.values()}
+        mappings = (mapping for mapping, _ in self._mappings.values())
+        known = {checkpoint_place(mapping.megatron, self.model).key for mapping in mappings}
         for key in self._checkpoint.tensors():
             if key not in known and not key.startswith("optimizer."):
                 raise ValueError(

@@ -12,6 +12,7 @@ from agrpo_megatron.families.config_json import CONFIG, GENERATION, check_ids, r
 from agrpo_megatron.families.dream import FAMILY as DREAM
 from agrpo_megatron.families.llada import FAMILY as LLADA
 from agrpo_megatron.families.llada2_moe import FAMILY as LLADA2_MOE
+from agrpo_megatron.families.llada2_moe import MERGED_TYPE
 from agrpo_megatron.families.llada_moe import FAMILY as LLADA_MOE
 from agrpo_megatron.families.nemotron_diffusion import FAMILY as NEMOTRON
 from agrpo_megatron.families.sdar import FAMILY as SDAR
@@ -21,6 +22,7 @@ from agrpo_megatron.families.tensors import Family, Shapes, WeightMapping, expan
 _ALL = (LLADA, DREAM, SDAR, NEMOTRON, SDAR_MOE, LLADA_MOE, LLADA2_MOE)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 _BY_TYPE = {family.model_type or family.name: family for family in FAMILIES.values()}
+_BY_TYPE[MERGED_TYPE] = LLADA2_MOE
 
 
 def settings_from_hf(
@@ -54,7 +56,7 @@ def settings_from_hf(
 
 def _family_of(config: Mapping[str, Any]) -> Family | None:
     kind = str(config.get("model_type")).lower()  # Dream's has a capital letter
-    if kind == LLADA.name and config.get("num_experts") is not None:
+    if kind == LLADA.name and "num_experts" in config and "d_model" not in config:
         return LLADA_MOE  # published with the type of LLaDA-8B
     return _BY_TYPE.get(kind)
 

@@ -75,12 +75,13 @@ def check_ids(model: ModelSettings, given: Mapping[str, Any], source: Path) -> N
     assert rows is not None
     mask = model.mask_token_id if mask is None else mask
     counted = {"vocab_size": rows, **given}["vocab_size"]
-    tokens = [("mask_token_id", mask), *(("eos_token_id", end) for end in ends)]
+    tokens = [("eos_token_id", end) for end in ends]
+    tokens += [("mask_token_id", mask)] * (mask is not None)  # None: the tokenizer's
     for key, value in [("vocab_size", counted), *tokens]:
         if type(value) is not int or not 0 <= value < rows + (key == "vocab_size"):
             by = f"does not fit the embedding of {rows} rows; correct one of them"
             raise ValueError(f"{source}: {shown(key, value)} {by}")
-    if mask != model.mask_token_id or mask in ends:
+    if mask is not None and (mask != model.mask_token_id or mask in ends):
         other = "eos_token_id too" if mask in ends else f"{model.mask_token_id} in {CONFIG}"
         raise ValueError(f"{source}: mask_token_id={mask} is {other}; correct one of them")
 

@@ -5,6 +5,7 @@ Source: the safetensors format (an 8-byte length, a JSON header, the bytes of th
 
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+# One expert's tensor; a merged tensor holds those of all experts of a layer, [experts, ...].
+EXPERT = re.compile(r"(.+\.mlp\.experts\.)(\d+)\.(\w+)\.weight")
 MAX_MAPPED = 1 << 26  # bytes to read through one mapping of a file: mapped pages count as memory
 
 
@@ -50,11 +53,17 @@ class Stored:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def merged_name(name: str) -> tuple[str, int] | None:
+    """Return the merged tensor that may hold an expert's tensor, and the expert's number."""
+    found = EXPERT.fullmatch(name)
+    return (f"{found[1]}{found[3]}", int(found[2])) if found else None
+
+
 class LazyTensors:
     """Tensors in safetensors files, by name; indexing a tensor reads only that part."""
 
     def __init__(self, tensors: dict[str, Stored]):
-        self.tensors = tensors
+        self.tensors, self.merged = tensors, set[str]()
         self._open: Any = None
         self._path, self._read = Path(), 0
 
@@ -64,7 +73,10 @@ class LazyTensors:
 
     def read(self, name: str, index: Any) -> Tensor:
         """Read a part of a tensor; a copy, so that the file's pages can be released."""
-        stored = self.tensors[name]
+        stored, merged = self.tensors[name], merged_name(name)
+        if merged is not None and merged[0] in self.merged:
+            name, number = merged
+            index = (number, *(index if isinstance(index, tuple) else (index,)))
         if stored.file != self._path or self._read > MAX_MAPPED:
             self._open = None
             self._open = safe_open(stored.file, framework="pt")
@@ -97,9 +109,25 @@ class HfWeights(LazyTensors):
             found = self.tensors.get(name)
             if not name.endswith(BUFFER) and (found is None or found.file != self.directory / file):
                 raise ValueError(f"{self.directory / INDEX}: tensor {name} is not in {file}")
+        self._split_merged(model.moe.experts or 0)
         # If there are more layers than tensors, one is missing in the first of them.
         layers = min(model.num_layers, len(self.tensors) + 1)
         self._check(hf_shapes(replace(model, num_layers=layers)), model.family)
+
+    def _split_merged(self, experts: int) -> None:
+        """Put the tensors of single experts in place of those that hold all of a layer."""
+        for name in [name for name in self.tensors if name.rpartition(".")[0].endswith(".experts")]:
+            stored = self.tensors[name]
+            if stored.shape[:1] != (experts,):
+                raise ValueError(
+                    f"{stored.file}: tensor {name} has shape {list(stored.shape)}, and config.json "
+                    f"asks for {experts} experts"
+                )
+            prefix, _, part = name.rpartition(".")
+            one = replace(stored, shape=stored.shape[1:])
+            self.tensors |= {f"{prefix}.{e}.{part}.weight": one for e in range(experts)}
+            del self.tensors[name]
+            self.merged.add(name)
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]], family: str) -> None:
         """Check that the directory has exactly the tensors of a model."""

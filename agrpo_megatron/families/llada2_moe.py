@@ -1,7 +1,7 @@
 """LLaDA2.0 and 2.1, mini and flash: attention by blocks, experts by groups and biased sigmoids.
 
 Source: config.json, model.safetensors.index.json and the modelling code of LLaDA2.0-mini, and
-arXiv 2512.15745; 2602.08676 for 2.1.
+arXiv 2512.15745; 2602.08676 for 2.1; configuration and converter of inclusionAI/dFactory.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,14 @@ from agrpo_megatron.families.tensors import (
     STANDARD,
     UNSCALED_ROPE,
     Family,
-    known_mask,
+    mask_or,
     standard_names,
 )
 
 # The published files have neither.
 MASK, BLOCK_SIZE = 156895, 32
+# Of a model that dFactory trains: all experts of a layer are one tensor, see `families.files`.
+MERGED_TYPE = "llada2_moe_veomni"
 SHARED, ROTARY = "num_shared_experts", "rotary_dim"
 
 _REQUIRED = {
@@ -81,7 +83,7 @@ def _other_settings(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     end = "eos_token_id" if "eos_token_id" in config else "pad_token_id"
     return {
         "eos_token_id": (end, config[end]),
-        "mask_token_id": known_mask(config, MASK, "mask_token_id and block_size"),
+        "mask_token_id": mask_or(config, MASK),
         "block_length": ("block_size", config.get("block_size", BLOCK_SIZE)),
         "moe.groups": ("n_group", groups[0] if has_groups else None),
         "moe.group_topk": ("topk_group", groups[1] if has_groups else None),

@@ -14,7 +14,7 @@ from agrpo_megatron.families.tensors import (
     STANDARD,
     UNSCALED_ROPE,
     Family,
-    known_mask,
+    mask_or,
     mlp_names,
     standard_names,
 )
@@ -67,7 +67,7 @@ _FIXED |= UNSCALED_ROPE
 
 def _other_settings(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     return {
-        "mask_token_id": known_mask(config, MASK, "mask_token_id"),
+        "mask_token_id": mask_or(config, MASK),
         "moe.dense_layers": (FREQUENCY, _dense_layers(config)),
         "moe.shared_ffn_hidden_size": (SHARED, config.get(SHARED)),
     }

@@ -14,7 +14,7 @@ from agrpo_megatron.families.tensors import (
     PLAIN_ROPE,
     STANDARD,
     Family,
-    known_mask,
+    mask_or,
     standard_names,
 )
 
@@ -69,7 +69,7 @@ _MOE_FIXED = {
 
 def _other_settings(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     return {
-        "mask_token_id": known_mask(config, MASK, "mask_token_id and block_size"),
+        "mask_token_id": mask_or(config, MASK),
         "block_length": ("block_size", config.get("block_size", BLOCK_SIZE)),
     }
 

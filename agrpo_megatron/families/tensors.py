@@ -104,9 +104,11 @@ class Family:
             raise ValueError(f"{missing}; the {self.name} family needs it") from None
         values: dict[str, Any] = {"family": self.name, **self.fixed}
         for ours, (theirs, value) in found.items():
-            built = build(ModelSettings, _tree({ours: value}), f"{theirs} as model.")
+            *section, key = ours.split(".")
+            tree = {section[0]: {key: value}} if section else {key: value}
+            built = build(ModelSettings, tree, f"{theirs} as model.")
             values[ours] = attrgetter(ours)(built)
-        model = replace(build(ModelSettings, _tree(values)))  # nobody wrote it
+        model = with_values(ModelSettings(), values)
         validate_model(model)
         self._check_others(given, model)
         return model
@@ -144,16 +146,11 @@ class Family:
         return {**self.required, **same, **self.other_keys(model)}
 
 
-def _tree(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested mappings of values by dotted name."""
-    tree: dict[str, Any] = {}
-    for name, value in values.items():
-        *sections, key = name.split(".")
-        node = tree
-        for part in sections:
-            node = node.setdefault(part, {})
-        node[key] = value
-    return tree
+def with_values(model: ModelSettings, values: Mapping[str, Any]) -> ModelSettings:
+    """Return a model with other values, some of them of its experts: `moe.topk`."""
+    own = {name: value for name, value in values.items() if "." not in name}
+    moe = {name.removeprefix("moe."): values[name] for name in values.keys() - own.keys()}
+    return replace(model, **own, moe=replace(model.moe, **moe))
 
 
 def _by_their_keys(model: ModelSettings, keys: Mapping[str, str]) -> dict[str, Any]:
@@ -188,19 +185,14 @@ def standard_names(model: ModelSettings) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def known_mask(config: Mapping[str, Any], mask: int, fix: str) -> tuple[str, Any]:
-    """Return the key and the value of a mask token that published files of a family lack.
+def mask_or(config: Mapping[str, Any], published: int) -> tuple[str, Any]:
+    """Return the key and the value of a mask token that the published files of a family lack.
 
-    Raises:
-        ValueError: the embedding has no row for the published one.
+    Where the embedding has no row for the published one, it is the tokenizer's: null.
     """
     rows = config["vocab_size"]
-    if "mask_token_id" not in config and type(rows) is int and rows <= mask:
-        raise ValueError(
-            f"mask_token_id is missing, and vocab_size={rows} has no row for the published {mask}; "
-            f"add {fix}"
-        )
-    return "mask_token_id", config.get("mask_token_id", mask)
+    has_row = type(rows) is int and rows > published
+    return "mask_token_id", config.get("mask_token_id", published if has_row else None)
 
 
 def mlp_names(
@@ -214,6 +206,7 @@ def mlp_names(
     """
 
     def swiglu(ours: str, theirs: str) -> dict[str, tuple[str, ...]]:
+        """Return the tensors of one SwiGLU of each layer."""
         parts = [f"{block}{theirs}{part}_proj.weight" for part in ("gate", "up", "down")]
         prefix = f"decoder.layers.{{i}}.mlp.{ours}"
         return {

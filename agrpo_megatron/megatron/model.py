@@ -3,7 +3,7 @@
 Parameters have GPTModel's names, so other Megatron tools can read the checkpoints.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial, wraps
 from typing import Concatenate
@@ -16,7 +16,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from agrpo_megatron.config.parallel import padded_vocab, stage_layers
 from agrpo_megatron.config.settings import (
@@ -38,6 +38,11 @@ from agrpo_megatron.types import PackedRows
 # A matrix of fewer rows takes another CPU kernel, which sums in another order: a token's logits
 # would depend on how many tokens share its forward pass.
 LEAST_ROWS = 4
+
+
+def expert_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the biases of experts, which no gradient trains, by their names in a model."""
+    return ((name, each) for name, each in model.named_buffers() if name.endswith(".expert_bias"))
 
 
 def _batch_invariant[**Inputs](

@@ -12,7 +12,7 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.families.tensors import FUSED_NORMS, LAYER
 from agrpo_megatron.megatron.lora.adapters import Adapters, Held
-from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_chunks
+from agrpo_megatron.megatron.model import MaskedDiffusionModel, build_chunks, expert_biases
 from agrpo_megatron.megatron.parallel import Ranks
 
 LOCAL_NAMES = {fused: local for local, fused in FUSED_NORMS.items()}
@@ -44,9 +44,8 @@ class Network:
         """Yield the parameters, and the biases of experts, which no gradient trains."""
         yield from self.named_parameters()
         for chunk in self.chunks:
-            for name, buffer in chunk.named_buffers():
-                if name.endswith(".expert_bias"):
-                    yield _global_name(name, chunk), buffer
+            for name, bias in expert_biases(chunk):
+                yield _global_name(name, chunk), bias
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank that are not frozen."""

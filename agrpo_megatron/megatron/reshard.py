@@ -54,10 +54,10 @@ class _Whole(nn.Module):
     def __init__(self, network: Network):
         super().__init__()
         self.config, self.pg_collection = network.config, network.ranks.groups
-        self._named = network.named_parameters
+        self._named = network.named_weights
 
-    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield this rank's parameters with their global names."""
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
+        """Yield this rank's weights with their global names."""
         return self._named()
 
 

@@ -25,7 +25,8 @@ from tests.ranks import run_ranks
 from tests.training.tiny import tiny
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-FAMILIES = ["llada_tiny", "dream_tiny", "sdar_tiny", "nemotron"]
+EXPERTS = {"sdarmoe_tiny": 380, "lladamoe_tiny": 383, "llada2_tiny": 382}  # and the mask token
+FAMILIES = ["llada_tiny", "dream_tiny", "sdar_tiny", "nemotron", *EXPERTS]
 LLADA = FIXTURES / "llada_tiny" / "hf"
 HEAD = "model.transformer.ff_out.weight"
 
@@ -43,7 +44,18 @@ def source(request, tmp_path_factory):
     """Return a small checkpoint of each family."""
     if request.param == "nemotron":
         return write_nemotron(tmp_path_factory.mktemp("published") / "hf")
+    if request.param in EXPERTS:
+        return _with_mask(tmp_path_factory.mktemp("published") / "hf", request.param)
     return FIXTURES / request.param / "hf"
+
+
+def _with_mask(folder, name):
+    """Write a copy whose configuration has the mask token, which published files lack."""
+    shutil.copytree(FIXTURES / name / "hf", folder)
+    config = folder / "config.json"
+    keys = {**json.loads(config.read_text()), "mask_token_id": EXPERTS[name]}
+    config.write_text(json.dumps(keys, indent=1))
+    return folder
 
 
 def _sharded(folder, source):
@@ -105,6 +117,41 @@ def test_every_byte_of_several_shards_returns(tmp_path, source):
     assert _files(tmp_path / "h") == _files(source)
 
 
+@pytest.mark.parametrize("has_index", [False, True])
+def test_merged_experts_return_as_they_were(tmp_path, has_index):
+    """Its type, or an index, shows that one tensor holds all experts of a layer."""
+    plain = _with_mask(tmp_path / "plain", "llada2_tiny")
+    merged, stacks = {}, {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        prefix, _, rest = name.partition(".experts.")
+        number, _, part = rest.partition(".")
+        if rest:
+            stacks.setdefault(f"{prefix}.experts.{part.removesuffix('.weight')}", {})[
+                int(number)
+            ] = tensor
+        else:
+            merged[name] = tensor
+    merged |= {n: torch.stack([s[e] for e in range(len(s))]) for n, s in stacks.items()}
+    source = tmp_path / "s"
+    shutil.copytree(plain, source)
+    save_file(merged, source / "model.safetensors", metadata={"format": "pt"})
+    if has_index:
+        files = dict.fromkeys(sorted(merged), "model.safetensors")
+        size = sum(tensor.nbytes for tensor in merged.values())
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    else:
+        config = json.loads((source / "config.json").read_text())
+        config["model_type"] = "llada2_moe_veomni"
+        (source / "config.json").write_text(json.dumps(config))
+    to_megatron_checkpoint(source, tmp_path / "m", progress=_quiet)
+    assert (
+        MegatronWeights(tmp_path / "m").tensors.keys() == hf_shapes(settings_from_hf(plain)).keys()
+    )
+    to_hf_directory(tmp_path / "m", tmp_path / "h", progress=_quiet)
+    assert _files(tmp_path / "h") == _files(source)
+
+
 def _through(source, target, overrides):
     """Load a checkpoint at this layout and save it from there."""
     from agrpo_megatron.checkpoint.saving import Saver
@@ -133,10 +180,17 @@ def _through(source, target, overrides):
     return saver.save(Progress("rl", 1, {}))
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "tp2-pp2"])
+LAYOUTS = {"tp1": 1, "tp2": 2, "pp2": 2, "tp2-pp2": 4}
+EXPERT_LAYOUTS = {"ep2": 2, "tp2-sp": 2, "pp2-ep2": 4}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS | EXPERT_LAYOUTS)
 def test_every_byte_returns_through_a_layout(tmp_path, source, layout):
+    has_experts = settings_from_hf(source).moe.experts is not None
+    if layout not in (EXPERT_LAYOUTS if has_experts else LAYOUTS):
+        pytest.skip("a layout for models without experts, or with them")
     to_megatron_checkpoint(source, tmp_path / "m", progress=_quiet)
-    size = 4 if layout == "tp2-pp2" else 1 if layout == "tp1" else 2
+    size = (LAYOUTS | EXPERT_LAYOUTS)[layout]
     dtype = json.loads((source / "config.json").read_text()).get("torch_dtype")
     overrides = [f"parallel={layout}", f"precision={'bf16' if dtype == 'bfloat16' else 'fp32'}"]
     results = run_ranks(size, _through, tmp_path / "m", tmp_path, overrides)

@@ -220,7 +220,7 @@ def test_rollouts_take_the_training_layout_where_none_is_given():
         (
             "tp2-pp",
             "rollout.parallel=tp2-pp: 'pp' is not a part; write any of tpN, sp, ppN, vppN, cpN, "
-            "dpN (N from 1) joined by -",
+            "epN, etpN, dpN (N from 1) joined by -",
         ),
     ],
 )

@@ -192,12 +192,12 @@ def test_an_unknown_key_names_the_nearest(override, message):
         (
             "parallel=4",
             "parallel=4 is a section; write parallel: and indent its keys, or write any of tpN, "
-            "sp, ppN, vppN, cpN, dpN (N from 1) joined by -",
+            "sp, ppN, vppN, cpN, epN, etpN, dpN (N from 1) joined by -",
         ),
         (
             "parallel=tp2-xx3",
-            "parallel=tp2-xx3: 'xx3' is not a part; write any of tpN, sp, ppN, vppN, cpN, dpN "
-            "(N from 1) joined by -",
+            "parallel=tp2-xx3: 'xx3' is not a part; write any of tpN, sp, ppN, vppN, cpN, "
+            "epN, etpN, dpN (N from 1) joined by -",
         ),
         ("parallel=tp2-tp4", "parallel=tp2-tp4: tp is written twice; write it once"),
         ("model=llada", "model='llada' is a section; write model: and indent its keys"),

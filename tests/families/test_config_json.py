@@ -70,11 +70,6 @@ REFUSED = {
         "mask_token_id=160 does not fit",
     ),
     "a head of odd width": ("sdar", {"head_dim": 5}, "model.head_dim=5 is odd"),
-    "a mask of another vocabulary": (
-        "sdar",
-        {"mask_token_id": None},
-        "mask_token_id is missing, and vocab_size=384 has no row for the published 151669; add",
-    ),
     "heads that do not divide": ("llada", {"n_heads": 5}, "model.num_attention_heads=5 does not"),
     "no width": ("llada", {"mlp_hidden_size": 0}, "mlp_hidden_size as model.ffn_hidden_size=0 mus"),
     "no groups": ("llada", {"n_kv_heads": 0}, "n_kv_heads as model.num_query_groups=0 must be"),

@@ -1,6 +1,7 @@
 """LLaDA: config.json to settings, its errors, and the name of every tensor."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def test_another_family_is_refused_with_those_that_are_known(tmp_path):
     message = _refusal(_write(tmp_path, model_type="gpt2"))
     assert message.endswith(
         "config.json: model_type='gpt2'; known families are llada, dream, sdar, "
-        "nemotron_labs_diffusion"
+        "nemotron_labs_diffusion, sdar_moe, llada_moe, llada2_moe, llada2_moe_veomni"
     )
 
 
@@ -155,7 +156,7 @@ def test_a_layer_has_nine_tensors_and_the_model_three(layers, bias, norm):
     """Biases add one per query, key and value; qk-norm one each for queries and keys."""
     model = ModelSettings(num_layers=layers, vocab_size=160, qkv_bias=bias, qk_norm=norm)
     assert len(hf_shapes(model)) == (9 + 3 * bias + 2 * norm) * layers + 3
-    lines = expand(FAMILIES["llada"].mappings(model), layers)
+    lines = expand(FAMILIES["llada"].mappings(model), replace(model, num_layers=layers))
     names = [name for line in lines for name in line.parts]
     assert len(names) == len(set(names)) == len(hf_shapes(model))
     assert len({line.megatron for line in lines}) == len(lines)

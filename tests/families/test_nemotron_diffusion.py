@@ -9,6 +9,7 @@ import torch
 
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import FAMILIES, hf_shapes, settings_from_hf
+from agrpo_megatron.families.tensors import with_values
 from tests.families.nemotron import PUBLISHED, ROPE, TINY, shapes
 
 # 3B is published so; 8B and 14B as the tests of other programs repeat them.
@@ -211,7 +212,7 @@ def test_the_published_keys_come_back(tmp_path):
 def test_a_model_that_the_modelling_code_does_not_compute_has_no_config(
     tmp_path, family, key, value
 ):
-    model = replace(_read(tmp_path, TINY), **FAMILIES[family].fixed)
+    model = with_values(_read(tmp_path, TINY), FAMILIES[family].fixed)
     said = f"^model.{key}={str(value).lower()}".removesuffix(".0")
     with pytest.raises(ValueError, match=f"{said}: the {family} family's modelling code needs"):
         FAMILIES[family].config(replace(model, **{key: value}))

@@ -149,11 +149,6 @@ REFUSED = {
     "block_size": (0, "block_size as model.block_length=0 must be at least 1"),
     "mask_token_id": (151936, "mask_token_id=151936 does not fit the embedding of 151936 rows"),
     "eos_token_id": (151669, "mask_token_id=151669 is eos_token_id too"),
-    "vocab_size": (
-        151669,
-        "mask_token_id is missing, and vocab_size=151669 has no row for the published 151669; add "
-        "mask_token_id and block_size",
-    ),
 }
 
 

@@ -18,7 +18,7 @@ MODEL = ModelSettings(
     qkv_bias=True,
     qk_norm=True,
 )
-MAPPINGS = expand(FAMILIES["llada"].mappings(MODEL), MODEL.num_layers)
+MAPPINGS = expand(FAMILIES["llada"].mappings(MODEL), MODEL)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -97,8 +97,6 @@ LAYOUTS = [
     (SDAR, 32, "pp2-ep8"),
     (SDAR, 8, "tp2-sp-ep4-etp2"),
     (SDAR, 8, "tp2-sp-ep4"),
-    (SDAR, 8, "tp2-sp"),
-    (SDAR, 8, "tp2-sp-etp2"),
     (MINI, 8, "cp2-ep8"),
     (FLASH, 128, "pp4-ep16"),
     (FLASH, 128, "tp4-sp-pp2-ep8"),
@@ -174,7 +172,7 @@ def _all_built():
 def test_bytes_of_a_rank_are_those_of_the_built_model():
     """The first and the last stage, on the meta device."""
     found = run_ranks(1, _all_built, timeout=240)[0]
-    assert len(found) == 14
+    assert len(found) == 12
     for case, (held, predicted) in found.items():
         assert held == predicted, case
 
@@ -265,40 +263,49 @@ def test_activations_of_experts_are_estimated_within_a_half(overrides):
     assert held / 1.5 < predicted < 1.5 * held
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2", "ep2", "tp2-sp-etp2", "tp2-sp-ep2"])
-def test_bytes_with_experts_are_those_of_a_trained_engine(layout):
+def _trained(layouts):
+    given = ["optimizer.distributed=true", "precision=bf16", *TINY, *KINDS]
+    return {layout: _tiny([f"parallel={layout}", *given]) for layout in layouts}
+
+
+def test_bytes_with_experts_are_those_of_trained_engines():
     """Three layers of experts after a first without."""
-    given = [f"parallel={layout}", "optimizer.distributed=true", "precision=bf16"]
-    results = run_ranks(2, _tiny, [*given, *TINY, *KINDS])
-    assert all(held["main_grads"] == predicted.gradients for held, predicted in results)
-    biases = sum(predicted.weights - held["weights"] for held, predicted in results)
-    assert biases == 4 * 4 * 3 * (1 if layout == "pp2" else 2)
-    for part in ("main_weights", "moments"):
-        total = sum(held[part] for held, _ in results)
-        assert total == sum(getattr(predicted, part) for _, predicted in results) > 0
+    layouts = ["tp2-sp", "pp2", "dp2", "ep2", "tp2-sp-etp2", "tp2-sp-ep2"]
+    ranks = run_ranks(2, _trained, layouts)
+    for layout in layouts:
+        results = [rank[layout] for rank in ranks]
+        assert all(held["main_grads"] == predicted.gradients for held, predicted in results)
+        biases = sum(predicted.weights - held["weights"] for held, predicted in results)
+        assert biases == 4 * 4 * 3 * (1 if layout == "pp2" else 2), layout
+        for part in ("main_weights", "moments"):
+            total = sum(held[part] for held, _ in results)
+            assert total == sum(getattr(predicted, part) for _, predicted in results) > 0, layout
 
 
 # Adapters.
 
 LORA = ["lora.rank=4", "precision=bf16", "optimizer.distributed=true"]
-
-
 SOME = "lora.modules=[experts.3.*, o_proj, shared_expert.down_proj]"
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "ep2", "tp2-sp-etp2", "tp2-sp-ep2"])
-def test_bytes_with_adapted_experts_are_those_of_a_trained_engine(layout):
-    given = [*LORA, *TINY, *KINDS, f"parallel={layout}", "lora.merge_rollouts=true"]
-    results = run_ranks(2, _tiny, given)
-    assert all(held["main_grads"] == predicted.gradients for held, predicted in results)
-    for part in ("main_weights", "moments"):
-        total = sum(held[part] for held, _ in results)
-        assert total == sum(getattr(predicted, part) for _, predicted in results) > 0
+def _with_adapters(layouts):
+    given = [*LORA, *TINY, *KINDS]
+    merged = "lora.merge_rollouts=true"
+    found = {layout: _tiny([*given, f"parallel={layout}", merged]) for layout in layouts}
+    return found, _tiny([*given, "parallel=ep2", SOME])
 
 
-def test_where_one_expert_is_adapted_bytes_are_those_of_its_rank():
-    results = run_ranks(2, _tiny, [*LORA, *TINY, *KINDS, "parallel=ep2", SOME])
-    (first, predicted), (last, _) = results
+def test_bytes_with_adapted_experts_are_those_of_trained_engines():
+    """Where one expert is adapted, they are those of its rank."""
+    layouts = ["tp2-sp", "pp2", "ep2", "tp2-sp-etp2", "tp2-sp-ep2"]
+    ranks = run_ranks(2, _with_adapters, layouts)
+    for layout in layouts:
+        results = [rank[layout] for rank, _ in ranks]
+        assert all(held["main_grads"] == predicted.gradients for held, predicted in results)
+        for part in ("main_weights", "moments"):
+            total = sum(held[part] for held, _ in results)
+            assert total == sum(getattr(predicted, part) for _, predicted in results) > 0, layout
+    (_, (first, predicted)), (_, (last, _)) = ranks
     assert first["main_grads"] < last["main_grads"] == predicted.gradients
 
 

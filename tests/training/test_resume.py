@@ -1,7 +1,5 @@
 """A run that is killed with SIGKILL and started again ends as if nothing had happened."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -9,13 +7,12 @@ import time
 import pytest
 import torch.distributed as dist
 
-from agrpo_megatron.checkpoint import saving
 from agrpo_megatron.config.schema import load, to_yaml
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
+from tests.training.kills import kill_after_line, kill_in_save
 from tests.training.test_run import read
 from tests.training.tiny import resolved_run, same_metrics, silent_view, tiny
 
@@ -46,41 +43,11 @@ KILLS = {  # settings, and after how many lines, or in which save at which momen
 DISTRIBUTED = ["optimizer.distributed=true", "sft.optimizer.distributed=true"]
 
 
-def _die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _kill_after_line(number):
-    """Kill the process once it has written so many metric lines."""
-    own, written = RunLog.metrics, []
-
-    def metrics(self, record):
-        own(self, record)
-        written.append(record)
-        if len(written) == number:
-            _die()
-
-    RunLog.metrics = metrics
-
-
-def _kill_in_save(number, moment):
-    """Kill the process in its so-many-th save, before a function of `saving` is called."""
-    own, calls = getattr(saving, moment), []
-
-    def stand_in(*args, **kwargs):
-        calls.append(moment)
-        if len(calls) == number and dist.get_rank() == 0:
-            _die()
-        return own(*args, **kwargs)
-
-    setattr(saving, moment, stand_in)
-
-
 def _train(run_dir, overrides, line=None, save=None):
     if line is not None:
-        _kill_after_line(line)
+        kill_after_line(line)
     if save is not None:
-        _kill_in_save(*save)
+        kill_in_save(*save)
     resolved = resolved_run(run_dir, *RUN, *overrides, world_size=dist.get_world_size())
     train(resolved, silent_view())
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.checkpoint.model_files import read_model
-from agrpo_megatron.checkpoint.torch_dist import BLOCK, TorchDist, checkpoint_key
+from agrpo_megatron.checkpoint.torch_dist import BLOCK, TorchDist, checkpoint_place
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.families import hf_shapes
@@ -46,7 +46,7 @@ class AdapterTensors:
         """
         if name in self.whole:
             return self.whole[name]
-        found = self._checkpoint.read(f"{ADAPTERS}{name}", None)
+        found = self._checkpoint.read(f"{ADAPTERS}{name}")
         owner, _, matrix = name.removesuffix(".weight").rpartition(".")
         layer = self._by_name[owner]
         found = found[: layer.outputs] if matrix == "lora_B" else found
@@ -57,7 +57,9 @@ class AdapterTensors:
         """Return the tensors that were trained whole, by their Hugging Face names."""
         shapes = hf_shapes(self.model)
         return {
-            name: self._checkpoint.read(*checkpoint_key(megatron))[: shapes[name][0]]
+            name: self._checkpoint.read(checkpoint_place(megatron, self.model).key)[
+                : shapes[name][0]
+            ]
             for megatron, name in trained_whole(self.model, self.lora).items()
         }
 
