@@ -30,13 +30,14 @@ from agrpo_megatron.families.peft import (
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.weights import load_named
-from tests.megatron.lora.plain import PlainModel, random_
+from tests.megatron.lora.plain import PlainExperts, PlainModel, random_
 from tests.megatron.lora.whole import random_adapters, whole_adapters
 from tests.megatron.test_model import pack
 from tests.ranks import run_ranks
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LLADA, DREAM, SDAR = (FIXTURES / f"{name}_tiny" / "hf" for name in ("llada", "dream", "sdar"))
+LLADA_MOE, LLADA2 = (FIXTURES / f"{name}_tiny" / "hf" for name in ("lladamoe", "llada2"))
 LIMIT = 1e-5  # of the largest logit
 BLOCKS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
 EXPORTS = {
@@ -61,7 +62,9 @@ def rows_of(model):
 
 def plain(source):
     """Return a fixture as plain modules in float64."""
-    return PlainModel(model_of(source), load_file(source / "model.safetensors")).double()
+    model = model_of(source)
+    kind = PlainModel if model.moe.experts is None else PlainExperts
+    return kind(model, load_file(source / "model.safetensors")).double()
 
 
 def plain_logits(module):
@@ -133,11 +136,25 @@ def made_by_peft(source, folder, **options):
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_peft_loads_an_export_and_has_our_logits(tmp_path, name):
-    lora, model = EXPORTS[name], model_of(LLADA)
-    tensors, ours = run_ranks(1, _exported, LLADA, lora)[0]
+    check_export(tmp_path, LLADA, EXPORTS[name])
+
+
+@pytest.mark.parametrize("modules", [None, ["experts.*", "q_proj"]], ids=["all", "experts"])
+def test_peft_loads_adapters_of_experts(tmp_path, modules):
+    check_export(tmp_path, LLADA_MOE, LoraSettings(rank=3, alpha=6.0, modules=modules))
+
+
+def test_peft_loads_adapters_of_shared_experts_and_fused_queries(tmp_path):
+    check_export(tmp_path, LLADA2, LoraSettings(rank=3, alpha=6.0))
+
+
+def check_export(tmp_path, source, lora):
+    """Check that PEFT has our logits with an export, which comes back with the same bytes."""
+    model = model_of(source)
+    tensors, ours = run_ranks(1, _exported, source, lora)[0]
     options = {"model": model, "lora": lora, "base": "GSAI-ML/LLaDA", "dtype": torch.float32}
     write_peft(tmp_path, tensors.__getitem__, **options)
-    module = PeftModel.from_pretrained(plain(LLADA), tmp_path).double().eval()
+    module = PeftModel.from_pretrained(plain(source), tmp_path).double().eval()
     assert adapted_by_peft(module) == {layer.name for layer in adapted_layers(model, lora)}
     assert difference(ours, plain_logits(module)) < LIMIT
     with module.disable_adapter():
@@ -158,6 +175,8 @@ def test_peft_loads_an_export_and_has_our_logits(tmp_path, name):
         (LLADA, 2, {"target_modules": ["ff_out"], "modules_to_save": ["wte"]}),
         (DREAM, 2, {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}),
         (SDAR, 1, {"target_modules": ["q_proj", "o_proj", "gate_proj", "down_proj"]}),
+        (LLADA_MOE, 1, {"target_modules": ["v_proj", "experts.5.up_proj", "down_proj"]}),
+        (LLADA2, 1, {"target_modules": "all-linear"}),
     ],
 )
 def test_what_peft_saves_is_read_and_has_its_logits(tmp_path, source, tensor, options):

@@ -23,7 +23,7 @@ from agrpo_megatron.training.run import train
 from tests.megatron.lora.whole import random_adapters
 from tests.ranks import run_ranks
 from tests.training.layouts import FOUR_LAYERS, write_start
-from tests.training.test_resume import _kill_in_save
+from tests.training.kills import kill_in_save
 from tests.training.test_run import read
 from tests.training.tiny import (
     HashedReward,
@@ -59,7 +59,7 @@ def base(tmp_path_factory):
 
 def _train(run_dir, base, overrides, save=None):
     if save is not None:
-        _kill_in_save(*save)
+        kill_in_save(*save)
     settings = tiny(f"run.dir={run_dir}", *RUN, f"model.load={base}", *overrides)
     resolved = resolve_run(settings, world_size=dist.get_world_size())
     train(replace(resolved, task=HashedReward(resolved.task)), silent_view())
