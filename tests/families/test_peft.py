@@ -37,7 +37,6 @@ from tests.ranks import run_ranks
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LLADA, DREAM, SDAR = (FIXTURES / f"{name}_tiny" / "hf" for name in ("llada", "dream", "sdar"))
-LLADA_MOE, LLADA2 = (FIXTURES / f"{name}_tiny" / "hf" for name in ("lladamoe", "llada2"))
 LIMIT = 1e-5  # of the largest logit
 BLOCKS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
 EXPORTS = {
@@ -50,8 +49,9 @@ EXPORTS = {
 
 
 def model_of(source):
-    """Return a fixture's settings; its attention is full."""
-    return replace(settings_from_hf(source), attention="full", block_length=None)
+    """Return a fixture's settings; its attention is full, and it has a mask token."""
+    model = replace(settings_from_hf(source), attention="full", block_length=None)
+    return model if model.mask_token_id is not None else replace(model, mask_token_id=0)
 
 
 def rows_of(model):
@@ -139,15 +139,6 @@ def test_peft_loads_an_export_and_has_our_logits(tmp_path, name):
     check_export(tmp_path, LLADA, EXPORTS[name])
 
 
-@pytest.mark.parametrize("modules", [None, ["experts.*", "q_proj"]], ids=["all", "experts"])
-def test_peft_loads_adapters_of_experts(tmp_path, modules):
-    check_export(tmp_path, LLADA_MOE, LoraSettings(rank=3, alpha=6.0, modules=modules))
-
-
-def test_peft_loads_adapters_of_shared_experts_and_fused_queries(tmp_path):
-    check_export(tmp_path, LLADA2, LoraSettings(rank=3, alpha=6.0))
-
-
 def check_export(tmp_path, source, lora):
     """Check that PEFT has our logits with an export, which comes back with the same bytes."""
     model = model_of(source)
@@ -175,11 +166,14 @@ def check_export(tmp_path, source, lora):
         (LLADA, 2, {"target_modules": ["ff_out"], "modules_to_save": ["wte"]}),
         (DREAM, 2, {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}),
         (SDAR, 1, {"target_modules": ["q_proj", "o_proj", "gate_proj", "down_proj"]}),
-        (LLADA_MOE, 1, {"target_modules": ["v_proj", "experts.5.up_proj", "down_proj"]}),
-        (LLADA2, 1, {"target_modules": "all-linear"}),
     ],
 )
 def test_what_peft_saves_is_read_and_has_its_logits(tmp_path, source, tensor, options):
+    check_import(tmp_path, source, tensor, options)
+
+
+def check_import(tmp_path, source, tensor, options):
+    """Check that our logits with adapters of the library's are its own."""
     module = made_by_peft(source, tmp_path, **options)
     shards = run_ranks(tensor, _imported, source, tmp_path, tensor)
     assert difference(torch.cat(shards, 1), plain_logits(module)) < LIMIT

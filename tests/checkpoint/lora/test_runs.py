@@ -22,8 +22,8 @@ from agrpo_megatron.text.tokenizer import CHARACTERS
 from agrpo_megatron.training.run import train
 from tests.megatron.lora.whole import random_adapters
 from tests.ranks import run_ranks
-from tests.training.layouts import FOUR_LAYERS, write_start
 from tests.training.kills import kill_in_save
+from tests.training.layouts import FOUR_LAYERS, write_start
 from tests.training.test_run import read
 from tests.training.tiny import (
     HashedReward,
