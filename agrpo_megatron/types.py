@@ -4,8 +4,7 @@
             -> states, targets and weights = ScoredRows -> TimestepBatch -> scored log-probs
             = LossInputs -> LossOutputs
 
-Shapes: R rollouts, C completion tokens, K support ids, N rows that an estimator scores, S scored
-tokens, T packed tokens.
+Shapes: R rollouts; C completion, S scored and T packed tokens; N scored rows; K support ids.
 """
 
 from __future__ import annotations
@@ -140,9 +139,8 @@ class StepDraws:
 class ScoredRows:
     """What an estimator scores: partially masked states of rollouts, targets and weights.
 
-    A weight includes everything but the mean over rollouts. With `unit`, scored tokens are first
-    summed: the log-likelihood of a unit is the sum of `coefficient` times log-prob over its
-    tokens, of any rows, and the ratio, the clip and the KL are of units.
+    A weight includes everything but the mean over rollouts. With `unit`, ratio, clip and KL are of
+    units: the log-likelihood of one is the sum of `coefficient` times log-prob over its tokens.
     """
 
     rollout: Tensor  # [N] int64

@@ -8,20 +8,24 @@ from dataclasses import dataclass, fields
 
 from agrpo_megatron.config.parallel import (
     data_ranks,
-    layer_matrices,
-    layers_of,
-    padded_vocab,
 )
 from agrpo_megatron.config.settings import (
     Fp8Settings,
-    LoraSettings,
-    ModelSettings,
     OptimizerSettings,
     ParallelSettings,
     Settings,
 )
 from agrpo_megatron.scaling.activations import kept_numbers, scored_share
-from agrpo_megatron.scaling.adapters import adapted_weights, adapter_parameters, stage_adapted
+from agrpo_megatron.scaling.adapters import adapted_weights, stage_adapted
+from agrpo_megatron.scaling.parameters import (
+    WeightSpec,
+    count_adapters,
+    expert_biases,
+    fp8_parameters,
+    stage_parameters,
+    trained_parameters,
+    weight_spec,
+)
 
 SPARE = 0.9  # usable share of a GPU's memory; the rest is for uncounted buffers
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a number
@@ -50,17 +54,6 @@ class Memory:
     def total(self) -> int:
         """Return the sum of all parts on the GPU."""
         return sum(getattr(self, part) for part in PARTS)
-
-
-@dataclass(frozen=True)
-class WeightSpec:
-    """What determines the stored weights under any layout."""
-
-    model: ModelSettings
-    vocab_rows: int  # of embedding and head, padding included
-    precision: str
-    fp8: Fp8Settings
-    lora: LoraSettings
 
 
 PARTS = tuple(part.name for part in fields(Memory) if part.name != "host")
@@ -101,12 +94,6 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
         # Main weights, their gradients and both moments, all in float32.
         host=moved * 4 * FLOAT32 + _expert_records(settings, world_size),
     )
-
-
-def weight_spec(settings: Settings) -> WeightSpec:
-    """Return what determines the stored weights."""
-    rows = padded_vocab(settings)
-    return WeightSpec(settings.model, rows, settings.precision, settings.fp8, settings.lora)
 
 
 def _activations(settings: Settings, spec: WeightSpec, *, stage: int) -> int:
@@ -175,8 +162,8 @@ def _weights(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> tup
     stay in float32.
     """
     count = sum(stage_parameters(spec, parallel, stage=stage))
-    count += sum(_adapter_parameters(spec, parallel, stage=stage))
-    biases = FLOAT32 * _expert_biases(spec.model, parallel, stage=stage)
+    count += sum(count_adapters(spec, parallel, stage=stage))
+    biases = FLOAT32 * expert_biases(spec.model, parallel, stage=stage)
     if spec.precision == "fp32":
         return count * FLOAT32 + biases, 0
     in_fp8 = fp8_parameters(spec, parallel, stage=stage)
@@ -184,13 +171,6 @@ def _weights(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> tup
     if spec.fp8.primary_weights:
         return (count - in_fp8) * BFLOAT16 + both + biases, 0
     return count * BFLOAT16 + biases, both
-
-
-def _expert_biases(model: ModelSettings, parallel: ParallelSettings, *, stage: int) -> int:
-    if not model.moe.expert_bias:
-        return 0
-    layers = layers_of(model, parallel, stage=stage)
-    return sum(layer_matrices(model, number).experts for number in layers)
 
 
 def _scales(recipe: str | None, count: int) -> int:
@@ -231,80 +211,3 @@ def _unmerged(settings: Settings, spec: WeightSpec, *, stage: int, room: int) ->
     found = [stage_adapted(spec.model, spec.lora, rollout, stage=each) for each in stages]
     kept = width * max(adapted_weights(spec.model, adapted, **sizes) for adapted in found)
     return max(0, kept - room) if is_own else kept
-
-
-def fp8_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:
-    """Return how many weights of a rank are multiplied in FP8: the matrices of its layers."""
-    if spec.precision != "fp8":
-        return 0
-    model, fp8 = spec.model, spec.fp8
-    in_fp8 = range(fp8.bf16_first_layers, model.num_layers - fp8.bf16_last_layers)
-    count = 0
-    for number in layers_of(model, parallel, stage=stage):
-        if number in in_fp8:
-            matrices = layer_matrices(model, number)
-            count += sum(matrices.held(parallel)) - matrices.router
-    return count
-
-
-def stage_parameters(
-    spec: WeightSpec, parallel: ParallelSettings, *, stage: int
-) -> tuple[int, int]:
-    """Return the weights of each rank of a pipeline stage: outside the experts, and of them.
-
-    Over all its virtual stages.
-    """
-    model = spec.model
-    layers = [
-        layer_parameters(model, parallel, number)
-        for number in layers_of(model, parallel, stage=stage)
-    ]
-    count, experts = map(sum, zip(*layers, strict=True))
-    if stage == 0:
-        count += _table(spec, parallel)
-    if stage == parallel.pipeline - 1:
-        count += _table(spec, parallel) + model.hidden_size  # the head, and the norm before it
-    return count, experts
-
-
-def trained_parameters(
-    spec: WeightSpec, parallel: ParallelSettings, *, stage: int
-) -> tuple[int, int]:
-    """Return how many numbers of each rank of a pipeline stage are trained.
-
-    Outside the experts, and of them, as `stage_parameters`.
-    """
-    lora = spec.lora
-    if lora.rank is None:
-        return stage_parameters(spec, parallel, stage=stage)
-    tables = lora.train_embedding * (stage == 0)
-    tables += lora.train_head * (stage == parallel.pipeline - 1)
-    adapters, of_experts = _adapter_parameters(spec, parallel, stage=stage)
-    return adapters + tables * _table(spec, parallel), of_experts
-
-
-def _adapter_parameters(
-    spec: WeightSpec, parallel: ParallelSettings, *, stage: int
-) -> tuple[int, int]:
-    adapted = stage_adapted(spec.model, spec.lora, parallel, stage=stage)
-    sizes = {"parallel": parallel, "vocab_rows": spec.vocab_rows}
-    return adapter_parameters(spec.model, adapted, rank=spec.lora.rank, **sizes)
-
-
-def _table(spec: WeightSpec, parallel: ParallelSettings) -> int:
-    """Return the weights of each rank in the embedding, or in the head."""
-    return spec.vocab_rows // parallel.tensor * spec.model.hidden_size
-
-
-def layer_parameters(
-    model: ModelSettings, parallel: ParallelSettings, number: int
-) -> tuple[int, int]:
-    """Return the weights of a layer on each rank: outside the experts, and of them.
-
-    Norms are replicated.
-    """
-    count, experts = layer_matrices(model, number).held(parallel)
-    if model.qkv_bias:
-        count += (model.query_width + 2 * model.key_width) // parallel.tensor
-    norms = 2 * model.hidden_size + (2 * model.head_width if model.qk_norm else 0)
-    return count + norms, experts

@@ -17,13 +17,12 @@ from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.parallel import Axis, Ranks
 from agrpo_megatron.megatron.platform import prepare_platform
 from agrpo_megatron.scaling.flops import forward_cost, update_cost
-from agrpo_megatron.scaling.memory import (
+from agrpo_megatron.scaling.memory import rank_memory, worst_rank
+from agrpo_megatron.scaling.parameters import (
     fp8_parameters,
-    rank_memory,
     stage_parameters,
     trained_parameters,
     weight_spec,
-    worst_rank,
 )
 from tests.ranks import run_ranks
 from tests.scaling.test_memory import _saved_bytes, _tiny, _tool

@@ -14,14 +14,8 @@ from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.parallel import start_ranks
-from agrpo_megatron.scaling.memory import (
-    PARTS,
-    fp8_parameters,
-    rank_memory,
-    stage_parameters,
-    weight_spec,
-    worst_rank,
-)
+from agrpo_megatron.scaling.memory import PARTS, rank_memory, worst_rank
+from agrpo_megatron.scaling.parameters import fp8_parameters, stage_parameters, weight_spec
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
