@@ -156,12 +156,12 @@ class ScoredRows:
     kl_weight: Tensor | None = None  # [N, C] of the KL; None: as `weight`
     advantage: Tensor | None = None  # [N]; None: that of the row's rollout
     length: Tensor | None = None  # [N] completion tokens in the state; None: all
-    step: Tensor | None = None  # [N] that saw the state; None: none, and it shows the final text
     targets: Tensor | None = None  # [N, C] ids; None: the tokens of the rollout
     target_logprobs: Tensor | None = None  # [N, C] of `targets`, when the sampler drew them
     # With them, the loss also has the choice of positions among the scored ones, as a unit a row.
     turns: Tensor | None = None  # [N, C] int64; -1 where the row's step did not choose
     turn_logprobs: Tensor | None = None  # [N, C] of the positions, when the sampler drew them
+    step: Tensor | None = None  # [N] that saw the state; None: none did, it shows the final text
 
     @property
     def has_token(self) -> Tensor:
@@ -212,6 +212,14 @@ class CachedRows:
 
 
 @dataclass(frozen=True)
+class RolloutExperts:
+    """The experts that a rollout chose for packed tokens, on the host."""
+
+    chosen: Tensor  # [T, layers with experts, topk] int16; -1: not known
+    is_replayed: bool  # routers reuse them; else they only count what they choose otherwise
+
+
+@dataclass(frozen=True)
 class PackedRows:
     """Rows laid end to end without padding."""
 
@@ -224,8 +232,7 @@ class PackedRows:
     cached: CachedRows | None = None  # then `patterns` are of whole rows
     # Of a rollout's rows: their numbers, and the tokens before the open block of a block model.
     owners: Sequence[tuple[int, int]] | None = None
-    experts: Tensor | None = None  # [T, layers, topk] int16 of the rollout; -1: not known
-    is_replayed: bool = False  # routers reuse them; else they only count what they choose otherwise
+    experts: RolloutExperts | None = None
     seen: dict[int, Tensor] | None = None  # takes each layer's choice [T, topk]; None: not kept
 
     @cached_property

@@ -13,7 +13,7 @@ import torch
 from golden_rows import Recorded
 from torch import Tensor
 
-from agrpo_megatron.config.rules_algorithm import validate_algorithm
+from agrpo_megatron.config.rules.algorithm import validate_algorithm
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings, Settings
 from agrpo_megatron.estimators.advantages import advantages

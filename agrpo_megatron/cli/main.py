@@ -207,7 +207,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     """Print what is installed, and which kernels the settings use with it."""
     from rich.console import Console
 
-    from agrpo_megatron.config.rules_precision import trained_phases, validate_precision
+    from agrpo_megatron.config.rules.precision import trained_phases, validate_precision
     from agrpo_megatron.hardware.doctor import examine, print_findings, print_kernels
     from agrpo_megatron.hardware.kernels import kernels_for
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 from agrpo_megatron.config.rules import validate_sampling
-from agrpo_megatron.config.rules_model import divisors, two_nearest
+from agrpo_megatron.config.rules.model import divisors, two_nearest
 from agrpo_megatron.config.settings import EvaluationSettings, SamplingSettings, Settings
 
 # Names of the run's folder of evaluations, and of files in the directory of each evaluation.

@@ -20,7 +20,7 @@ from torch import Tensor
 from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import LoraSettings, ModelSettings
 from agrpo_megatron.config.values import text
-from agrpo_megatron.families import hf_shapes
+from agrpo_megatron.families import hf_shapes, weight_mappings
 from agrpo_megatron.families.config_json import read_object, shown
 from agrpo_megatron.families.files import (
     DTYPES,
@@ -250,7 +250,14 @@ def _lost(
     if first.rpartition(".lora_")[0] in (layer.name for layer in linear_layers(model)):
         fix = f"use lora.modules={text(_modules(names, model))}"
         return f"lora.modules={text(lora.modules)} would lose tensor {first}{more}; {fix}"
+    if f"{first.rpartition('.lora_')[0]}.weight" in _routers(model):
+        return f"tensor {first}{more} is of a router, which gets no adapter; train without it"
     return f"tensor {first}{more} would be lost: the {model.family} family has no such tensor"
+
+
+def _routers(model: ModelSettings) -> set[str]:
+    """Return the names of the routers' weights."""
+    return {m.parts[0] for m in weight_mappings(model) if m.megatron.endswith("router.weight")}
 
 
 def _modules(names: Collection[str], model: ModelSettings) -> list[str] | None:
@@ -270,8 +277,9 @@ def _short(
         named = adapted_layers(model, LoraSettings(rank=1, modules=[pattern]))
         return {layer.name for layer in named} <= set(chosen)
 
-    forms = [[*(short(name) for short in shorter), name] for name in chosen]
-    return list(dict.fromkeys(next(filter(names_no_other, each)) for each in forms))
+    forms = ((name, [short(name) for short in shorter]) for name in chosen)
+    found = (next(filter(names_no_other, each), name) for name, each in forms)
+    return list(dict.fromkeys(found))
 
 
 def _end(name: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
-from agrpo_megatron.config.rules_model import validate_model
+from agrpo_megatron.config.rules.model import validate_model
 from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.config.values import text

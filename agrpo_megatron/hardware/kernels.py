@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from agrpo_megatron.config.rules_precision import optimizers, validate_recipe
+from agrpo_megatron.config.rules.precision import optimizers, validate_recipe
 from agrpo_megatron.config.settings import KernelSettings, OptimizerSettings, Settings
 from agrpo_megatron.hardware.machine import (
     BLACKWELL,

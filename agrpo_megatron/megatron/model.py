@@ -25,6 +25,7 @@ from agrpo_megatron.config.settings import (
     MoeSettings,
     Settings,
 )
+from agrpo_megatron.families.lora import adapted_layers
 from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron.layers.config import transformer_config
 from agrpo_megatron.megatron.layers.context import padded_rows, part_of, scored_slices
@@ -259,7 +260,12 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
     if kernels.layer_spec == "te":
         from agrpo_megatron.megatron.layers.te import te_spec  # Transformer Engine is optional
 
-        make_spec = partial(te_spec, has_patterns=model.has_blocks)
+        adapted = adapted_layers(model, settings.lora) if settings.lora.rank is not None else []
+        make_spec = partial(
+            te_spec,
+            has_patterns=model.has_blocks,
+            groups_experts=not any(layer.is_expert for layer in adapted),
+        )
     chunks = []
     for number in range(parallel.virtual):
         stage = number * parallel.pipeline + ranks.pipeline.rank

@@ -60,6 +60,10 @@ class Ranks:
         """Whether this rank is the first of its replica."""
         return self.tensor.rank == self.pipeline.rank == self.context.rank == 0
 
+    def split_of(self, expert: int | None) -> Axis:
+        """Return the ranks that split a matrix, of an expert or not."""
+        return self.tensor if expert is None else self.expert_tensor
+
     @property
     def for_rollouts(self) -> "Ranks":
         """Return the layout that samples."""

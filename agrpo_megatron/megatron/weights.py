@@ -13,7 +13,6 @@ from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import hf_shapes, weight_mappings
 from agrpo_megatron.families.files import HfWeights
 from agrpo_megatron.families.random_weights import RandomWeights
-from agrpo_megatron.families.tensors import WeightMapping
 from agrpo_megatron.families.transforms import Part, Split, from_megatron, to_megatron
 from agrpo_megatron.megatron.lora.adapters import ROOT
 from agrpo_megatron.megatron.network import Network
@@ -68,7 +67,7 @@ def load_named(
     for mapping in weight_mappings(settings):
         if mapping.megatron not in parameters:
             continue  # another pipeline stage or rank of experts holds it
-        parameter, tensor = parameters.pop(mapping.megatron), _axis_of(mapping, network.ranks)
+        parameter, tensor = parameters.pop(mapping.megatron), network.ranks.split_of(mapping.expert)
         split = Split(tensor.rank, tensor.size, vocab_rows=len(parameter) * tensor.size)
         with torch.no_grad():
             parts = [read(name) for name in mapping.parts]
@@ -98,7 +97,7 @@ def export_hf(
             continue
         shard = tensors[mapping.megatron]
         shard = (shard.dequantize() if is_float8tensor(shard) else shard).contiguous()
-        tensor = _axis_of(mapping, ranks)
+        tensor = ranks.split_of(mapping.expert)
         shards = [torch.empty_like(shard) for _ in range(tensor.size)]
         dist.all_gather(shards, shard, group=tensor.group)
         parts = from_megatron(shards, mapping.transform, settings)
@@ -106,11 +105,6 @@ def export_hf(
     for axis in (ranks.expert, ranks.pipeline):
         mine = _from_all(axis, mine, settings)
     return mine
-
-
-def _axis_of(mapping: WeightMapping, ranks: Ranks) -> Axis:
-    """Return the ranks that split a parameter."""
-    return ranks.tensor if mapping.expert is None else ranks.expert_tensor
 
 
 def _from_all(axis: Axis, mine: dict[str, Tensor], settings: ModelSettings) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from agrpo_megatron.config.settings import (
 )
 from agrpo_megatron.scaling.adapters import layer_number, stage_adapted
 
+EXPERT = "experts."  # before the module of an expert's adapter, where they are counted
+
 
 def kept_numbers(
     model: ModelSettings,
@@ -35,7 +37,7 @@ def kept_numbers(
     modules = {number: Counter[str]() for number in numbers}
     for linear in stage_adapted(model, lora, parallel, stage=stage):
         if (number := layer_number(linear)) is not None:
-            modules[number][linear.mapping.module] += 1
+            modules[number][EXPERT * linear.is_expert + linear.mapping.module] += 1
     layers = [_layer(model, lora, parallel, modules[number], number=number) for number in numbers]
     flying = parallel.pipeline - stage
     if model.megatron.get("recompute_granularity") == "full":
@@ -70,13 +72,14 @@ def _layer(
     inner numbers. Dropout keeps a mask, half as large as bf16 inputs, and inputs of its own.
 
     Args:
-        adapted: adapters of the layer by Megatron's module; ignored if there are none at all.
+        adapted: adapters of the layer by Megatron's module, of experts after `EXPERT`; ignored if
+            there are none at all.
         number: of the layer, from 0.
     """
     hidden, inner, routed = model.hidden_size, model.ffn_hidden_size, 0
     if layer_matrices(model, number).experts:
         inner = model.moe.shared_ffn_hidden_size or 0
-        routed = _routed(model, lora, parallel)
+        routed = _routed(model, lora, parallel, adapted)
     whole = 4 * hidden
     split = 4 * model.query_width + 4 * model.key_width + 4 * inner
     if lora.rank is None:
@@ -88,11 +91,16 @@ def _layer(
         whole += sum(width // 2 for module, width in widths.items() if module in adapted)
         split += inner // 2 if "linear_fc2" in adapted else 0
         split += 3 * model.query_width // 2 if "linear_proj" in adapted else 0
-    own = lora.rank * sum(adapted.values())
+    own = lora.rank * sum(n for module, n in adapted.items() if not module.startswith(EXPERT))
     return whole // _split_by(parallel) + split // parallel.tensor + own + routed
 
 
-def _routed(model: ModelSettings, lora: LoraSettings, parallel: ParallelSettings) -> int:
+def _routed(
+    model: ModelSettings,
+    lora: LoraSettings,
+    parallel: ParallelSettings,
+    adapted: Mapping[str, int],
+) -> int:
     """Return the numbers that router and experts keep for each token of this rank.
 
     The router keeps three numbers for each expert: logits, scores and weights. A token goes to
@@ -100,13 +108,21 @@ def _routed(model: ModelSettings, lora: LoraSettings, parallel: ParallelSettings
     many copies as it sends, in practice the rank with the popular experts more. Each copy is whole
     on all ranks that split its expert. An expert keeps its inputs, and gate, up, their product and
     the product with its weight.
-    Frozen experts, next to adapters, need neither their inputs nor the last product.
+    Frozen experts need neither their inputs nor the last product, but their adapters do.
     """
     moe = model.moe
     assert moe.experts is not None and moe.ffn_hidden_size is not None
     is_trained = lora.rank is None
-    inputs = model.hidden_size * parallel.expert_tensor * is_trained
-    copies = moe.topk * (inputs + (4 + is_trained) * moe.ffn_hidden_size)
+    keeps_inputs = is_trained or f"{EXPERT}linear_fc1" in adapted
+    keeps_product = is_trained or f"{EXPERT}linear_fc2" in adapted
+    copy = model.hidden_size * parallel.expert_tensor * keeps_inputs
+    copy += (4 + keeps_product) * moe.ffn_hidden_size
+    if lora.dropout:
+        copy += model.hidden_size * parallel.expert_tensor // 2 * keeps_inputs
+        copy += moe.ffn_hidden_size // 2 * keeps_product
+    of_experts = sum(n for module, n in adapted.items() if module.startswith(EXPERT))
+    inner = (lora.rank or 0) * of_experts * parallel.expert_tensor // moe.experts
+    copies = moe.topk * (copy + inner)
     return (3 * moe.experts + copies) // _split_by(parallel)
 
 

@@ -1,12 +1,13 @@
 """What the low-rank adapters of a rank hold, and the weights that they are merged into."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from agrpo_megatron.config.parallel import layer_stages
 from agrpo_megatron.config.settings import LoraSettings, ModelSettings, ParallelSettings
 from agrpo_megatron.families import hf_shapes
-from agrpo_megatron.families.lora import Linear, adapted_layers, trained_whole
+from agrpo_megatron.families.lora import HEAD, Linear, adapted_layers, trained_whole
 from agrpo_megatron.families.tensors import LAYER
 
 
@@ -29,43 +30,70 @@ def stage_adapted(
 
 
 def adapter_parameters(
-    adapted: Sequence[Linear], rank: int | None, *, tensor: int, vocab_rows: int
-) -> int:
-    """Return the numbers in the adapters of each tensor-parallel rank.
+    model: ModelSettings,
+    adapted: Sequence[Linear],
+    *,
+    rank: int | None,
+    parallel: ParallelSettings,
+    vocab_rows: int,
+) -> tuple[int, int]:
+    """Return the numbers in the adapters of a rank: outside the experts, and of them.
 
     Ranks split the matrix on the side that their layer is split on; the other one is whole.
 
     Args:
         vocab_rows: of the head, padding included.
     """
-    total = 0
+    counts = []
     for layer in adapted:
         assert rank is not None
         outputs = vocab_rows if layer.is_head else layer.outputs
         split, whole = outputs, layer.inputs
         if layer.is_split_by_inputs:
             split, whole = whole, split
-        total += rank * (split // tensor + whole)
-    return total
+        ranks = parallel.expert_tensor if layer.is_expert else parallel.tensor
+        counts.append((layer.mapping.expert, rank * (split // ranks + whole)))
+    return _held(model, parallel, counts)
 
 
 def adapted_weights(
-    model: ModelSettings, adapted: Sequence[Linear], *, tensor: int, vocab_rows: int
+    model: ModelSettings, adapted: Sequence[Linear], *, parallel: ParallelSettings, vocab_rows: int
 ) -> int:
-    """Return the weights of each rank in Megatron's layers that have adapters, of any part."""
-    shapes, total = hf_shapes(model), 0
+    """Return the weights of a rank in Megatron's layers that have adapters, of any part."""
+    shapes, counts = hf_shapes(model), []
     for mapping in {layer.mapping for layer in adapted}:
         rows = sum(shapes[name][0] for name in mapping.parts)
-        is_head = any(layer.is_head for layer in adapted if layer.mapping == mapping)
-        total += (vocab_rows if is_head else rows) * shapes[mapping.parts[0]][1] // tensor
-    return total
+        rows = vocab_rows if mapping.module == HEAD else rows
+        ranks = parallel.tensor if mapping.expert is None else parallel.expert_tensor
+        counts.append((mapping.expert, rows * shapes[mapping.parts[0]][1] // ranks))
+    return sum(_held(model, parallel, counts))
+
+
+def _held(
+    model: ModelSettings, parallel: ParallelSettings, counts: Iterable[tuple[int | None, int]]
+) -> tuple[int, int]:
+    """Return what a rank holds of some counts: outside the experts, and of its own.
+
+    Where `lora.modules` names some experts only, it is the rank with the most.
+
+    Args:
+        counts: each with the number of its expert, or None.
+    """
+    each, total, of_ranks = (model.moe.experts or 1) // parallel.expert, 0, Counter[int]()
+    for expert, count in counts:
+        if expert is None:
+            total += count
+        else:
+            of_ranks[expert // each] += count
+    return total, max(of_ranks.values(), default=0)
 
 
 def adapter_note(model: ModelSettings, lora: LoraSettings) -> str:
     """Return a line on what is trained, of how much."""
     shapes, layers = hf_shapes(model), adapted_layers(model, lora)
     assert model.vocab_size is not None
-    trained = adapter_parameters(layers, lora.rank, tensor=1, vocab_rows=model.vocab_size)
+    alone = {"parallel": ParallelSettings(), "vocab_rows": model.vocab_size}
+    trained = sum(adapter_parameters(model, layers, rank=lora.rank, **alone))
     trained += sum(math.prod(shapes[name]) for name in trained_whole(model, lora).values())
     whole = sum(math.prod(shape) for shape in shapes.values())
     return (

@@ -54,14 +54,15 @@ def update_cost(model: ModelSettings, lora: LoraSettings | None = None) -> Cost:
 
     Attention and trained weights cost three forwards: outputs, and the gradients of inputs and
     weights. Frozen weights cost two, in the first layer as well: its input takes a gradient, which
-    recomputation needs.
+    recomputation needs. Megatron computes the gradient of a frozen router, too.
     """
     weights = _weights(model)
     if lora is None or lora.rank is None:
         return _sum((3, weights), (3, _attention(model)))
-    head = Cost(0, 0, weights.scored if lora.train_head else 0)
+    routers = sum(layer_matrices(model, number).router for number in range(model.num_layers))
+    others = Cost(2 * routers, 0, weights.scored if lora.train_head else 0)
     trained = _adapters(model, lora)
-    return _sum((2, weights), (1, head), (3, _attention(model)), (3, trained))
+    return _sum((2, weights), (1, others), (3, _attention(model)), (3, trained))
 
 
 def update_factor(model: ModelSettings, lora: LoraSettings) -> float:
@@ -85,15 +86,21 @@ def _attention(model: ModelSettings) -> Cost:
 
 
 def _adapters(model: ModelSettings, lora: LoraSettings | None) -> Cost:
+    """Return the cost of adapters; if some experts have none, all are assumed to be as popular."""
     if lora is None or lora.rank is None:
         return Cost(0, 0, 0)
     from agrpo_megatron.families.lora import adapted_layers
 
-    token = scored = 0
+    token = scored = routed = 0
     for layer in adapted_layers(model, lora):
         flops = 2 * lora.rank * (layer.inputs + layer.outputs)
-        token, scored = token + flops * (not layer.is_head), scored + flops * layer.is_head
-    return Cost(token, 0, scored)
+        if layer.is_head:
+            scored += flops
+        elif layer.is_expert:
+            routed += flops
+        else:
+            token += flops
+    return Cost(token + routed * model.moe.topk // (model.moe.experts or 1), 0, scored)
 
 
 def _sum(*costs: tuple[int, Cost]) -> Cost:

@@ -175,7 +175,7 @@ def _weights(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> tup
     stay in float32.
     """
     count = sum(stage_parameters(spec, parallel, stage=stage))
-    count += _adapter_parameters(spec, parallel, stage=stage)
+    count += sum(_adapter_parameters(spec, parallel, stage=stage))
     biases = FLOAT32 * _expert_biases(spec.model, parallel, stage=stage)
     if spec.precision == "fp32":
         return count * FLOAT32 + biases, 0
@@ -226,7 +226,7 @@ def _unmerged(settings: Settings, spec: WeightSpec, *, stage: int, room: int) ->
     rollout = settings.rollout_layout
     is_own = rollout == settings.parallel
     width = FLOAT32 if spec.precision == "fp32" else BFLOAT16
-    sizes = {"tensor": rollout.tensor, "vocab_rows": spec.vocab_rows}
+    sizes = {"parallel": rollout, "vocab_rows": spec.vocab_rows}
     stages = [stage] if is_own else range(rollout.pipeline)
     found = [stage_adapted(spec.model, spec.lora, rollout, stage=each) for each in stages]
     kept = width * max(adapted_weights(spec.model, adapted, **sizes) for adapted in found)
@@ -279,14 +279,16 @@ def trained_parameters(
         return stage_parameters(spec, parallel, stage=stage)
     tables = lora.train_embedding * (stage == 0)
     tables += lora.train_head * (stage == parallel.pipeline - 1)
-    adapters = _adapter_parameters(spec, parallel, stage=stage)
-    return adapters + tables * _table(spec, parallel), 0
+    adapters, of_experts = _adapter_parameters(spec, parallel, stage=stage)
+    return adapters + tables * _table(spec, parallel), of_experts
 
 
-def _adapter_parameters(spec: WeightSpec, parallel: ParallelSettings, *, stage: int) -> int:
+def _adapter_parameters(
+    spec: WeightSpec, parallel: ParallelSettings, *, stage: int
+) -> tuple[int, int]:
     adapted = stage_adapted(spec.model, spec.lora, parallel, stage=stage)
-    sizes = {"tensor": parallel.tensor, "vocab_rows": spec.vocab_rows}
-    return adapter_parameters(adapted, spec.lora.rank, **sizes)
+    sizes = {"parallel": parallel, "vocab_rows": spec.vocab_rows}
+    return adapter_parameters(spec.model, adapted, rank=spec.lora.rank, **sizes)
 
 
 def _table(spec: WeightSpec, parallel: ParallelSettings) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from agrpo_megatron.config.rules_precision import optimizers
+from agrpo_megatron.config.rules.precision import optimizers
 from agrpo_megatron.config.settings import Fp8Settings, KernelSettings, Settings
 from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.runs.resolve import Planned, Resolved

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from agrpo_megatron.config.rules_algorithm import validate_algorithm
+from agrpo_megatron.config.rules.algorithm import validate_algorithm
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.config.settings.estimators import ENTRIES, LOSSES
 from agrpo_megatron.estimators.losses import LOSSES as LOSS_FUNCTIONS

@@ -57,3 +57,15 @@ def test_every_pipeline_stage_has_something_to_train():
         resolve(settings, world_size=2)
     settings = load(Settings, None, [*SMALL, *two, "lora.modules=[blocks.3.*, blocks.1.q_proj]"])
     resolve(settings, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rollout", "key"),
+    [("tp2-sp-etp2", "tp2-sp", "parallel"), ("ep2", "tp2-sp-etp2", "rollout.parallel")],
+)
+def test_adapters_of_split_experts_stay_in_one_layout(layout, rollout, key):
+    experts = ["model.family=llada_moe", "model.moe={experts: 4, ffn_hidden_size: 24}"]
+    given = [*SMALL, *experts, f"parallel={layout}", f"rollout.parallel={rollout}"]
+    validate(load(Settings, None, given), 2)
+    with pytest.raises(ValueError, match=rf"^{key}\.expert_tensor=2 splits .*; use {key}\.exp"):
+        validate(load(Settings, None, [*given, "lora.rank=4"]), 2)

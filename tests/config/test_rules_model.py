@@ -2,7 +2,7 @@
 
 import pytest
 
-from agrpo_megatron.config.rules_model import validate_model
+from agrpo_megatron.config.rules.model import validate_model
 from agrpo_megatron.config.settings import ModelSettings
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from agrpo_megatron.config.rules import validate
-from agrpo_megatron.config.rules_precision import optimizers, trained_phases, validate_precision
+from agrpo_megatron.config.rules.precision import optimizers, trained_phases, validate_precision
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 

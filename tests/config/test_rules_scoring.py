@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from agrpo_megatron.config.rules import validate_sampling
-from agrpo_megatron.config.rules_algorithm import validate_algorithm
-from agrpo_megatron.config.rules_blocks import ACROSS
+from agrpo_megatron.config.rules.algorithm import validate_algorithm
+from agrpo_megatron.config.rules.blocks import ACROSS
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings, Settings
 from agrpo_megatron.config.settings.estimators import ENTRIES

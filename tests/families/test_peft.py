@@ -30,7 +30,7 @@ from agrpo_megatron.families.peft import (
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.weights import load_named
-from tests.megatron.lora.plain import PlainModel, random_
+from tests.megatron.lora.plain import PlainExperts, PlainModel, random_
 from tests.megatron.lora.whole import random_adapters, whole_adapters
 from tests.megatron.test_model import pack
 from tests.ranks import run_ranks
@@ -49,8 +49,9 @@ EXPORTS = {
 
 
 def model_of(source):
-    """Return a fixture's settings; its attention is full."""
-    return replace(settings_from_hf(source), attention="full", block_length=None)
+    """Return a fixture's settings; its attention is full, and it has a mask token."""
+    model = replace(settings_from_hf(source), attention="full", block_length=None)
+    return model if model.mask_token_id is not None else replace(model, mask_token_id=0)
 
 
 def rows_of(model):
@@ -61,7 +62,9 @@ def rows_of(model):
 
 def plain(source):
     """Return a fixture as plain modules in float64."""
-    return PlainModel(model_of(source), load_file(source / "model.safetensors")).double()
+    model = model_of(source)
+    kind = PlainModel if model.moe.experts is None else PlainExperts
+    return kind(model, load_file(source / "model.safetensors")).double()
 
 
 def plain_logits(module):
@@ -133,11 +136,16 @@ def made_by_peft(source, folder, **options):
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_peft_loads_an_export_and_has_our_logits(tmp_path, name):
-    lora, model = EXPORTS[name], model_of(LLADA)
-    tensors, ours = run_ranks(1, _exported, LLADA, lora)[0]
+    check_export(tmp_path, LLADA, EXPORTS[name])
+
+
+def check_export(tmp_path, source, lora):
+    """Check that PEFT has our logits with an export, which comes back with the same bytes."""
+    model = model_of(source)
+    tensors, ours = run_ranks(1, _exported, source, lora)[0]
     options = {"model": model, "lora": lora, "base": "GSAI-ML/LLaDA", "dtype": torch.float32}
     write_peft(tmp_path, tensors.__getitem__, **options)
-    module = PeftModel.from_pretrained(plain(LLADA), tmp_path).double().eval()
+    module = PeftModel.from_pretrained(plain(source), tmp_path).double().eval()
     assert adapted_by_peft(module) == {layer.name for layer in adapted_layers(model, lora)}
     assert difference(ours, plain_logits(module)) < LIMIT
     with module.disable_adapter():
@@ -161,6 +169,11 @@ def test_peft_loads_an_export_and_has_our_logits(tmp_path, name):
     ],
 )
 def test_what_peft_saves_is_read_and_has_its_logits(tmp_path, source, tensor, options):
+    check_import(tmp_path, source, tensor, options)
+
+
+def check_import(tmp_path, source, tensor, options):
+    """Check that our logits with adapters of the library's are its own."""
     module = made_by_peft(source, tmp_path, **options)
     shards = run_ranks(tensor, _imported, source, tmp_path, tensor)
     assert difference(torch.cat(shards, 1), plain_logits(module)) < LIMIT

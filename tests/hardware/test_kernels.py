@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from megatron.core.transformer.enums import AttnBackend
 
-from agrpo_megatron.config.rules_precision import validate_precision
+from agrpo_megatron.config.rules.precision import validate_precision
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.hardware import kernels

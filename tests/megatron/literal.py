@@ -60,7 +60,8 @@ def _attention(
     for name, norm in norms.items():
         if norm is not None:
             heads[name] = _norm(heads[name], norm, model)
-        heads[name] = _rotate(heads[name], model.rope_theta)
+        turned, rest = heads[name].split([model.rotary_width, head - model.rotary_width], -1)
+        heads[name] = torch.cat([_rotate(turned, model.rope_theta), rest], -1)
     repeats = model.num_attention_heads // (model.num_query_groups or model.num_attention_heads)
     key, value = (heads[name].repeat_interleave(repeats, dim=0) for name in "kv")
     scores = heads["q"] @ key.transpose(1, 2) / head**0.5

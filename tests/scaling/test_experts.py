@@ -21,6 +21,7 @@ from agrpo_megatron.scaling.memory import (
     fp8_parameters,
     rank_memory,
     stage_parameters,
+    trained_parameters,
     weight_spec,
     worst_rank,
 )
@@ -279,3 +280,47 @@ def test_bytes_with_experts_are_those_of_trained_engines():
         for part in ("main_weights", "moments"):
             total = sum(held[part] for held, _ in results)
             assert total == sum(getattr(predicted, part) for _, predicted in results) > 0, layout
+
+
+# Adapters.
+
+LORA = ["lora.rank=4", "precision=bf16", "optimizer.distributed=true"]
+SOME = "lora.modules=[experts.3.*, o_proj, shared_expert.down_proj]"
+
+
+def _with_adapters(layouts):
+    given = [*LORA, *TINY, *KINDS]
+    merged = "lora.merge_rollouts=true"
+    found = {layout: _tiny([*given, f"parallel={layout}", merged]) for layout in layouts}
+    return found, _tiny([*given, "parallel=ep2", SOME])
+
+
+def test_bytes_with_adapted_experts_are_those_of_trained_engines():
+    """Where one expert is adapted, they are those of its rank."""
+    layouts = ["tp2-sp", "pp2", "ep2", "tp2-sp-etp2", "tp2-sp-ep2"]
+    ranks = run_ranks(2, _with_adapters, layouts)
+    for layout in layouts:
+        results = [rank[layout] for rank, _ in ranks]
+        assert all(held["main_grads"] == predicted.gradients for held, predicted in results)
+        for part in ("main_weights", "moments"):
+            total = sum(held[part] for held, _ in results)
+            assert total == sum(getattr(predicted, part) for _, predicted in results) > 0, layout
+    (_, (first, predicted)), (_, (last, _)) = ranks
+    assert first["main_grads"] < last["main_grads"] == predicted.gradients
+
+
+def test_adapters_on_experts_of_sdar_30b_by_hand():
+    settings = planned(SDAR, "parallel=ep8", "lora.rank=16")
+    expert = 3 * 16 * (2048 + 768)
+    attention = 16 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    counts = trained_parameters(weight_spec(settings), settings.parallel, stage=0)
+    assert counts == (48 * attention, 48 * 16 * expert)
+    model, lora = settings.model, settings.lora
+    token = 2 * 48 * (attention + 8 * expert)
+    assert forward_cost(model, lora).token - forward_cost(model).token == token
+
+
+@pytest.mark.parametrize("more", [[], ["lora.dropout=0.1"]], ids=["", "dropout"])
+def test_activations_of_adapted_experts_are_estimated_within_a_half(more):
+    ((held, predicted),) = run_ranks(1, _saved_bytes, [*TINY, *KINDS, "lora.rank=4", *more])
+    assert held / 1.5 < predicted < 1.5 * held

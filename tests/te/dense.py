@@ -113,15 +113,15 @@ def te_general_grouped_gemm(  # noqa: PLR0913
 def fused_multi_row_padding(x, out, counts, padded):
     """Copy the rows of each expert, and fill up with rows of zeros."""
     refuse("the rows are those of all experts", sum(counts) == len(x), sum(padded) == len(out))
-    for part, whole in zip(x.split(counts), out.split(padded), strict=True):
-        whole[: len(part)], whole[len(part) :] = part, 0
+    for part, filled in zip(x.split(counts), out.split(padded), strict=True):
+        filled[: len(part)], filled[len(part) :] = part, 0
 
 
 def fused_multi_row_unpadding(x, out, padded, counts):
     """Copy the rows of each expert without those that fill up."""
     refuse("the rows are those of all experts", sum(counts) == len(out), sum(padded) == len(x))
-    for whole, part in zip(x.split(padded), out.split(counts), strict=True):
-        part.copy_(whole[: len(part)])
+    for filled, part in zip(x.split(padded), out.split(counts), strict=True):
+        part.copy_(filled[: len(part)])
 
 
 def rmsnorm_fwd(x, weight, eps, out, quantizer, dtype, sm_margin, zero_centered):

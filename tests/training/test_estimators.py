@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from agrpo_megatron.checkpoint.start import load_start_weights
-from agrpo_megatron.config.rules_algorithm import OF_LOSSES, validate_algorithm
-from agrpo_megatron.config.rules_blocks import ACROSS
+from agrpo_megatron.config.rules.algorithm import OF_LOSSES, validate_algorithm
+from agrpo_megatron.config.rules.blocks import ACROSS
 from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.config.settings.estimators import ENTRIES
 from agrpo_megatron.megatron.network import build_network

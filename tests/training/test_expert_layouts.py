@@ -86,3 +86,32 @@ def test_the_layout_changes_nothing_of_a_block_model_with_experts(block_start, b
     size, overrides = BLOCK_LAYOUTS[name]
     own = [*SAMPLING, f"parallel={name.partition(' ')[0]}", *overrides]
     compare(run_ranks(size, train, block_start, own), block_alone)
+
+
+# On all linear layers of the blocks, experts included.
+ADAPTERS = ["lora.rank=3", "lora.alpha=6"]
+ADAPTED_LAYOUTS = {
+    "tp2-sp merged": (2, ["lora.merge_rollouts=true"]),
+    "ep2 distributed optimizer": (2, [DISTRIBUTED]),
+    "tp2-sp-ep2": (2, []),
+    "tp2-sp-etp2": (2, [RECOMPUTE % "recompute_num_layers: 1"]),
+    "tp2-sp-ep2-etp2": (4, [DISTRIBUTED]),
+    "pp2-ep2 rollout ep4": (4, ["rollout.parallel=ep4"]),
+}
+
+
+@pytest.fixture(scope="module")
+def adapted_alone(block_start):
+    return run_ranks(1, train, block_start, [*SAMPLING, *ADAPTERS])[0]
+
+
+@pytest.mark.parametrize("name", ADAPTED_LAYOUTS)
+def test_the_layout_changes_nothing_of_adapted_experts(block_start, adapted_alone, name):
+    """Also of shared experts and of the first layer's SwiGLU."""
+    size, overrides = ADAPTED_LAYOUTS[name]
+    own = [*SAMPLING, *ADAPTERS, f"parallel={name.partition(' ')[0]}", *overrides]
+    compare(run_ranks(size, train, block_start, own), adapted_alone)
+    names = [name for name in adapted_alone["weights"] if "lora_B" in name]
+    assert len(names) == 4 * 2 + 3 + 3 * 3 * (8 + 1)  # queries, keys and values are one layer
+    moved = [float(adapted_alone["weights"][name].abs().max()) > 1e-3 for name in names]
+    assert sum(moved) >= 80  # a few experts get no tokens

@@ -55,6 +55,7 @@ VARIANTS = {
     "adapters and tables": ([*LORA, "lora.train_embedding=true", "lora.train_head=true"], [3]),
     "without tails": (["algorithm.name=vrpo", NULL, "algorithm.tail=first"], [5]),
     "experts": (EXPERTS, [3]),
+    "experts with adapters": ([*EXPERTS, *LORA], [3]),
 }
 
 

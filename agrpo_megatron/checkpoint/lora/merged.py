@@ -14,7 +14,7 @@ from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.families import hf_shapes
 from agrpo_megatron.families.files import Stored
-from agrpo_megatron.families.lora import adapted_layers, trained_whole
+from agrpo_megatron.families.lora import adapted_layers, in_published_order, trained_whole
 from agrpo_megatron.families.transforms import Part
 from agrpo_megatron.runs.progress import RUN_FILE
 
@@ -36,6 +36,7 @@ class AdapterTensors:
         self.folder, self.model = folder, read_model(folder)
         self.lora = load(Settings, folder / RUN_FILE).lora
         self.layers = adapted_layers(self.model, self.lora)
+        self._by_name = {layer.name: layer for layer in self.layers}
         self._checkpoint = TorchDist(folder)
 
     def part(self, name: str) -> Tensor:
@@ -46,8 +47,10 @@ class AdapterTensors:
         if name in self.whole:
             return self.whole[name]
         found = self._checkpoint.read(f"{ADAPTERS}{name}")
-        layer = next(layer for layer in self.layers if name.startswith(f"{layer.name}."))
-        return found[: layer.outputs] if name.endswith("lora_B.weight") else found
+        owner, _, matrix = name.removesuffix(".weight").rpartition(".")
+        layer = self._by_name[owner]
+        found = found[: layer.outputs] if matrix == "lora_B" else found
+        return in_published_order(layer, matrix, found, self.model)
 
     @cached_property
     def whole(self) -> dict[str, Tensor]:

@@ -75,23 +75,28 @@ def te_spec(
     layers: Sequence[MoeSettings | None],
     *,
     has_patterns: bool = False,
+    groups_experts: bool = True,
 ) -> TransformerBlockSubmodules:
     """Return layers of the `te` spec: Megatron's, on packed rows.
 
     Args:
-        layers: for each layer its experts, whose products are grouped; None: a SwiGLU.
+        layers: for each layer its experts; None: a SwiGLU.
         has_patterns: whether rows have patterns of attention, which Transformer Engine's own
             attention does not know.
+        groups_experts: whether the products of experts are grouped; else each expert has linear
+            layers of its own, as adapters need.
     """
     core = PackedAttention if has_patterns else TeAttention
-    made = {moe: _layer(config, moe, core) for moe in set(layers)}
+    made = {moe: _layer(config, moe, core, groups=groups_experts) for moe in set(layers)}
     return TransformerBlockSubmodules(layer_specs=[made[moe] for moe in layers], layer_norm=TENorm)
 
 
-def _layer(config: TransformerConfig, moe: MoeSettings | None, core: type) -> ModuleSpec:
+def _layer(
+    config: TransformerConfig, moe: MoeSettings | None, core: type, *, groups: bool
+) -> ModuleSpec:
     layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=moe and moe.experts,
-        moe_grouped_gemm=True,
+        moe_grouped_gemm=groups,
         qk_layernorm=config.qk_layernorm,
         use_te_activation_func=config.use_te_activation_func,
     )

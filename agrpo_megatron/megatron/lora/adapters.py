@@ -18,11 +18,20 @@ from agrpo_megatron.families.lora import (
     MATRICES,
     Linear,
     adapted_layers,
+    in_megatron_order,
     tensor_name,
     trained_whole,
 )
 from agrpo_megatron.families.transforms import Part, Split
-from agrpo_megatron.megatron.lora.layers import BESIDE, MERGED, OFF, AdaptedLinear, LowRank, Mode
+from agrpo_megatron.megatron.lora.layers import (
+    BESIDE,
+    MERGED,
+    OFF,
+    AdaptedLinear,
+    LowRank,
+    Mode,
+    has_token_shares,
+)
 from agrpo_megatron.megatron.parallel import Ranks
 
 ROOT = "adapters"  # the module of a virtual stage that holds them; a name's dots become slashes
@@ -36,6 +45,7 @@ class Adapters:
 
     def __init__(self, held: Held, model: ModelSettings, lora: LoraSettings, ranks: Ranks):
         self._mode, self._layers, self._ranks = Mode(), list[AdaptedLinear](), ranks
+        self._model = model
         self._merges, self._kept = lora.merge_rollouts, dict[AdaptedLinear, Tensor]()
         wanted = {layer.name: layer for layer in adapted_layers(model, lora)}
         whole, shapes = trained_whole(model, lora), hf_shapes(model)
@@ -45,7 +55,8 @@ class Adapters:
         for mapping in weight_mappings(model):
             linears = [wanted.get(name.removesuffix(".weight")) for name in mapping.parts]
             if mapping.megatron in held and any(linears):
-                sizes = [shapes[name][0] // ranks.tensor.size for name in mapping.parts]
+                split = ranks.split_of(mapping.expert).size
+                sizes = [shapes[name][0] // split for name in mapping.parts]
                 self._attach(*held[mapping.megatron], linears, sizes, model, lora)
 
     def _attach(
@@ -71,7 +82,7 @@ class Adapters:
                 weight.shape[1],
                 rank=lora.rank,
                 like=weight,
-                is_sequence_parallel=self._ranks.parallel.sequence and not linear.is_head,
+                is_sequence_parallel=has_token_shares(linear, self._ranks),
             )
             if not hasattr(chunk, ROOT):
                 chunk.add_module(ROOT, nn.ModuleDict())
@@ -119,10 +130,12 @@ class Adapters:
                 `lora_B` is [outputs, rank].
         """
         self.for_updates()  # merged weights would keep the old ones
-        split = Split(self._ranks.tensor.rank, self._ranks.tensor.size)
         for part in self.parts():
+            axis = self._ranks.split_of(part.linear.mapping.expert)
+            split = Split(axis.rank, axis.size)
             for name in MATRICES:
                 matrix, whole = getattr(part, name), read(tensor_name(part.linear, name))
+                whole = in_megatron_order(part.linear, name, whole, self._model)
                 matrix.copy_(_share(matrix, whole, split))
 
     def initialise(self, seed: int) -> None:
@@ -151,9 +164,11 @@ class Adapters:
         groups, state = self._ranks.groups, {}
         for part in self.parts():
             place = f"{ROOT}.{part.linear.name.replace('.', '/')}"
+            common = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
+            if part.linear.is_expert:
+                common = {"tp_group": groups.expt_tp, "dp_cp_group": groups.expt_dp}
             for name in MATRICES:
                 matrix, key = getattr(part, name), f"{ROOT}.{tensor_name(part.linear, name)}"
-                common = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
                 if matrix.tensor_model_parallel:
                     state[f"{place}.{name}"] = make_tp_sharded_tensor_for_checkpoint(
                         matrix,

@@ -5,6 +5,8 @@ split over tensor-parallel ranks (query, key, value, gate, up, head), B is split
 whole; where its inputs are split (attention's output, down), A is split by columns and B is whole.
 So ranks exchange r numbers per token, and no gradient needs more than that of a norm does: with
 sequence parallelism the whole matrix has seen some tokens only, and Megatron sums its gradient.
+The ranks that split an expert all have its tokens, and Megatron sums its outputs and the gradients
+of its inputs: they exchange the gradient of the whole matrix alone.
 Source: LoRA (arXiv 2106.09685), equation 3; rsLoRA (arXiv 2312.03732).
 """
 
@@ -67,6 +69,13 @@ class LowRank(nn.Module):
         set_tensor_model_parallel_attributes(split, is_parallel=True, dim=dim, stride=1)
         set_tensor_model_parallel_attributes(whole, is_parallel=False, dim=-1, stride=1)
         whole.sequence_parallel = is_sequence_parallel  # type: ignore[attr-defined]
+        for matrix in (split, whole):  # data parallelism of experts has groups of its own
+            matrix.allreduce = getattr(like, "allreduce", True)  # type: ignore[attr-defined]
+
+
+def has_token_shares(linear: Linear, ranks: Ranks) -> bool:
+    """Whether sequence parallelism splits a layer's inputs or outputs by tokens."""
+    return ranks.parallel.sequence and not linear.is_head and not linear.is_expert
 
 
 class AdaptedLinear:
@@ -93,8 +102,12 @@ class AdaptedLinear:
         self.scale, self.dropout, self.mode = lora.scale, lora.dropout, mode
         linear = self.adapters[0].linear
         self.transform, self.by_inputs = linear.mapping.transform, linear.is_split_by_inputs
-        self.is_sequence = ranks.parallel.sequence and not linear.is_head
-        self.group = ranks.groups.tp
+        self.is_expert = linear.is_expert
+        self.is_sequence = has_token_shares(linear, ranks)
+        self.group = ranks.split_of(linear.mapping.expert).group
+        # Whether the inputs differ over tensor-parallel ranks, of which each expert may have one.
+        differs = self.by_inputs or self.is_sequence or self.group.size() < ranks.tensor.size
+        self.drops_own = differs and ranks.tensor.size > 1
         self.query_groups = (
             model.num_query_groups or model.num_attention_heads
         ) // self.group.size()
@@ -123,15 +136,24 @@ class AdaptedLinear:
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Drop inputs; ranks that hold different ones drop them by noise of their own."""
-        if not (self.by_inputs or self.is_sequence) or self.group.size() == 1:
+        if not self.drops_own:
             return F.dropout(x, self.dropout)
         tracker: Any = get_cuda_rng_tracker()
         with tracker.fork():
             return F.dropout(x, self.dropout)
 
     def _product(self, x: Tensor) -> Tensor:
-        """Return the adapters' part of the output: [T, 1, outputs of this rank]."""
-        inner = F.linear(x, torch.cat([part.lora_A for part in self.adapters])) * self.scale
+        """Return the adapters' part of the output: [T, 1, outputs of this rank].
+
+        Of an expert it is [T, outputs].
+        """
+        first = torch.cat([part.lora_A for part in self.adapters])
+        if self.is_expert and not self.by_inputs:
+            first = copy_to_tensor_model_parallel_region(first, group=self.group)
+        inner = F.linear(x, first) * self.scale
+        if self.is_expert and self.by_inputs:
+            last = copy_to_tensor_model_parallel_region(self.adapters[0].lora_B, group=self.group)
+            return F.linear(inner, last)
         if self.by_inputs:
             reduce = reduce_from_tensor_model_parallel_region
             if self.is_sequence:
@@ -139,7 +161,7 @@ class AdaptedLinear:
             return F.linear(reduce(inner, group=self.group), self.adapters[0].lora_B)
         if self.is_sequence:
             inner = gather_from_sequence_parallel_region(inner, group=self.group)
-        else:
+        elif not self.is_expert:
             inner = copy_to_tensor_model_parallel_region(inner, group=self.group)
         pieces = iter(inner.chunk(len(self.adapters), -1))
         return self._joined(

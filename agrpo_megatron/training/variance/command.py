@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.checkpoint.start import load_model
-from agrpo_megatron.config.rules_algorithm import OF_ESTIMATORS, validate_algorithm
+from agrpo_megatron.config.rules.algorithm import OF_ESTIMATORS, validate_algorithm
 from agrpo_megatron.config.settings import AlgorithmSettings, Settings
 from agrpo_megatron.config.settings.estimators import ENTRIES
 from agrpo_megatron.megatron.engine import Engine, build_engine, build_reference

@@ -22,8 +22,8 @@ from agrpo_megatron.text.tokenizer import CHARACTERS
 from agrpo_megatron.training.run import train
 from tests.megatron.lora.whole import random_adapters
 from tests.ranks import run_ranks
-from tests.training.test_layouts import FOUR_LAYERS, _write_start
-from tests.training.test_resume import _kill_in_save
+from tests.training.kills import kill_in_save
+from tests.training.layouts import FOUR_LAYERS, write_start
 from tests.training.test_run import read
 from tests.training.tiny import (
     HashedReward,
@@ -53,13 +53,13 @@ RUN = [
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    run_ranks(1, _write_start, folder, [])
+    run_ranks(1, write_start, folder, [])
     return folder
 
 
 def _train(run_dir, base, overrides, save=None):
     if save is not None:
-        _kill_in_save(*save)
+        kill_in_save(*save)
     settings = tiny(f"run.dir={run_dir}", *RUN, f"model.load={base}", *overrides)
     resolved = resolve_run(settings, world_size=dist.get_world_size())
     train(replace(resolved, task=HashedReward(resolved.task)), silent_view())
@@ -142,7 +142,7 @@ def test_a_run_resumes_at_another_layout(whole, base, tmp_path):
 def test_a_run_on_another_base_is_refused(whole, base, tmp_path):
     other = tmp_path / "base"
     other.mkdir()
-    run_ranks(1, _write_start, other, ["run.seed=1"])
+    run_ranks(1, write_start, other, ["run.seed=1"])
     checkpoint = checkpoint_path(whole)
     with pytest.raises(ValueError, match="its adapters were trained on .* the base is now "):
         to_hf_directory(checkpoint, tmp_path / "hf", progress=lambda *_: None, base=other)

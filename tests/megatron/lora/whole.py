@@ -3,13 +3,18 @@
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.families.lora import MATRICES, tensor_name
+from agrpo_megatron.families.lora import MATRICES, in_published_order, tensor_name
+from agrpo_megatron.megatron.parallel import gather_objects
 
 
 def whole_adapters(network, of=lambda parameter: parameter.detach()):
-    """Return what `of` gives of every adapter matrix; called by every rank of a replica."""
-    tensor, found = network.ranks.tensor, {}
+    """Return what `of` gives of every adapter matrix; called by every rank of a replica.
+
+    With expert parallelism, every rank calls it.
+    """
+    ranks, found = network.ranks, {}
     for part in network.adapters.parts():
+        tensor = ranks.split_of(part.linear.mapping.expert)
         for name in MATRICES:
             parameter = getattr(part, name)
             value = of(parameter).contiguous()
@@ -18,10 +23,13 @@ def whole_adapters(network, of=lambda parameter: parameter.detach()):
                 dist.all_gather(shards, value, group=tensor.group)
                 value = torch.cat(shards, parameter.partition_dim)
             rows = part.linear.outputs if name == "lora_B" else len(value)
-            found[tensor_name(part.linear, name)] = value[:rows]
-    stages = [None] * network.ranks.pipeline.size
-    dist.all_gather_object(stages, found, group=network.ranks.pipeline.group)
-    return {name: value for stage in stages for name, value in stage.items()}
+            model = network.chunks[0].settings
+            value = in_published_order(part.linear, name, value[:rows], model)
+            found[tensor_name(part.linear, name)] = value
+    for axis in (ranks.expert, ranks.pipeline):
+        for held in gather_objects(found, axis.group):
+            found |= held
+    return found
 
 
 def random_adapters(network, seed=0, scale=0.2, of=lambda drawn: drawn):

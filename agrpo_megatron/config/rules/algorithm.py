@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from agrpo_megatron.config.own_code import is_file_name, split_name
-from agrpo_megatron.config.rules_scoring import validate_scoring
+from agrpo_megatron.config.rules.scoring import validate_scoring
 from agrpo_megatron.config.settings.algorithm import AlgorithmSettings
 from agrpo_megatron.config.settings.estimators import ENTRIES, LOSSES, ON_MASKS
 from agrpo_megatron.config.settings.training import SamplingSettings

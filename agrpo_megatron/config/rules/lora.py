@@ -34,8 +34,25 @@ def validate_lora(settings: Settings) -> None:
             "lora.merge_rollouts=true adds to the weights, and fp8.primary_weights=true keeps them "
             "in 8 bits only; use lora.merge_rollouts=false"
         )
+    if settings.model.moe.experts is not None and settings.rollout_layout != settings.parallel:
+        _check_moves(settings)
     if settings.algorithm.needs_reference:
         _check_reference(settings)
+
+
+def _check_moves(settings: Settings) -> None:
+    """Check that Megatron can move the adapters of experts into the layout of rollouts.
+
+    Of an expert that ranks split, it takes every matrix as split, and each adapter has a whole one.
+    """
+    layouts = {"parallel": settings.parallel, "rollout.parallel": settings.rollout_layout}
+    for key, parallel in layouts.items():
+        if parallel.expert_tensor > 1:
+            raise ValueError(
+                f"{key}.expert_tensor={parallel.expert_tensor} splits adapters of experts, which "
+                "cannot be moved between parallel and a separate rollout.parallel; use "
+                f"{key}.expert_tensor=1, or rollout.parallel=null"
+            )
 
 
 def _check_reference(settings: Settings) -> None:

@@ -9,13 +9,13 @@ from fractions import Fraction
 from typing import Any
 
 from agrpo_megatron.config.parallel import layout_name, layout_text, model_ranks, stage_layers
-from agrpo_megatron.config.rules_algorithm import validate_algorithm
-from agrpo_megatron.config.rules_blocks import validate_blocks, validate_whole_rows
-from agrpo_megatron.config.rules_lora import validate_lora
-from agrpo_megatron.config.rules_model import divisors, two_nearest, validate_model
-from agrpo_megatron.config.rules_moe import expert_misfit, expert_rank_misfit, validate_experts
-from agrpo_megatron.config.rules_precision import validate_precision
-from agrpo_megatron.config.rules_rollouts import validate_stored_rollouts
+from agrpo_megatron.config.rules.algorithm import validate_algorithm
+from agrpo_megatron.config.rules.blocks import validate_blocks, validate_whole_rows
+from agrpo_megatron.config.rules.lora import validate_lora
+from agrpo_megatron.config.rules.model import divisors, two_nearest, validate_model
+from agrpo_megatron.config.rules.moe import expert_misfit, expert_rank_misfit, validate_experts
+from agrpo_megatron.config.rules.precision import validate_precision
+from agrpo_megatron.config.rules.rollouts import validate_stored_rollouts
 from agrpo_megatron.config.settings import (
     ModelSettings,
     ParallelSettings,

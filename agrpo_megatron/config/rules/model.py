@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from agrpo_megatron.config.rules_moe import validate_moe
+from agrpo_megatron.config.rules.moe import validate_moe
 from agrpo_megatron.config.settings import ModelSettings
 
 _PLAIN = ModelSettings()  # of plain rotary embeddings
