@@ -189,4 +189,4 @@ def test_an_estimator_that_names_no_step_is_refused():
     none = torch.zeros(0, dtype=torch.int64)
     scored = ScoredRows(none, none, none, none, is_sampled=False)
     with pytest.raises(ValueError, match="ScoredRows.step=None; set it"):
-        with_experts([], [], scored, None, is_replayed=True)
+        with_experts([], [], scored, None, is_replayed=True)  # type: ignore[arg-type]
