@@ -210,14 +210,6 @@ class CachedRows:
 
 
 @dataclass(frozen=True)
-class RolloutExperts:
-    """The experts that a rollout chose for packed tokens, on the host."""
-
-    chosen: Tensor  # [T, layers with experts, topk] int16; -1: not known
-    is_replayed: bool  # routers reuse them; else they only count what they choose otherwise
-
-
-@dataclass(frozen=True)
 class PackedRows:
     """Rows laid end to end without padding."""
 
@@ -230,7 +222,8 @@ class PackedRows:
     cached: CachedRows | None = None  # then `patterns` are of whole rows
     # Of a rollout's rows: their numbers, and the tokens before the open block of a block model.
     owners: Sequence[tuple[int, int]] | None = None
-    experts: RolloutExperts | None = None
+    experts: Tensor | None = None  # [T, layers, topk] int16 of the rollout; -1: not known
+    is_replayed: bool = False  # routers reuse them; else they only count what they choose otherwise
     seen: dict[int, Tensor] | None = None  # takes each layer's choice [T, topk]; None: not kept
 
     @cached_property

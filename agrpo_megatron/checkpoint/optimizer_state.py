@@ -26,7 +26,7 @@ from agrpo_megatron.megatron.engine import Engine
 MAIN = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
 
-def sharded_optimizer(engine: Engine, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+def sharded_optimizer(engine: Engine, model: dict[str, Any], *, is_loading: bool) -> dict[Any, Any]:
     """Return the optimizer's sharded state; called by every rank.
 
     The weights of experts may have an optimizer of their own. Then the states are under its number,
@@ -70,7 +70,7 @@ def use_stored_names(wanted: dict[str, Any], stored: set[str]) -> None:
     dict_list_map_inplace(renamed, wanted)
 
 
-def fill_optimizer(engine: Engine, loaded: dict[str, Any], steps: int) -> None:
+def fill_optimizer(engine: Engine, loaded: dict[Any, Any], steps: int) -> None:
     """Put loaded state in place; called by every rank, after the weights are loaded.
 
     Args:

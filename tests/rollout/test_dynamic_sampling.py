@@ -8,7 +8,7 @@ from agrpo_megatron.rollout import dynamic_sampling
 from agrpo_megatron.training.rl import collect_rollout
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
-from tests.training.test_resume import _kill_after_line
+from tests.training.kills import kill_after_line
 from tests.training.test_run import read
 from tests.training.tiny import open_session, resolved_run, same_metrics, silent_view
 
@@ -136,7 +136,7 @@ RUN = [*PAIRS, ROUNDS, "train.iterations=4", "checkpoint.interval=2", "checkpoin
 def _train(run_dir, line=None):
     """Train; return which rounds were sampled."""
     if line is not None:
-        _kill_after_line(line)
+        kill_after_line(line)
     own, sampled = dynamic_sampling.generate, []
 
     def generate(session, network, request):

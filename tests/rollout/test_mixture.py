@@ -6,7 +6,7 @@ from agrpo_megatron.runs.progress import read_progress
 from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
-from tests.training.test_resume import _kill_after_line
+from tests.training.kills import kill_after_line
 from tests.training.test_run import read
 from tests.training.tiny import same_metrics, silent_view, tiny
 
@@ -28,7 +28,7 @@ RUN = [
 def _train(run_dir, line=None):
     """Return what was said, and the labels of the problems of both splits."""
     if line is not None:
-        _kill_after_line(line)
+        kill_after_line(line)
     view, said = silent_view(), []
     view.note = said.append
     resolved = resolve(tiny(*RUN, f"run.dir={run_dir}"), world_size=1)

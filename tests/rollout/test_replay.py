@@ -11,8 +11,8 @@ from safetensors import safe_open
 from agrpo_megatron.rollout import generate as sampling
 from agrpo_megatron.training import run as training
 from tests.ranks import run_ranks
+from tests.training.kills import kill_after_line
 from tests.training.test_nan_guard import _spoil_rl
-from tests.training.test_resume import _kill_after_line
 from tests.training.test_run import read
 from tests.training.tiny import resolved_run, same_metrics, silent_view
 
@@ -48,7 +48,7 @@ OF_ROLLOUTS = ("reward/mean", "accuracy", "entropy", "live_steps/mean", "zero_ad
 def _train(run_dir, overrides, line=None, spoilt=None):
     """Train; return the weights at the end, the splits that were sampled, notes and warnings."""
     if line is not None:
-        _kill_after_line(line)
+        kill_after_line(line)
     if spoilt is not None:
         _spoil_rl(spoilt, times=1)
     build, sample, engines, splits, said = training.build_engine, sampling._share, [], [], []

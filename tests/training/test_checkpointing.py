@@ -16,7 +16,7 @@ from agrpo_megatron.runs.progress import Progress, read_progress
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
-from tests.training.test_resume import _kill_after_line
+from tests.training.kills import kill_after_line
 from tests.training.test_run import read
 from tests.training.tiny import open_session, resolved_run, same_metrics, silent_view
 
@@ -31,7 +31,7 @@ RUN = [
 def _train(run_dir, overrides, line=None):
     """Train; return how often completions were sampled for training, and what was warned of."""
     if line is not None:
-        _kill_after_line(line)
+        kill_after_line(line)
     own, sampled, warned = dynamic_sampling.generate, [], []
 
     def generate(session, network, request):

@@ -9,7 +9,7 @@ from agrpo_megatron.runs.progress import Progress, read_progress
 from agrpo_megatron.training.early_stopping import with_early_stop
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
-from tests.training.test_resume import _kill_after_line
+from tests.training.kills import kill_after_line
 from tests.training.test_run import read
 from tests.training.tiny import resolved_run, same_metrics, silent_view, tiny
 
@@ -60,7 +60,7 @@ RUN = [
 def _train(run_dir, overrides, line=None):
     """Return what was said, and the iterations that were evaluated in this attempt."""
     if line is not None:
-        _kill_after_line(line)
+        kill_after_line(line)
     view, said, evaluated = silent_view(), [], []
     view.note = said.append
     view.evaluation = lambda metrics: evaluated.append((metrics["stage"], metrics["iteration"]))

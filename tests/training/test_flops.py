@@ -15,8 +15,8 @@ from agrpo_megatron.scaling.flops import update_cost, update_factor
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
+from tests.training.kills import kill_after_line
 from tests.training.test_early_stopping import _last
-from tests.training.test_resume import _kill_after_line
 from tests.training.test_run import read
 from tests.training.tiny import (
     HashedReward,
@@ -163,7 +163,7 @@ RUN = ["train.iterations=9", "evaluation.interval=2", "checkpoint.interval=1"]
 def _train(run_dir, budget, line=None):
     """Return what was said, and the evaluations of this attempt."""
     if line is not None:
-        _kill_after_line(line)
+        kill_after_line(line)
     view, said, evaluated = silent_view(), [], []
     view.note = said.append
     view.evaluation = lambda metrics: evaluated.append((metrics["stage"], metrics["iteration"]))

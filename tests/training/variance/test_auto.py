@@ -9,8 +9,8 @@ from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.run import train
 from agrpo_megatron.training.variance.auto import AutoDraws
 from tests.ranks import run_ranks
+from tests.training.kills import kill_after_line
 from tests.training.test_nan_guard import _spoilt, _useful
-from tests.training.test_resume import _kill_after_line
 from tests.training.test_run import read
 from tests.training.tiny import open_session, resolved_run, same_metrics, silent_view
 
@@ -29,7 +29,7 @@ DROPOUT = "model.megatron={attention_dropout: 0.2, hidden_dropout: 0.2}"
 def _train(run_dir, overrides, line=None, constant=None):
     """Train; return what was shown."""
     if line is not None:
-        _kill_after_line(line)
+        kill_after_line(line)
     resolved = resolved_run(run_dir, *RUN, *overrides, world_size=dist.get_world_size())
     resolved.task.constant = constant
     view, said = silent_view(), []
