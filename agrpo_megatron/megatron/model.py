@@ -208,7 +208,8 @@ class MaskedDiffusionModel(LanguageModule):
     def _routing(self, rows: PackedRows, layout: PackedLayout) -> Routing:
         """Return what the routers need to know of this rank's tokens."""
         tensor, context = self.ranks.tensor, self.ranks.context
-        routing = Routing(seen=None if rows.seen is None else {})
+        share = (len(rows.bounds) - 1) / len(rows.tokens)
+        routing = Routing(seen=None if rows.seen is None else {}, share=share)
         if self.settings.moe.block_experts is not None:
             assert layout.places is not None
             ids, count = block_ids(layout.places)

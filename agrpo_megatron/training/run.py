@@ -34,7 +34,7 @@ from agrpo_megatron.training.early_stopping import check_metrics
 from agrpo_megatron.training.nan_guard import Found, with_roll_backs
 from agrpo_megatron.training.nonfinite import NotFinite
 from agrpo_megatron.training.rl import run_rl
-from agrpo_megatron.training.sft import run_sft
+from agrpo_megatron.training.sft import run_sft, with_balance
 from agrpo_megatron.training.variance.auto import AutoDraws
 
 
@@ -164,7 +164,8 @@ def _show_notes(session: Session) -> None:
 def _sft_phase(session: Session, checkpoint: Path | None, done: Progress) -> None:
     run, settings = session.run, session.run.settings.sft
     iterations = settings.iterations
-    engine = build_engine(run.settings, settings.optimizer, iterations=iterations, ranks=run.ranks)
+    balanced = with_balance(run.settings)
+    engine = build_engine(balanced, settings.optimizer, iterations=iterations, ranks=run.ranks)
     _fill(run, engine, checkpoint, None)
     checkpointer = Checkpointer(session, engine, "sft", iterations, done)
 

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.batches import sft_batches, sft_lengths, sft_loss
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.megatron.engine import Engine
@@ -57,6 +59,17 @@ def run_sft(
         output.log.metrics(record)
         output.view.sft(record)
         on_iteration_end(iteration + 1)
+
+
+def with_balance(settings: Settings) -> Settings:
+    """Return settings for the engine of the supervised phase, which may balance experts."""
+    sft, model = settings.sft, settings.model
+    own: dict[str, Any] = {}
+    if sft.balance_loss:
+        own = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": sft.balance_loss}
+    if sft.expert_bias_rate:
+        own["moe_router_bias_update_rate"] = sft.expert_bias_rate
+    return replace(settings, model=replace(model, megatron={**own, **model.megatron}))
 
 
 def _batches(

@@ -88,6 +88,8 @@ NEEDS = {
     ],
     "algorithm.rollout_experts": [*EXPERTS, "checkpoint.rollouts=false"],
     "parallel.expert": EXPERTS,
+    "sft.balance_loss": EXPERTS,
+    "sft.expert_bias_rate": [*EXPERTS, "model.moe.score=sigmoid", "model.moe.expert_bias=true"],
     "parallel.expert_tensor": [*EXPERTS, "parallel.tensor=2", "parallel.sequence=true"],
     "model.attention": ["model.block_length=4"],
     "model.block_length": ["model.attention=block_causal", "sampling.block_length=6"],

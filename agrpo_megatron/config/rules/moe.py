@@ -149,6 +149,8 @@ def validate_experts(settings: Settings) -> None:
     """
     if settings.algorithm.rollout_experts is not None:
         _check_rollout_experts(settings)
+    if settings.model.is_known:
+        _check_balance(settings)
     if settings.model.moe.experts is None:
         return
     if settings.kernels.cuda_graphs:
@@ -161,6 +163,21 @@ def validate_experts(settings: Settings) -> None:
         raise ValueError(
             "rollout.schedule=lockstep runs all groups of a replica at once, and replicas that "
             f"share experts by ep{layout.expert} run theirs together; use ring"
+        )
+
+
+def _check_balance(settings: Settings) -> None:
+    """Check that what balances experts in the supervised phase has experts, or their biases."""
+    moe, sft = settings.model.moe, settings.sft
+    if sft.balance_loss and moe.experts is None:
+        raise ValueError(
+            f"sft.balance_loss={sft.balance_loss:g} is for experts, and model.moe.experts is null; "
+            "use 0"
+        )
+    if sft.expert_bias_rate and not moe.expert_bias:
+        raise ValueError(
+            f"sft.expert_bias_rate={sft.expert_bias_rate:g} moves the biases of experts, and "
+            "model.moe.expert_bias=false; use 0, or model.moe.expert_bias=true"
         )
 
 

@@ -101,6 +101,12 @@ class SftSettings:
         "model.attention=causal_context, whose published loss is 1 with diffusion_weight 0.3",
         low=0,
     )
+    balance_loss: float = setting(
+        0.0, "weight of the loss that spreads a micro-batch's tokens over the experts", low=0
+    )
+    expert_bias_rate: float = setting(
+        0.0, "step of each expert's bias, in each update, towards equal counts of tokens", low=0
+    )
     optimizer: OptimizerSettings = section(OptimizerSettings, "optimizer of this phase")
 
 

@@ -52,6 +52,7 @@ class Routing:
     experts: Tensor | None = None  # [T, layers, topk] int16 of a rollout; -1: not known
     is_replayed: bool = False  # whether known experts of the rollout are chosen
     seen: dict[int, Tensor] | None = None  # takes the choice [T, topk] of each layer
+    share: float = 1.0  # rows by tokens, of all ranks that share the rows
 
 
 def scores_of(logits: Tensor, moe: MoeSettings) -> Tensor:
@@ -101,6 +102,8 @@ def _admitted(ranks: Tensor, moe: MoeSettings, blocks: Blocks | None) -> Tensor:
 class ExpertRouter(TopKRouter):
     """Megatron's router with the choice of `choose` and the weights of `weigh`."""
 
+    pass_ = Routing()  # the forward pass that runs
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -111,8 +114,15 @@ class ExpertRouter(TopKRouter):
     ):
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
         self.moe = moe
-        self.pass_ = Routing()  # the forward pass that runs
         self.counts: Tensor | None = None  # choices changed and compared, in passes with gradient
+
+    def get_aux_loss_coeff(self, aux_loss_type: str) -> float:
+        """Return the weight of the balancing loss, so that it counts once for each row.
+
+        Megatron multiplies it by the tokens, as it divides gradients by tokens. Here they are
+        divided by rows.
+        """
+        return super().get_aux_loss_coeff(aux_loss_type) * self.pass_.share
 
     @property
     def number(self) -> int:
