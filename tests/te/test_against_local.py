@@ -22,6 +22,7 @@ from tests.te.models import (
 from tests.te.rules import calls
 
 MODELS = {**VARIANTS, "adapters": ADAPTERS}
+MODELS["adapted experts"] = [*VARIANTS["experts"], "lora.rank=4", "lora.alpha=8"]
 LAYOUTS = ("tp2", "tp2-sp", "pp2", "cp2")
 NO_FURTHER = 1.5  # times the local spec's own error
 # Of adapters, whose inner products ranks exchange in bfloat16; and of experts, where the two specs
@@ -79,7 +80,7 @@ def test_logits_and_gradients_are_no_further_from_float32(start, layout):
             is_exchanged = "lora" in name and layout != "dp1"
             further = LOOSE if is_exchanged or has_experts else NO_FURTHER
             # In bfloat16 some tokens near a tie have other experts than in float32.
-            most = 0.5 if "mlp.gate." in name else 0.2 if has_experts else 0.1
+            most = 0.5 if "mlp.gate." in name else 0.3 if has_experts else 0.1
             assert error <= further * allowed[name] < most, name
         if layout == "dp1":
             allowed = distance(local["logits"], exact["logits"])
