@@ -6,6 +6,7 @@ Parameters have GPTModel's names, so other Megatron tools can read the checkpoin
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial, wraps
+from itertools import pairwise
 from typing import Any, Concatenate
 
 import torch
@@ -25,6 +26,7 @@ from agrpo_megatron.config.settings import (
     MoeSettings,
     Settings,
 )
+from agrpo_megatron.diffusion.patterns import full, places_of
 from agrpo_megatron.families.lora import adapted_layers
 from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron.layers.config import transformer_config
@@ -208,11 +210,13 @@ class MaskedDiffusionModel(LanguageModule):
     def _routing(self, rows: PackedRows, layout: PackedLayout) -> Routing:
         """Return what the routers need to know of this rank's tokens."""
         tensor, context = self.ranks.tensor, self.ranks.context
-        share = (len(rows.bounds) - 1) / len(rows.tokens)
-        routing = Routing(seen=None if rows.seen is None else {}, share=share)
+        routing = Routing(seen=None if rows.seen is None else {})
+        if self.config.moe_aux_loss_coeff:
+            routing = replace(routing, share=(len(rows.bounds) - 1) / len(rows.tokens))
         if self.settings.moe.block_experts is not None:
-            assert layout.places is not None
-            ids, count = block_ids(layout.places)
+            # Only rows of weight 0 have no pattern.
+            whole = [full(end - start) for start, end in pairwise(rows.bounds)]
+            ids, count = block_ids(layout.places or places_of(whole, rows.tokens.device))
             group = tensor.group if tensor.size > 1 else None
             routing = replace(
                 routing, blocks=Blocks(ids.chunk(tensor.size)[tensor.rank], count, group)
