@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
-from tests.training.kills import kill_after_line
+from tests.training.kills import kill_after_line, kill_in_save
 from tests.training.test_expert_layouts import EXPERTS
 from tests.training.test_run import read
 from tests.training.tiny import resolved_run, silent_view
@@ -30,21 +30,24 @@ STAGES = [
 ]
 
 
-def _train(run_dir, overrides, line=None):
+def _train(run_dir, overrides, line=None, save=None):
     if line is not None:
         kill_after_line(line)
+    if save is not None:
+        kill_in_save(*save)
     train(resolved_run(run_dir, *overrides, world_size=dist.get_world_size()), silent_view())
 
 
 def test_a_run_goes_on_at_another_expert_parallelism(tmp_path):
-    """One rank, ep2, ep4, both with tensor parallelism, tp2: one iteration or more at each."""
+    """One rank, ep2, ep4 killed in a save, both with tensor parallelism, and tp2."""
     run_ranks(1, _train, tmp_path / "whole", RUN)
     expected = read(tmp_path / "whole" / "metrics.jsonl")
     with pytest.raises(AssertionError, match="killed by signal 9"):
         run_ranks(1, _train, tmp_path / "run", RUN, 3)
-    for number, (size, overrides) in enumerate(STAGES[:-1]):
+    kills = [(1, None), (None, (2, "point")), (1, None)]  # after a line, or in the second save
+    for (size, overrides), kill in zip(STAGES[:-1], kills, strict=True):
         with pytest.raises(AssertionError, match="killed by signal 9"):
-            run_ranks(size, _train, tmp_path / "run", [*RUN, *overrides], 2 if number else 1)
+            run_ranks(size, _train, tmp_path / "run", [*RUN, *overrides], *kill)
     size, overrides = STAGES[-1]
     run_ranks(size, _train, tmp_path / "run", [*RUN, *overrides])
     found = read(tmp_path / "run" / "metrics.jsonl")
