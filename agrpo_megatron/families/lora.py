@@ -5,12 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import Tensor
-
 from agrpo_megatron.config.settings import LoraSettings, ModelSettings
 from agrpo_megatron.families import hf_shapes, weight_mappings
 from agrpo_megatron.families.tensors import LAYER, WeightMapping
-from agrpo_megatron.families.transforms import Part, Split, from_megatron, to_megatron
 
 LINEAR = ("qkv", "fused_qkv", "row", "gate_up")  # transforms of the linear layers within a block
 MATRICES = ("lora_A", "lora_B")
@@ -40,23 +37,6 @@ class Linear:
     def is_head(self) -> bool:
         """Whether it is the head."""
         return self.mapping.module == HEAD
-
-
-def in_megatron_order(linear: Linear, matrix: str, whole: Part, model: ModelSettings) -> Part:
-    """Return an adapter's whole tensor with its outputs in the order of Megatron's layer.
-
-    Only one published layer that holds queries, keys and values has another order.
-    """
-    if linear.mapping.transform != "fused_qkv" or matrix != "lora_B":
-        return whole
-    return to_megatron([whole], "fused_qkv", model, Split())
-
-
-def in_published_order(linear: Linear, matrix: str, whole: Tensor, model: ModelSettings) -> Tensor:
-    """Invert `in_megatron_order`."""
-    if linear.mapping.transform != "fused_qkv" or matrix != "lora_B":
-        return whole
-    return from_megatron([whole], "fused_qkv", model)[0]
 
 
 def tensor_name(linear: Linear, matrix: str) -> str:

@@ -79,6 +79,29 @@ def from_megatron(shards: list[Tensor], transform: str, model: ModelSettings) ->
     return [shards[0]]
 
 
+def adapter_to_megatron(whole: Part, matrix: str, transform: str, model: ModelSettings) -> Part:
+    """Return an adapter's whole tensor with its outputs in the order of Megatron's layer.
+
+    Only one published layer that holds queries, keys and values has another order.
+
+    Args:
+        matrix: lora_A or lora_B.
+        transform: of the layer's weight.
+    """
+    if transform != "fused_qkv" or matrix != "lora_B":
+        return whole
+    return to_megatron([whole], transform, model, Split())
+
+
+def adapter_from_megatron(
+    whole: Tensor, matrix: str, transform: str, model: ModelSettings
+) -> Tensor:
+    """Invert `adapter_to_megatron`."""
+    if transform != "fused_qkv" or matrix != "lora_B":
+        return whole
+    return from_megatron([whole], transform, model)[0]
+
+
 def _padded(part: Part, split: Split) -> Tensor:
     """Return this rank's rows; rows beyond the vocabulary are zero."""
     true = part.shape[0]

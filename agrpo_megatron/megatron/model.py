@@ -137,6 +137,9 @@ class MaskedDiffusionModel(LanguageModule):
                 tp_group=groups.tp,
             )
         self.setup_embeddings_and_output_layer()
+        for name, weight in self.named_parameters():
+            if ".experts.linear_fc1.weight" in name:  # of grouped experts
+                weight.partition_stride = 2  # type: ignore[attr-defined]  # gate, up: for reshards
         self.routers = [each for each in self.modules() if isinstance(each, ExpertRouter)]
         for layer in self.decoder.layers:
             if isinstance(router := getattr(layer.mlp, "router", None), ExpertRouter):

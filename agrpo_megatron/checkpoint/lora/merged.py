@@ -14,8 +14,8 @@ from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.families import hf_shapes
 from agrpo_megatron.families.files import Stored
-from agrpo_megatron.families.lora import adapted_layers, in_published_order, trained_whole
-from agrpo_megatron.families.transforms import Part
+from agrpo_megatron.families.lora import adapted_layers, trained_whole
+from agrpo_megatron.families.transforms import Part, adapter_from_megatron
 from agrpo_megatron.runs.progress import RUN_FILE
 
 ADAPTERS = "adapters."  # before the names of their tensors, which are PEFT's
@@ -50,7 +50,7 @@ class AdapterTensors:
         owner, _, matrix = name.removesuffix(".weight").rpartition(".")
         layer = self._by_name[owner]
         found = found[: layer.outputs] if matrix == "lora_B" else found
-        return in_published_order(layer, matrix, found, self.model)
+        return adapter_from_megatron(found, matrix, layer.mapping.transform, self.model)
 
     @cached_property
     def whole(self) -> dict[str, Tensor]:

@@ -18,11 +18,10 @@ from agrpo_megatron.families.lora import (
     MATRICES,
     Linear,
     adapted_layers,
-    in_megatron_order,
     tensor_name,
     trained_whole,
 )
-from agrpo_megatron.families.transforms import Part, Split
+from agrpo_megatron.families.transforms import Part, Split, adapter_to_megatron
 from agrpo_megatron.megatron.lora.layers import (
     BESIDE,
     MERGED,
@@ -135,7 +134,7 @@ class Adapters:
             split = Split(axis.rank, axis.size)
             for name in MATRICES:
                 matrix, whole = getattr(part, name), read(tensor_name(part.linear, name))
-                whole = in_megatron_order(part.linear, name, whole, self._model)
+                whole = adapter_to_megatron(whole, name, part.linear.mapping.transform, self._model)
                 matrix.copy_(_share(matrix, whole, split))
 
     def initialise(self, seed: int) -> None:

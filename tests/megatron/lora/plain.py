@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import hf_shapes, weight_mappings
 from agrpo_megatron.families.lora import linear_layers
-from agrpo_megatron.megatron.layers.router import route
+from agrpo_megatron.megatron.layers.router import choose, scores_of, weigh
 from tests.megatron.literal import _attention, _norm, literal_logits
 
 
@@ -102,11 +102,10 @@ class PlainExperts(PlainModel):
         if f"{prefix}linear_fc1.weight" in self._parts:
             return self._swiglu(prefix, x)
         moe, bias = self.settings.moe, f"{prefix}router.expert_bias"
-        weights, chosen = route(
-            x @ self._tensor(f"{prefix}router.weight").T,
-            moe,
-            bias=self._tensor(bias) if bias in self._parts else None,
-        )
+        scores = scores_of(x @ self._tensor(f"{prefix}router.weight").T, moe)
+        own = self._tensor(bias) if bias in self._parts else None
+        chosen = choose(scores, moe, bias=own)
+        weights = weigh(scores, chosen, moe)
         result = torch.zeros_like(x)
         if moe.shared_ffn_hidden_size is not None:
             result = self._swiglu(f"{prefix}shared_experts.", x)

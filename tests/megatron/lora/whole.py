@@ -3,7 +3,8 @@
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.families.lora import MATRICES, in_published_order, tensor_name
+from agrpo_megatron.families.lora import MATRICES, tensor_name
+from agrpo_megatron.families.transforms import adapter_from_megatron
 from agrpo_megatron.megatron.parallel import gather_objects
 
 
@@ -24,7 +25,8 @@ def whole_adapters(network, of=lambda parameter: parameter.detach()):
                 value = torch.cat(shards, parameter.partition_dim)
             rows = part.linear.outputs if name == "lora_B" else len(value)
             model = network.chunks[0].settings
-            value = in_published_order(part.linear, name, value[:rows], model)
+            transform = part.linear.mapping.transform
+            value = adapter_from_megatron(value[:rows], name, transform, model)
             found[tensor_name(part.linear, name)] = value
     for axis in (ranks.expert, ranks.pipeline):
         for held in gather_objects(found, axis.group):
