@@ -40,6 +40,8 @@ LONGEST = (
     "training/test_estimators.py",
     "test_check_estimators.py",
     "training/test_layouts.py",
+    "training/test_expert_layouts.py",
+    "training/test_rollout_experts.py",
     "test_gpus_check.py",
     "cli/test_run.py",
     "test_examples.py",
