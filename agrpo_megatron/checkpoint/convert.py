@@ -196,8 +196,11 @@ def _published_form(
 
     Experts are merged where the index or the type of the carried configuration says so.
     """
-    names, config = set(read_index(carried) or ()), carried / CONFIG
-    is_merged = config.exists() and read_object(config).get("model_type") == MERGED_TYPE
+    names = set(read_index(carried) or ())
+    try:
+        is_merged = read_object(carried / CONFIG).get("model_type") == MERGED_TYPE
+    except ValueError:  # it is missing, or damaged, and `config_of` writes another
+        is_merged = False
     result, parts = dict[str, Stored](), dict[str, list[str]]()
     for own, stored in tensors.items():
         merged, name = merged_name(own), own

@@ -31,7 +31,7 @@ from agrpo_megatron.families.lora import adapted_layers
 from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron.layers.config import transformer_config
 from agrpo_megatron.megatron.layers.context import padded_rows, part_of, scored_slices
-from agrpo_megatron.megatron.layers.local import local_spec
+from agrpo_megatron.megatron.layers.local import local_spec, mark_gates
 from agrpo_megatron.megatron.layers.packed import PackedLayout, packed_layout, rotary_angles
 from agrpo_megatron.megatron.layers.rotary import query_scale, yarn_of
 from agrpo_megatron.megatron.layers.router import Blocks, ExpertRouter, Routing, block_ids
@@ -137,9 +137,6 @@ class MaskedDiffusionModel(LanguageModule):
                 tp_group=groups.tp,
             )
         self.setup_embeddings_and_output_layer()
-        for name, weight in self.named_parameters():
-            if ".experts.linear_fc1.weight" in name:  # of grouped experts
-                weight.partition_stride = 2  # type: ignore[attr-defined]  # gate, up: for reshards
         self.routers = [each for each in self.modules() if isinstance(each, ExpertRouter)]
         for layer in self.decoder.layers:
             if isinstance(router := getattr(layer.mlp, "router", None), ExpertRouter):
@@ -290,6 +287,7 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
             fuse_head_gradient=kernels.fuse_head_gradient,
             use_flex=kernels.flex_attention,
         )
+        mark_gates(chunk)
         chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
     return tuple(chunks)
 

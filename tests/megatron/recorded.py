@@ -241,6 +241,8 @@ def _network(settings: Settings, world: Recording) -> Network:
         context=one,
         data=one,
         data_context=one,
+        expert=one,
+        expert_tensor=one,
         replica=world.replica,  # type: ignore[arg-type]
     )
     config = transformer_config(settings, settings.parallel, stage=rank)

@@ -164,6 +164,8 @@ def test_the_entropy_of_a_step_does_not_depend_on_an_order():
             unmask_step=torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1]], device=DEVICE),
             num_steps=torch.tensor([1, 2], device=DEVICE),
             entropies=torch.tensor(entropies, device=DEVICE),
+            edit_step=None,
+            edit_entropy=None,
         )
         sums = step_entropies(trajectory, 2)
     assert isinstance(sums, Elsewhere)

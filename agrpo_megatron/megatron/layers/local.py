@@ -77,3 +77,13 @@ def use_router(parts: Any, moe: MoeSettings) -> None:
         for ours, theirs in parts.sharded_state_dict_keys_map.items()
         if not ours.startswith("pre_mlp_layernorm")
     }
+
+
+def mark_gates(model: nn.Module) -> None:
+    """Mark first matrices of grouped experts as gate and up, as those of a loop of experts are.
+
+    Each is split over ranks; resharding to another split reads the mark. Mutates the parameters.
+    """
+    for name, weight in model.named_parameters():
+        if ".experts.linear_fc1.weight" in name:
+            weight.partition_stride = 2  # type: ignore[attr-defined]
