@@ -33,7 +33,7 @@ def _record(folder, names):
 
 
 def _run(folder, arguments, size=1):
-    return run_ranks(size, run_tool, "check_estimators", folder, arguments)
+    return run_ranks(size, run_tool, "check_estimators", folder, arguments, timeout=400)
 
 
 @pytest.mark.slow
