@@ -83,6 +83,7 @@ def test_the_golden_numbers_of_dream_hold(tmp_path, layout):
 EXPERTS = {
     "sdarmoe_tiny": ({"ep2": 2}, 23),
     "lladamoe_tiny": ({"tp2-ep2": 2}, 9),
+    "llada2_tiny": ({"pp2-ep2": 4}, 17),
 }
 
 

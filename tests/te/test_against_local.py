@@ -79,9 +79,11 @@ def test_logits_and_gradients_are_no_further_from_float32(start, layout):
         for name, error in measured.items():
             is_exchanged = "lora" in name and layout != "dp1"
             further = LOOSE if is_exchanged or has_experts else NO_FURTHER
-            # In bfloat16 some tokens near a tie have other experts than in float32.
-            most = (0.75 if "mlp." in name else 0.2) if has_experts else 0.1
-            assert error <= further * allowed[name] and error < most, name
+            assert error <= further * allowed[name], name
+            if has_experts:  # in bfloat16, tokens near a tie have other experts than in float32
+                assert error < (0.75 if "mlp." in name else 0.2), name
+            else:
+                assert further * allowed[name] < 0.1, name
         if layout == "dp1":
             allowed = distance(local["logits"], exact["logits"])
             assert distance(ours["logits"], exact["logits"]) <= NO_FURTHER * allowed < 0.03

@@ -67,7 +67,7 @@ def transformer_config(
 
 
 def _expert_values(model: ModelSettings, parallel: ParallelSettings) -> dict[str, Any]:
-    """Return Megatron's settings of experts; those that name a choice are in `route` instead."""
+    """Return Megatron's settings of experts; groups and weights are those of `router` instead."""
     moe = model.moe
     if moe.experts is None:
         return {}
