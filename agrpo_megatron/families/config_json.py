@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.settings import ModelSettings
+from agrpo_megatron.config.values import MOST_FLOAT
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 INDEX = "model.safetensors.index.json"
@@ -84,6 +85,16 @@ def check_ids(model: ModelSettings, given: Mapping[str, Any], source: Path) -> N
     if mask is not None and (mask != model.mask_token_id or mask in ends):
         other = "eos_token_id too" if mask in ends else f"{model.mask_token_id} in {CONFIG}"
         raise ValueError(f"{source}: mask_token_id={mask} is {other}; correct one of them")
+
+
+def check_number(said: str, value: object) -> None:
+    """Check a value that is calculated with.
+
+    Raises:
+        ValueError: it is no number, negative or out of range; `said` names key and value.
+    """
+    if type(value) not in (int, float) or not 0 <= value <= MOST_FLOAT:  # type: ignore[operator]
+        raise ValueError(f"{said} must be a number from 0 to {MOST_FLOAT}")
 
 
 def shown(key: str, value: Any) -> str:

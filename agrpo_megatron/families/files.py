@@ -109,7 +109,13 @@ class HfWeights(LazyTensors):
             found = self.tensors.get(name)
             if not name.endswith(BUFFER) and (found is None or found.file != self.directory / file):
                 raise ValueError(f"{self.directory / INDEX}: tensor {name} is not in {file}")
-        self._split_merged(model.moe.experts or 0)
+        experts = model.moe.experts or 0
+        self._split_merged(experts)
+        if experts > len(self.tensors):
+            raise ValueError(
+                f"{self.directory}: config.json asks for {experts} experts of a layer, and there "
+                f"are {len(self.tensors)} tensors; do they belong together?"
+            )
         # If there are more layers than tensors, one is missing in the first of them.
         layers = min(model.num_layers, len(self.tensors) + 1)
         self._check(hf_shapes(replace(model, num_layers=layers)), model.family)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.config_json import shown
+from agrpo_megatron.families.config_json import check_number, shown
 from agrpo_megatron.families.tensors import (
     STANDARD,
     UNSCALED_ROPE,
@@ -72,13 +72,15 @@ _FIXED |= UNSCALED_ROPE
 
 
 def _other_settings(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    width, fraction = config["head_dim"], config["partial_rotary_factor"]
+    keys = ("head_dim", "partial_rotary_factor", "moe_intermediate_size", SHARED)
+    width, fraction, expert, shared = numbers = [{SHARED: 0, **config}[key] for key in keys]
+    for key, value in zip(keys, numbers, strict=True):
+        check_number(shown(key, value), value)
     for key, wanted in ((ROTARY, width * fraction), ("num_nextn_predict_layers", 0)):
         if config.get(key, wanted) != wanted:
             raise ValueError(f"{shown(key, config[key])}; the llada2_moe family needs {wanted:g}")
     groups = config["n_group"], config["topk_group"]
     has_groups = groups != (1, 1)  # one group restricts nothing
-    shared = config.get(SHARED) or 0
     # Padding ends a text where nothing else does, as in the published files.
     end = "eos_token_id" if "eos_token_id" in config else "pad_token_id"
     return {
@@ -87,13 +89,20 @@ def _other_settings(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
         "block_length": ("block_size", config.get("block_size", BLOCK_SIZE)),
         "moe.groups": ("n_group", groups[0] if has_groups else None),
         "moe.group_topk": ("topk_group", groups[1] if has_groups else None),
-        "moe.shared_ffn_hidden_size": (SHARED, shared * config["moe_intermediate_size"] or None),
+        "moe.shared_ffn_hidden_size": (SHARED, shared * expert or None),
     }
 
 
 def _other_keys(model: ModelSettings) -> dict[str, Any]:
     moe = model.moe
     assert moe.ffn_hidden_size is not None
+    shared, rest = divmod(moe.shared_ffn_hidden_size or 0, moe.ffn_hidden_size)
+    if rest:
+        raise ValueError(
+            f"model.moe.shared_ffn_hidden_size={moe.shared_ffn_hidden_size}: the llada2_moe "
+            "family's modelling code needs a multiple of model.moe.ffn_hidden_size="
+            f"{moe.ffn_hidden_size}"
+        )
     return {
         "architectures": ["LLaDA2MoeModelLM"],
         "model_type": "llada2_moe",
@@ -105,7 +114,7 @@ def _other_keys(model: ModelSettings) -> dict[str, Any]:
         "pad_token_id": model.eos_token_id,
         "n_group": moe.groups or 1,
         "topk_group": moe.group_topk or 1,
-        SHARED: (moe.shared_ffn_hidden_size or 0) // moe.ffn_hidden_size,
+        SHARED: shared,
         "router_dtype": "fp32",
         "output_router_logits": False,
         "use_cache": False,

@@ -75,16 +75,17 @@ def _other_settings(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
 
 def _dense_layers(config: Mapping[str, Any]) -> int:
     """Return how many first layers have no experts; the others have to have them."""
-    layers = config["num_hidden_layers"]
     given = config[FREQUENCY]
-    kinds = [1] * layers if given == 1 and type(layers) is int else given
-    dense = kinds.count(0) if isinstance(kinds, list) else 0
-    if not isinstance(kinds, list) or kinds != [0] * dense + [1] * (layers - dense):
-        raise ValueError(
-            f"{shown(FREQUENCY, given)}: the llada_moe family needs one 0 or 1 for each layer, 0 "
-            "for the first layers only"
-        )
-    return dense
+    if type(given) is int and given == 1:
+        return 0
+    if isinstance(given, list) and len(given) == config["num_hidden_layers"]:
+        dense = given.count(0)
+        if given == [0] * dense + [1] * (len(given) - dense):
+            return dense
+    raise ValueError(
+        f"{shown(FREQUENCY, given)}: the llada_moe family needs one 0 or 1 for each layer, 0 for "
+        "the first layers only"
+    )
 
 
 def _other_keys(model: ModelSettings) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.config.values import MOST_FLOAT
-from agrpo_megatron.families.config_json import shown
+from agrpo_megatron.families.config_json import check_number, shown
 from agrpo_megatron.families.tensors import NO_EXPERTS, STANDARD, Family, standard_names
 
 _REQUIRED = {
@@ -85,9 +84,7 @@ def _rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
         said = shown(f"{key}.{name}", rope[name])
         if name not in _NUMBERS | _OTHER_ROPE or (name == "truncate" and rope[name] is not True):
             raise ValueError(f"{said}: the nemotron_diffusion family has no such rotary embedding")
-        value = rope[name] if name in _NUMBERS else 0
-        if type(value) not in (int, float) or not 0 <= value <= MOST_FLOAT:
-            raise ValueError(f"{said} must be a number from 0 to {MOST_FLOAT}")
+        check_number(said, rope[name] if name in _NUMBERS else 0)
     if "rope_theta" not in rope:
         rope["rope_theta"] = config["rope_theta"]
     for name, value in (("rope_scaling", given), ("rope_theta", rope["rope_theta"])):

@@ -1,12 +1,17 @@
 """Families with experts: their configurations both ways, their tensors, and what they refuse."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 from agrpo_megatron.families import FAMILIES, hf_shapes, settings_from_hf
+from agrpo_megatron.families.files import HfWeights
+from tests.families.test_any_config import EXAMPLES, VALUES
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 FOLDERS = {"sdarmoe_tiny": "sdar_moe", "lladamoe_tiny": "llada_moe", "llada2_tiny": "llada2_moe"}
@@ -110,3 +115,39 @@ def test_another_model_is_refused(tmp_path, what):
         _read(tmp_path, {**_config(name), **change})
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: {said}")
     assert "\n" not in str(error.value)
+
+
+@given(
+    st.sampled_from(list(FOLDERS)),
+    st.data(),
+)
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+def test_any_value_is_taken_or_refused_in_one_line(folder, name, data):
+    config = _config(name)
+    key, value = data.draw(st.sampled_from(list(config))), data.draw(VALUES)
+    try:
+        model = _read(folder, {**config, key: value})
+    except ValueError as error:
+        said = str(error)
+        assert said.startswith(f"{folder / 'config.json'}: ") and "\n" not in said
+        return
+    assert model.moe.experts is not None and model.moe.experts >= model.moe.topk
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("any")
+
+
+def test_more_experts_than_tensors_are_refused_at_once(tmp_path):
+    hf = FIXTURES / "sdarmoe_tiny" / "hf"
+    model = _read(tmp_path, {**_config("sdarmoe_tiny"), "num_experts": 10**9})
+    with pytest.raises(ValueError, match="asks for 1000000000 experts of a layer"):
+        HfWeights(hf, model)
+
+
+def test_shared_experts_have_the_width_of_some_experts(tmp_path):
+    model = _read(tmp_path, _config("llada2_tiny"), mask_token_id=379)
+    other = replace(model, moe=replace(model.moe, shared_ffn_hidden_size=48))
+    with pytest.raises(ValueError, match="needs a multiple of model.moe.ffn_hidden_size=32"):
+        FAMILIES["llada2_moe"].config(other)

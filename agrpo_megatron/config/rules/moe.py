@@ -5,6 +5,34 @@ from dataclasses import fields
 from agrpo_megatron.config.settings import ModelSettings, MoeSettings, ParallelSettings, Settings
 from agrpo_megatron.config.values import text
 
+# Settings of Megatron's that this project has itself, or whose computation it replaces.
+_OURS = {
+    "expert_model_parallel_size": "parallel.expert",
+    "expert_tensor_parallel_size": "parallel.expert_tensor",
+    "num_moe_experts": "model.moe.experts",
+    "moe_aux_loss_coeff": "sft.balance_loss",
+    "moe_ffn_hidden_size": "model.moe.ffn_hidden_size",
+    "moe_layer_freq": "model.moe.dense_layers",
+    "moe_router_bias_update_rate": "sft.expert_bias_rate",
+    "moe_router_enable_expert_bias": "model.moe.expert_bias",
+    "moe_router_group_topk": "model.moe.group_topk",
+    "moe_router_load_balancing_type": "sft.balance_loss",
+    "moe_router_num_groups": "model.moe.groups",
+    "moe_router_pre_softmax": "model.moe.normalise",
+    "moe_router_score_function": "model.moe.score",
+    "moe_router_topk": "model.moe.topk",
+    "moe_router_topk_scaling_factor": "model.moe.scaling_factor",
+    "moe_shared_expert_intermediate_size": "model.moe.shared_ffn_hidden_size",
+}
+_NOT_BUILT = {
+    "moe_enable_routing_replay": "algorithm.rollout_experts replays experts",
+    "moe_expert_capacity_factor": "no token is dropped",
+    "moe_pad_expert_input_to_capacity": "no token is dropped",
+    "moe_router_fusion": "the router is torch's",
+    "moe_token_dropping": "no token is dropped",
+    "moe_z_loss_coeff": "its loss would count by tokens, and not by examples",
+}
+
 
 def validate_moe(model: ModelSettings) -> None:
     """Check that experts have what they need, and that nothing is set without them.
@@ -13,6 +41,12 @@ def validate_moe(model: ModelSettings) -> None:
         ValueError: the first rule broken, with key, value, rule and fix.
     """
     moe, default = model.moe, MoeSettings()
+    for key, value in model.megatron.items():
+        said = f"model.megatron.{key}={text(value)}"
+        if key in _OURS:
+            raise ValueError(f"{said} is not passed on; use {_OURS[key]}")
+        if key in _NOT_BUILT:
+            raise ValueError(f"{said} has no effect here: {_NOT_BUILT[key]}; leave it out")
     if moe.experts is None:
         for field in fields(MoeSettings):
             value, usual = getattr(moe, field.name), getattr(default, field.name)
