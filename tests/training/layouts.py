@@ -14,6 +14,7 @@ from agrpo_megatron.text.tokenizer import CHARACTERS
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.sft import run_sft
 from tests.megatron.lora.whole import whole_adapters
+from tests.ranks import run_ranks
 from tests.training.tiny import open_session
 
 FOUR_LAYERS = "model.num_layers=4"
@@ -31,6 +32,13 @@ COMMON = [
 ]
 DISTRIBUTED = "optimizer.distributed=true"
 RECOMPUTE = "model.megatron={recompute_granularity: full, recompute_method: uniform, %s}"
+
+
+def make_start(tmp_path_factory, overrides):
+    """Return a folder of random weights, drawn on one rank."""
+    folder = tmp_path_factory.mktemp("start")
+    run_ranks(1, write_start, folder, overrides)
+    return folder
 
 
 def write_start(folder, overrides):
@@ -55,16 +63,34 @@ def train(folder, overrides):
         metrics, _ = update_policy(session, engine, rollout, None)
         tokens.append(rollout.trajectory.tokens)
         numbers.append(metrics)
+    return outcome(session, engine, tokens, numbers)
+
+
+def outcome(session, engine, tokens, numbers):
+    """Return what `compare` reads, from the rollouts' tokens and the records of all phases."""
     engine.finish_parameters()
     weights = {name: p.detach() for name, p in engine.network.named_weights()}
     adapters = {} if engine.network.adapters is None else whole_adapters(engine.network)
+    ratio = "ratio/max_error"
     return {
         "tokens": tokens,
         "loss": [record["loss"] for record in numbers],
         "grad_norm": [record["grad_norm"] for record in numbers],
-        "ratio error": max(record.get("ratio/max_error", 0.0) for record in numbers),
+        "ratio error": max(record[ratio] for record in numbers if ratio in record),
         "weights": export_hf(weights, session.run.settings.model, session.run.ranks) | adapters,
     }
+
+
+def run_at(layouts, name, function, folder, own, *more):
+    """Return what each rank's `function` does at a layout, whose name begins with `parallel`.
+
+    Args:
+        layouts: number of ranks and overrides, by name.
+        own: overrides at every layout.
+    """
+    size, overrides = layouts[name]
+    layout = name.partition(" ")[0]
+    return run_ranks(size, function, folder, [*own, f"parallel={layout}", *overrides], *more)
 
 
 def compare(results, alone):

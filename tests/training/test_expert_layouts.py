@@ -6,7 +6,15 @@ import torch.distributed as dist
 
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from tests.ranks import run_ranks
-from tests.training.layouts import COMMON, DISTRIBUTED, RECOMPUTE, compare, train, write_start
+from tests.training.layouts import (
+    COMMON,
+    DISTRIBUTED,
+    RECOMPUTE,
+    compare,
+    make_start,
+    run_at,
+    train,
+)
 from tests.training.tiny import open_session
 
 EXPERTS = [
@@ -55,9 +63,7 @@ BLOCK_LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("experts")
-    run_ranks(1, write_start, folder, EXPERTS)
-    return folder
+    return make_start(tmp_path_factory, EXPERTS)
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +74,12 @@ def alone(start):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_layout_changes_nothing_of_experts(start, alone, name):
     """Replicas that share experts end their rollouts after different numbers of passes."""
-    size, overrides = LAYOUTS[name]
-    layout = name.partition(" ")[0]
-    compare(run_ranks(size, train, start, [f"parallel={layout}", *overrides]), alone)
+    compare(run_at(LAYOUTS, name, train, start, []), alone)
 
 
 @pytest.fixture(scope="module")
 def block_start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blocks")
-    run_ranks(1, write_start, folder, BLOCKS)
-    return folder
+    return make_start(tmp_path_factory, BLOCKS)
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +89,7 @@ def block_alone(block_start):
 
 @pytest.mark.parametrize("name", BLOCK_LAYOUTS)
 def test_the_layout_changes_nothing_of_a_block_model_with_experts(block_start, block_alone, name):
-    size, overrides = BLOCK_LAYOUTS[name]
-    own = [*SAMPLING, f"parallel={name.partition(' ')[0]}", *overrides]
-    compare(run_ranks(size, train, block_start, own), block_alone)
+    compare(run_at(BLOCK_LAYOUTS, name, train, block_start, SAMPLING), block_alone)
 
 
 # On all linear layers of the blocks, experts included.
@@ -112,9 +112,8 @@ def adapted_alone(block_start):
 @pytest.mark.parametrize("name", ADAPTED_LAYOUTS)
 def test_the_layout_changes_nothing_of_adapted_experts(block_start, adapted_alone, name):
     """Also of shared experts and of the first layer's SwiGLU."""
-    size, overrides = ADAPTED_LAYOUTS[name]
-    own = [*SAMPLING, *ADAPTERS, f"parallel={name.partition(' ')[0]}", *overrides]
-    compare(run_ranks(size, train, block_start, own), adapted_alone)
+    own = [*SAMPLING, *ADAPTERS]
+    compare(run_at(ADAPTED_LAYOUTS, name, train, block_start, own), adapted_alone)
     names = [name for name in adapted_alone["weights"] if "lora_B" in name]
     assert len(names) == 4 * 2 + 3 + 3 * 3 * (8 + 1)  # queries, keys and values are one layer
     moved = [float(adapted_alone["weights"][name].abs().max()) > 1e-3 for name in names]

@@ -12,8 +12,9 @@ from tests.training.layouts import (
     DISTRIBUTED,
     RECOMPUTE,
     compare,
+    make_start,
+    run_at,
     train,
-    write_start,
 )
 from tests.training.tiny import open_session
 
@@ -79,9 +80,7 @@ ADAPTED_LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start")
-    run_ranks(1, write_start, folder, [])
-    return folder
+    return make_start(tmp_path_factory, [])
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +90,12 @@ def alone(start):
 
 @pytest.mark.parametrize("name", [*TABLE, *MORE])
 def test_the_layout_changes_nothing(start, alone, name):
-    size, overrides = (TABLE | MORE)[name]
-    layout = name.partition(" ")[0]
-    compare(run_ranks(size, train, start, [f"parallel={layout}", *overrides]), alone)
+    compare(run_at(TABLE | MORE, name, train, start, []), alone)
 
 
 @pytest.fixture(scope="module")
 def block_start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blocks")
-    run_ranks(1, write_start, folder, BLOCK_MODEL)
-    return folder
+    return make_start(tmp_path_factory, BLOCK_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +106,7 @@ def block_alone(block_start):
 @pytest.mark.parametrize("name", BLOCK_LAYOUTS)
 def test_the_layout_changes_nothing_of_a_block_model(block_start, block_alone, name):
     """Rows end after the open block, so their lengths change from step to step."""
-    size, overrides = BLOCK_LAYOUTS[name]
-    own = [*BLOCK_SAMPLING, f"parallel={name.partition(' ')[0]}", *overrides]
-    compare(run_ranks(size, train, block_start, own), block_alone)
+    compare(run_at(BLOCK_LAYOUTS, name, train, block_start, BLOCK_SAMPLING), block_alone)
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +117,7 @@ def adapted_alone(start):
 @pytest.mark.parametrize("name", ADAPTED_LAYOUTS)
 def test_the_layout_changes_nothing_of_adapters(start, adapted_alone, name):
     """Of attention, MLP and the head, which has the name of the MLP's second matrix."""
-    size, overrides = ADAPTED_LAYOUTS[name]
-    own = [*ADAPTERS, f"parallel={name.partition(' ')[0]}", *overrides]
-    results = run_ranks(size, train, start, own)
-    compare(results, adapted_alone)
+    compare(run_at(ADAPTED_LAYOUTS, name, train, start, ADAPTERS), adapted_alone)
     names = [name for name in adapted_alone["weights"] if "lora_B" in name]
     assert len(names) == 4 * 5 + 1
     assert min(float(adapted_alone["weights"][name].abs().max()) for name in names) > 1e-3

@@ -8,13 +8,20 @@ import torch.distributed as dist
 
 from agrpo_megatron.checkpoint.start import load_model
 from agrpo_megatron.megatron.engine import build_reference
-from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.rollout.experts import with_experts
 from agrpo_megatron.scaling.memory import rank_memory
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.types import ScoredRows
 from tests.ranks import run_ranks
-from tests.training.layouts import COMMON, DISTRIBUTED, RECOMPUTE, compare, write_start
+from tests.training.layouts import (
+    COMMON,
+    DISTRIBUTED,
+    RECOMPUTE,
+    compare,
+    make_start,
+    outcome,
+    run_at,
+)
 from tests.training.test_expert_layouts import BLOCKS, EXPERTS, SAMPLING
 from tests.training.tiny import open_session
 
@@ -64,16 +71,9 @@ def train(folder, overrides, noise, iterations=2):
         metrics, _ = update_policy(session, engine, rollout, reference)
         tokens.append(rollout.trajectory.tokens)
         numbers.append(metrics)
-    engine.finish_parameters()
-    weights = {name: p.detach() for name, p in engine.network.named_weights()}
-    return {
-        "tokens": tokens,
-        "loss": [record["loss"] for record in numbers],
-        "grad_norm": [record["grad_norm"] for record in numbers],
-        "ratio error": max(record["ratio/max_error"] for record in numbers),
+    return outcome(session, engine, tokens, numbers) | {
         "kl": [record["kl"] for record in numbers],
         "changed": [record.get("experts/changed") for record in numbers],
-        "weights": export_hf(weights, settings.model, session.run.ranks),
         "bytes": sum(
             part.numel() * part.element_size()
             for record in (rollout.experts or {}).values()
@@ -85,9 +85,7 @@ def train(folder, overrides, noise, iterations=2):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("experts")
-    run_ranks(1, write_start, folder, EXPERTS)
-    return folder
+    return make_start(tmp_path_factory, EXPERTS)
 
 
 @pytest.fixture(scope="module")
@@ -129,18 +127,14 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_layout_changes_nothing_of_replayed_experts(start, alone, name):
     """Ranks exchange what they recorded: updates share rows and layers in another way."""
-    size, overrides = LAYOUTS[name]
-    layout = f"parallel={name.partition(' ')[0]}"
-    found = run_ranks(size, train, start, [*REPLAY, layout, *overrides], "layer")
+    found = run_at(LAYOUTS, name, train, start, REPLAY, "layer")
     compare(found, alone)
     assert all(result["changed"] == pytest.approx(alone["changed"], abs=1e-3) for result in found)
 
 
 @pytest.fixture(scope="module")
 def block_start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blocks")
-    run_ranks(1, write_start, folder, BLOCKS)
-    return folder
+    return make_start(tmp_path_factory, BLOCKS)
 
 
 @pytest.mark.parametrize("cached", [True, False])
