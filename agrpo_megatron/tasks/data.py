@@ -51,20 +51,20 @@ def is_local(source: str) -> bool:
     return is_path or _exists(source)
 
 
-def to_problems(
-    rows: Iterable[tuple[int, Row]], make: Callable[[Row], Problem], *, key: str, source: str
-) -> list[tuple[int, Problem]]:
-    """Convert numbered rows to problems.
+def convert_rows[T](
+    rows: Iterable[tuple[int, Row]], make: Callable[[Row], T], *, key: str, source: str
+) -> list[tuple[int, T]]:
+    """Convert numbered rows, to problems for example.
 
     Raises:
         ValueError: a row lacks a column or has a wrong value; the message names the row.
     """
-    problems: list[tuple[int, Problem]] = []
+    made: list[tuple[int, T]] = []
     for number, row in rows:
         try:
             if not isinstance(row, dict):
-                raise ValueError("must hold one object with the columns of a problem")
-            problems.append((number, make(row)))
+                raise ValueError("must hold one object with named columns")
+            made.append((number, make(row)))
         except KeyError as error:
             known = one_line(", ".join(map(str, row)) or "none")
             raise ValueError(
@@ -72,7 +72,7 @@ def to_problems(
             ) from None
         except (ValueError, RecursionError) as error:  # of a deeply nested value
             raise ValueError(f"{key}={source}, row {number}: {error}") from None
-    return problems
+    return made
 
 
 def without_repeats(found: Iterable[tuple[int, Problem]]) -> tuple[list[Problem], list[str]]:

@@ -119,7 +119,7 @@ class PublicTask(Task):
         rows = data.read_rows(source, key=key, split="train" if split == "train" else "test")
         if split == "eval" and self.options.eval_rows == "d1":
             rows = data.d1_rows(rows)
-        found = data.to_problems(rows, self.make_problem, key=key, source=source)
+        found = data.convert_rows(rows, self.make_problem, key=key, source=source)
         answered = [(row, p) for row, p in found if p.fields.get("answer", "") is not None]
         if not answered:
             raise ValueError(f"{key}={source}: no row has an answer; give another file")
