@@ -39,15 +39,6 @@ type Prompt = str | Chat
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A row of supervised data: its messages, of which some replies are trained."""
-
-    messages: tuple[Message, ...]
-    replies: tuple[int, ...]  # places of the assistant's messages that are trained, in order
-    is_chat: bool = True  # False: a text and its continuation, without the chat template
-
-
-@dataclass(frozen=True)
 class Problem:
     """One problem of a task: the input of its grader, and a solution to learn from."""
 

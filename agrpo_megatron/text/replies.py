@@ -8,10 +8,19 @@ import numpy
 
 from agrpo_megatron.text.chat import Template
 from agrpo_megatron.text.tokenizer import Tokenizer
-from agrpo_megatron.types import Chat, Conversation
+from agrpo_megatron.types import Chat, Message
 
 TURNS = ("last", "each", "all")
 PRIVATE = range(0xE000, 0xF8FF)  # characters without a meaning, to mark the end of a text
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row of supervised data: its messages, of which some replies are trained."""
+
+    messages: tuple[Message, ...]
+    replies: tuple[int, ...]  # places of the assistant's messages that are trained, in order
+    is_chat: bool = True  # False: a text and its continuation, without the chat template
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agrpo_megatron.config.settings import TokenizerSettings
-from agrpo_megatron.text.replies import token_rows
+from agrpo_megatron.text.replies import Conversation, token_rows
 from agrpo_megatron.text.tokenizer import Tokenizer, load_tokenizer
-from agrpo_megatron.types import Chat, Conversation, Message
+from agrpo_megatron.types import Chat, Message
 from tests.text.chat_tokenizers import write_dream, write_llada
 
 THINKING = """\

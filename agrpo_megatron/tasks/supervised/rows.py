@@ -14,7 +14,8 @@ from agrpo_megatron.tasks.data import (
     wrong_value,
 )
 from agrpo_megatron.tasks.supervised.columns import EXTRA, Shape, find_shape
-from agrpo_megatron.types import Conversation, Message
+from agrpo_megatron.text.replies import Conversation
+from agrpo_megatron.types import Message
 
 SPEAKERS = {  # of ShareGPT's files and their relatives
     "human": "user",

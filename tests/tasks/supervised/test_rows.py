@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from agrpo_megatron.tasks.supervised.rows import join_reply, read_conversations
-from agrpo_megatron.types import Conversation, Message
+from agrpo_megatron.text.replies import Conversation
+from agrpo_megatron.types import Message
 
 HI, HELLO, BYE, CIAO = "Hi", "Hello.", "Bye", "Ciao."
 USER, REPLY = Message("user", HI), Message("assistant", HELLO)
