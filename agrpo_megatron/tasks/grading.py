@@ -10,7 +10,7 @@ from typing import NamedTuple
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.tasks.base import Split, Task
-from agrpo_megatron.tasks.sandbox import Sandbox, ServerEnded
+from agrpo_megatron.tasks.sandbox.client import Sandbox, ServerEnded
 from agrpo_megatron.types import Problem, Reward
 
 MAX_GRADED = 1000, 100  # problems of a split whose solutions are graded: at once, in workers

@@ -8,7 +8,8 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from agrpo_megatron.tasks import sandbox
+from agrpo_megatron.tasks.sandbox import worker
+from agrpo_megatron.tasks.sandbox.client import Sandbox, ServerEnded
 
 CPU_SECONDS = 0.8  # processor time of a comparison; a longer one counts as different
 WALL_SECONDS = 20 * CPU_SECONDS  # wall time of a comparison, for a busy machine
@@ -25,7 +26,7 @@ class _TooLong(BaseException):  # math-verify and sympy suppress Exceptions
 def equal(gold: str, answer: str) -> bool:
     """Return whether `answer` and `gold` are equal in value; LaTeX or plain, no dollar signs.
 
-    The comparison runs in a child process. For any text it ends within `CPU_SECONDS`, once
+    The comparison runs in a worker process. For any text it ends within `CPU_SECONDS`, once
     math-verify is loaded.
     """
     if _WHOLE_NUMBER.fullmatch(gold) and _WHOLE_NUMBER.fullmatch(answer):
@@ -37,10 +38,10 @@ def equal_in_text(gold: str, text: str) -> bool:
     """Return whether math-verify finds the value of `gold` in a text; bounded like `equal`."""
     if len(text) > MAX_CHARACTERS:
         return False
-    if sandbox.is_child:
+    if worker.is_child:
         return _compare_in_time(gold, text)
     for _ in range(2):  # another process may have killed the server
-        with contextlib.suppress(sandbox.ServerEnded):
+        with contextlib.suppress(ServerEnded):
             return _in_sandbox(gold, text)
     return False
 
@@ -64,7 +65,7 @@ def load_killable_comparison() -> Comparison:
 
 @functools.cache
 def load_comparison() -> Comparison:
-    """Import math-verify (a second), before any fork; return its comparison without time limits."""
+    """Import math-verify (a second) and return its comparison, without time limits."""
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -73,7 +74,7 @@ def load_comparison() -> Comparison:
         wanted, found = (parse(side, parsing_timeout=0) for side in (gold, text))
         return verify(wanted, found, timeout_seconds=0)
 
-    compare(r"$\frac{1}{2}$", "0.5")  # builds the grammar's tables once, before the forks
+    compare(r"$\frac{1}{2}$", "0.5")  # builds the grammar's tables once, for all workers
     return compare
 
 
@@ -84,7 +85,10 @@ def _compare_in_time(gold: str, text: str) -> bool:
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS, CPU_SECONDS / 10)
     try:
         return compare(gold, text)
-    except (_TooLong, Exception):
+    except _TooLong:
+        worker.is_spent = True  # it may have been anywhere in sympy
+        return False
+    except Exception:
         return False
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -95,6 +99,6 @@ def _raise_too_long(*_: Any) -> None:
 
 
 @functools.cache
-def _sandbox() -> sandbox.Sandbox:
+def _sandbox() -> Sandbox:
     factory = "agrpo_megatron.tasks.rewards.equivalence:load_killable_comparison"
-    return sandbox.Sandbox(factory, seconds=WALL_SECONDS)
+    return Sandbox(factory, seconds=WALL_SECONDS)
