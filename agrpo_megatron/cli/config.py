@@ -15,27 +15,29 @@ def add_config(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--ranks", type=int, metavar="N", help="check the layout for this many ranks; default: 1"
     )
-    command.add_argument("--section", default="", help="only settings with this prefix")
+    command.add_argument(
+        "--section", default="", metavar="PREFIX", help="only settings or metrics with this prefix"
+    )
     command.add_argument("--tasks", action="store_true", help="explain the options of each task")
+    command.add_argument("--metrics", action="store_true", help="explain what a run logs")
+    command.add_argument(
+        "--markdown",
+        action="store_true",
+        help="print docs/settings.md, or with --metrics that page",
+    )
     add_overrides(command)
 
 
 def config(arguments: argparse.Namespace) -> int:
-    """Print the settings reference, or check a file and print it resolved."""
-    from rich.console import Console
-
-    from agrpo_megatron.reports.tables import settings_reference
-
-    if arguments.tasks:
-        from agrpo_megatron.tasks import describe_tasks
-
-        for name, described in describe_tasks().items():
-            Console().print(f"[bold]task.name={name}[/]")
-            settings_reference(described, Console())
-        return 0
+    """Print a reference, or check a file and print it resolved."""
     if arguments.file is None:
-        settings_reference(describe(Settings), Console(), prefix=arguments.section)
+        _reference(arguments)
         return 0
+    if arguments.tasks or arguments.metrics or arguments.markdown or arguments.section:
+        raise ValueError(
+            f"agrpo config {arguments.file} checks a file; --section, --tasks, --metrics and "
+            "--markdown are for the references: leave one of the two out"
+        )
     settings = load(Settings, arguments.file, arguments.overrides)
     from agrpo_megatron.runs.directory import plan_settings
     from agrpo_megatron.training.passed import check_start
@@ -46,3 +48,33 @@ def config(arguments: argparse.Namespace) -> int:
     if planned.missing is not None:
         print(f"note: {planned.missing}", file=sys.stderr)
     return 0
+
+
+def _reference(arguments: argparse.Namespace) -> None:
+    """Print the settings, the options of tasks, or the metrics.
+
+    Raises:
+        ValueError: options that exclude each other, or a prefix of nothing.
+    """
+    from rich.console import Console
+
+    from agrpo_megatron.reports import reference
+    from agrpo_megatron.runs.metrics import chosen_metrics
+    from agrpo_megatron.tasks import describe_tasks
+
+    prefix, console = arguments.section, Console()
+    if arguments.tasks and (arguments.metrics or arguments.markdown or prefix):
+        raise ValueError("--tasks prints the options of all tasks; leave out the other options")
+    if arguments.markdown and prefix:
+        raise ValueError(f"--markdown prints a whole page; leave out --section {prefix}")
+    if arguments.markdown:
+        page = reference.metrics_page() if arguments.metrics else reference.settings_page()
+        print(page, end="")
+    elif arguments.metrics:
+        reference.metrics_reference(chosen_metrics(prefix), console)
+    elif arguments.tasks:
+        for name, described in describe_tasks().items():
+            console.print(f"[bold]task.name={name}[/]")
+            reference.settings_reference(described, console)
+    else:
+        reference.settings_reference(describe(Settings), console, prefix=prefix)

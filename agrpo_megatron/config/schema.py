@@ -141,10 +141,12 @@ class Described:
     unit: str
     help: str
     choices: tuple[Any, ...]
+    low: float | None = None
+    high: float | None = None
 
 
 def describe(cls: type, prefix: str = "") -> Iterator[Described]:
-    """Yield every setting below `cls` with type, default, unit, help and choices."""
+    """Yield every setting below `cls` with type, default, unit, help and legal values."""
     hints = typing.get_type_hints(cls)
     defaults = cls()
     for field in dataclasses.fields(cls):
@@ -160,7 +162,20 @@ def describe(cls: type, prefix: str = "") -> Iterator[Described]:
                 meta["unit"],
                 meta["help"] + as_text,
                 meta["choices"],
+                meta["low"],
+                meta["high"],
             )
+
+
+def describe_sections(cls: type, prefix: str = "") -> dict[str, str]:
+    """Return the help of every section below `cls` by its dotted name."""
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hint := hints[field.name]):
+            name = f"{prefix}{field.name}"
+            found[name] = field.metadata["help"]
+            found |= describe_sections(hint, f"{name}.")  # type: ignore[arg-type]
+    return found
 
 
 def _read_merged(cls: type, path: str | Path) -> dict[str, Any]:

@@ -45,7 +45,6 @@ def rl_row(rng, iteration, total):
         "grad_norm": 0.5 + 0.3 * rng.random(),
         "learning_rate": 1e-4,
         "live_steps/mean": 40 - 12 * progress + rng.gauss(0, 1),
-        "live_steps/max": 64,
         "completions/mean_length": 60 - 20 * progress + rng.gauss(0, 2),
         "zero_advantage_fraction": min(1.0, abs(0.5 - 0.4 * progress + rng.gauss(0, 0.05))),
         "rows": round(900 + 100 * rng.random()),

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from agrpo_megatron.config.schema import describe
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.reports.tables import overview_table, settings_reference
+from agrpo_megatron.reports.reference import settings_reference
+from agrpo_megatron.reports.tables import overview_table
 from agrpo_megatron.reports.terminal import LiveView, sparkline
 from agrpo_megatron.reports.trace import Edit, trace
 from tests.reports.synthetic import eval_row, rl_row, sft_row

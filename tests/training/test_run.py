@@ -11,7 +11,7 @@ from agrpo_megatron.runs.progress import read_progress
 from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
-from tests.training.tiny import resolved_run, same_metrics, silent_view
+from tests.training.tiny import resolved_run, same_metrics, silent_view, unknown_metrics
 
 RUN = [
     "sft.iterations=2",
@@ -88,6 +88,7 @@ def test_metrics_tell_every_iteration_and_evaluation_in_order(run):
     ]
     for record in records:
         assert METRICS[record["phase"]] <= record.keys()
+    assert unknown_metrics(records) == set()
     for record in (r for r in records if r["phase"] == "rl"):
         assert record["ratio/max_error"] < 1e-5
         assert 0 < record["perf/packing_efficiency"] <= 1

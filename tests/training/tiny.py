@@ -16,6 +16,7 @@ from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.rollout.session import NoView, Output, Run, Session
+from agrpo_megatron.runs.metrics import find_metric
 from agrpo_megatron.runs.resolve import Resolved, resolve
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.base import Splits
@@ -160,6 +161,12 @@ def gradient(
 def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Return the worst difference of a tensor, relative to its norm."""
     return max(float((ours[n] - t).norm() / t.norm().clamp(min=1e-12)) for n, t in theirs.items())
+
+
+def unknown_metrics(records: Sequence[dict]) -> set[tuple[str, str]]:
+    """Return phase and name of what a run logged and `runs.metrics` does not explain."""
+    names = {(record["phase"], name) for record in records for name in record}
+    return {(phase, name) for phase, name in names if find_metric(name, phase=phase) is None}
 
 
 def same_metrics(ours: Sequence[dict], theirs: Sequence[dict]) -> bool:

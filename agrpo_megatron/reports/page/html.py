@@ -26,6 +26,7 @@ from agrpo_megatron.reports.read import (
     time_totals,
 )
 from agrpo_megatron.reports.text import compact, duration, number, percent, points, written
+from agrpo_megatron.runs.metrics import find_metric
 
 CAPTIONS = {
     "learning": (
@@ -79,7 +80,7 @@ def _page(run: Run) -> str:
     )
     named = {"task": "task.name", "model family": "model.family", "seed": "run.seed"}
     parts = [(name, run.settings.get(key)) for name, key in named.items()]
-    metrics = (("Reinforcement learning", run.rl), ("Supervised", run.sft))
+    phases = (("Reinforcement learning", "rl", run.rl), ("Supervised", "sft", run.sft))
     return templates.get_template("page.html.j2").render(
         name=run.path.resolve().name,
         subtitle=", ".join(f"{name} {value}" for name, value in parts if value is not None),
@@ -87,7 +88,7 @@ def _page(run: Run) -> str:
         facts=_facts(run),
         figures=_figures(run),
         prompts=prompts(run),
-        tables=[_evaluations(run), *(_metrics(title, rows) for title, rows in metrics)],
+        tables=[_evaluations(run), *(_metrics(*phase) for phase in phases)],
         settings=list(_settings(run)),
         broken=run.unreadable_lines,
     )
@@ -195,17 +196,18 @@ def _evaluations(run: Run) -> dict[str, Any]:
     return {"title": "Evaluations", "names": names, "rows": rows, "opened": True}
 
 
-def _metrics(title: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return first, last, smallest and largest value of every metric, also unknown ones."""
+def _metrics(title: str, phase: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the values and the meaning of every metric; unknown ones have no meaning."""
     keys = sorted({key for row in rows for key in row} - {"phase", "iteration"})
     table = []
     for key in keys:
         values = series(rows, key)[1]
         if len(values):
             ends = values[0], values[-1], values.min(), values.max()
-            table.append((key, *map(compact, ends)))
-    names = ("metric", "first", "last", "lowest", "highest")
-    return {"title": f"{title}: all metrics", "names": names, "rows": table}
+            metric = find_metric(key, phase=phase)
+            table.append((key, *map(compact, ends), metric.meaning if metric else ""))
+    names = ("metric", "first", "last", "lowest", "highest", "meaning")
+    return {"title": f"{title}: all metrics", "names": names, "rows": table, "explained": True}
 
 
 def _settings(run: Run) -> Iterator[tuple[str, str, str, str, bool]]:

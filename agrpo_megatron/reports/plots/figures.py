@@ -46,7 +46,7 @@ POLICY_PANELS = (
 SAMPLER_PANELS = (
     Panel(
         "Live denoising steps per completion",
-        (("live_steps/mean", "mean", "blue"), ("live_steps/max", "longest", "muted")),
+        (("live_steps/mean", "", "blue"),),
     ),
     Panel("Completion length (tokens)", (("completions/mean_length", "", "green"),)),
     Panel("Rollouts without advantage", (("zero_advantage_fraction", "", "red"),), percent=True),

@@ -12,7 +12,13 @@ from tests.ranks import run_ranks
 from tests.training.kills import kill_after_line
 from tests.training.test_nan_guard import _spoilt, _useful
 from tests.training.test_run import read
-from tests.training.tiny import open_session, resolved_run, same_metrics, silent_view
+from tests.training.tiny import (
+    open_session,
+    resolved_run,
+    same_metrics,
+    silent_view,
+    unknown_metrics,
+)
 
 AUTO = [
     "algorithm.mc_samples=auto",
@@ -52,6 +58,7 @@ def whole(tmp_path_factory):
 def test_a_run_measures_chooses_and_reports(whole):
     directory, said = whole
     records = _rl(directory)
+    assert unknown_metrics(records) == set()
     measured = [r["iteration"] for r in records if r["measuring_rows"]]
     assert measured[0] == 1 and len(measured) >= 3
     first = records[0]

@@ -1,0 +1,187 @@
+"""Metrics of what a model learns: rewards, completions, loss and policy."""
+
+from agrpo_megatron.runs.metrics.record import ALL, EVAL, GRADED, RL, SFT, UPDATED, Metric
+
+POSITION = (
+    Metric("phase", ALL, "sft, rl or eval: what the line reports."),
+    Metric(
+        "iteration",
+        ALL,
+        "Finished iterations of the phase. An evaluation has that of the RL iteration it follows; "
+        "0 is before the first one.",
+    ),
+    Metric("stage", EVAL, "When the evaluation ran: before, interval or after training with RL."),
+    Metric("problems", EVAL, "Held-out problems, one completion each."),
+)
+
+REWARDS = (
+    Metric(
+        "reward/mean",
+        GRADED,
+        "Mean score. In RL it is over all completions of the iteration, those of replaced groups "
+        "included; in an evaluation over the held-out problems.",
+        healthy="Rises. If it is flat, look at `zero_advantage_fraction` and `failed_rewards`.",
+    ),
+    Metric(
+        "reward/std",
+        GRADED,
+        "Standard deviation of the scores over the same completions.",
+        healthy="Above 0: equal scores have no advantage.",
+    ),
+    Metric("reward/<label>/mean", GRADED, "Mean score of one task of a mixture, by its label."),
+    Metric("reward/<part>", GRADED, "Mean of a named part of the reward (`Reward.parts`)."),
+    Metric(
+        "failed_rewards",
+        GRADED,
+        "Completions whose reward raised, hung or returned no reward. Each is scored "
+        "`task.grader.failed_score`.",
+        healthy="0. A warning names the reasons.",
+    ),
+    Metric(
+        "accuracy",
+        GRADED,
+        "Share of completions that are correct. In RL it is of sampled completions of training "
+        "problems; in an evaluation of held-out problems, sampled at `evaluation.temperature`.",
+        healthy="Rises, in evaluations too.",
+    ),
+    Metric("accuracy/<label>", GRADED, "Accuracy on one task of a mixture, by its label."),
+    Metric(
+        "accuracy_low", EVAL, "Lower end of the 95 % interval of `accuracy`, over the problems."
+    ),
+    Metric(
+        "accuracy_high", EVAL, "Upper end of the 95 % interval of `accuracy`, over the problems."
+    ),
+    Metric(
+        "summary/<name>",
+        EVAL,
+        "A figure of the task's own (`Task.summary`), such as the two averages of Sudoku's cells.",
+    ),
+)
+
+SAMPLER = (
+    Metric(
+        "entropy",
+        RL,
+        "Mean entropy of the distributions that the tokens were drawn from.",
+        unit="nats per token",
+        healthy="Falls slowly. Near 0 the policy has collapsed; a steep rise means noise.",
+    ),
+    Metric(
+        "live_steps/mean",
+        RL,
+        "Denoising steps of a completion that an update may score, on average.",
+        unit="steps",
+    ),
+    Metric(
+        "completions/mean_length",
+        RL,
+        "Tokens of a completion before its first end-of-text token, on average.",
+        unit="tokens",
+        healthy="Below `sampling.completion_length`; at it, answers may be cut off.",
+    ),
+    Metric(
+        "completions/empty_fraction",
+        RL,
+        "Share of completions that begin with end-of-text.",
+        healthy="Near 0.",
+    ),
+    Metric(
+        "zero_advantage_fraction",
+        RL,
+        "Share of rollouts whose advantage is 0, mostly because all completions of their group "
+        "earned the same reward. They have no gradient.",
+        healthy="Below 1. At 1 an update changes nothing.",
+    ),
+    Metric(
+        "rollout/rounds",
+        RL,
+        "Further rounds, which sample new groups in place of groups of equal rewards; with "
+        "`algorithm.resample_rounds`.",
+    ),
+    Metric("rollout/resampled_groups", RL, "Groups that the further rounds sampled."),
+    Metric(
+        "rollout/replayed",
+        RL,
+        "Completions that were read from another run; with `train.from_rollouts`.",
+    ),
+    Metric(
+        "rollout/bubble",
+        RL,
+        "Share of the pipeline's slots in which a stage waited during sampling; with pipeline "
+        "parallelism.",
+        healthy="A few percent; larger batches of prompts reduce it.",
+    ),
+)
+
+POLICY = (
+    Metric(
+        "loss",
+        SFT,
+        "Masked-diffusion cross-entropy, weighted as `sft` sets it: mean over the batch.",
+        unit="nats",
+        healthy="Falls, noisily: each example has its own number of masks.",
+    ),
+    Metric(
+        "loss",
+        RL,
+        "The loss whose gradient the update takes: mean over rollouts, and over updates.",
+        healthy="About 0, by construction: in the first update all ratios are 1, so the policy "
+        "loss is minus the mean weighted advantage, and the advantages of a group sum to 0. Its "
+        "gradient is not 0. Judge a run by rewards, not by this.",
+    ),
+    Metric(
+        "loss/<name>", RL, "A metric of your own loss function (`algorithm.loss=FILE.py:NAME`)."
+    ),
+    Metric(
+        "grad_norm",
+        UPDATED,
+        "Norm of the gradient before clipping; of several updates the largest.",
+        healthy="Stable.",
+    ),
+    Metric("learning_rate", UPDATED, "Learning rate of the last update."),
+    Metric("scored_tokens", SFT, "Masked tokens of the batch that the loss scores.", unit="tokens"),
+    Metric(
+        "ratio/mean",
+        RL,
+        "Mean policy ratio of the scored tokens: their probability now over that in the rollout.",
+        healthy="1 in a first update; near 1 with several updates an iteration.",
+    ),
+    Metric(
+        "ratio/max_error",
+        RL,
+        "Largest distance of a policy ratio from 1 in the first update, where the weights are "
+        "still those that sampled. It measures how far rollout and training disagree.",
+        healthy="0 in fp32 on one rank, below 1e-5 on several; always below `train.ratio_alarm`.",
+    ),
+    Metric(
+        "ratio/p99_error",
+        RL,
+        "The same distance that 99 % of the tokens do not exceed; less noisy than the largest.",
+    ),
+    Metric(
+        "clip_fraction",
+        RL,
+        "Share of the scored tokens whose ratio the loss clips.",
+        healthy="0 with one update an iteration.",
+    ),
+    Metric(
+        "kl",
+        RL,
+        "Mean estimate of the KL divergence from the reference policy; 0 without one "
+        "(`algorithm.kl_coefficient: 0`).",
+        unit="nats per token",
+    ),
+    Metric(
+        "experts/changed",
+        RL,
+        "Share of the rollout's choices of experts that the routers of the first update make "
+        "otherwise; with `algorithm.rollout_experts`.",
+        healthy="Near 0; with replay the rollout's choices are used all the same.",
+    ),
+    Metric(
+        "skipped_updates",
+        UPDATED,
+        "Updates left out because the loss or the gradient was not finite.",
+        healthy="0. Rollouts that caused one are named in `nonfinite.jsonl`.",
+    ),
+)

@@ -1,0 +1,105 @@
+"""Metrics of the work: rows, FLOPs, time, ranks, alarms, and the choice of draws."""
+
+from agrpo_megatron.runs.metrics.record import EVAL, RL, UPDATED, Metric
+
+WORK = (
+    Metric(
+        "rows",
+        RL,
+        "Rows scored with gradient: each is one state (one drawn step) of one rollout. It is at "
+        "most rollouts x `algorithm.mc_samples` x updates; rollouts without advantage have none.",
+    ),
+    Metric(
+        "scoring_rows",
+        RL,
+        "Rows scored without gradient, for older log-probabilities, a reference or a joint loss.",
+    ),
+    Metric("micro_batches", RL, "Micro-batches of each data-parallel rank, over all updates."),
+    Metric(
+        "perf/packing_efficiency",
+        RL,
+        "Tokens of the rows over the tokens that their micro-batches may hold "
+        "(`train.token_budget`).",
+        healthy="Near 1; a larger token budget raises it.",
+    ),
+    Metric("flops", RL, "FLOPs of the iteration: rollouts, updates and measurements.", "FLOP"),
+    Metric("update_flops", RL, "FLOPs of the updates alone, part of `flops`.", "FLOP"),
+)
+
+DRAWS = (
+    Metric(
+        "mc_samples",
+        RL,
+        "Draws per rollout of this iteration's updates; with `algorithm.mc_samples: auto`.",
+    ),
+    Metric(
+        "auto/draw_noise",
+        RL,
+        "Variance of the gradient by these draws over its variance by completions.",
+        healthy="Below 1: more draws would hardly help.",
+    ),
+    Metric("auto/share", RL, "Work of all measurements over the work of all iterations, so far."),
+    Metric(
+        "auto/draw_noise/<draws>", RL, "`auto/draw_noise` of a candidate, where it is measured."
+    ),
+    Metric(
+        "auto/signal/<draws>",
+        RL,
+        "A candidate's signal for the work, over that of the chosen number.",
+    ),
+    Metric(
+        "measuring_rows",
+        RL,
+        "Rows scored with gradient in order to measure; `rows` does not count them.",
+        healthy="0 in most iterations.",
+    ),
+    Metric("measuring_flops", RL, "FLOPs of the measurement, part of `flops`.", "FLOP"),
+)
+
+TIME = (
+    Metric("timing/iteration", UPDATED, "The whole iteration, without evaluation and saving.", "s"),
+    Metric("timing/rollout", RL, "Sampling, with the rewards that are graded meanwhile.", "s"),
+    Metric("timing/reward", RL, "Grading after the last completion was sampled.", "s"),
+    Metric("timing/reward_hidden", RL, "Grading while sampling went on; it costs no time.", "s"),
+    Metric("timing/update", RL, "The updates: forward, backward, optimizer.", "s"),
+    Metric("timing/measure", RL, "A measurement of the draws; not part of `timing/update`.", "s"),
+    Metric(
+        "timing/cpu",
+        RL,
+        "CPU time of the main rank's process; above `timing/iteration` where "
+        "several threads compute.",
+        "s",
+    ),
+    Metric("timing/evaluation", EVAL, "Sampling and grading all held-out problems.", "s"),
+)
+
+SPEED = (
+    Metric(
+        "perf/tokens_per_second",
+        UPDATED,
+        "Tokens that ran through the model in the iteration, on all ranks, over its time. In RL "
+        "each denoising step counts its tokens.",
+        unit="tokens/s",
+    ),
+)
+
+RANKS = (
+    Metric("section/<name>", UPDATED, "Time of the slowest rank in a section of the work.", "s"),
+    Metric(
+        "straggler/<name>",
+        UPDATED,
+        "Time of the slowest rank over the median of the ranks.",
+        healthy="1; a warning names a rank above 1.5 five times in a row.",
+    ),
+    Metric("straggler/<name>_rank", UPDATED, "The slowest rank."),
+)
+
+ALARMS = (
+    Metric(
+        "alarm/<name>",
+        RL,
+        "1 while an alarm is on: ratio, empty, entropy, entropy_rise or zero_variance; each has a "
+        "level in the settings (`train.ratio_alarm`, `resilience.*_alarm`).",
+        healthy="0",
+    ),
+)
