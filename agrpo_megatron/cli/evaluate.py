@@ -3,9 +3,11 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from agrpo_megatron.cli.common import (
+    Target,
     add_command,
     add_overrides,
     add_target,
@@ -62,6 +64,13 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--restart", action="store_true", help="move an earlier evaluation away, and start again"
     )
+    command.add_argument(
+        "--show-prompt",
+        nargs="?",
+        const="1",
+        metavar="N",
+        help="print the exact text and the token ids of each task's N-th (first) prompt, and end",
+    )
     command.add_argument("--json", action="store_true", help="print the results as JSON")
     add_overrides(command)
 
@@ -80,6 +89,9 @@ def add_report(commands: argparse._SubParsersAction) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Evaluate a model over the grid of `evaluation`, and print the results."""
+    asked = arguments.show_prompt
+    if asked is not None and "=" in asked:  # the next argument is a setting, not N
+        arguments.overrides, asked = [asked, *arguments.overrides], "1"
     target = open_target(arguments)
     from agrpo_megatron.evaluation.plan import plan_evaluation
     from agrpo_megatron.evaluation.results import ResultStore
@@ -87,6 +99,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.runs.directory import move_away
     from agrpo_megatron.runs.files import check_folder, naming_full_disk
 
+    if asked is not None:
+        return _show_prompts(target, asked)
     name = f"{target.name}-{arguments.name}" if arguments.name else target.name
     store = ResultStore(arguments.output or target.folder / name)
     is_begun = store.is_begun()  # --restart moves no directory of something else
@@ -114,6 +128,31 @@ def evaluate(arguments: argparse.Namespace) -> int:
     with naming_full_disk(store.directory):
         if is_main():
             _conclude(results, store.directory, as_json=arguments.json)
+    return 0
+
+
+def _show_prompts(target: Target, asked: str) -> int:
+    """Print the text of each task's so-many-th prompt, with its special tokens, and its ids."""
+    from agrpo_megatron.evaluation.plan import plan_evaluation
+    from agrpo_megatron.tasks.base import task_prompts
+
+    plan = plan_evaluation(
+        target.settings, checkpoint=target.checkpoint, label="", world_size=world_size()
+    )
+    for label, task in plan.tasks.items():
+        problems, tokenizer = plan.problems[label], plan.resolved.tokenizer
+        number = int(asked) if asked.isdecimal() else 0
+        if not 1 <= number <= len(problems):
+            raise ValueError(
+                f"--show-prompt {asked}: task {label} has {len(problems)} problems; use 1 to "
+                f"{len(problems)}"
+            )
+        chosen = problems[number - 1]
+        (prompt,) = task_prompts(task, [chosen], split=plan.split)
+        ids = tokenizer.encode_prompt(prompt)
+        if is_main():
+            print(f"task {label}, problem {chosen.key}, {len(ids)} tokens\n")
+            print(f"{tokenizer.text_of(prompt)}\n\n{' '.join(map(str, ids))}\n")
     return 0
 
 
@@ -164,12 +203,18 @@ def _run(plan, store):
     view = EvaluationView(live=plan.resolved.settings.logging.live, is_main=is_main())
     for note in plan.resolved.task.notes:
         view.note(note)
+    batches = len(plan.batches())
     opening = opened(plan.resolved, plan.checkpoint)
     with ending_together(view), naming_full_disk(store.directory), opening as (session, network):
         if is_main():
+            view.begin(
+                {label: len(found) for label, found in plan.problems.items()},
+                cells=len(plan.cells),
+                batches=batches,
+            )
             for note in wrong_solutions(session.run.task, session.run.grader, plan.split):
                 view.note(note)
-        return evaluate_grid(session, network, plan, store, view.show)
+        return evaluate_grid(session, network, plan, store, view.show, partial(view.tick, batches))
 
 
 def _conclude(results: dict, directory: Path, *, as_json: bool) -> None:

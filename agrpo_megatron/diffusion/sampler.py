@@ -31,6 +31,7 @@ from agrpo_megatron.diffusion.sampler_state import (
     block_positions,
     commit,
     commit_edits,
+    end_rows,
     start,
     trajectory,
 )
@@ -69,6 +70,9 @@ class SamplerHooks:
     on_complete: Callable[[list[int], Trajectory], None] | None = None
     # Called between denoising steps; returns the same on all ranks of a replica.
     should_stop: Callable[[], bool] = lambda: False
+    # Called with rows after a denoising step of theirs; returns those that end here, the same on
+    # all ranks of a replica.
+    on_step: Callable[[SamplerState, list[int]], Sequence[int]] = lambda state, rows: ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ def sample(
         if len(in_flight) == most or is_stalled or not admission.waiting:
             group = in_flight.popleft()
             live = _finish(state, group, context, slots)
+            live = end_rows(state, live, hooks.on_step(state, group.numbers), context.eos_id)
             complete = sorted(set(group.numbers) - set(live))
             if complete and hooks.on_complete is not None:
                 hooks.on_complete(complete, trajectory(state, complete))

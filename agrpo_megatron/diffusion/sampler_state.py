@@ -232,6 +232,17 @@ def advance(
     return [number for number, is_over in zip(numbers, over_here, strict=True) if not is_over]
 
 
+def end_rows(
+    state: SamplerState, live: list[int], ended: Sequence[int], eos_id: int | None
+) -> list[int]:
+    """End some of the live rows before their last step; returns the others."""
+    if not (ending := [row for row in live if row in ended]):
+        return live
+    assert eos_id is not None
+    _fill_tail(state, ending, eos_id)
+    return [row for row in live if row not in ending]
+
+
 def trajectory(state: SamplerState, rows: list[int]) -> Trajectory:
     """Return the trajectory of complete rows."""
     chosen = on_device(rows, state.step.device)

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ def evaluate_grid(
     plan: Plan,
     store: ResultStore,
     show: Callable[[EvaluationProgress], None],
+    tick: Callable[[int, float], None] = lambda number, share: None,
 ) -> dict[str, Any]:
     """Complete the rest of a plan and store it; called by every rank.
 
@@ -88,6 +90,7 @@ def evaluate_grid(
 
     Args:
         show: called on the main rank after every batch.
+        tick: called on every rank after a denoising step, with the batch's number and share done.
 
     Raises:
         ValueError: on every rank, if the stored completions do not match the plan.
@@ -100,7 +103,7 @@ def evaluate_grid(
         if number < done:
             of_cell += earlier[number] if is_main else []
         else:
-            lines = _complete(session, network, plan, batch)
+            lines = _complete(session, network, plan, batch, partial(tick, number))
             if not is_main:
                 continue
             store.append(lines)
@@ -158,17 +161,27 @@ def _earlier(plan: Plan, batches: Sequence[Batch], store: ResultStore) -> list[l
     return found
 
 
-def _complete(session: Session, network: Network, plan: Plan, batch: Batch) -> list[Line]:
+def _complete(
+    session: Session, network: Network, plan: Plan, batch: Batch, tick: Callable[[float], None]
+) -> list[Line]:
     """Complete a batch; return its lines of completions.jsonl. Called by every rank."""
-    run = session.run
+    run, sampling = session.run, cell_sampling(session.run.settings, batch.cell)
     asked = [(place, sample) for place in batch.places for sample in range(plan.samples)]
     noise = [EVALUATION_IDS + place + sample * SAMPLE_IDS for place, sample in asked]
     problems = [plan.problems[batch.label][place] for place, _ in asked]
+    done, total = 0, len(asked) * sampling.most_steps / network.ranks.data.size
+
+    def on_step(rows: int) -> None:
+        nonlocal done
+        done += rows
+        tick(min(1.0, done / total))
+
     request = Request(
         problems,
         torch.tensor(noise, device=network.ranks.device),
-        cell_sampling(run.settings, batch.cell),
+        sampling,
         split=plan.split,
+        on_step=on_step,
     )
     graded = generate(session, network, request)
     trajectory, stop_ids = graded.trajectory, run.tokenizer.stop_ids
@@ -182,6 +195,7 @@ def _complete(session: Session, network: Network, plan: Plan, batch: Batch) -> l
             "sample": sample,
             **asdict(batch.cell),
             "prompt": shown_prompt(prompts[row]),
+            "input": run.tokenizer.text_of(prompts[row]),
             "completion": run.tokenizer.decode(ids),
             "raw": run.tokenizer.decode_raw(ids),
             **asdict(graded.rewards[row]),

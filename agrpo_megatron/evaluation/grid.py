@@ -117,6 +117,11 @@ def _check_samples(chosen: EvaluationSettings) -> None:
     for key in ("completion_lengths", "steps", "tokens_per_step"):
         if getattr(chosen, key) == []:
             raise ValueError(f"evaluation.{key}=[] is empty; name at least one, or use null")
+    if chosen.few_shot and chosen.split == "train":
+        raise ValueError(
+            f"evaluation.few_shot={chosen.few_shot} shows training problems, and evaluation.split="
+            "train asks them; use evaluation.few_shot=0, or evaluation.split=eval"
+        )
     is_random = chosen.temperature > 0 or chosen.unmasking in ("random", "bernoulli")
     if chosen.samples > 1 and not is_random:
         raise ValueError(

@@ -14,10 +14,10 @@ from agrpo_megatron.config.settings import EvaluationSettings, ModelSettings, Se
 from agrpo_megatron.evaluation.grid import Cell, cell_sampling, evaluation_grid
 from agrpo_megatron.runs.files import digest
 from agrpo_megatron.runs.progress import RUN_SETTINGS, checkpoint_path
-from agrpo_megatron.runs.resolve import Resolved, problems_by_task, resolve
+from agrpo_megatron.runs.resolve import Resolved, resolve
 from agrpo_megatron.tasks import Task, build_task
 from agrpo_megatron.tasks.base import Split, task_prompts
-from agrpo_megatron.tasks.mixture import Mixture
+from agrpo_megatron.tasks.mixture import Mixture, problems_by_task
 from agrpo_megatron.tasks.public import NONE, PublicTask
 from agrpo_megatron.types import Problem
 
@@ -157,7 +157,7 @@ def _prepared(settings: Settings, cells: Sequence[Cell]) -> Settings:
     task = replace(settings.task, pass_rates=None)
     if settings.evaluation.tasks:
         task = replace(task, name=Mixture.name, mixture=settings.evaluation.tasks, options={})
-    if settings.evaluation.split == "eval":
+    if settings.evaluation.split == "eval" and not settings.evaluation.few_shot:
         task = _held_out_only(task)
     return replace(settings, task=task)
 
@@ -221,6 +221,7 @@ def _identity(resolved: Resolved, cells: Sequence[Cell]) -> dict[str, Any]:
         "seed": settings.run.seed,
         "split": settings.evaluation.split,
         "samples": settings.evaluation.samples,
+        **({"few_shot": few_shot} if (few_shot := settings.evaluation.few_shot) else {}),
         "steps": {
             str(length): [c.denoising_steps for c in cells if c.completion_length == length]
             for length in dict.fromkeys(cell.completion_length for cell in cells)

@@ -144,6 +144,29 @@ class EvaluationView:
         if self._is_main:
             self._console.print(Text(visible(text), style="dim"), soft_wrap=True)
 
+    def begin(self, tasks: Mapping[str, int], *, cells: int, batches: int) -> None:
+        """Print what is evaluated, before anything is.
+
+        Args:
+            tasks: problems by task.
+            cells: lengths and numbers of steps of each task.
+        """
+        asked = ", ".join(f"{count} problems of {task}" for task, count in tasks.items())
+        self.note(f"evaluating {asked}, at {cells} lengths and steps, in {batches} batches")
+
+    def tick(self, batches: int, number: int, share: float) -> None:
+        """Show how far a batch is, where no line was printed for a while.
+
+        Args:
+            number: of the batch, from 0.
+            share: of its denoising steps that are done.
+        """
+        now = time.monotonic()
+        if self._is_main and not self._is_live and now - self._said > EVERY:
+            self._said = now
+            line = f"batch {number + 1}/{batches}  {percent(share)} of its denoising steps"
+            print(line, file=sys.stderr, flush=True)
+
     def show(self, progress: EvaluationProgress) -> None:
         """Show the progress of the evaluation."""
         now = time.monotonic()

@@ -1,7 +1,7 @@
 """Completions of problems: sampled by all ranks, and graded."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion.sampler import SamplerContext, SamplerHooks, SamplingStopped, sample
+from agrpo_megatron.diffusion.sampler_state import SamplerState
 from agrpo_megatron.megatron.forward import RolloutForward
 from agrpo_megatron.megatron.layers.cache import make_store
 from agrpo_megatron.megatron.network import Network
@@ -35,6 +36,8 @@ class Request:
     split: Split = "train"  # prompts and rewards of training, or of evaluation
     weights_version: int = 0
     name: str = ""  # in the rollout cache; empty: no caching
+    # Receives on each rank how many of its replica's rows took a denoising step.
+    on_step: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -181,8 +184,14 @@ def _sample_share(
         if writer is not None:
             writer.add(replace(part, weights_version=request.weights_version))
 
+    def on_step(_: SamplerState, rows: list[int]) -> Sequence[int]:
+        if request.on_step is not None:
+            request.on_step(len(rows))
+        return ()
+
     turns = Turns(safety.stop, network.ranks)
-    hooks = SamplerHooks(on_complete, turns.is_asked if request.name else lambda: False)
+    is_asked = turns.is_asked if request.name else lambda: False
+    hooks = SamplerHooks(on_complete, is_asked, on_step)
     sampled = None
     try:
         sampled = sample_prompts(

@@ -13,12 +13,12 @@ from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.families.lora import check_stages
 from agrpo_megatron.runs.loaded_model import missing_files, with_loaded_model
 from agrpo_megatron.tasks import Task, build_task
-from agrpo_megatron.tasks.base import SPLITS, Split, as_prompt, task_prompts
+from agrpo_megatron.tasks.base import SPLITS, NoTask, Split, as_prompt, task_prompts
 from agrpo_megatron.tasks.curriculum import filter_by_pass_rate, solved_problems
-from agrpo_megatron.tasks.mixture import Mixture
+from agrpo_megatron.tasks.mixture import problems_by_task
 from agrpo_megatron.text.chat import Jinja
 from agrpo_megatron.text.tokenizer import Tokenizer, load_tokenizer
-from agrpo_megatron.types import Chat, Problem, Prompt
+from agrpo_megatron.types import Chat, Prompt
 
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "eval": "held-out"}
 
@@ -42,11 +42,14 @@ class Planned:
     missing: str | None  # one line on what a run needs and this machine lacks
 
 
-def resolve(settings: Settings, *, world_size: int, needs: Sequence[Split] = SPLITS) -> Resolved:
+def resolve(
+    settings: Settings, *, world_size: int, needs: Sequence[Split] | None = SPLITS
+) -> Resolved:
     """Fill what follows from `model.load` and the tokenizer, then check everything.
 
     Args:
-        needs: splits that must have problems; training ones only if the run trains.
+        needs: splits that must have problems; training ones only if the run trains. None: the task
+            is not read.
 
     Raises:
         ValueError: any rule is broken; the message names key, value, rule and fix.
@@ -104,7 +107,7 @@ def _validate_known(settings: Settings, world_size: int) -> None:
 
 
 def _resolved(
-    settings: Settings, tokenizer: Tokenizer, *, world_size: int, needs: Sequence[Split]
+    settings: Settings, tokenizer: Tokenizer, *, world_size: int, needs: Sequence[Split] | None
 ) -> Resolved:
     """Fill what follows from the tokenizer into settings with a known model; check everything."""
     model = settings.model
@@ -117,22 +120,26 @@ def _resolved(
     settings = replace(settings, model=model)
     _validate_known(settings, world_size)
     _check_tokens(model, tokenizer)
-    task = _filled_task(settings, needs)
+    task = NoTask(settings.task, None) if needs is None else _filled_task(settings, needs)
     for key, own in (("mask_token_id", tokenizer.mask_id), ("eos_token_id", tokenizer.eos_id)):
         if (used := getattr(model, key)) != own:
             task.notes.append(f"model.{key}={used} is used; the tokenizer's own is {own}")
     check_prompts(settings, task, tokenizer)
     filter_by_pass_rate(task, settings.task)
-    if settings.sft.iterations > 0 and "train" in needs:
+    if settings.sft.iterations > 0 and "train" in (needs or ()):
         _check_solutions(settings, task, tokenizer)
     return Resolved(settings, task, tokenizer)
 
 
 def _filled_task(settings: Settings, needs: Sequence[Split]) -> Task:
     """Build the task, which must have the problems that are needed."""
-    task = build_task(settings.task)
-    trains = settings.train.iterations > 0 or settings.sft.iterations > 0
-    _require_problems(task, needs, trains=trains)
+    task, trains = (
+        build_task(settings.task),
+        max(settings.train.iterations, settings.sft.iterations),
+    )
+    _require_problems(task, needs, trains=trains > 0)
+    if settings.evaluation.few_shot:
+        task.show_examples(settings.evaluation.few_shot)
     return task
 
 
@@ -236,16 +243,6 @@ def _text_notes(
         name = tokenizer.decode_raw([min(held[0])])
         notes.append(f"{len(held)} of {len(prompts)} {what} hold control tokens such as {name}")
     return notes
-
-
-def problems_by_task(task: Task, split: Split) -> dict[str, list[Problem]]:
-    """Return the problems of a split by label: the parts of a mixture, or the single task."""
-    if not isinstance(task, Mixture):
-        return {task.settings.name: list(task.problems(split))}
-    found: dict[str, list[Problem]] = {label: [] for label in task.parts}
-    for problem in task.problems(split):
-        found[problem.task].append(problem)
-    return found
 
 
 def _too_long(found: str, limit: int | None, room: int, *, longest: int, length: int) -> str:

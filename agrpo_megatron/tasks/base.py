@@ -1,8 +1,9 @@
 """The interface of a task: its problems, their prompts, and the grading of completions."""
 
+import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from agrpo_megatron.config.settings import TaskSettings
@@ -13,6 +14,7 @@ type Splits = Mapping[Split, Sequence[Problem]]
 
 SPLITS: tuple[Split, ...] = ("train", "eval")
 MESSAGE = set(Message._fields)
+BETWEEN = "\n\n"  # after each example of a prompt that is text
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -35,6 +37,8 @@ class Task:
     def __init__(self, settings: TaskSettings, options: Any):
         self.settings, self.options = settings, options
         self.notes: list[str] = []  # remarks on the problems, for the user
+        # Solved problems before each one of evaluation: prompts and solutions.
+        self.examples: Sequence[tuple[Prompt, str]] = ()
         self._splits: Splits | None = None
 
     def prepare(self) -> None:
@@ -117,12 +121,47 @@ class Task:
         """Return the number of training problems and the weight of each part of the task."""
         return ((len(self.problems("train")), 1.0),)
 
+    def show_examples(self, count: int, *, among: Sequence[Problem] | None = None) -> None:
+        """Show training problems with their solutions before each one of evaluation; mutates.
+
+        They are drawn by `task.seed`, and are always the same ones.
+
+        Args:
+            among: the problems to draw from; None: all that have a known solution.
+
+        Raises:
+            ValueError: too few problems have a known solution.
+        """
+        problems = self.problems("train") if among is None else among
+        solved = [p for p in problems if self.known_solution(p, "eval")]
+        if len(solved) < count:
+            raise ValueError(
+                f"evaluation.few_shot={count}: task {self.settings.name} has {len(solved)} "
+                f"training problems with a known solution; use at most {len(solved)}"
+            )
+        chosen = random.Random(self.settings.seed).sample(solved, count)
+        prompts = task_prompts(self, chosen, split="eval")
+        solutions = [self.known_solution(problem, "eval") for problem in chosen]
+        self.examples = tuple(zip(prompts, solutions, strict=True))
+
+    def examples_for(self, problem: Problem) -> Sequence[tuple[Prompt, str]]:
+        """Return the solved problems that evaluation shows before a problem."""
+        return self.examples
+
     def keep(self, rule: Callable[[Split, Problem], bool]) -> None:
         """Keep only the problems that satisfy `rule`; mutates the task."""
         self._splits = {
             split: [problem for problem in self.problems(split) if rule(split, problem)]
             for split in SPLITS
         }
+
+
+class NoTask(Task):
+    """No problems: for a model that is used without its task."""
+
+    def load(self) -> Splits:
+        """Return no problems."""
+        return {"train": [], "eval": []}
 
 
 def task_prompts(task: Task, problems: Sequence[Problem], *, split: Split) -> list[Prompt]:
@@ -140,8 +179,28 @@ def task_prompts(task: Task, problems: Sequence[Problem], *, split: Split) -> li
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{at}() raised {reason}; fix it there") from error
-        prompts.append(as_prompt(made, of=at))
+        examples = task.examples_for(problem) if split == "eval" else ()
+        prompts.append(_after_examples(as_prompt(made, of=at), examples))
     return prompts
+
+
+def _after_examples(prompt: Prompt, examples: Sequence[tuple[Prompt, str]]) -> Prompt:
+    """Put solved problems before a prompt: as text, or as earlier turns of its chat."""
+    if not examples:
+        return prompt
+    if isinstance(prompt, str):
+        if not all(isinstance(text, str) for text, _ in examples):
+            raise ValueError(
+                "evaluation.few_shot: the task's prompts are both texts and chats; use one kind"
+            )
+        return "".join(f"{text}{solution}{BETWEEN}" for text, solution in examples) + prompt
+    turns: list[Message] = [m for m in prompt.messages if m.role == "system"]
+    for asked, solution in examples:
+        chat = asked if isinstance(asked, Chat) else Chat((Message("user", asked),))
+        turns += [m for m in chat.messages if m.role != "system"]
+        turns.append(Message("assistant", chat.prefill + solution))
+    turns += [m for m in prompt.messages if m.role != "system"]
+    return replace(prompt, messages=tuple(turns))
 
 
 def as_prompt(made: Any, *, of: str) -> Prompt:

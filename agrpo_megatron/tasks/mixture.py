@@ -93,6 +93,15 @@ class Mixture(Task):
             found |= {f"{label}/{name}": value for name, value in metrics.items()}
         return found
 
+    def show_examples(self, count: int, *, among: Sequence[Problem] | None = None) -> None:
+        """Show each task's own training problems; those that leak into another one are left out."""
+        for label, (task, _) in self.parts.items():
+            task.show_examples(count, among=[p for p in self.problems("train") if p.task == label])
+
+    def examples_for(self, problem: Problem) -> Sequence[tuple[Prompt, str]]:
+        """Return the examples of the problem's task."""
+        return self._task(problem).examples_for(problem)
+
     def _task(self, problem: Problem) -> Task:
         return self.parts[problem.task][0]
 
@@ -102,6 +111,16 @@ class Mixture(Task):
             with part_errors(label):
                 found[label] = task.problems(split)
         return found
+
+
+def problems_by_task(task: Task, split: Split) -> dict[str, list[Problem]]:
+    """Return the problems of a split by label: the parts of a mixture, or the single task."""
+    if not isinstance(task, Mixture):
+        return {task.settings.name: list(task.problems(split))}
+    found: dict[str, list[Problem]] = {label: [] for label in task.parts}
+    for problem in task.problems(split):
+        found[problem.task].append(problem)
+    return found
 
 
 def _class_name(task: Task) -> tuple[str, str]:

@@ -52,13 +52,17 @@ class Tokenizer:
         """Return the ids of a text, or of a chat in the chat template."""
         return self.encode_prompts([prompt])[0]
 
+    def text_of(self, prompt: Prompt) -> str:
+        """Return the exact text of a prompt, with the tokens of the chat template."""
+        return prompt if isinstance(prompt, str) else self.render(prompt)
+
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the ids of each prompt in one call, which is faster.
 
         Raises:
             ValueError: a text holds half of a surrogate pair.
         """
-        texts = [p if isinstance(p, str) else self.render(p) for p in prompts]
+        texts = [self.text_of(prompt) for prompt in prompts]
         try:
             "".join(texts).encode()
         except UnicodeEncodeError as error:

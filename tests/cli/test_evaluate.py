@@ -64,6 +64,8 @@ def test_what_is_finished_is_told_and_begun_anew_only_when_asked(run, tmp_path):
         assert status == 0 and "run rl-000003-seeds  sudoku" in printed
         assert "length  steps  problems  accuracy  95 % interval" in printed
         assert f"next    agrpo report {output}" in printed
+    begun = "evaluating 6 problems of sudoku, at 1 lengths and steps, in 1 batches"
+    assert first[1].startswith(begun) and begun not in again[1]
     assert "cell 1/1" in first[1] and "cell 1/1" not in again[1]
     assert f"{output} is finished; add --restart to evaluate again" in again[1]
     assert changed[0] == 2

@@ -80,9 +80,14 @@ def _evaluate(run_dir, output, overrides, kill=None):
         stored=store.stored(),
     )
     store.check(plan.evaluation)
-    shown = []
+    shown, ticks = [], []
     with opened(plan.resolved, plan.checkpoint) as (session, network):
-        results = evaluate_grid(session, network, plan, store, shown.append)
+        show, tick = shown.append, lambda number, share: ticks.append((number, share))
+        results = evaluate_grid(session, network, plan, store, show, tick)
+    if kill is None and os.environ["WORLD_SIZE"] == "1" and ticks:
+        assert ticks == sorted(ticks), "batch after batch, each from little to all"
+        assert [share for number, share in ticks if number == ticks[-1][0]][-1] == 1.0
+        assert len(ticks) > 2 * len(shown)
     return shown, results
 
 
@@ -110,6 +115,7 @@ def test_the_evaluation_tells_completions_apart(whole):
     assert len(lines) == CELLS * PROBLEMS
     assert len({line["completion"] for line in lines}) > CELLS * PROBLEMS // 2
     assert len({line["score"] for line in lines}) > 2
+    assert all(line["input"] == line["prompt"] for line in lines), "these prompts are plain texts"
 
 
 KILLS = {

@@ -229,6 +229,9 @@ class EvaluationSettings:
     block_length: int | None = setting(None, "as in sampling", low=1)
     top_k: int | None = setting(None, "as in sampling; null: all tokens", low=1)
     top_p: float = setting(1.0, "as in sampling", low=0, high=1)
+    few_shot: int = setting(
+        0, "training problems with their solutions before each held-out problem", low=0
+    )
     # The rest is for `agrpo evaluate` only.
     completion_lengths: list[int] | None = setting(
         None, "`agrpo evaluate` at each of these; null: as in sampling", unit="tokens"
