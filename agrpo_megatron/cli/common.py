@@ -4,9 +4,13 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agrpo_megatron.evaluation.target import Target, find_target
 from agrpo_megatron.launch.sweep import flow
+
+if TYPE_CHECKING:
+    from agrpo_megatron.launch.speed import Assumed
 
 OVERRIDES = "section.key=value ..., for instance run.seed=1 train.iterations=200"
 TARGET = "run or Hugging Face directory, Megatron checkpoint, or settings file with model.load"
@@ -60,6 +64,26 @@ def all_overrides(arguments: argparse.Namespace, rest: Sequence[str]) -> list[st
 def add_overrides(command: argparse.ArgumentParser) -> None:
     """Add settings to a command's arguments."""
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+
+def add_assumed(command: argparse.ArgumentParser) -> None:
+    """Add what a forecast assumes to a command's arguments."""
+    command.add_argument(
+        "--rate", help="forecast: peak of each rank, a GPU's name, TFLOP/s or cpu; default: H100"
+    )
+    command.add_argument(
+        "--mfu", type=float, metavar="SHARE", help="forecast: share of that peak; default: 0.4"
+    )
+    command.add_argument(
+        "--measured", type=Path, metavar="RUN", help="forecast: the speed of this run instead"
+    )
+
+
+def assumed(arguments: argparse.Namespace) -> "Assumed":
+    """Return what a forecast assumes."""
+    from agrpo_megatron.launch.speed import Assumed  # loads numpy
+
+    return Assumed(arguments.rate, arguments.mfu, arguments.measured)
 
 
 def add_target(command: argparse.ArgumentParser) -> None:

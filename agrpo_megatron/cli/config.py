@@ -2,10 +2,21 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-from agrpo_megatron.cli.common import add_command, add_overrides, world_size
+from agrpo_megatron.cli.common import (
+    add_assumed,
+    add_command,
+    add_overrides,
+    assumed,
+    world_size,
+)
 from agrpo_megatron.config.schema import describe, load, to_yaml
 from agrpo_megatron.config.settings import Settings
+
+if TYPE_CHECKING:
+    from agrpo_megatron.launch.speed import Assumed
+    from agrpo_megatron.runs.resolve import Planned
 
 
 def add_config(commands: argparse._SubParsersAction) -> None:
@@ -25,6 +36,7 @@ def add_config(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="print docs/settings.md, or with --metrics that page",
     )
+    add_assumed(command)
     add_overrides(command)
 
 
@@ -42,9 +54,12 @@ def config(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.runs.directory import plan_settings
     from agrpo_megatron.training.passed import check_start
 
-    planned = plan_settings(settings, world_size=arguments.ranks or world_size())
+    ranks = arguments.ranks or world_size()
+    planned = plan_settings(settings, world_size=ranks)
     check_start(planned)
     print(to_yaml(planned.settings), end="")
+    for line in _forecast(planned, assumed(arguments), ranks):
+        print(f"# {line}")  # what is printed stays a settings file
     if planned.missing is not None:
         print(f"note: {planned.missing}", file=sys.stderr)
     return 0
@@ -78,3 +93,17 @@ def _reference(arguments: argparse.Namespace) -> None:
             reference.settings_reference(described, console)
     else:
         reference.settings_reference(describe(Settings), console, prefix=prefix)
+
+
+def _forecast(planned: "Planned", assumed: "Assumed", ranks: int) -> list[str]:
+    """Return what a run of the settings will take on so many ranks."""
+    from agrpo_megatron.launch.forecast import forecast, memory_text
+    from agrpo_megatron.launch.speed import speed_of
+    from agrpo_megatron.runs.sizes import measure
+    from agrpo_megatron.scaling.memory import worst_rank
+
+    settings = planned.settings
+    speed = speed_of(assumed, settings.precision)
+    lines = forecast(settings, measure(planned), speed, world_size=ranks)
+    memory = memory_text(worst_rank(settings, ranks), settings.launch)
+    return [f"forecast for {ranks} rank{'s' * (ranks > 1)}", *lines, f"memory    {memory}"]

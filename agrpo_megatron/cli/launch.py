@@ -2,7 +2,7 @@
 
 import argparse
 
-from agrpo_megatron.cli.common import add_command, add_overrides, add_run
+from agrpo_megatron.cli.common import add_assumed, add_command, add_overrides, add_run, assumed
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 
 EXAMPLES = """\
@@ -59,6 +59,7 @@ def add_launch(commands: argparse._SubParsersAction) -> None:
         metavar="KEY=[VALUE,...]",
         help="settings in which members of a sweep differ, or YAML files of them",
     )
+    add_assumed(command)
     add_overrides(command)
 
 
@@ -68,6 +69,7 @@ def launch(arguments: argparse.Namespace) -> int:
 
     file, overrides = arguments.file, arguments.overrides
     choices = {"nodes": arguments.nodes, "is_restart": arguments.restart}
+    choices["assumed"] = assumed(arguments)
     if arguments.sweep is None:
         launched = launch_run(file, overrides, **choices)
     else:

@@ -85,3 +85,24 @@ def is_joint(rows: ScoredRows, algorithm: AlgorithmSettings) -> bool:
     """Return whether the loss needs all tokens of an update at once."""
     has_units = rows.unit is not None or rows.turns is not None
     return has_units or algorithm.filled.loss not in OF_TOKENS
+
+
+def needs_old_pass(
+    rows: ScoredRows, algorithm: AlgorithmSettings, *, is_recorded: bool, is_first: bool
+) -> bool:
+    """Return whether an update first scores its rows, without gradient, as they were sampled.
+
+    The first update of a loss of single tokens needs no pass: its old policy is the current one.
+
+    Args:
+        is_recorded: the rollout has the log-probs of the targets.
+        is_first: the weights are still those that sampled.
+    """
+    if is_recorded:
+        return algorithm.rollout_correction is not None
+    return not is_first or is_joint(rows, algorithm)
+
+
+def needs_current_pass(rows: ScoredRows, algorithm: AlgorithmSettings, *, is_first: bool) -> bool:
+    """Return whether a joint loss needs a pass under the present weights before its gradient."""
+    return is_joint(rows, algorithm) and not (is_first and not rows.is_sampled)

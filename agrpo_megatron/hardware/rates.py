@@ -6,13 +6,14 @@ does not load torch.
 """
 
 import functools
+import math
 import re
 import time
 from dataclasses import dataclass
 
 TERA = 1e12
 MEASURED_SECONDS = 0.2  # of products, after one that is not counted
-CPU_SIZE = 768  # rows and columns of the measured matrices
+CPU_SIZE = 256  # rows and columns of the measured matrices for one thread
 OTHER_CHIPS = {"laptop", "mig", "max", "d"}  # words of names with another chip, or a part of one
 
 
@@ -112,15 +113,17 @@ def measured_cpu_rate(precision: str) -> Rate:
 
     name = "bf16" if precision in ("bf16", "fp8") else "fp32"
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
-    left = torch.ones(CPU_SIZE, CPU_SIZE, dtype=dtype)
+    threads = torch.get_num_threads()
+    # So short that one of many products is not disturbed by other processes.
+    size = CPU_SIZE * math.ceil(math.sqrt(threads))
+    left = torch.ones(size, size, dtype=dtype)
     right, product, times = left.clone(), left.clone(), list[float]()
     began = time.perf_counter()
     while not times or time.perf_counter() - began < MEASURED_SECONDS:
         start = time.perf_counter()
         torch.mm(left, right, out=product)
         times.append(time.perf_counter() - start)
-    flops = 2 * CPU_SIZE**3 / min(times)  # the first warms up, others may be disturbed
-    threads = torch.get_num_threads()
+    flops = 2 * size**3 / min(times)
     cores = f"{threads} CPU thread" + ("s" if threads > 1 else "")
     return Rate(flops, f"{cores}, {name} {flops / 1e9:.0f} GFLOP/s, measured by a matrix product")
 

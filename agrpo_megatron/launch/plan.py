@@ -8,13 +8,14 @@ from agrpo_megatron.config.parallel import layout_name
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import LaunchSettings, Settings
 from agrpo_megatron.launch.cluster import parse_time, write_time
+from agrpo_megatron.launch.forecast import GIB, forecast, memory_text
 from agrpo_megatron.launch.job import check_launch, ranks_per_node
+from agrpo_megatron.launch.speed import Assumed, speed_of
 from agrpo_megatron.launch.sweep import SWEEP
 from agrpo_megatron.runs.directory import is_finished, plan_settings, progress
-from agrpo_megatron.scaling.memory import PARTS, SPARE, Memory, worst_rank
+from agrpo_megatron.runs.sizes import Sizes, measure
+from agrpo_megatron.scaling.memory import SPARE, Memory, worst_rank
 from agrpo_megatron.training.passed import check_start
-
-GIB, MIB = 2**30, 2**20
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class JobPlan:
     is_finished: bool
     memory: Memory  # of the rank that needs the most
     missing: str | None  # one line on what the run needs of model.load and this machine lacks
+    sizes: Sizes  # of its prompts
 
 
 def plan_run(
@@ -59,20 +61,22 @@ def plan_run(
     elif done is not None:
         of = settings.train.iterations if done.phase == "rl" else settings.sft.iterations
         state = f"resumes after {done.phase} iteration {done.iteration} of {of}"
-    return JobPlan(settings, nodes, state, is_over, memory, planned.missing)
+    return JobPlan(settings, nodes, state, is_over, memory, planned.missing, measure(planned))
 
 
-def notes(plan: JobPlan) -> list[str]:
-    """Return notes on a run: directory, layout, memory, time and warnings."""
+def notes(plan: JobPlan, assumed: Assumed) -> list[str]:
+    """Return notes on a run: directory, layout, memory, time, forecast and warnings."""
     settings, launch = plan.settings, plan.settings.launch
     ranks = ranks_per_node(launch)
     layout = layout_name(settings.parallel, plan.nodes * ranks)
     found = [
         f"run       {Path(settings.run.dir).absolute()} ({plan.state})",
         f"layout    {layout} on {_count(plan.nodes, 'node')} x {_count(ranks, 'rank')}",
-        f"memory    {_memory_text(plan.memory, launch)}",
+        f"memory    {memory_text(plan.memory, launch)}",
         f"time      {_time_text(launch)}",
     ]
+    speed = speed_of(assumed, settings.precision, has_gpus=launch.gpus_per_node > 0)
+    found += forecast(settings, plan.sizes, speed, world_size=plan.nodes * ranks)
     return found + [f"warning   {warning}" for warning in _warnings(plan)]
 
 
@@ -89,19 +93,6 @@ def _check_memory(settings: Settings, memory: Memory, world_size: int) -> None:
             f"the fullest rank at parallel={name}; split the model over more ranks "
             f"(python tools/layouts.py FILE --ranks {world_size} compares layouts)"
         )
-
-
-def _memory_text(memory: Memory, launch: LaunchSettings) -> str:
-    unit, name = (GIB, "GiB") if memory.total >= GIB else (MIB, "MiB")
-    parts = [(part.replace("_", " "), getattr(memory, part) / unit) for part in PARTS]
-    detail = ", ".join(f"{part} {size:.1f}" for part, size in parts if size)
-    total = f"{memory.total / unit:.1f} {name} in the fullest rank"
-    if launch.gpus_per_node:
-        share = memory.total / launch.gpu_memory / GIB
-        total += f", {100 * share:.0f} % of {launch.gpu_memory:g} GiB"
-    if memory.host:
-        detail += f"; {memory.host / unit:.1f} {name} of the host for each rank"
-    return f"{total}: {detail}"
 
 
 def _time_text(launch: LaunchSettings) -> str:

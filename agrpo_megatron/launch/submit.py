@@ -15,6 +15,7 @@ from agrpo_megatron.config.settings import LaunchSettings, Settings
 from agrpo_megatron.launch.cluster import SLURM_TIMEOUT, ask_cluster, check_cluster, jobs_of
 from agrpo_megatron.launch.job import Job, command, run_job, shell_script, wrapped_job
 from agrpo_megatron.launch.plan import JobPlan, notes, plan_run
+from agrpo_megatron.launch.speed import Assumed
 from agrpo_megatron.launch.sweep import SWEEP, Sweep, check_directory, flow, make_sweep, read_grid
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 from agrpo_megatron.runs.files import free_name
@@ -49,8 +50,13 @@ class Launch:
         return shell_script([*self.notes, *missing, *more_notes], commands)
 
 
-def launch_run(file: str, overrides: Sequence[str], *, nodes: int, is_restart: bool) -> Launch:
+def launch_run(
+    file: str, overrides: Sequence[str], *, nodes: int, is_restart: bool, assumed: Assumed
+) -> Launch:
     """Return the submission of a run.
+
+    Args:
+        assumed: by the forecast.
 
     Raises:
         ValueError: as `plan_run`, or the run is finished.
@@ -65,11 +71,17 @@ def launch_run(file: str, overrides: Sequence[str], *, nodes: int, is_restart: b
     job = run_job(settings, directory, nodes=nodes, arguments=words, layouts=layouts)
     prepared = _prepare(directory, is_restart=is_restart)
     missing = [plan.missing] if plan.missing else []
-    return Launch(directory, settings, nodes, notes(plan), prepared, job, missing)
+    return Launch(directory, settings, nodes, notes(plan, assumed), prepared, job, missing)
 
 
 def launch_sweep(
-    file: str, overrides: Sequence[str], texts: Sequence[str], *, nodes: int, is_restart: bool
+    file: str,
+    overrides: Sequence[str],
+    texts: Sequence[str],
+    *,
+    nodes: int,
+    is_restart: bool,
+    assumed: Assumed,
 ) -> Launch:
     """Return the submission of a sweep: its unfinished members, and its table.
 
@@ -104,7 +116,7 @@ def launch_sweep(
         f"  {_named(sweep, name)}: {plan.state}"
         for name, plan in zip(sweep.members, plans, strict=True)
     ]
-    found += notes(max(plans, key=lambda plan: plan.memory.total))[1:]
+    found += notes(max(plans, key=lambda plan: plan.memory.total), assumed)[1:]
     missing = list(dict.fromkeys(plan.missing for plan in plans if plan.missing))
     prepared.append(file_text)
     return Launch(directory, settings, nodes, found, prepared, job, missing, table)

@@ -10,7 +10,12 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, timestep_batch
 from agrpo_megatron.diffusion.blocks import pack_replay, replay_rows
 from agrpo_megatron.estimators.context import DrawContext
-from agrpo_megatron.estimators.table import is_joint, scored_rows
+from agrpo_megatron.estimators.table import (
+    is_joint,
+    needs_current_pass,
+    needs_old_pass,
+    scored_rows,
+)
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.network import Network
@@ -169,12 +174,11 @@ def _replayed(
 def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_first: bool) -> Part:
     """Score a part under the weights that sampled, where the rollout has no such log-probs.
 
-    Must run before the first update. The first part of a loss of single tokens needs no pass:
-    there, the old policy is the current one. Called by every rank.
+    Must run before the first update. Called by every rank.
     """
     limit, scored, recorded = settings.algorithm.rollout_correction, part.scored, part.old
-    is_current = is_first and recorded is None and not is_joint(scored, settings.algorithm)
-    if is_current or (recorded is not None and limit is None):
+    facts = {"is_recorded": recorded is not None, "is_first": is_first}
+    if not needs_old_pass(scored, settings.algorithm, **facts):
         return part
     old, _ = _tables(network, part, settings)
     if recorded is not None:
@@ -219,9 +223,8 @@ def with_loss(
     vocab, sampling = engine.network.vocab, settings.sampling
     if not is_joint(scored, algorithm):
         return part, make_loss(vocab, sampling, algorithm)
-    if is_first and not scored.is_sampled:
-        current, entropies = part.old, None
-    else:
+    current, entropies = part.old, None
+    if needs_current_pass(scored, algorithm, is_first=is_first):
         current, entropies = _tables(engine.network, part, settings)
         part = _passed(part, settings)
     assert current is not None

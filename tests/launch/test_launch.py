@@ -152,11 +152,15 @@ def test_one_queue_only_where_messages_overlap_and_no_stages_wait(
     assert "CUDA_DEVICE_MAX_CONNECTIONS:=" not in site and "export CUDA_DEVICE" not in site
 
 
-def test_it_answers_before_torch_is_loaded(tmp_path):
+def test_it_refuses_before_torch_is_loaded_and_a_forecast_loads_nothing_more(tmp_path):
+    """The forecast lays out rollouts and asks the estimator for its rows."""
     file = write_settings(tmp_path / "s.yaml", run={"dir": str(tmp_path / "run")})
-    done = probe("launch", file, "--nodes", "1", "--dry-run", *CPU, PATH="/nowhere")
+    words = ("launch", file, "--nodes", "1", "--dry-run", *CPU)
+    done = probe(*words, "sampling.denoising_steps=7.5", PATH="/nowhere")
+    assert done.returncode == 2 and done.stdout == "loaded:\n"
+    done = probe(*words, PATH="/nowhere")
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.endswith("\nloaded:\n")
+    assert done.stdout.endswith("\nloaded: torch\n")
 
 
 def test_a_run_goes_on_and_one_that_is_finished_is_refused(launch, record, tmp_path):

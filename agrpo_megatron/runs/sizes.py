@@ -1,0 +1,52 @@
+"""How long the prompts and solutions of a run are, for forecasts and warnings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agrpo_megatron.runs.resolve import Planned, Resolved
+from agrpo_megatron.tasks.base import task_prompts
+from agrpo_megatron.types import Chat, Prompt
+
+SOME = 256  # prompts of a split that are measured
+CHARACTERS = 4  # of a token, where there is no tokenizer
+TEMPLATE = 20  # tokens that a chat template adds, likewise
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Lengths in tokens."""
+
+    train: list[int]  # of some prompts of training problems; of held-out ones if there are none
+    held_out: list[int]  # of as many prompts as an evaluation has; some were measured
+    longest_solution: int  # of some training problems; 0: none has one
+
+
+def measure(planned: Planned | Resolved) -> Sizes:
+    """Measure some prompts of both splits, evenly spread; without a tokenizer by characters."""
+    task, parts = planned.task, {}
+    for split in ("train", "eval"):
+        problems = task.problems(split)
+        some = problems[:: -(-len(problems) // SOME) or 1]
+        parts[split] = _lengths(planned, task_prompts(task, some, split=split))
+        if split == "train":
+            solutions = [problem.solution for problem in some if problem.solution]
+    held_out = parts["eval"] or parts["train"]
+    count = len(task.problems("eval"))
+    return Sizes(
+        train=parts["train"] or parts["eval"],
+        held_out=[held_out[number % len(held_out)] for number in range(count)],
+        longest_solution=max(_lengths(planned, solutions), default=0),
+    )
+
+
+def _lengths(planned: Planned | Resolved, prompts: Sequence[Prompt]) -> list[int]:
+    if planned.tokenizer is not None:
+        return [len(ids) for ids in planned.tokenizer.encode_prompts(prompts)]
+    return [_by_characters(prompt) for prompt in prompts]
+
+
+def _by_characters(prompt: Prompt) -> int:
+    if not isinstance(prompt, Chat):
+        return -(-len(prompt) // CHARACTERS)
+    texts = [message.content for message in prompt.messages]
+    return TEMPLATE + -(-sum(map(len, texts)) // CHARACTERS)

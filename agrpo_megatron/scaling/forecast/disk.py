@@ -1,0 +1,71 @@
+"""Bytes that a run writes to its directory, at most at one time."""
+
+from dataclasses import dataclass
+
+from agrpo_megatron.config.settings import ParallelSettings, Settings
+from agrpo_megatron.scaling.parameters import stage_parameters, trained_parameters, weight_spec
+
+ALONE = ParallelSettings()
+STATES = 12  # bytes of a weight: float32, with both moments; moments are saved as float32
+SHORT_WEIGHT = 2  # of the weight itself, where the float32 one is the optimizer's copy
+SAMPLE = 20  # bytes of a token in samples.jsonl: its text and its step; measured
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of the parts of a run directory."""
+
+    checkpoint: int  # each
+    checkpoints: int  # how many there are at one time, the one that is being written included
+    rollouts: int
+    samples: int
+
+    @property
+    def total(self) -> int:
+        """Return the sum of all parts."""
+        return self.checkpoint * self.checkpoints + self.rollouts + self.samples
+
+
+def parameters(settings: Settings) -> tuple[int, int]:
+    """Return the parameters of the model without adapters, and how many numbers are trained."""
+    spec = weight_spec(settings)
+    whole = stage_parameters(spec, ALONE, stage=0)
+    return sum(whole), sum(trained_parameters(spec, ALONE, stage=0))
+
+
+def disk(settings: Settings, *, rollout_bytes: int) -> Disk:
+    """Return what a run writes.
+
+    Kept are the newest checkpoints, the best one and the end of the supervised phase; the oldest
+    one is removed after a new one is complete. Rollouts are removed by the checkpoint that has
+    their update, unless all are kept.
+
+    Args:
+        rollout_bytes: of the stored rollouts of an iteration.
+    """
+    kept, iterations = settings.checkpoint, settings.train.iterations
+    evaluations = evaluations_of(settings)
+    saves = (iterations // kept.interval if kept.interval else 0) + evaluations
+    newest = min(saves, kept.keep + 1)
+    is_best = kept.best is not None and saves > newest
+    between = min(iterations, kept.interval or iterations)
+    stored = iterations if kept.keep_rollouts else between * kept.rollouts
+    tokens = settings.sampling.completion_length * settings.logging.samples
+    return Disk(
+        checkpoint=parameters(settings)[1] * _bytes(settings),
+        checkpoints=newest + is_best + (settings.sft.iterations > 0),
+        rollouts=0 if settings.train.from_rollouts else stored * rollout_bytes,
+        samples=SAMPLE * tokens * (iterations + evaluations),
+    )
+
+
+def evaluations_of(settings: Settings) -> int:
+    """Return how many held-out evaluations a run makes: before, at intervals, and at the end."""
+    iterations, every = settings.train.iterations, settings.evaluation.interval
+    if not iterations:
+        return 0
+    return 2 + ((iterations - 1) // every if every else 0)
+
+
+def _bytes(settings: Settings) -> int:
+    return STATES + (0 if settings.precision == "fp32" else SHORT_WEIGHT)

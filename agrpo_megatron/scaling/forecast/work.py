@@ -1,0 +1,124 @@
+"""FLOPs of an iteration, an update, an evaluation and a supervised step, before any of them ran.
+
+Rollouts of all steps go through the same counts as those of a run (`scaling.flops`), and through
+the estimator itself, so every estimator, sampler and attention is covered by one arithmetic.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, sft_lengths
+from agrpo_megatron.diffusion.blocks import replay_rows
+from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.table import needs_current_pass, needs_old_pass, scored_rows
+from agrpo_megatron.scaling.flops import (
+    completion_flops,
+    forward_cost,
+    pattern_work,
+    scored_work,
+    update_cost,
+)
+from agrpo_megatron.scaling.forecast.rollouts import whole_rollout
+from agrpo_megatron.trajectories import tensors
+from agrpo_megatron.types import Rollout, ScoredRows
+
+AUTO_DRAWS = 8  # with which `algorithm.mc_samples=auto` begins, as null of agrpo
+SOME = 32  # completions that are laid out; they stand for all
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of all ranks together, at most."""
+
+    rollout: int  # of an iteration; 0 if stored rollouts are replayed
+    update: int  # all updates of an iteration
+    evaluation: int  # one evaluation during training
+    sft: int  # an iteration of the supervised phase
+    scored_rows: int  # states that the updates of an iteration score
+    rollout_bytes: int  # stored rollouts of an iteration
+
+
+def count_flops(settings: Settings, train: Sequence[int], held_out: Sequence[int]) -> Flops:
+    """Count the FLOPs of complete settings.
+
+    Args:
+        train: lengths of prompts of training problems, in tokens.
+        held_out: lengths of the prompts of an evaluation.
+    """
+    if settings.algorithm.mc_samples == "auto":
+        algorithm = replace(settings.algorithm, mc_samples=AUTO_DRAWS)
+        settings = replace(settings, algorithm=algorithm)
+    algorithm, model = settings.algorithm, settings.model
+    groups = min(max(1, SOME // algorithm.group_size), algorithm.prompts_per_iteration)
+    train = evenly(train, groups)
+    share = algorithm.prompts_per_iteration / len(train)
+    rollout = whole_rollout(train, model, settings.sampling, group_size=algorithm.group_size)
+    update, rows = _update(settings, rollout)
+    sampled = sum(completion_flops(rollout.trajectory, settings))
+    stored = sum(tensor.nbytes for tensor in tensors(rollout.trajectory).values())
+    return Flops(
+        rollout=0 if settings.train.from_rollouts else round(share * sampled),
+        update=round(share * update),
+        evaluation=_evaluation(settings, held_out),
+        sft=_supervised(settings, train),
+        scored_rows=round(share * rows),
+        rollout_bytes=round(share * stored),
+    )
+
+
+def evenly(values: Sequence[int], count: int) -> list[int]:
+    """Return at most `count` of some values, evenly spread over their sorted order."""
+    values, count = sorted(values), min(count, len(values))
+    return [values[(2 * number + 1) * len(values) // (2 * count)] for number in range(count)]
+
+
+def _update(settings: Settings, rollout: Rollout) -> tuple[int, int]:
+    """Return the FLOPs and the scored rows of all updates on rollouts."""
+    algorithm, model = settings.algorithm, settings.model
+    total = count = 0
+    for number in range(algorithm.updates_per_iteration):
+        context = DrawContext(algorithm, eos_id=model.eos_token_id, seed=number)
+        rows = scored_rows(rollout, context)
+        total += _pass_flops(settings, rollout, rows, is_first=number == 0)
+        count += len(rows.rollout)
+    return total, count
+
+
+def _pass_flops(settings: Settings, rollout: Rollout, rows: ScoredRows, *, is_first: bool) -> int:
+    """Return the FLOPs of an update: its pass with gradient, and those without."""
+    algorithm, model, lora = settings.algorithm, settings.model, settings.lora
+    scored = int(rows.scored.sum())
+    if model.has_blocks:
+        replayed = replay_rows(rows, rollout, model, budget=settings.train.token_budget)
+        work = pattern_work([row.pattern for row in replayed], scored)
+    else:
+        work = scored_work(row_lengths(rollout, rows).tolist(), scored)
+    is_recorded = recorded_logprobs(rollout, rows) is not None
+    own = needs_old_pass(rows, algorithm, is_recorded=is_recorded, is_first=is_first)
+    own += needs_current_pass(rows, algorithm, is_first=is_first)
+    frozen = forward_cost(model).of(work) if algorithm.needs_reference else 0
+    return update_cost(model, lora).of(work) + own * forward_cost(model, lora).of(work) + frozen
+
+
+def _evaluation(settings: Settings, held_out: Sequence[int]) -> int:
+    """Return the FLOPs of one greedy completion of each prompt."""
+    some = evenly(held_out, SOME)
+    rollout = whole_rollout(some, settings.model, settings.evaluation_sampling, group_size=1)
+    flops = sum(completion_flops(rollout.trajectory, settings))
+    return round(flops * len(held_out) / len(some))
+
+
+def _supervised(settings: Settings, prompts: Sequence[int]) -> int:
+    """Return the FLOPs of a supervised step: half of a response is masked, on average."""
+    width, sft = settings.sampling.completion_length, settings.sft
+    if not sft.iterations:
+        return 0
+    texts = [torch.zeros(size, dtype=torch.int64) for size in prompts]
+    lengths = sft_lengths(texts, width, settings.model, settings.sampling).tolist()
+    scored = width // 2 + (width if sft.autoregressive_weight else 0)
+    work = scored_work(lengths, scored * len(lengths))
+    cost = update_cost(settings.model, settings.lora).of(work)
+    return round(cost * sft.batch_size / len(lengths))

@@ -1,0 +1,137 @@
+"""A forecast's FLOPs are those that a run counts, if every step runs and has an advantage."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.rollout.generate import sample_prompts
+from agrpo_megatron.scaling.flops import completion_flops
+from agrpo_megatron.scaling.forecast.disk import disk, evaluations_of, parameters
+from agrpo_megatron.scaling.forecast.rollouts import whole_rollout
+from agrpo_megatron.scaling.forecast.work import count_flops, evenly
+from agrpo_megatron.training.update import update_policy
+from agrpo_megatron.types import Rollout
+from tests.cli.test_main import ROOT
+from tests.ranks import run_ranks
+from tests.test_recipes import NO_WEIGHTS
+from tests.training.tiny import open_session, tiny
+
+NULL = "algorithm.mc_samples=null"
+BLOCKS = ["model.attention=block_causal", "model.block_length=4"]
+# No text ends early: the end-of-text token is one that is hardly ever drawn, and then not alone.
+VARIANTS = {
+    "agrpo": [],
+    "agrpo, two updates": ["algorithm.updates_per_iteration=2"],
+    "full_trajectory": ["algorithm.name=full_trajectory", NULL, "sampling.top_k=20"],
+    "augmented": [
+        "algorithm.scoring=augmented",
+        "sampling.record_drawn=true",
+        "sampling.unmasking=low_confidence",
+    ],
+    "diffu_grpo": ["algorithm.name=diffu_grpo", NULL],
+    "espo": ["algorithm.name=espo", NULL, "algorithm.updates_per_iteration=2"],
+    "adapters": ["lora.rank=3", "algorithm.rollout_correction=2.0"],
+    "blocks": BLOCKS,
+    "blocks of the row": [*BLOCKS, "sampling.block_origin=row"],
+    "blocks, uncached": [*BLOCKS, "rollout.cached=false"],
+}
+DRAWN = ("augmented", "espo")  # how many tokens are scored depends on the draws
+PROMPTS = (5, 6, 9)
+
+
+def _pairs(variants):
+    """Return by variant the FLOPs that a run counts, and those of the forecast."""
+    found = {}
+    for name, overrides in variants.items():
+        session, engine = open_session("sampling.early_end=false", *overrides)
+        run = session.run
+        settings, size = run.settings, run.settings.algorithm.group_size
+        texts = [torch.arange(3 + n, 3 + n + length) for n, length in enumerate(PROMPTS)]
+        prompts = [text for text in texts for _ in range(size)]
+        ids = torch.arange(len(prompts))
+        sampled, _ = sample_prompts(run, engine.network, prompts, ids, sampling=settings.sampling)
+        assumed = whole_rollout(PROMPTS, settings.model, settings.sampling, group_size=size)
+        trajectory = assumed.trajectory
+        assert sampled.num_steps.tolist() == trajectory.num_steps.tolist(), name
+        counts = [
+            [torch.bincount(row).tolist() for row in t.unmask_step] for t in (sampled, trajectory)
+        ]
+        assert counts[0] == counts[1]
+        rollout = Rollout(sampled, assumed.rewards, assumed.correct, assumed.advantages)
+        metrics, _ = update_policy(session, engine, rollout, None)
+        flops = count_flops(settings, PROMPTS, PROMPTS)
+        sampling = sum(completion_flops(sampled, settings))
+        counted = sampling, metrics["flops"], metrics["rows"]
+        found[name] = counted, (flops.rollout, flops.update, flops.scored_rows)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return run_ranks(1, _pairs, VARIANTS)[0]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_forecast_is_what_a_run_counts(pairs, name):
+    (rollout, update, rows), assumed = pairs[name]
+    assert rollout == assumed[0] > 0
+    error = 0.02 if name in DRAWN else 0.0
+    assert (update, rows) == pytest.approx(assumed[1:], rel=error)
+    assert rows >= len(PROMPTS)
+
+
+def test_completions_stand_for_all():
+    """32 completions are laid out; eight times as many take eight times as much."""
+    settings = tiny(
+        "algorithm.prompts_per_iteration=8", "model.mask_token_id=1", "model.eos_token_id=2"
+    )
+    eight = replace(settings.algorithm, prompts_per_iteration=64)
+    few = count_flops(settings, PROMPTS[:1], PROMPTS)
+    many = count_flops(replace(settings, algorithm=eight), PROMPTS[:1], PROMPTS * 100)
+    assert (many.rollout, many.update) == (8 * few.rollout, 8 * few.update)
+    assert many.rollout_bytes == 8 * few.rollout_bytes
+    assert many.evaluation == pytest.approx(100 * few.evaluation, rel=0.02)
+    assert evenly([4, 1, 3, 2], 2) == [2, 4] and evenly([7], 5) == [7]
+
+
+def test_an_iteration_of_llada_8b():
+    """128 rollouts of 200 + 384 tokens in 128 steps; 24 steps of each, all weights trained."""
+    file = ROOT / "examples" / "llada_8b" / "gsm8k_full.yaml"
+    settings = load(Settings, file, [NO_WEIGHTS])
+    flops = count_flops(settings, [200], [200] * 1209)
+    row = 584 * 2 * 6_979_321_856 + 584**2 * 32 * 4 * 4096
+    head = 3 * 2 * 4096 * 126464  # three tokens a step
+    assert flops.rollout == 128 * 128 * (row + head)
+    assert flops.update / flops.scored_rows == pytest.approx(3 * (row + head), rel=1e-9)
+    assert 0.9 * 128 * 24 < flops.scored_rows <= 128 * 24  # some draws of a rollout are equal
+    # At 40 % of 989 TFLOP/s on 8 GPUs: 43 s, 24 s, and 10 minutes.
+    rate = 8 * 0.4 * 989e12
+    assert flops.rollout / rate == pytest.approx(43, abs=1)
+    assert flops.update / rate == pytest.approx(24, abs=1)
+    assert flops.evaluation / rate == pytest.approx(612, abs=5)
+    whole, trained = parameters(settings)
+    assert whole == trained == 8_015_581_184
+    stored = disk(settings, rollout_bytes=flops.rollout_bytes)
+    assert stored.checkpoint == 14 * whole
+    assert stored.checkpoints == 4  # two, the best, and the one that is being written
+    assert stored.rollouts == 60 * 128 * (384 * (8 + 8 + 3 * 4 + 4 * 150) + 16)
+
+
+def test_evaluations_and_checkpoints_of_a_run():
+    def made(iterations, every, **kept):
+        words = [f"checkpoint.{name}={value}" for name, value in kept.items()]
+        settings = tiny(f"train.iterations={iterations}", f"evaluation.interval={every}", *words)
+        return evaluations_of(settings), disk(settings, rollout_bytes=10)
+
+    assert [made(n, every)[0] for n, every in ((0, 5), (1, 5), (5, 5), (6, 5), (11, 0))] == [
+        0, 2, 2, 3, 2
+    ]  # fmt: skip
+    assert made(100, 10, interval=10, keep=2)[1].checkpoints == 4
+    assert made(100, 10, interval=10, keep=2, best="null")[1].checkpoints == 3
+    assert made(100, 10, interval=10, keep_rollouts="true")[1].rollouts == 1000
+    assert made(100, 10, interval=10)[1].rollouts == 100
+    assert made(100, 10, interval=10, rollouts="false")[1].rollouts == 0
+    assert made(0, 10)[1].total == 0
