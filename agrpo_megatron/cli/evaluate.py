@@ -194,11 +194,11 @@ def report(arguments: argparse.Namespace) -> int:
 def _run(plan, store):
     """Start the ranks and evaluate what is left; returns the results on the main rank."""
     from agrpo_megatron.evaluation.evaluate import evaluate_grid
+    from agrpo_megatron.evaluation.failures import check_solutions
     from agrpo_megatron.evaluation.open import opened
     from agrpo_megatron.reports.evaluations import EvaluationView
     from agrpo_megatron.resilience.failure import ending_together
     from agrpo_megatron.runs.files import naming_full_disk
-    from agrpo_megatron.tasks.grading import wrong_solutions
 
     view = EvaluationView(live=plan.resolved.settings.logging.live, is_main=is_main())
     for note in plan.resolved.task.notes:
@@ -212,8 +212,8 @@ def _run(plan, store):
                 cells=len(plan.cells),
                 batches=batches,
             )
-            for note in wrong_solutions(session.run.task, session.run.grader, plan.split):
-                view.note(note)
+        for note in check_solutions(session.run, [plan.split]):
+            view.note(note)
         return evaluate_grid(session, network, plan, store, view.show, partial(view.tick, batches))
 
 

@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         said = " ".join(str(error).splitlines())  # values are shown as they are
         if is_main():
-            print(f"agrpo: error: {said}", file=sys.stderr)
+            print(
+                f"agrpo: error: {said}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr
+            )
             exit_status.report_outcome("refused", said)
         elif not exit_status.main_rank_reported("refused"):  # only this rank fails: not status 0
             print(f"agrpo: rank {os.environ['RANK']}: error: {said}", file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from agrpo_megatron.evaluation.failures import refuse_failing
 from agrpo_megatron.evaluation.grid import EvaluationProgress, cell_sampling
 from agrpo_megatron.evaluation.plan import Batch, Plan
 from agrpo_megatron.evaluation.results import Line, ResultStore
@@ -38,6 +39,7 @@ def evaluate(session: Session, network: Network, *, iteration: int, stage: str) 
 
     Raises:
         Stopped: the ranks agreed to stop; finished completions are cached.
+        ValueError: it is the evaluation before training, and most rewards failed.
     """
     started = time.perf_counter()
     run, output = session.run, session.output
@@ -46,6 +48,8 @@ def evaluate(session: Session, network: Network, *, iteration: int, stage: str) 
     sampling, name = run.settings.evaluation_sampling, f"evaluation-{iteration:06d}"
     request = Request(problems, ids, sampling, split="eval", name=name)
     graded = generate(session, network, request)
+    if stage == "before":
+        refuse_failing(run, problems, graded.rewards, when="of the first evaluation")
     found = scores(run.task, problems, [[reward] for reward in graded.rewards])
     low, high = found["accuracy_interval"]
     record = {
@@ -164,7 +168,11 @@ def _earlier(plan: Plan, batches: Sequence[Batch], store: ResultStore) -> list[l
 def _complete(
     session: Session, network: Network, plan: Plan, batch: Batch, tick: Callable[[float], None]
 ) -> list[Line]:
-    """Complete a batch; return its lines of completions.jsonl. Called by every rank."""
+    """Complete a batch; return its lines of completions.jsonl. Called by every rank.
+
+    Raises:
+        ValueError: it is the first one of a cell, and most rewards failed.
+    """
     run, sampling = session.run, cell_sampling(session.run.settings, batch.cell)
     asked = [(place, sample) for place in batch.places for sample in range(plan.samples)]
     noise = [EVALUATION_IDS + place + sample * SAMPLE_IDS for place, sample in asked]
@@ -184,6 +192,8 @@ def _complete(
         on_step=on_step,
     )
     graded = generate(session, network, request)
+    if batch.places.start == 0:
+        refuse_failing(run, problems, graded.rewards, when="of the first batch")
     trajectory, stop_ids = graded.trajectory, run.tokenizer.stop_ids
     prompts = task_prompts(run.task, problems, split=plan.split)
     flops = completion_flops(trajectory, run.settings)

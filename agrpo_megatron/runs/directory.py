@@ -19,7 +19,7 @@ from agrpo_megatron.tasks.mixture import Mixture
 # Settings that may change on resume: they alter no number, or only add iterations.
 MAY_CHANGE = ("run.dir", "run.threads", "run.timeout", "logging", "checkpoint", "parallel")
 MAY_CHANGE += ("rollout", "ddp", "optimizer.distributed", "sft.optimizer.distributed")
-MAY_CHANGE += ("task.grader.workers", "resilience", "launch")
+MAY_CHANGE += ("task.grader.workers", "task.grader.most_failed", "resilience", "launch")
 # Files, which may be moved: `check_data` compares the problems.
 MAY_CHANGE += ("task.options.train", "task.options.eval", "task.pass_rates")
 # The supervised phase does not use these; the RL phase may refuse their metric.

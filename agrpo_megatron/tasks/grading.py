@@ -1,18 +1,21 @@
 """Grading in parallel with sampling: in worker processes if a task's reward is not bounded."""
 
 import math
+import numbers
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.tasks.base import Split, Task
 from agrpo_megatron.tasks.sandbox.client import Sandbox, ServerEnded
+from agrpo_megatron.tasks.sandbox.worker import Outcome, Trace, failed
 from agrpo_megatron.types import Problem, Reward
 
+RIGHT = 1.0  # a score from which on a plain number counts as correct
 MAX_GRADED = 1000, 100  # problems of a split whose solutions are graded: at once, in workers
 
 
@@ -22,6 +25,13 @@ class Call(NamedTuple):
     problem: Problem
     completion: str  # the text before end-of-text, without special tokens
     raw: str | None = None  # the whole text, special tokens included
+
+
+class Failure(NamedTuple):
+    """Why a reward failed."""
+
+    reason: str
+    trace: Trace | None  # of an exception
 
 
 class _Batch(NamedTuple):
@@ -41,6 +51,7 @@ class Grader:
     def __init__(self, task: Task, settings: TaskSettings):
         self.has_workers = not task.is_bounded  # processes that grade in parallel with this one
         self.busy = 0.0  # seconds with active workers
+        self.first_failure: Failure | None = None  # with a traceback, if any has one
         self._task, self._settings = task, settings
         self._waiting: deque[_Batch] = deque()
         self._is_closed = False
@@ -101,58 +112,121 @@ class Grader:
                 if self._is_closed:
                     raise
                 continue
-            return [o.value if o.failure is None else self._failed(o.failure) for o in outcomes]
-        return [self._failed("the workers were killed")] * len(calls)
+            return [self._reward(outcome) for outcome in outcomes]
+        return [self._reward(Outcome(None, "the workers were killed"))] * len(calls)
 
     def _grade_inline(self, call: Call) -> Reward:
         try:
             return grade_call(self._task, call)
         except Exception as error:  # any error of a reward affects only this completion
-            return self._failed(f"{type(error).__name__}: {error}")
+            return self._reward(failed(error))
 
-    def _failed(self, reason: str) -> Reward:
-        return Reward(self._settings.grader.failed_score, False, failure=reason)
+    def _reward(self, outcome: Outcome) -> Reward:
+        """Return the reward of a call; keep its failure if it is the first one."""
+        failure = outcome.failure or outcome.value.failure
+        known = self.first_failure
+        if failure and (known is None or (known.trace is None and outcome.trace is not None)):
+            self.first_failure = Failure(failure, outcome.trace)
+        if outcome.failure is None:
+            return outcome.value
+        return Reward(self._settings.grader.failed_score, False, failure=outcome.failure)
 
 
 def grade_call(task: Task, call: Call) -> Reward:
     """Grade one completion; convert the numbers of the `Reward` to plain floats.
 
+    A plain number is a reward too, and correct from `RIGHT` on; so is true or false.
+
     Raises:
-        TypeError: the task did not return a `Reward`.
+        TypeError: the task returned something else.
         ValueError: the score, or a part of it, is not finite.
     """
     problem, completion, raw = call
     if raw is None:
-        reward = task.reward(problem, completion)
+        reward = as_reward(task.reward(problem, completion))
     else:
-        reward = task.verdict(problem, completion, raw)
-    if not isinstance(reward, Reward):
-        raise TypeError(f"the reward is of type {type(reward).__name__}, not Reward")
+        reward = as_reward(task.verdict(problem, completion, raw))
     score = _finite("score", reward.score)
     parts = {str(name): _finite(str(name), part) for name, part in reward.parts.items()}
     return Reward(score, bool(reward.correct), parts, reward.failure)
 
 
-def wrong_solutions(task: Task, grader: Grader, split: Split) -> list[str]:
-    """Grade the solutions of a split; return a note for each task that refuses some.
+def as_reward(made: Any) -> Reward:
+    """Return a `Reward`, or the one that a number stands for, also a number of numpy or torch.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(made, Reward):
+        return made
+    number = made.item() if callable(getattr(made, "item", None)) else made
+    if not isinstance(number, numbers.Real):
+        raise TypeError(f"the reward is of type {type(made).__name__}, not Reward or a number")
+    return Reward(float(number), float(number) >= RIGHT)
+
+
+def failing(problems: Sequence[Problem], rewards: Sequence[Reward], most: float) -> str:
+    """Return of a task how many of its rewards failed if it is more than a share; else nothing."""
+    by_task: dict[str, list[bool]] = {}
+    for problem, reward in zip(problems, rewards, strict=True):
+        by_task.setdefault(problem.task, []).append(reward.failure is not None)
+    for label, failures in by_task.items():
+        if sum(failures) > most * len(failures):
+            return f"{label}{': ' * bool(label)}{sum(failures)} of {len(failures)} rewards"
+    return ""
+
+
+def failing_error(found: str, firsts: Iterable[Failure | None], *, when: str) -> ValueError:
+    """Return the error of a run whose rewards fail; its note is the first traceback.
+
+    Args:
+        found: from `failing`.
+        firsts: the first failure of each rank.
+    """
+    failures = [first for first in firsts if first is not None]
+    first = next((failure for failure in failures if failure.trace is not None), failures[0])
+    place = f" at {first.trace.place}" if first.trace is not None and first.trace.place else ""
+    error = ValueError(
+        f"{found} {when} failed, the first{place} ({first.reason}); fix that, or use "
+        "task.grader.most_failed=1 to train on what does not fail"
+    )
+    if first.trace is not None:
+        error.add_note(first.trace.text)
+    return error
+
+
+def grade_solutions(task: Task, grader: Grader, split: Split) -> list[tuple[Problem, Reward]]:
+    """Grade the known solutions of a split.
 
     `MAX_GRADED` limits the problems of each task; they are evenly spread.
     """
     by_task: dict[str, list[Problem]] = {}
     for problem in task.problems(split):
         by_task.setdefault(problem.task, []).append(problem)
-    notes = []
-    for problems in by_task.values():
-        spread = problems[:: math.ceil(len(problems) / MAX_GRADED[grader.has_workers])]
-        golds = [(p, gold) for p in spread if (gold := task.known_solution(p, split))]
-        calls = [Call(p, gold, gold if split == "eval" else None) for p, gold in golds]
-        rewards = zip(golds, grader.grade(calls) if calls else [], strict=True)
-        wrong = [(p.key, reward.failure) for (p, _), reward in rewards if not reward.correct]
+    chosen = [
+        (problem, gold)
+        for problems in by_task.values()
+        for problem in problems[:: math.ceil(len(problems) / MAX_GRADED[grader.has_workers])]
+        if (gold := task.known_solution(problem, split))
+    ]
+    calls = [Call(p, gold, gold if split == "eval" else None) for p, gold in chosen]
+    rewards = grader.grade(calls) if calls else []
+    return [(problem, reward) for (problem, _), reward in zip(chosen, rewards, strict=True)]
+
+
+def wrong_solutions(
+    task: Task, graded: Sequence[tuple[Problem, Reward]], split: Split
+) -> list[str]:
+    """Return a note for each task that refuses some of its graded solutions."""
+    notes, totals = [], Counter(problem.task for problem in task.problems(split))
+    for label, total in totals.items():
+        mine = [(problem, reward) for problem, reward in graded if problem.task == label]
+        wrong = [(p.key, reward.failure) for p, reward in mine if not reward.correct]
         if wrong:
             key, failure = wrong[0]
             notes.append(
-                f"{split}: the gold answers of {len(wrong)} of {len(golds)} problems (of "
-                f"{len(problems)}) are graded as wrong, such as of {key!r:.80}"
+                f"{split}: the gold answers of {len(wrong)} of {len(mine)} problems (of "
+                f"{total}) are graded as wrong, such as of {key!r:.80}"
                 f"{f' ({failure})' if failure else ''}: no completion may ever solve them"
             )
     return notes

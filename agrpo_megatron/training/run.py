@@ -10,6 +10,7 @@ from agrpo_megatron.checkpoint.resume import find_checkpoint
 from agrpo_megatron.checkpoint.sharded import load_checkpoint
 from agrpo_megatron.checkpoint.start import load_base, load_model
 from agrpo_megatron.evaluation.evaluate import evaluate
+from agrpo_megatron.evaluation.failures import check_solutions
 from agrpo_megatron.hardware.kernels import in_one_line, kernels_for
 from agrpo_megatron.megatron.engine import Engine, build_engine, build_reference
 from agrpo_megatron.megatron.parallel import Ranks, start_ranks, stop_ranks
@@ -28,7 +29,7 @@ from agrpo_megatron.runs.resolve import Resolved
 from agrpo_megatron.runs.stored_rollouts import ROLLOUTS
 from agrpo_megatron.scaling.adapters import adapter_note
 from agrpo_megatron.tasks.base import SPLITS
-from agrpo_megatron.tasks.grading import Grader, wrong_solutions
+from agrpo_megatron.tasks.grading import Grader
 from agrpo_megatron.training.checkpointing import MODEL_FILES, Checkpointer, describe_model
 from agrpo_megatron.training.early_stopping import check_metrics
 from agrpo_megatron.training.nan_guard import Found, with_roll_backs
@@ -151,9 +152,7 @@ def _show_notes(session: Session) -> None:
     if run.settings.lora.rank is not None:
         view.note(adapter_note(run.settings.model, run.settings.lora))
     run.task.problems("train")  # loading the problems creates the notes
-    if run.ranks.is_main:
-        for split in SPLITS:
-            run.task.notes.extend(wrong_solutions(run.task, run.grader, split))
+    run.task.notes.extend(check_solutions(run, SPLITS))
     if run.replay is not None:
         run.task.notes.append(run.replay.note())
     for note in run.task.notes:

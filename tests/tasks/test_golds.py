@@ -6,7 +6,7 @@ import pytest
 
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
-from agrpo_megatron.tasks.grading import Grader, wrong_solutions
+from agrpo_megatron.tasks.grading import Grader, grade_solutions, wrong_solutions
 
 GOLDS = {
     "d1: a comma is misread": ("gsm8k", "d1", ["2,125", "7"], "1 of 2"),
@@ -24,6 +24,10 @@ GOLDS = {
 }
 
 
+def _notes(task, grader, split):
+    return wrong_solutions(task, grade_solutions(task, grader, split), split)
+
+
 @pytest.mark.parametrize("name, protocol, golds, said", GOLDS.values(), ids=GOLDS)
 def test_golds_that_no_answer_equals_are_counted(tmp_path, name, protocol, golds, said):
     path = tmp_path / "a.jsonl"
@@ -39,7 +43,7 @@ def test_golds_that_no_answer_equals_are_counted(tmp_path, name, protocol, golds
     options = {"protocol": protocol, "train": "none", "eval": str(path)}
     task = build_task(TaskSettings(name=name, options=options))
     grader = Grader(task, task.settings)
-    notes = wrong_solutions(task, grader, "eval")
+    notes = _notes(task, grader, "eval")
     grader.close()
     assert len(notes) == (said is not None)
     assert (
@@ -74,9 +78,9 @@ def test_solutions_of_a_users_task_are_graded_and_capped(tmp_path):
     path.write_text(OWN)
     task = build_task(TaskSettings(name=str(path)))
     grader = Grader(task, task.settings)
-    (train,) = wrong_solutions(task, grader, "train")
+    (train,) = _notes(task, grader, "train")
     assert train.startswith("train: the gold answers of 3 of 983 problems (of 3000) are graded as")
-    (held_out,) = wrong_solutions(task, grader, "eval")
+    (held_out,) = _notes(task, grader, "eval")
     assert (
         "of 1 of 1 problems (of 1) are graded as wrong, such as of 'last' (ValueError: " in held_out
     )

@@ -7,13 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import psutil
 import pytest
+import torch
 
 from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
-from agrpo_megatron.tasks.grading import Call, Grader
+from agrpo_megatron.tasks.grading import Call, Grader, as_reward, failing
+from agrpo_megatron.types import Problem, Reward
 from tests.tasks.hostile import FAILING
 
 FILE = Path(__file__).parent / "hostile.py"
@@ -89,6 +92,55 @@ def test_verdicts_get_the_raw_text(opened):
     """The default verdict is the reward."""
     grader, problems = opened(deeds=["answer"])
     assert grader.grade([Call(problems["answer"], "text", "text<|endoftext|>")])[0].score == 0.4
+
+
+NUMBERS = {  # what a reward returns, and the score and verdict that it stands for
+    "a float": (0.5, 0.5, False),
+    "one": (1.0, 1.0, True),
+    "more than one": (2, 2.0, True),
+    "a bool": (True, 1.0, True),
+    "false": (False, 0.0, False),
+    "a negative int": (-3, -3.0, False),
+    "numpy's": (numpy.float32(0.25), 0.25, False),
+    "numpy's bool": (numpy.bool_(1), 1.0, True),
+    "torch's": (torch.tensor(1.5), 1.5, True),
+    "a Reward": (Reward(0.5, True), 0.5, True),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_is_a_reward_and_right_from_one_on(name):
+    made, score, correct = NUMBERS[name]
+    reward = as_reward(made)
+    assert (reward.score, reward.correct) == (score, correct)
+    assert (type(reward.score), type(reward.correct)) == (float, bool)
+
+
+@pytest.mark.parametrize("made", [None, "1.0", [1.0], {"score": 1.0}, 1j])
+def test_anything_else_is_no_reward(made):
+    with pytest.raises(TypeError, match="the reward is of type .*, not Reward or a number"):
+        as_reward(made)
+
+
+def test_the_first_traceback_comes_from_the_worker(opened):
+    grader, problems = opened(deeds=["answer", "raise", "exit"])
+    assert grader.first_failure is None
+    grader.grade([Call(problems[deed], "") for deed in ("answer", "exit", "raise")])
+    reason, trace = grader.first_failure
+    line = FILE.read_text().splitlines().index('            raise KeyError("no such thing")') + 1
+    assert reason == "KeyError: 'no such thing'"
+    assert trace.place == f"{FILE}:{line}"
+    assert trace.text.startswith("Traceback") and "in _misbehave" in trace.text
+
+
+def test_a_task_fails_if_most_of_its_own_rewards_do():
+    good, bad = Reward(1.0, True), Reward(0.0, False, failure="KeyError: 'boom'")
+    of = {label: Problem("", {}, "", label) for label in ("", "a", "b")}
+    assert failing([of[""]] * 4, [good, bad, good, bad], 0.5) == ""
+    assert failing([of[""]] * 3, [good, bad, bad], 0.5) == "2 of 3 rewards"
+    assert failing([of[""]] * 3, [bad] * 3, 1.0) == ""
+    mixed = [of["a"], of["a"], of["a"], of["b"]]
+    assert failing(mixed, [good, good, good, bad], 0.5) == "b: 1 of 1 rewards"
 
 
 def test_a_bounded_task_that_raises_after_all_costs_that_completion():

@@ -19,6 +19,12 @@ class GraderSettings:
     seconds: float = setting(10.0, "wall time of one reward", unit="seconds", low=0.1)
     memory: int = setting(2048, "memory that one reward may add", unit="MiB", low=64)
     failed_score: float = setting(0.0, "score where a reward raises, hangs or runs out of memory")
+    most_failed: float = setting(
+        0.5,
+        "largest share of failed rewards in the first evaluation; more end the run; 1: never",
+        low=0,
+        high=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ LONGEST = 500  # characters of a failure
 LONGEST_TRACE = 5000  # characters of a traceback
 CALL = struct.Struct("!Q")  # before a call: its bytes
 REPLY = struct.Struct("!Q?")  # before an outcome: its bytes, and whether the worker is worn
+INSTALLED = (sys.prefix, sys.base_prefix, "<")  # code of others, and of no file
 PACKAGE = str(Path(__file__).parents[2])
 TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 
@@ -32,7 +33,7 @@ is_spent = False  # whether it is to be replaced after this call; a call may set
 class Trace(NamedTuple):
     """Where an exception came from."""
 
-    place: str  # FILE:LINE, of the user's own file where one is involved
+    place: str  # FILE:LINE in a file of the user; empty if none is involved
     text: str  # the traceback
 
 
@@ -59,11 +60,11 @@ def failed(error: Exception) -> Outcome:
         trace = trace.tb_next
     shown = error.with_traceback(trace or error.__traceback__)
     frames = traceback.extract_tb(shown.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((PACKAGE, sys.prefix))]
-    last = (own or frames)[-1]
+    own = [frame for frame in frames if not frame.filename.startswith((PACKAGE, *INSTALLED))]
+    place = f"{own[-1].filename}:{own[-1].lineno}" if own else ""
     text = "".join(traceback.format_exception(shown))[-LONGEST_TRACE:]
     said = f"{type(error).__name__}: {error}"[:LONGEST]
-    return Outcome(None, said, Trace(f"{last.filename}:{last.lineno}", text))
+    return Outcome(None, said, Trace(place, text))
 
 
 def work(connection: socket.socket, handler: Callable, memory: int) -> NoReturn:
