@@ -24,6 +24,7 @@ from agrpo_megatron.cli.config import add_config
 from agrpo_megatron.cli.convert import add_convert
 from agrpo_megatron.cli.evaluate import add_evaluate, add_report
 from agrpo_megatron.cli.launch import add_launch
+from agrpo_megatron.cli.serving import add_serving
 from agrpo_megatron.cli.variance import add_variance
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
@@ -264,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prompt", help="complete this text instead")
     command.add_argument("--trace", action="store_true", help="show the unmasking order in colour")
     add_overrides(command)
+    add_serving(commands)
     add_report(commands)
     add_variance(commands)
     add_convert(commands)

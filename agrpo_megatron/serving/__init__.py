@@ -1,0 +1,1 @@
+"""A trained model in use: completions and likelihoods, an HTTP server, a chat, other harnesses."""
