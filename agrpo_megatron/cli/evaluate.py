@@ -162,7 +162,6 @@ def report(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.launch.table import show_table
     from agrpo_megatron.reports.evaluations import find_evaluations
     from agrpo_megatron.reports.page.html import write_report
-    from agrpo_megatron.reports.plots.figures import write_figures
     from agrpo_megatron.reports.summary import compare
     from agrpo_megatron.runs.files import check_folder
 
@@ -179,7 +178,7 @@ def report(arguments: argparse.Namespace) -> int:
     for run_dir in runs:
         for folder in (run_dir, run_dir / "figures"):
             check_folder(folder, key="DIR")
-        for path in [*write_figures(run_dir), write_report(run_dir)]:
+        for path in write_report(run_dir):
             print(path)
     if len(runs) > 1:
         compare(runs)

@@ -6,7 +6,6 @@ from rich.console import Console
 
 from agrpo_megatron.reports.page.html import write_report
 from agrpo_megatron.reports.plots.compare import write_comparison
-from agrpo_megatron.reports.plots.figures import write_figures
 from agrpo_megatron.reports.read import after, before, read_run
 from agrpo_megatron.reports.tables import overview_table
 from agrpo_megatron.reports.text import points
@@ -14,8 +13,7 @@ from agrpo_megatron.reports.text import points
 
 def conclude(run_dir: Path) -> None:
     """Write a run's figures and page, and print held-out accuracy before and after."""
-    write_figures(run_dir)
-    page = write_report(run_dir)
+    *_, page = write_report(run_dir)
     run = read_run(run_dir)
     first, last = before(run), after(run)
     if first and last:

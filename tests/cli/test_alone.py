@@ -224,8 +224,7 @@ FULL = {
     "a checkpoint's sums": ("checkpoint.saving", "seal", 2),
     "the name of the latest": ("checkpoint.saving", "point", 3),
     "the model's files": ("training.run", "describe_model", 1),
-    "figures": ("reports.summary", "write_figures", 1),
-    "the page": ("reports.summary", "write_report", 1),
+    "the report": ("reports.summary", "write_report", 1),
 }
 
 

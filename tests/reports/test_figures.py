@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from agrpo_megatron.reports.plots.compare import write_comparison
-from agrpo_megatron.reports.plots.figures import write_figures
+from agrpo_megatron.reports.plots.figures import draw_figures
 from agrpo_megatron.reports.plots.style import spread
 from agrpo_megatron.reports.read import read_run
 from tests.reports.synthetic import rl_row, sft_row, write_lines, write_run
@@ -16,10 +16,10 @@ from tests.reports.synthetic import rl_row, sft_row, write_lines, write_run
 
 def test_figures_of_a_finished_run(tmp_path):
     before = dict(matplotlib.rcParams)
-    paths = write_figures(write_run(tmp_path))
-    assert [p.name for p in paths] == ["learning.png", "policy.png", "sampler.png", "time.png"]
-    for path in paths:
-        image = Image.open(path)
+    pictures = draw_figures(read_run(write_run(tmp_path)))
+    assert list(pictures) == ["learning", "policy", "sampler", "time"]
+    for png in pictures.values():
+        image = Image.open(io.BytesIO(png))
         assert image.width == 2200
         assert len(set(image.convert("RGB").resize((275, 120)).tobytes())) > 100  # not blank
     assert dict(matplotlib.rcParams) == before
@@ -28,12 +28,12 @@ def test_figures_of_a_finished_run(tmp_path):
 def test_figures_of_runs_that_lack_most_metrics(tmp_path):
     rng = random.Random(0)
     write_lines(tmp_path / "metrics.jsonl", [sft_row(rng, 1, 10)])
-    assert [p.name for p in write_figures(tmp_path)] == ["learning.png", "time.png"]
+    assert list(draw_figures(read_run(tmp_path))) == ["learning", "time"]
     row = rl_row(rng, 1, 10) | {"ratio/max_error": 0.0, "ratio/mean": 1.0, "entropy": None}
     write_lines(tmp_path / "metrics.jsonl", [row])
-    assert len(write_figures(tmp_path)) == 4
+    assert len(draw_figures(read_run(tmp_path))) == 4
     write_lines(tmp_path / "metrics.jsonl", [{"phase": "rl", "iteration": 1}])
-    assert write_figures(tmp_path) == []
+    assert draw_figures(read_run(tmp_path)) == {}
 
 
 def test_comparison_of_seeds(tmp_path):

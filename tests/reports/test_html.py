@@ -1,5 +1,6 @@
 """The report states what the data says, stands alone, and survives hostile text."""
 
+import base64
 import re
 from html.parser import HTMLParser
 
@@ -25,7 +26,16 @@ def page(tmp_path_factory):
         {"phase": "eval", "iteration": 10, "stage": "after", "accuracy": 0.625, "problems": 256},
     ]
     write_lines(run_dir / "metrics.jsonl", rows)
-    return write_report(run_dir).read_text(encoding="utf-8")
+    return report(run_dir)
+
+
+def report(run_dir):
+    """Write a report; return its page."""
+    *figures, page = write_report(run_dir)
+    shown = page.read_text(encoding="utf-8")
+    assert [path.parent for path in figures] == [run_dir / "figures"] * len(figures)
+    assert all(base64.b64encode(path.read_bytes()).decode() in shown for path in figures)
+    return shown
 
 
 def test_headline_numbers_come_from_the_metrics(page):
@@ -90,7 +100,7 @@ def test_the_iterations_of_an_alarm_and_updates_left_out_are_shown(tmp_path):
         for number in range(1, 13)
     ]
     write_lines(run_dir / "metrics.jsonl", rows)
-    shown = write_report(run_dir).read_text(encoding="utf-8")
+    shown = report(run_dir)
     assert "iterations of zero variance: 3, 7-9<" in shown
     assert re.search(r'Updates left out</div><div class="value">1<', shown)
 
@@ -98,8 +108,8 @@ def test_the_iterations_of_an_alarm_and_updates_left_out_are_shown(tmp_path):
 def test_a_replay_names_the_run_that_sampled_and_counts_no_ratio_past_the_alarm(tmp_path):
     run_dir = write_run(tmp_path / "run", iterations=12, sft=1)
     config = run_dir / "config.yaml"
-    assert "iterations past 0.001" in write_report(run_dir).read_text(encoding="utf-8")
+    assert "iterations past 0.001" in report(run_dir)
     config.write_text(config.read_text().replace("from_rollouts: null", "from_rollouts: runs/one"))
-    shown = write_report(run_dir).read_text(encoding="utf-8")
+    shown = report(run_dir)
     assert re.search(r'Rollouts replayed</div><div class="value">runs/one<', shown)
     assert "iterations past" not in shown

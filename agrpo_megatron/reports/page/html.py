@@ -1,7 +1,7 @@
 """The report of a run: one self-contained HTML file, in light and dark."""
 
 import base64
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +59,23 @@ EVALUATION_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {  # metric 
 SPANS = 4  # stretches of iterations that an alarm names
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write the report of a run, finished or under way, to its `report.html`; return the path.
+def write_report(run_dir: Path) -> list[Path]:
+    """Write the figures of a run, finished or under way, and its `report.html`; return the paths.
 
     Raises:
         ValueError: the directory holds no metrics.
     """
-    path = run_dir / "report.html"
-    path.write_text(_page(read_run(run_dir)), encoding="utf-8")
-    return path
+    run = read_run(run_dir)
+    pictures = draw_figures(run)
+    folder, page = run_dir / "figures", run_dir / "report.html"
+    folder.mkdir(exist_ok=True)
+    for name, png in pictures.items():
+        (folder / f"{name}.png").write_bytes(png)
+    page.write_text(_page(run, pictures), encoding="utf-8")
+    return [*(folder / f"{name}.png" for name in pictures), page]
 
 
-def _page(run: Run) -> str:
+def _page(run: Run, pictures: Mapping[str, bytes]) -> str:
     templates = Environment(
         loader=PackageLoader("agrpo_megatron.reports.page", ""),
         autoescape=True,
@@ -86,7 +91,7 @@ def _page(run: Run) -> str:
         subtitle=", ".join(f"{name} {value}" for name, value in parts if value is not None),
         held_out=_held_out(run),
         facts=_facts(run),
-        figures=_figures(run),
+        figures=_figures(run, pictures),
         prompts=prompts(run),
         tables=[_evaluations(run), *(_metrics(*phase) for phase in phases)],
         settings=list(_settings(run)),
@@ -178,10 +183,10 @@ def _planned(run: Run, section: str) -> str:
     return f"of {compact(total)} planned" if total else ""
 
 
-def _figures(run: Run) -> Iterator[tuple[str, ...]]:
+def _figures(run: Run, pictures: Mapping[str, bytes]) -> Iterator[tuple[str, ...]]:
     """Yield title, caption and two data URIs of each figure: for light and for dark pages."""
     dark = draw_figures(run, DARK)
-    for name, light in draw_figures(run).items():
+    for name, light in pictures.items():
         encoded = (base64.b64encode(png).decode("ascii") for png in (light, dark[name]))
         yield (*CAPTIONS[name], *(f"data:image/png;base64,{text}" for text in encoded))
 

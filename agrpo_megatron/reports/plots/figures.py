@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,7 +11,7 @@ from agrpo_megatron.reports.plots import style
 from agrpo_megatron.reports.plots.learning import learning_charts, learning_figure
 from agrpo_megatron.reports.plots.style import LIGHT, Theme
 from agrpo_megatron.reports.plots.timing import time_figure
-from agrpo_megatron.reports.read import Row, Run, ratio_alarm, read_run, series, time_totals
+from agrpo_megatron.reports.read import Row, Run, ratio_alarm, series, time_totals
 from agrpo_megatron.reports.text import number
 
 
@@ -53,16 +52,6 @@ SAMPLER_PANELS = (
     Panel("Rows trained on (rollout, step)", (("rows", "", "purple"),)),
     Panel("Drawn steps per completion, chosen (auto)", (("mc_samples", "", "orange"),)),
 )
-
-
-def write_figures(run_dir: Path) -> list[Path]:
-    """Write the figures of a run below its `figures` directory; return their paths."""
-    folder = run_dir / "figures"
-    pictures = draw_figures(read_run(run_dir))
-    folder.mkdir(exist_ok=True)
-    for name, png in pictures.items():
-        (folder / f"{name}.png").write_bytes(png)
-    return [folder / f"{name}.png" for name in pictures]
 
 
 def draw_figures(run: Run, theme: Theme = LIGHT) -> dict[str, bytes]:

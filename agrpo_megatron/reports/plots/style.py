@@ -74,7 +74,8 @@ def render(draw: Callable[[Theme], Figure], theme: Theme = LIGHT) -> bytes:
         canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     packed = io.BytesIO()  # 256 colours: a third of the size, and no difference to the eye
-    image.quantize(256, dither=Image.Dither.NONE).save(packed, format="png", dpi=(DPI, DPI))
+    colours = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    colours.save(packed, format="png", dpi=(DPI, DPI))
     return packed.getvalue()
 
 
