@@ -165,13 +165,12 @@ def sample(arguments: argparse.Namespace) -> int:
     target = open_target(arguments)
     from agrpo_megatron.evaluation.open import complete, opened
     from agrpo_megatron.hardware.kernels import kernels_for
-    from agrpo_megatron.reports.trace import Edit, trace
     from agrpo_megatron.resilience.failure import ending_together
     from agrpo_megatron.rollout.generate import grading_calls
     from agrpo_megatron.runs.resolve import check_prompt, resolve
+    from agrpo_megatron.serving.chat import show_trace
     from agrpo_megatron.tasks.base import task_prompts
     from agrpo_megatron.text.chat import shown_prompt
-    from agrpo_megatron.trajectories import edits_of
 
     if arguments.number < 1:
         raise ValueError(f"--number={arguments.number} must be at least 1; use for example 3")
@@ -201,12 +200,7 @@ def sample(arguments: argparse.Namespace) -> int:
             word = ("correct", "green") if reward.correct else ("wrong", "red")
             console.print(Text.assemble(("reward      ", "dim"), f"{reward.score:g} ", word))
         if arguments.trace:
-            steps, count = trajectory.unmask_step[row].tolist(), int(trajectory.num_steps[row])
-            edits = [
-                Edit(step, place, *tokenizer.pieces([old, new]))
-                for step, place, old, new in edits_of(trajectory, row)
-            ]
-            trace(tokenizer.pieces(ids), steps, console, num_steps=count, edits=edits)
+            show_trace(tokenizer, trajectory, row, console)
         console.print()
     return 0
 

@@ -1,19 +1,52 @@
-"""`agrpo lm-eval`: lm-evaluation-harness on a trained model."""
+"""`agrpo serve`, `agrpo chat` and `agrpo lm-eval`: a trained model without its task."""
 
 import argparse
 import importlib.util
 import itertools
+import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agrpo_megatron.cli.common import TARGET, Target, add_command, is_main, world_size
+from agrpo_megatron.cli.common import (
+    TARGET,
+    Target,
+    add_command,
+    add_overrides,
+    add_target,
+    is_main,
+    open_target,
+    world_size,
+)
 from agrpo_megatron.evaluation.target import find_target
 
 if TYPE_CHECKING:
     from agrpo_megatron.serving.model import Model
 
+SERVE = """\
+examples:
+  agrpo serve runs/tiny                                   http://127.0.0.1:8000/v1
+  agrpo serve models/LLaDA-8B-Instruct precision=bf16 evaluation.denoising_steps=128
+  MY_KEY=secret agrpo serve runs/a --checkpoint best --host 0.0.0.0 --api-key-env MY_KEY
+  torchrun --nproc-per-node 2 -m agrpo_megatron serve runs/a parallel.tensor=2
+
+  client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+  client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "7 5=12:"}])
+
+`evaluation` and `sampling.completion_length` are the defaults of requests. The first Ctrl-C lets
+the requests end that were taken, the second ends at once. docs/serving.md has the details.
+"""
+CHAT = """\
+examples:
+  agrpo chat models/LLaDA-8B-Instruct precision=bf16 sampling.completion_length=128
+  agrpo chat runs/a --system 'Answer in one sentence.'
+  echo '7 5=12:' | agrpo chat runs/tiny
+
+/reset forgets the conversation, /trace shows the order in which the last reply was written, /help
+lists the commands, Ctrl-D ends. Replies appear block by block.
+"""
 LM_EVAL = """\
 examples:
   agrpo lm-eval runs/tiny --tasks my_task --include_path my_tasks --output_path results
@@ -30,6 +63,20 @@ how completions and likelihoods are computed.
 
 def add_serving(commands: argparse._SubParsersAction) -> None:
     """Add the commands that use a model without its task."""
+    text = "an OpenAI-compatible server of a model"
+    command = add_command(commands, "serve", text, serve, epilog=SERVE)
+    add_target(command)
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    command.add_argument("--port", type=int, default=8000, help="port (8000); 0: any free one")
+    command.add_argument("--name", help="of the model, for clients; default: that of the run")
+    command.add_argument(
+        "--api-key-env", metavar="VARIABLE", help="environment variable with the key of clients"
+    )
+    add_overrides(command)
+    command = add_command(commands, "chat", "a chat in the terminal", chat, epilog=CHAT)
+    add_target(command)
+    command.add_argument("--system", metavar="TEXT", help="system message")
+    add_overrides(command)
     text = "lm-evaluation-harness on a trained model"
     command = add_command(commands, "lm-eval", text, lm_eval, epilog=LM_EVAL)
     command.add_argument("target", metavar="TARGET", help=TARGET)
@@ -40,6 +87,51 @@ def add_serving(commands: argparse._SubParsersAction) -> None:
         help="settings; --checkpoint NAME, --settings FILE, --mc-samples N (128), --masks "
         "counts|coupled_counts; arguments of lm-eval",
     )
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serve a model over HTTP until the process is interrupted."""
+    _require("fastapi", extra="serve")
+    _require("uvicorn", extra="serve")
+    key = None
+    if arguments.api_key_env is not None and not (key := os.environ.get(arguments.api_key_env)):
+        raise ValueError(
+            f"--api-key-env {arguments.api_key_env}: this variable is empty or not set; set it"
+        )
+    target = open_target(arguments)
+    name = arguments.name or target.run or target.name
+    listener = _listening(arguments.host, arguments.port) if is_main() else None
+    from agrpo_megatron.serving.server import on_interrupt, serve
+
+    with on_interrupt(lambda: None) if listener is None else nullcontext(), _led(target) as model:
+        if model is not None and listener is not None:
+            host, port = listener.getsockname()[:2]
+            print(f"serving {name} at http://{host}:{port}/v1 (Ctrl-C ends)", flush=True)
+            serve(model, name=name, listener=listener, key=key)
+            print("no more requests: ended", flush=True)
+    return 0
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """Chat with a model."""
+    target = open_target(arguments)
+    from rich.console import Console
+
+    from agrpo_megatron.serving.chat import converse, prompted
+
+    with _led(target) as model:
+        if model is not None:
+            console, sampling = Console(), model.settings.evaluation_sampling
+            converse(model, sampling, prompted(console), console, system=arguments.system)
+    return 0
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, before a model is loaded."""
+    try:
+        return socket.create_server((host, port))
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--host {host} --port {port}: {error}; use another one") from None
 
 
 def lm_eval(arguments: argparse.Namespace) -> int:
