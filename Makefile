@@ -40,7 +40,11 @@ slurm: ## install SLURM for tests of job scripts, where it is missing (Debian, U
 demo: install ## train the tiny example from nothing, evaluate it and write its report
 	@$(BIN)/agrpo train examples/tiny.yaml
 
+# Hundreds of processes import the package and its tests: see below.
+COMPILED = $(BIN)/python -m compileall -q agrpo_megatron tests tools || true
+
 test: install ## run the tests, for instance: make test TESTS=tests/config/test_schema.py WORKERS=4
+	@$(COMPILED)
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(TESTS)
 
 # For each edit: what needs no launcher, and one layout of each kind.
@@ -49,6 +53,7 @@ QUICK := tests/diffusion tests/tasks tests/config \
   $(foreach kind,$(KINDS),'tests/training/test_layouts.py::test_the_layout_changes_nothing[$(kind)]')
 
 quick: install ## run the tests of diffusion, tasks and settings, and of one layout of each kind
+	@$(COMPILED)
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(QUICK)
 
 lint: install ## check style and format

@@ -1,5 +1,7 @@
 """`agrpo convert` as a user calls it: what it prints, what it leaves, and how it refuses."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -9,39 +11,48 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from agrpo_megatron.cli.main import main
 from tests.cli.test_main import agrpo, write_settings
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 LLADA = ROOT / "tests" / "fixtures" / "llada_tiny" / "hf"
 
 
-def _convert(*arguments, command=("-m", "agrpo_megatron", "convert")):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, *command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        env={**environment, "CUDA_VISIBLE_DEVICES": ""},
-    )
+def _call(arguments):
+    """Call `agrpo convert` on this rank; return its status and what it printed, and where."""
+    os.environ["COLUMNS"] = "200"
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        status = main(["convert", *map(str, arguments)])
+    return status, out.getvalue(), error.getvalue()
+
+
+def _convert(*arguments):
+    return run_ranks(1, _call, arguments)[0]
+
+
+def _tool(*arguments):
+    """Run tools/convert_checkpoint.py in a process of its own; return its status."""
+    command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, timeout=120).returncode
 
 
 def test_there_and_back_and_verified(tmp_path):
-    there = _convert("to-megatron", LLADA, tmp_path / "m")
-    assert (there.returncode, there.stdout) == (0, f"{tmp_path / 'm'}\n"), there.stderr
-    assert "converting" in there.stderr
-    tool = (str(ROOT / "tools" / "convert_checkpoint.py"),)
-    assert _convert("to-hf", tmp_path / "m", tmp_path / "h", command=tool).returncode == 0
-    same = _convert("verify", LLADA, tmp_path / "m")
-    assert same.returncode == 0 and "logits" in same.stdout
-    assert same.stdout.splitlines()[-1] == "21 of 21 tensors are identical: passed"
+    status, printed, error = _convert("to-megatron", LLADA, tmp_path / "m")
+    assert (status, printed) == (0, f"{tmp_path / 'm'}\n"), error
+    assert "converting" in error
+    assert _tool("to-hf", tmp_path / "m", tmp_path / "h") == 0
+    status, printed, _ = _convert("verify", LLADA, tmp_path / "m")
+    assert status == 0 and "logits" in printed
+    assert printed.splitlines()[-1] == "21 of 21 tensors are identical: passed"
     tensors = load_file(tmp_path / "h" / "model.safetensors")
     tensors["model.transformer.ln_f.weight"][0] += 0.5
     save_file(tensors, tmp_path / "h" / "model.safetensors")
-    other = _convert("verify", tmp_path / "m", tmp_path / "h")
-    assert other.returncode == 1
-    lines = other.stdout.splitlines()
+    status, printed, _ = _convert("verify", tmp_path / "m", tmp_path / "h")
+    assert status == 1
+    lines = printed.splitlines()
     assert lines[1].split()[0] == "model.transformer.ln_f.weight" and lines[1].split()[2] == "0.5"
     assert float(next(line for line in lines if "logits" in line).split()[-1]) > 1e-3
     assert lines[-1] == "20 of 21 tensors are identical: FAILED"
@@ -57,10 +68,10 @@ def test_there_and_back_and_verified(tmp_path):
     ],
 )
 def test_wrong_input_is_one_line(arguments, said):
-    done = _convert(*arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("agrpo: error: ")
-    assert "Traceback" not in done.stderr and said in done.stderr
+    status, printed, error = _convert(*arguments)
+    assert (status, printed) == (2, "")
+    assert error.splitlines()[-1].startswith("agrpo: error: ")
+    assert "Traceback" not in error and said in error
 
 
 @pytest.mark.slow
