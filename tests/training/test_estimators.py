@@ -12,6 +12,7 @@ from agrpo_megatron.config.rules.algorithm import OF_LOSSES, validate_algorithm
 from agrpo_megatron.config.rules.blocks import ACROSS
 from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.config.settings.estimators import ENTRIES
+from agrpo_megatron.estimators.advantages import advantages
 from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.training.rl import collect_rollout, update_policy
@@ -102,7 +103,19 @@ def _algorithm(base, changed):
     return replace(algorithm, baseline="mean") if loss == "preference" else algorithm
 
 
-def _update(session, engine, changed):
+def _rollout(session, engine, sampled):
+    """Return the rollouts of a variant, sampled once for all variants of a sampler.
+
+    Variants differ in advantages only. Called with the start weights.
+    """
+    settings = session.run.settings
+    if settings.sampling not in sampled:
+        sampled[settings.sampling], _ = collect_rollout(session, engine, 0)
+    rollout = sampled[settings.sampling]
+    return replace(rollout, advantages=advantages(rollout.rewards, settings.algorithm))
+
+
+def _update(session, engine, changed, sampled):
     """Return loss and gradients of two updates, from the same weights each time."""
     run = session.run
     engine.init_main_weights(load_start_weights(engine.network, run.settings) or {})
@@ -111,7 +124,7 @@ def _update(session, engine, changed):
             engine.optimizer.optimizer.state.pop(parameter, None)
     settings = _settings(run.settings, changed)
     session = replace(session, run=replace(run, settings=settings))
-    rollout, _ = collect_rollout(session, engine, 0)
+    rollout = _rollout(session, engine, sampled)
     reference = None
     if settings.algorithm.needs_reference:
         reference = build_network(settings, run.ranks)
@@ -140,9 +153,7 @@ def _nothing(overrides):
         algorithm = replace(settings.algorithm, kl_coefficient=0.0, entropy_bonus=0.0)
         settings = replace(settings, algorithm=algorithm)
         of_variant = replace(session, run=replace(session.run, settings=settings))
-        if settings.sampling not in sampled:
-            sampled[settings.sampling], _ = collect_rollout(of_variant, engine, 0)
-        rollout = sampled[settings.sampling]
+        rollout = _rollout(of_variant, engine, sampled)
         equal = torch.zeros_like(rollout.rewards)
         rollout = replace(rollout, rewards=equal, advantages=equal)
         results[name], _ = update_policy(of_variant, engine, rollout, engine.network)
@@ -152,8 +163,9 @@ def _nothing(overrides):
 def _all(overrides, but=()):
     """Return gradients and metrics of two updates, by variant, but for some."""
     session, engine = open_session(*COMMON, *overrides, world_size=dist.get_world_size())
+    sampled = {}
     return {
-        name: _update(session, engine, changed)
+        name: _update(session, engine, changed, sampled)
         for name, changed in VARIANTS.items()
         if name not in but
     }
