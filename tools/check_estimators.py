@@ -27,9 +27,9 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.logprobs import LEAST
 from agrpo_megatron.estimators.advantages import advantages
 from agrpo_megatron.estimators.losses import bounds, in_units
+from agrpo_megatron.estimators.objective import Tables, joint_inputs
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
-from agrpo_megatron.training.objective import Tables, joint_inputs
 from agrpo_megatron.training.scoring import score_tables
 from agrpo_megatron.training.step import accumulate_gradients
 from agrpo_megatron.training.update import Part, packed_part, with_loss, with_old_logprobs

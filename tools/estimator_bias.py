@@ -36,8 +36,8 @@ from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.config.settings.estimators import ENTRIES
 from agrpo_megatron.estimators.advantages import advantages
 from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.objective import Tables, joint_loss
 from agrpo_megatron.estimators.table import scored_rows
-from agrpo_megatron.training.objective import Tables, joint_loss
 from agrpo_megatron.types import Rollout, ScoredRows, Trajectory
 from tests.diffusion.toy import Toy, enumerate_trajectories, take
 

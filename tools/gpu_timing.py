@@ -26,12 +26,12 @@ from torch import Tensor
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.draw import draw_tokens
+from agrpo_megatron.estimators.objective import make_loss
 from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import make_forward
 from agrpo_megatron.scaling.flops import forward_cost, update_cost
-from agrpo_megatron.training.objective import make_loss
 from agrpo_megatron.training.step import optimizer_step
 from agrpo_megatron.types import PackedRows
 

@@ -85,6 +85,11 @@ def build[T](cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
     return built
 
 
+def rebuilt[T](section: T, name: str) -> T:
+    """Return a flat section that code has built, its values checked like those of a file."""
+    return build(type(section), dataclasses.asdict(section), f"{name}.")  # type: ignore[call-overload]
+
+
 def written(section: Any) -> frozenset[str]:
     """Return the names that a section was built with; `dataclasses.replace` forgets them."""
     return getattr(section, _WRITTEN, frozenset())

@@ -151,6 +151,27 @@ class Admission:
         return self.firsts[row] if computes_prompt else self.laters[row]
 
 
+def admit(
+    state: SamplerState,
+    model: ModelSettings,
+    slots: Slots | None,
+    *,
+    budget: int,
+    most: int | None,
+) -> Admission:
+    """Return the admission of all rows of a sampler.
+
+    Args:
+        budget: tokens of a forward pass.
+        most: rows of a forward pass; None: any.
+    """
+    rows = range(len(state.lengths))
+    firsts = [row_end(state, row, model) for row in rows]
+    laters = [step_length(state, row, slots) for row in rows]
+    count = len(rows) if most is None else most
+    return Admission(state.lengths, firsts, laters, budget, count, slots)
+
+
 def pack_step(
     state: SamplerState,
     numbers: list[int],

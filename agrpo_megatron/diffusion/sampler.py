@@ -15,8 +15,8 @@ from torch import Tensor
 from agrpo_megatron.config.settings import MODEL_FREE, ModelSettings, SamplingSettings
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.admission import (
-    Admission,
     Slots,
+    admit,
     make_slots,
     pack_step,
     row_end,
@@ -35,7 +35,7 @@ from agrpo_megatron.diffusion.sampler_state import (
     start,
     trajectory,
 )
-from agrpo_megatron.diffusion.schedule import bernoulli_plan
+from agrpo_megatron.diffusion.schedule import bernoulli_plan, checked_sampling
 from agrpo_megatron.diffusion.turns import best, places_of, position_scores, turn_logprobs
 from agrpo_megatron.types import KeyStore, Trajectory
 
@@ -104,24 +104,19 @@ def sample(
         rollout_ids: [R] int64, unique within a run.
 
     Raises:
+        ValueError: a setting has no such value, or does not divide another.
         SamplingStopped: `hooks.should_stop` returned true.
     """
+    sampling = checked_sampling(sampling, is_forbidden=context.mask_id in context.vocab.forbidden)
     hooks = hooks or SamplerHooks()
     state = start(tuple(prompts), rollout_ids, mask_id=context.mask_id, sampling=sampling)
     if sampling.unmasking == "bernoulli":
         state.plan = bernoulli_plan(_step_uniforms(state, context))
-    slots = None if context.store is None else make_slots(context.store, state.prompts)
-    rows, model = range(len(state.lengths)), context.model
-    admission = Admission(
-        state.lengths,
-        [row_end(state, row, model) for row in rows],
-        [step_length(state, row, slots) for row in rows],
-        context.token_budget,
-        len(rows) if context.most_rows is None else context.most_rows,
-        slots,
-    )
-    in_flight: deque[_Group] = deque()
-    most, is_stalled = context.forward.in_flight, False
+    model, slots = context.model, None
+    if context.store is not None:
+        slots = make_slots(context.store, state.prompts)
+    admission = admit(state, model, slots, budget=context.token_budget, most=context.most_rows)
+    in_flight, most, is_stalled = deque[_Group](), context.forward.in_flight, False
     while admission.waiting or in_flight:
         if hooks.should_stop():
             for group in in_flight:
@@ -146,7 +141,7 @@ def sample(
             live.sort(key=lambda row: -row_end(state, row, model))
             in_flight.append(_launch(state, live, context, slots))
     context.forward.close()
-    return trajectory(state, list(rows))
+    return trajectory(state, list(range(len(state.lengths))))
 
 
 def _launch(

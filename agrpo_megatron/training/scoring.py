@@ -1,60 +1,18 @@
-"""Score the tokens of micro-batches: with gradient for a loss, without for an older policy."""
+"""Score the tokens of micro-batches without gradient: an older policy, a reference; all ranks."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
-from agrpo_megatron.diffusion.logprobs import (
-    Vocabulary,
-    exact_kl,
-    policy_logits,
-    shard_logprobs,
-    token_logprobs,
-)
+from agrpo_megatron.diffusion.logprobs import shard_logprobs
+from agrpo_megatron.estimators.scoring import score_tokens, scored_policy
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.types import TimestepBatch
-
-
-class Scores(NamedTuple):
-    """Scores of a micro-batch's tokens, [S] each, in nats."""
-
-    logprobs: Tensor
-    entropies: Tensor
-    kl: Tensor | None  # from the reference, where the micro-batch has its distributions
-
-
-def score_tokens(
-    logits: Tensor,
-    batch: TimestepBatch,
-    vocab: Vocabulary,
-    sampling: SamplingSettings,
-    algorithm: AlgorithmSettings,
-) -> Scores:
-    """Score a micro-batch's tokens.
-
-    Under the sampler's policy, tempered and truncated as the token was drawn, or under the plain
-    model, which may give probability to the mask token.
-    """
-    logits, vocab = _policy(logits, vocab, sampling, algorithm)
-    scores = token_logprobs(logits, batch.targets, vocab=vocab, support_ids=batch.support_ids)
-    target = batch.reference_shard
-    return Scores(*scores, None if target is None else exact_kl(logits, target, vocab))
-
-
-def _policy(
-    logits: Tensor, vocab: Vocabulary, sampling: SamplingSettings, algorithm: AlgorithmSettings
-) -> tuple[Tensor, Vocabulary]:
-    """Return the logits of the scored policy, and its vocabulary."""
-    temperature = sampling.temperature
-    if algorithm.filled.scored_policy == "model":
-        vocab, temperature = replace(vocab, forbidden=()), 1.0
-    return policy_logits(logits, vocab, temperature=temperature), vocab
 
 
 def score_tables(
@@ -100,7 +58,7 @@ def with_distributions(
     result = list(batches)
 
     def store(number: int, logits: Tensor) -> None:
-        policy, vocab = _policy(logits, network.vocab, sampling, algorithm)
+        policy, vocab = scored_policy(logits, network.vocab, sampling, algorithm)
         result[number] = replace(result[number], reference_shard=shard_logprobs(policy, vocab))
 
     forward_rows(network, [batch.rows for batch in batches], store)

@@ -10,6 +10,13 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, timestep_batch
 from agrpo_megatron.diffusion.blocks import pack_replay, replay_rows
 from agrpo_megatron.estimators.context import DrawContext
+from agrpo_megatron.estimators.objective import (
+    BatchLoss,
+    Tables,
+    joint_loss,
+    make_loss,
+    make_tangent,
+)
 from agrpo_megatron.estimators.table import (
     is_joint,
     needs_current_pass,
@@ -30,13 +37,6 @@ from agrpo_megatron.scaling.flops import (
     update_cost,
 )
 from agrpo_megatron.training.nan_guard import NanGuard, Update, rollout_keys
-from agrpo_megatron.training.objective import (
-    BatchLoss,
-    Tables,
-    joint_loss,
-    make_loss,
-    make_tangent,
-)
 from agrpo_megatron.training.scoring import score_tables, with_distributions
 from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import Rollout, ScoredRows, TimestepBatch

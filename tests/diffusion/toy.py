@@ -16,8 +16,10 @@ from agrpo_megatron.diffusion.batches import recorded_logprobs
 from agrpo_megatron.diffusion.draw import LogitsForward
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.sampler import SamplerContext
+from agrpo_megatron.estimators import objective
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.losses import LOSSES, of_tokens
+from agrpo_megatron.estimators.scoring import score_tokens
 from agrpo_megatron.estimators.steps import all_steps, at_level
 from agrpo_megatron.estimators.table import is_joint
 from agrpo_megatron.trajectories import select, tensors
@@ -340,10 +342,6 @@ def estimator_gradient(
 
 def _joint_loss(rollout: Rollout, rows, batches, score, toy: Toy, algorithm: AlgorithmSettings):
     """Return the loss of micro-batches that join tokens, as `training.update` makes it."""
-    # Megatron takes seconds to load.
-    from agrpo_megatron.training import objective
-    from agrpo_megatron.training.scoring import score_tokens
-
     sampling = rollout.trajectory.sampling
     logprobs = torch.zeros(rows.scored.shape, dtype=torch.float64)
     entropies = torch.zeros_like(logprobs)

@@ -27,11 +27,11 @@ from torch import Tensor
 from agrpo_megatron.config.rules import validate
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
+from agrpo_megatron.estimators.objective import make_loss
 from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron import graphs
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.training.objective import make_loss
 from agrpo_megatron.training.step import accumulate_gradients, optimizer_step
 from agrpo_megatron.types import PackedRows, TimestepBatch
 from tools.gpu_model import LLADA_8B, REHEARSAL, Scale, open_engine, random_batch, scale_settings

@@ -19,8 +19,8 @@ from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.diffusion.turns import position_scores, turn_logprobs
 from agrpo_megatron.estimators.losses import of_tokens, plain_metrics
+from agrpo_megatron.estimators.scoring import Scores, score_tokens
 from agrpo_megatron.estimators.table import find_loss
-from agrpo_megatron.training.scoring import Scores, score_tokens
 from agrpo_megatron.types import LossInputs, LossOutputs, Rollout, ScoredRows, TimestepBatch
 
 type BatchLoss = Callable[[Tensor, TimestepBatch], tuple[Tensor, dict[str, Tensor]]]

@@ -1,0 +1,1 @@
+"""Any torch module that maps ids to logits, as the network of the sampler and of updates."""
