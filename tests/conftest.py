@@ -56,7 +56,9 @@ LONGEST = (
     "megatron/test_one_queue.py",
     "cli/test_convert.py",
     "cli/test_evaluate.py",
+    "serving/test_lm_eval.py",
     "tasks/test_hostile.py",
+    "serving/test_server.py",
     "training/test_checkpointing.py",
     "resilience/test_attempts.py",
 )

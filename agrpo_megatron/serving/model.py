@@ -32,8 +32,6 @@ from agrpo_megatron.types import Trajectory
 
 IDLE = 20.0  # seconds between two signs of life to the other ranks
 
-type Job = "Generation | Scoring | None"
-
 
 @dataclass(frozen=True)
 class Generation:
@@ -43,6 +41,9 @@ class Generation:
     noise: Sequence[int]  # noise index of each
     sampling: SamplingSettings
     stops: Sequence[Sequence[str]]  # texts that end each completion
+
+
+type Job = Generation | Scoring
 
 
 class Part(NamedTuple):
@@ -114,7 +115,7 @@ def follow(model: Model) -> None:
             perform(model, sent)
 
 
-def lead(model: Model, job: "Generation | Scoring", emit: Callable[[Part], Any] | None = None):
+def lead(model: Model, job: Job, emit: Callable[[Part], Any] | None = None):
     """Do a job together with the other ranks; called by the main rank.
 
     Args:
@@ -133,9 +134,7 @@ def next_waiting[Item](model: Model, waiting: "queue.SimpleQueue[Item]") -> Item
             _sent(model, ())
 
 
-def perform(
-    model: Model, job: "Generation | Scoring", emit: Callable[[Part], Any] | None = None
-) -> Any:
+def perform(model: Model, job: Job, emit: Callable[[Part], Any] | None = None) -> Any:
     """Do a job: a `Trajectory` on the CPU, or scores; called by every rank."""
     if isinstance(job, Scoring):
         return score(model.run, model.network, job)
@@ -184,12 +183,8 @@ class _Blocks:
         places: Sequence[int],
         emit: Callable[[Part], Any] | None,
     ):
-        self._tokenizer, self._job, self._places, self._emit = (
-            model.run.tokenizer,
-            job,
-            places,
-            emit,
-        )
+        self._tokenizer, self._job = model.run.tokenizer, job
+        self._places, self._emit = places, emit
         self._opened = [0] * len(places)
 
     def on_step(self, state: SamplerState, rows: list[int]) -> list[int]:

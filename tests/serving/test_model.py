@@ -64,7 +64,7 @@ def test_every_layout_writes_the_same_and_blocks_come_as_they_end():
     assert all(tokens[part.row][: len(part.ids)] == part.ids for part in parts)
     assert ended.num_steps.tolist() == [2, 4, 4], "a stop text ends its row after its block"
     assert ended.tokens[1:].tolist() == tokens[1:]
-    for layout in ("parallel=tp2", "parallel=dp2"):
+    for layout in ("parallel=tp2", "parallel=dp2", "parallel=pp2"):
         found, _ = run_ranks(2, _used, layout)
         assert found[0] == tokens and found[2].num_steps.tolist() == [2, 4, 4]
         assert found[3] == pytest.approx(scores, abs=1e-4)
