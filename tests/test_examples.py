@@ -50,7 +50,8 @@ def test_examples_resolve_without_a_note(path, monkeypatch):
     settings = load(Settings, path, ["model.load=null"])  # that run comes first
     validate(settings)
     found = resolve(settings, world_size=1)
-    assert found.task.notes == []
+    own = "task.options.train=" if found.settings.task.name == "jsonl" else None  # its columns
+    assert [note for note in found.task.notes if own is None or own not in note] == []
     assert found.task.problems("train")
     assert found.task.problems("eval")
 
@@ -101,6 +102,11 @@ def test_the_task_trains(tmp_path):
     rewards = [record for record in records if "reward/in_order" in record]
     assert rewards
     assert all(0 <= record["reward/same_digits"] <= 1 for record in rewards)
+
+
+def test_rows_without_code_train(tmp_path):
+    records = train("own_task.yaml", tmp_path / "run")
+    assert any("reward/format" in record for record in records)
 
 
 def test_the_mixture_trains_and_tells_its_tasks_apart(tmp_path):

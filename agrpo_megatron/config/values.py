@@ -37,7 +37,8 @@ def type_name(hint: Any) -> str:
     names |= {type(None): "null"}
     options = sorted(_options(hint), key=lambda option: option is type(None))
     names |= {option: option for option in options if isinstance(option, str)}
-    return " or ".join(names.get(option, "a mapping") for option in options)
+    others = {option: "a list" for option in options if typing.get_origin(option) is list}
+    return " or ".join({**others, **names}.get(option, "a mapping") for option in options)
 
 
 def text(value: object) -> str:
@@ -79,7 +80,9 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             return None
     origin = typing.get_origin(hint)
     if origin is list and isinstance(value, list):
-        items = [_convert(key, item, *typing.get_args(hint)) for item in value]
+        kinds = _options(*typing.get_args(hint))
+        tried = [[_convert(key, item, kind) for kind in kinds] for item in value]
+        items = [next((i for i in item if i is not None), None) for item in tried]
         return None if None in items else items
     return _passed(key, value) if origin is dict and isinstance(value, Mapping) else None
 

@@ -10,6 +10,8 @@ import yaml
 from yaml.error import MarkedYAMLError
 
 BASE = "base"
+# A file of code, FILE.py[:NAME], or of rows.
+_FILE = re.compile(r"([^:]+\.(?:py|jsonl|json|csv|parquet)(?:\.gz)?)((?<=\.py):\w+|)")
 MOST_NESTED = 50
 
 type Tree = dict[str, Any]
@@ -128,13 +130,16 @@ def read_yaml(path: str | Path) -> Tree:
 def read_chain(path: str | Path) -> list[tuple[Path, Tree]]:
     """Read a file and its bases: the lowest base first, the file itself last.
 
+    Files of code and of rows that they name are found in the current folder, or else beside the
+    settings file.
+
     Raises:
         ValueError: as `read_yaml`; a base that does not exist or leads back to its own file.
     """
     chain: list[tuple[Path, Tree]] = []
     file = Path(path)
     while True:
-        tree = read_yaml(file)
+        tree = _led(read_yaml(file), file.parent)
         base = tree.pop(BASE, None)
         chain.insert(0, (file, tree))
         if base is None:
@@ -145,6 +150,18 @@ def read_chain(path: str | Path) -> list[tuple[Path, Tree]]:
         file = file.parent / base
         if any(file.resolve() == known.resolve() for known, _ in chain):
             raise ValueError(f"{said} leads back to {file}; bases must not form a cycle")
+
+
+def _led(value: Any, folder: Path) -> Any:
+    """Return a tree in which the names of files that are only in `folder` lead there."""
+    if isinstance(value, dict):
+        return {name: _led(part, folder) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_led(part, folder) for part in value]
+    named = _FILE.fullmatch(value) if isinstance(value, str) else None
+    if named is None or os.path.exists(named[1]) or not os.path.isfile(folder / named[1]):
+        return value
+    return f"{folder / named[1]}{named[2]}"
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], *, file: Path) -> Tree:

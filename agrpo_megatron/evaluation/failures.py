@@ -20,7 +20,7 @@ def check_solutions(run: Run, splits: Sequence[Split]) -> list[str]:
     """Grade known solutions on the main rank; return notes, on every rank. Called by every rank.
 
     Raises:
-        ValueError: most of these rewards fail; on every rank.
+        ValueError: a reward service does not answer, or most of these rewards fail; on every rank.
     """
     shared: list[list[str] | ValueError] = [[]]
     if run.ranks.is_main:
@@ -36,6 +36,8 @@ def check_solutions(run: Run, splits: Sequence[Split]) -> list[str]:
 
 
 def _solution_notes(run: Run, splits: Sequence[Split]) -> list[str]:
+    if run.task.services is not None:
+        run.task.services.check()
     graded = {split: grade_solutions(run.task, run.grader, split) for split in splits}
     both = [pair for pairs in graded.values() for pair in pairs]
     found = failing(

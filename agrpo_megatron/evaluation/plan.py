@@ -18,7 +18,7 @@ from agrpo_megatron.runs.resolve import Resolved, resolve
 from agrpo_megatron.tasks import Task, build_task
 from agrpo_megatron.tasks.base import Split, task_prompts
 from agrpo_megatron.tasks.mixture import Mixture, problems_by_task
-from agrpo_megatron.tasks.public import NONE, PublicTask
+from agrpo_megatron.tasks.own.files import NONE, FileTask
 from agrpo_megatron.types import Problem
 
 EDGE = 1 << 20  # bytes read at both ends of a weight file without checksums
@@ -170,7 +170,7 @@ def _held_out_only(settings: TaskSettings) -> TaskSettings:
         given = settings.mixture
         mixture = {label: {**given[label], "options": parts[label].options} for label in given}
         return replace(settings, mixture=mixture)
-    if isinstance(task, PublicTask) and task.source("eval") is not None:
+    if isinstance(task, FileTask) and task.source("eval") is not None:
         return replace(settings, options={**settings.options, "train": NONE})
     return settings
 
@@ -237,8 +237,9 @@ def _task_identity(resolved: Resolved, task: Task, problems: Sequence[Problem]) 
     prompts = resolved.tokenizer.encode_prompts(written)
     asked = json.dumps([[problem.key for problem in problems], prompts])
     graded = _canonical([[p.key, p.fields, p.solution] for p in problems])
-    file, _, _ = task.settings.name.partition(":")
-    code = {"file": digest(Path(file).read_bytes())} if file.endswith(".py") else {}
+    code = {name: digest(Path(name).read_bytes()) for name in task.code_files}
+    if len(code) == 1:  # as evaluations of tasks in one file have it
+        code = {"file": code.popitem()[1]}
     return {
         "name": task.settings.name,
         "options": {k: v for k, v in task.settings.options.items() if (k, v) != ("train", NONE)},

@@ -35,6 +35,7 @@ def reward_metrics(rewards: Sequence[Reward], problems: Sequence[Problem]) -> di
         "reward/mean": found["score"],
         "reward/std": float(scores.std(correction=0)),
         "failed_rewards": found["failures"],
+        "failed_rewards_fraction": found["failures"] / len(rewards),
         "accuracy": found["accuracy"],
         **{f"reward/{name}": value for name, value in found["parts"].items()},
         **_by_task(rewards, problems),

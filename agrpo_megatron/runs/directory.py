@@ -14,7 +14,6 @@ from agrpo_megatron.runs.log import check_log
 from agrpo_megatron.runs.progress import CHECKPOINTS, RUN_SETTINGS, Progress, latest_checkpoint
 from agrpo_megatron.runs.resolve import SPLIT_NAMES, Planned, Resolved, plan, resolve
 from agrpo_megatron.tasks import Task
-from agrpo_megatron.tasks.mixture import Mixture
 
 # Settings that may change on resume: they alter no number, or only add iterations.
 MAY_CHANGE = ("run.dir", "run.threads", "run.timeout", "logging", "checkpoint", "parallel")
@@ -121,11 +120,8 @@ def data_digests(task: Task) -> dict[str, str]:
     for split, name in SPLIT_NAMES.items():
         text = "\0".join(f"{p.key}\0{p.solution}" for p in task.problems(split))
         found[f"{name} problems"] = digest(text.encode())
-    tasks = [part for part, _ in task.parts.values()] if isinstance(task, Mixture) else [task]
-    for name in (part.settings.name for part in tasks):
-        if ".py" in name:
-            file = name.partition(":")[0]
-            found[f"lines of {file}"] = digest(Path(file).read_bytes())
+    for file in task.code_files:
+        found[f"lines of {file}"] = digest(Path(file).read_bytes())
     return found
 
 

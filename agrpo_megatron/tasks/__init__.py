@@ -15,12 +15,13 @@ from agrpo_megatron.tasks.countdown import Countdown
 from agrpo_megatron.tasks.gym import ReasoningGym
 from agrpo_megatron.tasks.maths import Gsm8k, Math
 from agrpo_megatron.tasks.mixture import Mixture, part_errors
+from agrpo_megatron.tasks.own.jsonl import Jsonl
 from agrpo_megatron.tasks.sudoku import Sudoku
 
 PREFIX = "task.options."
 PART_SETTINGS = ("name", "weight", "options", "train_problems", "eval_problems", "seed", "leaks")
 TASKS: dict[str, type[Task]] = {
-    cls.name: cls for cls in (Gsm8k, Math, Countdown, Sudoku, ReasoningGym)
+    cls.name: cls for cls in (Gsm8k, Math, Countdown, Sudoku, ReasoningGym, Jsonl)
 }
 
 
@@ -39,9 +40,11 @@ def build_task(settings: TaskSettings) -> Task:
         )
     cls = _load_class(settings.name) if is_file_name(settings.name) else TASKS.get(settings.name)
     if cls is None:
+        names = [*TASKS, Mixture.name]
+        near = difflib.get_close_matches(settings.name.lower(), names, n=1)
         raise ValueError(
-            f"task.name={settings.name} must be one of {', '.join(TASKS)}, {Mixture.name}, or a "
-            "file such as my_task.py"
+            f"task.name={settings.name} must be one of {', '.join(names)}, or a file such as "
+            f"my_task.py{f'; did you mean {near[0]}?' if near else ''}"
         )
     known = [field.name for field in dataclasses.fields(cls.options_type)]
     _check_names(settings.options, known, prefix=PREFIX, of=f"an option of {settings.name}")

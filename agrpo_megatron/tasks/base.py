@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from agrpo_megatron.config.settings import TaskSettings
+from agrpo_megatron.tasks.own.service import Services
+from agrpo_megatron.tasks.sandbox.worker import failed
 from agrpo_megatron.types import Chat, Message, Problem, Prompt, Reward
 
 type Split = Literal["train", "eval"]
@@ -14,6 +16,7 @@ type Splits = Mapping[Split, Sequence[Problem]]
 
 SPLITS: tuple[Split, ...] = ("train", "eval")
 MESSAGE = set(Message._fields)
+SHAPE = '{"train": [Problem(...), ...], "eval": [Problem(...), ...]}'  # of what `load` returns
 BETWEEN = "\n\n"  # after each example of a prompt that is text
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -33,6 +36,7 @@ class Task:
     options_type: ClassVar[type] = NoOptions
     # Whether `reward` and `verdict` grade any text in bounded time and memory.
     is_bounded: bool = False
+    services: Services | None = None  # that also score; None: `reward` says all
 
     def __init__(self, settings: TaskSettings, options: Any):
         self.settings, self.options = settings, options
@@ -93,9 +97,16 @@ class Task:
         """Load the problems; check the result of a custom task's `load`."""
         if type(self).__module__.startswith("agrpo_megatron."):
             return self.load()
-        name = f"task.name={self.settings.name}"
+        name, code = f"task.name={self.settings.name}", type(self).load.__code__
         try:
             loaded = self.load()
+            if not isinstance(loaded, Mapping) or not {*SPLITS} <= {*loaded}:
+                is_mapping = isinstance(loaded, Mapping)
+                found = f"the keys {[*loaded]}" if is_mapping else f"a {type(loaded).__name__}"
+                raise ValueError(
+                    f"{name}: its load() at {code.co_filename}:{code.co_firstlineno} returned "
+                    f"{found}; return {SHAPE}"
+                )
             splits: Splits = {split: list(loaded[split]) for split in SPLITS}  # may be generators
             for problem in (*splits["train"], *splits["eval"]):
                 _check_problem(problem, name)
@@ -103,10 +114,11 @@ class Task:
         except ValueError:
             raise
         except (Exception, SystemExit) as error:
+            trace = failed(error).trace
+            at = f" at {trace.place}" if trace is not None and trace.place else ""
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"{name}: its load() raised {reason}; fix it there, and return "
-                '{"train": [...], "eval": [...]}'
+                f"{name}: its load() raised {reason}{at}; fix it there, and return {SHAPE}"
             ) from error
         shared = sorted(train & held_out)
         if shared and self.settings.leaks != "keep":
@@ -115,6 +127,12 @@ class Task:
                 "give each problem one split, or use task.leaks=keep"
             )
         return splits
+
+    @property
+    def code_files(self) -> list[str]:
+        """Return the user's files of code that the rewards depend on."""
+        file, _, _ = self.settings.name.partition(":")
+        return [file] if file.endswith(".py") else []
 
     @property
     def shares(self) -> Sequence[tuple[int, float]]:

@@ -1,21 +1,21 @@
 """Grading in parallel with sampling: in worker processes if a task's reward is not bounded."""
 
 import math
-import numbers
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
 from agrpo_megatron.tasks.base import Split, Task
+from agrpo_megatron.tasks.rewards.scores import as_reward
 from agrpo_megatron.tasks.sandbox.client import Sandbox, ServerEnded
 from agrpo_megatron.tasks.sandbox.worker import Outcome, Trace, failed
 from agrpo_megatron.types import Problem, Reward
 
-RIGHT = 1.0  # a score from which on a plain number counts as correct
 MAX_GRADED = 1000, 100  # problems of a split whose solutions are graded: at once, in workers
 
 
@@ -49,12 +49,13 @@ class Grader:
     """
 
     def __init__(self, task: Task, settings: TaskSettings):
-        self.has_workers = not task.is_bounded  # processes that grade in parallel with this one
+        # Whether processes or services grade in parallel with this one.
+        self.has_workers = not task.is_bounded or task.services is not None
         self.busy = 0.0  # seconds with active workers
         self.first_failure: Failure | None = None  # with a traceback, if any has one
         self._task, self._settings = task, settings
         self._waiting: deque[_Batch] = deque()
-        self._is_closed = False
+        self._closed = threading.Event()
         self._sandbox = Sandbox(
             "agrpo_megatron.tasks.grading:load_grader",
             settings,
@@ -84,7 +85,7 @@ class Grader:
 
     def close(self) -> None:
         """End the workers; pending calls are lost."""
-        self._is_closed = True
+        self._closed.set()
         self._sandbox.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -95,7 +96,7 @@ class Grader:
             return
         started = time.perf_counter()
         try:
-            rewards = iter(self._in_workers([call for batch in batches for call in batch.calls]))
+            rewards = iter(self._grade([call for batch in batches for call in batch.calls]))
         except Exception as error:
             for batch in batches:
                 batch.rewards.set_exception(error)
@@ -104,12 +105,22 @@ class Grader:
         for batch in batches:
             batch.rewards.set_result([next(rewards) for _ in batch.calls])
 
+    def _grade(self, calls: list[Call]) -> list[Reward]:
+        """Grade by workers, or here if the task is bounded, and then by services."""
+        is_local = self._task.is_bounded
+        local = list(map(self._grade_inline, calls)) if is_local else self._in_workers(calls)
+        if self._task.services is None:
+            return local
+        asked = [(call.problem, call.completion) for call in calls]
+        found = self._task.services.add(asked, local, closed=self._closed)
+        return [self._reward(Outcome(reward)) for reward in found]
+
     def _in_workers(self, calls: list[Call]) -> list[Reward]:
         for _ in range(2):  # another process may have killed the server
             try:
                 outcomes = self._sandbox.run(calls)
             except ServerEnded:
-                if self._is_closed:
+                if self._closed.is_set():
                     raise
                 continue
             return [self._reward(outcome) for outcome in outcomes]
@@ -135,7 +146,7 @@ class Grader:
 def grade_call(task: Task, call: Call) -> Reward:
     """Grade one completion; convert the numbers of the `Reward` to plain floats.
 
-    A plain number is a reward too, and correct from `RIGHT` on; so is true or false.
+    A plain number is a reward too, and correct from 1 on; so is true or false.
 
     Raises:
         TypeError: the task returned something else.
@@ -149,20 +160,6 @@ def grade_call(task: Task, call: Call) -> Reward:
     score = _finite("score", reward.score)
     parts = {str(name): _finite(str(name), part) for name, part in reward.parts.items()}
     return Reward(score, bool(reward.correct), parts, reward.failure)
-
-
-def as_reward(made: Any) -> Reward:
-    """Return a `Reward`, or the one that a number stands for, also a number of numpy or torch.
-
-    Raises:
-        TypeError: it is neither.
-    """
-    if isinstance(made, Reward):
-        return made
-    number = made.item() if callable(getattr(made, "item", None)) else made
-    if not isinstance(number, numbers.Real):
-        raise TypeError(f"the reward is of type {type(made).__name__}, not Reward or a number")
-    return Reward(float(number), float(number) >= RIGHT)
 
 
 def failing(problems: Sequence[Problem], rewards: Sequence[Reward], most: float) -> str:

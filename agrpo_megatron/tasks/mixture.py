@@ -3,12 +3,14 @@
 import contextlib
 import itertools
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from agrpo_megatron.tasks.base import Split, Splits, Task
 from agrpo_megatron.tasks.data import without_leaks
+from agrpo_megatron.tasks.own.service import Asked
 from agrpo_megatron.types import Problem, Prompt, Reward
 
 # Settings of a part, as its errors write them.
@@ -36,6 +38,8 @@ class Mixture(Task):
         super().__init__(next(iter(parts.values()))[0].settings, None)
         self.parts = parts
         self.is_bounded = all(task.is_bounded for task, _ in parts.values())
+        if any(task.services is not None for task, _ in parts.values()):
+            self.services = _MixedServices({label: task for label, (task, _) in parts.items()})
 
     def prepare(self) -> None:
         """Import what the tasks need to grade."""
@@ -75,6 +79,11 @@ class Mixture(Task):
     def reward(self, problem: Problem, completion: str) -> Reward:
         """Grade by the problem's task."""
         return self._task(problem).reward(problem, completion)
+
+    @property
+    def code_files(self) -> list[str]:
+        """Return the files of all tasks."""
+        return [file for task, _ in self.parts.values() for file in task.code_files]
 
     def known_solution(self, problem: Problem, split: Split) -> str:
         """Return a right completion of the problem's task."""
@@ -121,6 +130,31 @@ def problems_by_task(task: Task, split: Split) -> dict[str, list[Problem]]:
     for problem in task.problems(split):
         found[problem.task].append(problem)
     return found
+
+
+class _MixedServices:
+    """The services of the parts; each scores the completions of its own part."""
+
+    def __init__(self, tasks: dict[str, Task]):
+        self._services = {label: t.services for label, t in tasks.items() if t.services is not None}
+
+    def add(
+        self, asked: Sequence[Asked], rewards: Sequence[Reward], *, closed: threading.Event
+    ) -> list[Reward]:
+        """Return the rewards with what the services of their parts add."""
+        found = list(rewards)
+        for label, services in self._services.items():
+            places = [place for place, (problem, _) in enumerate(asked) if problem.task == label]
+            mine, local = [asked[p] for p in places], [rewards[p] for p in places]
+            for place, reward in zip(places, services.add(mine, local, closed=closed), strict=True):
+                found[place] = reward
+        return found
+
+    def check(self) -> None:
+        """Ask the services of all parts."""
+        for label, services in self._services.items():
+            with part_errors(label):
+                services.check()
 
 
 def _class_name(task: Task) -> tuple[str, str]:

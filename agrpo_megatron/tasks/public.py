@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 from agrpo_megatron.config.schema import setting
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import benchmarks, data
-from agrpo_megatron.tasks.base import Split, Splits, Task, problem_count, split_problems
-from agrpo_megatron.tasks.data import without_leaks
+from agrpo_megatron.tasks.base import Split, Splits, problem_count, split_problems
+from agrpo_megatron.tasks.data import Row
+from agrpo_megatron.tasks.own.files import FileTask
 from agrpo_megatron.tasks.rewards import equivalence
 from agrpo_megatron.types import Problem, Prompt, Reward
-
-NONE = "none"  # a source without problems
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,12 @@ class PublicOptions:
     )
 
 
-class PublicTask(Task):
+class PublicTask(FileTask):
     """A benchmark as AGRPO and d1 run it, with problems from files or datasets."""
 
     options: PublicOptions
     datasets: ClassVar[dict[Split, dict[str, str]]] = {}  # by split and protocol
     generation_fix: ClassVar[str] = ""  # the options that generate more problems
-    selection_fix: ClassVar[str] = "give another file"  # to select other problems
 
     def __init__(self, settings: TaskSettings, options: Any):
         super().__init__(settings, options)
@@ -53,23 +51,6 @@ class PublicTask(Task):
         """Import math-verify if the protocol uses it."""
         if self.options.protocol == "agrpo" and self.name != "sudoku":
             equivalence.load_comparison()
-
-    def load(self) -> Splits:
-        """Return the problems of both splits, without leaks."""
-        # Files first: a wrong one fails before any download.
-        order: list[Split] = sorted(("eval", "train"), key=self._is_remote)
-        read = {split: self._read(split) for split in order}
-        filled = self.fill(read["train"], read["eval"])
-        train, held_out = filled["train"], filled["eval"]
-        if read["train"] and read["eval"]:  # `fill` makes problems without leaks
-            train, notes = without_leaks(train, held_out, task=self, holder=self, name=self.name)
-            self.notes += notes
-        return {"eval": self._subset("eval", held_out), "train": self._subset("train", train)}
-
-    def fill(self, train: list[Problem] | None, held_out: list[Problem] | None) -> Splits:
-        """Return both splits; generate those without a file."""
-        assert train is not None and held_out is not None
-        return {"train": train, "eval": held_out}
 
     def make_problem(self, row: dict[str, Any]) -> Problem:
         """Read one row of a data set."""
@@ -104,50 +85,9 @@ class PublicTask(Task):
         chosen = self.options.train if split == "train" else self.options.eval
         return chosen or self.datasets.get(split, {}).get(self.options.protocol)
 
-    def _is_remote(self, split: Split) -> bool:
-        source = self.source(split)
-        return source not in (None, NONE) and not data.is_local(source)
-
-    def _read(self, split: Split) -> list[Problem] | None:
-        """Return the problems of a split's file or dataset; None for a generated split."""
-        source = self.source(split)
-        if source is None:
-            return None
-        if source == NONE and split == "train":
-            return []
-        key = f"task.options.{split}"
-        rows = data.read_rows(source, key=key, split="train" if split == "train" else "test")
-        if split == "eval" and self.options.eval_rows == "d1":
-            rows = data.d1_rows(rows)
-        found = data.convert_rows(rows, self.make_problem, key=key, source=source)
-        answered = [(row, p) for row, p in found if p.fields.get("answer", "") is not None]
-        if not answered:
-            raise ValueError(f"{key}={source}: no row has an answer; give another file")
-        problems, notes = data.without_repeats(answered)
-        left_out = len(rows) - len(answered)
-        notes = [f"{left_out} rows without an answer left out"] * (left_out > 0) + notes
-        selected = self.select(split, problems)
-        if not selected:
-            raise ValueError(
-                f"{key}={source}: the options select none of its problems; {self.selection_fix}"
-            )
-        if len(selected) < len(problems):
-            notes.append(f"{len(problems) - len(selected)} problems of another kind left out")
-        self.notes += [f"{key}={source}: {note}" for note in notes]
-        return selected
-
-    def _subset(self, split: Split, problems: Sequence[Problem]) -> Sequence[Problem]:
-        """Draw the number of problems in the settings, in their order."""
-        asked = getattr(self.settings, f"{split}_problems")
-        if asked is not None and asked < len(problems):
-            chance = random.Random(f"{self.name} {split} {self.settings.seed}")
-            kept = sorted(chance.sample(range(len(problems)), asked))
-            problems = [problems[place] for place in kept]
-        return problems
-
-    def select(self, split: Split, problems: list[Problem]) -> list[Problem]:
-        """Return the file's problems that the protocol uses; by default all."""
-        return problems
+    def pick(self, split: Split, rows: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
+        """Return the rows of a source that the options choose."""
+        return data.d1_rows(rows) if split == "eval" and self.options.eval_rows == "d1" else rows
 
 
 class GeneratedTask(PublicTask):

@@ -56,6 +56,13 @@ ALARMS = (
         "the policy is turning into noise",
     ),
     Alarm(
+        "failed_rewards",
+        "failed_rewards_fraction",
+        "resilience.failed_rewards_alarm",
+        lambda value, level: value >= level > 0,
+        "{value:.0%} of rewards failed; they teach nothing",
+    ),
+    Alarm(
         "zero_variance",
         "zero_advantage_fraction",
         "resilience.zero_variance_alarm",

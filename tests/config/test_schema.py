@@ -361,6 +361,32 @@ def _write(folder, **files):
     return folder
 
 
+def test_files_are_found_beside_the_settings_file_unless_they_are_here(tmp_path, monkeypatch):
+    folder, here = tmp_path / "there", tmp_path / "here"
+    for made in (folder / "own", here):
+        made.mkdir(parents=True)
+    for name in ("task.py", "rows.jsonl", "own/both.csv", "a:b.py"):
+        (folder / name).write_text("")
+    (here / "own").mkdir()
+    (here / "own" / "both.csv").write_text("")
+    options = {
+        "train": "rows.jsonl",
+        "eval": "own/both.csv",
+        "reward": [{"python": "task.py:score"}, "gone.py:score", "rows.txt"],
+    }
+    tree = {"base": "base.yaml", "task": {"options": options}}
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "base.yaml").write_text("task: {name: task.py}")
+    monkeypatch.chdir(here)
+    task = load(Settings, "../there/run.yaml", ["task.pass_rates=rows.jsonl"]).task
+    assert (task.name, task.pass_rates) == ("../there/task.py", "rows.jsonl")
+    assert task.options == {
+        "train": "../there/rows.jsonl",
+        "eval": "own/both.csv",
+        "reward": [{"python": "../there/task.py:score"}, "gone.py:score", "rows.txt"],
+    }
+
+
 def test_a_file_says_what_differs_from_its_base(tmp_path):
     (tmp_path / "shared").mkdir()
     _write(

@@ -125,6 +125,35 @@ def test_other_problems_are_refused_with_what_was_expected(tmp_path, name):
     assert said in str(error.value)
 
 
+SHAPES = {
+    "a pair": ("(made(4, 9), made(0, 4))", "returned a tuple; return {"),
+    "nothing": ("None", "returned a NoneType; return {"),
+    "another key": (
+        '{"train": made(4, 9), "test": made(0, 4)}',
+        "returned the keys ['train', 'test']; return {",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_another_shape_is_refused_with_the_line_and_the_shape(tmp_path, name):
+    load, said = SHAPES[name]
+    task = _build(tmp_path, load=load)
+    line = OWN.splitlines().index("    def load(self):") + 1
+    with pytest.raises(ValueError, match=r"^task\.name=\S+own\.py: its load\(\) at ") as error:
+        task.problems("train")
+    assert f"own.py:{line} {said}" in str(error.value)
+    assert str(error.value).endswith('{"train": [Problem(...), ...], "eval": [Problem(...), ...]}')
+
+
+def test_an_error_in_load_names_its_line(tmp_path):
+    task = _build(tmp_path, load="Splits")
+    line = OWN.splitlines().index("        return {load}") + 1
+    said = rf"raised NameError: name 'Splits' is not defined at \S+own\.py:{line}; fix it there"
+    with pytest.raises(ValueError, match=said):
+        task.problems("train")
+
+
 def test_errors_of_a_part_of_a_mixture_name_the_part(tmp_path):
     _build(tmp_path, prompt="None")
     mixture = {"mine": {"name": str(tmp_path / "own.py")}}

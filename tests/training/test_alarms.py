@@ -14,15 +14,22 @@ from tests.runs.test_log import wandb_records
 from tests.training.test_run import read
 from tests.training.tiny import open_session, resolved_run, silent_view
 
-NAMES = ["ratio", "empty", "entropy", "entropy_rise", "zero_variance"]
+NAMES = ["ratio", "empty", "entropy", "entropy_rise", "failed_rewards", "zero_variance"]
 # alarm: metric, setting, a value that is past it, one that is not
 STATES = {
     "ratio": ("ratio/max_error", "train.ratio_alarm", 0.02, 0.01),
     "empty": ("completions/empty_fraction", "resilience.empty_alarm", 0.75, 0.5),
     "entropy": ("entropy", "resilience.entropy_alarm", 0.01, 0.25),
+    "failed_rewards": ("failed_rewards_fraction", "resilience.failed_rewards_alarm", 0.5, 0.25),
     "zero_variance": ("zero_advantage_fraction", "resilience.zero_variance_alarm", 1.0, 0.75),
 }
-LEVELS = {"ratio": 0.01, "empty": 0.75, "entropy": 0.25, "zero_variance": 1.0}
+LEVELS = {
+    "ratio": 0.01,
+    "empty": 0.75,
+    "entropy": 0.25,
+    "failed_rewards": 0.5,
+    "zero_variance": 1.0,
+}
 
 
 class _Alerts:
@@ -166,7 +173,7 @@ def test_a_policy_that_says_nothing_any_more_is_told_once(tmp_path):
     changes = ["sft.iterations=30", "sft.optimizer.learning_rate=3e-2"]
     [told] = run_ranks(1, _train, run_dir, changes, _learn_to_say_nothing)
     expected = {name: [float(name != "ratio")] * 3 for name in NAMES}
-    expected["entropy_rise"] = [0.0] * 3
+    expected |= {name: [0.0] * 3 for name in ("entropy_rise", "failed_rewards")}
     assert _on(run_dir) == expected
     keys = ["resilience.empty_alarm=0.5", "resilience.entropy_alarm=0.2"]
     keys += ["resilience.zero_variance_alarm=1.0"]

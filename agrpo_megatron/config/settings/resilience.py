@@ -53,6 +53,9 @@ class ResilienceSettings:
     empty_alarm: float = setting(
         0.5, "warn when this share of completions is only end-of-text; 0: never", low=0, high=1
     )
+    failed_rewards_alarm: float = setting(
+        0.1, "warn when this share of rewards failed; 0: never", low=0, high=1
+    )
     zero_variance_alarm: float = setting(
         1.0, "warn when this share of rollouts has no advantage; 0: never", low=0, high=1
     )

@@ -38,6 +38,12 @@ REWARDS = (
         healthy="0. A warning names the reasons.",
     ),
     Metric(
+        "failed_rewards_fraction",
+        GRADED,
+        "Share of completions whose reward failed.",
+        healthy="0. From `resilience.failed_rewards_alarm` on an alarm is on.",
+    ),
+    Metric(
         "accuracy",
         GRADED,
         "Share of completions that are correct. In RL it is of sampled completions of training "

@@ -98,8 +98,9 @@ ALARMS = (
     Metric(
         "alarm/<name>",
         RL,
-        "1 while an alarm is on: ratio, empty, entropy, entropy_rise or zero_variance; each has a "
-        "level in the settings (`train.ratio_alarm`, `resilience.*_alarm`).",
+        "1 while an alarm is on: ratio, empty, entropy, entropy_rise, failed_rewards or "
+        "zero_variance; each has a level in the settings (`train.ratio_alarm`, "
+        "`resilience.*_alarm`).",
         healthy="0",
     ),
 )

@@ -53,7 +53,7 @@ class _Held(NamedTuple):
     files: int  # open ones
 
 
-def failed(error: Exception) -> Outcome:
+def failed(error: BaseException) -> Outcome:
     """Return the outcome of a call that raised an exception."""
     trace = error.__traceback__
     while trace is not None and _is_ours(trace):

@@ -1,0 +1,1 @@
+"""A task of the user's own rows: `task.name=jsonl`, with rewards by name, function or service."""
