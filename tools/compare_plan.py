@@ -15,6 +15,7 @@ from agrpo_megatron.runs.resolve import resolve
 
 KEYS = ("baseline", "seeds", "tuning_seeds", "common", "members")
 # Processes share the cores, and a comparison has its own table.
+NO_SFT = ("sft.iterations=0", "sft.epochs=null")
 QUIET = ("run.threads=1", "logging.wandb=disabled", "logging.live=false")
 
 Choice = dict[str, Any]  # settings by dotted name
@@ -96,14 +97,14 @@ class Comparison:
         """Return one run of a member."""
         directory = self.folder / place / f"seed-{seed}"
         start = flow(str(self._start(seed).directory))
-        shared = (f"run.seed={seed}", "sft.iterations=0", f"model.load={start}")
+        shared = (f"run.seed={seed}", *NO_SFT, f"model.load={start}")
         own = (*_texts(name, choice), f"run.dir={flow(str(directory))}")
         return Job(kind, directory, self.file, (*self.overrides, *QUIET, *shared, *own))
 
     def variance(self, chosen: dict[str, Choice]) -> Job:
         """Return the measurement of members' gradients at the first seed's start."""
         seed, directory = self.members.seeds[0], self.folder / "variance"
-        common = (*self.overrides, *QUIET, f"run.seed={seed}", "sft.iterations=0")
+        common = (*self.overrides, *QUIET, f"run.seed={seed}", *NO_SFT)
         start = flow(str(self._start(seed).directory))
         common += (f"model.load={start}", f"run.dir={flow(str(directory))}")
         own = {name: tuple(_texts(name, choice)) for name, choice in chosen.items()}
@@ -170,7 +171,7 @@ def plan(file: Path, members: Members, overrides: Sequence[str], output: Path | 
             f"{file}: train.flops=null gives members no equal budget; use for example "
             "train.flops=1e12"
         )
-    if settings.sft.iterations == 0:
+    if not settings.sft.is_on:
         raise ValueError(
             f"{file}: sft.iterations=0 makes no start that members share; use for example "
             "sft.iterations=300"

@@ -98,7 +98,9 @@ def train(arguments: argparse.Namespace) -> int:
     from agrpo_megatron.training.passed import check_start
 
     restart = arguments.restart
-    resolved = directory.resolve_run(settings, world_size=world_size(), is_restart=restart)
+    resolved = directory.resolve_run(
+        settings, world_size=world_size(), is_restart=restart, phases=phases
+    )
     settings, run_dir = resolved.settings, Path(resolved.settings.run.dir)
     # After --restart there is no progress, though another rank may still be moving the old run.
     done = None if restart else directory.progress(settings)

@@ -1,6 +1,7 @@
 """Build micro-batches: drawn steps of rollouts, and masked examples, as packed rows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -163,19 +164,34 @@ def sft_loss(logprobs: Tensor, batch: SftBatch) -> Tensor:
     return -(logprobs * batch.weights).sum()
 
 
+@dataclass(frozen=True)
+class Responses:
+    """The responses of examples, side by side."""
+
+    tokens: Tensor  # [B, C] int64
+    lengths: Tensor  # [B] int64, on the host: so many first tokens are of the example
+    trained: Tensor  # [B, C] bool, none beyond the length and at least one of each example
+
+
+def whole_responses(tokens: Tensor) -> Responses:
+    """Return responses [B, C] of which all tokens are trained."""
+    lengths = torch.full((len(tokens),), tokens.shape[1])
+    return Responses(tokens, lengths, torch.ones_like(tokens, dtype=torch.bool))
+
+
 def sft_lengths(
-    prompts: Sequence[Tensor], width: int, model: ModelSettings, sampling: SamplingSettings
+    prompts: Sequence[Tensor], lengths: Tensor, model: ModelSettings, sampling: SamplingSettings
 ) -> Tensor:
-    """Return the tokens [B] of the packed rows of examples with responses of `width` tokens."""
+    """Return the tokens [B] of the packed rows of examples with responses of `lengths` [B]."""
     sizes = torch.tensor([len(prompt) for prompt in prompts])
     if not model.has_blocks:
-        return sizes + width
-    return sizes + 2 * width + block_offsets(sizes, sampling)
+        return sizes + lengths
+    return sizes + 2 * lengths + block_offsets(sizes, sampling)
 
 
 def sft_batches(
     prompts: Sequence[Tensor],
-    responses: Tensor,
+    responses: Responses,
     example_ids: Tensor,
     micro_batches: Sequence[Tensor],
     *,
@@ -185,10 +201,11 @@ def sft_batches(
     model: ModelSettings | None = None,
     sampling: SamplingSettings | None = None,
 ) -> list[SftBatch]:
-    """Mask responses [B, C] at a rate t ~ U(mask_epsilon, 1) each, and pack them.
+    """Mask responses at a rate t ~ U(mask_epsilon, 1) each, and pack them.
 
-    Each response token is masked with probability t and weighs 1 / (t * C). End-of-text padding
-    is part of the response. Source: LLaDA (arXiv 2502.09992), section 2.3. A block model sees the
+    Each of an example's n trained tokens is masked with probability t and weighs 1 / (t * n).
+    End-of-text padding is part of the response. Source: LLaDA (arXiv 2502.09992), section 2.3.
+    Other tokens of a response, such as later turns of the user, stay. A block model sees the
     whole example, and after it the masked response, each block of which sees the example before it:
     the rows and the loss of SDAR's training code. With an `autoregressive_weight` each response
     token is also predicted from the example's token before it, and weighs 1 / C: the loss of
@@ -201,12 +218,13 @@ def sft_batches(
         sampling: where blocks begin, for a block model.
     """
     model, sampling = model or ModelSettings(), sampling or SamplingSettings()
-    places = torch.arange(responses.shape[1], device=responses.device)
+    tokens, trained = responses.tokens, responses.trained
+    places = torch.arange(tokens.shape[1], device=tokens.device)
     row_key = noise.noise_key(seed, noise.MASKS, example_ids)
     rate = sft.mask_epsilon + (1 - sft.mask_epsilon) * noise.uniform(row_key)
     chance = noise.uniform(noise.fold(row_key[:, None], places))
-    masked = chance < rate[:, None]
-    follows = torch.full_like(masked, sft.autoregressive_weight > 0)
+    masked = (chance < rate[:, None]) & trained
+    follows = trained & (sft.autoregressive_weight > 0)
     weight = torch.cat(
         [
             torch.full_like(rate, sft.autoregressive_weight)[:, None].expand_as(masked),
@@ -214,12 +232,13 @@ def sft_batches(
         ],
         1,
     )
-    weight = weight / responses.shape[1]
-    targets, scored = torch.cat([responses, responses], 1), torch.cat([follows, masked], 1)
+    weight = weight / trained.sum(1, keepdim=True)
+    targets, scored = torch.cat([tokens, tokens], 1), torch.cat([follows, masked], 1)
     batches = []
     for chunk in micro_batches:
         mine, part = scored[chunk], [prompts[i] for i in chunk.tolist()]
-        rows = _sft_rows(part, responses[chunk], mine, mask_id, model, sampling)
+        lengths = responses.lengths[chunk]
+        rows = _sft_rows(part, tokens[chunk], lengths, mine, mask_id, model, sampling)
         sources = chunk.to(mine.device)[mine.nonzero()[:, 0]]
         weights = weight[chunk][mine].float()
         batches.append(SftBatch(rows, targets[chunk][mine], weights, sources))
@@ -229,6 +248,7 @@ def sft_batches(
 def _sft_rows(
     prompts: Sequence[Tensor],
     responses: Tensor,
+    lengths: Tensor,
     scored: Tensor,
     mask_id: int,
     model: ModelSettings,
@@ -237,21 +257,24 @@ def _sft_rows(
     """Pack masked responses [n, C] after their prompts, or after whole examples.
 
     Args:
+        lengths: [n] tokens of each response, on the host.
         scored: [n, 2 C]: tokens that the one before predicts in the example; masked tokens.
     """
     follows, masked = scored.chunk(2, dim=1)
     states = responses.masked_fill(masked, mask_id)
     if not model.has_blocks or not len(states):
-        return _packed(prompts, states, masked, mask_id=mask_id, shift=model.shift)
+        kept = lengths.to(states.device)
+        return _packed(prompts, states, masked, length=kept, mask_id=mask_id, shift=model.shift)
     contexts, patterns = [], []
-    for prompt, response in zip(prompts, responses, strict=True):
-        whole = torch.cat([prompt, response])
+    for prompt, response, length in zip(prompts, responses, lengths.tolist(), strict=True):
+        whole = torch.cat([prompt, response[:length]])
         patterns.append(doubled_row(len(prompt), len(whole), model, sampling))
         contexts.append(torch.cat([whole, prompt[patterns[-1][1].start :]]))
     canvas, before = make_canvas(contexts, states)
     columns = completion_columns(before, states.shape[1])
     marks = torch.zeros_like(canvas, dtype=torch.bool).scatter_(1, columns, masked)
     first = torch.tensor([len(prompt) for prompt in prompts], device=canvas.device)
-    marks.scatter_(1, completion_columns(first - 1, states.shape[1]), follows)
+    before_marks = torch.zeros_like(marks)
+    marks |= before_marks.scatter_(1, completion_columns(first - 1, states.shape[1]), follows)
     lengths = torch.tensor([row_length(pattern) for pattern in patterns], device=canvas.device)
     return pack(canvas, lengths, marks, patterns=patterns)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Streams keep the uses of one seed apart.
-TOKENS, POSITIONS, STEPS, PROBLEMS, MASKS, STATES, SKETCH = range(7)
+TOKENS, POSITIONS, STEPS, PROBLEMS, MASKS, STATES, SKETCH, REPLIES = range(8)
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the splitmix64 increment
 MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9

@@ -18,7 +18,7 @@ def forecast(settings: Settings, sizes: Sizes, speed: Speed, *, world_size: int)
     from agrpo_megatron.scaling.forecast.work import count_flops  # loads torch
 
     try:
-        flops = count_flops(settings, sizes.train, sizes.held_out)
+        flops = count_flops(settings, sizes.train, sizes.held_out, sizes.rows)
     except Exception as error:  # of the user's own estimator, which must not stop a plan
         return [f"forecast  not possible: {one_line(error)}"]
     stored = disk(settings, rollout_bytes=flops.rollout_bytes)

@@ -12,6 +12,7 @@ from agrpo_megatron.rollout.replay import Replay
 from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.grading import Grader
+from agrpo_megatron.tasks.supervised.examples import Supervised
 from agrpo_megatron.text.tokenizer import Tokenizer
 
 
@@ -58,6 +59,7 @@ class Run:
     tokenizer: Tokenizer
     grader: Grader
     replay: Replay | None = None  # None: rollouts are sampled
+    supervised: Supervised | None = None  # None: the supervised phase learns from solutions
 
     @property
     def mask_id(self) -> int:

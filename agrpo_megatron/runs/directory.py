@@ -1,7 +1,7 @@
 """The run directory before a run: new, to be resumed, or finished."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,17 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.runs.files import digest, free_name, write_whole
 from agrpo_megatron.runs.loaded_model import on_its_own
 from agrpo_megatron.runs.log import check_log
-from agrpo_megatron.runs.progress import CHECKPOINTS, RUN_SETTINGS, Progress, latest_checkpoint
+from agrpo_megatron.runs.progress import (
+    CHECKPOINTS,
+    PHASES,
+    RUN_SETTINGS,
+    Progress,
+    latest_checkpoint,
+)
 from agrpo_megatron.runs.resolve import SPLIT_NAMES, Planned, Resolved, plan, resolve
 from agrpo_megatron.tasks import Task
+from agrpo_megatron.tasks.base import SPLITS, NoTask
+from agrpo_megatron.tasks.supervised.examples import Supervised
 
 # Settings that may change on resume: they alter no number, or only add iterations.
 MAY_CHANGE = ("run.dir", "run.threads", "run.timeout", "logging", "checkpoint", "parallel")
@@ -21,16 +29,27 @@ MAY_CHANGE += ("rollout", "ddp", "optimizer.distributed", "sft.optimizer.distrib
 MAY_CHANGE += ("task.grader.workers", "task.grader.most_failed", "resilience", "launch")
 # Files, which may be moved: `check_data` compares the problems.
 MAY_CHANGE += ("task.options.train", "task.options.eval", "task.pass_rates")
+MAY_CHANGE += ("sft.data", "sft.eval_data")
 # The supervised phase does not use these; the RL phase may refuse their metric.
 OF_RL = ("train.stop_metric", "train.stop_target", "train.stop_patience")
 DATA = "data.json"  # digests of the problems and of the task's file
 FIX = "choose another run.dir (model.load=RUN continues from its weights), or use --restart"
 
 
-def resolve_run(settings: Settings, *, world_size: int, is_restart: bool = False) -> Resolved:
+def resolve_run(
+    settings: Settings,
+    *,
+    world_size: int,
+    is_restart: bool = False,
+    phases: Sequence[str] = PHASES,
+) -> Resolved:
     """Resolve the settings of a run that is to write its directory.
 
-    A run that resumes needs nothing that it started from.
+    A run that resumes needs nothing that it started from. The task is not read where only rows of
+    `sft.data` are trained.
+
+    Args:
+        phases: the phases to train.
 
     Raises:
         ValueError: as `resolve` and `check_log`.
@@ -38,10 +57,13 @@ def resolve_run(settings: Settings, *, world_size: int, is_restart: bool = False
     check_log(settings)
     source, given = settings.model.load, settings.tokenizer
     found = _own_start(settings, is_restart=is_restart)
+    no_task = "rl" not in phases and settings.sft.is_on and settings.sft.data is not None
+    needs = None if no_task else SPLITS
     if found is None:
-        return resolve(settings, world_size=world_size)
+        return resolve(settings, world_size=world_size, needs=needs, phases=phases)
     saved, checkpoint = found
-    resolved = resolve(on_its_own(settings, checkpoint), world_size=world_size)
+    settings_here = on_its_own(settings, checkpoint)
+    resolved = resolve(settings_here, world_size=world_size, needs=needs, phases=phases)
     if source is not None and given.path is None:
         template = given.chat_template or saved.tokenizer.chat_template
         given = replace(saved.tokenizer, chat_template=template)
@@ -60,7 +82,7 @@ def plan_settings(settings: Settings, *, world_size: int, is_restart: bool = Fal
         check_log(settings)
         return plan(settings, world_size=world_size)
     found = resolve_run(settings, world_size=world_size, is_restart=is_restart)
-    return Planned(found.settings, found.task, found.tokenizer, None)
+    return Planned(found.settings, found.task, found.tokenizer, None, found.supervised)
 
 
 def _own_start(settings: Settings, *, is_restart: bool) -> tuple[Settings, Path] | None:
@@ -68,7 +90,7 @@ def _own_start(settings: Settings, *, is_restart: bool) -> tuple[Settings, Path]
     directory = Path(settings.run.dir)
     found = None if is_restart else latest_checkpoint(directory / CHECKPOINTS)
     saved = load(Settings, directory / RUN_SETTINGS) if found else None
-    is_reference = settings.algorithm.needs_reference and settings.sft.iterations == 0
+    is_reference = settings.algorithm.needs_reference and not settings.sft.is_on
     if found is None or saved is None or saved.model.load != settings.model.load or is_reference:
         return None
     return saved, found[0]
@@ -94,29 +116,38 @@ def progress(settings: Settings) -> Progress | None:
     return found[1]
 
 
-def check_data(directory: Path, task: Task, *, is_new: bool, is_main: bool) -> None:
-    """Compare a resumed run's data with its recorded data; record a new run's. Every rank.
+def check_data(
+    directory: Path,
+    task: Task,
+    supervised: Supervised | None = None,
+    *,
+    is_new: bool,
+    is_main: bool,
+) -> None:
+    """Compare a resumed run's data with its recorded data; record what is new. Every rank.
 
     Raises:
-        ValueError: the problems or the task's file changed.
+        ValueError: the problems, the task's file or the supervised rows changed.
     """
-    path, here = directory / DATA, data_digests(task)
-    if is_new and is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(here, indent=2) + "\n")
-    if is_new or not path.exists():
-        return
-    there = json.loads(path.read_text(encoding="utf-8"))
+    path, there = directory / DATA, dict[str, str]()
+    here = data_digests(task) | (supervised.digests() if supervised is not None else {})
+    if not is_new and path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
     for what, value in here.items():
-        if there.get(what) != value:
+        if there.get(what, value) != value:
             raise ValueError(
                 f"run.dir={directory} holds a run whose {what} changed; restore them, {FIX}"
             )
+    if is_main and here.keys() - there.keys():  # the supervised phase may be alone at first
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({**there, **here}, indent=2) + "\n")
 
 
 def data_digests(task: Task) -> dict[str, str]:
     """Return digests of both splits' problems, and of the files of user tasks."""
     found = {}
+    if isinstance(task, NoTask):
+        return found
     for split, name in SPLIT_NAMES.items():
         text = "\0".join(f"{p.key}\0{p.solution}" for p in task.problems(split))
         found[f"{name} problems"] = digest(text.encode())

@@ -12,13 +12,17 @@ from agrpo_megatron.config.rules import validate
 from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.families.lora import check_stages
 from agrpo_megatron.runs.loaded_model import missing_files, with_loaded_model
+from agrpo_megatron.runs.progress import PHASES
+from agrpo_megatron.runs.supervised import with_rows, with_solutions
 from agrpo_megatron.tasks import Task, build_task
 from agrpo_megatron.tasks.base import SPLITS, NoTask, Split, as_prompt, task_prompts
-from agrpo_megatron.tasks.curriculum import filter_by_pass_rate, solved_problems
+from agrpo_megatron.tasks.curriculum import filter_by_pass_rate
 from agrpo_megatron.tasks.mixture import problems_by_task
+from agrpo_megatron.tasks.supervised.examples import Supervised
 from agrpo_megatron.text.chat import Jinja
+from agrpo_megatron.text.notes import text_notes
 from agrpo_megatron.text.tokenizer import Tokenizer, load_tokenizer
-from agrpo_megatron.types import Chat, Prompt
+from agrpo_megatron.types import Chat
 
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "eval": "held-out"}
 
@@ -30,6 +34,7 @@ class Resolved:
     settings: Settings
     task: Task
     tokenizer: Tokenizer
+    supervised: Supervised | None = None  # rows of `sft.data`, where they are needed
 
 
 @dataclass(frozen=True)
@@ -40,16 +45,22 @@ class Planned:
     task: Task
     tokenizer: Tokenizer | None  # None: it is missing, and nothing that needs it was checked
     missing: str | None  # one line on what a run needs and this machine lacks
+    supervised: Supervised | None = None  # rows of `sft.data`; None also without the tokenizer
 
 
 def resolve(
-    settings: Settings, *, world_size: int, needs: Sequence[Split] | None = SPLITS
+    settings: Settings,
+    *,
+    world_size: int,
+    needs: Sequence[Split] | None = SPLITS,
+    phases: Sequence[str] = (),
 ) -> Resolved:
     """Fill what follows from `model.load` and the tokenizer, then check everything.
 
     Args:
         needs: splits that must have problems; training ones only if the run trains. None: the task
             is not read.
+        phases: the phases that are going to train (sft, rl); with sft, rows of `sft.data` are read.
 
     Raises:
         ValueError: any rule is broken; the message names key, value, rule and fix.
@@ -57,7 +68,7 @@ def resolve(
     _validate_unread(settings, world_size)
     settings = with_loaded_model(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
-    return _resolved(settings, tokenizer, world_size=world_size, needs=needs)
+    return _resolved(settings, tokenizer, world_size=world_size, needs=needs, phases=phases)
 
 
 def plan(settings: Settings, *, world_size: int) -> Planned:
@@ -68,8 +79,8 @@ def plan(settings: Settings, *, world_size: int) -> Planned:
     """
     missing, source = missing_files(settings), settings.model.load
     if missing is None:
-        found = resolve(settings, world_size=world_size)
-        return Planned(found.settings, found.task, found.tokenizer, None)
+        found = resolve(settings, world_size=world_size, phases=PHASES)
+        return Planned(found.settings, found.task, found.tokenizer, None, found.supervised)
     if missing.has_folder:
         _validate_unread(settings, world_size)
         settings = with_loaded_model(settings, has_weights=False)
@@ -77,14 +88,15 @@ def plan(settings: Settings, *, world_size: int) -> Planned:
         settings = replace(settings, model=replace(settings.model, load=None))
     if missing.has_tokenizer:
         tokenizer = load_tokenizer(settings.tokenizer)
-        found = _resolved(settings, tokenizer, world_size=world_size, needs=SPLITS)
-        settings, task = found.settings, found.task
+        found = _resolved(settings, tokenizer, world_size=world_size, needs=SPLITS, phases=PHASES)
+        settings, task, rows = found.settings, found.task, found.supervised
     else:
         _validate_known(settings, world_size)
         tokenizer, task = None, _filled_task(settings, SPLITS)
         filter_by_pass_rate(task, settings.task)
+        rows = None
     settings = replace(settings, model=replace(settings.model, load=source))
-    return Planned(settings, task, tokenizer, missing.text)
+    return Planned(settings, task, tokenizer, missing.text, rows)
 
 
 def _validate_unread(settings: Settings, world_size: int) -> None:
@@ -107,7 +119,12 @@ def _validate_known(settings: Settings, world_size: int) -> None:
 
 
 def _resolved(
-    settings: Settings, tokenizer: Tokenizer, *, world_size: int, needs: Sequence[Split] | None
+    settings: Settings,
+    tokenizer: Tokenizer,
+    *,
+    world_size: int,
+    needs: Sequence[Split] | None,
+    phases: Sequence[str],
 ) -> Resolved:
     """Fill what follows from the tokenizer into settings with a known model; check everything."""
     model = settings.model
@@ -120,24 +137,27 @@ def _resolved(
     settings = replace(settings, model=model)
     _validate_known(settings, world_size)
     _check_tokens(model, tokenizer)
+    supervised = None
+    if "sft" in phases and settings.sft.data is not None and settings.sft.is_on:
+        settings, supervised = with_rows(settings, tokenizer)
+        _validate_known(settings, world_size)
     task = NoTask(settings.task, None) if needs is None else _filled_task(settings, needs)
+    task.notes += supervised.notes if supervised else []
     for key, own in (("mask_token_id", tokenizer.mask_id), ("eos_token_id", tokenizer.eos_id)):
         if (used := getattr(model, key)) != own:
             task.notes.append(f"model.{key}={used} is used; the tokenizer's own is {own}")
     check_prompts(settings, task, tokenizer)
     filter_by_pass_rate(task, settings.task)
-    if settings.sft.iterations > 0 and "train" in (needs or ()):
-        _check_solutions(settings, task, tokenizer)
-    return Resolved(settings, task, tokenizer)
+    if settings.sft.is_on and settings.sft.data is None and "train" in (needs or ()):
+        settings = with_solutions(settings, task, tokenizer)
+    return Resolved(settings, task, tokenizer, supervised)
 
 
 def _filled_task(settings: Settings, needs: Sequence[Split]) -> Task:
     """Build the task, which must have the problems that are needed."""
-    task, trains = (
-        build_task(settings.task),
-        max(settings.train.iterations, settings.sft.iterations),
-    )
-    _require_problems(task, needs, trains=trains > 0)
+    task = build_task(settings.task)
+    learns = settings.sft.is_on and settings.sft.data is None
+    _require_problems(task, needs, trains=settings.train.iterations > 0 or learns)
     if settings.evaluation.few_shot:
         task.show_examples(settings.evaluation.few_shot)
     return task
@@ -189,7 +209,7 @@ def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
                 raise ValueError(_too_long(said, limit, room, longest=longest, length=length))
             dropped |= {(split, problem.key) for problem in long}
             task.notes.append(f"{said} {limit or room} tokens; left out (task.long_prompts=drop)")
-        task.notes += _text_notes(tokenizer, prompts, encoded, what=f"{what} prompts")
+        task.notes += text_notes(tokenizer, prompts, encoded, what=f"{what} prompts")
         has_chats |= any(isinstance(prompt, Chat) for prompt in prompts)
     template = tokenizer.render
     if isinstance(template, Jinja) and template.is_dated and has_chats:
@@ -220,29 +240,7 @@ def check_prompt(resolved: Resolved, text: str) -> list[str]:
             f"--prompt has {len(encoded[0])} tokens, and model.max_sequence_length={limit} leaves "
             f"{limit - length} besides sampling.completion_length={length}; shorten one of them"
         )
-    return _text_notes(tokenizer, [text], encoded, what="prompts")
-
-
-def _text_notes(
-    tokenizer: Tokenizer, prompts: Sequence[Prompt], encoded: Sequence[list[int]], *, what: str
-) -> list[str]:
-    """Return notes on texts that the model reads otherwise than people do."""
-    notes, unknown = [], sum(tokenizer.unknown_id in ids for ids in encoded)
-    if unknown:
-        notes.append(f"{unknown} of {len(prompts)} {what} hold text that the tokenizer lacks")
-    control = tokenizer.special - {tokenizer.unknown_id}
-    texts = [
-        "\n".join(message.content for message in prompt.messages)  # without the template's tokens
-        if isinstance(prompt, Chat)
-        else prompt
-        for prompt, ids in zip(prompts, encoded, strict=True)
-        if not control.isdisjoint(ids)
-    ]
-    held = [found for ids in tokenizer.to_ids(texts) if (found := control.intersection(ids))]
-    if held:
-        name = tokenizer.decode_raw([min(held[0])])
-        notes.append(f"{len(held)} of {len(prompts)} {what} hold control tokens such as {name}")
-    return notes
+    return text_notes(tokenizer, [text], encoded, what="prompts")
 
 
 def _too_long(found: str, limit: int | None, room: int, *, longest: int, length: int) -> str:
@@ -276,18 +274,3 @@ def _require_problems(task: Task, needs: Sequence[Split], *, trains: bool) -> No
         empty = [label for label, found in problems_by_task(task, split).items() if not found]
         if empty and (split == "eval" or trains):
             raise ValueError(f"task {empty[0]} has no {SPLIT_NAMES[split]} problems; {fix[split]}")
-
-
-def _check_solutions(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:
-    """Refuse supervision on solutions that are missing or do not fit."""
-    length = settings.sampling.completion_length
-    shown, _ = solved_problems(task, settings.sft)
-    texts = [problem.solution for problem in shown]
-    encoded = tokenizer.encode_prompts(texts)
-    longest = max(map(len, encoded))
-    if longest > length:
-        raise ValueError(
-            f"sampling.completion_length={length} is shorter than the longest solution of task "
-            f"{task.settings.name} ({longest} tokens); use at least {longest}"
-        )
-    task.notes += _text_notes(tokenizer, texts, encoded, what="solutions")

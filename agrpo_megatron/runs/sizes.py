@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from agrpo_megatron.runs.resolve import Planned, Resolved
 from agrpo_megatron.tasks.base import task_prompts
+from agrpo_megatron.tasks.supervised.examples import padded_length
 from agrpo_megatron.types import Chat, Prompt
 
 SOME = 256  # prompts of a split that are measured
@@ -19,6 +20,8 @@ class Sizes:
     train: list[int]  # of some prompts of training problems; of held-out ones if there are none
     held_out: list[int]  # of as many prompts as an evaluation has; some were measured
     longest_solution: int  # of some training problems; 0: none has one
+    # Prompt and response of some rows of `sft.data`, padded, at most as their batch will be.
+    rows: Sequence[tuple[int, int]] = ()
 
 
 def measure(planned: Planned | Resolved) -> Sizes:
@@ -36,7 +39,21 @@ def measure(planned: Planned | Resolved) -> Sizes:
         train=parts["train"] or parts["eval"],
         held_out=[held_out[number % len(held_out)] for number in range(count)],
         longest_solution=max(_lengths(planned, solutions), default=0),
+        rows=_rows(planned),
     )
+
+
+def _rows(planned: Planned | Resolved) -> list[tuple[int, int]]:
+    if planned.supervised is None:
+        return []
+    examples, settings = planned.supervised.train, planned.settings
+    some = [example.rows[-1] for example in examples[:: -(-len(examples) // SOME)]]
+    longest = max(len(row.ids) for row in some) if settings.sft.padding == "batch" else 0
+    found = []
+    for row in some:
+        end = max(longest, padded_length(row, settings.sft.padding, settings.sampling))
+        found.append((row.prompt, end - row.prompt))
+    return found
 
 
 def _lengths(planned: Planned | Resolved, prompts: Sequence[Prompt]) -> list[int]:

@@ -138,7 +138,7 @@ def scored_share(sft: SftSettings, sampling: SamplingSettings) -> float:
     half of the completion on average, and all others too if it learns the next token as well, from
     rows that hold the completion twice. The prompt is assumed to be as long as the completion.
     """
-    if sft.iterations and sft.autoregressive_weight:
+    if sft.is_on and sft.autoregressive_weight:
         return 1 / 2
-    masked = 1 / 2 if sft.iterations else 0.0
+    masked = 1 / 2 if sft.is_on else 0.0
     return max(masked, 1 / sampling.denoising_steps) / 2

@@ -9,14 +9,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import numpy
-
 from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.rewards.latex import is_equivalent
 from agrpo_megatron.types import Problem
 
 type Row = dict[str, Any]
 
+SAVED = ("state.json", "dataset_dict.json")  # of `save_to_disk`, one split or several
 FILES = (".jsonl", ".json", ".csv", ".parquet")
 SOURCES = "a .jsonl, .json, .csv or .parquet file (also .gz), or a Hugging Face dataset"
 NO_PACKAGE = "is not installed; `pip install agrpo-megatron[data]`, or give a .jsonl or .csv file"
@@ -63,7 +62,7 @@ def convert_rows[T](
     for number, row in rows:
         try:
             if not isinstance(row, dict):
-                raise ValueError("must hold one object with named columns")
+                raise ValueError("must hold one object with the columns as keys")
             made.append((number, make(row)))
         except KeyError as error:
             known = one_line(", ".join(map(str, row)) or "none")
@@ -123,12 +122,6 @@ def without_leaks(
             "another file for task.options.train, or none to evaluate only"
         )
     return kept, [f"{name}: {found}; left out"]
-
-
-def d1_rows[T](rows: Sequence[T], count: int = 256) -> list[T]:
-    """Draw the evaluation rows of d1 for Countdown and Sudoku, in its order."""
-    drawn = numpy.random.RandomState(42).choice(len(rows), min(count, len(rows)), replace=False)
-    return [rows[place] for place in drawn]
 
 
 def one_line(error: object) -> str:
@@ -286,14 +279,19 @@ def _read_parquet(path: Path) -> list[Row]:
 
 def _read_dataset(source: str, *, key: str, split: str) -> list[Row]:
     try:
-        from datasets import load_dataset
+        import datasets
     except ImportError:
         raise ValueError(f"{key}={source}: the package datasets {NO_PACKAGE}") from None
     name, _, chosen = source.partition("@")
     name, _, config = name.partition(":")
+    split = chosen or split
     try:
-        dataset = load_dataset(name, config or None, split=chosen or split)
-        return [dict(row) for row in dataset]  # type: ignore[union-attr]
+        if any(Path(name, file).is_file() for file in SAVED):
+            saved = datasets.load_from_disk(name)
+            found: Any = saved[split] if isinstance(saved, dict) else saved
+        else:
+            found = datasets.load_dataset(name, config or None, split=split)
+        return [dict(row) for row in found]
     except Exception as error:  # many kinds: no network, no such dataset, configuration or split
         raise ValueError(
             f"{key}={source} cannot be loaded ({one_line(error)}); give {SOURCES}"

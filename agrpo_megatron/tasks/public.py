@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy
+
 from agrpo_megatron.config.schema import setting
 from agrpo_megatron.config.settings import TaskSettings
-from agrpo_megatron.tasks import benchmarks, data
+from agrpo_megatron.tasks import benchmarks
 from agrpo_megatron.tasks.base import Split, Splits, problem_count, split_problems
 from agrpo_megatron.tasks.data import Row
 from agrpo_megatron.tasks.own.files import FileTask
@@ -87,7 +89,7 @@ class PublicTask(FileTask):
 
     def pick(self, split: Split, rows: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
         """Return the rows of a source that the options choose."""
-        return data.d1_rows(rows) if split == "eval" and self.options.eval_rows == "d1" else rows
+        return _d1_rows(rows) if split == "eval" and self.options.eval_rows == "d1" else rows
 
 
 class GeneratedTask(PublicTask):
@@ -163,3 +165,9 @@ class GeneratedTask(PublicTask):
                 f"{self.generation_fix}"
             )
         return made[:count]
+
+
+def _d1_rows[T](rows: Sequence[T], count: int = 256) -> list[T]:
+    """Draw the evaluation rows of d1 for Countdown and Sudoku, in its order."""
+    drawn = numpy.random.RandomState(42).choice(len(rows), min(count, len(rows)), replace=False)
+    return [rows[place] for place in drawn]

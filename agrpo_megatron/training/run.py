@@ -86,7 +86,8 @@ def _opened(
             stack.callback(stop_ranks)
             check = claim(directory, ranks)
             found = find_checkpoint(directory / CHECKPOINTS, ranks, view.warn)
-            check_data(directory, task, is_new=found is None, is_main=ranks.is_main)
+            rows, is_new = resolved.supervised, found is None
+            check_data(directory, task, rows, is_new=is_new, is_main=ranks.is_main)
             cache = _open_cache(resolved, ranks, check)
             done = found[1] if found else Progress("sft", 0, {})
             mark = f"{done.name}{'' if done.is_evaluated else ', not evaluated'}"
@@ -102,11 +103,8 @@ def _opened(
             stack.callback(log.close)
             grader = Grader(task, settings.task)
             stack.callback(grader.close)
-        session = Session(
-            Run(settings, ranks, task, resolved.tokenizer, grader, open_replay(settings)),
-            Output(log, view),
-            Safety(sections, stop, cache),
-        )
+        run = Run(settings, ranks, task, resolved.tokenizer, grader, open_replay(settings), rows)
+        session = Session(run, Output(log, view), Safety(sections, stop, cache))
         log.cut_back(done.offsets)
         if found:
             view.note(f"resuming after {done.phase} iteration {done.iteration}")

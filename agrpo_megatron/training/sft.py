@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: masked-diffusion cross-entropy on the task's solutions."""
+"""Supervised fine-tuning: masked-diffusion cross-entropy on rows of data or on solutions."""
 
 import time
 from collections.abc import Callable
@@ -6,23 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.diffusion.batches import sft_batches, sft_lengths, sft_loss
-from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.megatron.engine import Engine
-from agrpo_megatron.megatron.layers.context import local_part
-from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.resilience.stragglers import Stragglers
-from agrpo_megatron.rollout.data_order import pick_problems
-from agrpo_megatron.rollout.generate import encode_prompts
-from agrpo_megatron.rollout.session import Run, Session
-from agrpo_megatron.tasks.base import task_prompts
-from agrpo_megatron.tasks.curriculum import solved_problems
+from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.training.nan_guard import NanGuard, Update
-from agrpo_megatron.training.step import my_micro_batches
-from agrpo_megatron.types import Problem, SftBatch
+from agrpo_megatron.training.supervised.drawn import micro_batches, open_stream
+from agrpo_megatron.training.supervised.loss import held_out_loss, make_sft_loss
 
 
 def run_sft(
@@ -34,23 +25,27 @@ def run_sft(
         on_iteration_end: called after each iteration with the number finished; saves checkpoints.
     """
     run, output, sections = session.run, session.output, session.safety.sections
-    settings, loss = run.settings.sft, _loss(engine.network.vocab)
-    problems, shares = solved_problems(run.task, settings)
+    settings, loss, stream = run.settings.sft, make_sft_loss(engine.network.vocab), open_stream(run)
     size, guard, stragglers = settings.batch_size, NanGuard(session, "sft"), Stragglers()
     for iteration in range(start, settings.iterations):
         started = time.perf_counter()
         sections.at("sft", iteration + 1)
         places = range(iteration * size, (iteration + 1) * size)
-        picked = pick_problems(shares, places, seed=run.settings.run.seed)
-        chosen = [problems[place] for place in picked]
-        batches, tokens = _batches(run, engine.ranks, chosen, iteration)
-        update = Update(iteration + 1, "examples", lambda row, chosen=chosen: chosen[row].key)
+        drawn = stream.draw(places)
+        ids = torch.arange(places.start, places.stop, device=run.ranks.device)
+        batches, tokens = micro_batches(run, drawn, ids, seed=run.settings.run.seed)
+        update = Update(iteration + 1, "examples", drawn.names.__getitem__)
         with sections("update"):
             metrics = guard.step(engine, batches, loss=loss, examples=size, update=update)
+        if _is_due(session, iteration + 1):
+            with sections("evaluation"):
+                found = metrics["held_out_loss"] = held_out_loss(run, engine.network)
+            output.view.note(f"sft iteration {iteration + 1}: held-out loss {found:.4f}")
         seconds = time.perf_counter() - started
         record = {
             "phase": "sft",
             "iteration": iteration + 1,
+            "epoch": places.stop / stream.epoch,
             **metrics,
             **stragglers.report(sections.take(), run.ranks, warn=output.view.warn),
             "timing/iteration": seconds,
@@ -72,43 +67,10 @@ def with_balance(settings: Settings) -> Settings:
     return replace(settings, model=replace(model, megatron={**own, **model.megatron}))
 
 
-def _batches(
-    run: Run, ranks: Ranks, problems: list[Problem], iteration: int
-) -> tuple[list[SftBatch], int]:
-    """Return this rank's micro-batches, and the tokens of all ranks."""
-    settings, size = run.settings, len(problems)
-    prompts = encode_prompts(run, task_prompts(run.task, problems, split="train"))
-    responses = _padded(run, [problem.solution for problem in problems])
-    model, sampling = settings.model, settings.sampling
-    lengths = sft_lengths(prompts, responses.shape[1], model, sampling)
-    batches = sft_batches(
-        prompts,
-        responses,
-        torch.arange(size, device=ranks.device) + iteration * size,
-        my_micro_batches(lengths, model, ranks, budget=settings.train.token_budget),
-        mask_id=run.mask_id,
-        sft=settings.sft,
-        seed=settings.run.seed,
-        model=model,
-        sampling=sampling,
-    )
-    return [local_part(batch, ranks) for batch in batches], int(lengths.sum())
-
-
-def _padded(run: Run, texts: list[str]) -> Tensor:
-    """Return solutions as [B, completion length], padded with end-of-text."""
-    width = run.settings.sampling.completion_length
-    rows = [run.tokenizer.encode(text) for text in texts]
-    filled = [row + [run.eos_id] * (width - len(row)) for row in rows]
-    return torch.tensor(filled, dtype=torch.int64, device=run.ranks.device).view(-1, width)
-
-
-def _loss(vocab: Vocabulary):
-    whole = replace(vocab, forbidden=())
-
-    def loss(logits: Tensor, batch: SftBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        policy = policy_logits(logits, whole)
-        logprobs, _ = token_logprobs(policy, batch.targets, vocab=whole)
-        return sft_loss(logprobs, batch), {"scored_tokens": torch.tensor(len(batch.targets))}
-
-    return loss
+def _is_due(session: Session, iteration: int) -> bool:
+    """Return whether the held-out loss is measured after an iteration."""
+    settings, data = session.run.settings.sft, session.run.supervised
+    if data is None or not data.held_out:
+        return False
+    every = settings.eval_interval
+    return iteration == settings.iterations or bool(every and iteration % every == 0)

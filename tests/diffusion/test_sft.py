@@ -1,6 +1,7 @@
 """The SFT objective: integrated over rates and masks it is the any-order likelihood (float64)."""
 
 import itertools
+from typing import Any
 
 import numpy
 import pytest
@@ -21,7 +22,7 @@ def sft_batches(count, response, toy, **options):
     options = {"sft": SftSettings(), "seed": 0, "size": count, **options}
     return batches.sft_batches(
         [torch.tensor([0])] * count,
-        response.expand(count, -1),
+        batches.whole_responses(response.expand(count, -1)),
         torch.arange(count),
         torch.arange(count).split(options.pop("size")),
         mask_id=toy.mask_id,
@@ -133,7 +134,7 @@ def test_next_tokens_are_scored_in_the_example_and_masked_ones_in_its_copy():
     def batch(**weights):
         (found,) = batches.sft_batches(
             prompts,
-            responses,
+            batches.whole_responses(responses),
             torch.arange(2),
             [torch.arange(2)],
             mask_id=99,
@@ -157,3 +158,57 @@ def test_next_tokens_are_scored_in_the_example_and_masked_ones_in_its_copy():
     starts = both.rows.cu_seqlens[:-1].long()
     assert torch.equal(both.sources[~is_masked], torch.arange(2).repeat_interleave(6))
     assert (follows - starts.repeat_interleave(6)).tolist() == [*range(3, 9), *range(2, 8)]
+
+
+def mixed_lengths(**options):
+    """Return batches of three examples of 2, 5 and 3 response tokens, of which some are context."""
+    trained = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 1, 1], [0, 1, 1, 0, 0]], dtype=torch.bool)
+    responses = batches.Responses(
+        torch.tensor([[1, 2, 9, 9, 9], [3, 4, 5, 6, 7], [8, 1, 2, 9, 9]]),
+        torch.tensor([2, 5, 3]),
+        trained,
+    )
+    options = {"sft": SftSettings(), "mask_id": 99, "seed": 3, **options}
+    prompts = [torch.tensor([10, 11, 12]), torch.tensor([13]), torch.tensor([14, 15])]
+    chunks = options.pop("chunks")
+    return batches.sft_batches(prompts, responses, torch.arange(3), chunks, **options), trained
+
+
+BLOCKS: dict[str, Any] = {
+    "model": ModelSettings(attention="causal_context", block_length=2),
+    "sampling": SamplingSettings(block_length=2, block_origin="row"),
+}
+BOTH = {**BLOCKS, "sft": SftSettings(autoregressive_weight=1.0)}
+EACH = [torch.tensor([0]), torch.tensor([1]), torch.tensor([2])]
+
+
+@pytest.mark.parametrize("options", [{}, BLOCKS, BOTH], ids=["whole", "blocks", "next tokens too"])
+def test_packed_rows_of_any_length_are_those_of_single_rows(options):
+    """No padding inside rows, and the same states, targets and weights however they are packed."""
+    (packed,), _ = mixed_lengths(chunks=[torch.arange(3)], **options)
+    single, _ = mixed_lengths(chunks=EACH, **options)
+    joined = torch.cat([row.rows.tokens for row in single])
+    assert torch.equal(packed.rows.tokens, joined)
+    lengths = packed.rows.cu_seqlens.diff().tolist()
+    assert lengths == [len(row.rows.tokens) for row in single]
+    if not options:
+        assert lengths == [5, 6, 5]
+    for name in ("targets", "weights", "sources"):
+        assert torch.equal(getattr(packed, name), torch.cat([getattr(row, name) for row in single]))
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    scored = torch.cat([row.rows.scored + start for row, start in zip(single, starts, strict=True)])
+    assert torch.equal(packed.rows.scored, scored)
+
+
+def test_only_trained_tokens_are_masked_and_weigh_one_over_their_number():
+    counts, seen = {0: 2, 1: 3, 2: 2}, set()
+    for seed in range(40):
+        (batch,), trained = mixed_lengths(chunks=[torch.arange(3)], seed=seed)
+        masked = batch.rows.tokens == 99
+        assert torch.equal(masked.nonzero()[:, 0], batch.rows.scored)
+        places = batch.rows.scored - torch.tensor([3, 6, 13])[batch.sources]  # in the response
+        assert trained[batch.sources, places].all()
+        seen |= set(zip(batch.sources.tolist(), places.tolist(), strict=True))
+        for source, weight in zip(batch.sources.tolist(), batch.weights.tolist(), strict=True):
+            assert 1 / counts[source] <= weight < 1000 / counts[source]
+    assert seen == {(0, 0), (0, 1), (1, 0), (1, 3), (1, 4), (2, 1), (2, 2)}

@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 from agrpo_megatron.estimators import losses
 from agrpo_megatron.rollout import dynamic_sampling
-from agrpo_megatron.training import rl, sft
+from agrpo_megatron.training import rl
 from agrpo_megatron.training.nan_guard import NONFINITE, NanGuard, rollout_keys
 from agrpo_megatron.training.nonfinite import NotFinite
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.run import train
+from agrpo_megatron.training.supervised import drawn
 from agrpo_megatron.trajectories import tensors
 from tests.ranks import run_ranks
 from tests.training.test_run import read
@@ -244,7 +245,7 @@ def test_only_so_many_in_a_row_are_left_out(tmp_path):
 
 def _spoil_sft(iteration, *, times):
     """Let the supervised loss of an iteration not be finite, so often."""
-    plain, calls, struck = sft.sft_batches, [], []
+    plain, calls, struck = drawn.sft_batches, [], []
 
     def faulty(prompts, responses, example_ids, *args, **options):
         batches = plain(prompts, responses, example_ids, *args, **options)
@@ -254,7 +255,7 @@ def _spoil_sft(iteration, *, times):
         struck.append(1)
         return [replace(b, weights=b.weights.masked_fill(b.sources == 2, NAN)) for b in batches]
 
-    sft.sft_batches = faulty
+    drawn.sft_batches = faulty
 
 
 def _spoil_rl(iteration, *, times):

@@ -16,6 +16,7 @@ from agrpo_megatron.config.rules.model import divisors, two_nearest, validate_mo
 from agrpo_megatron.config.rules.moe import expert_misfit, expert_rank_misfit, validate_experts
 from agrpo_megatron.config.rules.precision import validate_precision
 from agrpo_megatron.config.rules.rollouts import validate_stored_rollouts
+from agrpo_megatron.config.rules.supervised import validate_supervised
 from agrpo_megatron.config.settings import (
     ModelSettings,
     ParallelSettings,
@@ -43,6 +44,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
     validate_experts(settings)
     validate_precision(settings)
     validate_lora(settings)
+    validate_supervised(settings)
     validate_sampling(settings.sampling, "sampling")
     validate_sampling(settings.evaluation_sampling, "evaluation")
     validate_algorithm(settings.algorithm, settings.sampling)

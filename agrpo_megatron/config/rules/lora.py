@@ -60,13 +60,16 @@ def _check_reference(settings: Settings) -> None:
     lora = settings.lora
     others = {
         "sft.iterations": settings.sft.iterations,
+        "sft.epochs": settings.sft.epochs,
         "lora.load": lora.load,
         "lora.train_embedding": lora.train_embedding,
         "lora.train_head": lora.train_head,
     }
     for key, value in others.items():
         if value:
-            fix = "null" if key == "lora.load" else "0" if key == "sft.iterations" else "false"
+            fix = {"sft.iterations": "0", "sft.epochs": "null", "lora.load": "null"}.get(
+                key, "false"
+            )
             raise ValueError(
                 f"{key}={text(value)} changes the policy before or beyond its adapters, and the "
                 "reference of the KL term is the model without them; merge an earlier run by "

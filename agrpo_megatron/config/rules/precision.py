@@ -83,8 +83,8 @@ def validate_recipe(settings: Settings, recipe: str | None) -> None:
 
 def trained_phases(settings: Settings) -> tuple[str, ...]:
     """Return the phases that a run has: sft, rl."""
-    iterations = {"sft": settings.sft.iterations, "rl": settings.train.iterations}
-    return tuple(phase for phase, count in iterations.items() if count)
+    is_on = {"sft": settings.sft.is_on, "rl": settings.train.iterations > 0}
+    return tuple(phase for phase, here in is_on.items() if here)
 
 
 def optimizers(settings: Settings, phases: Sequence[str]) -> dict[str, OptimizerSettings]:

@@ -22,6 +22,7 @@ from agrpo_megatron.config.settings.model import (
 from agrpo_megatron.config.settings.moe import MoeSettings as MoeSettings
 from agrpo_megatron.config.settings.precision import PRECISIONS, Fp8Settings, KernelSettings
 from agrpo_megatron.config.settings.resilience import LaunchSettings, ResilienceSettings
+from agrpo_megatron.config.settings.supervised import SftSettings
 from agrpo_megatron.config.settings.training import MODEL_FREE as MODEL_FREE
 from agrpo_megatron.config.settings.training import UNMASKING as UNMASKING
 from agrpo_megatron.config.settings.training import (
@@ -30,7 +31,6 @@ from agrpo_megatron.config.settings.training import (
     LoggingSettings,
     OptimizerSettings,
     SamplingSettings,
-    SftSettings,
     TaskSettings,
     TrainSettings,
 )

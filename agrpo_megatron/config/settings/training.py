@@ -93,30 +93,6 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True)
-class SftSettings:
-    """Supervised fine-tuning on the task's solutions, before reinforcement learning."""
-
-    iterations: int = setting(0, "optimizer steps; 0 skips the phase", low=0)
-    batch_size: int = setting(128, "examples per optimizer step, all ranks together", low=1)
-    problems: int | None = setting(None, "problems whose solutions are used; null: all", low=1)
-    mask_epsilon: float = setting(1e-3, "lowest masking rate t", low=0, high=1)
-    diffusion_weight: float = setting(1.0, "weight of the cross-entropy of masked tokens", low=0)
-    autoregressive_weight: float = setting(
-        0.0,
-        "weight of the cross-entropy of the response's next tokens, in the same rows; for "
-        "model.attention=causal_context, whose published loss is 1 with diffusion_weight 0.3",
-        low=0,
-    )
-    balance_loss: float = setting(
-        0.0, "weight of the loss that spreads a micro-batch's tokens over the experts", low=0
-    )
-    expert_bias_rate: float = setting(
-        0.0, "step of each expert's bias, in each update, towards equal counts of tokens", low=0
-    )
-    optimizer: OptimizerSettings = section(OptimizerSettings, "optimizer of this phase")
-
-
-@dataclass(frozen=True)
 class SamplingSettings:
     """The denoising sampler: which positions are fixed when, and how tokens are drawn."""
 

@@ -76,6 +76,7 @@ def _rewards(axes: Axes, run: Run, theme: Theme) -> None:
 
 def _supervised(axes: Axes, run: Run, theme: Theme) -> None:
     dress(axes, "Supervised loss")
-    [(last, _, colour)] = curves(axes, run.sft, [("loss", "", theme.purple)])
+    shown = [("loss", "", theme.purple), ("held_out_loss", "held out ", theme.orange)]
+    labels = curves(axes, run.sft, shown)
     axes.set_xlabel("supervised iteration")
-    end_labels(axes, [(last, f"{last:.2f}", colour)])
+    end_labels(axes, [(last, f"{name}{last:.2f}", colour) for last, name, colour in labels])

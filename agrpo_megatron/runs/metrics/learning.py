@@ -10,6 +10,12 @@ POSITION = (
         "Finished iterations of the phase. An evaluation has that of the RL iteration it follows; "
         "0 is before the first one.",
     ),
+    Metric(
+        "epoch",
+        SFT,
+        "Passes over the data, of a mixture over all of its rows.",
+        unit="epochs",
+    ),
     Metric("stage", EVAL, "When the evaluation ran: before, interval or after training with RL."),
     Metric("problems", EVAL, "Held-out problems, one completion each."),
 )
@@ -145,6 +151,14 @@ POLICY = (
         healthy="Stable.",
     ),
     Metric("learning_rate", UPDATED, "Learning rate of the last update."),
+    Metric(
+        "held_out_loss",
+        SFT,
+        "Supervised loss of the held-out rows, always under the same masks; with `sft.eval_data` "
+        "or `sft.eval_fraction`.",
+        unit="nats per token",
+        healthy="Falls. When it rises while `loss` falls, the rows are learned by heart.",
+    ),
     Metric("scored_tokens", SFT, "Masked tokens of the batch that the loss scores.", unit="tokens"),
     Metric(
         "ratio/mean",

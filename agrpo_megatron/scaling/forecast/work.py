@@ -41,12 +41,19 @@ class Flops:
     rollout_bytes: int  # stored rollouts of an iteration
 
 
-def count_flops(settings: Settings, train: Sequence[int], held_out: Sequence[int]) -> Flops:
+def count_flops(
+    settings: Settings,
+    train: Sequence[int],
+    held_out: Sequence[int],
+    supervised: Sequence[tuple[int, int]] = (),
+) -> Flops:
     """Count the FLOPs of complete settings.
 
     Args:
         train: lengths of prompts of training problems, in tokens.
         held_out: lengths of the prompts of an evaluation.
+        supervised: lengths of prompt and response of some rows of `sft.data`; without, the
+            phase learns from solutions.
     """
     if settings.algorithm.mc_samples == "auto":
         algorithm = replace(settings.algorithm, mc_samples=AUTO_DRAWS)
@@ -63,7 +70,7 @@ def count_flops(settings: Settings, train: Sequence[int], held_out: Sequence[int
         rollout=0 if settings.train.from_rollouts else round(share * sampled),
         update=round(share * update),
         evaluation=_evaluation(settings, held_out),
-        sft=_supervised(settings, train),
+        sft=_supervised(settings, train, supervised),
         scored_rows=round(share * rows),
         rollout_bytes=round(share * stored),
     )
@@ -111,14 +118,16 @@ def _evaluation(settings: Settings, held_out: Sequence[int]) -> int:
     return round(flops * len(held_out) / len(some))
 
 
-def _supervised(settings: Settings, prompts: Sequence[int]) -> int:
+def _supervised(settings: Settings, prompts: Sequence[int], rows: Sequence[tuple[int, int]]) -> int:
     """Return the FLOPs of a supervised step: half of a response is masked, on average."""
-    width, sft = settings.sampling.completion_length, settings.sft
+    sft = settings.sft
     if not sft.iterations:
         return 0
-    texts = [torch.zeros(size, dtype=torch.int64) for size in prompts]
-    lengths = sft_lengths(texts, width, settings.model, settings.sampling).tolist()
-    scored = width // 2 + (width if sft.autoregressive_weight else 0)
-    work = scored_work(lengths, scored * len(lengths))
+    rows = rows or [(size, settings.sampling.completion_length) for size in prompts]
+    texts = [torch.zeros(size, dtype=torch.int64) for size, _ in rows]
+    widths = [width for _, width in rows]
+    lengths = sft_lengths(texts, torch.tensor(widths), settings.model, settings.sampling).tolist()
+    scored = sum(width // 2 + (width if sft.autoregressive_weight else 0) for width in widths)
+    work = scored_work(lengths, scored)
     cost = update_cost(settings.model, settings.lora).of(work)
     return round(cost * sft.batch_size / len(lengths))

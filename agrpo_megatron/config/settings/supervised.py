@@ -1,0 +1,77 @@
+"""Settings of the supervised phase."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from agrpo_megatron.config.schema import section, setting
+from agrpo_megatron.config.settings.training import OptimizerSettings
+
+TURNS = ("random", "last", "each", "all")
+PADDING = ("none", "batch", "block", "completion")
+
+
+@dataclass(frozen=True)
+class SftSettings:
+    """Supervised fine-tuning before reinforcement learning: on rows of data, or on solutions."""
+
+    iterations: int = setting(0, "optimizer steps; 0 without epochs skips the phase", low=0)
+    epochs: float | None = setting(
+        None, "passes over the data, from which iterations follow; null: iterations counts", low=0
+    )
+    batch_size: int = setting(128, "examples per optimizer step, all ranks together", low=1)
+    problems: int | None = setting(None, "problems whose solutions are used; null: all", low=1)
+    data: str | list[str] | dict[str, Any] | None = setting(
+        None,
+        "rows to learn from: a file or Hugging Face data set, a list of them, or a mixture by "
+        "label, each with data, weight, epochs, columns, chat; null: the task's solutions",
+    )
+    columns: dict[str, Any] = setting(
+        {}, "names of unusual columns: of messages, or of prompt and reply; input, system, history"
+    )
+    chat: bool | None = setting(
+        None, "put texts in the chat template; null: all but prompt and completion, as TRL does"
+    )
+    turns: str = setting(
+        "random",
+        "the replies of a conversation that are trained: one at random in each epoch (LLaDA), the "
+        "last, each in a row of its own, or all in one row, where earlier ones see later turns",
+        choices=TURNS,
+    )
+    padding: str | None = setting(
+        None,
+        "end-of-text that is trained after a reply: none, up to the longest row of the batch "
+        "(LLaDA), to the end of its block (SDAR), or to sampling.completion_length; null: block "
+        "for a model with blocks, else batch",
+        choices=PADDING,
+    )
+    row_tokens: int | None = setting(
+        None, "longest row; null: model.max_sequence_length", unit="tokens", low=2
+    )
+    long_rows: str = setting("refuse", "action on longer rows", choices=("refuse", "drop"))
+    eval_data: str | None = setting(None, "held-out rows, a file or data set like data")
+    eval_fraction: float = setting(
+        0.0, "share of the rows of data that is held out, chosen by their content", low=0, high=0.9
+    )
+    eval_interval: int = setting(
+        0, "iterations between two held-out losses; 0: only at the end", low=0
+    )
+    mask_epsilon: float = setting(1e-3, "lowest masking rate t", low=0, high=1)
+    diffusion_weight: float = setting(1.0, "weight of the cross-entropy of masked tokens", low=0)
+    autoregressive_weight: float = setting(
+        0.0,
+        "weight of the cross-entropy of the response's next tokens, in the same rows; for "
+        "model.attention=causal_context, whose published loss is 1 with diffusion_weight 0.3",
+        low=0,
+    )
+    balance_loss: float = setting(
+        0.0, "weight of the loss that spreads a micro-batch's tokens over the experts", low=0
+    )
+    expert_bias_rate: float = setting(
+        0.0, "step of each expert's bias, in each update, towards equal counts of tokens", low=0
+    )
+    optimizer: OptimizerSettings = section(OptimizerSettings, "optimizer of this phase")
+
+    @property
+    def is_on(self) -> bool:
+        """Return whether the run has a supervised phase."""
+        return self.iterations > 0 or self.epochs is not None

@@ -1,0 +1,164 @@
+"""The examples of supervised training: rows as tokens, which are trained and which held out."""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from agrpo_megatron.config.settings import ModelSettings, SamplingSettings, SftSettings
+from agrpo_megatron.tasks.supervised.sources import Source, read_source, sources
+from agrpo_megatron.text.notes import text_notes
+from agrpo_megatron.text.replies import TokenRow, token_rows
+from agrpo_megatron.text.tokenizer import Tokenizer
+from agrpo_megatron.types import Chat
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """An example that is visited once per epoch."""
+
+    name: str  # of its row, for messages
+    rows: Sequence[TokenRow]  # of which a visit trains one, drawn at random
+
+    @property
+    def digest(self) -> bytes:
+        """Return a hash of its text; equal rows of a file have the same."""
+        return hashlib.sha256(self.rows[-1].ids.tobytes()).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Supervised:
+    """The data of a supervised phase."""
+
+    train: list[Example]  # of all sources, one after the other
+    shares: list[tuple[int, float]]  # examples and weight of each source
+    epoch: float  # examples in one epoch of the mixture
+    held_out: list[Example] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def digests(self) -> dict[str, str]:
+        """Return digests of everything that is trained on or held out."""
+        parts = {"supervised rows": self.train, "held-out supervised rows": self.held_out}
+        found = {}
+        for name, examples in parts.items():
+            whole = hashlib.sha256(repr(self.shares).encode())
+            for row in (row for example in examples for row in example.rows):
+                whole.update(row.ids.tobytes() + row.trained.tobytes())
+            found[name] = whole.hexdigest()
+        return found
+
+
+def read_supervised(
+    sft: SftSettings, tokenizer: Tokenizer, model: ModelSettings, sampling: SamplingSettings
+) -> Supervised:
+    """Read `sft.data` and the held-out rows.
+
+    Args:
+        sft: with its padding.
+
+    Raises:
+        ValueError: a source cannot be read, a row is too long, or nothing is left to train.
+    """
+    limit = sft.row_tokens or model.max_sequence_length
+    read = partial(_read, sft=sft, tokenizer=tokenizer, sampling=sampling, limit=limit)
+    chosen, notes = sources(sft), list[str]()
+    parts, held_out = list[list[Example]](), list[Example]()
+    if sft.eval_data is not None:
+        held = Source(sft.eval_data, columns=sft.columns, chat=sft.chat)
+        held_out, said = read("sft.eval_data", held, split="test")
+        notes += said
+    for key, source in chosen.items():
+        examples, said = read(key, source, split="train")
+        if sft.eval_fraction:
+            here = _chosen(examples, sft.eval_fraction)
+            held_out += [example for example in examples if example.digest in here]
+        count, taken = len(examples), {example.digest for example in held_out}
+        examples = [example for example in examples if example.digest not in taken]
+        if left := count - len(examples):
+            said.append(f"{key}={source.data}: {left:,} of {count:,} examples are held out")
+        if not examples:
+            raise ValueError(f"{key}={source.data} leaves no row to train on: {'; '.join(said)}")
+        notes += said
+        parts.append(examples)
+    pairs = list(zip(chosen.values(), parts, strict=True))
+    shares = [(len(part), source.share(len(part))) for source, part in pairs]
+    is_weighted = any(source.weight is not None for source, _ in pairs)
+    epoch = sum(count if is_weighted else weight for count, weight in shares)
+    train = list(itertools.chain(*parts))
+    notes.append(_lengths(train, held_out))
+    return Supervised(train, shares, epoch, held_out, notes)
+
+
+def padded_length(row: TokenRow, padding: str | None, sampling: SamplingSettings) -> int:
+    """Return the tokens of a row and of the padding that does not depend on other rows."""
+    length, block = len(row.ids), sampling.block_length
+    if padding == "completion":
+        return max(length, row.prompt + sampling.completion_length)
+    if padding == "block":
+        start = 0 if sampling.block_origin == "row" else row.prompt
+        return start + -(-(length - start) // block) * block
+    return length
+
+
+def _read(
+    key: str,
+    source: Source,
+    *,
+    split: str,
+    sft: SftSettings,
+    tokenizer: Tokenizer,
+    sampling: SamplingSettings,
+    limit: int,
+) -> tuple[list[Example], list[str]]:
+    """Return the examples of a source, and notes on its rows.
+
+    Raises:
+        ValueError: as `read_supervised`.
+    """
+    numbered, note = read_source(key, source, split=split)
+    said = f"{key}={source.data}"
+    turns = "each" if sft.turns == "random" else sft.turns
+    found = token_rows(tokenizer, numbered, turns=turns, key=said)
+    pairs = [(talk, rows) for (_, talk), rows in zip(numbered, found, strict=True) if rows]
+    chats = [Chat(talk.messages) for talk, _ in pairs]
+    ids = [rows[-1].ids.tolist() for _, rows in pairs]
+    notes = [note, *text_notes(tokenizer, chats, ids, what=f"rows of {source.data}")]
+    if empty := len(found) - len(pairs):
+        notes.append(f"{said}: {empty:,} of {len(found):,} rows have no reply to train; left out")
+    examples, long, longest = list[Example](), 0, 0
+    for (number, _), rows in zip(numbered, found, strict=True):
+        lengths = [padded_length(row, sft.padding, sampling) for row in rows]
+        longest = max(longest, *lengths, 0)
+        fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
+        long += len(fitting) < len(rows)
+        each = [[row] for row in fitting] if turns == sft.turns else [fitting] if fitting else []
+        examples += [Example(f"{source.data}, row {number}", rows) for rows in each]
+    if long:
+        over = f"{long:,} of {len(found):,} rows have over {limit} tokens, the longest {longest}"
+        if sft.long_rows == "refuse":
+            raise ValueError(
+                f"{said}: {over}; leave them out by sft.long_rows=drop, or raise sft.row_tokens or "
+                "model.max_sequence_length"
+            )
+        notes.append(f"{said}: {over}; left out (sft.long_rows=drop)")
+    if not examples:
+        raise ValueError(f"{said} leaves no row to train on: {'; '.join(notes)}")
+    return examples, notes
+
+
+def _chosen(examples: Sequence[Example], fraction: float) -> set[bytes]:
+    """Return the digests of a share of the examples, at least one; equal ones stay together."""
+    digests = sorted(example.digest for example in examples)
+    return set(digests[: max(1, round(fraction * len(digests)))])
+
+
+def _lengths(train: Sequence[Example], held_out: Sequence[Example]) -> str:
+    """Return a note on the number of examples and the lengths of their rows."""
+    rows = [row for example in train for row in example.rows]
+    whole, replies = [len(row.ids) for row in rows], [int(row.trained.sum()) for row in rows]
+    return (
+        f"supervised rows: {len(train):,} to train on, {len(held_out):,} held out; {min(whole)} to "
+        f"{max(whole)} tokens, on average {sum(whole) / len(rows):.0f}, of which "
+        f"{sum(replies) / len(rows):.0f} are trained"
+    )

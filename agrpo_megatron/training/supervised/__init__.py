@@ -1,0 +1,1 @@
+"""The examples of the supervised phase: what an iteration learns from, and the held-out loss."""

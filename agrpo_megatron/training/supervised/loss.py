@@ -1,0 +1,63 @@
+"""The supervised loss: of an update, and of the held-out rows under the same masks at any time."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from agrpo_megatron.diffusion.batches import sft_loss
+from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
+from agrpo_megatron.megatron.network import Network
+from agrpo_megatron.megatron.pipeline import forward_rows
+from agrpo_megatron.rollout.session import Run
+from agrpo_megatron.training.supervised.drawn import join_rows, micro_batches
+from agrpo_megatron.types import SftBatch
+
+SEED = 0  # of the held-out masks: they do not depend on the run's seed
+
+
+def make_sft_loss(
+    vocab: Vocabulary,
+) -> Callable[[Tensor, SftBatch], tuple[Tensor, dict[str, Tensor]]]:
+    """Return the loss of a micro-batch, summed over its examples, with its metrics."""
+    whole = replace(vocab, forbidden=())
+
+    def loss(logits: Tensor, batch: SftBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        policy = policy_logits(logits, whole)
+        logprobs, _ = token_logprobs(policy, batch.targets, vocab=whole)
+        return sft_loss(logprobs, batch), {"scored_tokens": torch.tensor(len(batch.targets))}
+
+    return loss
+
+
+def held_out_loss(run: Run, network: Network) -> float:
+    """Return the mean loss of the held-out rows, in nats per trained token; called by every rank.
+
+    Every reply of a row counts, with no padding but to the end of a block.
+    """
+    assert run.supervised is not None
+    rows = [row for example in run.supervised.held_out for row in example.rows]
+    names = [example.name for example in run.supervised.held_out for _ in example.rows]
+    settings, ranks, loss = run.settings, run.ranks, make_sft_loss(network.vocab)
+    padding = "block" if settings.sft.padding == "block" else "none"
+    drawn = join_rows(
+        rows,
+        names,
+        padding=padding,
+        sampling=settings.sampling,
+        eos_id=run.eos_id,
+        device=ranks.device,
+    )
+    batches, _ = micro_batches(run, drawn, torch.arange(len(rows), device=ranks.device), seed=SEED)
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+
+    def add(number: int, logits: Tensor) -> None:
+        total.add_(loss(logits, batches[number])[0])
+
+    forward_rows(network, [batch.rows for batch in batches], add)
+    dist.all_reduce(total, group=ranks.data_context.group)
+    last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
+    dist.broadcast(total, src=last, group=ranks.pipeline.group)
+    return float(total) / len(rows)
