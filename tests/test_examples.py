@@ -109,6 +109,13 @@ def test_rows_without_code_train(tmp_path):
     assert any("reward/format" in record for record in records)
 
 
+def test_chats_are_learned_before_rl(tmp_path):
+    short = ("sft.epochs=null", "sft.eval_interval=0")
+    records = train("sft.yaml", tmp_path / "run", *short)
+    assert [record["phase"] for record in records] == ["sft", "eval", "rl", "eval"]
+    assert records[0]["held_out_loss"] > 0
+
+
 def test_the_mixture_trains_and_tells_its_tasks_apart(tmp_path):
     short = "task.mixture.countdown.train_problems=32"
     records = train("mixture.yaml", tmp_path / "run", short, "algorithm.prompts_per_iteration=3")
