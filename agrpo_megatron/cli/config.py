@@ -16,7 +16,7 @@ from agrpo_megatron.config.settings import Settings
 
 if TYPE_CHECKING:
     from agrpo_megatron.launch.speed import Assumed
-    from agrpo_megatron.runs.resolve import Planned
+    from agrpo_megatron.runs.sizes import Sizes
 
 
 def add_config(commands: argparse._SubParsersAction) -> None:
@@ -58,8 +58,14 @@ def config(arguments: argparse.Namespace) -> int:
     planned = plan_settings(settings, world_size=ranks)
     check_start(planned)
     print(to_yaml(planned.settings), end="")
-    for line in _forecast(planned, assumed(arguments), ranks):
+    from agrpo_megatron.runs.odd_values import odd_values
+    from agrpo_megatron.runs.sizes import measure
+
+    sizes = measure(planned)
+    for line in _forecast(planned.settings, sizes, assumed(arguments), ranks):
         print(f"# {line}")  # what is printed stays a settings file
+    for line in odd_values(planned.settings, sizes, world_size=ranks):
+        print(f"warning: {line}", file=sys.stderr)
     if planned.missing is not None:
         print(f"note: {planned.missing}", file=sys.stderr)
     return 0
@@ -95,15 +101,13 @@ def _reference(arguments: argparse.Namespace) -> None:
         reference.settings_reference(describe(Settings), console, prefix=prefix)
 
 
-def _forecast(planned: "Planned", assumed: "Assumed", ranks: int) -> list[str]:
+def _forecast(settings: Settings, sizes: "Sizes", assumed: "Assumed", ranks: int) -> list[str]:
     """Return what a run of the settings will take on so many ranks."""
     from agrpo_megatron.launch.forecast import forecast, memory_text
     from agrpo_megatron.launch.speed import speed_of
-    from agrpo_megatron.runs.sizes import measure
     from agrpo_megatron.scaling.memory import worst_rank
 
-    settings = planned.settings
     speed = speed_of(assumed, settings.precision)
-    lines = forecast(settings, measure(planned), speed, world_size=ranks)
+    lines = forecast(settings, sizes, speed, world_size=ranks)
     memory = memory_text(worst_rank(settings, ranks), settings.launch)
     return [f"forecast for {ranks} rank{'s' * (ranks > 1)}", *lines, f"memory    {memory}"]

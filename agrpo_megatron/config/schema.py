@@ -242,7 +242,12 @@ def _apply_override(cls: type, tree: dict[str, Any], override: str) -> None:
 
 
 def _unknown_key(prefix: str, key: str, fields: Mapping[str, Any]) -> str:
-    if nearest := difflib.get_close_matches(key.lower(), fields, n=1, cutoff=0.5):
+    initials = ["".join(word[0] for word in name.split("_")) for name in fields]
+    if key.lower() in initials:  # lr is learning_rate
+        nearest = [list(fields)[initials.index(key.lower())]]
+    else:
+        nearest = difflib.get_close_matches(key.lower(), fields, n=1, cutoff=0.5)
+    if nearest:
         return f"{prefix}{key} is not a setting; did you mean {prefix}{nearest[0]}?"
     where = f"section {prefix.rstrip('.')}" if prefix else "a settings file"
     return f"{prefix}{key} is not a setting; {where} has {', '.join(fields)}"

@@ -26,8 +26,14 @@ def checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
         if (converted := _convert(key, value, option)) is not None:
             _check_range(key, converted, meta)
             return converted
-    fix = "; write it in quotes" if str in _options(hint) and isinstance(value, int | float) else ""
-    raise ValueError(f"{key}={value!r} has the wrong type; it must be {type_name(hint)}{fix}")
+    said, needed, fix = f"{value!r}", type_name(hint), ""
+    if isinstance(value, bool):
+        said = f"{text(value)} (YAML reads yes, no, on and off as true and false)"
+        if choices := meta.get("choices"):
+            needed = f"one of {', '.join(map(str, choices))}"
+    if str in _options(hint) and isinstance(value, int | float) and not meta.get("choices"):
+        fix = "; write it in quotes"
+    raise ValueError(f"{key}={said} has the wrong type; it must be {needed}{fix}")
 
 
 def type_name(hint: Any) -> str:

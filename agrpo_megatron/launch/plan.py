@@ -13,6 +13,7 @@ from agrpo_megatron.launch.job import check_launch, ranks_per_node
 from agrpo_megatron.launch.speed import Assumed, speed_of
 from agrpo_megatron.launch.sweep import SWEEP
 from agrpo_megatron.runs.directory import is_finished, plan_settings, progress
+from agrpo_megatron.runs.odd_values import odd_values
 from agrpo_megatron.runs.sizes import Sizes, measure
 from agrpo_megatron.scaling.memory import SPARE, Memory, worst_rank
 from agrpo_megatron.training.passed import check_start
@@ -111,6 +112,8 @@ def _warnings(plan: JobPlan) -> list[str]:
             f"memory is over {100 * SPARE:.0f} % of launch.gpu_memory, and the rest is needed for "
             "communication and fragments"
         )
+    ranks = plan.nodes * ranks_per_node(launch)
+    found += odd_values(plan.settings, plan.sizes, world_size=ranks)
     idle = launch.gpus_per_node - ranks_per_node(launch)
     if launch.gpus_per_node and idle:
         found.append(f"{_count(idle, 'GPU')} of each node would be idle: launch.ranks_per_node")

@@ -3,6 +3,7 @@
 Imports neither torch nor Megatron.
 """
 
+import json
 import os
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ REQUEUE, STUCK = 85, 93
 MAIN_RANK_TIMEOUT = 10.0  # seconds to wait for the main rank to refuse the same input
 LAUNCH_FOLDER = "launch"  # of a run directory: its attempts, and the logs of its jobs
 FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun ends its report with the message in this file
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", FT_SOCKET)  # set by torchrun and ft_launcher
 
 
@@ -23,6 +25,15 @@ def report_outcome(word: str, reason: str = "") -> None:
     path = os.environ.get(OUTCOME)
     if path:
         write_whole(Path(path), f"{word} {reason}".strip() + "\n")
+
+
+def report_refusal(reason: str) -> None:
+    """Have torchrun end its traceback, which follows any failed rank, with the refusal."""
+    path = os.environ.get(ERROR_FILE)
+    if path:
+        extra = {"timestamp": int(time.time()), "py_callstack": reason}
+        message = {"message": reason, "errorCode": 2, "extraInfo": extra}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def main_rank_reported(word: str) -> bool:

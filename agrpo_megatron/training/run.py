@@ -5,6 +5,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from agrpo_megatron.checkpoint.lora.base import find_base
 from agrpo_megatron.checkpoint.resume import find_checkpoint
 from agrpo_megatron.checkpoint.sharded import load_checkpoint
@@ -14,6 +16,7 @@ from agrpo_megatron.evaluation.failures import check_solutions
 from agrpo_megatron.hardware.kernels import in_one_line, kernels_for
 from agrpo_megatron.megatron.engine import Engine, build_engine, build_reference
 from agrpo_megatron.megatron.parallel import Ranks, start_ranks, stop_ranks
+from agrpo_megatron.reports.banner import banner
 from agrpo_megatron.resilience.attempts import begin, claim
 from agrpo_megatron.resilience.monitors import monitors
 from agrpo_megatron.resilience.sections import Sections
@@ -24,8 +27,10 @@ from agrpo_megatron.rollout.session import Output, Run, Safety, Session, View
 from agrpo_megatron.runs.base import check_base
 from agrpo_megatron.runs.directory import check_data, data_digests, run_digest
 from agrpo_megatron.runs.log import RunLog
+from agrpo_megatron.runs.odd_values import odd_values
 from agrpo_megatron.runs.progress import CHECKPOINTS, Progress
 from agrpo_megatron.runs.resolve import Resolved
+from agrpo_megatron.runs.sizes import measure
 from agrpo_megatron.runs.stored_rollouts import ROLLOUTS
 from agrpo_megatron.scaling.adapters import adapter_note
 from agrpo_megatron.tasks.base import SPLITS
@@ -56,6 +61,7 @@ def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "
     stop = Stop(sections, margin=settings.resilience.stop_margin)
     try:
         with stop.listening(), _opened(resolved, view, sections, stop) as (session, found):
+            _show_banner(session, phases)
             with_roll_backs(session, partial(_run_phases, session, phases), found)
     except Stopped as stopped:
         return str(stopped)
@@ -156,6 +162,22 @@ def _show_notes(session: Session) -> None:
     for note in run.task.notes:
         view.note(note)
     session.output.log.notes(run.task.notes)
+
+
+def _show_banner(session: Session, phases: tuple[str, ...]) -> None:
+    """Show what the run is, and its odd values; on the main rank, which alone prints."""
+    run, view, ranks = session.run, session.output.view, session.run.ranks
+    if not ranks.is_main:
+        return
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else cpu
+    sizes = measure(Resolved(run.settings, run.task, run.tokenizer))
+    facts = {"device": device, "world_size": ranks.world_size, "phases": phases}
+    for line in banner(run.settings, sizes, **facts):
+        view.note(line)
+    for line in odd_values(run.settings, sizes, world_size=ranks.world_size):
+        view.warn(line)
 
 
 def _sft_phase(session: Session, checkpoint: Path | None, done: Progress) -> None:

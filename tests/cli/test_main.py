@@ -269,3 +269,18 @@ def test_a_reader_that_ends_early_is_no_error(arguments):
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_torchrun_ends_its_report_with_the_refusal(tmp_path, monkeypatch, capsys):
+    """It shows a traceback of its own after any failed rank, and then what is in this file."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from agrpo_megatron.cli.main import main
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert main(["config", str(tmp_path / "nothing.yaml")]) == 2
+    refused = capsys.readouterr().err.strip()
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    last = str(ChildFailedError("agrpo_megatron", {0: failure})).strip().splitlines()[-2]
+    assert refused.startswith("agrpo: error: ") and last == f"  traceback : {refused}"

@@ -1,5 +1,6 @@
 """Settings files: what is read back, what is refused and how it is said."""
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -7,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import yaml
 
-from agrpo_megatron.config.rules import validate
+from agrpo_megatron.config.rules import validate, validate_sampling
 from agrpo_megatron.config.schema import build, describe, flatten, load, to_yaml
 from agrpo_megatron.config.settings import (
     ParallelSettings,
@@ -433,3 +434,43 @@ def test_a_base_that_cannot_be_used_is_named(tmp_path, files, message):
     said = _message([], path=_write(tmp_path, **files) / "run.yaml")
     assert said.startswith(f"settings file {tmp_path}")
     assert message in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "block", "steps"),
+    [
+        ([], 32, 128),
+        (["sampling.completion_length=8"], 8, 8),  # one block, a token a step
+        (["sampling.completion_length=48"], 24, 48),
+        (["sampling.completion_length=384"], 32, 120),  # 12 blocks of 10 steps
+        (["sampling.completion_length=512"], 32, 128),
+        (["sampling.completion_length=96", "sampling.schedule=dream"], 96, 96),
+        (["sampling.completion_length=64", "sampling.block_length=16"], 16, 64),
+        (["sampling.completion_length=64", "sampling.denoising_steps=8"], 32, 8),
+    ],
+)
+def test_lengths_that_are_not_written_fit_the_completion(overrides, block, steps):
+    found = load(Settings, None, overrides).sampling
+    assert (found.block_length, found.denoising_steps) == (block, steps)
+    validate_sampling(found, "sampling")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "optimizer.lr=1e-4",
+            "optimizer.lr is not a setting; did you mean optimizer.learning_rate",
+        ),
+        ("optimizer.wd=0", "did you mean optimizer.weight_decay"),
+        (
+            "logging.wandb=yes",
+            "logging.wandb=true (YAML reads yes, no, on and off as true and false) has the wrong "
+            "type; it must be one of offline, online, disabled",
+        ),
+        ("run.dir=no", "run.dir=false (YAML reads yes, no, on and off as true and false) has the"),
+    ],
+)
+def test_the_fix_of_what_others_write(override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(Settings, None, [override])

@@ -127,3 +127,16 @@ def test_launch_shows_the_forecast_of_its_ranks(launch, no_slurm, tmp_path):
     assert (status, errors) == (0, "")
     assert "CPU thread" in script and "at 50 % utilisation" in script
     assert "# iteration " in script and "# run       " in script and "# disk      " in script
+
+
+def test_config_and_launch_warn_of_odd_values(launch, no_slurm, capsys, tmp_path):
+    file = write_settings(tmp_path / "s.yaml", run={"dir": str(tmp_path / "run")})
+    words = ["sampling.temperature=3", "algorithm.mc_samples=9"]
+    assert main(["config", str(file), *words]) == 0
+    errors = capsys.readouterr().err
+    assert "warning: algorithm.mc_samples=9 is more than the 4 denoising steps" in errors
+    assert "warning: sampling.temperature=3 draws mostly noise" in errors
+    cpu = ["launch.gpus_per_node=0", "--nodes", 1, "--dry-run"]
+    status, script, errors = launch(file, *cpu, *words)
+    assert (status, errors) == (0, "")
+    assert "# warning   sampling.temperature=3 draws mostly noise" in script

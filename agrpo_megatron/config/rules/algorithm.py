@@ -9,7 +9,7 @@ from agrpo_megatron.config.own_code import is_file_name, split_name
 from agrpo_megatron.config.rules.scoring import validate_scoring
 from agrpo_megatron.config.settings.algorithm import AlgorithmSettings
 from agrpo_megatron.config.settings.estimators import ENTRIES, LOSSES, ON_MASKS
-from agrpo_megatron.config.settings.training import SamplingSettings
+from agrpo_megatron.config.settings.sampling import SamplingSettings
 from agrpo_megatron.config.values import text
 
 _DRAWN = ("proposal", "step_sampler", "allocation", "uniform_mix", "enumerate_short")

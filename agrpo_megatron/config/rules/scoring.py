@@ -1,7 +1,7 @@
 """Rules of what is scored of a denoising step, and of what the sampler records for it."""
 
 from agrpo_megatron.config.settings.algorithm import AlgorithmSettings
-from agrpo_megatron.config.settings.training import SamplingSettings
+from agrpo_megatron.config.settings.sampling import SamplingSettings
 from agrpo_megatron.config.values import text
 
 

@@ -22,15 +22,15 @@ from agrpo_megatron.config.settings.model import (
 from agrpo_megatron.config.settings.moe import MoeSettings as MoeSettings
 from agrpo_megatron.config.settings.precision import PRECISIONS, Fp8Settings, KernelSettings
 from agrpo_megatron.config.settings.resilience import LaunchSettings, ResilienceSettings
+from agrpo_megatron.config.settings.sampling import MODEL_FREE as MODEL_FREE
+from agrpo_megatron.config.settings.sampling import UNMASKING as UNMASKING
+from agrpo_megatron.config.settings.sampling import SamplingSettings
 from agrpo_megatron.config.settings.supervised import SftSettings
-from agrpo_megatron.config.settings.training import MODEL_FREE as MODEL_FREE
-from agrpo_megatron.config.settings.training import UNMASKING as UNMASKING
 from agrpo_megatron.config.settings.training import (
     CheckpointSettings,
     EvaluationSettings,
     LoggingSettings,
     OptimizerSettings,
-    SamplingSettings,
     TaskSettings,
     TrainSettings,
 )

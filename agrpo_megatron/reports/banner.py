@@ -1,0 +1,70 @@
+"""The first lines of a run: on what it runs, what it trains, what it takes, where things go."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from agrpo_megatron.config.parallel import layout_name
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.reports.text import compact
+from agrpo_megatron.runs.log import METRICS, SAMPLES
+from agrpo_megatron.runs.progress import CHECKPOINTS
+from agrpo_megatron.runs.sizes import Sizes
+from agrpo_megatron.scaling.forecast.disk import evaluations_of, parameters
+
+
+def banner(
+    settings: Settings, sizes: Sizes, *, device: str, world_size: int, phases: Sequence[str]
+) -> list[str]:
+    """Return at most eight lines on a run that is about to start or to go on.
+
+    Args:
+        device: of each rank, for instance "NVIDIA H200" or "CPU, 2 threads".
+    """
+    whole, trained = parameters(settings)
+    layout = layout_name(settings.parallel, world_size)
+    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
+    adapters = f" in adapters of rank {settings.lora.rank}" * (settings.lora.rank is not None)
+    logging, directory = settings.logging, Path(settings.run.dir)
+    lines = [
+        f"device    {ranks} on {device}; layout {layout}, {settings.precision}",
+        f"model     {settings.model.family}, {compact(whole)} parameters, "
+        f"{compact(trained)} trained{adapters}",
+        f"plan      {_plan(settings, sizes, phases)}",
+        *(_iteration(settings, sizes) if "rl" in phases and settings.train.iterations else []),
+        f"writes    {directory}: {METRICS}, {SAMPLES}, {CHECKPOINTS}/; wandb {logging.wandb}",
+        "stop      by Ctrl-C; the same command goes on",
+    ]
+    return lines
+
+
+def _plan(settings: Settings, sizes: Sizes, phases: Sequence[str]) -> str:
+    parts = []
+    if "sft" in phases and settings.sft.iterations:
+        parts.append(f"{settings.sft.iterations} supervised iterations")
+    if "rl" in phases:
+        count = evaluations_of(settings)
+        parts.append(f"{settings.train.iterations} iterations of reinforcement learning")
+        parts.append(f"{count} evaluations of {len(sizes.held_out)} problems")
+    return ", ".join(parts)
+
+
+def _iteration(settings: Settings, sizes: Sizes) -> list[str]:
+    """Return what an iteration draws and computes; no cost where it cannot be counted."""
+    from agrpo_megatron.scaling.forecast.work import count_flops  # loads torch
+
+    algorithm, sampling = settings.algorithm, settings.sampling
+    completions = algorithm.prompts_per_iteration * algorithm.group_size
+    lines = [
+        f"iteration {algorithm.prompts_per_iteration} prompts x {algorithm.group_size} completions "
+        f"of {sampling.completion_length} tokens in {sampling.most_steps} steps: "
+        f"{compact(completions * sampling.completion_length)} tokens"
+    ]
+    try:
+        flops = count_flops(settings, sizes.train, sizes.held_out)
+    except Exception:  # of the user's own estimator, before it has seen a rollout
+        return lines
+    return [
+        *lines,
+        f"cost      {compact(flops.rollout)}FLOP of rollouts and {compact(flops.update)}FLOP of "
+        f"updates an iteration at most, {flops.scored_rows} scored states",
+    ]

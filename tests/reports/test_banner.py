@@ -1,0 +1,46 @@
+"""The first lines of a run: at most eight, with what it runs on, trains, takes and writes."""
+
+from agrpo_megatron.reports.banner import banner
+from agrpo_megatron.runs.sizes import Sizes
+from tests.training.tiny import tiny
+
+KNOWN = ["run.dir=runs/mine", "model.mask_token_id=1", "model.eos_token_id=2"]
+SIZES = Sizes([6, 9], [6] * 7, 0)
+BOTH = ("sft", "rl")
+
+
+def lines(*overrides, phases=BOTH, world_size=2):
+    settings = tiny(*KNOWN, *overrides)
+    found = banner(settings, SIZES, device="CPU, 1 thread", world_size=world_size, phases=phases)
+    assert len(found) <= 8 and all("\n" not in line for line in found)
+    return {line.split()[0]: line[10:] for line in found}
+
+
+def test_a_run_says_what_it_is():
+    found = lines("sft.iterations=5", "train.iterations=10", "evaluation.interval=5")
+    assert found["device"] == "2 ranks on CPU, 1 thread; layout tp1-pp1-cp1-dp2, fp32"
+    # Twice 83 x 16, a norm, and two layers of 3 x 256, 3 x 16 x 32 and 2 x 16.
+    assert found["model"] == "llada, 7344 parameters, 7344 trained"
+    assert found["plan"] == (
+        "5 supervised iterations, 10 iterations of reinforcement learning, "
+        "3 evaluations of 7 problems"
+    )
+    assert found["iteration"] == "3 prompts x 4 completions of 8 tokens in 4 steps: 96 tokens"
+    assert found["cost"].endswith("updates an iteration at most, 24 scored states")
+    assert found["writes"] == (
+        "runs/mine: metrics.jsonl, samples.jsonl, checkpoints/; wandb disabled"
+    )
+    assert found["stop"] == "by Ctrl-C; the same command goes on"
+
+
+def test_adapters_and_a_supervised_run():
+    found = lines("lora.rank=2", "sft.iterations=5", phases=("sft",))
+    assert found["model"].endswith("trained in adapters of rank 2")
+    assert found["plan"] == "5 supervised iterations"
+    assert "iteration" not in found and "cost" not in found
+
+
+def test_an_estimator_that_fails_early_has_no_cost(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def score(rollout, context):\n    raise KeyError('steps')\n")
+    assert "cost" not in lines(f"algorithm.name={mine}:score")
