@@ -13,6 +13,7 @@ from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.evaluation.grid import evaluation_grid
 from agrpo_megatron.families.lora import adapted_layers
+from agrpo_megatron.launch.speed import LEAST, SKIPPED
 from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.scaling.memory import worst_rank
 from agrpo_megatron.tasks import build_task
@@ -24,6 +25,7 @@ RANKS = {
     "gsm8k_full": 8,
     "gsm8k_fp8": 8,
     "gsm8k_one_gpu": 1,
+    "smoke": 8,
     "one_gpu": 1,
     "evaluate_d1": 8,
     **{f"{task}_4_nodes": 32 for task in TASKS},
@@ -203,6 +205,13 @@ def test_one_gpu_trains_the_published_adapters():
     changed = {"run.dir", "train.token_budget", "evaluation.interval", "checkpoint.interval"}
     assert differences(recipe("gsm8k"), recipe("gsm8k_one_gpu")) == changed
     assert worst_rank(recipe("gsm8k"), 1).total < 0.9 * 80 * 2**30
+
+
+def test_the_smoke_run_is_the_recipe_with_fewer_problems_and_iterations():
+    changed = {"run.dir", "task.train_problems", "task.eval_problems", "train.iterations"}
+    changed |= {"optimizer.warmup_iterations", "evaluation.interval", "checkpoint.interval"}
+    assert differences(recipe("gsm8k"), recipe("smoke")) == changed
+    assert recipe("smoke").train.iterations >= SKIPPED + LEAST  # its speed can be measured
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])

@@ -25,6 +25,7 @@ from agrpo_megatron.cli.config import add_config
 from agrpo_megatron.cli.convert import add_convert
 from agrpo_megatron.cli.evaluate import add_evaluate, add_report
 from agrpo_megatron.cli.launch import add_launch
+from agrpo_megatron.cli.prefetch import add_prefetch
 from agrpo_megatron.cli.serving import add_serving
 from agrpo_megatron.cli.variance import add_variance
 from agrpo_megatron.config.schema import load
@@ -272,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     add_variance(commands)
     add_convert(commands)
     add_launch(commands)
+    add_prefetch(commands)
     command = add_command(commands, "doctor", "what is installed, and a run's kernels", doctor)
     command.add_argument("file", nargs="?", metavar="FILE", help="settings of the run (YAML)")
     add_overrides(command)

@@ -39,7 +39,7 @@ class Facts:
     @property
     def row(self) -> int:
         """The tokens of the longest row: a prompt that was measured, and a completion."""
-        return max(self.sizes.train) + self.settings.sampling.completion_length
+        return max(self.sizes.train, default=0) + self.settings.sampling.completion_length
 
 
 type Rule = Callable[[Facts], str | None]
@@ -160,7 +160,8 @@ def _long_completions(facts: Facts) -> str | None:
     """Supervised responses are padded with end-of-text to the completion length."""
     settings, longest = facts.settings, facts.sizes.longest_solution
     length = settings.sampling.completion_length
-    if not settings.sft.iterations or not longest or length <= 4 * longest:
+    on_solutions = settings.sft.iterations > 0 and settings.sft.data is None
+    if not on_solutions or not longest or length <= 4 * longest:
         return None
     return (
         f"sampling.completion_length={length} is far over the longest solution, {longest} tokens: "

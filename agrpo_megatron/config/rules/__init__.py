@@ -56,7 +56,8 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         )
     load = settings.model.load
     if load is not None and not os.path.isdir(load):
-        raise ValueError(f"model.load={load} is not a directory; give a Hugging Face or run folder")
+        fix = "give a Hugging Face or run folder, or fetch one by `agrpo prefetch FILE`"
+        raise ValueError(f"model.load={load} is not a directory; {fix}")
     _validate_metric("checkpoint.best", settings.checkpoint.best, settings.task)
     _validate_stop(settings)
     validate_stored_rollouts(settings)
