@@ -57,12 +57,13 @@ def config(arguments: argparse.Namespace) -> int:
     ranks = arguments.ranks or world_size()
     planned = plan_settings(settings, world_size=ranks)
     check_start(planned)
-    print(to_yaml(planned.settings), end="")
     from agrpo_megatron.runs.odd_values import odd_values
     from agrpo_megatron.runs.sizes import measure
 
     sizes = measure(planned)
-    for line in _forecast(planned.settings, sizes, assumed(arguments), ranks):
+    lines = _forecast(planned.settings, sizes, assumed(arguments), ranks)
+    print(to_yaml(planned.settings), end="")
+    for line in lines:
         print(f"# {line}")  # what is printed stays a settings file
     for line in odd_values(planned.settings, sizes, world_size=ranks):
         print(f"warning: {line}", file=sys.stderr)

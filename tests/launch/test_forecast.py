@@ -118,6 +118,8 @@ def test_config_prints_a_forecast_that_leaves_the_settings_readable(tmp_path, ca
     words = ["forecast", "assumed", "model", "iteration", "run", "disk", "memory"]
     assert [line.split()[1] for line in comments] == words
     assert "0.001 TFLOP/s as given, at 40 % utilisation" in comments[1]
+    assert main(["config", str(file), "--mfu", "40"]) == 2
+    assert capsys.readouterr().out == ""
 
 
 def test_launch_shows_the_forecast_of_its_ranks(launch, no_slurm, tmp_path):

@@ -1,6 +1,7 @@
 """Odd values are told in one line each; no shipped example has one."""
 
 import json
+import runpy
 from dataclasses import replace
 
 import pytest
@@ -79,8 +80,11 @@ def test_what_fits_its_reason_is_not_odd():
 
 
 @pytest.mark.parametrize("name", EXAMPLES, ids=str)
-def test_no_example_has_an_odd_value(name):
+def test_no_example_has_an_odd_value(name, tmp_path, monkeypatch):
     """Recipes without their weights and data: prompts of 200 tokens, as many as GSM8K has."""
+    if (maker := ROOT / "examples" / name.parent / "make_data.py").exists():
+        monkeypatch.chdir(tmp_path)
+        runpy.run_path(str(maker), run_name="__main__")
     settings = load(Settings, ROOT / "examples" / name)
     ranks = RANKS.get(name.parent.name, 8)
     if settings.model.load is not None:
