@@ -151,8 +151,8 @@ def _slow_positions(facts: Facts) -> str | None:
     if model.load is not None or size >= USUAL_RATES[1][0] or model.rope_theta <= 1000 * facts.row:
         return None
     return (
-        f"model.rope_theta={model.rope_theta:g} hardly tells positions of rows of {facts.row} "
-        f"tokens apart in a small model that starts from nothing; usual are {facts.row} to 10000"
+        f"model.rope_theta={model.rope_theta:g} hardly distinguishes the positions of {facts.row} "
+        f"tokens in a small model that starts from nothing; usual are {facts.row} to 10000"
     )
 
 
