@@ -18,8 +18,7 @@ from tests.test_recipes import NO_WEIGHTS
 EXAMPLES = sorted(
     path.relative_to(ROOT / "examples")
     for path in ROOT.glob("examples/**/*.yaml")
-    # The tutorial makes its data first: tests/test_tutorial.py.
-    if path.parent.name not in ("estimators", "compare", "tutorial") and path.name != "sweep.yaml"
+    if path.parent.name not in ("estimators", "compare") and path.name != "sweep.yaml"
 )
 ESTIMATORS = sorted(path.name for path in ROOT.glob("examples/estimators/*.yaml"))
 RANKS = {"llada2_flash": 128, "sdar_30b": 32}
