@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from agrpo_megatron.config.settings import SamplingSettings, Settings, TaskSettings
+from agrpo_megatron.config.settings import SamplingSettings, Settings, SftSettings, TaskSettings
 from agrpo_megatron.diffusion.blocks import open_block
 from agrpo_megatron.diffusion.sampler import SamplerHooks
 from agrpo_megatron.diffusion.sampler_state import SamplerState
@@ -77,7 +77,7 @@ def resolved_model(settings: Settings, *, world_size: int) -> Resolved:
     settings = replace(
         settings,
         task=TaskSettings(),
-        sft=replace(settings.sft, iterations=0),
+        sft=SftSettings(),
         # These name problems and metrics of the training run.
         evaluation=replace(settings.evaluation, few_shot=0),
         checkpoint=replace(settings.checkpoint, best=None),
