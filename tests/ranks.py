@@ -39,11 +39,13 @@ from typing import Any
 GRACE = 2.0  # seconds that the other ranks get to end by themselves once one has failed
 PORTS = (20000, 32000)  # for rendezvous; Linux hands out those above
 # The server imports these: that starts no thread and reads no variable that a test sets.
+# Megatron-Core before the package: so it imports torch's compiler too, which each rank would need
+# for its optimizer, half a second.
 PRELOADED = [
     "torch",
-    "agrpo_megatron.training.run",  # before Megatron-Core, which it imports without the compiler
     "megatron.core",
     "pytest",
+    "agrpo_megatron.training.run",
     "tests.training.tiny",
 ]
 SHOWN = 4000  # characters of a failed rank's output that are shown
@@ -106,7 +108,7 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     has_te = importlib.util.find_spec("transformer_engine") is not None
-    context.set_forkserver_preload(["torch", "megatron.core"] if has_te else PRELOADED)
+    context.set_forkserver_preload(PRELOADED[:2] if has_te else PRELOADED)
     wanted = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)

@@ -52,13 +52,16 @@ def write_start(folder, overrides):
 
 
 def train(folder, overrides):
-    """Return completions, losses, gradient norms and trained weights."""
+    """Return completions, losses, gradient norms and trained weights.
+
+    The second iteration samples with weights of the first, and its update has Adam's moments.
+    """
     world_size = dist.get_world_size()
     load = f"model.load={folder}"
     session, engine = open_session(*COMMON, load, *overrides, world_size=world_size)
     run_sft(session, engine, start=0, on_iteration_end=lambda _: None)
     tokens, numbers = [], [session.output.log.records[0]]
-    for iteration in range(3):
+    for iteration in range(2):
         rollout, _ = collect_rollout(session, engine, iteration)
         metrics, _ = update_policy(session, engine, rollout, None)
         tokens.append(rollout.trajectory.tokens)
