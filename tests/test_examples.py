@@ -1,6 +1,8 @@
 """The examples that anyone can run: a task of one's own, and a mixture of tasks."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,25 @@ def test_the_mixture_trains_and_tells_its_tasks_apart(tmp_path):
     names = {name for record in records for name in record}
     for label in ("countdown", "sudoku"):
         assert any(label in name for name in names), names
+
+
+def test_both_answers_of_a_pair_are_right_and_pairs_train(tmp_path):
+    subprocess.run([sys.executable, EXAMPLES / "preferences.py", tmp_path], check=True, cwd=ROOT)
+    task = build_task(load(Settings, EXAMPLES / "tiny.yaml").task)
+    problems = {task.prompt(problem): problem for problem in task.problems("eval")}
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["chosen"] != row["rejected"]
+        for answer in (row["chosen"], row["rejected"]):
+            assert task.reward(problems[row["prompt"]], answer).correct
+        sums = [pair.split("+") for pair in row["chosen"].split() if "+" in pair]
+        assert all(first <= second for first, second in sums)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    files = [f"sft.data={tmp_path}/train.jsonl", f"sft.eval_data={few}"]
+    own = ["model.load=null", "sft.preferences.masks=1", "train.iterations=0"]
+    records = train("preferences.yaml", tmp_path / "run", *own, *files)
+    assert 0 <= records[0]["held_out_preference/accuracy"] <= 1
 
 
 def test_characters_train_on_a_published_protocol(tmp_path):

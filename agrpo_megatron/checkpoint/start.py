@@ -11,6 +11,7 @@ from agrpo_megatron.checkpoint.weights import open_weights
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.families.lora import trained_whole
 from agrpo_megatron.families.peft import read_peft
+from agrpo_megatron.megatron.engine import build_reference
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.weights import initialise, load_hf, load_named
 from agrpo_megatron.runs.base import check_base
@@ -33,6 +34,19 @@ def load_model(network: Network, settings: Settings, checkpoint: Path | None) ->
         check_base(checkpoint, find_base(settings, network.ranks, checkpoint))
         load_base(network, settings, checkpoint)
     return load_weights(checkpoint, network)
+
+
+def load_reference(settings: Settings, network: Network, checkpoint: Path | None) -> Network:
+    """Return the frozen policy that a phase starts from; called by every rank.
+
+    Args:
+        network: the one that the phase trains.
+        checkpoint: from which the phase starts; None: what the run starts from.
+    """
+    reference = build_reference(settings, network)
+    if not reference.is_reference:
+        load_model(reference, settings, checkpoint)
+    return reference
 
 
 def load_start_weights(network: Network, settings: Settings) -> dict[str, Tensor]:

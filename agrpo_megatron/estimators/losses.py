@@ -111,10 +111,17 @@ def preference(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:
     """
     units = in_units(inputs)
     assert units.reference_logprobs is not None
-    gap = (units.logprobs - units.reference_logprobs).view(-1, 2)
-    terms = -F.logsigmoid(algorithm.preference_beta * (gap[:, 0] - gap[:, 1]))
+    gaps = (units.logprobs - units.reference_logprobs).view(-1, 2)
+    terms = preference_terms(gaps, beta=algorithm.preference_beta)
     weight = units.weights.view(-1, 2)[:, 0]
     return LossOutputs((terms * weight).sum(), plain_metrics(units))
+
+
+def preference_terms(gaps: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Return DPO's loss of each pair [P], from log-likelihoods over the reference's [P, 2]."""
+    margin = beta * (gaps[:, 0] - gaps[:, 1])
+    exchanged = label_smoothing * F.logsigmoid(-margin)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - exchanged
 
 
 def sandwich(inputs: LossInputs, algorithm: AlgorithmSettings) -> LossOutputs:

@@ -71,10 +71,17 @@ class _Draw:
 type _Rows = list[tuple[Tensor, Tensor]]  # hidden [R, C] and likelihood [R], for each row of a draw
 
 
-def draw_states(rollout: Rollout, context: DrawContext) -> MaskedStates:
-    """Draw `algorithm.mc_samples` masks of every rollout by `algorithm.states`."""
+def draw_states(
+    rollout: Rollout, context: DrawContext, *, counted: Tensor | None = None
+) -> MaskedStates:
+    """Draw `algorithm.mc_samples` masks of every rollout by `algorithm.states`.
+
+    Args:
+        counted: [R, C] bool, the tokens that may be scored; None: those of `algorithm.tail`.
+    """
     settings, trajectory = context.algorithm.filled, rollout.trajectory
-    counted, hidden, likelihood, numbers = counted_tokens(trajectory, context), [], [], []
+    counted = counted_tokens(trajectory, context) if counted is None else counted
+    hidden, likelihood, numbers = [], [], []
     draws = settings.draws
     for number in range(draws):
         draw = _Draw(

@@ -91,6 +91,8 @@ def _own_start(settings: Settings, *, is_restart: bool) -> tuple[Settings, Path]
     found = None if is_restart else latest_checkpoint(directory / CHECKPOINTS)
     saved = load(Settings, directory / RUN_SETTINGS) if found else None
     is_reference = settings.algorithm.needs_reference and not settings.sft.is_on
+    is_sft = found is not None and found[1].phase == "sft"
+    is_reference |= settings.sft.needs_reference and is_sft
     if found is None or saved is None or saved.model.load != settings.model.load or is_reference:
         return None
     return saved, found[0]

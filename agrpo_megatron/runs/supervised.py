@@ -18,7 +18,7 @@ def with_rows(settings: Settings, tokenizer: Tokenizer) -> tuple[Settings, Super
         ValueError: as `read_supervised`, or `sft.iterations` and `sft.epochs` disagree.
     """
     sft, model = settings.sft, settings.model
-    own = "block" if model.has_blocks else "batch"
+    own = "block" if model.has_blocks else "none" if sft.loss == "vrpo" else "batch"
     settings = replace(settings, sft=replace(sft, padding=sft.padding or own))
     data = read_supervised(settings.sft, tokenizer, model, settings.sampling)
     settings, note = _with_iterations(settings, data.epoch)

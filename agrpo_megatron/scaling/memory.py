@@ -77,7 +77,8 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
     own = sum(-(-count // ranks) for count, ranks in zip(trained, replicas, strict=True))
     moved = round(optimizer.offload * own)
     is_short = not is_float32 and optimizer.main_gradients == "bf16"
-    cache, has_reference = 0, settings.algorithm.needs_reference and settings.lora.rank is None
+    needs_reference = settings.algorithm.needs_reference or settings.sft.needs_reference
+    cache, has_reference = 0, needs_reference and settings.lora.rank is None
     if settings.model.has_blocks and settings.rollout.cached is not False:
         cache = int(settings.rollout.cache_memory * 2**30)
     return Memory(

@@ -10,11 +10,11 @@ import torch
 from agrpo_megatron.checkpoint.lora.base import find_base
 from agrpo_megatron.checkpoint.resume import find_checkpoint
 from agrpo_megatron.checkpoint.sharded import load_checkpoint
-from agrpo_megatron.checkpoint.start import load_base, load_model
+from agrpo_megatron.checkpoint.start import load_base, load_model, load_reference
 from agrpo_megatron.evaluation.evaluate import evaluate
 from agrpo_megatron.evaluation.failures import check_solutions
 from agrpo_megatron.hardware.kernels import in_one_line, kernels_for
-from agrpo_megatron.megatron.engine import Engine, build_engine, build_reference
+from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.megatron.parallel import Ranks, start_ranks, stop_ranks
 from agrpo_megatron.reports.banner import banner
 from agrpo_megatron.resilience.attempts import begin, claim
@@ -186,6 +186,8 @@ def _sft_phase(session: Session, checkpoint: Path | None, done: Progress) -> Non
     balanced = with_balance(run.settings)
     engine = build_engine(balanced, settings.optimizer, iterations=iterations, ranks=run.ranks)
     _fill(run, engine, checkpoint, None)
+    needs_reference = run.settings.sft.needs_reference
+    reference = load_reference(run.settings, engine.network, None) if needs_reference else None
     checkpointer = Checkpointer(session, engine, "sft", iterations, done)
 
     def on_iteration_end(iteration: int) -> None:
@@ -194,7 +196,7 @@ def _sft_phase(session: Session, checkpoint: Path | None, done: Progress) -> Non
             _stop_if_asked(session)
 
     with _saved_at_stop(checkpointer):
-        run_sft(session, engine, start=done.iteration, on_iteration_end=on_iteration_end)
+        run_sft(session, engine, reference, start=done.iteration, on_iteration_end=on_iteration_end)
 
 
 @contextmanager
@@ -219,9 +221,7 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
     _fill(run, engine, checkpoint, start)
     reference = None
     if settings.algorithm.needs_reference:
-        reference = build_reference(settings, engine.network)
-        if not reference.is_reference:
-            load_model(reference, settings, start)
+        reference = load_reference(settings, engine.network, start)
     scores = done.scores  # none without an evaluation before this checkpoint
     if checkpoint is None:
         scores = evaluate(session, engine.rollout_network(), iteration=0, stage="before")

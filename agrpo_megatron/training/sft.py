@@ -1,51 +1,59 @@
-"""Supervised fine-tuning: masked-diffusion cross-entropy on rows of data or on solutions."""
+"""Supervised fine-tuning: on rows of data, on solutions, or on preference pairs."""
 
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.engine import Engine
+from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.resilience.stragglers import Stragglers
 from agrpo_megatron.rollout.session import Session
-from agrpo_megatron.training.nan_guard import NanGuard, Update
-from agrpo_megatron.training.supervised.drawn import micro_batches, open_stream
-from agrpo_megatron.training.supervised.loss import held_out_loss, make_sft_loss
+from agrpo_megatron.training.preferences.update import preference_learning
+from agrpo_megatron.training.supervised.learning import denoising
+
+SHOWN = {"held-out loss": "held_out_loss", "pairs right": "held_out_preference/accuracy"}
 
 
 def run_sft(
-    session: Session, engine: Engine, *, start: int, on_iteration_end: Callable[[int], None]
+    session: Session,
+    engine: Engine,
+    reference: Network | None = None,
+    *,
+    start: int,
+    on_iteration_end: Callable[[int], None],
 ) -> None:
     """Train from `start` (iterations finished) to `sft.iterations`; called by every rank.
 
     Args:
+        reference: the frozen policy of preference pairs; None: the loss needs none.
         on_iteration_end: called after each iteration with the number finished; saves checkpoints.
     """
     run, output, sections = session.run, session.output, session.safety.sections
-    settings, loss, stream = run.settings.sft, make_sft_loss(engine.network.vocab), open_stream(run)
-    size, guard, stragglers = settings.batch_size, NanGuard(session, "sft"), Stragglers()
+    settings, stragglers = run.settings.sft, Stragglers()
+    learning = (
+        denoising(session, engine)
+        if reference is None
+        else preference_learning(session, engine, reference)
+    )
     for iteration in range(start, settings.iterations):
         started = time.perf_counter()
         sections.at("sft", iteration + 1)
-        places = range(iteration * size, (iteration + 1) * size)
-        drawn = stream.draw(places)
-        ids = torch.arange(places.start, places.stop, device=run.ranks.device)
-        batches, tokens = micro_batches(run, drawn, ids, seed=run.settings.run.seed)
-        update = Update(iteration + 1, "examples", drawn.names.__getitem__)
+        places = range(iteration * settings.batch_size, (iteration + 1) * settings.batch_size)
         with sections("update"):
-            metrics = guard.step(engine, batches, loss=loss, examples=size, update=update)
+            metrics, tokens = learning.update(iteration + 1, places)
         if _is_due(session, iteration + 1):
             with sections("evaluation"):
-                found = metrics["held_out_loss"] = held_out_loss(run, engine.network)
-            output.view.note(f"sft iteration {iteration + 1}: held-out loss {found:.4f}")
+                found = learning.held_out()
+            metrics |= found
+            shown = [f"{text} {found[key]:.4f}" for text, key in SHOWN.items() if key in found]
+            output.view.note(f"sft iteration {iteration + 1}: {', '.join(shown)}")
         seconds = time.perf_counter() - started
         record = {
             "phase": "sft",
             "iteration": iteration + 1,
-            "epoch": places.stop / stream.epoch,
+            "epoch": places.stop / learning.epoch,
             **metrics,
             **stragglers.report(sections.take(), run.ranks, warn=output.view.warn),
             "timing/iteration": seconds,

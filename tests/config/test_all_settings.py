@@ -42,6 +42,7 @@ CHANGED: dict[str, Any] = {
     "task.prompt_tokens": 90,
     "sft.data": "chats.jsonl",
     "sft.columns": {"messages": "chat"},
+    "sft.preferences.label_smoothing": 0.1,
     "optimizer.megatron": {"adam_eps": 1e-6},
     "sft.optimizer.megatron": {"adam_eps": 1e-6},
     "optimizer.min_learning_rate": 1e-5,
@@ -71,6 +72,7 @@ USUAL |= {"a list of texts": ["--reservation=x"]}
 BY_CONFIDENCE = ["sampling.unmasking=low_confidence"]
 EDITS = ["model.attention=block_causal", "model.block_length=4", "sampling.block_origin=row"]
 EXPERTS = ["model.moe.experts=4", "model.moe.ffn_hidden_size=16"]
+PAIRS = ["sft.loss=vrpo", "sft.data=pairs.jsonl", "sft.iterations=1"]
 # What else a setting needs, by its key, or by key=value.
 NEEDS = {
     **{
@@ -91,6 +93,11 @@ NEEDS = {
     "algorithm.rollout_experts": [*EXPERTS, "checkpoint.rollouts=false"],
     "parallel.expert": EXPERTS,
     "sft.data": ["sft.iterations=0"],
+    "sft.loss": PAIRS[1:],
+    **{
+        f"sft.preferences.{name}": PAIRS
+        for name in ("beta", "masks", "states", "shared_masks", "label_smoothing", "chosen_weight")
+    },
     "sft.balance_loss": EXPERTS,
     "sft.expert_bias_rate": [*EXPERTS, "model.moe.score=sigmoid", "model.moe.expert_bias=true"],
     "parallel.expert_tensor": [*EXPERTS, "parallel.tensor=2", "parallel.sequence=true"],

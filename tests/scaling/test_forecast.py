@@ -135,3 +135,13 @@ def test_evaluations_and_checkpoints_of_a_run():
     assert made(100, 10, interval=10)[1].rollouts == 100
     assert made(100, 10, interval=10, rollouts="false")[1].rollouts == 0
     assert made(0, 10)[1].total == 0
+
+
+def test_a_pair_takes_both_texts_under_each_mask_and_two_passes_without_gradient():
+    """With three masks six rows for one, of 3 + 1 + 1 forward passes for 3: ten times as much."""
+    single = ["sft.iterations=1", "sft.data=rows.jsonl"]
+    pairs = [*single, "sft.loss=vrpo", "sft.preferences.masks=3"]
+    flops = [
+        count_flops(tiny(*overrides), [10], [10], [(20, 12)]).sft for overrides in (single, pairs)
+    ]
+    assert flops[1] == pytest.approx(10 * flops[0], rel=1e-3)

@@ -310,6 +310,8 @@ def test_a_reference_is_a_second_model_but_for_adapters():
     fp8 = rank_memory(load(Settings, LLADA, [*given, "precision=fp8"]), 8, stage=0)
     assert fp8.reference == fp8.weights + fp8.fp8_copies // 2
     assert rank_memory(load(Settings, LLADA, [*given, "lora.rank=64"]), 8, stage=0).reference == 0
+    pairs = ["parallel=tp2", "sft.loss=vrpo", "sft.data=pairs.jsonl", "sft.iterations=1"]
+    assert rank_memory(load(Settings, LLADA, pairs), 8, stage=0).reference == bf16.reference
 
 
 def test_adapters_of_the_published_run():

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agrpo_megatron.config.schema import section, setting
+from agrpo_megatron.config.settings.preferences import PreferenceSettings
 from agrpo_megatron.config.settings.training import OptimizerSettings
 
 TURNS = ("random", "last", "each", "all")
@@ -41,7 +42,7 @@ class SftSettings:
         None,
         "end-of-text that is trained after a reply: none, up to the longest row of the batch "
         "(LLaDA), to the end of its block (SDAR), or to sampling.completion_length; null: block "
-        "for a model with blocks, else batch",
+        "for a model with blocks, else batch, or none with sft.loss=vrpo",
         choices=PADDING,
     )
     row_tokens: int | None = setting(
@@ -69,9 +70,20 @@ class SftSettings:
     expert_bias_rate: float = setting(
         0.0, "step of each expert's bias, in each update, towards equal counts of tokens", low=0
     )
+    loss: str = setting(
+        "denoising",
+        "cross-entropy of masked tokens, or of pairs of a chosen and a rejected answer (VRPO)",
+        choices=("denoising", "vrpo"),
+    )
+    preferences: PreferenceSettings = section(PreferenceSettings, "sft.loss=vrpo")
     optimizer: OptimizerSettings = section(OptimizerSettings, "optimizer of this phase")
 
     @property
     def is_on(self) -> bool:
         """Return whether the run has a supervised phase."""
         return self.iterations > 0 or self.epochs is not None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Return whether the loss needs the log-probs of the frozen start."""
+        return self.is_on and self.loss == "vrpo"

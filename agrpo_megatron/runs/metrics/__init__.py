@@ -3,7 +3,13 @@
 import difflib
 import re
 
-from agrpo_megatron.runs.metrics.learning import POLICY, POSITION, REWARDS, SAMPLER
+from agrpo_megatron.runs.metrics.learning import (
+    POLICY,
+    POSITION,
+    PREFERENCES,
+    REWARDS,
+    SAMPLER,
+)
 from agrpo_megatron.runs.metrics.record import Metric
 from agrpo_megatron.runs.metrics.work import ALARMS, DRAWS, RANKS, SPEED, TIME, WORK
 
@@ -12,6 +18,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
     "Rewards and accuracy": REWARDS,
     "Completions and sampling": SAMPLER,
     "Loss and policy": POLICY,
+    "Preference pairs": PREFERENCES,
     "Work": WORK,
     "Number of draws": DRAWS,
     "Time": TIME,

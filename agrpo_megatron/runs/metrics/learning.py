@@ -129,7 +129,8 @@ POLICY = (
     Metric(
         "loss",
         SFT,
-        "Masked-diffusion cross-entropy, weighted as `sft` sets it: mean over the batch.",
+        "Masked-diffusion cross-entropy, weighted as `sft` sets it, or with `sft.loss=vrpo` the "
+        "loss of preference pairs: mean over the batch.",
         unit="nats",
         healthy="Falls, noisily: each example has its own number of masks.",
     ),
@@ -203,5 +204,55 @@ POLICY = (
         UPDATED,
         "Updates left out because the loss or the gradient was not finite.",
         healthy="0. Rollouts that caused one are named in `nonfinite.jsonl`.",
+    ),
+)
+
+PREFERENCES = (
+    Metric(
+        "preference/accuracy",
+        SFT,
+        "Share of pairs with a margin above 0.",
+        healthy="Rises from 0: before the first update the policy is the reference, and every "
+        "margin is 0.",
+    ),
+    Metric(
+        "preference/margin",
+        SFT,
+        "Mean reward of the chosen text less that of the rejected one, before the update.",
+        healthy="Rises.",
+    ),
+    Metric(
+        "preference/margin_variance",
+        SFT,
+        "Variance of a margin by its masks, estimated from their spread within the update; with "
+        "`sft.preferences.states=counts` an upper bound.",
+        healthy="Small against the square of the margin; more `sft.preferences.masks` lower it.",
+    ),
+    Metric(
+        "preference/chosen_reward",
+        SFT,
+        "`sft.preferences.beta` times the gain of the chosen text's ELBO over the reference's.",
+        healthy="Above 0. If it falls, both texts become less likely: raise "
+        "`sft.preferences.chosen_weight`, or lower the learning rate.",
+    ),
+    Metric("preference/rejected_reward", SFT, "The same of the rejected text."),
+    Metric(
+        "elbo/chosen",
+        SFT,
+        "Mean estimate of the chosen text's log-likelihood (evidence lower bound).",
+        unit="nats",
+        healthy="Does not fall.",
+    ),
+    Metric("elbo/rejected", SFT, "The same of the rejected text.", unit="nats"),
+    Metric(
+        "elbo/variance",
+        SFT,
+        "Variance of an ELBO by its masks, as `preference/margin_variance`.",
+        unit="nats squared",
+    ),
+    Metric(
+        "held_out_<metric>",
+        SFT,
+        "A metric of pairs, of the held-out ones, under the same masks each time.",
     ),
 )

@@ -119,15 +119,21 @@ def _evaluation(settings: Settings, held_out: Sequence[int]) -> int:
 
 
 def _supervised(settings: Settings, prompts: Sequence[int], rows: Sequence[tuple[int, int]]) -> int:
-    """Return the FLOPs of a supervised step: half of a response is masked, on average."""
-    sft = settings.sft
+    """Return the FLOPs of a supervised step: half of a response is masked, on average.
+
+    Both texts of a pair pass under each mask: with gradient, and twice without.
+    """
+    sft, model, lora = settings.sft, settings.model, settings.lora
     if not sft.iterations:
         return 0
     rows = rows or [(size, settings.sampling.completion_length) for size in prompts]
     texts = [torch.zeros(size, dtype=torch.int64) for size, _ in rows]
     widths = [width for _, width in rows]
-    lengths = sft_lengths(texts, torch.tensor(widths), settings.model, settings.sampling).tolist()
+    lengths = sft_lengths(texts, torch.tensor(widths), model, settings.sampling).tolist()
     scored = sum(width // 2 + (width if sft.autoregressive_weight else 0) for width in widths)
     work = scored_work(lengths, scored)
-    cost = update_cost(settings.model, settings.lora).of(work)
+    cost = update_cost(model, lora).of(work)
+    if sft.loss == "vrpo":
+        cost += forward_cost(model, lora).of(work) + forward_cost(model).of(work)
+        cost *= 2 * sft.preferences.masks
     return round(cost * sft.batch_size / len(lengths))

@@ -77,6 +77,8 @@ def _pair(row: Row, *, key: str) -> dict[str, str]:
     found = [[name for name in names if has_column(row, name)] for names in (PROMPTS, REPLIES)]
     if all(len(names) == 1 for names in found):
         return {"prompt": found[0][0], "reply": found[1][0]}
+    if has_column(row, "chosen") and has_column(row, "rejected"):
+        raise ValueError("chosen and rejected are columns of preference pairs; set sft.loss=vrpo")
     several = any(len(names) > 1 for names in found) and all(found)
     why = "several of its columns could be meant" if several else f"none of {SHAPES} is there"
     raise ValueError(

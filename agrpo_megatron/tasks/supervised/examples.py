@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from agrpo_megatron.config.settings import ModelSettings, SamplingSettings, SftSettings
+from agrpo_megatron.tasks.supervised.pairs import compared_rows, read_pairs
 from agrpo_megatron.tasks.supervised.sources import Source, read_source, sources
 from agrpo_megatron.text.notes import text_notes
-from agrpo_megatron.text.replies import TokenRow, token_rows
+from agrpo_megatron.text.replies import Conversation, TokenRow, token_rows
 from agrpo_megatron.text.tokenizer import Tokenizer
 from agrpo_megatron.types import Chat
 
@@ -19,7 +20,8 @@ class Example:
     """An example that is visited once per epoch."""
 
     name: str  # of its row, for messages
-    rows: Sequence[TokenRow]  # of which a visit trains one, drawn at random
+    # A visit trains one of them, drawn at random; of a pair, the chosen against the rejected one.
+    rows: Sequence[TokenRow]
 
     @property
     def digest(self) -> bytes:
@@ -116,24 +118,22 @@ def _read(
     Raises:
         ValueError: as `read_supervised`.
     """
-    numbered, note = read_source(key, source, split=split)
     said = f"{key}={source.data}"
-    turns = "each" if sft.turns == "random" else sft.turns
-    found = token_rows(tokenizer, numbered, turns=turns, key=said)
-    pairs = [(talk, rows) for (_, talk), rows in zip(numbered, found, strict=True) if rows]
-    chats = [Chat(talk.messages) for talk, _ in pairs]
-    ids = [rows[-1].ids.tolist() for _, rows in pairs]
+    numbers, talks, found, note = _tokens(key, source, split=split, sft=sft, tokenizer=tokenizer)
+    kept = [(talk, rows[-1].ids.tolist()) for talk, rows in zip(talks, found, strict=True) if rows]
+    chats, ids = [Chat(talk.messages) for talk, _ in kept], [ids for _, ids in kept]
     notes = [note, *text_notes(tokenizer, chats, ids, what=f"rows of {source.data}")]
-    if empty := len(found) - len(pairs):
-        notes.append(f"{said}: {empty:,} of {len(found):,} rows have no reply to train; left out")
+    if empty := len(found) - len(kept):
+        why = "have no reply to train" if sft.loss == "denoising" else "have equal or empty answers"
+        notes.append(f"{said}: {empty:,} of {len(found):,} rows {why}; left out")
     examples, long, longest = list[Example](), 0, 0
-    for (number, _), rows in zip(numbered, found, strict=True):
+    for number, rows in zip(numbers, found, strict=True):
         lengths = [padded_length(row, sft.padding, sampling) for row in rows]
         longest = max(longest, *lengths, 0)
         fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
         long += len(fitting) < len(rows)
-        each = [[row] for row in fitting] if turns == sft.turns else [fitting] if fitting else []
-        examples += [Example(f"{source.data}, row {number}", rows) for rows in each]
+        groups = _groups(rows, fitting, sft)
+        examples += [Example(f"{source.data}, row {number}", group) for group in groups]
     if long:
         over = f"{long:,} of {len(found):,} rows have over {limit} tokens, the longest {longest}"
         if sft.long_rows == "refuse":
@@ -145,6 +145,37 @@ def _read(
     if not examples:
         raise ValueError(f"{said} leaves no row to train on: {'; '.join(notes)}")
     return examples, notes
+
+
+def _tokens(
+    key: str, source: Source, *, split: str, sft: SftSettings, tokenizer: Tokenizer
+) -> tuple[list[int], list[Conversation], list[list[TokenRow]], str]:
+    """Return numbers, conversations and token rows of a source's rows, and a note on it.
+
+    Of a pair, the conversation is the rejected one, whose tokens are the last.
+    """
+    said = f"{key}={source.data}"
+    if sft.loss == "vrpo":
+        pairs, note = read_pairs(
+            source.data, key=key, split=split, columns=source.columns, as_chat=source.chat
+        )
+        found = compared_rows(tokenizer, pairs, key=said)
+        return [n for n, _ in pairs], [pair.rejected for _, pair in pairs], found, note
+    numbered, note = read_source(key, source, split=split)
+    turns = "each" if sft.turns == "random" else sft.turns
+    found = token_rows(tokenizer, numbered, turns=turns, key=said)
+    return [n for n, _ in numbered], [talk for _, talk in numbered], found, note
+
+
+def _groups(
+    rows: list[TokenRow], fitting: list[TokenRow], sft: SftSettings
+) -> list[list[TokenRow]]:
+    """Return the examples that a row gives: a pair only if both its texts fit."""
+    if sft.loss == "vrpo":
+        return [rows] if len(fitting) == len(rows) > 0 else []
+    if sft.turns == "random":
+        return [fitting] if fitting else []
+    return [[row] for row in fitting]
 
 
 def _chosen(examples: Sequence[Example], fraction: float) -> set[bytes]:

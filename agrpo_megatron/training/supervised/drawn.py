@@ -18,7 +18,7 @@ from agrpo_megatron.rollout.generate import encode_prompts
 from agrpo_megatron.rollout.session import Run
 from agrpo_megatron.tasks.base import task_prompts
 from agrpo_megatron.tasks.curriculum import solved_problems
-from agrpo_megatron.tasks.supervised.examples import Supervised, padded_length
+from agrpo_megatron.tasks.supervised.examples import Example, Supervised, padded_length
 from agrpo_megatron.text.replies import TokenRow
 from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import SftBatch
@@ -105,19 +105,40 @@ def join_rows(
     return Drawn(prompts, Responses(tokens.to(device), lengths, trained.to(device)), names)
 
 
+def held_out_rows(run: Run, examples: Sequence[Example]) -> Drawn:
+    """Return all rows of held-out examples, with no padding but to the end of a block."""
+    rows = [(example, row) for example in examples for row in example.rows]
+    return join_rows(
+        [row for _, row in rows],
+        [example.name for example, _ in rows],
+        padding="block" if run.settings.sft.padding == "block" else "none",
+        sampling=run.settings.sampling,
+        eos_id=run.eos_id,
+        device=run.ranks.device,
+    )
+
+
 def _draw_rows(run: Run, data: Supervised, places: range) -> Drawn:
-    """Return the rows at places of the phase; of several replies of an example one is drawn."""
+    """Return the rows at places of the phase.
+
+    Of several replies of an example one is drawn; of a pair both texts are, the chosen one first.
+    """
     settings, seed = run.settings, run.settings.run.seed
     picked = pick_problems(data.shares, places, seed=seed)
     chosen = [data.train[place] for place in picked]
     chance = noise.uniform(noise.noise_key(seed, noise.REPLIES, torch.tensor(places)))
     rows = [
-        example.rows[int(share * len(example.rows))]
+        (example, row)
         for example, share in zip(chosen, chance.tolist(), strict=True)
+        for row in (
+            example.rows
+            if settings.sft.loss == "vrpo"
+            else [example.rows[int(share * len(example.rows))]]
+        )
     ]
     return join_rows(
-        rows,
-        [example.name for example in chosen],
+        [row for _, row in rows],
+        [example.name for example, _ in rows],
         padding=settings.sft.padding,
         sampling=settings.sampling,
         eos_id=run.eos_id,

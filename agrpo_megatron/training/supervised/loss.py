@@ -12,7 +12,7 @@ from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_l
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.rollout.session import Run
-from agrpo_megatron.training.supervised.drawn import join_rows, micro_batches
+from agrpo_megatron.training.supervised.drawn import held_out_rows, micro_batches
 from agrpo_megatron.types import SftBatch
 
 SEED = 0  # of the held-out masks: they do not depend on the run's seed
@@ -35,22 +35,13 @@ def make_sft_loss(
 def held_out_loss(run: Run, network: Network) -> float:
     """Return the mean loss of the held-out rows, in nats per trained token; called by every rank.
 
-    Every reply of a row counts, with no padding but to the end of a block.
+    Every reply of a row counts.
     """
     assert run.supervised is not None
-    rows = [row for example in run.supervised.held_out for row in example.rows]
-    names = [example.name for example in run.supervised.held_out for _ in example.rows]
-    settings, ranks, loss = run.settings, run.ranks, make_sft_loss(network.vocab)
-    padding = "block" if settings.sft.padding == "block" else "none"
-    drawn = join_rows(
-        rows,
-        names,
-        padding=padding,
-        sampling=settings.sampling,
-        eos_id=run.eos_id,
-        device=ranks.device,
-    )
-    batches, _ = micro_batches(run, drawn, torch.arange(len(rows), device=ranks.device), seed=SEED)
+    ranks, loss = run.ranks, make_sft_loss(network.vocab)
+    drawn = held_out_rows(run, run.supervised.held_out)
+    ids = torch.arange(len(drawn.names), device=ranks.device)
+    batches, _ = micro_batches(run, drawn, ids, seed=SEED)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
 
     def add(number: int, logits: Tensor) -> None:
@@ -60,4 +51,4 @@ def held_out_loss(run: Run, network: Network) -> float:
     dist.all_reduce(total, group=ranks.data_context.group)
     last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
     dist.broadcast(total, src=last, group=ranks.pipeline.group)
-    return float(total) / len(rows)
+    return float(total) / len(drawn.names)

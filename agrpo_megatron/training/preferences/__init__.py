@@ -1,0 +1,1 @@
+"""Preference pairs in the supervised phase: masks, loss, updates and held-out pairs."""
