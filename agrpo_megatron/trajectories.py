@@ -1,8 +1,8 @@
 """Join, select, move and name the tensors of records such as `Trajectory` and `Draw`.
 
-Also the text of a trajectory as its sampler saw it, which edits changed. The other functions read
-the fields from the record's dataclass, so a new field is joined, selected, moved, sent and stored
-without a change here.
+Also the text of a trajectory as its sampler saw it, which edits changed, and the parts of its
+denoising. The other functions read the fields from the record's dataclass, so a new field is
+joined, selected, moved, sent and stored without a change here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from agrpo_megatron.types import ScoredRows, Trajectory
 
 SUPPORT = "support_ids"  # None where nothing is cut
+STEP_PARTS = 8  # equal parts of a completion's denoising that metrics distinguish
 
 
 def tensors(record: Any) -> dict[str, Tensor]:
@@ -107,6 +108,26 @@ def state_tokens(
     else:
         shown = tokens_before(trajectory, rollout, scored.step[rows])
     return shown.masked_fill(scored.hidden[rows], mask_id)
+
+
+def step_parts(trajectory: Trajectory) -> int:
+    """Return into how many parts metrics divide the denoising: at most one for each step."""
+    return min(STEP_PARTS, trajectory.sampling.most_steps)
+
+
+def parts_of_steps(trajectory: Trajectory, scored: ScoredRows | None = None) -> Tensor:
+    """Return the part of the denoising, from 0, to which the step of each token belongs.
+
+    Returns:
+        [R, C] by the step that fixed the token; with `scored` [N, C] by the step that saw the
+        row's state, or, if none did, by the one that fixed the token.
+    """
+    step, steps, count = trajectory.unmask_step, trajectory.num_steps, step_parts(trajectory)
+    if scored is not None:
+        step, steps = step[scored.rollout], steps[scored.rollout]
+        if scored.step is not None:
+            step = scored.step[:, None].expand_as(step)
+    return (step * count // steps.clamp(min=1)[:, None]).clamp(max=count - 1)
 
 
 def _padded(values: Sequence[Tensor | None], counts: Sequence[int]) -> list[Tensor]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.types import LossInputs, LossOutputs, TimestepBatch
 
+PART_ERROR = "ratio_max_error_part"  # with the number of a part of the denoising
+
 type Loss = Callable[[LossInputs, AlgorithmSettings], LossOutputs]
 
 
@@ -244,8 +246,22 @@ def _metrics(
         "ratio_max_error": (error * used).max() if len(ratio) else ratio.sum(),
         "ratio_p99_error": torch.where(used, error, -1.0),
         "clipped_tokens": (clipped & used).sum(),
+        "clipped_high_tokens": (clipped & used & (ratio > 1)).sum(),
         "kl_sum": ratio.new_zeros(()) if kl is None else (kl * used).sum(),
     }
+
+
+@torch.no_grad()
+def errors_by_part(inputs: LossInputs, part: Tensor, parts: int) -> dict[str, Tensor]:
+    """Return the largest distance of a token's ratio from 1 in each part; -1 without a token.
+
+    Args:
+        part: [S] int64, of each token.
+    """
+    error = ((inputs.logprobs - inputs.old_logprobs).exp() - 1).abs()
+    found = error.new_full((parts,), -1.0)
+    found = found.scatter_reduce(0, part, error.where(inputs.weights != 0, -1.0), "amax")
+    return {f"{PART_ERROR}{number}": largest for number, largest in enumerate(found)}
 
 
 def _sums(values: Tensor, group: Tensor, count: int) -> Tensor:

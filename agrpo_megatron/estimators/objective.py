@@ -18,7 +18,7 @@ from torch import Tensor
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion.logprobs import Vocabulary
 from agrpo_megatron.diffusion.turns import position_scores, turn_logprobs
-from agrpo_megatron.estimators.losses import of_tokens, plain_metrics
+from agrpo_megatron.estimators.losses import errors_by_part, of_tokens, plain_metrics
 from agrpo_megatron.estimators.scoring import Scores, score_tokens
 from agrpo_megatron.estimators.table import find_loss
 from agrpo_megatron.types import LossInputs, LossOutputs, Rollout, ScoredRows, TimestepBatch
@@ -122,17 +122,31 @@ def joint_inputs(scored: ScoredRows, tables: Tables, rollout: Rollout) -> LossIn
 
 
 def make_loss(
-    vocab: Vocabulary, sampling: SamplingSettings, algorithm: AlgorithmSettings
+    vocab: Vocabulary,
+    sampling: SamplingSettings,
+    algorithm: AlgorithmSettings,
+    *,
+    part: Tensor | None = None,
+    parts: int = 0,
 ) -> BatchLoss:
-    """Return the loss of one micro-batch of single tokens, for `optimizer_step`."""
+    """Return the loss of one micro-batch of single tokens, for `optimizer_step`.
+
+    Args:
+        part: [N, C] the part of the denoising, of `parts`, that a scored token belongs to; None:
+            no metrics by part.
+    """
     loss_of = find_loss(algorithm)
 
     def loss(logits: Tensor, batch: TimestepBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a micro-batch, and its metrics."""
         scores = score_tokens(logits, batch, vocab, sampling, algorithm)
-        outputs = loss_of(of_tokens(scores.logprobs, batch), algorithm)
+        inputs = of_tokens(scores.logprobs, batch)
+        outputs = loss_of(inputs, algorithm)
         added, kl = _added(scores, batch, algorithm)
         metrics = outputs.metrics
+        if part is not None:
+            own = part[batch.row, batch.position]
+            metrics = {**metrics, **errors_by_part(inputs, own, parts)}
         if kl is not None:
             metrics = {**metrics, "kl_sum": kl}
         return outputs.loss + added, metrics

@@ -103,6 +103,17 @@ def by_rollout(
     )
 
 
+def effective_share(rows: ScoredRows) -> float:
+    """Return the effective sample size of the rows' weights over their number; 1 without rows.
+
+    (sum w)^2 / sum w^2 rows of equal weights would average as well. The weight of a row is that of
+    its heaviest token.
+    """
+    weights = rows.weight.double().abs().amax(1)
+    squares = float(weights.square().sum())
+    return float(weights.sum()) ** 2 / (squares * len(weights)) if squares else 1.0
+
+
 def select_rows(rows: ScoredRows, kept: Tensor) -> ScoredRows:
     """Return some of the rows, in the order of `kept` [n]."""
     hidden_prompt = rows.hidden_prompt

@@ -31,6 +31,11 @@ def pick_problems(shares: Shares, places: range, *, seed: int) -> list[int]:
     return picked
 
 
+def epochs(shares: Shares, places: int) -> float:
+    """Return how often the first places visit each problem: the mean over the problems in use."""
+    return places / sum(count for count, weight in shares if weight)
+
+
 _turns: dict[tuple[float, ...], tuple[list[tuple[int, int]], list[int]]] = {}
 _orders: dict[tuple[int, int, int], tuple[int, list[int]]] = {}
 

@@ -8,7 +8,12 @@ import torch
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.rollout.data_order import pick_problems
 from agrpo_megatron.rollout.generate import Request, generate
-from agrpo_megatron.rollout.metrics import failure_warning, reward_metrics
+from agrpo_megatron.rollout.metrics import (
+    failure_warning,
+    pass_at_group,
+    reward_metrics,
+    text_lengths,
+)
 from agrpo_megatron.rollout.replay import replayed_round
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.runs.stored_rollouts import round_name, sampling_number
@@ -24,6 +29,7 @@ class Groups:
     problems: list[Problem]  # of each rollout
     rollouts: GradedRollouts  # tokens and seconds count all sampled groups
     metrics: dict[str, float]  # over all sampled groups, so that accuracy has no bias
+    counted: dict[str, int]  # completions and tokens of their texts, of all sampled groups
 
 
 def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
@@ -55,6 +61,7 @@ def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
         missing = missing[len(useful) :]
     rewards = [reward for found in rollouts for reward in found.rewards]
     metrics = reward_metrics(rewards, problems)
+    metrics["pass_at_group"] = pass_at_group(rewards, size)
     if algorithm.resample_rounds:
         metrics["rollout/rounds"] = len(rollouts) - 1
         metrics["rollout/resampled_groups"] = len(problems) // size - count
@@ -68,7 +75,13 @@ def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
     if warning is not None:
         session.output.view.warn(f"iteration {iteration + 1}: {warning}")
     rows = [group * size + place for group in slots for place in range(size)]
-    return Groups([problems[row] for row in rows], _chosen(rollouts, rows), metrics)
+    stops = session.run.tokenizer.stop_ids
+    texts = (text_lengths(found.trajectory.tokens, stops) for found in rollouts)
+    counted = {
+        "totals/completions": len(rewards),
+        "totals/tokens": sum(int(own.sum()) for own in texts),
+    }
+    return Groups([problems[row] for row in rows], _chosen(rollouts, rows), metrics, counted)
 
 
 def _sample_round(

@@ -1,12 +1,17 @@
-"""Metrics of graded completions: means, accuracies, and failed rewards."""
+"""Metrics of graded completions: means, accuracies, failed rewards, lengths and entropies."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import batched
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from agrpo_megatron.types import Problem, Reward
+from agrpo_megatron.estimators import timesteps
+from agrpo_megatron.rollout.session import Run
+from agrpo_megatron.trajectories import parts_of_steps, step_parts
+from agrpo_megatron.types import Problem, Reward, Rollout, Trajectory
 
 SHOWN = 3  # kinds of failure that a warning names
 LONGEST = 80  # characters of each
@@ -40,6 +45,57 @@ def reward_metrics(rewards: Sequence[Reward], problems: Sequence[Problem]) -> di
         **{f"reward/{name}": value for name, value in found["parts"].items()},
         **_by_task(rewards, problems),
     }
+
+
+def pass_at_group(rewards: Sequence[Reward], group_size: int) -> float:
+    """Return the share of groups with a correct completion; members of a group are neighbours."""
+    groups = [any(reward.correct for reward in own) for own in batched(rewards, group_size)]
+    return sum(groups) / len(groups)
+
+
+def rollout_metrics(run: Run, rollout: Rollout) -> dict[str, Any]:
+    """Return metrics of completions, their sampling and their advantages; equal on every rank."""
+    trajectory, gains = rollout.trajectory, rollout.advantages
+    sampled = trajectory.unmask_step < trajectory.num_steps[:, None]
+    rule = run.settings.algorithm.live_steps
+    live = timesteps.live_steps(trajectory, eos_id=run.eos_id, rule=rule)
+    lengths = text_lengths(trajectory.tokens, run.tokenizer.stop_ids)
+    return {
+        "entropy": float(trajectory.entropies.sum()) / max(1.0, float(sampled.sum())),
+        "by_step/entropy": entropy_by_step(trajectory),
+        "live_steps/mean": float(live.double().mean()),
+        "completions/mean_length": float(lengths.double().mean()),
+        "completions/min_length": int(lengths.min()),
+        "completions/max_length": int(lengths.max()),
+        "completions/empty_fraction": float((lengths == 0).double().mean()),
+        "completions/truncated_fraction": float(
+            (lengths == trajectory.tokens.shape[1]).double().mean()
+        ),
+        "advantage/min": float(gains.min()),
+        "advantage/max": float(gains.max()),
+        "zero_advantage_fraction": float((gains == 0).double().mean()),
+    }
+
+
+def text_lengths(tokens: Tensor, stop_ids: Collection[int]) -> Tensor:
+    """Return how many tokens [R] of completions [R, C] precede the first stop token; C without."""
+    stops = torch.tensor(sorted(stop_ids), device=tokens.device)
+    return (torch.isin(tokens, stops).long().cumsum(1) == 0).sum(1)
+
+
+def entropy_by_step(trajectory: Trajectory) -> list[float | None]:
+    """Return the mean entropy in nats of the tokens that each part of the denoising drew.
+
+    None stands for a part that drew no token.
+    """
+    sampled = trajectory.unmask_step < trajectory.num_steps[:, None]
+    part, means = parts_of_steps(trajectory), list[float | None]()
+    for number in range(step_parts(trajectory)):
+        mine = sampled & (part == number)
+        count = int(mine.sum())
+        # A sum of all in a fixed order: the same bits on every rank and after a resume.
+        means.append(float((trajectory.entropies * mine).sum()) / count if count else None)
+    return means
 
 
 def failure_warning(rewards: Sequence[Reward], score: float) -> str | None:

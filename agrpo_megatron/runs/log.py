@@ -5,7 +5,9 @@ import netrc
 import os
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from agrpo_megatron.runs.files import check_folder, write_whole
 
 METRICS, SAMPLES, NOTES = "metrics.jsonl", "samples.jsonl", "notes.txt"
 KEY_LENGTH = 40  # characters of wandb's shortest key
+SECONDS = "totals/seconds"  # a metric of every line
 SENT = "wandb_steps"  # holds how many lines of metrics wandb has, as attempts that ended know it
 
 
@@ -56,6 +59,7 @@ class RunLog:
     no iteration is logged twice.
 
     Args:
+        started: when this attempt began, by `time.monotonic`; None: now.
         check: called before anything is written; raises if this attempt must not write.
     """
 
@@ -66,15 +70,19 @@ class RunLog:
         settings: Settings,
         is_main: bool,
         wandb_id: str | None = None,
+        started: float | None = None,
         check: Callable[[], None] = lambda: None,
     ):
         self.directory, self.check = directory, check
         self._files: dict[str, Any] = {}
         self._wandb: Any = None
         self._lines = self._sent = 0  # of metrics: in the file, and of those in wandb
+        self._started = time.monotonic() if started is None else started
         if not is_main:
             return
         directory.mkdir(parents=True, exist_ok=True)
+        # Before the file is cut back: iterations that are lost took time as well.
+        self._started -= (_last_line(directory / METRICS) or {}).get(SECONDS, 0.0)
         for name in (METRICS, SAMPLES):
             self._files[name] = (directory / name).open("a", encoding="utf-8")
         write_whole(directory / "config.yaml", to_yaml(settings))
@@ -83,7 +91,11 @@ class RunLog:
             self._sent = int((directory / SENT).read_text(encoding="utf-8"))
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Write one line of metrics and send it to wandb, under its phase's name."""
+        """Write one line of metrics and send it to wandb, under its phase's name.
+
+        The seconds of this attempt and of earlier ones up to their last line are added.
+        """
+        record = {**record, SECONDS: time.monotonic() - self._started}
         self._append(METRICS, record)
         self._lines += 1
         self._send(record)
@@ -98,6 +110,10 @@ class RunLog:
                 if record["phase"] == phase and record["iteration"] <= iterations:
                     found[record["iteration"]] = record[key]
         return found
+
+    def last(self, phase: str) -> dict[str, Any]:
+        """Return the last line of metrics of a phase; empty without one, and on other ranks."""
+        return (_last_line(self.directory / METRICS, phase) if self._files else None) or {}
 
     def samples(self, records: list[dict[str, Any]], **common: Any) -> None:
         """Write completion samples, one line each."""
@@ -148,7 +164,7 @@ class RunLog:
         if self._wandb is None or self._lines <= self._sent:
             return
         phase, self._sent = record["phase"], self._lines
-        named = {f"{phase}/{key}": record[key] for key in record if key != "phase"}
+        named = {f"{phase}/{key}": value for key, value in scalars(record).items()}
         self._wandb.log(named, step=self._lines - 1, commit=True)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
@@ -156,6 +172,31 @@ class RunLog:
             self.check()
             self._files[name].write(json.dumps(record) + "\n")
             self._files[name].flush()
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line of metrics without its phase, each list as `NAME/0`, `NAME/1`, ...
+
+    A missing value of a list is left out.
+    """
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, list):
+            found |= {f"{key}/{n}": part for n, part in enumerate(value) if part is not None}
+        elif key != "phase":
+            found[key] = value
+    return found
+
+
+def _last_line(path: Path, phase: str | None = None) -> dict[str, Any] | None:
+    """Return the last whole line of metrics, of one phase if it is given; None without one."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in reversed(lines):
+        with suppress(ValueError):  # truncated by a kill
+            record = json.loads(line)
+            if phase in (None, record["phase"]):
+                return record
+    return None
 
 
 def _start_wandb(directory: Path, settings: Settings, *, known: str | None) -> Any:

@@ -2,18 +2,22 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from agrpo_megatron.estimators import timesteps
 from agrpo_megatron.estimators.advantages import advantages
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.resilience.stragglers import Stragglers
+from agrpo_megatron.rollout.data_order import epochs
 from agrpo_megatron.rollout.dynamic_sampling import sample_groups
 from agrpo_megatron.rollout.generate import sample_records
+from agrpo_megatron.rollout.metrics import rollout_metrics
 from agrpo_megatron.rollout.session import Run, Session
+from agrpo_megatron.runs.stored_rollouts import sampling_number
 from agrpo_megatron.training.alarms import FIRST, Alarms
+from agrpo_megatron.training.measures.iteration import Measures
 from agrpo_megatron.training.nan_guard import NanGuard
 from agrpo_megatron.training.update import update_policy
 from agrpo_megatron.training.variance.auto import AutoDraws
@@ -44,8 +48,9 @@ def run_rl(
     guard, stragglers = NanGuard(session, "rl"), Stragglers()
     first = output.log.first_values("rl", "entropy", iterations=min(start, FIRST))
     alarms = Alarms(run.settings, output, entropies=first)
+    measures = Measures(run, last=output.log.last("rl"))
     for iteration in range(start, run.settings.train.iterations):
-        started, cpu_started = time.perf_counter(), time.process_time()
+        measures.begin()
         sections.at("rl", iteration + 1)
         rollout, rollout_metrics = collect_rollout(session, engine, iteration)
         updating = session
@@ -57,34 +62,40 @@ def run_rl(
         update_started = time.perf_counter()
         with sections("update"):
             metrics, tokens = update_policy(updating, engine, rollout, reference, guard=guard)
-        now = time.perf_counter()
+        update_seconds = time.perf_counter() - update_started
         if auto is not None:
             metrics |= auto.after_update(metrics, tokens)
         measured = metrics.get("measuring_flops", 0.0)
-        tokens += rollout_metrics.pop("tokens")
-        record = {
+        tokens, counted = tokens + rollout_metrics.pop("tokens"), rollout_metrics.pop("counted")
+        record: dict[str, Any] = {
             "phase": "rl",
             "iteration": iteration + 1,
+            "epoch": _epoch(run, iteration + 1),
             **rollout_metrics,
             **metrics,
             "flops": rollout_metrics["flops"] + metrics["flops"] + measured,
             "update_flops": metrics["flops"],
             **alarms.check(iteration + 1, {**rollout_metrics, **metrics}),
             **stragglers.report(sections.take(), run.ranks, warn=output.view.warn),
-            "timing/update": now - update_started,
-            "timing/iteration": now - started,
-            "timing/cpu": time.process_time() - cpu_started,
-            "perf/tokens_per_second": tokens / (now - started),
+            "timing/update": update_seconds,
         }
+        record |= measures.end(record, tokens=tokens, counted=counted)
         output.log.metrics(record)
         output.view.rl(record)
         if not on_iteration_end(iteration + 1, int(record["flops"])):
             break
 
 
+def _epoch(run: Run, iterations: int) -> float:
+    """Return the passes over the training problems in so many iterations."""
+    algorithm = run.settings.algorithm
+    rounds = sampling_number(iterations, 0, algorithm)
+    return epochs(run.task.shares, rounds * algorithm.prompts_per_iteration)
+
+
 def collect_rollout(
     session: Session, engine: Engine, iteration: int
-) -> tuple[Rollout, dict[str, float]]:
+) -> tuple[Rollout, dict[str, Any]]:
     """Sample and grade a group of completions of each problem; the same on every rank.
 
     Cached completions are not sampled again.
@@ -100,24 +111,9 @@ def collect_rollout(
     has_pipeline = engine.ranks.for_rollouts.pipeline.size > 1
     return rollout, {
         **groups.metrics,
-        **_rollout_metrics(run, rollout),
+        **rollout_metrics(run, rollout),
         **({"rollout/bubble": graded.bubble} if has_pipeline else {}),
         **graded.seconds,
         "tokens": graded.tokens,
-    }
-
-
-def _rollout_metrics(run: Run, rollout: Rollout) -> dict[str, float]:
-    trajectory = rollout.trajectory
-    stops = torch.tensor(sorted(run.tokenizer.stop_ids), device=trajectory.tokens.device)
-    text = torch.isin(trajectory.tokens, stops).long().cumsum(1) == 0
-    sampled = trajectory.unmask_step < trajectory.num_steps[:, None]
-    rule = run.settings.algorithm.live_steps
-    live = timesteps.live_steps(trajectory, eos_id=run.eos_id, rule=rule)
-    return {
-        "entropy": float(trajectory.entropies.sum()) / max(1.0, float(sampled.sum())),
-        "live_steps/mean": float(live.double().mean()),
-        "completions/mean_length": float(text.sum(1).double().mean()),
-        "completions/empty_fraction": float((text.sum(1) == 0).double().mean()),
-        "zero_advantage_fraction": float((rollout.advantages == 0).double().mean()),
+        "counted": groups.counted,
     }

@@ -1,5 +1,6 @@
 """A whole run: supervised phase, reinforcement learning, evaluations, checkpoints, resume."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -37,6 +38,7 @@ from agrpo_megatron.tasks.base import SPLITS
 from agrpo_megatron.tasks.grading import Grader
 from agrpo_megatron.training.checkpointing import MODEL_FILES, Checkpointer, describe_model
 from agrpo_megatron.training.early_stopping import check_metrics
+from agrpo_megatron.training.measures.devices import rate_note
 from agrpo_megatron.training.nan_guard import Found, with_roll_backs
 from agrpo_megatron.training.nonfinite import NotFinite
 from agrpo_megatron.training.rl import run_rl
@@ -84,7 +86,7 @@ def _opened(
     resolved: Resolved, view: View, sections: Sections, stop: Stop
 ) -> Iterator[tuple[Session, Found]]:
     """Start the ranks; yield a session, and the checkpoint to continue from, if any."""
-    settings, task = resolved.settings, resolved.task
+    settings, task, started = resolved.settings, resolved.task, time.monotonic()
     directory = Path(settings.run.dir)
     with ExitStack() as stack:
         with sections("setup"):
@@ -104,6 +106,7 @@ def _opened(
                 settings=settings,
                 is_main=ranks.is_main,
                 wandb_id=done.wandb,
+                started=started,
                 check=check,
             )
             stack.callback(log.close)
@@ -157,6 +160,8 @@ def _show_notes(session: Session) -> None:
         view.note(adapter_note(run.settings.model, run.settings.lora))
     run.task.problems("train")  # loading the problems creates the notes
     run.task.notes.extend(check_solutions(run, SPLITS))
+    if run.ranks.is_main and run.settings.train.iterations > 0:
+        run.task.notes.append(rate_note(run.settings.precision, run.ranks))
     if run.replay is not None:
         run.task.notes.append(run.replay.note())
     for note in run.task.notes:

@@ -1,7 +1,7 @@
 """The updates of one iteration: what the estimator scores, older log-probs, optimizer step."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from agrpo_megatron.estimators.table import (
     needs_old_pass,
     scored_rows,
 )
+from agrpo_megatron.estimators.weights import effective_share
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.network import Network
@@ -36,9 +37,11 @@ from agrpo_megatron.scaling.flops import (
     scored_work,
     update_cost,
 )
+from agrpo_megatron.training.measures.updates import combined
 from agrpo_megatron.training.nan_guard import NanGuard, Update, rollout_keys
 from agrpo_megatron.training.scoring import score_tables, with_distributions
 from agrpo_megatron.training.step import my_micro_batches
+from agrpo_megatron.trajectories import parts_of_steps, step_parts
 from agrpo_megatron.types import Rollout, ScoredRows, TimestepBatch
 
 
@@ -72,7 +75,7 @@ def update_policy(
     reference: Network | None,
     *,
     guard: NanGuard | None = None,
-) -> tuple[dict[str, float], int]:
+) -> tuple[dict[str, Any], int]:
     """Update the weights on one batch of rollouts; returns metrics and the tokens of all ranks.
 
     Args:
@@ -87,6 +90,7 @@ def update_policy(
         prepare(settings, ranks, rollout, seed=settings.run.seed + 7919 * number)
         for number in range(settings.algorithm.updates_per_iteration)
     ]
+    shares = [effective_share(part.scored) for part in parts]
     engine.finish_parameters()
     parts = [
         with_old_logprobs(network, part, settings, is_first=number == 0)
@@ -114,7 +118,8 @@ def update_policy(
         if settings.algorithm.rollout_experts is not None:
             packed["changed"] = network.changed_experts()
         results.append({**metrics, **packed, "micro_batches": len(part.batches)})
-    return _update_metrics(results), sum(result["filled"] for result in results)
+    metrics = {**combined(results), "weights/effective_share": sum(shares) / len(shares)}
+    return metrics, sum(result["filled"] for result in results)
 
 
 def prepare(settings: Settings, ranks: Ranks, rollout: Rollout, *, seed: int) -> Part:
@@ -222,7 +227,8 @@ def with_loss(
     part = replace(part, batches=batches)
     vocab, sampling = engine.network.vocab, settings.sampling
     if not is_joint(scored, algorithm):
-        return part, make_loss(vocab, sampling, algorithm)
+        part_of, count = parts_of_steps(rollout.trajectory, scored), step_parts(rollout.trajectory)
+        return part, make_loss(vocab, sampling, algorithm, part=part_of, parts=count)
     current, entropies = part.old, None
     if needs_current_pass(scored, algorithm, is_first=is_first):
         current, entropies = _tables(engine.network, part, settings)
@@ -245,40 +251,3 @@ def _tables(network: Network, part: Part, settings: Settings) -> tuple[Tensor, T
     return score_tables(
         network, part.batches, part.scored.scored.shape, settings.sampling, settings.algorithm
     )
-
-
-def _update_metrics(results: list[dict[str, float]]) -> dict[str, float]:
-    """Combine the updates of an iteration; the ratio's error is the first update's.
-
-    Skipped updates are excluded from the means. Where no token was scored the ratio is 1.
-    """
-    made = [r for r in results if not r["skipped_updates"]]
-    return {
-        **(_made_metrics(made) if made else {}),
-        "learning_rate": results[-1]["learning_rate"],
-        "skipped_updates": len(results) - len(made),
-        "rows": sum(r["rows"] for r in results),
-        "scoring_rows": sum(r["scoring_rows"] for r in results),
-        "flops": sum(r["flops"] for r in results),
-        "micro_batches": sum(r["micro_batches"] for r in results),
-        "perf/packing_efficiency": sum(r["filled"] for r in results)
-        / sum(r["slots"] for r in results),
-    }
-
-
-def _made_metrics(results: list[dict[str, float]]) -> dict[str, float]:
-    """Combine the updates that were made; a loss's own metrics are means over them."""
-    tokens = sum(r["scored_tokens"] for r in results)
-    scored = max(1.0, tokens)
-    own = sorted({name for result in results for name in result if name.startswith("loss/")})
-    return {
-        "loss": sum(r["loss"] for r in results) / len(results),
-        "grad_norm": max(r["grad_norm"] for r in results),
-        "ratio/mean": sum(r["ratio_sum"] for r in results) / tokens if tokens else 1.0,
-        "ratio/max_error": results[0]["ratio_max_error"],
-        "ratio/p99_error": results[0]["ratio_p99_error"],
-        **({"experts/changed": results[0]["changed"]} if "changed" in results[0] else {}),
-        "clip_fraction": sum(r["clipped_tokens"] for r in results) / scored,
-        "kl": sum(r["kl_sum"] for r in results) / scored,
-        **{n: sum(r.get(n, 0.0) for r in results) / len(results) for n in own},
-    }

@@ -87,8 +87,11 @@ def test_wandb_offline_keeps_every_metric_and_a_resumed_run_keeps_its_id(tmp_pat
 
 
 def _named(record):
-    """Return a line of metrics with the names that wandb gets."""
-    return {f"{record['phase']}/{k}": v for k, v in record.items() if k != "phase"}
+    """Return a line of metrics with the names that wandb gets; it has no lists."""
+    lists = {k: v for k, v in record.items() if isinstance(v, list)}
+    named = {k: v for k, v in record.items() if k not in ("phase", *lists)}
+    named |= {f"{k}/{n}": v for k, part in lists.items() for n, v in enumerate(part)}
+    return {f"{record['phase']}/{k}": v for k, v in named.items() if v is not None}
 
 
 def _without_underscores(entry):
@@ -251,6 +254,28 @@ def test_a_line_that_a_kill_cut_short_does_not_survive_a_resume(log):
     log.cut_back(offsets)
     log.metrics({"phase": "sft", "iteration": 2})
     assert [r["iteration"] for r in read(log.directory / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_log_goes_on_with_the_time_of_earlier_attempts_and_their_last_line(tmp_path):
+    """Lines that a resume cuts away took time, too; a line cut short by a kill is passed over."""
+
+    def opened(seconds):
+        started = time.monotonic() - seconds
+        return RunLog(tmp_path, settings=tiny(), is_main=True, started=started)
+
+    log = opened(100)
+    log.metrics({"phase": "rl", "iteration": 1, "totals/tokens": 7})
+    assert log.last("rl")["totals/tokens"] == 7 and log.last("sft") == {}
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "rl"')
+    log = opened(50)
+    log.cut_back({})
+    assert log.last("rl") == {}
+    log.metrics({"phase": "eval", "iteration": 0})
+    log.close()
+    (line,) = read(tmp_path / "metrics.jsonl")
+    assert 150 <= line["totals/seconds"] < 180
 
 
 def test_other_ranks_write_nothing(tmp_path):

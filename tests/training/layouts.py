@@ -75,6 +75,10 @@ def outcome(session, engine, tokens, numbers):
     weights = {name: p.detach() for name, p in engine.network.named_weights()}
     adapters = {} if engine.network.adapters is None else whole_adapters(engine.network)
     ratio = "ratio/max_error"
+    for record in numbers:  # the steps of a completion are those of its tokens, at any layout
+        if "by_step/ratio_error" in record:
+            parts = [error for error in record["by_step/ratio_error"] if error is not None]
+            assert max(parts) == record[ratio]
     return {
         "tokens": tokens,
         "loss": [record["loss"] for record in numbers],

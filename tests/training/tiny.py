@@ -54,7 +54,15 @@ TINY = [
 ]
 
 # What the metrics begin with that a clock measured.
-TIMED = ("timing/", "section/", "straggler/", "perf/tokens_per_second")
+TIMED = (
+    "timing/",
+    "section/",
+    "straggler/",
+    "perf/tokens_per_second",
+    "perf/mfu",
+    "totals/seconds",
+)
+TIMED += ("memory/",)  # or of which the process had more, or less, than another
 
 
 def tiny(*overrides: str) -> Settings:

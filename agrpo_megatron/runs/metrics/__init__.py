@@ -11,7 +11,7 @@ from agrpo_megatron.runs.metrics.learning import (
     SAMPLER,
 )
 from agrpo_megatron.runs.metrics.record import Metric
-from agrpo_megatron.runs.metrics.work import ALARMS, DRAWS, RANKS, SPEED, TIME, WORK
+from agrpo_megatron.runs.metrics.work import ALARMS, DRAWS, MEMORY, RANKS, SPEED, TIME, WORK
 
 METRICS: dict[str, tuple[Metric, ...]] = {
     "Place in the run": POSITION,
@@ -23,6 +23,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
     "Number of draws": DRAWS,
     "Time": TIME,
     "Speed": SPEED,
+    "Memory": MEMORY,
     "Ranks": RANKS,
     "Alarms": ALARMS,
 }

@@ -18,6 +18,28 @@ POSITION = (
     ),
     Metric("stage", EVAL, "When the evaluation ran: before, interval or after training with RL."),
     Metric("problems", EVAL, "Held-out problems, one completion each."),
+    Metric(
+        "epoch",
+        RL,
+        "Passes over the training problems so far; of a mixture, the mean over the problems of all "
+        "its tasks. Rounds of `algorithm.resample_rounds` that were not needed count, as their "
+        "problems are passed over.",
+    ),
+    Metric("totals/completions", RL, "Completions so far, those of replaced groups included."),
+    Metric(
+        "totals/tokens",
+        RL,
+        "Tokens of the texts of these completions: up to the first stop token, without prompts.",
+        "tokens",
+    ),
+    Metric("totals/flops", RL, "Sum of `flops` so far; `train.flops` limits it.", "FLOP"),
+    Metric(
+        "totals/seconds",
+        ALL,
+        "Wall-clock time of all attempts so far: of earlier ones up to their last line, work that "
+        "was lost and repeated included; waits between attempts are not.",
+        "s",
+    ),
 )
 
 REWARDS = (
@@ -56,6 +78,13 @@ REWARDS = (
         "problems; in an evaluation of held-out problems, sampled at `evaluation.temperature`.",
         healthy="Rises, in evaluations too.",
     ),
+    Metric(
+        "pass_at_group",
+        RL,
+        "Share of groups with at least one correct completion: pass@k for k = "
+        "`algorithm.group_size`, on training problems.",
+        healthy="Above `accuracy`; where both are equal, groups are all right or all wrong.",
+    ),
     Metric("accuracy/<label>", GRADED, "Accuracy on one task of a mixture, by its label."),
     Metric(
         "accuracy_low", EVAL, "Lower end of the 95 % interval of `accuracy`, over the problems."
@@ -79,6 +108,15 @@ SAMPLER = (
         healthy="Falls slowly. Near 0 the policy has collapsed; a steep rise means noise.",
     ),
     Metric(
+        "by_step/entropy",
+        RL,
+        "`entropy` by denoising step: a list over equal parts of each completion's own steps, "
+        "first to last; at most eight, one for each step if there are fewer. wandb and TensorBoard "
+        "get `by_step/entropy/0`, ...",
+        unit="nats per token",
+        healthy="Falls from part to part: later steps see more text.",
+    ),
+    Metric(
         "live_steps/mean",
         RL,
         "Denoising steps of a completion that an update may score, on average.",
@@ -97,6 +135,16 @@ SAMPLER = (
         "Share of completions that begin with end-of-text.",
         healthy="Near 0.",
     ),
+    Metric("completions/min_length", RL, "The same of the shortest completion.", unit="tokens"),
+    Metric("completions/max_length", RL, "The same of the longest completion.", unit="tokens"),
+    Metric(
+        "completions/truncated_fraction",
+        RL,
+        "Share of completions without a stop token: they fill `sampling.completion_length`.",
+        healthy="Near 0, where answers have an end.",
+    ),
+    Metric("advantage/min", RL, "Lowest advantage of a completion."),
+    Metric("advantage/max", RL, "Highest advantage of a completion."),
     Metric(
         "zero_advantage_fraction",
         RL,
@@ -184,6 +232,22 @@ POLICY = (
         RL,
         "Share of the scored tokens whose ratio the loss clips.",
         healthy="0 with one update an iteration.",
+    ),
+    Metric("clip_fraction/low", RL, "The part of `clip_fraction` with ratios below 1."),
+    Metric("clip_fraction/high", RL, "The part of `clip_fraction` with ratios above 1."),
+    Metric(
+        "by_step/ratio_error",
+        RL,
+        "`ratio/max_error` by denoising step, as `by_step/entropy`; none for a part without scored "
+        "tokens. Losses whose ratio is of several tokens do not have it.",
+        healthy="As `ratio/max_error`, equal in all parts.",
+    ),
+    Metric(
+        "weights/effective_share",
+        RL,
+        "Effective sample size of the scored rows' weights over their number: "
+        "(sum w)^2 / (n sum w^2), mean over updates.",
+        healthy="1 for equal weights. Far below, few draws dominate a gradient.",
     ),
     Metric(
         "kl",

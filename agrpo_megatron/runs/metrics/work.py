@@ -81,6 +81,37 @@ SPEED = (
         "each denoising step counts its tokens.",
         unit="tokens/s",
     ),
+    Metric(
+        "perf/mfu_<part>",
+        RL,
+        "Model FLOPs utilisation of the rollout and of the update: counted FLOPs over time, ranks "
+        "and the peak rate of the device. Activations that are recomputed do not count. The run's "
+        "notes name the rate: published for a GPU, measured for a CPU. An iteration that "
+        "takes completions from an earlier attempt shows more.",
+        healthy="0.3 to 0.5 in updates of a large model on a GPU.",
+    ),
+)
+
+MEMORY = (
+    Metric(
+        "memory/allocated_peak",
+        RL,
+        "Most GPU memory that tensors took in the iteration, on the rank that took most.",
+        "GiB",
+    ),
+    Metric(
+        "memory/reserved_peak",
+        RL,
+        "Most GPU memory that torch reserved in the iteration, likewise.",
+        "GiB",
+        healthy="Below the GPU's memory; far above the allocated peak, it is fragmented.",
+    ),
+    Metric(
+        "memory/host_peak",
+        RL,
+        "Most resident memory of a rank's process since it started, without its workers.",
+        "GiB",
+    ),
 )
 
 RANKS = (

@@ -1,0 +1,1 @@
+"""Measures of iterations: updates combined, sums so far, memory and use of the devices."""
