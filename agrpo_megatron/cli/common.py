@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from agrpo_megatron.evaluation.target import Target, find_target
 from agrpo_megatron.launch.sweep import flow
+from agrpo_megatron.runs.progress import RUN_SETTINGS
 
 if TYPE_CHECKING:
     from agrpo_megatron.launch.speed import Assumed
@@ -39,7 +40,9 @@ def add_command(
 
 def add_run(command: argparse.ArgumentParser) -> None:
     """Add the settings file of a run, moving an earlier run away, and short forms of settings."""
-    command.add_argument("file", metavar="FILE", help="settings file (YAML)")
+    command.add_argument(
+        "file", metavar="FILE", help="settings file (YAML), or the directory of a run to go on with"
+    )
     command.add_argument(
         "--restart", action="store_true", help="move an earlier run away instead of resuming it"
     )
@@ -48,6 +51,29 @@ def add_run(command: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="update on the rollouts that RUN stored: short for train.from_rollouts=RUN",
     )
+
+
+def run_file(file: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """Return settings file and overrides of a run; for its directory, those to go on with it.
+
+    Raises:
+        ValueError: the directory holds no run, or is given another `run.dir`.
+    """
+    directory = Path(file)
+    if not directory.is_dir():
+        return file, [*overrides]
+    own = directory / RUN_SETTINGS
+    if not own.is_file():
+        raise ValueError(
+            f"{file} is a directory without {RUN_SETTINGS}; give a settings file, or the "
+            "directory of a run"
+        )
+    if named := next((o for o in overrides if o.partition("=")[0].strip() == "run.dir"), None):
+        raise ValueError(
+            f"{named}: {file} is the directory of the run that goes on; leave it out, or give "
+            f"{own} to start a new run with these settings"
+        )
+    return str(own), [*overrides, f"run.dir={flow(str(directory))}"]
 
 
 def all_overrides(arguments: argparse.Namespace, rest: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from agrpo_megatron.cli.common import (
     add_command,
     add_overrides,
     assumed,
+    run_file,
     world_size,
 )
 from agrpo_megatron.config.schema import describe, load, to_yaml
@@ -32,6 +33,9 @@ def add_config(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--tasks", action="store_true", help="explain the options of each task")
     command.add_argument("--metrics", action="store_true", help="explain what a run logs")
     command.add_argument(
+        "--frozen", action="store_true", help="explain what may change when a run goes on"
+    )
+    command.add_argument(
         "--markdown",
         action="store_true",
         help="print docs/settings.md, or with --metrics that page",
@@ -45,12 +49,13 @@ def config(arguments: argparse.Namespace) -> int:
     if arguments.file is None:
         _reference(arguments)
         return 0
-    if arguments.tasks or arguments.metrics or arguments.markdown or arguments.section:
+    prints = (arguments.tasks, arguments.metrics, arguments.frozen, arguments.markdown)
+    if any(prints) or arguments.section:
         raise ValueError(
-            f"agrpo config {arguments.file} checks a file; --section, --tasks, --metrics and "
-            "--markdown are for the references: leave one of the two out"
+            f"agrpo config {arguments.file} checks a file; --section, --tasks, --metrics, --frozen "
+            "and --markdown are for the references: leave one of the two out"
         )
-    settings = load(Settings, arguments.file, arguments.overrides)
+    settings = load(Settings, *run_file(arguments.file, arguments.overrides))
     from agrpo_megatron.runs.directory import plan_settings
     from agrpo_megatron.training.passed import check_start
 
@@ -85,13 +90,18 @@ def _reference(arguments: argparse.Namespace) -> None:
     from agrpo_megatron.tasks import describe_tasks
 
     prefix, console = arguments.section, Console()
-    if arguments.tasks and (arguments.metrics or arguments.markdown or prefix):
+    others = arguments.metrics or arguments.markdown or prefix
+    if arguments.tasks and (others or arguments.frozen):
         raise ValueError("--tasks prints the options of all tasks; leave out the other options")
+    if arguments.frozen and others:
+        raise ValueError("--frozen prints all that may change; leave out the other options")
     if arguments.markdown and prefix:
         raise ValueError(f"--markdown prints a whole page; leave out --section {prefix}")
     if arguments.markdown:
         page = reference.metrics_page() if arguments.metrics else reference.settings_page()
         print(page, end="")
+    elif arguments.frozen:
+        reference.changes_reference(console)
     elif arguments.metrics:
         reference.metrics_reference(chosen_metrics(prefix), console)
     elif arguments.tasks:

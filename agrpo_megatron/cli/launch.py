@@ -2,7 +2,14 @@
 
 import argparse
 
-from agrpo_megatron.cli.common import add_assumed, add_command, add_overrides, add_run, assumed
+from agrpo_megatron.cli.common import (
+    add_assumed,
+    add_command,
+    add_overrides,
+    add_run,
+    assumed,
+    run_file,
+)
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 
 EXAMPLES = """\
@@ -67,7 +74,7 @@ def launch(arguments: argparse.Namespace) -> int:
     """Check a run or a sweep, print the script that submits it, and run that script."""
     from agrpo_megatron.launch.submit import check_job, launch_run, launch_sweep, submit
 
-    file, overrides = arguments.file, arguments.overrides
+    file, overrides = run_file(arguments.file, arguments.overrides)
     choices = {"nodes": arguments.nodes, "is_restart": arguments.restart}
     choices["assumed"] = assumed(arguments)
     if arguments.sweep is None:

@@ -19,6 +19,7 @@ from agrpo_megatron.cli.common import (
     all_overrides,
     is_main,
     open_target,
+    run_file,
     world_size,
 )
 from agrpo_megatron.cli.config import add_config
@@ -36,7 +37,7 @@ from agrpo_megatron.runs.files import naming_full_disk
 # Imports of torch and Megatron-Core make a million objects and no garbage; by its own thresholds
 # Python would look through them two thousand times, a fifth of the seconds of a start.
 GARBAGE = (100_000, 50, 100)
-UNREAD = 141  # exit status after SIGPIPE, as in a shell
+INTERRUPTED, UNREAD = 130, 141  # exit status after SIGINT and SIGPIPE, as in a shell
 EPILOG = """\
 a first run:
   agrpo train examples/tiny.yaml            train from nothing on the CPU, in minutes
@@ -87,16 +88,18 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return UNREAD
     except KeyboardInterrupt:
-        return 130
+        print("agrpo: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Run or resume training, then write the report and print the result."""
     phases = arguments.phases
-    settings = load(Settings, arguments.file, arguments.overrides)
+    settings = load(Settings, *run_file(arguments.file, arguments.overrides))
     from agrpo_megatron.hardware.kernels import kernels_for
     from agrpo_megatron.reports.summary import conclude
     from agrpo_megatron.runs import directory
+    from agrpo_megatron.runs.early_stopping import still_stopped
     from agrpo_megatron.training.passed import check_start
 
     restart = arguments.restart
@@ -114,14 +117,12 @@ def train(arguments: argparse.Namespace) -> int:
         print(f"the earlier run is now {moved}")
     if is_finished:
         if is_main():
-            why = f" ({done.stopped})" if done and done.stopped else ""
-            more = f"model.load={run_dir} with another run.dir trains it further"
-            print(f"{run_dir} is finished{why}; add --restart to run it again; {more}\n")
-            conclude(run_dir)
+            _show_finished(run_dir, still_stopped(done, settings.train) if done else None)
         return _end("finished", "", 0)
     from agrpo_megatron.reports.terminal import LiveView
     from agrpo_megatron.resilience.attempts import Stuck
     from agrpo_megatron.resilience.failure import ending_together
+    from agrpo_megatron.resilience.stop import CTRL_C
     from agrpo_megatron.training.run import train as run
 
     sft_iterations, finished = settings.sft.iterations, (0, 0)
@@ -144,12 +145,28 @@ def train(arguments: argparse.Namespace) -> int:
     if stuck is not None:
         return _end("stuck", stuck, exit_status.STUCK)
     if stopped is not None:
-        reason = f"{stopped}; saved, run the same command to resume"
-        return _end("requeue", reason, exit_status.REQUEUE)
+        reason = f"{stopped}; saved: run the same command, or `agrpo train {run_dir}`, to go on"
+        is_ctrl_c = stopped == CTRL_C
+        return _end("requeue", reason, INTERRUPTED if is_ctrl_c else exit_status.REQUEUE)
     with naming_full_disk(run_dir):
         if is_main():
             conclude(run_dir)
     return _end("finished", "", 0)
+
+
+def _show_finished(run_dir: Path, reason: str | None) -> None:
+    """Print that a run is finished, how it may go on, and its results.
+
+    Args:
+        reason: why it ended early; None: all its iterations are done.
+    """
+    from agrpo_megatron.reports.summary import conclude
+
+    why, key = (
+        ("", "more train.iterations") if reason is None else (f" ({reason})", "another limit")
+    )
+    print(f"{run_dir} is finished{why}; add --restart to run it again, or {key} to go on\n")
+    conclude(run_dir)
 
 
 def _end(outcome: str, reason: str, status: int) -> int:

@@ -12,6 +12,7 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.config.values import MOST_SECONDS, text
 from agrpo_megatron.reports.tables import markdown_table
 from agrpo_megatron.reports.text import written
+from agrpo_megatron.runs.changes import FREE, FROZEN, LOGGED, OF_RL, OF_SFT
 from agrpo_megatron.runs.metrics import METRICS
 from agrpo_megatron.runs.metrics.record import Metric
 from agrpo_megatron.tasks import describe_tasks
@@ -25,6 +26,12 @@ has its settings below it, indented. A command line overrides it with `section.k
 where the default differs. `agrpo config --section optimizer` prints one section, and
 `agrpo config FILE` prints a file with all values filled in.
 """
+MAY_CHANGE = {
+    "May change, as they alter no number": FREE,
+    "May change, and are logged in the run's changes.jsonl": LOGGED,
+    "May change until reinforcement learning has its first checkpoint": (*OF_SFT, *OF_RL),
+}
+FROZEN_TITLE = "May not change, as what was computed before and after would not belong together"
 METRICS_PAGE = """\
 # Metrics
 
@@ -69,12 +76,41 @@ def settings_page() -> str:
         for name, own in groups.items()
         if name
     ]
-    index.append("- [top level](#top-level) and [options of tasks](#options-of-tasks)\n")
+    index.append(
+        "- [top level](#top-level), [what may change when a run goes "
+        "on](#what-may-change-when-a-run-goes-on) and [options of tasks](#options-of-tasks)\n"
+    )
     parts = [SETTINGS_PAGE, "".join(index)]
     parts += [f"## {name or 'top level'}\n\n{_table(own)}" for name, own in groups.items()]
+    parts += _changes_page()
     parts.append("## Options of tasks\n\n`agrpo config --tasks` prints them.\n")
     parts += [f"### {name}\n\n{_table(own)}" for name, own in describe_tasks().items() if own]
     return "\n".join(parts)
+
+
+def changes_reference(console: Console) -> None:
+    """Print what may change when a run goes on, and what may not, with the reason."""
+    for title, names in MAY_CHANGE.items():
+        console.print(Text(title, style="bold"))
+        console.print(Text("  " + ", ".join(names), style="cyan"), "\n")
+    console.print(Text(f"{FROZEN_TITLE}; of several fitting names the longest counts", "bold"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(ratio=1)
+    for name, reason in FROZEN.items():
+        table.add_row(Text(name), Text(reason))
+    console.print(table)
+
+
+def _changes_page() -> Iterator[str]:
+    """Yield the part of docs/settings.md on runs that go on."""
+    yield "## What may change when a run goes on\n"
+    yield "`agrpo train RUN KEY=VALUE` goes on with a run. `agrpo config --frozen` prints this.\n"
+    for title, names in MAY_CHANGE.items():
+        yield f"{title}: {', '.join(f'`{name}`' for name in names)}.\n"
+    rows = [{"name": f"`{name}`", "why": reason} for name, reason in FROZEN.items()]
+    yield f"{FROZEN_TITLE}; of several fitting names the longest counts:\n"
+    yield markdown_table(rows, ("name", "why"))
 
 
 def metrics_reference(groups: Mapping[str, Sequence[Metric]], console: Console) -> None:

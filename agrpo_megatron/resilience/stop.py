@@ -1,9 +1,11 @@
 """Preemption: stop on a signal or near the job's time limit, at the same point on all ranks.
 
 A request reaches some ranks first. Each rank only records it; all ranks then stop at an agreed
-point: after an iteration, or in the same turn of a rollout.
+point: after an iteration, or in the same turn of a rollout. Ctrl-C is such a request; a second one
+ends the process at once.
 """
 
+import math
 import os
 import signal
 import threading
@@ -16,9 +18,14 @@ import torch
 import torch.distributed as dist
 
 from agrpo_megatron.megatron.parallel import Ranks, gather_objects
+from agrpo_megatron.resilience.exit_status import LAUNCHERS
 from agrpo_megatron.resilience.sections import NAMES, Sections
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+CTRL_C = "interrupted by Ctrl-C"
+# A launcher passes the terminal's signal on, which its ranks have already had.
+PASSED_ON = 2.0  # seconds
+GOES_ON = "\nCtrl-C: stopping and saving; press it again to end at once, without saving\n"
 JOB_END = "AGRPO_JOB_END"  # seconds since the epoch at which the job is killed
 SPARE = 1.5  # the learned margin, as a multiple of the longest reward, update and checkpoint
 LEAST_MARGIN = 10.0  # seconds
@@ -44,6 +51,8 @@ class Stop:
     def __init__(self, sections: Sections, *, margin: float | None = None):
         self._sections, self._margin = sections, margin
         self._asked: str | None = None
+        self._has_launcher = any(name in os.environ for name in LAUNCHERS)
+        self._interrupted = -math.inf  # when Ctrl-C was pressed
         end = os.environ.get(JOB_END)
         self._end = float(end) if end else None
 
@@ -79,7 +88,19 @@ class Stop:
         return LEAST_MARGIN + SPARE * needed
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        self._asked = self._asked or f"asked by {signal.Signals(number).name}"
+        if number == signal.SIGINT:
+            self._on_ctrl_c()
+        else:
+            self._asked = self._asked or f"asked by {signal.Signals(number).name}"
+
+    def _on_ctrl_c(self) -> None:
+        now = time.monotonic()
+        if self._asked != CTRL_C:
+            self._asked, self._interrupted = CTRL_C, now
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, GOES_ON.encode())  # a print could be inside another one
+        elif not self._has_launcher or now - self._interrupted > PASSED_ON:
+            raise KeyboardInterrupt
 
 
 def agree(stop: Stop | NoStop, sections: Sections, ranks: Ranks) -> str | None:

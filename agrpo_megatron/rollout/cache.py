@@ -9,7 +9,7 @@ settings and problems); damaged files and files of another run are ignored.
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,16 +33,21 @@ NOTED = ("tokens", "bubble", "seconds")  # fields of a graded round, besides its
 
 
 def find_round(
-    path: Path, rollout_ids: Tensor, ranks: Ranks, *, run: str, sampling: SamplingSettings
+    path: Path,
+    rollout_ids: Tensor,
+    ranks: Ranks,
+    *,
+    runs: Collection[str],
+    sampling: SamplingSettings,
 ) -> GradedRollouts | None:
     """Return a graded round that a run stored, or None unless all ranks can read it; every rank.
 
     Args:
-        run: digest of the settings and problems of the rollouts.
+        runs: the digests of settings and problems that the file may name.
     """
     found = None
     with suppress(*UNREADABLE):
-        trajectory, notes = _read(path, run, sampling)
+        trajectory, notes = _read(path, runs, sampling)
         rewards = [Reward(**reward) for reward in notes["rewards"]]
         if torch.equal(trajectory.rollout_ids, rollout_ids.cpu()):
             found = GradedRollouts(trajectory, rewards, **{name: notes[name] for name in NOTED})
@@ -96,7 +101,7 @@ class RolloutCache:
     ) -> GradedRollouts | None:
         """Return the graded round of an earlier attempt, if it is on disk."""
         path = round_path(self._folder, number)
-        return find_round(path, rollout_ids, self._ranks, run=self._run, sampling=sampling)
+        return find_round(path, rollout_ids, self._ranks, runs=(self._run,), sampling=sampling)
 
     def find_completions(
         self, name: str, rollout_ids: Tensor, *, sampling: SamplingSettings
@@ -105,7 +110,7 @@ class RolloutCache:
         kept: list[Trajectory] = []
         for path in self._parts(name):
             with suppress(*UNREADABLE):
-                kept.append(_read(path, self._run, sampling)[0])
+                kept.append(_read(path, (self._run,), sampling)[0])
         wanted = rollout_ids.tolist()
         places = {n: i for i, n in enumerate(n for p in kept for n in p.rollout_ids.tolist())}
         seen_by_all = set.intersection(*gather_objects(set(places) & set(wanted)))
@@ -206,12 +211,14 @@ class CompletionWriter:
         self._free_at = now + (now - started) / SHARE
 
 
-def _read(path: Path, run: str, sampling: SamplingSettings) -> tuple[Trajectory, dict[str, Any]]:
+def _read(
+    path: Path, runs: Collection[str], sampling: SamplingSettings
+) -> tuple[Trajectory, dict[str, Any]]:
     """Read a file of the cache; raises one of `UNREADABLE` if it is damaged or another run's."""
     with safe_open(path, framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         notes = json.loads(file.metadata()["notes"])
-    if notes["run"] != run:
+    if notes["run"] not in runs:
         raise ValueError("the file belongs to another run")
     lengths = stored.pop("prompt_lengths").tolist()
     prompts = tuple(stored.pop("prompts").split(lengths))

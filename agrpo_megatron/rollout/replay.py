@@ -9,7 +9,7 @@ from torch import Tensor
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.rollout.cache import find_round
-from agrpo_megatron.runs.directory import run_digest
+from agrpo_megatron.runs.directory import digests_so_far
 from agrpo_megatron.runs.stored_rollouts import ROLLOUTS, round_path, stored_run
 from agrpo_megatron.types import GradedRollouts
 
@@ -19,7 +19,7 @@ class Replay:
     """The run whose rollouts are replayed."""
 
     source: Path  # its directory
-    run: str  # digest that its rollouts name
+    runs: frozenset[str]  # digests that its rollouts may name
 
     def note(self) -> str:
         """Describe the replay on one line."""
@@ -35,7 +35,7 @@ def open_replay(settings: Settings) -> Replay | None:
     if settings.train.from_rollouts is None:
         return None
     source = Path(settings.train.from_rollouts)
-    return Replay(source, run_digest(*stored_run(source)))
+    return Replay(source, frozenset(digests_so_far(source, *stored_run(source))))
 
 
 def replayed_round(
@@ -47,7 +47,7 @@ def replayed_round(
         RuntimeError: a rank cannot read the round.
     """
     started, path = time.perf_counter(), round_path(replay.source / ROLLOUTS, number)
-    found = find_round(path, rollout_ids, ranks, run=replay.run, sampling=settings.sampling)
+    found = find_round(path, rollout_ids, ranks, runs=replay.runs, sampling=settings.sampling)
     if found is None:
         raise RuntimeError(
             f"train.from_rollouts={replay.source}: {path} is missing, damaged, or of another run "

@@ -6,8 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.config.schema import flatten, load
+from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.runs.changes import FREE, Change, differences, fixed, read_changes
+from agrpo_megatron.runs.early_stopping import still_stopped
 from agrpo_megatron.runs.files import digest, free_name, write_whole
 from agrpo_megatron.runs.loaded_model import on_its_own
 from agrpo_megatron.runs.log import check_log
@@ -23,15 +25,6 @@ from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.base import SPLITS, NoTask
 from agrpo_megatron.tasks.supervised.examples import Supervised
 
-# Settings that may change on resume: they alter no number, or only add iterations.
-MAY_CHANGE = ("run.dir", "run.threads", "run.timeout", "logging", "checkpoint", "parallel")
-MAY_CHANGE += ("rollout", "ddp", "optimizer.distributed", "sft.optimizer.distributed")
-MAY_CHANGE += ("task.grader.workers", "task.grader.most_failed", "resilience", "launch")
-# Files, which may be moved: `check_data` compares the problems.
-MAY_CHANGE += ("task.options.train", "task.options.eval", "task.pass_rates")
-MAY_CHANGE += ("sft.data", "sft.eval_data")
-# The supervised phase does not use these; the RL phase may refuse their metric.
-OF_RL = ("train.stop_metric", "train.stop_target", "train.stop_patience")
 DATA = "data.json"  # digests of the problems and of the task's file
 FIX = "choose another run.dir (model.load=RUN continues from its weights), or use --restart"
 
@@ -102,20 +95,36 @@ def progress(settings: Settings) -> Progress | None:
     """Return the progress of the run directory; None for a new one.
 
     Raises:
-        ValueError: it holds a run with other settings; names the first that differs.
+        ValueError: it holds a run with settings that may not change, or fewer iterations are asked
+            for than are finished.
     """
-    directory = Path(settings.run.dir)
-    found = latest_checkpoint(directory / CHECKPOINTS)
+    found = latest_checkpoint(Path(settings.run.dir) / CHECKPOINTS)
     if found is None:
         return None
-    may_change = MAY_CHANGE + (OF_RL if found[1].phase == "sft" else ())
-    there = _fixed(asdict(load(Settings, directory / RUN_SETTINGS)), may_change)
-    here = _fixed(asdict(settings), may_change)
-    for key in [*here, *there]:
-        old, new = there.get(key), here.get(key)
-        if old != new:
-            raise ValueError(f"run.dir={directory} holds a run with {key}={old}, not {new}; {FIX}")
-    return found[1]
+    done = found[1]
+    changed_settings(settings, done)
+    key, planned = "train.iterations", settings.train.iterations
+    if done.phase == "sft":
+        key, planned = "sft.iterations", settings.sft.iterations
+    if planned < done.iteration:
+        raise ValueError(
+            f"{key}={planned}: run.dir={settings.run.dir} has finished {done.iteration} iterations "
+            f"of this phase; use at least {done.iteration}"
+        )
+    return done
+
+
+def changed_settings(settings: Settings, done: Progress) -> list[Change]:
+    """Return the settings that change as a run goes on, and are logged.
+
+    Raises:
+        ValueError: a setting differs that may not change.
+    """
+    there = load(Settings, Path(settings.run.dir) / RUN_SETTINGS)
+    try:
+        return differences(there, settings, phase=done.phase)
+    except ValueError as error:
+        raise ValueError(f"{error}; {FIX}") from None
 
 
 def check_data(
@@ -164,8 +173,21 @@ def run_digest(settings: Settings, data: Mapping[str, str]) -> str:
     Args:
         data: digests of the problems, see `data_digests`.
     """
-    everything = [_fixed(asdict(settings), MAY_CHANGE), data]
-    return digest(json.dumps(everything, default=str).encode())
+    return _digest_of(fixed(asdict(settings), FREE), data)
+
+
+def digests_so_far(directory: Path, settings: Settings, data: Mapping[str, str]) -> set[str]:
+    """Return the digest of a run, and those it had before its settings changed."""
+    flat = fixed(asdict(settings), FREE)
+    found = {_digest_of(flat, data)}
+    for change in reversed(read_changes(directory)):
+        flat = {**flat, change["key"]: change["old"]}
+        found.add(_digest_of(flat, data))
+    return found
+
+
+def _digest_of(flat: Mapping[str, Any], data: Mapping[str, str]) -> str:
+    return digest(json.dumps([flat, data], default=str).encode())
 
 
 def is_finished(settings: Settings, done: Progress | None) -> bool:
@@ -173,15 +195,9 @@ def is_finished(settings: Settings, done: Progress | None) -> bool:
     if done is None or done.phase != "rl":
         return False
     is_last = done.iteration == settings.train.iterations and done.is_evaluated
-    return is_last or done.stopped is not None
+    return is_last or still_stopped(done, settings.train) is not None
 
 
 def move_away(directory: Path) -> Path | None:
     """Rename a run directory to the first free `NAME.1`, `NAME.2`, ...; nothing is deleted."""
     return directory.rename(free_name(directory)) if directory.exists() else None
-
-
-def _fixed(tree: Mapping[str, Any], may_change: tuple[str, ...]) -> dict[str, object]:
-    """Return the settings of a tree that may not change, by dotted name."""
-    free, flat = tuple(f"{name}." for name in may_change), flatten(tree)
-    return {key: value for key, value in flat.items() if not f"{key}.".startswith(free)}

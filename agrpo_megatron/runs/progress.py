@@ -30,6 +30,8 @@ class Progress:
     best: float | None = None  # highest `checkpoint.best` so far
     is_best: bool = False
     wandb: str | None = None  # id of the wandb run
+    best_metric: str | None = None  # the metric of `best`; None: `checkpoint.best`
+    stop_metric: str | None = None  # the metric of `stop_best`; None: `train.stop_metric`
     stop_best: float | None = None  # highest `train.stop_metric` so far
     stop_waited: int = 0  # evaluations since then
     stopped: str | None = None  # why the run ended early

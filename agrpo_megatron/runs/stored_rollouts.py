@@ -1,6 +1,7 @@
 """The rollouts that a run stores, and whether another run can replay them; needs no torch."""
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from agrpo_megatron.config.schema import flatten, load
 from agrpo_megatron.config.settings import AlgorithmSettings, Settings
 from agrpo_megatron.config.values import text
-from agrpo_megatron.runs.directory import DATA, data_digests, run_digest
+from agrpo_megatron.runs.directory import DATA, data_digests, digests_so_far
 from agrpo_megatron.runs.progress import RUN_SETTINGS
 from agrpo_megatron.runs.resolve import Planned, Resolved
 from agrpo_megatron.tasks import Task
@@ -87,7 +88,7 @@ def check_replay(resolved: Resolved | Planned) -> None:
             f"use the task settings of {source / RUN_SETTINGS}"
         )
     if here.train.iterations > 0:
-        _check_rounds(source, there, here, run=run_digest(there, data))
+        _check_rounds(source, there, here, runs=digests_so_far(source, there, data))
         if resolved.tokenizer is not None:
             _check_prompts(source, resolved.task, resolved.tokenizer)
 
@@ -110,7 +111,7 @@ def _shared(settings: Settings) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if f"{key}.".startswith(chosen)}
 
 
-def _check_rounds(source: Path, there: Settings, here: Settings, *, run: str) -> None:
+def _check_rounds(source: Path, there: Settings, here: Settings, *, runs: Collection[str]) -> None:
     """Check that each iteration has its first round; later rounds follow from its rewards."""
     said, wanted = f"train.from_rollouts={source}", here.train.iterations
     paths = [
@@ -133,7 +134,7 @@ def _check_rounds(source: Path, there: Settings, here: Settings, *, run: str) ->
         )
     # A run writes its rounds in order, so files of an earlier run in its folder are the last ones.
     for path in (paths[0], paths[-1]):
-        if _run_of(path) != run:
+        if _run_of(path) not in runs:
             raise ValueError(
                 f"{said}: {path} is damaged, of another version of agrpo_megatron, or of a run "
                 f"with other settings than {source / RUN_SETTINGS}; {KEEP}"

@@ -13,10 +13,10 @@ from agrpo_megatron.families.files import is_huggingface
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.runs.base import Base, write_base
+from agrpo_megatron.runs.early_stopping import is_spent, metric, with_early_stop
 from agrpo_megatron.runs.progress import CHECKPOINTS, HF, RUN_FILE, TEMPLATE, Progress
 from agrpo_megatron.runs.stored_rollouts import sampling_number
 from agrpo_megatron.text.tokenizer import CHARACTERS
-from agrpo_megatron.training.early_stopping import is_spent, metric, with_early_stop
 from agrpo_megatron.training.nan_guard import refuse_nonfinite_weights
 
 MODEL_FILES = "model"  # below the run directory: files copied into each checkpoint
@@ -68,11 +68,14 @@ class Checkpointer:
         """Record the metrics of an evaluation; returns the reason for early stopping, if any."""
         name, best = self._settings.best, self._done.best
         if name is not None:
+            if self._done.best_metric not in (None, name):  # it was changed on a resume
+                best = None
             value = metric(scores, name, key="checkpoint.best")
             self._is_best = best is None or value > best
             best = value if self._is_best else best
         kept = {k: v for k, v in scores.items() if isinstance(v, float) or k.startswith("summary/")}
-        done = replace(self._done, is_evaluated=True, scores=kept, best=best)
+        done = replace(self._done, is_evaluated=True, scores=kept)
+        done = replace(done, best=best, best_metric=name)
         self._done = with_early_stop(done, scores, self._session.run.settings.train)
         return self._done.stopped
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from agrpo_megatron.checkpoint.lora.base import find_base
 from agrpo_megatron.checkpoint.resume import find_checkpoint
 from agrpo_megatron.checkpoint.sharded import load_checkpoint
 from agrpo_megatron.checkpoint.start import load_base, load_model, load_reference
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.evaluation.evaluate import evaluate
 from agrpo_megatron.evaluation.failures import check_solutions
 from agrpo_megatron.hardware.kernels import in_one_line, kernels_for
@@ -26,10 +28,13 @@ from agrpo_megatron.rollout.cache import NoCache, RolloutCache
 from agrpo_megatron.rollout.replay import open_replay
 from agrpo_megatron.rollout.session import Output, Run, Safety, Session, View
 from agrpo_megatron.runs.base import check_base
-from agrpo_megatron.runs.directory import check_data, data_digests, run_digest
+from agrpo_megatron.runs.changes import Change, write_changes
+from agrpo_megatron.runs.directory import changed_settings, check_data, data_digests, run_digest
+from agrpo_megatron.runs.early_stopping import check_metrics, still_stopped
 from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.runs.odd_values import odd_values
 from agrpo_megatron.runs.progress import CHECKPOINTS, Progress
+from agrpo_megatron.runs.provenance import provenance, write_provenance
 from agrpo_megatron.runs.resolve import Resolved
 from agrpo_megatron.runs.sizes import measure
 from agrpo_megatron.runs.stored_rollouts import ROLLOUTS
@@ -37,8 +42,7 @@ from agrpo_megatron.scaling.adapters import adapter_note
 from agrpo_megatron.tasks.base import SPLITS
 from agrpo_megatron.tasks.grading import Grader
 from agrpo_megatron.training.checkpointing import MODEL_FILES, Checkpointer, describe_model
-from agrpo_megatron.training.early_stopping import check_metrics
-from agrpo_megatron.training.measures.devices import rate_note
+from agrpo_megatron.training.measures.devices import device_text, rate_note
 from agrpo_megatron.training.nan_guard import Found, with_roll_backs
 from agrpo_megatron.training.nonfinite import NotFinite
 from agrpo_megatron.training.rl import run_rl
@@ -77,7 +81,8 @@ def _run_phases(session: Session, phases: tuple[str, ...], found: Found) -> None
     done = found[1] if found else Progress("sft", 0, {})
     if done.phase == "sft" and "sft" in phases and session.run.settings.sft.iterations > 0:
         _sft_phase(session, found[0] if found else None, done)
-    if "rl" in phases and done.stopped is None:
+    if "rl" in phases and still_stopped(done, session.run.settings.train) is None:
+        done = replace(done, stopped=None)  # it ended early, and its limit was raised
         _rl_phase(session, found[0] if found and done.phase == "rl" else None, done)
 
 
@@ -101,6 +106,7 @@ def _opened(
             mark = f"{done.name}{'' if done.is_evaluated else ', not evaluated'}"
             marks = [mark if found else "the start", *(cache.progress() if ranks.is_main else [])]
             begin(directory, marks, most_idle=settings.resilience.idle_attempts, ranks=ranks)
+            changes = _record_start(settings, found, ranks)
             log = RunLog(
                 directory,
                 settings=settings,
@@ -117,6 +123,8 @@ def _opened(
         log.cut_back(done.offsets)
         if found:
             view.note(f"resuming after {done.phase} iteration {done.iteration}")
+        for change in changes:
+            view.note(f"from here on {change}")
         _show_notes(session)
         base = None
         if settings.lora.rank is not None:
@@ -126,6 +134,23 @@ def _opened(
         if ranks.is_main:
             describe_model(directory / MODEL_FILES, settings, found[0] if found else None, base)
         yield session, found
+
+
+def _record_start(settings: Settings, found: Found, ranks: Ranks) -> list[Change]:
+    """Record where an attempt runs and which settings it changes; before the log replaces them.
+
+    Returns:
+        The changes, on the main rank.
+    """
+    directory, changes = Path(settings.run.dir), []
+    if not ranks.is_main:
+        return changes
+    if found:
+        changes = changed_settings(settings, found[1])
+        write_changes(directory, changes, found[1])
+    here = provenance(settings, ranks=ranks.world_size, device=device_text(ranks.device))
+    write_provenance(directory, here)
+    return changes
 
 
 def _open_cache(

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from agrpo_megatron.resilience.sections import Sections
-from agrpo_megatron.resilience.stop import JOB_END, LEAST_MARGIN, Stop, Turns
+from agrpo_megatron.resilience.stop import CTRL_C, JOB_END, LEAST_MARGIN, Stop, Turns
 from agrpo_megatron.rollout import generate
 from agrpo_megatron.rollout.cache import CompletionWriter, RolloutCache
 from agrpo_megatron.runs.log import RunLog
@@ -209,6 +209,37 @@ def test_a_job_whose_time_is_nearly_up_stops_and_saves(tmp_path):
     assert why.startswith("the job's time is up in 3")
     path, progress = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert (path.name, progress.iteration) == ("sft-000001", 1)
+
+
+def _press(stop, times):
+    with stop.listening():
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+    return stop.reason
+
+
+def test_ctrl_c_asks_to_stop_and_a_second_one_ends_at_once(capfd):
+    stop = Stop(Sections())
+    assert _press(stop, 1) == CTRL_C == "interrupted by Ctrl-C"
+    assert "press it again to end at once" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        _press(stop, 1)
+    stop = Stop(Sections())
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert _press(stop, 1) == CTRL_C  # it was not pressed before
+
+
+def test_a_launcher_s_copy_of_ctrl_c_is_no_second_one(monkeypatch, capfd):
+    """The terminal signals all its processes, and torchrun then signals its ranks again."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "1")
+    stop = Stop(Sections())
+    assert _press(stop, 3) == CTRL_C
+    monkeypatch.setattr("agrpo_megatron.resilience.stop.PASSED_ON", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        _press(stop, 1)
+    assert capfd.readouterr().err == ""  # rank 0 says it
 
 
 def test_the_margin_is_learned(monkeypatch):

@@ -8,9 +8,12 @@ import pytest
 
 from agrpo_megatron.config.schema import build, to_yaml
 from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.runs.changes import write_changes
 from agrpo_megatron.runs.directory import (
+    changed_settings,
     check_data,
     data_digests,
+    digests_so_far,
     is_finished,
     move_away,
     progress,
@@ -52,7 +55,9 @@ def test_the_same_settings_continue_where_the_run_was(settings):
 
 
 def test_a_run_that_ended_early_is_finished(settings):
-    assert is_finished(settings, replace(HALF, stopped="accuracy is 1: train.stop_target=1"))
+    train = replace(settings.train, flops=1e9)
+    ended = replace(HALF, stopped="1e+09 FLOPs: train.flops=1e+09", flops=10**9)
+    assert is_finished(replace(settings, train=train), ended)
     assert not is_finished(settings, replace(HALF, phase="sft", stopped="never"))
 
 
@@ -66,13 +71,15 @@ def test_a_new_directory_has_no_progress(tmp_path):
     ("key", "value", "said"),
     [
         ("run.seed", 1, "run.seed=0, not 1"),
-        ("optimizer.learning_rate", 1e-3, "optimizer.learning_rate=0.0001, not 0.001"),
+        ("optimizer.adam_beta2", 0.9, "optimizer.adam_beta2=0.99, not 0.9, which may not change"),
+        ("sft.iterations", 9, "sft.iterations=0, not 9, which may not change: reinforcement"),
+        ("sft.optimizer.learning_rate", 1e-3, "the supervised phase is over"),
+        ("evaluation.temperature", 0.5, "accuracies before and after would not compare"),
         ("sampling.top_k", 5, "sampling.top_k=None, not 5"),
         ("model.megatron", {"attention_dropout": 0.1}, "model.megatron.attention_dropout=None"),
         ("task.options", {"numbers": 4}, "task.options.numbers=None, not 4"),
         ("task.grader.seconds", 3.0, "task.grader.seconds=10.0, not 3.0"),
         ("train.from_rollouts", "runs/a", "train.from_rollouts=None, not runs/a"),
-        ("train.stop_metric", "accuracy", "train.stop_metric=None, not accuracy"),
     ],
 )
 def test_a_changed_setting_is_refused_by_its_key(settings, key, value, said):
@@ -80,6 +87,51 @@ def test_a_changed_setting_is_refused_by_its_key(settings, key, value, said):
         progress(_changed(settings, key, value))
     assert said in str(error.value)
     assert str(settings.run.dir) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optimizer.learning_rate", 1e-3),
+        ("optimizer.decay", "cosine"),
+        ("train.iterations", 200),
+        ("train.token_budget", 100),
+        ("algorithm.mc_samples", "auto"),
+        ("evaluation.interval", 0),
+        ("train.stop_metric", "accuracy"),
+    ],
+)
+def test_what_alters_only_what_follows_may_change_and_is_named(settings, key, value):
+    changed = _changed(settings, key, value)
+    assert progress(changed) == HALF
+    (change,) = changed_settings(changed, HALF)
+    assert (change.key, change.new) == (key, value)
+    assert changed_settings(settings, HALF) == []
+
+
+def test_a_run_has_at_least_the_iterations_that_are_finished(settings):
+    for planned in (50, 100):
+        progress(_changed(settings, "train.iterations", planned))
+    with pytest.raises(ValueError, match="train.iterations=49: .* finished 50 .* use at least 50"):
+        progress(_changed(settings, "train.iterations", 49))
+
+
+def test_a_run_whose_limit_is_raised_is_not_finished(settings):
+    """It is judged again, by the limit of now and the evaluation of then."""
+    ended = replace(
+        HALF, stopped="...", scores={"accuracy": 0.8}, flops=10**12, stop_best=0.9, stop_waited=3
+    )
+
+    def ended_by(**limits):
+        changed = replace(settings, train=replace(settings.train, **limits))
+        return is_finished(changed, ended)
+
+    assert ended_by(flops=1e12) and not ended_by(flops=2e12) and not ended_by()
+    by = {"stop_metric": "accuracy"}
+    assert ended_by(**by, stop_target=0.8) and not ended_by(**by, stop_target=0.81)
+    assert ended_by(**by, stop_patience=3) and not ended_by(**by, stop_patience=4)
+    ended = replace(ended, stop_metric="reward/mean", stop_best=0.5)
+    assert not ended_by(**by, stop_patience=3)  # the evaluations in vain were of another metric
 
 
 @pytest.mark.parametrize(
@@ -98,10 +150,9 @@ def test_what_changes_no_number_may_change(settings, key, value):
     assert progress(_changed(settings, key, value)) == HALF
 
 
-def test_when_to_end_may_change_until_it_was_judged_by(settings):
-    """A run whose metric is refused after the supervised phase goes on with another."""
-    changed = _changed(settings, "train.stop_metric", "accuracy")
-    sft = replace(HALF, phase="sft")
+def test_what_the_supervised_phase_does_not_use_may_change_until_it_is_over(settings):
+    changed = _changed(settings, "algorithm.group_size", 4)
+    sft = replace(HALF, phase="sft", iteration=0)
     root = Path(settings.run.dir, "checkpoints")
     (root / sft.name).mkdir()
     (root / sft.name / "progress.json").write_text(json.dumps(asdict(sft)))
@@ -158,6 +209,22 @@ def test_what_is_sampled_depends_on_settings_and_problems_alone(settings, tmp_pa
     assert mine != run_digest(_changed(settings, "sampling.temperature", 0.5), data)
     other = _own(tmp_path / "own.py", OWN.replace("(3)", "(4)"))
     assert mine != run_digest(settings, data_digests(other))
+
+
+def test_rollouts_of_before_a_change_are_still_the_run_s(settings):
+    folder = Path(settings.run.dir)
+    digests = [run_digest(settings, {})]
+    for rate in (1e-3, 0.1):
+        changed = _changed(settings, "optimizer.learning_rate", rate)
+        changed = _changed(changed, "algorithm.mc_samples", 3)
+        write_changes(folder, changed_settings(changed, HALF), HALF)
+        (folder / "config.yaml").write_text(to_yaml(changed))
+        digests.append(run_digest(changed, {}))
+    assert len(set(digests)) == 3
+    assert set(digests) <= digests_so_far(folder, changed, {})
+    assert run_digest(_changed(settings, "run.seed", 1), {}) not in digests_so_far(
+        folder, changed, {}
+    )
 
 
 def test_an_option_that_was_taken_away_is_refused_too(settings):

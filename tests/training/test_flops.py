@@ -15,8 +15,8 @@ from agrpo_megatron.scaling.flops import update_cost, update_factor
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
+from tests.runs.test_early_stopping import _last
 from tests.training.kills import kill_after_line
-from tests.training.test_early_stopping import _last
 from tests.training.test_run import read
 from tests.training.tiny import (
     HashedReward,

@@ -14,6 +14,14 @@ from agrpo_megatron.megatron.parallel import Ranks
 GIB = 2**30
 
 
+def device_text(device: torch.device) -> str:
+    """Return the device of a rank in words, such as "NVIDIA H200" or "CPU, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"
+
+
 def forget_peak(ranks: Ranks) -> None:
     """Let the peak of GPU memory begin anew."""
     if ranks.device.type == "cuda":

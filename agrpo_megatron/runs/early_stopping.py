@@ -16,21 +16,44 @@ def with_early_stop(done: Progress, scores: Mapping[str, Any], settings: TrainSe
     Raises:
         ValueError: the evaluation has no metric `train.stop_metric`.
     """
+    name, value = settings.stop_metric, None
+    if name is not None:
+        value = metric(scores, name, key="train.stop_metric")
+        done = _of_metric(done, name)
+        is_best = done.stop_best is None or value > done.stop_best
+        best, waited = (value, 0) if is_best else (done.stop_best, done.stop_waited + 1)
+        done = replace(done, stop_best=best, stop_waited=waited)
+    reason = _reason(done, value, settings)
+    return done if reason is None else replace(done, stopped=reason)
+
+
+def still_stopped(done: Progress, settings: TrainSettings) -> str | None:
+    """Return why a run that ended early stays ended under these settings; None if it may go on."""
+    name = settings.stop_metric
+    if done.stopped is None or name is None:
+        return _reason(done, None, settings) if done.stopped else None
+    return _reason(_of_metric(done, name), done.scores.get(name), settings)
+
+
+def _of_metric(done: Progress, name: str) -> Progress:
+    """Return the progress judged by a metric: by another one, it begins anew."""
+    if done.stop_metric not in (None, name):
+        done = replace(done, stop_best=None, stop_waited=0)
+    return replace(done, stop_metric=name)
+
+
+def _reason(done: Progress, value: float | None, settings: TrainSettings) -> str | None:
+    """Return why a run ends early, where its metric has a value; None if it does not."""
     name, target, patience = settings.stop_metric, settings.stop_target, settings.stop_patience
     if is_spent(done, settings):
-        return replace(done, stopped=f"{done.flops:.4g} FLOPs: train.flops={settings.flops:g}")
+        return f"{done.flops:.4g} FLOPs: train.flops={settings.flops:g}"
     if name is None:
-        return done
-    value = metric(scores, name, key="train.stop_metric")
-    if target is not None and value >= target:
-        return replace(done, stopped=f"{name} is {value:.4g}: train.stop_target={target:g}")
-    if done.stop_best is None or value > done.stop_best:
-        return replace(done, stop_best=value, stop_waited=0)
-    done = replace(done, stop_waited=done.stop_waited + 1)
+        return None
+    if target is not None and value is not None and value >= target:
+        return f"{name} is {value:.4g}: train.stop_target={target:g}"
     if patience is None or done.stop_waited < patience:
-        return done
-    why = f"{name} was never above {done.stop_best:.4g} again: train.stop_patience={patience}"
-    return replace(done, stopped=why)
+        return None
+    return f"{name} was never above {done.stop_best:.4g} again: train.stop_patience={patience}"
 
 
 def is_spent(done: Progress, settings: TrainSettings) -> bool:

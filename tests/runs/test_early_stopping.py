@@ -5,8 +5,8 @@ import torch.distributed as dist
 
 from agrpo_megatron.config.settings import TrainSettings
 from agrpo_megatron.runs.directory import is_finished
+from agrpo_megatron.runs.early_stopping import with_early_stop
 from agrpo_megatron.runs.progress import Progress, read_progress
-from agrpo_megatron.training.early_stopping import with_early_stop
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
 from tests.training.kills import kill_after_line
