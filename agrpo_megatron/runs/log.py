@@ -1,27 +1,21 @@
-"""The files of a run: metrics, samples, resolved settings; and wandb."""
+"""The files of a run: metrics, samples, resolved settings; and the trackers of its metrics."""
 
 import json
-import netrc
 import os
-import secrets
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from agrpo_megatron.config.schema import to_yaml
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.runs.files import check_folder, write_whole
+from agrpo_megatron.runs.trackers.tensorboard import TensorBoard, wants_tensorboard
+from agrpo_megatron.runs.trackers.weights_and_biases import Wandb, check_wandb
 
 METRICS, SAMPLES, NOTES = "metrics.jsonl", "samples.jsonl", "notes.txt"
-KEY_LENGTH = 40  # characters of wandb's shortest key
 SECONDS = "totals/seconds"  # a metric of every line
-SENT = "wandb_steps"  # holds how many lines of metrics wandb has, as attempts that ended know it
 
 
 def check_log(settings: Settings) -> None:
@@ -31,25 +25,8 @@ def check_log(settings: Settings) -> None:
         ValueError: it cannot.
     """
     check_folder(Path(settings.run.dir), key="run.dir")
-    if settings.logging.wandb != "online":
-        return
-    import wandb
-
-    problem = "there is no valid API key"
-    try:
-        known = wandb.setup().settings
-        host, place = urlsplit(known.base_url).netloc, os.environ.get("NETRC", "~/.netrc")
-        if len(known.api_key or "") >= KEY_LENGTH or known.identity_token_file:
-            return
-        hosts = [host, "api.wandb.ai"][: 1 + host.endswith("coreweave.com")]  # wandb's own, both
-        if any(map(netrc.netrc(os.path.expanduser(place)).authenticators, hosts)):
-            return
-    except (wandb.Error, ValueError, OSError, netrc.NetrcParseError) as error:
-        problem = f"{problem}: {' '.join(str(error).split())}"
-    raise ValueError(
-        f"logging.wandb=online cannot log in: {problem}; run `wandb login`, set WANDB_API_KEY, or "
-        "use logging.wandb=offline"
-    )
+    check_wandb(settings)
+    wants_tensorboard(settings)
 
 
 class RunLog:
@@ -75,8 +52,9 @@ class RunLog:
     ):
         self.directory, self.check = directory, check
         self._files: dict[str, Any] = {}
-        self._wandb: Any = None
-        self._lines = self._sent = 0  # of metrics: in the file, and of those in wandb
+        self._wandb: Wandb | None = None
+        self._trackers: list[Wandb | TensorBoard] = []
+        self._lines = 0  # of metrics
         self._started = time.monotonic() if started is None else started
         if not is_main:
             return
@@ -86,19 +64,22 @@ class RunLog:
         for name in (METRICS, SAMPLES):
             self._files[name] = (directory / name).open("a", encoding="utf-8")
         write_whole(directory / "config.yaml", to_yaml(settings))
-        self._wandb = _start_wandb(directory, settings, known=wandb_id)
-        if (directory / SENT).exists():
-            self._sent = int((directory / SENT).read_text(encoding="utf-8"))
+        if settings.logging.wandb != "disabled":
+            self._wandb = Wandb(directory, settings, known=wandb_id)
+            self._trackers.append(self._wandb)
+        if wants_tensorboard(settings):
+            self._trackers.append(TensorBoard(directory))
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Write one line of metrics and send it to wandb, under its phase's name.
+        """Write one line of metrics, and send it to wandb and TensorBoard.
 
         The seconds of this attempt and of earlier ones up to their last line are added.
         """
         record = {**record, SECONDS: time.monotonic() - self._started}
         self._append(METRICS, record)
+        for tracker in self._trackers:
+            tracker.send(self._lines, record)
         self._lines += 1
-        self._send(record)
 
     def first_values(self, phase: str, key: str, *, iterations: int) -> dict[int, float]:
         """Return a metric of a phase's first iterations, as logged; empty on other ranks."""
@@ -127,8 +108,8 @@ class RunLog:
 
     def alert(self, title: str, text: str) -> None:
         """Send an alert through wandb."""
-        if self._wandb is not None:
-            self._wandb.alert(title=title, text=text, level="WARN")
+        for tracker in self._trackers:
+            tracker.alert(title, text)
 
     @property
     def wandb_id(self) -> str | None:
@@ -144,48 +125,23 @@ class RunLog:
         for name, file in self._files.items():
             file.truncate(min(offsets.get(name, 0), file.seek(0, os.SEEK_END)))
             file.seek(0, os.SEEK_END)
-        if self._wandb is not None:
-            kept = (self.directory / METRICS).read_text(encoding="utf-8").splitlines()
-            self._lines = 0
-            for line in kept:
-                self._lines += 1
-                self._send(json.loads(line))  # what a killed attempt may not have written
+        if self._trackers:
+            text = (self.directory / METRICS).read_text(encoding="utf-8")
+            kept = [json.loads(line) for line in text.splitlines()]
+            self._lines = len(kept)
+            for tracker in self._trackers:
+                tracker.restart(kept)
 
     def close(self) -> None:
-        """Close the files and wandb."""
-        for file in self._files.values():
+        """Close the files and the trackers."""
+        for file in (*self._files.values(), *self._trackers):
             file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-            write_whole(self.directory / SENT, str(self._sent))
-
-    def _send(self, record: dict[str, Any]) -> None:
-        """Send the newest line to wandb, unless wandb has it; a step is the index of a line."""
-        if self._wandb is None or self._lines <= self._sent:
-            return
-        phase, self._sent = record["phase"], self._lines
-        named = {f"{phase}/{key}": value for key, value in scalars(record).items()}
-        self._wandb.log(named, step=self._lines - 1, commit=True)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if name in self._files:
             self.check()
             self._files[name].write(json.dumps(record) + "\n")
             self._files[name].flush()
-
-
-def scalars(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a line of metrics without its phase, each list as `NAME/0`, `NAME/1`, ...
-
-    A missing value of a list is left out.
-    """
-    found: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, list):
-            found |= {f"{key}/{n}": part for n, part in enumerate(value) if part is not None}
-        elif key != "phase":
-            found[key] = value
-    return found
 
 
 def _last_line(path: Path, phase: str | None = None) -> dict[str, Any] | None:
@@ -197,33 +153,3 @@ def _last_line(path: Path, phase: str | None = None) -> dict[str, Any] | None:
             if phase in (None, record["phase"]):
                 return record
     return None
-
-
-def _start_wandb(directory: Path, settings: Settings, *, known: str | None) -> Any:
-    """Start wandb, under the id of an earlier attempt if there was one."""
-    logging = settings.logging
-    if logging.wandb == "disabled":
-        return None
-    import wandb
-
-    id_file = directory / "wandb_id"
-    if not id_file.exists():
-        write_whole(id_file, known or secrets.token_hex(4))
-    start: Callable[..., Any] = partial(
-        wandb.init,
-        project=logging.project,
-        name=logging.name or directory.name,
-        id=id_file.read_text(encoding="utf-8"),
-        resume="allow",
-        dir=str(directory),
-        config=asdict(settings),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-    try:
-        return start(mode=logging.wandb)  # type: ignore[arg-type]
-    except wandb.Error as error:
-        if logging.wandb != "online":
-            raise
-        reason = " ".join(str(error).split())
-        print(f"warning: wandb is offline in this attempt ({reason})", file=sys.stderr)
-        return start(mode="offline")

@@ -167,7 +167,8 @@ def test_a_server_that_refuses_leaves_the_attempt_offline(tmp_path, monkeypatch,
         modes.append(mode)
         if mode == "online":
             raise wandb.errors.CommError("no such\nproject")
-        return SimpleNamespace(id=rest["id"], finish=lambda: None)
+        define = dict.fromkeys(("finish", "define_metric"), lambda *_, **__: None)
+        return SimpleNamespace(id=rest["id"], **define)
 
     monkeypatch.setattr(wandb, "init", init)
     settings = tiny("logging.wandb=online")

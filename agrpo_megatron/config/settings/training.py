@@ -1,7 +1,7 @@
 """Settings of the task, the optimizer and the loops."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from agrpo_megatron.config.schema import section, setting
 from agrpo_megatron.config.settings.sampling import UNMASKING
@@ -165,10 +165,13 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class LoggingSettings:
-    """Reports and wandb."""
+    """Reports, wandb and TensorBoard."""
 
     wandb: str = setting("offline", "wandb mode", choices=("offline", "online", "disabled"))
     project: str = setting("agrpo", "wandb project")
     name: str | None = setting(None, "wandb run name; null: the run directory's name")
+    tensorboard: bool | Literal["auto"] = setting(
+        False, "write TensorBoard's event files; auto: where its package is installed"
+    )
     samples: int = setting(4, "completions kept per iteration and evaluation", low=0)
     live: bool = setting(True, "live terminal view where the terminal allows")
