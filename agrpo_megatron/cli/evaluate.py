@@ -43,7 +43,7 @@ every setting; `agrpo report RUN/evaluations/*` draws accuracy against steps and
 REPORT = """\
 examples:
   agrpo report runs/tiny                              figures and page of a run
-  agrpo report runs/a runs/b                          and several runs side by side
+  agrpo report runs/a runs/b                          and a page of several runs, with seed bands
   agrpo report runs/tiny/evaluations/* --output frontier.png
   agrpo report runs/sweep                             a sweep's table so far
   agrpo report before=evaluations/LLaDA after=runs/x/evaluations/best --output frontier.png
@@ -83,7 +83,10 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         "targets", nargs="+", metavar="[LABEL=]DIR", help="directory of a run, evaluation or sweep"
     )
     command.add_argument(
-        "--output", type=Path, metavar="PNG", help="of the frontier; default: in the same folder"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="PNG of the frontier, or HTML page of several runs; default: in the same folder",
     )
 
 
@@ -181,7 +184,10 @@ def report(arguments: argparse.Namespace) -> int:
         for path in write_report(run_dir):
             print(path)
     if len(runs) > 1:
-        compare(runs)
+        page = arguments.output if not evaluations else None
+        if page is not None:
+            check_folder(page.parent, key="--output")
+        compare(runs, page)
     if evaluations:
         folder, _ = evaluations[0]
         path = arguments.output or folder.parent / "frontier.png"

@@ -162,9 +162,8 @@ def _show_finished(run_dir: Path, reason: str | None) -> None:
     """
     from agrpo_megatron.reports.summary import conclude
 
-    why, key = (
-        ("", "more train.iterations") if reason is None else (f" ({reason})", "another limit")
-    )
+    why = "" if reason is None else f" ({reason})"
+    key = "more train.iterations" if reason is None else "another limit"
     print(f"{run_dir} is finished{why}; add --restart to run it again, or {key} to go on\n")
     conclude(run_dir)
 
@@ -173,7 +172,8 @@ def _end(outcome: str, reason: str, status: int) -> int:
     """Report how training ended, to the user and the job's script; returns the exit status."""
     if is_main():
         if reason:
-            print(f"agrpo: {outcome}: {reason}", file=sys.stderr)
+            said = "stopped" if outcome == "requeue" else outcome  # jobs alone have queues
+            print(f"agrpo: {said}: {reason}", file=sys.stderr)
         exit_status.report_outcome(outcome, reason)
     return exit_status.launcher_status(status)
 

@@ -13,6 +13,8 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.config.yaml_files import read_yaml
 from agrpo_megatron.evaluation.statistics import Interval, wilson
 from agrpo_megatron.reports.text import number
+from agrpo_megatron.runs.changes import read_changes
+from agrpo_megatron.runs.provenance import read_provenance
 
 STAGES = ("before", "interval", "after")
 TIME_PARTS = ("rollout", "reward", "update", "checkpoint")
@@ -30,6 +32,8 @@ class Run:
     rl: tuple[Row, ...]
     evaluations: tuple[Row, ...]
     samples: tuple[Row, ...]
+    changes: tuple[Row, ...]  # of settings, see `runs.changes`
+    provenance: tuple[Row, ...]  # a row for each attempt, see `runs.provenance`
     unreadable_lines: int  # lines cut off by a crash or not of the expected form
 
 
@@ -59,6 +63,8 @@ def read_run(path: Path) -> Run:
         rl=_of_phase(metrics, "rl"),
         evaluations=_of_phase(metrics, "eval"),
         samples=_distinct(samples),
+        changes=tuple(read_changes(path)),
+        provenance=tuple(read_provenance(path)),
         unreadable_lines=broken_metrics + broken_samples,
     )
 

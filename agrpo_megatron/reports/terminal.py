@@ -32,9 +32,12 @@ DETAILS: tuple[Cell, ...] = (
     ("ratio p99", "ratio/p99_error", "{:.1e}".format),
     ("entropy", "entropy", FIXED),
     ("live steps", "live_steps/mean", "{:.1f}".format),
+    ("truncated", "completions/truncated_fraction", percent),
     ("drawn", "mc_samples", "{:.0f}".format),
     ("grad norm", "grad_norm", FIXED),
     ("tokens/s", "perf/tokens_per_second", compact),
+    ("update MFU", "perf/mfu_update", percent),
+    ("GiB", "memory/allocated_peak", "{:.1f}".format),
     ("iteration", "timing/iteration", duration),
 )
 EVALUATION: tuple[Cell, ...] = (

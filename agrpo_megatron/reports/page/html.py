@@ -12,6 +12,7 @@ from markupsafe import Markup
 from agrpo_megatron.config.schema import describe
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.reports.page.completions import prompts
+from agrpo_megatron.reports.page.provenance import attempts, changed, made_by, times
 from agrpo_megatron.reports.plots.figures import draw_figures
 from agrpo_megatron.reports.plots.style import DARK
 from agrpo_megatron.reports.read import (
@@ -37,12 +38,19 @@ CAPTIONS = {
     "policy": (
         "Policy",
         "Rollout and training run the same modules on the same weights, so the policy ratio of a "
-        "first update is 1 up to rounding; its distance from 1 should stay far below the alarm.",
+        "first update is 1 up to rounding; its distance from 1 should stay far below the alarm. "
+        "With one update an iteration the loss is about 0 by construction: advantages of a group "
+        "sum to 0. Its gradient is not 0.",
     ),
     "sampler": (
         "Sampler",
         "Live steps are the denoising steps of a completion that can be drawn for training. A "
         "rollout has no advantage where all completions of its group earn the same reward.",
+    ),
+    "denoising": (
+        "Denoising",
+        "Each line is a part of every completion's denoising steps, from first (pale) to last "
+        "(strong).",
     ),
     "time": (
         "Time",
@@ -75,26 +83,43 @@ def write_report(run_dir: Path) -> list[Path]:
     return [*(folder / f"{name}.png" for name in pictures), page]
 
 
-def _page(run: Run, pictures: Mapping[str, bytes]) -> str:
-    templates = Environment(
+def environment() -> Environment:
+    """Return the templates of pages."""
+    return Environment(
         loader=PackageLoader("agrpo_megatron.reports.page", ""),
         autoescape=True,
         finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def encoded(png: bytes) -> str:
+    """Return a picture as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+def _page(run: Run, pictures: Mapping[str, bytes]) -> str:
     named = {"task": "task.name", "model family": "model.family", "seed": "run.seed"}
     parts = [(name, run.settings.get(key)) for name, key in named.items()]
     phases = (("Reinforcement learning", "rl", run.rl), ("Supervised", "sft", run.sft))
-    return templates.get_template("page.html.j2").render(
+    settings = list(_settings(run))
+    template = environment().get_template("page.html.j2")
+    return template.render(
         name=run.path.resolve().name,
         subtitle=", ".join(f"{name} {value}" for name, value in parts if value is not None),
         held_out=_held_out(run),
         facts=_facts(run),
         figures=_figures(run, pictures),
         prompts=prompts(run),
-        tables=[_evaluations(run), *(_metrics(*phase) for phase in phases)],
-        settings=list(_settings(run)),
+        tables=[
+            _evaluations(run),
+            changed(run),
+            *(_metrics(*phase) for phase in phases),
+            attempts(run),
+        ],
+        settings=settings,
+        changed_settings=[row[:3] for row in settings if row[-1]],
         broken=run.unreadable_lines,
     )
 
@@ -116,6 +141,12 @@ def _facts(run: Run) -> Iterator[tuple[str, str, str]]:
         yield ("SFT iterations", str(run.sft[-1]["iteration"]), _planned(run, "sft"))
     totals = time_totals(run)
     yield ("Time", duration(sum(totals.values())), "training and evaluation")
+    made = {**times(run), **made_by(run)}
+    for name in ("wall time", "GPU-hours", "CPU-hours"):
+        if name in made:
+            yield (name[0].upper() + name[1:], made[name], "all attempts, start-up included")
+    if "commit" in made:
+        yield ("Commit", made["commit"], f"{made['devices']} on {made['host']}")
     speed = series(run.rl or run.sft, "perf/tokens_per_second")[1]
     if len(speed):
         yield ("Tokens per second", compact(float(np.median(speed))), "median iteration")
@@ -187,8 +218,7 @@ def _figures(run: Run, pictures: Mapping[str, bytes]) -> Iterator[tuple[str, ...
     """Yield title, caption and two data URIs of each figure: for light and for dark pages."""
     dark = draw_figures(run, DARK)
     for name, light in pictures.items():
-        encoded = (base64.b64encode(png).decode("ascii") for png in (light, dark[name]))
-        yield (*CAPTIONS[name], *(f"data:image/png;base64,{text}" for text in encoded))
+        yield (*CAPTIONS[name], encoded(light), encoded(dark[name]))
 
 
 def _evaluations(run: Run) -> dict[str, Any]:

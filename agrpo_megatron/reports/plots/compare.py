@@ -56,7 +56,7 @@ def _figure(curves: Mapping[str, Sequence[Curve]], theme: Theme) -> Figure:
             left.plot(x, y, color=colours[label], linewidth=1.0, alpha=0.35)
         x, y = _mean(seeds)
         left.plot(x, y, "o-", color=colours[label], lw=2.4, mec=theme.face, mew=1.3, ms=6)
-        labels += [(float(y[-1]), label, colours[label])] if len(y) else []
+        labels += [(float(x[-1]), float(y[-1]), label, colours[label])] if len(y) else []
     left.set_xlabel("RL iteration")
     style.end_labels(left, labels)
     _gains(right, curves, colours)

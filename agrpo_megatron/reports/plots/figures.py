@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from agrpo_megatron.reports.plots import style
+from agrpo_megatron.reports.plots.denoising import BY_STEP, denoising_figure, part_rows
 from agrpo_megatron.reports.plots.learning import learning_charts, learning_figure
 from agrpo_megatron.reports.plots.style import LIGHT, Theme
 from agrpo_megatron.reports.plots.timing import time_figure
@@ -63,7 +64,9 @@ def draw_figures(run: Run, theme: Theme = LIGHT) -> dict[str, bytes]:
     for name, panels in (("policy", POLICY_PANELS), ("sampler", SAMPLER_PANELS)):
         if shown := [panel for panel in panels if _has_values(run, panel)]:
             draws[name] = lambda t, shown=shown: _panels(shown, run, t)
-    if sum(time_totals(run).values()) > 0:
+    if parts := [key for key in BY_STEP if part_rows(run, key)]:
+        draws["denoising"] = lambda t: denoising_figure(run, parts, t)
+    if sum(seconds > 0 for seconds in time_totals(run).values()) > 1:
         draws["time"] = lambda t: time_figure(run, t)
     return {name: style.render(draw, theme) for name, draw in draws.items()}
 
@@ -86,7 +89,7 @@ def _panels(shown: Sequence[Panel], run: Run, theme: Theme) -> Figure:
         labels = style.curves(axes, run.rl, metrics)
         if alarm and panel is POLICY_PANELS[0]:
             axes.axhline(alarm, color=theme.red, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
-            labels.append((alarm, "alarm", theme.red))
+            labels.append((None, alarm, "alarm", theme.red))
         if index >= len(shown) - columns:
             axes.set_xlabel("RL iteration")
         style.end_labels(axes, labels)

@@ -99,7 +99,7 @@ def _figure(lines: dict[str, list[FrontierLine]], theme: Theme) -> Figure:
         right.tick_params(axis="y", labelleft=False)
         colours = [colour for colour, *_ in looks]
         ends = [float(line.accuracy[-1]) for line in drawn]
-        end_labels(right, zip(ends, names, colours, strict=True))
+        end_labels(right, zip([None] * len(ends), ends, names, colours, strict=True))
     return figure
 
 

@@ -46,7 +46,9 @@ def _accuracy(axes: Axes, run: Run, theme: Theme) -> None:
         axes.plot(x, y, "o-", color=theme.orange, lw=2.2, mec=theme.face, mew=1.5, ms=7.5, zorder=4)
         stage = run.evaluations[-1].get("stage", "after")
         word = "latest" if stage == "interval" else stage
-        labels.append((float(y[-1]), f"held-out\n{percent(y[-1])} {word}", theme.orange))
+        labels.append(
+            (float(x[-1]), float(y[-1]), f"held-out\n{percent(y[-1])} {word}", theme.orange)
+        )
     intervals = [(row["iteration"], accuracy_interval(row)) for row in run.evaluations]
     drawn = [(at, interval) for at, interval in intervals if interval]
     for at, interval in drawn:
@@ -75,8 +77,9 @@ def _rewards(axes: Axes, run: Run, theme: Theme) -> None:
 
 
 def _supervised(axes: Axes, run: Run, theme: Theme) -> None:
+    """Draw the loss of the batches, and that of held-out rows where it is measured."""
     dress(axes, "Supervised loss")
     shown = [("loss", "", theme.purple), ("held_out_loss", "held out ", theme.orange)]
     labels = curves(axes, run.sft, shown)
     axes.set_xlabel("supervised iteration")
-    end_labels(axes, [(last, f"{name}{last:.2f}", colour) for last, name, colour in labels])
+    end_labels(axes, [(x, y, f"{name}{y:.2f}", colour) for x, y, name, colour in labels])

@@ -27,7 +27,8 @@ PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
 STEPS = (1, 2, 2.5, 5, 10)  # multiples that ticks may take
 
 Metric = tuple[str, str, str]  # key, label, colour
-Label = tuple[float, str, str]  # value, text, colour
+Label = tuple[float | None, float, str, str]  # x (None: the right edge), y, text, colour
+NEAR = 0.03  # of the width: labels this close to each other, or to the edge, form one column
 
 
 @dataclass(frozen=True)
@@ -125,25 +126,33 @@ def curves(axes: Axes, rows: Sequence[Row], metrics: Iterable[Metric]) -> list[L
             axes.plot(x, drawn, color=colour, alpha=0.22, linewidth=0.8, zorder=2)
         marker = "o" if len(x) < 8 else ""
         axes.plot(x, mean, color=colour, linewidth=2.0, zorder=3, marker=marker, ms=4.5)
-        labels.append((float(mean[-1]), label, colour))
+        labels.append((float(x[-1]), float(mean[-1]), label, colour))
     return labels
 
 
 def end_labels(axes: Axes, labels: Iterable[Label]) -> None:
-    """Write labels right of the axes at their values, pushed apart to be readable.
+    """Write labels right of the ends of their lines, pushed apart to be readable.
 
-    Call last: fixes the vertical limits.
+    Call last: fixes the limits.
     """
     axes.set_ylim(axes.get_ylim())
+    axes.set_xlim(axes.get_xlim())
     to_axes = axes.transData + axes.transAxes.inverted()
     height = axes.get_position().height * axes.figure.get_figheight()  # type: ignore[union-attr]
     line = 1.45 * LABEL_SIZE / 72 / height
-    placed = sorted((float(to_axes.transform((1.0, v))[1]), text, c) for v, text, c in labels)
-    sizes = [line * (text.count("\n") + 1) for _, text, _ in placed]
-    spots = spread([spot for spot, _, _ in placed], sizes)
+    columns: dict[float, list[tuple[float, str, str]]] = {}
+    for x, y, text, colour in labels:
+        across, up = to_axes.transform((axes.get_xlim()[1] if x is None else x, y))
+        own = 1.0 if across > 1 - NEAR else float(across)
+        own = next((other for other in columns if abs(other - own) < NEAR), own)
+        columns.setdefault(own, []).append((float(up), text, colour))
     look: dict[str, Any] = {"xycoords": "axes fraction", "va": "center", "annotation_clip": False}
-    for spot, (_, text, colour) in zip(spots, placed, strict=True):
-        note(axes, text, (1.0, spot), color=colour, **look)
+    for across, members in columns.items():
+        placed = sorted(members)
+        sizes = [line * (text.count("\n") + 1) for _, text, _ in placed]
+        spots = spread([spot for spot, _, _ in placed], sizes)
+        for spot, (_, text, colour) in zip(spots, placed, strict=True):
+            note(axes, text, (across, spot), color=colour, **look)
 
 
 def spread(spots: Iterable[float], sizes: Sequence[float]) -> list[float]:
