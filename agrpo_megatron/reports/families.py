@@ -7,7 +7,7 @@ import numpy as np
 
 from agrpo_megatron.reports.read import Run, series
 from agrpo_megatron.reports.text import number, written
-from agrpo_megatron.runs.changes import FREE
+from agrpo_megatron.runs.history.changes import FREE
 
 SEED = "run.seed"
 LONGEST = 60  # characters of a label

@@ -13,8 +13,8 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.config.yaml_files import read_yaml
 from agrpo_megatron.evaluation.statistics import Interval, wilson
 from agrpo_megatron.reports.text import number
-from agrpo_megatron.runs.changes import read_changes
-from agrpo_megatron.runs.provenance import read_provenance
+from agrpo_megatron.runs.history.changes import read_changes
+from agrpo_megatron.runs.history.provenance import read_provenance
 
 STAGES = ("before", "interval", "after")
 TIME_PARTS = ("rollout", "reward", "update", "checkpoint")
@@ -32,8 +32,8 @@ class Run:
     rl: tuple[Row, ...]
     evaluations: tuple[Row, ...]
     samples: tuple[Row, ...]
-    changes: tuple[Row, ...]  # of settings, see `runs.changes`
-    provenance: tuple[Row, ...]  # a row for each attempt, see `runs.provenance`
+    changes: tuple[Row, ...]  # of settings, see `runs.history.changes`
+    provenance: tuple[Row, ...]  # a row for each attempt, see `runs.history.provenance`
     unreadable_lines: int  # lines cut off by a crash or not of the expected form
 
 

@@ -12,7 +12,7 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.config.values import MOST_SECONDS, text
 from agrpo_megatron.reports.tables import markdown_table
 from agrpo_megatron.reports.text import written
-from agrpo_megatron.runs.changes import FREE, FROZEN, LOGGED, OF_RL, OF_SFT
+from agrpo_megatron.runs.history.changes import FREE, FROZEN, LOGGED, OF_RL, OF_SFT
 from agrpo_megatron.runs.metrics import METRICS
 from agrpo_megatron.runs.metrics.record import Metric
 from agrpo_megatron.tasks import describe_tasks

@@ -8,9 +8,9 @@ from typing import Any
 
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.runs.changes import FREE, Change, differences, fixed, read_changes
 from agrpo_megatron.runs.early_stopping import still_stopped
 from agrpo_megatron.runs.files import digest, free_name, write_whole
+from agrpo_megatron.runs.history.changes import FREE, Change, differences, fixed, read_changes
 from agrpo_megatron.runs.loaded_model import on_its_own
 from agrpo_megatron.runs.log import check_log
 from agrpo_megatron.runs.progress import (

@@ -2,7 +2,7 @@
 
 from agrpo_megatron.config.schema import describe
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.runs.changes import FREE, FROZEN, LOGGED, OF_RL, OF_SFT, Change, reason
+from agrpo_megatron.runs.history.changes import FREE, FROZEN, LOGGED, OF_RL, OF_SFT, Change, reason
 
 KEYS = [line.key for line in describe(Settings)]
 

@@ -8,7 +8,6 @@ import pytest
 
 from agrpo_megatron.config.schema import build, to_yaml
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.runs.changes import write_changes
 from agrpo_megatron.runs.directory import (
     changed_settings,
     check_data,
@@ -19,6 +18,7 @@ from agrpo_megatron.runs.directory import (
     progress,
     run_digest,
 )
+from agrpo_megatron.runs.history.changes import write_changes
 from agrpo_megatron.runs.progress import Progress
 from agrpo_megatron.tasks import build_task
 

@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-from agrpo_megatron.runs import provenance as module
-from agrpo_megatron.runs.provenance import provenance, read_provenance, write_provenance
+from agrpo_megatron.runs.history import provenance as module
+from agrpo_megatron.runs.history.provenance import provenance, read_provenance, write_provenance
 from agrpo_megatron.training.measures.devices import device_text
 from tests.training.tiny import tiny
 

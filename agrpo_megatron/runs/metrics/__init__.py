@@ -5,11 +5,11 @@ import re
 
 from agrpo_megatron.runs.metrics.learning import (
     POLICY,
-    POSITION,
     PREFERENCES,
     REWARDS,
     SAMPLER,
 )
+from agrpo_megatron.runs.metrics.position import POSITION
 from agrpo_megatron.runs.metrics.record import Metric
 from agrpo_megatron.runs.metrics.work import ALARMS, DRAWS, MEMORY, RANKS, SPEED, TIME, WORK
 

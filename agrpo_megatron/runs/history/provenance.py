@@ -19,7 +19,7 @@ from agrpo_megatron.config.settings import Settings
 PROVENANCE = "provenance.jsonl"  # in a run directory: a line for each attempt
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "flash-attn", "numpy")
 GIT_SECONDS = 5.0
-ROOT = Path(__file__).parent.parent  # the package
+ROOT = Path(__file__).parent.parent.parent  # the package
 
 
 def provenance(settings: Settings, *, ranks: int, device: str) -> dict[str, Any]:
