@@ -9,7 +9,8 @@ from agrpo_megatron.diffusion.batches import timestep_batch
 from agrpo_megatron.diffusion.draw import draw_tokens
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.diffusion.modules.forward import ModuleForward, module_context
-from agrpo_megatron.diffusion.sampler import SamplerContext, SamplerHooks, sample
+from agrpo_megatron.diffusion.modules.sampling import sample
+from agrpo_megatron.diffusion.sampler import SamplerContext, SamplerHooks
 from agrpo_megatron.trajectories import state_tokens
 from agrpo_megatron.types import Trajectory
 

@@ -35,7 +35,7 @@ from agrpo_megatron.diffusion.sampler_state import (
     start,
     trajectory,
 )
-from agrpo_megatron.diffusion.schedule import bernoulli_plan, checked_sampling
+from agrpo_megatron.diffusion.schedule import bernoulli_plan
 from agrpo_megatron.diffusion.turns import best, places_of, position_scores, turn_logprobs
 from agrpo_megatron.types import KeyStore, Trajectory
 
@@ -104,10 +104,8 @@ def sample(
         rollout_ids: [R] int64, unique within a run.
 
     Raises:
-        ValueError: a setting has no such value, or does not divide another.
         SamplingStopped: `hooks.should_stop` returned true.
     """
-    sampling = checked_sampling(sampling, is_forbidden=context.mask_id in context.vocab.forbidden)
     hooks = hooks or SamplerHooks()
     state = start(tuple(prompts), rollout_ids, mask_id=context.mask_id, sampling=sampling)
     if sampling.unmasking == "bernoulli":

@@ -5,30 +5,9 @@ import functools
 import torch
 from torch import Tensor
 
-from agrpo_megatron.config.rules import validate_sampling
-from agrpo_megatron.config.schema import rebuilt
 from agrpo_megatron.config.settings import SamplingSettings
 
 EPSILON = 1e-3  # time at which Dream's schedule ends
-
-
-def checked_sampling(sampling: SamplingSettings, *, is_forbidden: bool) -> SamplingSettings:
-    """Return the settings of a sampler after the checks that those of a file pass.
-
-    Args:
-        is_forbidden: the mask token is never drawn.
-
-    Raises:
-        ValueError: a setting has no such value, does not divide another, or is not honoured.
-    """
-    sampling = rebuilt(sampling, "sampling")
-    validate_sampling(sampling, "sampling")
-    if is_forbidden and not sampling.forbid_mask_token:
-        raise ValueError(
-            "sampling.forbid_mask_token=false: the context forbids the mask token; make it by "
-            "module_context(..., may_draw_mask=True)"
-        )
-    return sampling
 
 
 def transfer_schedule(block_length: int, steps_per_block: int) -> list[int]:

@@ -162,4 +162,4 @@ def test_what_cannot_work_is_refused(attempt, said):
         attempt()
 
 
-SIX = SamplingSettings(completion_length=6)
+SIX = SamplingSettings(completion_length=6, block_length=32, denoising_steps=6)
