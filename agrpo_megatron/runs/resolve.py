@@ -137,11 +137,11 @@ def _resolved(
     settings = replace(settings, model=model)
     _validate_known(settings, world_size)
     _check_tokens(model, tokenizer)
+    task = NoTask(settings.task, None) if needs is None else _filled_task(settings, needs)
     supervised = None
     if "sft" in phases and settings.sft.data is not None and settings.sft.is_on:
-        settings, supervised = with_rows(settings, tokenizer)
+        settings, supervised = with_rows(settings, task, tokenizer)
         _validate_known(settings, world_size)
-    task = NoTask(settings.task, None) if needs is None else _filled_task(settings, needs)
     task.notes += supervised.notes if supervised else []
     for key, own in (("mask_token_id", tokenizer.mask_id), ("eos_token_id", tokenizer.eos_id)):
         if (used := getattr(model, key)) != own:

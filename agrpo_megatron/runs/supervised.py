@@ -7,12 +7,15 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.curriculum import solved_problems
 from agrpo_megatron.tasks.supervised.examples import Supervised, read_supervised
+from agrpo_megatron.tasks.supervised.leaks import held_out_problems
 from agrpo_megatron.text.notes import text_notes
 from agrpo_megatron.text.tokenizer import Tokenizer
 
 
-def with_rows(settings: Settings, tokenizer: Tokenizer) -> tuple[Settings, Supervised]:
+def with_rows(settings: Settings, task: Task, tokenizer: Tokenizer) -> tuple[Settings, Supervised]:
     """Read `sft.data`; return settings with its padding and iterations, and the rows.
+
+    Rows that ask held-out problems of the task are handled as `task.leaks` says.
 
     Raises:
         ValueError: as `read_supervised`, or `sft.iterations` and `sft.epochs` disagree.
@@ -20,7 +23,13 @@ def with_rows(settings: Settings, tokenizer: Tokenizer) -> tuple[Settings, Super
     sft, model = settings.sft, settings.model
     own = "block" if model.has_blocks else "none" if sft.loss == "vrpo" else "batch"
     settings = replace(settings, sft=replace(sft, padding=sft.padding or own))
-    data = read_supervised(settings.sft, tokenizer, model, settings.sampling)
+    data = read_supervised(
+        settings.sft,
+        tokenizer,
+        model=model,
+        sampling=settings.sampling,
+        asked=held_out_problems(task, tokenizer),
+    )
     settings, note = _with_iterations(settings, data.epoch)
     passes = settings.sft.iterations * settings.sft.batch_size / data.epoch
     note = note or [f"sft.iterations={settings.sft.iterations} are {passes:.3g} epochs"]

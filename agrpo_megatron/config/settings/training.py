@@ -45,7 +45,9 @@ class TaskSettings:
         {}, "tasks of a mixture by label: each has name, weight, options, problems as here"
     )
     leaks: str = setting(
-        "drop", "training problems that are also held out", choices=("drop", "refuse", "keep")
+        "drop",
+        "training problems, and rows of sft.data, that are also held out",
+        choices=("drop", "refuse", "keep"),
     )
     prompt_tokens: int | None = setting(
         None, "longest prompt; null: what the completion leaves of the row", low=1

@@ -35,8 +35,8 @@ LOGGED += tuple(
 )
 LOGGED += ("evaluation.batch_size",)
 # Until reinforcement learning has a checkpoint: settings of the supervised phase, and those that
-# it does not use.
-OF_SFT = ("sft.iterations", *(f"sft.optimizer.{name}" for name in SCHEDULE))
+# it does not use. With `task.leaks`, `check_data` compares the rows that are trained.
+OF_SFT = ("sft.iterations", *(f"sft.optimizer.{name}" for name in SCHEDULE), "task.leaks")
 OF_RL = ("algorithm", "evaluation", "optimizer", "train")
 
 # Of the longest fitting name counts the reason.

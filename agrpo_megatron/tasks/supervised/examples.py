@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from agrpo_megatron.config.settings import ModelSettings, SamplingSettings, SftSettings
+from agrpo_megatron.tasks.supervised.leaks import HeldOut, without_asked
 from agrpo_megatron.tasks.supervised.pairs import compared_rows, read_pairs
 from agrpo_megatron.tasks.supervised.sources import Source, read_source, sources
 from agrpo_megatron.text.notes import text_notes
@@ -52,15 +53,22 @@ class Supervised:
 
 
 def read_supervised(
-    sft: SftSettings, tokenizer: Tokenizer, model: ModelSettings, sampling: SamplingSettings
+    sft: SftSettings,
+    tokenizer: Tokenizer,
+    *,
+    model: ModelSettings,
+    sampling: SamplingSettings,
+    asked: Sequence[HeldOut] = (),
 ) -> Supervised:
     """Read `sft.data` and the held-out rows.
 
     Args:
         sft: with its padding.
+        asked: held-out problems of the task, which rows of `sft.data` may not answer.
 
     Raises:
-        ValueError: a source cannot be read, a row is too long, or nothing is left to train.
+        ValueError: a source cannot be read, a row is too long or answers a held-out problem, or
+            nothing is left to train.
     """
     limit = sft.row_tokens or model.max_sequence_length
     read = partial(_read, sft=sft, tokenizer=tokenizer, sampling=sampling, limit=limit)
@@ -71,7 +79,7 @@ def read_supervised(
         held_out, said = read("sft.eval_data", held, split="test")
         notes += said
     for key, source in chosen.items():
-        examples, said = read(key, source, split="train")
+        examples, said = read(key, source, split="train", asked=asked)
         if sft.eval_fraction:
             here = _chosen(examples, sft.eval_fraction)
             held_out += [example for example in examples if example.digest in here]
@@ -112,6 +120,7 @@ def _read(
     tokenizer: Tokenizer,
     sampling: SamplingSettings,
     limit: int,
+    asked: Sequence[HeldOut] = (),
 ) -> tuple[list[Example], list[str]]:
     """Return the examples of a source, and notes on its rows.
 
@@ -119,15 +128,18 @@ def _read(
         ValueError: as `read_supervised`.
     """
     said = f"{key}={source.data}"
-    numbers, talks, found, note = _tokens(key, source, split=split, sft=sft, tokenizer=tokenizer)
-    kept = [(talk, rows[-1].ids.tolist()) for talk, rows in zip(talks, found, strict=True) if rows]
-    chats, ids = [Chat(talk.messages) for talk, _ in kept], [ids for _, ids in kept]
-    notes = [note, *text_notes(tokenizer, chats, ids, what=f"rows of {source.data}")]
-    if empty := len(found) - len(kept):
+    numbered, found, note = _tokens(key, source, split=split, sft=sft, tokenizer=tokenizer)
+    leaked, leaks = without_asked(numbered, found, asked, said=said)
+    pairs = zip(numbered, found, strict=True)
+    read = [(number, talk, rows) for (number, talk), rows in pairs if number not in leaked]
+    kept = [(Chat(talk.messages), rows[-1].ids.tolist()) for _, talk, rows in read if rows]
+    chats, ids = [chat for chat, _ in kept], [ids for _, ids in kept]
+    notes = [note, *leaks, *text_notes(tokenizer, chats, ids, what=f"rows of {source.data}")]
+    if empty := len(read) - len(kept):
         why = "have no reply to train" if sft.loss == "denoising" else "have equal or empty answers"
-        notes.append(f"{said}: {empty:,} of {len(found):,} rows {why}; left out")
+        notes.append(f"{said}: {empty:,} of {len(read):,} rows {why}; left out")
     examples, long, longest = list[Example](), 0, 0
-    for number, rows in zip(numbers, found, strict=True):
+    for number, _, rows in read:
         lengths = [padded_length(row, sft.padding, sampling) for row in rows]
         longest = max(longest, *lengths, 0)
         fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
@@ -135,7 +147,7 @@ def _read(
         groups = _groups(rows, fitting, sft)
         examples += [Example(f"{source.data}, row {number}", group) for group in groups]
     if long:
-        over = f"{long:,} of {len(found):,} rows have over {limit} tokens, the longest {longest}"
+        over = f"{long:,} of {len(read):,} rows have over {limit} tokens, the longest {longest}"
         if sft.long_rows == "refuse":
             raise ValueError(
                 f"{said}: {over}; leave them out by sft.long_rows=drop, or raise sft.row_tokens or "
@@ -149,8 +161,8 @@ def _read(
 
 def _tokens(
     key: str, source: Source, *, split: str, sft: SftSettings, tokenizer: Tokenizer
-) -> tuple[list[int], list[Conversation], list[list[TokenRow]], str]:
-    """Return numbers, conversations and token rows of a source's rows, and a note on it.
+) -> tuple[list[tuple[int, Conversation]], list[list[TokenRow]], str]:
+    """Return the numbered conversations and the token rows of a source, and a note on it.
 
     Of a pair, the conversation is the rejected one, whose tokens are the last.
     """
@@ -160,11 +172,11 @@ def _tokens(
             source.data, key=key, split=split, columns=source.columns, as_chat=source.chat
         )
         found = compared_rows(tokenizer, pairs, key=said)
-        return [n for n, _ in pairs], [pair.rejected for _, pair in pairs], found, note
+        return [(number, pair.rejected) for number, pair in pairs], found, note
     numbered, note = read_source(key, source, split=split)
     turns = "each" if sft.turns == "random" else sft.turns
     found = token_rows(tokenizer, numbered, turns=turns, key=said)
-    return [n for n, _ in numbered], [talk for _, talk in numbered], found, note
+    return numbered, found, note
 
 
 def _groups(

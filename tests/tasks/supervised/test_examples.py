@@ -8,6 +8,7 @@ import pytest
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.runs.resolve import Resolved, resolve
+from agrpo_megatron.tasks.base import task_prompts
 
 ROOM = ["model.max_sequence_length=64", "sampling.completion_length=8", "sampling.block_length=4"]
 ROOM += ["sampling.denoising_steps=4", "algorithm.mc_samples=2", "sft.batch_size=4"]
@@ -196,3 +197,44 @@ def test_parquet_and_saved_data_sets_are_read(tmp_path):
     assert found is not None and (len(found.train), len(found.held_out)) == (9, 1)
     with pytest.raises(ValueError, match=r"two@valid cannot be loaded \('valid'\); give a"):
         read(f"sft.data={tmp_path / 'two@valid'}", "sft.epochs=1")
+
+
+def test_rows_that_ask_held_out_problems_follow_the_rule_for_leaks(tmp_path):
+    """Twelve questions, of which the task holds out three, in any form that a row may have."""
+    task = write(tmp_path / "task.jsonl", [{"q": f"ask  {n}", "answer": "1"} for n in range(12)])
+    options = f"{{train: {task}, held_out: 3, columns: {{prompt: q}}, system: Be brief."
+    own = ["task.name=jsonl", f"task.options={options}}}", "train.iterations=1"]
+    rows = [messages(f"ask {n}", "say") for n in range(12)]  # one space, no system message
+    rows += [messages("Hi", "Ho", f"ask {n}", "say") for n in range(12)]  # a later turn
+    rows += [messages(f"ask {n} now", "say") for n in range(12)]  # other questions
+    path = write(tmp_path / "chats.jsonl", rows)
+
+    def resolved(*overrides):
+        settings = [f"sft.data={path}", "sft.epochs=1", *own, *overrides]
+        return resolve(load(Settings, None, [*ROOM, *settings]), world_size=1, phases=("sft", "rl"))
+
+    found = resolved()
+    said = f"sft.data={path}: 6 of 36 rows ask held-out problems of jsonl"
+    assert f"{said}; left out" in found.task.notes
+    assert found.settings.sft.iterations == 8  # 30 rows in batches of 4
+    numbers = {problem.fields["q"].split()[1] for problem in found.task.problems("eval")}
+    out = {int(n) + 1 for n in numbers} | {int(n) + 13 for n in numbers}
+    kept = {int(example.name.rpartition(" ")[2]) for example in found.supervised.train}
+    assert kept == set(range(1, 37)) - out
+    # A template of the task stands around the question.
+    assert f"{said}; left out" in resolved("task.options.template='Q: {q}, A:'").task.notes
+    everything = resolved("task.leaks=keep")
+    assert f"{said}; KEPT (task.leaks=keep)" in everything.task.notes
+    assert len(everything.supervised.train) == 36
+    with pytest.raises(ValueError, match=rf"{re.escape(said)}, the first in row {min(out)}; use"):
+        resolved("task.leaks=refuse")
+    few = "other: {name: countdown, train_problems: 9, eval_problems: 3}"
+    parts = f"{{mine: {{name: jsonl, options: {options}}}, leaks: refuse}}, {few}}}"
+    with pytest.raises(ValueError, match="6 of 36 rows ask held-out problems of mine, the first"):
+        resolved("task.name=mixture", "task.options={}", f"task.mixture={parts}")
+    # A chat that somebody wrote out as text is known by its tokens.
+    (asked,) = task_prompts(found.task, found.task.problems("eval")[:1], split="eval")
+    text = found.tokenizer.render(asked)
+    plain = write(tmp_path / "plain.jsonl", [{"prompt": text, "completion": "1"}] * 2)
+    with pytest.raises(ValueError, match="leaves no row to train on: .*2 of 2 rows ask held-out"):
+        resolved(f"sft.data={plain}")
