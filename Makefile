@@ -1,9 +1,9 @@
-# Installs into .venv, .venv-resilience and .venv-te (and .uv where the machine has no uv); nothing
+# Installs into .venv, .venv-resilience, .venv-te and .venv-hf (and .uv where the machine has no uv); nothing
 # outside this folder changes, but by `make slurm`.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install resilience te slurm demo test quick lint types
+.PHONY: help install resilience te hf slurm demo test quick lint types
 
 # Test processes, and what they test. A multi-rank test starts its ranks with one thread each. One
 # process more than small machines have cores: tests of SLURM and of hung ranks mostly wait.
@@ -14,6 +14,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 RESILIENCE := .venv-resilience/.installed
 TE := .venv-te/.installed
+HF := .venv-hf/.installed
 
 # A folder of wheels of Transformer Engine, for `make te`: no package index has all of them.
 TE_WHEELS ?= .gpu/wheels
@@ -29,6 +30,8 @@ install: $(INSTALLED) ## install the pinned versions into .venv; does nothing wh
 resilience: $(RESILIENCE) ## nvidia-resiliency-ext beside the rest, in .venv-resilience, for tests of it
 
 te: $(TE) ## Transformer Engine in .venv-te, for tests of it: make te TE_WHEELS=FOLDER
+
+hf: $(HF) ## an older transformers in .venv-hf, for tests that it loads what is exported
 
 # Debian's packages, and root: the tests start daemons of their own, and the package none.
 slurm: ## install SLURM for tests of job scripts, where it is missing (Debian, Ubuntu; needs root)
@@ -99,6 +102,15 @@ $(TE): pyproject.toml constraints.txt $(wildcard $(TE_WHEELS)/*.whl) | $(filter 
 	  --constraint .venv-te/constraints.txt --editable '.[dev]' torch==$(TE_TORCH) einops onnxscript
 	@$(UV) pip install --quiet --python .venv-te --compile-bytecode --no-deps --no-index \
 	  $(TE_WHEELS)/*.whl
+	@touch $@
+
+# A folder of three packages to put on PYTHONPATH, which costs seconds. With this version LLaDA's
+# own modelling code works; what it pins differs from constraints.txt.
+HF_OLDER := transformers==4.46.3 tokenizers==0.20.3 huggingface-hub==0.36.2
+
+$(HF): Makefile $(INSTALLED)
+	@rm -rf .venv-hf
+	@$(UV) pip install --quiet --python .venv --target .venv-hf --no-deps $(HF_OLDER)
 	@touch $@
 
 # A private uv, since some systems refuse `pip install` outside a virtual environment. Where

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agrpo_megatron.checkpoint.card import write_card
+from agrpo_megatron.checkpoint.card import loader_of, write_card
+from agrpo_megatron.checkpoint.exports.own_files import write_own_files
 from agrpo_megatron.checkpoint.integrity import seal, verify
 from agrpo_megatron.checkpoint.lora.merged import AdapterTensors
 from agrpo_megatron.checkpoint.model_files import (
@@ -81,24 +82,28 @@ def to_hf_directory(
     progress: ByteProgress,
     dtype: str | None = None,
     base: Path | None = None,
-) -> None:
+    own_code: bool = False,
+) -> str:
     """Convert a Megatron checkpoint, of any layout, to a Hugging Face directory; one process.
 
     The original modelling code can load the names, shapes, dtypes and shards. Adapters are merged.
+    Returns one line: what loads the directory.
 
     Args:
         dtype: `fp32`, `bf16` or `fp16`; None keeps each tensor's own.
         base: where the base of adapters is now; None: where it was.
+        own_code: write our modelling file, also in place of the model's own.
 
     Raises:
-        ValueError: the source is damaged or lacks a tensor, or the target exists.
+        ValueError: the source is damaged or lacks a tensor, the target exists, or our modelling
+            file does not have the family.
     """
     weights = open_checkpoint(source, dtype=dtype, base=base)
     tensors, parts = _published_form(weights.tensors, source / HF)
     files = _shards(tensors, source / HF)
     kinds = Counter(tensor.dtype for tensor in tensors.values())
     common = str(kinds.most_common(1)[0][0]).removeprefix("torch.")
-    config = config_of(weights.model, common, source / HF)
+    config, is_own = config_of(weights.model, common, source / HF, own_code=own_code)
     count = _Count(sum(tensor.nbytes for tensor in tensors.values()), progress)
     with _unfinished(target, source, dtype) as partial:
         for file in sorted(set(files.values())):
@@ -115,8 +120,11 @@ def to_hf_directory(
         carry(source / HF, partial)
         if config:
             write_config(partial, config, weights.model)
+        if is_own:
+            write_own_files(partial, weights.model)
         _write_index(partial, files, tensors)
         write_card(source, partial)
+    return loader_of(target)
 
 
 def to_peft_directory(

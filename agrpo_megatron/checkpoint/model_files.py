@@ -14,10 +14,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from agrpo_megatron.checkpoint.exports import own_files as exports
 from agrpo_megatron.config.schema import load, to_yaml
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import FAMILIES, settings_from_hf
-from agrpo_megatron.families.config_json import CONFIG, GENERATION, check_ids, read_object
+from agrpo_megatron.families.config_json import CONFIG, GENERATION, OWN_TYPE, check_ids, read_object
 from agrpo_megatron.families.files import PICKLED
 from agrpo_megatron.runs.progress import HF, MODEL_FILE
 
@@ -84,10 +85,17 @@ def write_config(folder: Path, config: dict[str, Any], model: ModelSettings) -> 
         generation.unlink(missing_ok=True)
 
 
-def config_of(model: ModelSettings, dtype: str, folder: Path) -> dict[str, Any]:
-    """Return config.json for a model; empty if the folder's describes it.
+def config_of(
+    model: ModelSettings, dtype: str, folder: Path, *, own_code: bool = False
+) -> tuple[dict[str, Any], bool]:
+    """Return config.json for a model, and whether our modelling file loads it.
 
-    The folder's may be of the tokenizer's model, or from before a setting was changed.
+    It is empty if the folder's describes the model. The folder's may be of the tokenizer's model,
+    or from before a setting was changed. A model without one was trained from nothing: it gets our
+    modelling file, if that has the family.
+
+    Args:
+        own_code: also in place of the folder's modelling files.
 
     Raises:
         ValueError: the modelling code does not support this model.
@@ -97,11 +105,15 @@ def config_of(model: ModelSettings, dtype: str, folder: Path) -> dict[str, Any]:
     except ValueError:
         described, carried = None, {}
     config = carried if described and described.family == model.family else {}
+    is_own = own_code or config.get("model_type") == OWN_TYPE
+    is_own |= not config and model.family in exports.FAMILIES
     if described is None or architecture(described) != architecture(model):
         config = {**config, **FAMILIES[model.family].config(model)}
+    if is_own:
+        config = exports.own_config(config, model)
     keys = [key for key in DTYPE_KEYS if key in config] or [DTYPE_KEYS[0]]
     config = {**config, **dict.fromkeys(keys, dtype)}
-    return {} if config == carried else config
+    return {} if config == carried else config, is_own
 
 
 def architecture(model: ModelSettings) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`agrpo convert`: checkpoints between Hugging Face and Megatron, and their comparison."""
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,7 @@ examples:
   agrpo convert to-megatron LLaDA-8B-Instruct llada-8b-megatron
   agrpo convert to-hf runs/llada exported             the run's latest checkpoint
   agrpo convert to-hf runs/llada exported --checkpoint best --dtype bf16
+  agrpo convert to-hf runs/llada exported --own-code  with a modelling file for new transformers
   agrpo convert to-hf runs/lora merged                adapters, merged into their base
   agrpo convert to-peft runs/lora adapters            the adapters alone, for the PEFT library
   agrpo convert verify LLaDA-8B-Instruct llada-8b-megatron
@@ -50,6 +52,12 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
             way.add_argument(
                 "--base", type=Path, metavar="DIR", help="of adapters, if it has been moved"
             )
+            way.add_argument(
+                "--own-code",
+                action="store_true",
+                help="write agrpo's modelling file in place of the model's own, for transformers "
+                "4.46 and newer: LLaDA, Dream, SDAR, LLaDA-MoE and LLaDA2",
+            )
     text = "compare tensors and logits of two checkpoints, of either format"
     way = add_command(ways, "verify", text, verify)
     way.add_argument("first", type=Path, metavar="A")
@@ -69,12 +77,18 @@ def convert(arguments: argparse.Namespace) -> int:
     check_folder(arguments.target.parent, key="TARGET's folder")
     write = {
         "to-megatron": ways.to_megatron_checkpoint,
-        "to-hf": partial(ways.to_hf_directory, base=getattr(arguments, "base", None)),
+        "to-hf": partial(
+            ways.to_hf_directory,
+            base=getattr(arguments, "base", None),
+            own_code=getattr(arguments, "own_code", False),
+        ),
         "to-peft": ways.to_peft_directory,
     }[way]
     with naming_full_disk(arguments.target.parent), _bar("converting") as progress:
-        write(source, arguments.target, dtype=arguments.dtype, progress=progress)
+        loader = write(source, arguments.target, dtype=arguments.dtype, progress=progress)
     print(arguments.target)
+    if loader:
+        print(f"loads with: {loader}", file=sys.stderr)
     return 0
 
 

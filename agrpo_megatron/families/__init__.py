@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families.config_json import CONFIG, GENERATION, check_ids, read_object, shown
+from agrpo_megatron.families.config_json import (
+    CONFIG,
+    GENERATION,
+    OWN_FAMILY,
+    OWN_TYPE,
+    check_ids,
+    read_object,
+    shown,
+)
 from agrpo_megatron.families.dream import FAMILY as DREAM
 from agrpo_megatron.families.llada import FAMILY as LLADA
 from agrpo_megatron.families.llada2_moe import FAMILY as LLADA2_MOE
@@ -42,7 +50,9 @@ def settings_from_hf(
     family = _family_of(config)
     if family is None:
         known = f"known families are {', '.join(_BY_TYPE)}"
-        raise ValueError(f"{path}: {shown('model_type', config.get('model_type'))}; {known}")
+        key = OWN_FAMILY if config.get("model_type") == OWN_TYPE else "model_type"
+        known = known if key == "model_type" else f"known families are {', '.join(FAMILIES)}"
+        raise ValueError(f"{path}: {shown(key, config.get(key))}; {known}")
     try:
         model = family.settings(config)
     except ValueError as error:
@@ -56,6 +66,8 @@ def settings_from_hf(
 
 def _family_of(config: Mapping[str, Any]) -> Family | None:
     kind = str(config.get("model_type")).lower()  # Dream's has a capital letter
+    if kind == OWN_TYPE:
+        return FAMILIES.get(str(config.get(OWN_FAMILY)))
     if kind == LLADA.name and "num_experts" in config and "d_model" not in config:
         return LLADA_MOE  # published with the type of LLaDA-8B
     return _BY_TYPE.get(kind)

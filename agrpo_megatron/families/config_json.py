@@ -11,8 +11,11 @@ from agrpo_megatron.config.values import MOST_FLOAT
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 INDEX = "model.safetensors.index.json"
+# The type of a model with our modelling file, and the key that says which family it is.
+OWN_TYPE, OWN_FAMILY = "agrpo", "agrpo_family"
 # Keys that transformers writes for any model, and that change no logits here.
-_ANY_MODEL = """
+_ANY_MODEL = f"""
+{OWN_FAMILY}
 _attn_implementation_autoset _name_or_path architectures auto_map bos_token_id do_sample dtype
 id2label initializer_range label2id max_length model_type output_attentions output_hidden_states
 pad_token_id problem_type repetition_penalty return_dict temperature tokenizer_class top_k top_p

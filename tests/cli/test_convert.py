@@ -12,6 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from agrpo_megatron.cli.main import main
+from agrpo_megatron.config.settings import TokenizerSettings
+from agrpo_megatron.text.tokenizer import load_tokenizer
 from tests.cli.test_main import agrpo, write_settings
 from tests.ranks import run_ranks
 
@@ -74,6 +76,35 @@ def test_wrong_input_is_one_line(arguments, said):
     assert "Traceback" not in error and said in error
 
 
+def _check_tokenizer(folder):
+    """Check that transformers has the ids and texts of the built-in characters."""
+    from transformers import AutoTokenizer
+
+    theirs, own = AutoTokenizer.from_pretrained(folder), load_tokenizer(TokenizerSettings())
+    names = theirs.mask_token, theirs.eos_token, theirs.pad_token
+    assert names == ("<mask>", "<eos>", "<eos>")
+    assert (theirs.mask_token_id, theirs.eos_token_id) == (own.mask_id, own.eos_id)
+    text = "7 5=12,9  6=03:\n" + own.decode(range(3, own.vocab_size))
+    assert theirs(text)["input_ids"] == own.encode(text)
+    assert theirs.decode(own.encode(text)) == text
+    again = load_tokenizer(TokenizerSettings(str(folder)))
+    facts = ("vocab_size", "mask_id", "eos_id", "stop_ids", "unknown_id", "special")
+    assert all(getattr(again, fact) == getattr(own, fact) for fact in facts)
+
+
+def _run_the_page(folder):
+    """Run what docs/library.md shows of a Hugging Face folder, with this one."""
+    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    found = page.index("from transformers import AutoModel")
+    code = page[found : page.index("```", found)]
+    before = "import torch\nfrom agrpo_megatron.diffusion import *\n"
+    code = before + code.replace("models/LLaDA-8B-Instruct", str(folder))
+    environment = {**os.environ, "HF_HOME": str(folder.parent), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert ran.returncode == 0 and ran.stdout.strip("\n"), ran.stderr
+
+
 @pytest.mark.slow
 def test_a_trained_run_becomes_a_hugging_face_directory_and_loads_again(tmp_path):
     """With its tokenizer, a config.json and a card that says what it is; runs start from it."""
@@ -88,10 +119,15 @@ def test_a_trained_run_becomes_a_hugging_face_directory_and_loads_again(tmp_path
     call("train", file)
     call("convert", "to-hf", run, tmp_path / "h", "--checkpoint", "best")
     names = {p.name for p in (tmp_path / "h").iterdir()}
-    assert names == {"README.md", "config.json", "model.safetensors", "tokenizer.model"}
+    weights = {"README.md", "config.json", "model.safetensors", "tokenizer.model"}
+    own = {"modeling_agrpo.py", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert names == weights | own
     card = (tmp_path / "h" / "README.md").read_text()
     assert "phase `rl`, 1 iterations" in card and "| accuracy |" in card
+    assert "AutoModel with trust_remote_code=True, transformers 4.46 to 5.23." in card
     assert json.loads((tmp_path / "h" / "config.json").read_text())["dtype"] == "float32"
+    _check_tokenizer(tmp_path / "h")
+    _run_the_page(tmp_path / "h")
     call("convert", "to-megatron", tmp_path / "h", tmp_path / "m")
     call("convert", "verify", run, tmp_path / "m", "--no-logits")
     for start in (tmp_path / "h", tmp_path / "m", run):

@@ -1,0 +1,1 @@
+"""The files of our own with which transformers loads an exported model."""
