@@ -56,6 +56,7 @@ LONGEST = (
     "runs/test_log.py",
     "megatron/test_one_queue.py",
     "cli/test_convert.py",
+    "checkpoint/exports/test_own_files.py",
     "cli/test_evaluate.py",
     "serving/test_lm_eval.py",
     "tasks/test_hostile.py",

@@ -35,7 +35,9 @@ LEFT_OUT = {"rollout_correction": None, "rollout_experts": None}
 
 
 def make_rollout(
-    trajectory: Trajectory, rewards: Tensor, algorithm: AlgorithmSettings | None = None
+    trajectory: Trajectory,
+    rewards: Tensor | Sequence[float],
+    algorithm: AlgorithmSettings | None = None,
 ) -> Rollout:
     """Return a trajectory with its rewards [R], and their advantages within each group.
 
@@ -44,12 +46,12 @@ def make_rollout(
     """
     algorithm = algorithm or AlgorithmSettings()
     count, size = len(trajectory.rollout_ids), algorithm.group_size
-    if rewards.shape != (count,) or count % size:
+    scores = torch.as_tensor(rewards, dtype=torch.float32, device=trajectory.tokens.device)
+    if scores.shape != (count,) or count % size:
         raise ValueError(
-            f"{count} completions and rewards of shape {list(rewards.shape)}: give one reward for "
+            f"{count} completions and rewards of shape {list(scores.shape)}: give one reward for "
             f"each, and neighbouring completions of the same prompt in groups of group_size={size}"
         )
-    scores = rewards.to(trajectory.tokens.device, torch.float32)
     return Rollout(trajectory, scores, scores > 0, advantages(scores, algorithm))
 
 

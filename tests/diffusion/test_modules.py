@@ -128,6 +128,11 @@ def _context(module, **changes):
         (lambda: module_context(Plain(), mask_id=3), "Plain has no config.vocab_size; give vocab_"),
         (lambda: _context(Plain(), mask_id=12), "mask_id=12 is not below vocab_size=12"),
         (lambda: _context(Plain(), eos_id=-1), "eos_id=-1 is not below vocab_size=12"),
+        (lambda: _context(Plain(), token_budget=0), "token_budget=0 holds no token"),
+        (lambda: complete(Plain(), PROMPTS, [0, 1]), "one id, int64, for each of 5 prompts"),
+        (lambda: complete(Plain(), PROMPTS[:2], [3, 3]), "none twice: they seed the noise"),
+        (lambda: complete(Plain(), [[1, 2]], [0]), r"prompts\[0\]=\[1, 2\]: give a tensor of ids"),
+        (lambda: complete(Plain(), [torch.tensor([1, 99])], [0]), "its ids must be below 12"),
         (lambda: complete(Plain().train(), PROMPTS, range(5)), "training mode.*call eval"),
         (
             lambda: complete(BertModel(BertConfig(vocab_size=12)).eval(), PROMPTS[:1], [0]),

@@ -167,6 +167,8 @@ def module_context(
     for name, value in (("mask_id", mask_id), ("eos_id", eos_id)):
         if value is not None and not 0 <= value < size:
             raise ValueError(f"{name}={value} is not below vocab_size={size}; correct one of them")
+    if token_budget < 1:
+        raise ValueError(f"token_budget={token_budget} holds no token; give for example 16384")
     blocks: dict[str, Any] = {}
     if block_length is not None:
         blocks = {"attention": "block_causal", "block_length": block_length}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from agrpo_megatron.config.rules import validate_sampling
@@ -29,7 +30,8 @@ def sample(
         rollout_ids: [R] int64, unique within a run.
 
     Raises:
-        ValueError: a setting has no such value, does not divide another, or is not honoured.
+        ValueError: a setting has no such value, does not divide another, or is not honoured; or
+            the ids of a prompt or of the rollouts cannot be.
         SamplingStopped: `hooks.should_stop` returned true.
     """
     sampling = rebuilt(sampling, "sampling")
@@ -39,4 +41,23 @@ def sample(
             "sampling.forbid_mask_token=false: the context forbids the mask token; make it by "
             "module_context(..., may_draw_mask=True)"
         )
+    _check(prompts, rollout_ids, context)
     return sampler.sample(prompts, rollout_ids, context=context, sampling=sampling, hooks=hooks)
+
+
+def _check(prompts: Sequence[Tensor], rollout_ids: Tensor, context: SamplerContext) -> None:
+    """Check the ids of prompts and rollouts: a wrong one would fail deep in the module, or not."""
+    count, size = len(prompts), context.vocab.size
+    ids = rollout_ids.flatten().tolist()
+    if len(ids) != count or len(set(ids)) != count or rollout_ids.dtype != torch.int64:
+        raise ValueError(
+            f"rollout_ids={rollout_ids}: give one id, int64, for each of {count} prompts, and none "
+            "twice: they seed the noise"
+        )
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, Tensor) or prompt.ndim != 1 or prompt.dtype != torch.int64:
+            raise ValueError(
+                f"prompts[{number}]={prompt!r:.80}: give a tensor of ids [length], int64"
+            )
+        if len(prompt) and not 0 <= int(prompt.min()) <= int(prompt.max()) < size:
+            raise ValueError(f"prompts[{number}]={prompt!r:.80}: its ids must be below {size}")
