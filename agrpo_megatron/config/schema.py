@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.values import MOST_SECONDS, checked, type_name
-from agrpo_megatron.config.yaml_files import dump_yaml, merge, read_chain, read_override
+from agrpo_megatron.config.yaml_files import (
+    dump_yaml,
+    merge,
+    read_chain,
+    read_override,
+    with_whole_paths,
+)
 
 _WRITTEN = "_written"  # attribute of a section, not a setting of it
 
@@ -118,6 +124,11 @@ def from_text(cls: type, text: str, *, key: str) -> dict[str, Any]:
 def to_yaml(settings: Any) -> str:
     """Return settings as YAML that `load` reads back to an equal value."""
     return dump_yaml(dataclasses.asdict(settings))
+
+
+def to_whole_yaml(settings: Any) -> str:
+    """Return settings as YAML for any folder: existing files of code and of rows by whole paths."""
+    return dump_yaml(with_whole_paths(dataclasses.asdict(settings)))
 
 
 def flatten(

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from yaml.error import MarkedYAMLError
 BASE = "base"
 # A file of code, FILE.py[:NAME], or of rows.
 _FILE = re.compile(r"([^:]+\.(?:py|jsonl|json|csv|parquet)(?:\.gz)?)((?<=\.py):\w+|)")
+WITH_FILES = ("task", "sft", "algorithm", "evaluation")  # sections that name such files
 MOST_NESTED = 50
 
 type Tree = dict[str, Any]
@@ -152,16 +153,38 @@ def read_chain(path: str | Path) -> list[tuple[Path, Tree]]:
             raise ValueError(f"{said} leads back to {file}; bases must not form a cycle")
 
 
-def _led(value: Any, folder: Path) -> Any:
+def with_whole_paths(settings: Tree) -> Tree:
+    """Return settings with whole paths of those files of code and of rows that exist."""
+    return _of_files(settings, lambda name: os.path.abspath(name) if os.path.exists(name) else name)
+
+
+def with_file_names(settings: Tree) -> Tree:
+    """Return settings whose files of code and of rows have no folders: the same after a move."""
+    return _of_files(settings, os.path.basename)
+
+
+def _of_files(settings: Tree, rename: Callable[[str], str]) -> Tree:
+    return {k: _renamed(part, rename) if k in WITH_FILES else part for k, part in settings.items()}
+
+
+def _led(tree: Any, folder: Path) -> Any:
     """Return a tree in which the names of files that are only in `folder` lead there."""
+
+    def lead(name: str) -> str:
+        is_there = not os.path.exists(name) and os.path.isfile(folder / name)
+        return str(folder / name) if is_there else name
+
+    return _renamed(tree, lead)
+
+
+def _renamed(value: Any, rename: Callable[[str], str]) -> Any:
+    """Return a tree in which files of code and of rows have other names."""
     if isinstance(value, dict):
-        return {name: _led(part, folder) for name, part in value.items()}
+        return {name: _renamed(part, rename) for name, part in value.items()}
     if isinstance(value, list):
-        return [_led(part, folder) for part in value]
+        return [_renamed(part, rename) for part in value]
     named = _FILE.fullmatch(value) if isinstance(value, str) else None
-    if named is None or os.path.exists(named[1]) or not os.path.isfile(folder / named[1]):
-        return value
-    return f"{folder / named[1]}{named[2]}"
+    return value if named is None else f"{rename(named[1])}{named[2]}"
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], *, file: Path) -> Tree:

@@ -163,7 +163,8 @@ def data_digests(task: Task) -> dict[str, str]:
         text = "\0".join(f"{p.key}\0{p.solution}" for p in task.problems(split))
         found[f"{name} problems"] = digest(text.encode())
     for file in task.code_files:
-        found[f"lines of {file}"] = digest(Path(file).read_bytes())
+        key, lines = f"lines of {Path(file).name}", digest(Path(file).read_bytes())
+        found[key] = digest((found[key] + lines).encode()) if key in found else lines
     return found
 
 

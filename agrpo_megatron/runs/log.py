@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.config.schema import to_yaml
+from agrpo_megatron.config.schema import to_whole_yaml
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.runs.files import check_folder, write_whole
 from agrpo_megatron.runs.trackers.tensorboard import TensorBoard, wants_tensorboard
@@ -63,7 +63,7 @@ class RunLog:
         self._started -= (_last_line(directory / METRICS) or {}).get(SECONDS, 0.0)
         for name in (METRICS, SAMPLES):
             self._files[name] = (directory / name).open("a", encoding="utf-8")
-        write_whole(directory / "config.yaml", to_yaml(settings))
+        write_whole(directory / "config.yaml", to_whole_yaml(settings))
         if settings.logging.wandb != "disabled":
             self._wandb = Wandb(directory, settings, known=wandb_id)
             self._trackers.append(self._wandb)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from agrpo_megatron.config.schema import flatten, load
 from agrpo_megatron.config.settings import AlgorithmSettings, Settings
 from agrpo_megatron.config.values import text
+from agrpo_megatron.config.yaml_files import with_file_names
 from agrpo_megatron.runs.directory import DATA, data_digests, digests_so_far
 from agrpo_megatron.runs.progress import RUN_SETTINGS
 from agrpo_megatron.runs.resolve import Planned, Resolved
@@ -107,7 +108,7 @@ def _check_shared(source: Path, there: Settings, here: Settings) -> None:
 
 def _shared(settings: Settings) -> dict[str, Any]:
     chosen = tuple(f"{name}." for name in SHARED)
-    flat = flatten(asdict(settings))
+    flat = flatten(with_file_names(asdict(settings)))
     return {key: value for key, value in flat.items() if f"{key}.".startswith(chosen)}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from agrpo_megatron.checkpoint.model_files import write_model_files
 from agrpo_megatron.checkpoint.saving import Saver
-from agrpo_megatron.config.schema import to_yaml
+from agrpo_megatron.config.schema import to_whole_yaml
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.families.files import is_huggingface
 from agrpo_megatron.megatron.engine import Engine
@@ -150,7 +150,7 @@ def describe_model(
     write_model_files(partial, settings.model, dict.fromkeys(sources))
     if own not in sources and (tokenizer.chat_template or "").endswith(".jinja"):
         shutil.copyfile(str(tokenizer.chat_template), partial / HF / TEMPLATE)
-    (partial / RUN_FILE).write_text(to_yaml(settings), encoding="utf-8")
+    (partial / RUN_FILE).write_text(to_whole_yaml(settings), encoding="utf-8")
     if base is not None:
         write_base(partial, base)
     shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.resilience.stragglers import Stragglers
 from agrpo_megatron.rollout.session import Session
+from agrpo_megatron.training.measures.totals import Totals
 from agrpo_megatron.training.preferences.update import preference_learning
 from agrpo_megatron.training.supervised.learning import denoising
 
@@ -32,6 +33,7 @@ def run_sft(
     """
     run, output, sections = session.run, session.output, session.safety.sections
     settings, stragglers = run.settings.sft, Stragglers()
+    totals = Totals(output.log.last("sft"))
     learning = (
         denoising(session, engine)
         if reference is None
@@ -58,6 +60,7 @@ def run_sft(
             **stragglers.report(sections.take(), run.ranks, warn=output.view.warn),
             "timing/iteration": seconds,
             "perf/tokens_per_second": tokens / seconds,
+            **totals.add({"totals/tokens": tokens}),
         }
         output.log.metrics(record)
         output.view.sft(record)

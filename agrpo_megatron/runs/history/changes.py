@@ -9,6 +9,7 @@ from typing import Any
 from agrpo_megatron.config.schema import flatten
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.config.values import text
+from agrpo_megatron.config.yaml_files import with_file_names
 from agrpo_megatron.runs.progress import Progress
 
 CHANGES = "changes.jsonl"  # in a run directory: one line for each changed setting
@@ -74,9 +75,12 @@ class Change:
 
 
 def fixed(tree: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, object]:
-    """Return the settings of a tree that are not below a name of `free`, by dotted name."""
-    names = tuple(f"{name}." for name in free)
-    return {k: value for k, value in flatten(tree).items() if not f"{k}.".startswith(names)}
+    """Return the settings of a tree that are not below a name of `free`, by dotted name.
+
+    Files of code have no folders: they may be moved, and `check_data` compares those of the task.
+    """
+    names, flat = tuple(f"{name}." for name in free), flatten(with_file_names({**tree}))
+    return {k: value for k, value in flat.items() if not f"{k}.".startswith(names)}
 
 
 def differences(there: Settings, here: Settings, *, phase: str) -> list[Change]:

@@ -28,8 +28,9 @@ POSITION = (
     Metric("totals/completions", RL, "Completions so far, those of replaced groups included."),
     Metric(
         "totals/tokens",
-        RL,
-        "Tokens of the texts of these completions: up to the first stop token, without prompts.",
+        SFT + RL,
+        "Tokens of the texts of these completions: up to the first stop token, without prompts. In "
+        "the supervised phase all tokens of its rows so far, prompts and padding included.",
         "tokens",
     ),
     Metric("totals/flops", RL, "Sum of `flops` so far; `train.flops` limits it.", "FLOP"),
