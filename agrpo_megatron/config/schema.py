@@ -101,6 +101,13 @@ def written(section: Any) -> frozenset[str]:
     return getattr(section, _WRITTEN, frozenset())
 
 
+def changed[T](section: T, **changes: Any) -> T:
+    """Return a section with other values, and the same names that it was built with."""
+    made = dataclasses.replace(section, **changes)  # type: ignore[type-var]
+    object.__setattr__(made, _WRITTEN, written(section))
+    return made
+
+
 def from_text(cls: type, text: str, *, key: str) -> dict[str, Any]:
     """Read a section written as text, such as tp2-sp: short names, each with a number or a switch.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.config.schema import load, written
+from agrpo_megatron.config.schema import changed, load, written
 from agrpo_megatron.config.settings import ModelSettings, Settings, TokenizerSettings
 from agrpo_megatron.config.values import text
 from agrpo_megatron.families import settings_from_hf
@@ -55,7 +55,7 @@ def on_its_own(settings: Settings, checkpoint: Path) -> Settings:
     is_own = given.chat_template in (None, saved.chat_template)
     if is_own and (saved.chat_template or "").endswith(".jinja") and template.exists():
         given = replace(given, chat_template=str(template))
-    model = replace(settings.model, load=load_from)
+    model = changed(settings.model, load=load_from)
     return replace(settings, model=model, tokenizer=given, lora=lora)
 
 

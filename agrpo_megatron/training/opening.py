@@ -24,7 +24,7 @@ from agrpo_megatron.runs.history.changes import Change, write_changes
 from agrpo_megatron.runs.history.provenance import provenance, write_provenance
 from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.runs.odd_values import odd_values
-from agrpo_megatron.runs.progress import CHECKPOINTS, Progress
+from agrpo_megatron.runs.progress import CHECKPOINTS, RUN_SETTINGS, Progress
 from agrpo_megatron.runs.resolve import Resolved
 from agrpo_megatron.runs.sizes import measure
 from agrpo_megatron.runs.stored_rollouts import ROLLOUTS
@@ -95,7 +95,7 @@ def _record_start(settings: Settings, found: Found, ranks: Ranks) -> list[Change
     directory, changes = Path(settings.run.dir), []
     if not ranks.is_main:
         return changes
-    if found:
+    if found and (directory / RUN_SETTINGS).exists():
         changes = changed_settings(settings, found[1])
         write_changes(directory, changes, found[1])
     here = provenance(settings, ranks=ranks.world_size, device=device_text(ranks.device))

@@ -144,7 +144,8 @@ WRONG = {
     ),
     "missing weights": (
         {"model": {"load": "/nowhere/weights"}},
-        "model.load=/nowhere/weights is not a directory; give a Hugging Face or run folder",
+        "model.load=/nowhere/weights is not a directory; give a Hugging Face or run folder, or "
+        "fetch one by `agrpo prefetch FILE`",
     ),
 }
 

@@ -168,7 +168,11 @@ def test_an_unknown_key_names_the_nearest(override, message):
             "algorithm.mc_samples=most",
             "algorithm.mc_samples='most' has the wrong type; it must be an integer or auto or null",
         ),
-        ("run.seed=true", "run.seed=True has the wrong type; it must be an integer"),
+        (
+            "run.seed=true",
+            "run.seed=true (YAML reads yes, no, on and off as true and false) has the wrong type; it "
+            "must be an integer",
+        ),
         ("run.seed=", "run.seed is empty; it must be an integer"),
         ("logging.live=1", "logging.live=1 has the wrong type; it must be true or false"),
         ("algorithm.group_size=1", "algorithm.group_size=1 must be at least 2"),

@@ -137,7 +137,8 @@ def test_rules_of_large_sizes_are_checked_at_once():
     """The divisors of a size are found without counting up to it."""
     message = _refused("model.hidden_size=2147483647")
     assert message.startswith("model.num_attention_heads=4 does not divide model.hidden_size=21")
-    assert "use 27 or 39" in _refused("sampling.completion_length=2147483637")
+    sizes = "sampling.completion_length=2147483637", "sampling.block_length=32"
+    assert "use 27 or 39" in _refused(*sizes)
 
 
 LEAST = "optimizer.min_learning_rate=1e-05 is above optimizer.learning_rate=1e-06"

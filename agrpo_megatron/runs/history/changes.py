@@ -50,6 +50,7 @@ FROZEN = {
     "tokenizer": "the model has learned these ids and this template",
     "lora": "the adapters and the optimizer's states are of these layers and ranks",
     "task": "rewards and accuracies before and after would not compare",
+    "task.leaks": "the supervised phase is over",
     "sft": "the phase would be of two kinds of data; its loss before and after would not compare",
     "sft.iterations": "reinforcement learning has begun, from the end of the supervised phase",
     "sft.optimizer": "Adam's states were averaged and stored with it",

@@ -90,6 +90,9 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+        if purge_step is not None:  # readers order files by the second in their names
+            while any(self._folder.glob(f"{phase}/events.out.tfevents.{int(time.time())}.*")):
+                time.sleep(0.05)
         writer = self._writers[phase] = EventFileWriter(str(self._folder / phase))
         if purge_step is not None:
             start = SessionLog(status=SessionLog.START)
