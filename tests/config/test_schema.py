@@ -170,8 +170,8 @@ def test_an_unknown_key_names_the_nearest(override, message):
         ),
         (
             "run.seed=true",
-            "run.seed=true (YAML reads yes, no, on and off as true and false) has the wrong type; it "
-            "must be an integer",
+            "run.seed=true (YAML reads yes, no, on and off as true and false) has the wrong type; "
+            "it must be an integer",
         ),
         ("run.seed=", "run.seed is empty; it must be an integer"),
         ("logging.live=1", "logging.live=1 has the wrong type; it must be true or false"),

@@ -97,4 +97,5 @@ class TensorBoard:
         if purge_step is not None:
             start = SessionLog(status=SessionLog.START)
             writer.add_event(Event(step=purge_step, wall_time=time.time(), session_log=start))
+            writer.flush()  # a reader has to see it before the next step comes
         return writer
