@@ -95,7 +95,9 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
 def add_assumed(command: argparse.ArgumentParser) -> None:
     """Add what a forecast assumes to a command's arguments."""
     command.add_argument(
-        "--rate", help="forecast: peak of each rank, a GPU's name, TFLOP/s or cpu; default: H100"
+        "--rate",
+        help="forecast: peak of each rank, a GPU's name, TFLOP/s or cpu; "
+        "default: this machine's, or H100 for a run on GPUs elsewhere",
     )
     command.add_argument(
         "--mfu", type=float, metavar="SHARE", help="forecast: share of that peak; default: 0.4"

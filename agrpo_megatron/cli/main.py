@@ -282,7 +282,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add_command(commands, "sample", "print completions", sample)
     add_target(command)
     command.add_argument("-n", "--number", type=int, default=3, help="held-out problems (3)")
-    command.add_argument("--prompt", help="complete this text instead")
+    command.add_argument(
+        "--prompt", help="complete this plain text instead; `agrpo chat` uses the chat template"
+    )
     command.add_argument("--trace", action="store_true", help="show the unmasking order in colour")
     add_overrides(command)
     add_serving(commands)

@@ -225,7 +225,7 @@ class AgrpoLM(TemplateLM):
             normalize_gen_kwargs(options, settings.sampling.completion_length)
         )
         if options.keys().isdisjoint({"do_sample", "temperature"}):
-            asked.pop("temperature")  # that of `evaluation`
+            asked.pop("temperature", None)  # that of `evaluation`
         asked.pop("do_sample")
         most, stops = asked.pop("max_gen_toks"), tuple(text for text in asked.pop("until") if text)
         if unknown := sorted(asked.keys() - set(CHANGES)):

@@ -108,7 +108,8 @@ def _forward_and_backward():
 @pytest.mark.parametrize("overrides", [(), (TOP_K,)], ids=["no top-k", "top-k"])
 def test_an_iteration_passes(overrides):
     metrics, (sampled, trained), after = run_ranks(1, _iterate, *overrides)[0]
-    assert all(math.isfinite(value) for value in metrics.values()) and metrics["grad_norm"] > 0
+    values = [value for value in metrics.values() if not isinstance(value, list)]  # not by step
+    assert all(map(math.isfinite, values)) and metrics["grad_norm"] > 0
     assert metrics["ratio/max_error"] < 1e-4
     assert sampled > 0 and trained > 0
     assert after == (False, 2.0)

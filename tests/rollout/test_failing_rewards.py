@@ -50,6 +50,9 @@ def test_a_run_goes_on_whatever_its_rewards_do(tmp_path, size):
     for record in (r for r in records if r["phase"] == "eval"):
         assert record["failed_rewards"] == len(FAILING)
     warned = [text for text in results[0] if text.startswith("iteration ")]
+    alarms = [text for text in warned if "resilience.failed_rewards_alarm" in text]
+    assert len(alarms) == 1, "at the first iteration over the limit"
+    warned = [text for text in warned if text not in alarms]
     assert len(warned) == 2
     for number, text in enumerate(warned, start=1):
         head = f"iteration {number}: {failing} of {whole} rewards failed ({GROUP} "

@@ -63,7 +63,7 @@ def evaluations_of(settings: Settings) -> int:
     """Return how many held-out evaluations a run makes: before, at intervals, and at the end."""
     iterations, every = settings.train.iterations, settings.evaluation.interval
     if not iterations:
-        return 0
+        return 1
     return 2 + ((iterations - 1) // every if every else 0)
 
 
