@@ -171,7 +171,8 @@ def test_a_run_goes_on_and_one_that_is_finished_is_refused(launch, record, tmp_p
     assert f"# run       {run} (resumes after rl iteration 2 of 3)\n" in script
     status, printed, errors = launch(file, "--nodes", 1, "--dry-run", *CPU, "run.seed=1")
     assert (status, printed) == (2, "")
-    assert f"run.dir={run} holds a run with run.seed=0, not 1; choose another run.dir" in errors
+    assert f"run.dir={run} holds a run with run.seed=0, not 1, which may not change: " in errors
+    assert "; choose another run.dir" in errors
     (run / "checkpoints" / "latest").unlink()
     run.rename(tmp_path / "run.1")
     leave_run(file, [], iteration=3)

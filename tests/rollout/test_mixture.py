@@ -73,6 +73,6 @@ def test_notes_are_said_and_kept_again_at_a_resume(run, tmp_path):
     assert again.count("few: something to know") == 1
     assert any(text.startswith("resuming after rl iteration") for text in again)
     for folder in (directory, tmp_path / "run"):
-        assert (folder / "notes.txt").read_text().splitlines()[-1] == "few: something to know"
+        assert (folder / "notes.txt").read_text().splitlines().count("few: something to know") == 1
     ours, theirs = (read(folder / "metrics.jsonl") for folder in (tmp_path / "run", directory))
     assert same_metrics(ours, theirs)

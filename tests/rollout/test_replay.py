@@ -158,7 +158,7 @@ def test_another_estimator_learns_otherwise_from_the_same_tokens(stored, replaye
     errors = [record["ratio/max_error"] for record in _rl(run_dir)]
     assert errors[0] < 1e-5 and min(errors[1:]) > 1e-3, errors
     assert [record["alarm/ratio"] for record in _rl(run_dir)] == [0, 0, 0, 0]
-    assert not [text for text in said if "ratio" in text]
+    assert not [text for text in said if "policy ratio" in text]
     assert _state(source) == files
 
 

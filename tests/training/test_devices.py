@@ -10,9 +10,9 @@ import torch
 
 from agrpo_megatron.estimators.timesteps import step_entropies
 from agrpo_megatron.evaluation.evaluate import evaluate
-from agrpo_megatron.training import sft
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.sft import run_sft
+from agrpo_megatron.training.supervised import learning
 from tests.devices import DEVICE, Elsewhere, OtherDevice, move
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
@@ -113,7 +113,7 @@ def _iterate(overrides):
 def _supervise():
     session, engine = _elsewhere("sft.iterations=2")
     losses = []
-    sft.NanGuard = BackwardAlone
+    learning.NanGuard = BackwardAlone
     with OtherDevice():
         run_sft(session, engine, start=0, on_iteration_end=losses.append)
     return losses

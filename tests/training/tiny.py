@@ -115,6 +115,9 @@ class Recorder:
     def metrics(self, record: dict) -> None:
         self.records.append(record)
 
+    def last(self, phase: str) -> dict:
+        return next((r for r in reversed(self.records) if r["phase"] == phase), {})
+
     def samples(self, records: list[dict], **common: object) -> None:
         pass
 
