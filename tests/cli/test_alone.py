@@ -150,7 +150,7 @@ def test_a_run_resumes_without_its_base_as_with_it(finished, alone, place):
     calls = [(folder / place, [*command, f"run.dir={run}"])] * 2
     first, second = _call_all(folder, calls)
     assert "resuming after rl iteration 1" in first and "is finished" in second
-    assert "model.load=" in second, "how to train it further"
+    assert "more train.iterations to go on" in second, "how to train it further"
     metrics = [read(path / "run" / "metrics.jsonl") for path in (folder, whole)]
     assert same_metrics(*metrics)
     for name in ("rl-000001", "rl-000002"):
@@ -167,7 +167,7 @@ def test_what_a_resumed_run_still_needs_is_refused_without_ranks(alone):
         "model.load=other": "model.load=other is not a directory",
         "tokenizer.path=other": "tokenizer.path=other does not exist",
         "tokenizer.chat_template=plain": "tokenizer.chat_template=own.jinja, not plain",
-        "train.iterations=4": "train.iterations=2, not 4; choose another run.dir (model.load=RUN",
+        "sampling.top_k=3": ", not 3, which may not change",
     }.items():
         done = probe(*command, run, more)
         assert done.returncode == 2 and "megatron" not in done.stdout
