@@ -147,4 +147,4 @@ def show_banner(session: Session, phases: tuple[str, ...]) -> None:
     for line in banner(run.settings, sizes, **facts):
         view.note(line)
     for line in odd_values(run.settings, sizes, world_size=ranks.world_size):
-        view.warn(line)
+        view.note(f"unusual: {line}")

@@ -223,7 +223,7 @@ FULL = {
     "a checkpoint's tensors": ("checkpoint.saving", "_write", 2),
     "a checkpoint's sums": ("checkpoint.saving", "seal", 2),
     "the name of the latest": ("checkpoint.saving", "point", 3),
-    "the model's files": ("training.run", "describe_model", 1),
+    "the model's files": ("training.opening", "describe_model", 1),
     "the report": ("reports.summary", "write_report", 1),
 }
 
