@@ -14,8 +14,8 @@ from agrpo_megatron.launch.sweep import flow
 from agrpo_megatron.runs.resolve import resolve
 
 KEYS = ("baseline", "seeds", "tuning_seeds", "common", "members")
-# Processes share the cores, and a comparison has its own table.
 NO_SFT = ("sft.iterations=0", "sft.epochs=null")
+# Processes share the cores, and a comparison has its own table.
 QUIET = ("run.threads=1", "logging.wandb=disabled", "logging.live=false")
 
 Choice = dict[str, Any]  # settings by dotted name

@@ -40,7 +40,7 @@ def loader_of(folder: Path) -> str:
         return f"AutoModel with trust_remote_code=True: the model's own files, made with {made}"
     return (
         f"no modelling files, and transformers has no {config['model_type']}: put the model's own "
-        f"beside the weights, or convert with --own-code"
+        f"next to the weights, or convert with --own-code"
     )
 
 

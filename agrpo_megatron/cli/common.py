@@ -41,7 +41,7 @@ def add_command(
 def add_run(command: argparse.ArgumentParser) -> None:
     """Add the settings file of a run, moving an earlier run away, and short forms of settings."""
     command.add_argument(
-        "file", metavar="FILE", help="settings file (YAML), or the directory of a run to go on with"
+        "file", metavar="FILE", help="settings file (YAML), or the directory of a run to resume"
     )
     command.add_argument(
         "--restart", action="store_true", help="move an earlier run away instead of resuming it"
@@ -54,7 +54,7 @@ def add_run(command: argparse.ArgumentParser) -> None:
 
 
 def run_file(file: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
-    """Return settings file and overrides of a run; for its directory, those to go on with it.
+    """Return settings file and overrides of a run; for a run directory, those that resume it.
 
     Raises:
         ValueError: the directory holds no run, or is given another `run.dir`.
@@ -70,7 +70,7 @@ def run_file(file: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
         )
     if named := next((o for o in overrides if o.partition("=")[0].strip() == "run.dir"), None):
         raise ValueError(
-            f"{named}: {file} is the directory of the run that goes on; leave it out, or give "
+            f"{named}: {file} is the directory of the run to resume; leave it out, or give "
             f"{own} to start a new run with these settings"
         )
     return str(own), [*overrides, f"run.dir={flow(str(directory))}"]

@@ -33,7 +33,7 @@ def add_config(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--tasks", action="store_true", help="explain the options of each task")
     command.add_argument("--metrics", action="store_true", help="explain what a run logs")
     command.add_argument(
-        "--frozen", action="store_true", help="explain what may change when a run goes on"
+        "--frozen", action="store_true", help="explain what may change when a run resumes"
     )
     command.add_argument(
         "--markdown",

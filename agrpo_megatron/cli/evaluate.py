@@ -135,7 +135,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _show_prompts(target: Target, asked: str) -> int:
-    """Print the text of each task's so-many-th prompt, with its special tokens, and its ids."""
+    """Print text and ids of one prompt of each task; `asked` is its number, from 1."""
     from agrpo_megatron.evaluation.plan import plan_evaluation
     from agrpo_megatron.tasks.base import task_prompts
 

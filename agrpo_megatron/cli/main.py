@@ -145,7 +145,7 @@ def train(arguments: argparse.Namespace) -> int:
     if stuck is not None:
         return _end("stuck", stuck, exit_status.STUCK)
     if stopped is not None:
-        reason = f"{stopped}; saved: run the same command, or `agrpo train {run_dir}`, to go on"
+        reason = f"{stopped}; saved: run the same command, or `agrpo train {run_dir}`, to resume"
         is_ctrl_c = stopped == CTRL_C
         return _end("requeue", reason, INTERRUPTED if is_ctrl_c else exit_status.REQUEUE)
     with naming_full_disk(run_dir):
@@ -155,7 +155,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def _show_finished(run_dir: Path, reason: str | None) -> None:
-    """Print that a run is finished, how it may go on, and its results.
+    """Print that a run is finished, how to continue it, and its results.
 
     Args:
         reason: why it ended early; None: all its iterations are done.
@@ -164,7 +164,7 @@ def _show_finished(run_dir: Path, reason: str | None) -> None:
 
     why = "" if reason is None else f" ({reason})"
     key = "more train.iterations" if reason is None else "another limit"
-    print(f"{run_dir} is finished{why}; add --restart to run it again, or {key} to go on\n")
+    print(f"{run_dir} is finished{why}; add --restart to run it again, or {key} to continue it\n")
     conclude(run_dir)
 
 

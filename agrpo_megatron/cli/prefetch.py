@@ -37,7 +37,7 @@ def add_prefetch(commands: argparse._SubParsersAction) -> None:
 
 
 def prefetch(arguments: argparse.Namespace) -> int:
-    """Print what is to be fetched, fetch it, and write a settings file that names it."""
+    """Print the missing files, fetch them, and write a settings file that names them."""
     settings = load(Settings, arguments.file, arguments.overrides)
     from agrpo_megatron.launch.forecast import size
     from agrpo_megatron.launch.prefetch.sources import overrides, sources

@@ -35,8 +35,8 @@ examples:
   client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
   client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "7 5=12:"}])
 
-`evaluation` and `sampling.completion_length` are the defaults of requests. The first Ctrl-C lets
-the requests end that were taken, the second ends at once. docs/serving.md has the details.
+`evaluation` and `sampling.completion_length` are the defaults of requests. The first Ctrl-C
+finishes accepted requests and refuses new ones; the second ends at once. docs/serving.md has more.
 """
 CHAT = """\
 examples:
@@ -56,7 +56,7 @@ examples:
   torchrun --nproc-per-node 8 -m agrpo_megatron lm-eval models/LLaDA-8B-Base --tasks mmlu
 
 Settings stand directly after TARGET; all other arguments are lm-eval's own
-(`python -m lm_eval run --help`), but for --model and --model_args. docs/evaluation.md explains
+(`python -m lm_eval run --help`), except --model and --model_args. docs/evaluation.md explains
 how completions and likelihoods are computed.
 """
 

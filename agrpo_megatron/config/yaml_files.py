@@ -131,8 +131,8 @@ def read_yaml(path: str | Path) -> Tree:
 def read_chain(path: str | Path) -> list[tuple[Path, Tree]]:
     """Read a file and its bases: the lowest base first, the file itself last.
 
-    Files of code and of rows that they name are found in the current folder, or else beside the
-    settings file.
+    Relative names of code and data files are looked up in the current folder, then in the folder
+    of the settings file.
 
     Raises:
         ValueError: as `read_yaml`; a base that does not exist or leads back to its own file.

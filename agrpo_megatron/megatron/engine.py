@@ -257,7 +257,7 @@ def _scheduler(
         end_wd=optimizer.weight_decay,
         wd_incr_steps=max(1, iterations),
         wd_incr_style="constant",
-        # A run may go on with another schedule: a checkpoint gives only the steps so far.
+        # A run may resume with another schedule: a checkpoint gives only the steps so far.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

@@ -15,7 +15,7 @@ from agrpo_megatron.scaling.forecast.disk import evaluations_of, parameters
 def banner(
     settings: Settings, sizes: Sizes, *, device: str, world_size: int, phases: Sequence[str]
 ) -> list[str]:
-    """Return at most eight lines on a run that is about to start or to go on.
+    """Return at most eight lines on a run that is about to start or resume.
 
     Args:
         device: of each rank, for instance "NVIDIA H200" or "CPU, 2 threads".
@@ -32,7 +32,7 @@ def banner(
         f"plan      {_plan(settings, sizes, phases)}",
         *(_iteration(settings, sizes) if "rl" in phases and settings.train.iterations else []),
         f"writes    {directory}: {METRICS}, {SAMPLES}, {CHECKPOINTS}/; wandb {logging.wandb}",
-        "stop      by Ctrl-C; the same command goes on",
+        "stop      by Ctrl-C; the same command resumes the run",
     ]
     return lines
 

@@ -30,7 +30,7 @@ def families(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the settings in which runs differ, but for the seed: each run's value as text."""
+    """Return the settings, other than the seed, in which runs differ: each run's value as text."""
     keys = dict.fromkeys(key for run in runs for key in _alike(run))
     values = {key: [written(run.settings.get(key)) for run in runs] for key in keys}
     return {key: own for key, own in values.items() if len(set(own)) > 1}

@@ -89,7 +89,7 @@ def settings_page() -> str:
 
 
 def changes_reference(console: Console) -> None:
-    """Print what may change when a run goes on, and what may not, with the reason."""
+    """Print which settings may change when a run resumes, and why the others may not."""
     for title, names in MAY_CHANGE.items():
         console.print(Text(title, style="bold"))
         console.print(Text("  " + ", ".join(names), style="cyan"), "\n")
@@ -103,9 +103,10 @@ def changes_reference(console: Console) -> None:
 
 
 def _changes_page() -> Iterator[str]:
-    """Yield the part of docs/settings.md on runs that go on."""
-    yield "## What may change when a run goes on\n"
-    yield "`agrpo train RUN KEY=VALUE` goes on with a run. `agrpo config --frozen` prints this.\n"
+    """Yield the part of docs/settings.md on runs that resume."""
+    yield "## What may change when a run resumes\n"
+    yield "`agrpo train RUN KEY=VALUE` resumes a run with other settings.\n"
+    yield "`agrpo config --frozen` prints this list.\n"
     for title, names in MAY_CHANGE.items():
         yield f"{title}: {', '.join(f'`{name}`' for name in names)}.\n"
     rows = [{"name": f"`{name}`", "why": reason} for name, reason in FROZEN.items()]

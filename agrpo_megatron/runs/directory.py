@@ -115,7 +115,7 @@ def progress(settings: Settings) -> Progress | None:
 
 
 def changed_settings(settings: Settings, done: Progress) -> list[Change]:
-    """Return the settings that change as a run goes on, and are logged.
+    """Return the logged changes of settings in a run that resumes.
 
     Raises:
         ValueError: a setting differs that may not change.

@@ -28,7 +28,7 @@ def with_early_stop(done: Progress, scores: Mapping[str, Any], settings: TrainSe
 
 
 def still_stopped(done: Progress, settings: TrainSettings) -> str | None:
-    """Return why a run that ended early stays ended under these settings; None if it may go on."""
+    """Return why a run that ended early stays ended under these settings; None if it may resume."""
     name = settings.stop_metric
     if done.stopped is None or name is None:
         return _reason(done, None, settings) if done.stopped else None
@@ -36,7 +36,7 @@ def still_stopped(done: Progress, settings: TrainSettings) -> str | None:
 
 
 def _of_metric(done: Progress, name: str) -> Progress:
-    """Return the progress judged by a metric: by another one, it begins anew."""
+    """Return the progress under a metric; a changed metric starts without a best value."""
     if done.stop_metric not in (None, name):
         done = replace(done, stop_best=None, stop_waited=0)
     return replace(done, stop_metric=name)

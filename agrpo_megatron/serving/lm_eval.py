@@ -74,7 +74,7 @@ class AgrpoLM(TemplateLM):
         self._closing.close()
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval stores in its results beside its own configuration."""
+        """Return the entries that lm-eval adds to the configuration in its results."""
         sampling = self.model.settings.evaluation_sampling
         return {
             "likelihood": "evidence lower bound",
@@ -260,7 +260,7 @@ def run_harness(arguments: Sequence[str], target: str, options: dict[str, Any]) 
     """Run lm-eval's own command on an open model; called by the main rank.
 
     Args:
-        arguments: of `lm-eval run`, but for the model's.
+        arguments: of `lm-eval run`, without those of the model.
         target: names the model in the results.
         options: the model's other arguments.
     """

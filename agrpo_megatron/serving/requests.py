@@ -68,7 +68,7 @@ def check_room(settings: Settings, prompt: Sequence[int], sampling: SamplingSett
     if len(prompt) + length > limit:
         raise ValueError(
             f"the prompt has {len(prompt)} tokens, and model.max_sequence_length={limit} leaves "
-            f"{limit - length} besides {length} of the completion; shorten one of them"
+            f"{limit - length} in addition to the completion's {length}; shorten one of them"
         )
 
 

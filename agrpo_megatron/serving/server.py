@@ -91,7 +91,7 @@ class _Answer:
 def serve(model: Model, *, name: str, listener: socket.socket, key: str | None) -> None:
     """Answer requests until the process is interrupted; called by the main rank's main thread.
 
-    The first interrupt lets the requests end that were taken, the second ends at once.
+    The first interrupt finishes accepted requests and refuses new ones; the second ends at once.
     """
     front = Front(model, name, key)
     config = uvicorn.Config(make_app(front), log_level="warning", access_log=False, lifespan="off")

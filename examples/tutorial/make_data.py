@@ -1,3 +1,5 @@
+"""Write the files of docs/tutorial.md: chats, problems and held-out problems."""
+
 import json
 import random
 

@@ -150,7 +150,7 @@ def test_a_run_resumes_without_its_base_as_with_it(finished, alone, place):
     calls = [(folder / place, [*command, f"run.dir={run}"])] * 2
     first, second = _call_all(folder, calls)
     assert "resuming after rl iteration 1" in first and "is finished" in second
-    assert "more train.iterations to go on" in second, "how to train it further"
+    assert "more train.iterations to continue it" in second, "how to train it further"
     metrics = [read(path / "run" / "metrics.jsonl") for path in (folder, whole)]
     assert same_metrics(*metrics)
     for name in ("rl-000001", "rl-000002"):

@@ -71,7 +71,7 @@ def test_the_directory_of_a_run_goes_on_with_its_own_settings(run, tmp_path):
     nothing = probe("train", tmp_path)
     assert f"{tmp_path} is a directory without config.yaml" in nothing.stderr
     other = probe("train", copy, "run.dir=elsewhere")
-    assert f"run.dir=elsewhere: {copy} is the directory of the run that goes on" in other.stderr
+    assert f"run.dir=elsewhere: {copy} is the directory of the run to resume" in other.stderr
 
 
 def test_restart_moves_the_earlier_run_aside(run, tmp_path):

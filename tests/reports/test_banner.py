@@ -30,7 +30,7 @@ def test_a_run_says_what_it_is():
     assert found["writes"] == (
         "runs/mine: metrics.jsonl, samples.jsonl, checkpoints/; wandb disabled"
     )
-    assert found["stop"] == "by Ctrl-C; the same command goes on"
+    assert found["stop"] == "by Ctrl-C; the same command resumes the run"
 
 
 def test_adapters_and_a_supervised_run():

@@ -3,7 +3,7 @@
 One class for LLaDA, Dream, SDAR, LLaDA-MoE and LLaDA2: it maps ids [B, S] to logits [B, S, V] for
 every position, masked or not. The tensors have the published names of each family, so its own
 modelling code loads them too. Rows are padded at their end; there is no cache and no dropout.
-This file is copied beside the weights, and needs torch and transformers only.
+This file is copied next to the weights. It needs torch and transformers only.
 """
 
 import torch

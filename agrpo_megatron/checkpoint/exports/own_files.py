@@ -30,7 +30,7 @@ def own_config(config: Mapping[str, Any], model: ModelSettings) -> dict[str, Any
     if model.family not in FAMILIES:
         raise ValueError(
             f"model.family={model.family}: the modelling file of agrpo_megatron has "
-            f"{', '.join(FAMILIES)}; put the family's own modelling files beside the weights"
+            f"{', '.join(FAMILIES)}; put the family's own modelling files next to the weights"
         )
     # Published files leave some keys out. null means that a key is not set.
     every = families.FAMILIES[model.family].config(model)

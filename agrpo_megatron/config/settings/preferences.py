@@ -22,7 +22,7 @@ class PreferenceSettings:
     )
     label_smoothing: float = setting(
         0.0,
-        "share of pairs whose labels are taken to be exchanged (conservative DPO)",
+        "assumed share of pairs with swapped labels (conservative DPO)",
         low=0,
         high=0.5,
     )

@@ -23,7 +23,7 @@ from agrpo_megatron.launch.forecast import size
 from agrpo_megatron.launch.prefetch.sources import Source
 from agrpo_megatron.runs.files import naming_full_disk
 
-# Weights as safetensors, and all that a run or an export reads besides: no pickles.
+# Weights as safetensors, and all other files that a run or an export reads: no pickles.
 WANTED = re.compile(r"[^/]+\.(safetensors|json|jinja|model|txt|py|md)|LICENSE[^/]*")
 PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)")
 
@@ -44,7 +44,7 @@ class Listing:
 
 
 def listing(source: Source, *, takes_all: bool = False) -> Listing:
-    """Return what is to be fetched of a source.
+    """Return the files to fetch from a source.
 
     Args:
         takes_all: also pickles, subfolders and other formats.

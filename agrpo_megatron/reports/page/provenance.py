@@ -55,7 +55,7 @@ def attempts(run: Run) -> dict[str, Any]:
 
 
 def changed(run: Run) -> dict[str, Any]:
-    """Return a table of the settings that changed as the run went on."""
+    """Return a table of the settings that changed during the run."""
     names = ("after", "setting", "old", "new")
     return {
         "title": "Settings that changed",

@@ -1,1 +1,1 @@
-"""The history of a run: settings that changed as it went on, and where each attempt ran."""
+"""The history of a run: settings that changed during it, and where each attempt ran."""

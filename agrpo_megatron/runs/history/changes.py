@@ -1,4 +1,4 @@
-"""What may change when a run goes on: freely, with a line in its log, or not at all and why."""
+"""Which settings may change when a run resumes: freely, with a line in its log, or never."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -85,7 +85,7 @@ def fixed(tree: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, object]:
 
 
 def differences(there: Settings, here: Settings, *, phase: str) -> list[Change]:
-    """Return the changes that are logged, from a run's settings to those that it goes on with.
+    """Return the logged changes between a run's settings and those that it resumes with.
 
     Args:
         phase: of the run's latest checkpoint.
@@ -110,7 +110,7 @@ def differences(there: Settings, here: Settings, *, phase: str) -> list[Change]:
 
 
 def may_change(phase: str) -> tuple[str, ...]:
-    """Return the names of settings that may change, logged, when a run goes on in a phase."""
+    """Return the names of settings that may change, with a log line, when a phase resumes."""
     return LOGGED + (OF_SFT + OF_RL if phase == "sft" else ())
 
 

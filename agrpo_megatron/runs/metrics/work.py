@@ -60,7 +60,7 @@ TIME = (
     Metric("timing/iteration", UPDATED, "The whole iteration, without evaluation and saving.", "s"),
     Metric("timing/rollout", RL, "Sampling, with the rewards that are graded meanwhile.", "s"),
     Metric("timing/reward", RL, "Grading after the last completion was sampled.", "s"),
-    Metric("timing/reward_hidden", RL, "Grading while sampling went on; it costs no time.", "s"),
+    Metric("timing/reward_hidden", RL, "Grading during sampling; it costs no time.", "s"),
     Metric("timing/update", RL, "The updates: forward, backward, optimizer.", "s"),
     Metric("timing/measure", RL, "A measurement of the draws; not part of `timing/update`.", "s"),
     Metric(

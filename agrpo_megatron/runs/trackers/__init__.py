@@ -1,4 +1,4 @@
-"""Where the metrics of a run go besides its own files: wandb and TensorBoard, under equal names."""
+"""Copies of a run's metrics for wandb and TensorBoard, under equal names."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -175,7 +175,7 @@ def _grouped(pattern: re.Pattern[str]) -> Callable[[str, Fields], bool]:
 
 
 def exact(text: str, row: Fields) -> bool:
-    """Return whether the completion is the answer, but for blanks at its ends."""
+    """Return whether the completion, without blanks at its ends, is the answer."""
     return text.strip() == row["answer"].strip()
 
 

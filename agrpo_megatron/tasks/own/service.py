@@ -34,7 +34,7 @@ class Services(Protocol):
 
         Args:
             rewards: what the task's own `reward` found.
-            closed: is set when nobody waits for the rewards any more.
+            closed: set when the caller no longer waits for the rewards.
         """
         ...
 
@@ -63,7 +63,7 @@ class Service:
 
 
 class _Unusable(Exception):
-    """A request failed; `is_final` tells that another attempt would fail too."""
+    """A request failed; with `is_final` another attempt would fail too."""
 
     def __init__(self, reason: str, *, is_final: bool = False):
         super().__init__(reason)

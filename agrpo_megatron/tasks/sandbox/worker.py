@@ -27,7 +27,7 @@ PACKAGE = str(Path(__file__).parents[2])
 TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 
 is_child = False  # whether this process is a worker, with bounded time and memory
-is_spent = False  # whether it is to be replaced after this call; a call may set it
+is_spent = False  # whether the server replaces this worker after the call; a call may set it
 
 
 class Trace(NamedTuple):

@@ -8,7 +8,7 @@ from agrpo_megatron.tasks.data import Row, has_column, one_line
 LISTS = ("messages", "conversations")  # columns that hold all turns
 PROMPTS = ("prompt", "question", "instruction", "query", "problem")
 REPLIES = ("completion", "response", "answer", "output", "solution")
-EXTRA = ("input", "system", "history")  # columns that are read besides, where there are some
+EXTRA = ("input", "system", "history")  # optional columns, read where they exist
 ROLES = ("messages", "prompt", "reply", *EXTRA)  # keys of `columns`
 SHAPES = (
     "messages, conversations, prompt and completion, prompt and response, question and answer, "

@@ -23,7 +23,7 @@ def device_text(device: torch.device) -> str:
 
 
 def forget_peak(ranks: Ranks) -> None:
-    """Let the peak of GPU memory begin anew."""
+    """Reset the peak of GPU memory."""
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)
 

@@ -38,7 +38,7 @@ class Measures:
         Args:
             record: the other metrics of the iteration.
             tokens: packed tokens that passed through the network.
-            counted: what the totals sum up, besides the FLOPs.
+            counted: the counts that the totals sum, in addition to FLOPs.
         """
         seconds = time.perf_counter() - self._started
         return {
