@@ -78,7 +78,7 @@ def settings_page() -> str:
     ]
     index.append(
         "- [top level](#top-level), [what may change when a run goes "
-        "on](#what-may-change-when-a-run-goes-on) and [options of tasks](#options-of-tasks)\n"
+        "on](#what-may-change-when-a-run-resumes) and [options of tasks](#options-of-tasks)\n"
     )
     parts = [SETTINGS_PAGE, "".join(index)]
     parts += [f"## {name or 'top level'}\n\n{_table(own)}" for name, own in groups.items()]
