@@ -127,14 +127,28 @@ def test_evaluations_and_checkpoints_of_a_run():
         return evaluations_of(settings), disk(settings, rollout_bytes=10)
 
     assert [made(n, every)[0] for n, every in ((0, 5), (1, 5), (5, 5), (6, 5), (11, 0))] == [
-        0, 2, 2, 3, 2
+        1, 2, 2, 3, 2
     ]  # fmt: skip
     assert made(100, 10, interval=10, keep=2)[1].checkpoints == 4
     assert made(100, 10, interval=10, keep=2, best="null")[1].checkpoints == 3
     assert made(100, 10, interval=10, keep_rollouts="true")[1].rollouts == 1000
     assert made(100, 10, interval=10)[1].rollouts == 100
     assert made(100, 10, interval=10, rollouts="false")[1].rollouts == 0
-    assert made(0, 10)[1].total == 0
+    assert made(0, 10)[1].checkpoints == made(0, 10)[1].rollouts == 0
+    assert made(10, 10, interval=10)[1].checkpoints == 1  # one save ends the run, and is the best
+    assert made(10, 5, interval=4, keep=9)[1].checkpoints == 4  # after 4, 5, 8 and 10
+    assert made(10, 5, interval=0, keep=9, best="null")[1].checkpoints == 1  # only the last one
+
+
+def test_checkpoints_of_the_supervised_phase_stay_during_reinforcement_learning():
+    def at_one_time(supervised, iterations):
+        words = [f"sft.iterations={supervised}", f"train.iterations={iterations}"]
+        kept = ["checkpoint.interval=10", "checkpoint.keep=2", "evaluation.interval=0"]
+        return disk(tiny(*words, *kept), rollout_bytes=0).checkpoints
+
+    assert [at_one_time(n, 0) for n in (0, 1, 10, 25, 100)] == [0, 1, 1, 3, 3]
+    assert [at_one_time(n, 10) for n in (0, 1, 10, 25, 100)] == [1, 2, 2, 3, 3]
+    assert at_one_time(100, 100) == 2 + 3
 
 
 def test_a_pair_takes_both_texts_under_each_mask_and_two_passes_without_gradient():

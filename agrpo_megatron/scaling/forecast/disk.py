@@ -1,5 +1,6 @@
 """Bytes that a run writes to its directory, at most at one time."""
 
+import math
 from dataclasses import dataclass
 
 from agrpo_megatron.config.settings import ParallelSettings, Settings
@@ -36,27 +37,52 @@ def parameters(settings: Settings) -> tuple[int, int]:
 def disk(settings: Settings, *, rollout_bytes: int) -> Disk:
     """Return what a run writes.
 
-    Kept are the newest checkpoints, the best one and the end of the supervised phase; the oldest
-    one is removed after a new one is complete. Rollouts are removed by the checkpoint that has
-    their update, unless all are kept.
+    Rollouts are removed by the checkpoint that has their update, unless all are kept.
 
     Args:
         rollout_bytes: of the stored rollouts of an iteration.
     """
     kept, iterations = settings.checkpoint, settings.train.iterations
-    evaluations = evaluations_of(settings)
-    saves = (iterations // kept.interval if kept.interval else 0) + evaluations
-    newest = min(saves, kept.keep + 1)
-    is_best = kept.best is not None and saves > newest
     between = min(iterations, kept.interval or iterations)
     stored = iterations if kept.keep_rollouts else between * kept.rollouts
     tokens = settings.sampling.completion_length * settings.logging.samples
     return Disk(
         checkpoint=parameters(settings)[1] * _bytes(settings),
-        checkpoints=newest + is_best + (settings.sft.iterations > 0),
+        checkpoints=_checkpoints(settings),
         rollouts=0 if settings.train.from_rollouts else stored * rollout_bytes,
-        samples=SAMPLE * tokens * (iterations + evaluations),
+        samples=SAMPLE * tokens * (iterations + evaluations_of(settings)),
     )
+
+
+def _checkpoints(settings: Settings) -> int:
+    """Return how many checkpoints there are at one time, if every evaluation is the best so far.
+
+    Kept are the newest ones of each phase, and the best one; the oldest one of a phase is removed
+    after a new one of this phase is complete. So those of the supervised phase stay during RL.
+    """
+    kept, iterations = settings.checkpoint, settings.train.iterations
+    supervised = _saves(settings.sft.iterations, kept.interval)
+    best = settings.evaluation.interval if kept.best is not None else 0
+    saves = _saves(iterations, kept.interval, best)
+    newest = min(saves, kept.keep + 1)
+    is_best = best > 0 and saves > newest
+    return max(
+        min(supervised, kept.keep + 1),
+        min(supervised, kept.keep) + newest + is_best,
+    )
+
+
+def _saves(iterations: int, *intervals: int) -> int:
+    """Return after how many iterations a phase saves: those at the intervals, and the last one.
+
+    Args:
+        intervals: one or two; 0: never.
+    """
+    every = [interval for interval in intervals if interval]
+    counts = [iterations // interval for interval in every]
+    both = iterations // math.lcm(*every) if len(every) == 2 else 0
+    at_last = iterations > 0 and all(iterations % interval for interval in every)
+    return sum(counts) - both + at_last
 
 
 def evaluations_of(settings: Settings) -> int:
