@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("AGRPO_TRACEBACK"):
             raise
         said = " ".join(str(error).splitlines())  # values are shown as they are
-        exit_status.report_refusal(f"agrpo: error: {said}")
+        exit_status.report_refusal(said)
         if is_main():
             print(
                 f"agrpo: error: {said}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr

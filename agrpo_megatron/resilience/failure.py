@@ -57,6 +57,18 @@ def command() -> Command | None:
     return _command
 
 
+def outlive_launcher() -> None:
+    """Ignore signals: a launcher ends the other ranks once one dies, and they first print why."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def ends_all() -> bool:
+    """Return whether an error of this rank now ends all ranks."""
+    return _command is not None and _command.store is not None
+
+
 @contextmanager
 def ending_together(screen: AbstractContextManager | None = None) -> Iterator[None]:
     """Run a command's work; a rank that fails ends all ranks. Called by every rank.
@@ -152,10 +164,7 @@ def _end_all(store: RankStore, error: BaseException) -> None:
     is_own = isinstance(error, DiskFull) and store.world_size > 1  # the others will not have it
     if isinstance(error, ValueError) and not is_own and _every_rank_refuses(store):
         return
-    if threading.current_thread() is threading.main_thread():
-        # A launcher ends the other ranks once one dies: they must first print why.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    outlive_launcher()
     is_lost = _is_lost_peer(error)
     how = INTERRUPTED if isinstance(error, KeyboardInterrupt) else "failed"
     failure = mine = f"rank {store.rank} {how}"

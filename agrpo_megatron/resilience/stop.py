@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from agrpo_megatron.megatron.parallel import Ranks, gather_objects
 from agrpo_megatron.resilience.exit_status import LAUNCHERS
+from agrpo_megatron.resilience.failure import ends_all, outlive_launcher
 from agrpo_megatron.resilience.sections import NAMES, Sections
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -58,13 +59,21 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals as stop requests; only a main thread can."""
+        """Take signals as stop requests; only a main thread can.
+
+        After an error that ends all ranks, signals stay ignored until this one has printed it.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
             yield
+        except BaseException as error:
+            if ends_all() and not isinstance(error, Stopped):
+                before.clear()
+                outlive_launcher()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

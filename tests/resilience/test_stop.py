@@ -8,8 +8,10 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from agrpo_megatron.resilience import failure
 from agrpo_megatron.resilience.sections import Sections
-from agrpo_megatron.resilience.stop import CTRL_C, JOB_END, LEAST_MARGIN, Stop, Turns
+from agrpo_megatron.resilience.stop import CTRL_C, JOB_END, LEAST_MARGIN, Stop, Stopped, Turns
+from agrpo_megatron.resilience.store import RankStore
 from agrpo_megatron.rollout import generate
 from agrpo_megatron.rollout.cache import CompletionWriter, RolloutCache
 from agrpo_megatron.runs.log import RunLog
@@ -61,6 +63,25 @@ class AskedTurns(Turns):
         if is_last and (AskedTurns.samplings - 1, AskedTurns.turns) == self.when:
             os.kill(os.getpid(), signal.SIGUSR1)
         return super().is_asked()
+
+
+def test_a_failing_rank_outlives_the_launcher_until_it_has_printed_its_error(monkeypatch):
+    """The launcher's SIGTERM may come while an error is on its way to who prints it."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def leave_by(error):
+        with pytest.raises(type(error)), Stop(Sections([])).listening():
+            raise error
+        found = [signal.getsignal(number) for number in numbers]
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        return found
+
+    assert leave_by(RuntimeError("closed by peer")) == before  # one rank
+    monkeypatch.setattr(failure, "_command", failure.Command(RankStore(None, 0, 2), print))
+    assert leave_by(Stopped("asked by SIGTERM")) == before
+    assert leave_by(RuntimeError("closed by peer")) == [signal.SIG_IGN, signal.SIG_IGN]
 
 
 def _signal_after_line(number):

@@ -114,7 +114,9 @@ def test_a_prompt_must_fit_and_not_be_empty():
     settings = resolved("model.max_sequence_length=40").settings
     sampling = request_sampling(settings)
     check_room(settings, [5] * 24, sampling)
-    with pytest.raises(ValueError, match="prompt has 25 tokens, .* leaves 24 besides 16 of the"):
+    with pytest.raises(
+        ValueError, match="prompt has 25 tokens, .* leaves 24 in addition to the completion's 16"
+    ):
         check_room(settings, [5] * 25, sampling)
     with pytest.raises(ValueError, match="the prompt is empty"):
         check_room(settings, [], sampling)

@@ -156,7 +156,12 @@ def test_requests_at_once_get_what_each_gets_alone(client):
 
 WRONG = {
     "another model": ({"model": "big"}, 404, "model_not_found", "this server has 'tiny'"),
-    "a long prompt": ({"prompt": "1" * 70}, 400, "context_length_exceeded", "leaves 64 besides 16"),
+    "a long prompt": (
+        {"prompt": "1" * 70},
+        400,
+        "context_length_exceeded",
+        "leaves 64 in addition to the completion's 16",
+    ),
     "an empty prompt": ({"prompt": ""}, 400, "invalid_value", "the prompt is empty"),
     "an id": ({"prompt": [5, 160]}, 400, "invalid_value", "the model's ids are 0 to 159"),
     "log-probs": ({"logprobs": 3}, 400, "unsupported_parameter", "logprobs=3 is not supported"),
