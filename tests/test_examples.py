@@ -42,18 +42,23 @@ def train(file, run_dir, *overrides):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+OWN = EXAMPLES / "own_task.jsonl"
+OWN_ROWS = (
+    "2,000 rows with the columns prompt=question, answer=answer",
+    "256 of 2,000 rows are held out (task.options.held_out)",
+)
 SETTINGS = sorted(path for path in EXAMPLES.glob("*.yaml") if path.stem != "sweep")  # a grid
 
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
-def test_examples_resolve_without_a_note(path, monkeypatch):
+def test_examples_resolve_without_a_note_but_of_their_columns(path, monkeypatch):
     """No problem is left out, and the tokenizer has every character that is written."""
     monkeypatch.chdir(ROOT)
     settings = load(Settings, path, ["model.load=null"])  # that run comes first
     validate(settings)
     found = resolve(settings, world_size=1)
-    own = "task.options.train=" if found.settings.task.name == "jsonl" else None  # its columns
-    assert [note for note in found.task.notes if own is None or own not in note] == []
+    rows = OWN_ROWS if found.settings.task.name == "jsonl" else ()
+    assert found.task.notes == [f"task.options.train={OWN}: {row}" for row in rows]
     assert found.task.problems("train")
     assert found.task.problems("eval")
 

@@ -84,7 +84,7 @@ def _evaluate(run_dir, output, overrides, kill=None):
     with opened(plan.resolved, plan.checkpoint) as (session, network):
         show, tick = shown.append, lambda number, share: ticks.append((number, share))
         results = evaluate_grid(session, network, plan, store, show, tick)
-    if kill is None and os.environ["WORLD_SIZE"] == "1" and ticks:
+    if kill is None and os.environ["WORLD_SIZE"] == "1" and shown:
         assert ticks == sorted(ticks), "batch after batch, each from little to all"
         assert [share for number, share in ticks if number == ticks[-1][0]][-1] == 1.0
         assert len(ticks) > 2 * len(shown)

@@ -156,8 +156,9 @@ def test_it_refuses_before_torch_is_loaded_and_a_forecast_loads_nothing_more(tmp
     """The forecast lays out rollouts and asks the estimator for its rows."""
     file = write_settings(tmp_path / "s.yaml", run={"dir": str(tmp_path / "run")})
     words = ("launch", file, "--nodes", "1", "--dry-run", *CPU)
-    done = probe(*words, "sampling.denoising_steps=7.5", PATH="/nowhere")
-    assert done.returncode == 2 and done.stdout == "loaded:\n"
+    for wrong in ("sampling.denoising_steps=7.5", "parallel.tensor=3"):
+        done = probe(*words, wrong, PATH="/nowhere")
+        assert (done.returncode, done.stdout) == (2, "loaded:\n") and wrong in done.stderr
     done = probe(*words, PATH="/nowhere")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.endswith("\nloaded: torch\n")

@@ -108,8 +108,10 @@ def _forward_and_backward():
 @pytest.mark.parametrize("overrides", [(), (TOP_K,)], ids=["no top-k", "top-k"])
 def test_an_iteration_passes(overrides):
     metrics, (sampled, trained), after = run_ranks(1, _iterate, *overrides)[0]
-    values = [value for value in metrics.values() if not isinstance(value, list)]  # not by step
+    lists = [value if isinstance(value, list) else [value] for value in metrics.values()]
+    values = [value for part in lists for value in part if value is not None]  # None: not scored
     assert all(map(math.isfinite, values)) and metrics["grad_norm"] > 0
+    assert any(value is not None for value in metrics["by_step/ratio_error"])
     assert metrics["ratio/max_error"] < 1e-4
     assert sampled > 0 and trained > 0
     assert after == (False, 2.0)

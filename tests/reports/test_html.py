@@ -5,10 +5,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib import image
 
 from agrpo_megatron.evaluation.statistics import wilson
 from agrpo_megatron.reports.page.html import write_report
 from tests.reports.synthetic import END, HOSTILE, write_lines, write_run
+
+FIGURES = ("learning", "policy", "sampler", "time")
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +29,16 @@ def page(tmp_path_factory):
         {"phase": "eval", "iteration": 10, "stage": "after", "accuracy": 0.625, "problems": 256},
     ]
     write_lines(run_dir / "metrics.jsonl", rows)
-    return report(run_dir)
+    return report(run_dir, "learning")
 
 
-def report(run_dir):
-    """Write a report; return its page."""
+def report(run_dir, *names):
+    """Write a report with these figures, each with ink of its own; return its page."""
     *figures, page = write_report(run_dir)
+    assert [path.stem for path in figures] == list(names)
+    pictures = [image.imread(path) for path in figures]
+    assert len({picture.tobytes() for picture in pictures}) == len(names)
+    assert all((picture[..., :3] < 0.5).mean() > 0.001 for picture in pictures)
     shown = page.read_text(encoding="utf-8")
     assert [path.parent for path in figures] == [run_dir / "figures"] * len(figures)
     assert all(base64.b64encode(path.read_bytes()).decode() in shown for path in figures)
@@ -100,7 +107,7 @@ def test_the_iterations_of_an_alarm_and_updates_left_out_are_shown(tmp_path):
         for number in range(1, 13)
     ]
     write_lines(run_dir / "metrics.jsonl", rows)
-    shown = report(run_dir)
+    shown = report(run_dir, "learning")
     assert "iterations of zero variance: 3, 7-9<" in shown
     assert re.search(r'Updates left out</div><div class="value">1<', shown)
 
@@ -108,8 +115,8 @@ def test_the_iterations_of_an_alarm_and_updates_left_out_are_shown(tmp_path):
 def test_a_replay_names_the_run_that_sampled_and_counts_no_ratio_past_the_alarm(tmp_path):
     run_dir = write_run(tmp_path / "run", iterations=12, sft=1)
     config = run_dir / "config.yaml"
-    assert "iterations past 0.001" in report(run_dir)
+    assert "iterations past 0.001" in report(run_dir, *FIGURES)
     config.write_text(config.read_text().replace("from_rollouts: null", "from_rollouts: runs/one"))
-    shown = report(run_dir)
+    shown = report(run_dir, *FIGURES)
     assert re.search(r'Rollouts replayed</div><div class="value">runs/one<', shown)
     assert "iterations past" not in shown

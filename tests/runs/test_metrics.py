@@ -35,9 +35,11 @@ def sources(*places):
 
 
 def keys(node):
-    """Yield the keys that a display of a dict or an assignment writes."""
+    """Yield the keys that a display or comprehension of a dict or an assignment writes."""
     if isinstance(node, ast.Dict):
         yield from (key for key in node.keys if key is not None)
+    if isinstance(node, ast.DictComp):
+        yield node.key
     if isinstance(node, ast.Assign):
         yield from (target.slice for target in node.targets if isinstance(target, ast.Subscript))
 

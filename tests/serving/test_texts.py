@@ -5,6 +5,7 @@ import pytest
 from agrpo_megatron.config.settings import TokenizerSettings
 from agrpo_megatron.serving.texts import completion, settled
 from agrpo_megatron.text.tokenizer import load_tokenizer
+from tests.text.chat_tokenizers import write_llada
 
 TOKENIZER = load_tokenizer(TokenizerSettings())
 END = TOKENIZER.eos_id
@@ -40,3 +41,11 @@ def test_the_start_of_a_stop_text_is_held_back():
     assert settled(TOKENIZER, ids, most=9, stops=["two", "w7"]) == "a "
     assert settled(TOKENIZER, ids, most=9, stops=["wx"]) == "a t"
     assert settled(TOKENIZER, ids, most=9, stops=[]) == "a tw"
+
+
+def test_a_character_is_held_back_until_all_its_bytes_are_there(tmp_path):
+    bytewise = load_tokenizer(TokenizerSettings(str(write_llada(tmp_path / "bytes"))))
+    ids = bytewise.encode("a\u20acb")
+    assert len(ids) == 5 and bytewise.decode(ids[:3]) == "a\ufffd"
+    parts = [settled(bytewise, ids[:n], most=9, stops=[]) for n in range(6)]
+    assert parts == ["", "a", "a", "a", "a\u20ac", "a\u20acb"]

@@ -225,7 +225,7 @@ def test_a_wrong_task_file_is_refused(tmp_path, name, content, message):
     "returned, message",
     [
         ("{}['gone']", "its load() raised KeyError: 'gone' at "),
-        ("{'train': made}", "its load() at "),
+        ("{'train': made}", "its load() at FILE:18 returned the keys ['train']; return {"),
         ("exit(3)", "its load() raised SystemExit: 3"),
         (
             "{'train': made, 'eval': made[1:2]}",
@@ -237,7 +237,8 @@ def test_a_wrong_load_is_refused_with_its_file(own, returned, message):
     own.write_text(OWN.replace('{"train": made[1:], "eval": made[:1]}', returned))
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
         build_task(TaskSettings(name=str(own))).problems("eval")
-    assert str(caught.value).startswith(f"task.name={own}: {message}")
+    said = message.replace("FILE", str(own))
+    assert str(caught.value).startswith(f"task.name={own}: {said}")
     raised = "raised" in message
     assert (caught.value.__cause__ is not None) == raised
 

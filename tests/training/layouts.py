@@ -76,7 +76,7 @@ def outcome(session, engine, tokens, numbers):
     adapters = {} if engine.network.adapters is None else whole_adapters(engine.network)
     ratio = "ratio/max_error"
     for record in numbers:  # the steps of a completion are those of its tokens, at any layout
-        if "by_step/ratio_error" in record:
+        if ratio in record:
             parts = [error for error in record["by_step/ratio_error"] if error is not None]
             assert max(parts) == record[ratio]
     return {

@@ -1,5 +1,7 @@
 """Nothing of an iteration mixes devices, shown without a GPU: see `tests.devices`."""
 
+import json
+import math
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -10,6 +12,8 @@ import torch
 
 from agrpo_megatron.estimators.timesteps import step_entropies
 from agrpo_megatron.evaluation.evaluate import evaluate
+from agrpo_megatron.runs.resolve import resolve
+from agrpo_megatron.training.preferences import update as preferring
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.sft import run_sft
 from agrpo_megatron.training.supervised import learning
@@ -53,6 +57,15 @@ CASES = {
     "merged adapters": ["lora.rank=3", "lora.merge_rollouts=true", "lora.modules=[ff_out,q_proj]"],
     "blocks": [*BLOCKS, "model.attention=block_causal", "sampling.block_origin=row"],
     "blocks without a cache": [*BLOCKS, "model.attention=causal_context", "rollout.cached=false"],
+}
+SUPERVISED = {
+    "solutions": [],
+    "rows": ["sft.padding=completion"],
+    "pairs": ["sft.loss=vrpo", "sft.preferences.masks=2"],
+}
+ROWS = {
+    "rows": {"prompt": "1 2:", "response": "1+2"},
+    "pairs": {"prompt": "1 2:", "chosen": "1+2", "rejected": "2+1"},
 }
 
 
@@ -110,13 +123,23 @@ def _iterate(overrides):
     return metrics["ratio/max_error"], all(isinstance(t, Elsewhere) for t in tensors)
 
 
-def _supervise():
-    session, engine = _elsewhere("sft.iterations=2")
-    losses = []
-    learning.NanGuard = BackwardAlone
+def _supervise(kind, folder):
+    """Return the iterations that were made, and the metrics of the last one."""
+    overrides = list(SUPERVISED[kind])
+    if kind != "solutions":
+        file = folder / "data.jsonl"
+        row = json.dumps(ROWS[kind])
+        file.write_text("\n".join(row.replace("1", str(number)) for number in range(3, 9)))
+        overrides += [f"sft.data={file}", "sft.eval_fraction=0.2"]
+    session, engine = _elsewhere("sft.iterations=2", *overrides)
+    resolved = resolve(session.run.settings, world_size=1, phases=("sft",))
+    session = replace(session, run=replace(session.run, supervised=resolved.supervised))
+    reference = engine.network if kind == "pairs" else None
+    done = []
+    learning.NanGuard = preferring.NanGuard = BackwardAlone
     with OtherDevice():
-        run_sft(session, engine, start=0, on_iteration_end=losses.append)
-    return losses
+        run_sft(session, engine, reference, start=0, on_iteration_end=done.append)
+    return done, session.output.log.last("sft")
 
 
 def _mix(kind):
@@ -143,8 +166,12 @@ def test_an_iteration_stays_on_its_device(name):
     assert stayed and ratio_error < 1e-5
 
 
-def test_supervision_stays_on_its_device():
-    assert run_ranks(1, _supervise)[0] == [1, 2]
+@pytest.mark.parametrize("kind", SUPERVISED)
+def test_supervision_stays_on_its_device(kind, tmp_path):
+    """Updates, and the loss of held-out rows."""
+    done, metrics = run_ranks(1, _supervise, kind, tmp_path)[0]
+    assert done == [1, 2] and math.isfinite(metrics["loss"])
+    assert ("held_out_loss" in metrics) == (kind != "solutions")
 
 
 @pytest.mark.parametrize("kind", ["sum", "scatter", "index elsewhere", "values here", "allowed"])

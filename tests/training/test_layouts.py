@@ -1,4 +1,4 @@
-"""One supervised and three AGRPO iterations from the same weights: the same at every layout."""
+"""One supervised and two AGRPO iterations from the same weights: the same at every layout."""
 
 import pytest
 import torch
@@ -123,7 +123,7 @@ def test_the_layout_changes_nothing_of_adapters(start, adapted_alone, name):
     assert min(float(adapted_alone["weights"][name].abs().max()) for name in names) > 1e-3
 
 
-def test_what_layouts_arecompared_by_is_not_trivial(start, alone):
+def test_what_layouts_are_compared_by_is_not_trivial(start, alone):
     """Losses are no rounding, gradients are clipped, and weights and completions change."""
     assert min(map(abs, alone["loss"])) > 1e-2
     assert min(alone["grad_norm"]) > 0.5

@@ -140,7 +140,7 @@ def test_answers_are_right_by_their_own_reward(rows, reward):
 
 def test_a_pattern_that_never_ends_costs_its_completion_alone(tmp_path):
     row = {"prompt": "a", "answer": "b"}
-    tree = {"name": "jsonl", "grader": {"seconds": 1.0}}
+    tree = {"name": "jsonl", "grader": {"seconds": 3.0}}
     options = {"train": "none", "eval": write(tmp_path / "a.jsonl", [row])}
     tree["options"] = {**options, "reward": {"name": "regex", "pattern": "^(a+)+$"}}
     task = build_task(build(TaskSettings, tree, "task."))

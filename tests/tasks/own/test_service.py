@@ -168,13 +168,15 @@ def test_what_fails_after_all_attempts_is_a_failure_with_its_reason(serve, opene
 
 def test_a_slow_service_costs_its_time_limit(serve, opened):
     """Also if it sends something now and then."""
-    dribble = (time.sleep(0.1) or b" " for _ in range(15))
-    for answer in (lambda items, _: time.sleep(1) or [1.0], lambda items, _: (200, dribble)):
+    over = threading.Event()
+    dribble = iter(lambda: over.wait(0.1) or b" ", True)
+    for answer in (lambda items, _: over.wait(60) and [1.0], lambda items, _: (200, dribble)):
         url, _ = serve(answer)
         grader, task = opened({"url": url, "retries": 0, "timeout": 0.2})
         started = time.monotonic()
         assert grader.grade(calls(task))[0].failure == f"{url}: no answer within 0.2 seconds"
-        assert time.monotonic() - started < 0.9
+        assert time.monotonic() - started < 10
+    over.set()
 
 
 def test_one_batch_that_fails_costs_no_other(serve, opened):
@@ -202,7 +204,7 @@ def test_grading_goes_on_while_others_are_handed_in_and_ends_when_it_is_closed(s
     grader.close()
     with pytest.raises(RuntimeError, match="the grader was closed"):
         batch.result(timeout=5)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
     release.set()
 
 
