@@ -1,5 +1,6 @@
 """The interface of a task: its problems, their prompts, and the grading of completions."""
 
+import inspect
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -97,16 +98,15 @@ class Task:
         """Load the problems; check the result of a custom task's `load`."""
         if type(self).__module__.startswith("agrpo_megatron."):
             return self.load()
-        name, code = f"task.name={self.settings.name}", type(self).load.__code__
+        name = f"task.name={self.settings.name}"
+        code = getattr(inspect.unwrap(type(self).load), "__code__", None)  # it may be cached
+        at = "" if code is None else f" at {code.co_filename}:{code.co_firstlineno}"
         try:
             loaded = self.load()
             if not isinstance(loaded, Mapping) or not {*SPLITS} <= {*loaded}:
                 is_mapping = isinstance(loaded, Mapping)
                 found = f"the keys {[*loaded]}" if is_mapping else f"a {type(loaded).__name__}"
-                raise ValueError(
-                    f"{name}: its load() at {code.co_filename}:{code.co_firstlineno} returned "
-                    f"{found}; return {SHAPE}"
-                )
+                raise ValueError(f"{name}: its load(){at} returned {found}; return {SHAPE}")
             splits: Splits = {split: list(loaded[split]) for split in SPLITS}  # may be generators
             for problem in (*splits["train"], *splits["eval"]):
                 _check_problem(problem, name)

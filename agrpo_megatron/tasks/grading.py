@@ -128,7 +128,7 @@ class Grader:
 
     def _grade_inline(self, call: Call) -> Reward:
         try:
-            return grade_call(self._task, call)
+            return self._reward(Outcome(grade_call(self._task, call)))
         except Exception as error:  # any error of a reward affects only this completion
             return self._reward(failed(error))
 

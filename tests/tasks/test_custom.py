@@ -146,6 +146,18 @@ def test_another_shape_is_refused_with_the_line_and_the_shape(tmp_path, name):
     assert str(error.value).endswith('{"train": [Problem(...), ...], "eval": [Problem(...), ...]}')
 
 
+def test_a_load_that_is_cached_is_read_and_refused_with_its_line(tmp_path):
+    path, cached = tmp_path / "own.py", "    @functools.cache\n    def load(self):"
+    text = "import functools\n" + OWN.replace("    def load(self):", cached)
+    path.write_text(text.format(load=LOAD, prompt=PROMPT))
+    task = build_task(TaskSettings(name=str(path)))
+    assert [len(task.problems(split)) for split in ("train", "eval")] == [5, 4]
+    path.write_text(text.format(load="None", prompt=PROMPT))
+    line = text.splitlines().index("    @functools.cache") + 1
+    with pytest.raises(ValueError, match=rf"own\.py: its load\(\) at \S+own\.py:{line} returned a"):
+        build_task(TaskSettings(name=str(path))).problems("train")
+
+
 def test_an_error_in_load_names_its_line(tmp_path):
     task = _build(tmp_path, load="Splits")
     line = OWN.splitlines().index("        return {load}") + 1

@@ -15,7 +15,7 @@ import torch
 from agrpo_megatron.config.schema import build
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks import build_task
-from agrpo_megatron.tasks.grading import Call, Grader, as_reward, failing
+from agrpo_megatron.tasks.grading import Call, Grader, as_reward, failing, failing_error
 from agrpo_megatron.types import Problem, Reward
 from tests.tasks.hostile import FAILING
 
@@ -153,6 +153,18 @@ def test_a_bounded_task_that_raises_after_all_costs_that_completion():
     rewards = grader.grade([Call(problems[deed], "four") for deed in ("raise", "answer", "nan")])
     assert [reward.score for reward in rewards] == [-1.0, 0.4, -1.0]
     assert rewards[0].failure == "KeyError: 'no such thing'"
+
+
+def test_a_failure_that_a_bounded_task_returns_is_the_first_one_of_an_error():
+    settings = _settings()
+    task = build_task(settings)
+    task.is_bounded, bad = True, Reward(0.0, False, failure="no number")
+    task.reward = lambda problem, completion: bad
+    grader, problems = Grader(task, settings), task.problems("train")[:2]
+    assert grader.grade([Call(problem, "4") for problem in problems]) == [bad, bad]
+    found = failing(problems, [bad, bad], 0.5)
+    error = failing_error(found, [grader.first_failure, None], when="of the first evaluation")
+    assert str(error).startswith("2 of 2 rewards of the first evaluation failed, the first (no nu")
 
 
 def test_a_grader_is_closed_while_a_reward_hangs(opened, tmp_path):
