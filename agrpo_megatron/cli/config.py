@@ -72,8 +72,8 @@ def config(arguments: argparse.Namespace) -> int:
         print(f"# {line}")  # what is printed stays a settings file
     for line in odd_values(planned.settings, sizes, world_size=ranks):
         print(f"warning: {line}", file=sys.stderr)
-    if planned.missing is not None:
-        print(f"note: {planned.missing}", file=sys.stderr)
+    for line in planned.missing:
+        print(f"note: {line}", file=sys.stderr)
     return 0
 
 

@@ -39,8 +39,8 @@ def add_prefetch(commands: argparse._SubParsersAction) -> None:
 def prefetch(arguments: argparse.Namespace) -> int:
     """Print the missing files, fetch them, and write a settings file that names them."""
     settings = load(Settings, arguments.file, arguments.overrides)
-    from agrpo_megatron.launch.forecast import size
     from agrpo_megatron.launch.prefetch.sources import overrides, sources
+    from agrpo_megatron.scaling.forecast.disk import size
 
     found = sources(settings, arguments.to, weights=arguments.weights)
     if not found:

@@ -63,6 +63,17 @@ def read_index(directory: Path) -> dict[str, str] | None:
     return files
 
 
+def index_bytes(directory: Path) -> int | None:
+    """Return the bytes of all tensors by the directory's index; None where it does not count them.
+
+    Raises:
+        ValueError: the index is missing or cannot be read.
+    """
+    counts = read_object(directory / INDEX).get("metadata")
+    total = counts.get("total_size") if isinstance(counts, dict) else None
+    return int(total) if type(total) in (int, float) and 0 < total <= MOST_FLOAT else None
+
+
 def end_ids(given: Mapping[str, Any]) -> list[Any]:
     """Return `eos_token_id` of a file, which may be one id or a list of them, as a list."""
     found = given.get("eos_token_id")

@@ -5,11 +5,10 @@ from agrpo_megatron.hardware.machine import one_line
 from agrpo_megatron.launch.speed import Speed
 from agrpo_megatron.reports.text import compact, duration
 from agrpo_megatron.runs.sizes import Sizes
-from agrpo_megatron.scaling.forecast.disk import disk, evaluations_of, parameters
+from agrpo_megatron.scaling.forecast.disk import disk, evaluations_of, parameters, size
 from agrpo_megatron.scaling.memory import PARTS, Memory
 
 FLOP = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
-UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 GIB, MIB = 2**30, 2**20
 
 
@@ -54,12 +53,6 @@ def forecast(settings: Settings, sizes: Sizes, speed: Speed, *, world_size: int)
 
 def _flop(count: float) -> str:
     name, unit = next((pair for pair in FLOP if count >= pair[1]), FLOP[-1])
-    return f"{count / unit:.3g} {name}"
-
-
-def size(count: float) -> str:
-    """Return bytes as `2.5 GB`, in powers of 1000."""
-    name, unit = next((pair for pair in UNITS if count >= pair[1]), ("bytes", 1))
     return f"{count / unit:.3g} {name}"
 
 

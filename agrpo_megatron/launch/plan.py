@@ -28,7 +28,7 @@ class JobPlan:
     state: str  # new, resumes, or finished
     is_finished: bool
     memory: Memory  # of the rank that needs the most
-    missing: str | None  # one line on what the run needs of model.load and this machine lacks
+    missing: tuple[str, ...]  # lines on what the run needs and this machine lacks
     sizes: Sizes  # of its prompts
 
 
@@ -41,7 +41,7 @@ def plan_run(
         is_restart: whether an earlier run in the directory is moved away first.
 
     Raises:
-        ValueError: wrong settings, missing data, an impossible layout, too little memory, or a
+        ValueError: wrong settings, an impossible layout, too little memory, or a
             directory with another run or a sweep, or that cannot be written.
     """
     settings = load(Settings, file, overrides)

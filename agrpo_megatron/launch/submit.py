@@ -35,7 +35,7 @@ class Launch:
     notes: list[str]
     preparations: list[str]  # shell commands
     job: Job
-    missing: list[str]  # lines on files of model.load that this machine lacks
+    missing: list[str]  # lines on files of model.load and data that this machine lacks
     table: Job | None = None  # of a sweep: runs after the array has ended
 
     def script(self, more_notes: Sequence[str]) -> str:
@@ -70,8 +70,8 @@ def launch_run(
     layouts = [plan.settings.parallel, plan.settings.rollout_layout]
     job = run_job(settings, directory, nodes=nodes, arguments=words, layouts=layouts)
     prepared = _prepare(directory, is_restart=is_restart)
-    missing = [plan.missing] if plan.missing else []
-    return Launch(directory, settings, nodes, notes(plan, assumed), prepared, job, missing)
+    found, missing = notes(plan, assumed), list(plan.missing)
+    return Launch(directory, settings, nodes, found, prepared, job, missing)
 
 
 def launch_sweep(
@@ -117,7 +117,7 @@ def launch_sweep(
         for name, plan in zip(sweep.members, plans, strict=True)
     ]
     found += notes(max(plans, key=lambda plan: plan.memory.total), assumed)[1:]
-    missing = list(dict.fromkeys(plan.missing for plan in plans if plan.missing))
+    missing = list(dict.fromkeys(line for plan in plans for line in plan.missing))
     prepared.append(file_text)
     return Launch(directory, settings, nodes, found, prepared, job, missing, table)
 
@@ -129,11 +129,12 @@ def check_job(launch: Launch, *, is_dry: bool) -> list[str]:
         is_dry: whether an unreachable cluster is only a note, and missing files are allowed.
 
     Raises:
-        ValueError: the cluster refuses the job or is unreachable, or files of model.load are
-            missing.
+        ValueError: the cluster refuses the job or is unreachable, or files of model.load or
+            data are missing.
     """
     if launch.missing and not is_dry:
-        raise ValueError(f"{launch.missing[0]}; put them there, or add --dry-run to see the job")
+        fix = "put there what is missing (agrpo prefetch FILE), or add --dry-run to see the job"
+        raise ValueError(f"{launch.missing[0]}; {fix}")
     try:
         if shutil.which("sbatch") is None:
             raise RuntimeError("sbatch is not on PATH")

@@ -66,7 +66,7 @@ def resolve_run(
 
 
 def plan_settings(settings: Settings, *, world_size: int, is_restart: bool = False) -> Planned:
-    """Do as `resolve_run` for a plan, where files of `model.load` may be missing.
+    """Do as `resolve_run` for a plan, where files of `model.load` and data may be missing.
 
     Raises:
         ValueError: as `resolve_run`.
@@ -75,7 +75,7 @@ def plan_settings(settings: Settings, *, world_size: int, is_restart: bool = Fal
         check_log(settings)
         return plan(settings, world_size=world_size)
     found = resolve_run(settings, world_size=world_size, is_restart=is_restart)
-    return Planned(found.settings, found.task, found.tokenizer, None, found.supervised)
+    return Planned(found.settings, found.task, found.tokenizer, (), found.supervised)
 
 
 def _own_start(settings: Settings, *, is_restart: bool) -> tuple[Settings, Path] | None:

@@ -8,7 +8,7 @@ from agrpo_megatron.config.schema import changed, load, written
 from agrpo_megatron.config.settings import ModelSettings, Settings, TokenizerSettings
 from agrpo_megatron.config.values import text
 from agrpo_megatron.families import settings_from_hf
-from agrpo_megatron.families.config_json import CONFIG, read_index
+from agrpo_megatron.families.config_json import CONFIG, index_bytes, read_index
 from agrpo_megatron.runs.base import read_base
 from agrpo_megatron.runs.progress import (
     BASE_FILE,
@@ -20,6 +20,7 @@ from agrpo_megatron.runs.progress import (
     TEMPLATE,
     latest_checkpoint,
 )
+from agrpo_megatron.scaling.forecast.disk import size
 
 # Settings of `model` that may differ from those of `model.load`: weights of that shape take any.
 REPLACE_LOADED = ("max_sequence_length", "mask_token_id", "eos_token_id", "rope_theta")
@@ -97,9 +98,15 @@ def _missing_weights(folder: Path) -> list[str]:
     index = read_index(folder)
     if index is None:
         return [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
-    lacked = [name for name in sorted(set(index.values())) if not (folder / name).is_file()]
+    files = set(index.values())
+    lacked = [name for name in sorted(files) if not (folder / name).is_file()]
     more = len(lacked) - MOST_NAMED
-    return [*lacked[:MOST_NAMED], f"{more} more shards"] if more > 1 else lacked
+    named = [*lacked[:MOST_NAMED], f"{more} more shards"] if more > 1 else lacked
+    total = index_bytes(folder)
+    if lacked and total is not None:
+        there = sum((folder / name).stat().st_size for name in files.difference(lacked))
+        named[-1] += f" (about {size(max(0, total - there))} of {size(total)})"
+    return named
 
 
 def with_loaded_model(settings: Settings, *, has_weights: bool = True) -> Settings:

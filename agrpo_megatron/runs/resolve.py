@@ -12,6 +12,7 @@ from agrpo_megatron.config.rules import validate
 from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.families.lora import check_stages
 from agrpo_megatron.runs.loaded_model import missing_files, with_loaded_model
+from agrpo_megatron.runs.missing_data import missing_data
 from agrpo_megatron.runs.progress import PHASES
 from agrpo_megatron.runs.supervised import with_rows, with_solutions
 from agrpo_megatron.tasks import Task, build_task
@@ -39,13 +40,13 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Planned:
-    """Complete settings and their task, where files of `model.load` may be missing."""
+    """Complete settings and their task, where files of `model.load` and data may be missing."""
 
     settings: Settings
-    task: Task
+    task: Task  # without problems if its data are missing
     tokenizer: Tokenizer | None  # None: it is missing, and nothing that needs it was checked
-    missing: str | None  # one line on what a run needs and this machine lacks
-    supervised: Supervised | None = None  # rows of `sft.data`; None also without the tokenizer
+    missing: tuple[str, ...]  # lines on what a run needs and this machine lacks
+    supervised: Supervised | None = None  # rows of `sft.data`; None also where something is missing
 
 
 def resolve(
@@ -72,15 +73,19 @@ def resolve(
 
 
 def plan(settings: Settings, *, world_size: int) -> Planned:
-    """Do as `resolve`, also where files of `model.load` are missing.
+    """Do as `resolve`, also where files of `model.load` or data are missing.
 
     Raises:
         ValueError: as `resolve`.
     """
-    missing, source = missing_files(settings), settings.model.load
+    source, missing, data = settings.model.load, missing_files(settings), missing_data(settings)
+    lines = (missing.text,) if missing is not None else ()
+    lines += data.lines if data is not None else ()
+    needs = None if data is not None and data.of_task else SPLITS
+    phases = () if data is not None and data.of_rows else PHASES
     if missing is None:
-        found = resolve(settings, world_size=world_size, phases=PHASES)
-        return Planned(found.settings, found.task, found.tokenizer, None, found.supervised)
+        found = resolve(settings, world_size=world_size, needs=needs, phases=phases)
+        return Planned(found.settings, found.task, found.tokenizer, lines, found.supervised)
     if missing.has_folder:
         _validate_unread(settings, world_size)
         settings = with_loaded_model(settings, has_weights=False)
@@ -88,15 +93,15 @@ def plan(settings: Settings, *, world_size: int) -> Planned:
         settings = replace(settings, model=replace(settings.model, load=None))
     if missing.has_tokenizer:
         tokenizer = load_tokenizer(settings.tokenizer)
-        found = _resolved(settings, tokenizer, world_size=world_size, needs=SPLITS, phases=PHASES)
+        found = _resolved(settings, tokenizer, world_size=world_size, needs=needs, phases=phases)
         settings, task, rows = found.settings, found.task, found.supervised
     else:
         _validate_known(settings, world_size)
-        tokenizer, task = None, _filled_task(settings, SPLITS)
+        tokenizer, task = None, _filled_task(settings, needs)
         filter_by_pass_rate(task, settings.task)
         rows = None
     settings = replace(settings, model=replace(settings.model, load=source))
-    return Planned(settings, task, tokenizer, missing.text, rows)
+    return Planned(settings, task, tokenizer, lines, rows)
 
 
 def _validate_unread(settings: Settings, world_size: int) -> None:
@@ -137,7 +142,7 @@ def _resolved(
     settings = replace(settings, model=model)
     _validate_known(settings, world_size)
     _check_tokens(model, tokenizer)
-    task = NoTask(settings.task, None) if needs is None else _filled_task(settings, needs)
+    task = _filled_task(settings, needs)
     supervised = None
     if "sft" in phases and settings.sft.data is not None and settings.sft.is_on:
         settings, supervised = with_rows(settings, task, tokenizer)
@@ -153,8 +158,10 @@ def _resolved(
     return Resolved(settings, task, tokenizer, supervised)
 
 
-def _filled_task(settings: Settings, needs: Sequence[Split]) -> Task:
-    """Build the task, which must have the problems that are needed."""
+def _filled_task(settings: Settings, needs: Sequence[Split] | None) -> Task:
+    """Build the task, which must have the problems that are needed; one without any for None."""
+    if needs is None:
+        return NoTask(settings.task, None)
     task = build_task(settings.task)
     learns = settings.sft.is_on and settings.sft.data is None
     _require_problems(task, needs, trains=settings.train.iterations > 0 or learns)

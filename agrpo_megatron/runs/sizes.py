@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from agrpo_megatron.runs.missing_data import PROMPT_TOKENS, held_out_count
 from agrpo_megatron.runs.resolve import Planned, Resolved
-from agrpo_megatron.tasks.base import task_prompts
+from agrpo_megatron.tasks.base import NoTask, task_prompts
 from agrpo_megatron.tasks.supervised.examples import padded_length
 from agrpo_megatron.types import Chat, Prompt
 
@@ -27,6 +28,10 @@ class Sizes:
 def measure(planned: Planned | Resolved) -> Sizes:
     """Measure some prompts of both splits, evenly spread; without a tokenizer by characters."""
     task, parts = planned.task, {}
+    if isinstance(task, NoTask) and isinstance(planned, Planned):  # its data are missing
+        return Sizes(
+            [PROMPT_TOKENS], [PROMPT_TOKENS] * held_out_count(task.settings), 0, _rows(planned)
+        )
     for split in ("train", "eval"):
         problems = task.problems(split)
         some = problems[:: -(-len(problems) // SOME) or 1]

@@ -17,7 +17,7 @@ from agrpo_megatron.runs.directory import DATA, data_digests, digests_so_far
 from agrpo_megatron.runs.progress import RUN_SETTINGS
 from agrpo_megatron.runs.resolve import Planned, Resolved
 from agrpo_megatron.tasks import Task
-from agrpo_megatron.tasks.base import task_prompts
+from agrpo_megatron.tasks.base import NoTask, task_prompts
 from agrpo_megatron.text.tokenizer import Tokenizer
 
 ROLLOUTS, ROUND = "rollouts", ".safetensors"  # folder in a run directory; ending of a round's file
@@ -82,15 +82,15 @@ def check_replay(resolved: Resolved | Planned) -> None:
     source = Path(here.train.from_rollouts)
     there, data = stored_run(source)
     _check_shared(source, there, here)
-    problems = "training problems"
-    if data.get(problems) != data_digests(resolved.task)[problems]:
+    problems, is_read = "training problems", not isinstance(resolved.task, NoTask)
+    if is_read and data.get(problems) != data_digests(resolved.task)[problems]:
         raise ValueError(
             f"train.from_rollouts={source}: its rollouts are of other {problems} than this run's; "
             f"use the task settings of {source / RUN_SETTINGS}"
         )
     if here.train.iterations > 0:
         _check_rounds(source, there, here, runs=digests_so_far(source, there, data))
-        if resolved.tokenizer is not None:
+        if is_read and resolved.tokenizer is not None:
             _check_prompts(source, resolved.task, resolved.tokenizer)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agrpo_megatron.config.settings import SftSettings, TaskSettings
-from agrpo_megatron.tasks.base import Split, Task
+from agrpo_megatron.tasks.base import NoTask, Split, Task
 from agrpo_megatron.tasks.mixture import Mixture
 from agrpo_megatron.types import Problem
 
@@ -24,7 +24,7 @@ def filter_by_pass_rate(task: Task, settings: TaskSettings) -> None:
         ValueError: the file cannot be read, rates no training problem, or leaves none of a task
             or of a part of a mixture.
     """
-    if settings.pass_rates is None:
+    if settings.pass_rates is None or isinstance(task, NoTask):
         return
     rates = _read_rates(settings.pass_rates)
     problems = task.problems("train")

@@ -1,12 +1,8 @@
-"""Problem files: rows of a local file or of a Hugging Face dataset, and leaks between splits."""
+"""Rows of a source: their columns, the problems made of them, and leaks between splits."""
 
-import csv
-import gzip
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.tasks.base import Task
@@ -14,40 +10,6 @@ from agrpo_megatron.tasks.rewards.latex import is_equivalent
 from agrpo_megatron.types import Problem
 
 type Row = dict[str, Any]
-
-SAVED = ("state.json", "dataset_dict.json")  # of `save_to_disk`, one split or several
-FILES = (".jsonl", ".json", ".csv", ".parquet")
-SOURCES = "a .jsonl, .json, .csv or .parquet file (also .gz), or a Hugging Face dataset"
-NO_PACKAGE = "is not installed; `pip install agrpo-megatron[data]`, or give a .jsonl or .csv file"
-
-
-def read_rows(source: str, *, key: str, split: str) -> list[tuple[int, Row]]:
-    """Return the numbered rows of a file, or of `NAME[:CONFIG][@SPLIT]` on Hugging Face's hub.
-
-    `key` is the setting of the source, for errors; `split` is the default split of a dataset.
-
-    Raises:
-        ValueError: the source is missing, unreadable or empty.
-    """
-    path = Path(source)
-    kind = _kind(path)
-    if is_local(source) and not _exists(source):
-        raise ValueError(f"{key}={source} does not exist; give {SOURCES}")
-    if path.is_file() and kind not in FILES:
-        raise ValueError(f"{key}={source} has an unknown ending; give {SOURCES}")
-    if kind in FILES:
-        rows = _read_file(path, kind, key=key)
-    else:
-        rows = _read_dataset(source, key=key, split=split)
-    if not rows:
-        raise ValueError(f"{key}={source} holds no rows; give {SOURCES} with some")
-    return list(enumerate(rows, start=1))
-
-
-def is_local(source: str) -> bool:
-    """Return whether `read_rows` needs no network for a source."""
-    is_path = source.startswith(("/", ".", "~")) or _kind(Path(source)) in FILES
-    return is_path or _exists(source)
 
 
 def convert_rows[T](
@@ -209,90 +171,3 @@ def _is_missing(value: Any) -> bool:
         return not value.strip()
     is_nan = isinstance(value, float | Decimal) and math.isnan(value)
     return value is None or is_nan or isinstance(value, list | tuple) and not value
-
-
-def _kind(path: Path) -> str:
-    ending = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if ending == ".gz" else ending
-
-
-def _exists(source: str) -> bool:
-    return Path(source).exists() or Path(source.partition("@")[0].partition(":")[0]).exists()
-
-
-def _read_file(path: Path, kind: str, *, key: str) -> list[Row]:
-    try:
-        if kind == ".parquet":
-            return _read_parquet(path)
-        opened = gzip.open if path.suffix.lower() == ".gz" else open
-        # A byte that is not UTF-8 becomes a lone surrogate: `text_column` refuses it with the row.
-        utf8, errors = "utf-8-sig", "surrogateescape"
-        with opened(path, "rt", encoding=utf8, errors=errors, newline="") as file:
-            if kind == ".csv":
-                return _read_csv(file)
-            if kind == ".json":
-                rows = json.load(file, object_pairs_hook=_object)
-            else:
-                lines = ((place, line) for place, line in enumerate(file, 1) if line.strip())
-                rows = [_parse_line(line, place) for place, line in lines]
-    except Exception as error:  # many kinds: of the system, the archive, the format, its library
-        raise ValueError(
-            f"{key}={path} is not readable as {kind} ({one_line(error)}); give {SOURCES}"
-        ) from None
-    if not isinstance(rows, list):
-        raise ValueError(f"{key}={path} must hold a list of objects; give {SOURCES}")
-    return rows
-
-
-def _read_csv(file: Iterable[str]) -> list[Row]:
-    reader = csv.DictReader(file, strict=True)
-    _object([(name, None) for name in reader.fieldnames or [] if name])
-    rows = list(reader)
-    wide = next((number for number, row in enumerate(rows, start=1) if None in row), None)
-    if wide is not None:
-        raise ValueError(f"row {wide} has more cells than the header")
-    return rows
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> Row:
-    """Return a row as a dict; refuse a column that occurs twice."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError(f"a column occurs twice: {', '.join(name for name, _ in pairs)}")
-    return row
-
-
-def _parse_line(line: str, place: int) -> Any:
-    try:
-        return json.loads(line, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {place}: {error}") from None
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError(f"the package pyarrow {NO_PACKAGE}") from None
-    return parquet.read_table(path).to_pylist()
-
-
-def _read_dataset(source: str, *, key: str, split: str) -> list[Row]:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"{key}={source}: the package datasets {NO_PACKAGE}") from None
-    name, _, chosen = source.partition("@")
-    name, _, config = name.partition(":")
-    split = chosen or split
-    try:
-        if any(Path(name, file).is_file() for file in SAVED):
-            saved = datasets.load_from_disk(name)
-            found: Any = saved[split] if isinstance(saved, dict) else saved
-        else:
-            found = datasets.load_dataset(name, config or None, split=split)
-        return [dict(row) for row in found]
-    except Exception as error:  # many kinds: no network, no such dataset, configuration or split
-        raise ValueError(
-            f"{key}={source} cannot be loaded ({one_line(error)}); give {SOURCES}"
-        ) from None

@@ -7,9 +7,10 @@ import pytest
 from agrpo_megatron.cli.main import main
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.launch.forecast import forecast, size
+from agrpo_megatron.launch.forecast import forecast
 from agrpo_megatron.launch.speed import Assumed, Speed, speed_of
 from agrpo_megatron.runs.sizes import Sizes
+from agrpo_megatron.scaling.forecast.disk import size
 from tests.cli.test_main import write_settings
 from tests.training.tiny import tiny
 

@@ -52,7 +52,7 @@ def plans(recipe, capsys):
         assert line.count("\n") == 1 and f"# missing   {line}" in script
         assert main(["launch", *given, "--nodes", str(nodes)]) == 2
         printed, refused = capsys.readouterr()
-        assert printed == "" and refused.startswith(f"agrpo: error: {line.strip()}; put them there")
+        assert printed == "" and refused.startswith(f"agrpo: error: {line.strip()}; put there what")
         with pytest.raises(
             ValueError, match=r"tokenizer.path=|is not a directory|shard .* is missing"
         ):
@@ -74,8 +74,12 @@ def test_a_recipe_plans_from_config_json_alone(recipe, plans, tmp_path):
     (folder / SHARDS[0]).write_text("")
     assert plans(folder) == said % f"{', '.join(SHARDS[1:9])}, 3 more shards"
     (folder / SHARDS[-1]).write_text("")
-    (folder / SHARDS[-2]).write_text("")
+    (folder / SHARDS[-2]).write_text("four")
     assert plans(folder) == said % ", ".join(SHARDS[1:10])
+    index = {"metadata": {"total_size": 1004}, "weight_map": files}
+    (folder / INDEX).write_text(json.dumps(index))
+    sizes = "(about 1 kB of 1 kB)"
+    assert plans(folder) == said % f"{', '.join(SHARDS[1:10])} {sizes}"
 
 
 def test_a_recipe_plans_from_its_shapes_without_the_folder(plans, tmp_path):
@@ -86,13 +90,9 @@ def test_a_recipe_plans_from_its_shapes_without_the_folder(plans, tmp_path):
     )
 
 
-def test_a_plan_without_data_or_shapes_is_refused(recipe, launch, tmp_path):
-    file, (run, *_), nodes, _ = recipe
-    source = f"model.load={tmp_path / 'nowhere'}"
-    data = [f"task.options.{split}={tmp_path / split}.csv" for split in ("train", "eval")]
-    status, printed, errors = launch(file, "--nodes", nodes, "--dry-run", source, run, *data)
-    assert (status, printed) == (2, "")
-    assert f"{data[1]} does not exist" in errors
+def test_a_plan_without_shapes_is_refused(recipe, launch):
+    _, (run, *_), nodes, _ = recipe
+    source = "model.load=/nowhere"
     bare = ROOT / "examples" / "tiny.yaml"
     words = ["model=null", source, run]
     status, printed, errors = launch(bare, "--nodes", nodes, "--dry-run", *words)

@@ -206,6 +206,7 @@ def test_files_are_read_before_the_hub_is_asked(tmp_path, monkeypatch):
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
+    monkeypatch.setattr("agrpo_megatron.tasks.row_sources._hub_failure", lambda: "")
     path = tmp_path / "train.jsonl"
     with pytest.raises(ValueError, match=r"^task.options.train=\S+ does not exist"):
         build("gsm8k", train=str(path)).problems("train")

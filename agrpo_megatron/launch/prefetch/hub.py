@@ -19,9 +19,9 @@ from huggingface_hub.errors import (
 )
 
 from agrpo_megatron.hardware.machine import one_line
-from agrpo_megatron.launch.forecast import size
 from agrpo_megatron.launch.prefetch.sources import Source
 from agrpo_megatron.runs.files import naming_full_disk
+from agrpo_megatron.scaling.forecast.disk import size
 
 # Weights as safetensors, and all other files that a run or an export reads: no pickles.
 WANTED = re.compile(r"[^/]+\.(safetensors|json|jinja|model|txt|py|md)|LICENSE[^/]*")

@@ -5,14 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agrpo_megatron.config.settings import Settings, TaskSettings
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.runs.loaded_model import missing_files
+from agrpo_megatron.runs.missing_data import row_sources, task_key, task_sources
 from agrpo_megatron.tasks import build_task
-from agrpo_megatron.tasks.base import SPLITS, Task
-from agrpo_megatron.tasks.data import is_local
 from agrpo_megatron.tasks.mixture import Mixture
-from agrpo_megatron.tasks.own.files import NONE
-from agrpo_megatron.tasks.supervised.sources import sources as supervised
+from agrpo_megatron.tasks.row_sources import data_set, is_local
 
 # Who publishes weights of a name that begins so: recipes name the folder, not the publisher.
 OWNERS = {
@@ -26,7 +24,6 @@ OWNERS = {
     "Nemotron": "nvidia",
 }
 FETCHED = Path(".cache", "huggingface")  # left in a folder by the hub's client
-HUB_SPLITS = {"train": "train", "eval": "test"}  # where a source names none
 
 
 @dataclass(frozen=True)
@@ -119,45 +116,14 @@ def _hub_name(value: str, *, key: str) -> str:
 
 
 def _data(settings: Settings, folder: Path) -> Iterator[Source]:
-    task = settings.task
-    yield from _of_task(build_task(task), _prefix("task", task), folder)
-    if settings.evaluation.tasks:
-        tasks = settings.evaluation.tasks
-        mixture = replace(task, name=Mixture.name, mixture=tasks, options={})
-        yield from _of_task(build_task(mixture), "evaluation.tasks", folder)
-    sft = settings.sft
-    rows = {key: source.data for key, source in supervised(sft).items()} if sft.data else {}
-    for key, text in rows.items():
-        yield from _data_set(key, text, folder, split="train")
-    if sft.eval_data is not None:
-        yield from _data_set("sft.eval_data", sft.eval_data, folder, split="test")
-
-
-def _prefix(key: str, task: TaskSettings) -> str:
-    return f"{key}.mixture" if task.name == Mixture.name else key
-
-
-def _of_task(task: Task, prefix: str, folder: Path) -> Iterator[Source]:
-    """Yield the data sets of a task, or of the parts of a mixture."""
-    if isinstance(task, Mixture):
-        for label, (part, _) in task.parts.items():
-            yield from _of_task(part, f"{prefix}.{label}", folder)
-        return
-    of: Any = getattr(task, "source", None)
-    for split in SPLITS:
-        text = None if of is None else of(split)
-        if text not in (None, NONE):
-            key = f"{prefix}.options.{split}"
-            yield from _data_set(key, text, folder, split=HUB_SPLITS[split])
-
-
-def _data_set(key: str, text: str, folder: Path, *, split: str) -> Iterator[Source]:
-    """Yield the data set that a setting names; nothing for a file."""
-    if is_local(text):
-        return
-    name, _, chosen = text.partition("@")
-    name, _, config = name.partition(":")
-    target = folder / "data"
-    yield Source(
-        (key,), is_data=True, name=name, folder=target, config=config or None, split=chosen or split
-    )
+    """Yield the data sets that settings name; files are not fetched."""
+    task, more = settings.task, settings.evaluation.tasks
+    named = [*task_sources(build_task(task), task_key("task", task)), *row_sources(settings.sft)]
+    if more:
+        mixture = replace(task, name=Mixture.name, mixture=more, options={})
+        named += task_sources(build_task(mixture), "evaluation.tasks")
+    for key, source, split in named:
+        if not is_local(source):
+            name, config, chosen = data_set(source)
+            split, target = chosen or split, folder / "data"
+            yield Source((key,), is_data=True, name=name, folder=target, config=config, split=split)

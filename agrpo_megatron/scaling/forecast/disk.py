@@ -9,6 +9,7 @@ from agrpo_megatron.scaling.parameters import stage_parameters, trained_paramete
 ALONE = ParallelSettings()
 STATES = 12  # bytes of a weight: float32, with both moments; moments are saved as float32
 SHORT_WEIGHT = 2  # of the weight itself, where the float32 one is the optimizer's copy
+UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 SAMPLE = 20  # bytes of a token in samples.jsonl: its text and its step; measured
 
 
@@ -95,3 +96,9 @@ def evaluations_of(settings: Settings) -> int:
 
 def _bytes(settings: Settings) -> int:
     return STATES + (0 if settings.precision == "fp32" else SHORT_WEIGHT)
+
+
+def size(count: float) -> str:
+    """Return bytes as `2.5 GB`, in powers of 1000."""
+    name, unit = next((pair for pair in UNITS if count >= pair[1]), ("bytes", 1))
+    return f"{count / unit:.3g} {name}"

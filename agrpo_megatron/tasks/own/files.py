@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from agrpo_megatron.tasks import data
+from agrpo_megatron.tasks import data, row_sources
 from agrpo_megatron.tasks.base import Split, Splits, Task
 from agrpo_megatron.tasks.data import Row, without_leaks
 from agrpo_megatron.types import Problem
@@ -56,7 +56,7 @@ class FileTask(Task):
 
     def _is_remote(self, split: Split) -> bool:
         source = self.source(split)
-        return source not in (None, NONE) and not data.is_local(source)
+        return source not in (None, NONE) and not row_sources.is_local(source)
 
     def _read(self, split: Split) -> list[Problem] | None:
         """Return the problems of a split's source; None without one."""
@@ -66,7 +66,7 @@ class FileTask(Task):
         if source == NONE and split == "train":
             return []
         key = f"task.options.{split}"
-        rows = data.read_rows(source, key=key, split="train" if split == "train" else "test")
+        rows = row_sources.read_rows(source, key=key, split=row_sources.HUB_SPLITS[split])
         rows = self.pick(split, rows)
         self.begin(rows, key=key, source=source)
         found = data.convert_rows(rows, self.make_problem, key=key, source=source)

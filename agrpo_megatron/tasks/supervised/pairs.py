@@ -12,8 +12,8 @@ from agrpo_megatron.tasks.data import (
     has_column,
     one_line,
     optional_column,
-    read_rows,
 )
+from agrpo_megatron.tasks.row_sources import read_rows
 from agrpo_megatron.tasks.supervised.columns import PROMPTS
 from agrpo_megatron.tasks.supervised.rows import join_reply
 from agrpo_megatron.text.replies import Conversation, TokenRow, token_rows

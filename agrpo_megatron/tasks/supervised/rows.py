@@ -10,9 +10,9 @@ from agrpo_megatron.tasks.data import (
     has_column,
     one_line,
     optional_column,
-    read_rows,
     wrong_value,
 )
+from agrpo_megatron.tasks.row_sources import read_rows
 from agrpo_megatron.tasks.supervised.columns import EXTRA, Shape, find_shape
 from agrpo_megatron.text.replies import Conversation
 from agrpo_megatron.types import Message

@@ -195,7 +195,7 @@ def test_parquet_and_saved_data_sets_are_read(tmp_path):
     held = f"sft.eval_data={tmp_path / 'two'}"  # its test split
     found = read(f"sft.data={tmp_path / 'one'}", "sft.epochs=1", held).supervised
     assert found is not None and (len(found.train), len(found.held_out)) == (9, 1)
-    with pytest.raises(ValueError, match=r"two@valid cannot be loaded \('valid'\); give a"):
+    with pytest.raises(ValueError, match=r"valid cannot be loaded \(it has no split valid, but t"):
         read(f"sft.data={tmp_path / 'two@valid'}", "sft.epochs=1")
 
 
