@@ -1,8 +1,8 @@
 """Losses over scored tokens or units. Each returns a sum over rollouts; the caller divides it.
 
 A loss of single tokens runs once per micro-batch. All others need all tokens of an update at once,
-which other ranks and micro-batches hold: `training.joint` computes their gradient by the log-probs
-first, and then passes it through the network.
+which other ranks and micro-batches hold: `objective.joint_loss` computes their gradient by the
+log-probs first, and `objective.make_tangent` passes it through the network.
 """
 
 from collections.abc import Callable

@@ -6,7 +6,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
-from agrpo_megatron.diffusion.logprobs import Vocabulary, exact_kl, policy_logits, token_logprobs
+from agrpo_megatron.diffusion.logprobs import (
+    Vocabulary,
+    exact_kl,
+    policy_logits,
+    shard_logprobs,
+    token_logprobs,
+)
 from agrpo_megatron.types import TimestepBatch
 
 
@@ -44,3 +50,20 @@ def scored_policy(
     if algorithm.filled.scored_policy == "model":
         vocab, temperature = replace(vocab, forbidden=()), 1.0
     return policy_logits(logits, vocab, temperature=temperature), vocab
+
+
+def fill_table(table: Tensor, batch: TimestepBatch, values: Tensor) -> None:
+    """Put the values [S] of a micro-batch's tokens into a table [N, C] of all scored rows."""
+    table[batch.row, batch.position] = values.to(table.dtype)
+
+
+def with_distribution(
+    batch: TimestepBatch,
+    logits: Tensor,
+    vocab: Vocabulary,
+    sampling: SamplingSettings,
+    algorithm: AlgorithmSettings,
+) -> TimestepBatch:
+    """Return a micro-batch with the distributions of a frozen reference, of its logits [S, V]."""
+    policy, vocab = scored_policy(logits, vocab, sampling, algorithm)
+    return replace(batch, reference_shard=shard_logprobs(policy, vocab))

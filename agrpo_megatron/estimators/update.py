@@ -1,7 +1,4 @@
-"""The losses of one update of any torch module: drawn states, older log-probs, micro-batches.
-
-`training.update` does the same for Megatron's engine, on all ranks.
-"""
+"""The losses of one update of any torch module: drawn states, older log-probs, micro-batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,10 +8,12 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.config.rules.algorithm import validate_algorithm
+from agrpo_megatron.config.rules.blocks import validate_block_estimator
 from agrpo_megatron.config.schema import rebuilt
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
 from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, timestep_batch
-from agrpo_megatron.diffusion.logprobs import shard_logprobs
+from agrpo_megatron.diffusion.blocks import block_numbers
+from agrpo_megatron.diffusion.modules.sampling import check_context
 from agrpo_megatron.diffusion.packing import assign_rows
 from agrpo_megatron.diffusion.sampler import SamplerContext
 from agrpo_megatron.estimators.advantages import advantages
@@ -26,12 +25,18 @@ from agrpo_megatron.estimators.objective import (
     make_loss,
     make_tangent,
 )
-from agrpo_megatron.estimators.scoring import Scores, score_tokens, scored_policy
+from agrpo_megatron.estimators.scoring import (
+    Scores,
+    fill_table,
+    score_tokens,
+    with_distribution,
+)
 from agrpo_megatron.estimators.table import is_joint, scored_rows
+from agrpo_megatron.estimators.weights import select_rows
 from agrpo_megatron.types import LossOutputs, Rollout, ScoredRows, TimestepBatch, Trajectory
 
 # Settings of Megatron's own loop, by the value that leaves them out.
-LEFT_OUT = {"rollout_correction": None, "rollout_experts": None}
+LEFT_OUT = {"rollout_correction": None, "rollout_experts": None, "resample_rounds": 0}
 
 
 def make_rollout(
@@ -58,16 +63,47 @@ def make_rollout(
 def micro_batches(
     rollout: Rollout, scored: ScoredRows, *, context: SamplerContext
 ) -> list[TimestepBatch]:
-    """Rebuild the scored states of rollouts, packed up to the token budget."""
+    """Rebuild the scored states of rollouts, packed up to the token budget.
+
+    A module with blocks sees the finished text before the block that is masked, so each scored
+    block of a state is a row of its own, which ends with it.
+    """
+    numbers = torch.arange(len(scored.rollout), device=scored.rollout.device)
+    if context.model.has_blocks:
+        scored, numbers = block_parts(rollout, scored)
     (plan,) = assign_rows(
         row_lengths(rollout, scored), budget=context.token_budget, ranks=1, attention=0.0
     )
     mask_id, shift = context.mask_id, context.model.shift
-    return [
+    batches = [
         timestep_batch(rollout, scored, rows, mask_id=mask_id, shift=shift)
         for rows in plan
         if len(rows)
     ]
+    return [replace(batch, row=numbers[batch.row]) for batch in batches]
+
+
+def block_parts(rollout: Rollout, scored: ScoredRows) -> tuple[ScoredRows, Tensor]:
+    """Return a row for each block of each scored row [N] in which tokens are scored.
+
+    It shows the text of the blocks before as the rollout finished it, and ends with the block.
+
+    Returns:
+        P rows, and the scored row of each, [P].
+    """
+    trajectory = rollout.trajectory
+    blocks = block_numbers(trajectory)[0][scored.rollout]
+    numbers = torch.arange(trajectory.sampling.most_blocks, device=blocks.device)
+    is_scored = (blocks[:, None] == numbers[:, None]) & scored.scored[:, None]
+    row, number = is_scored.any(2).nonzero(as_tuple=True)
+    parts, blocks, number = select_rows(scored, row), blocks[row], number[:, None]
+    ends = (blocks <= number).sum(1)
+    return replace(
+        parts,
+        hidden=parts.hidden & (blocks == number),
+        scored=parts.scored & (blocks == number),
+        length=ends if parts.length is None else torch.minimum(ends, parts.length),
+    ), row
 
 
 def update_losses(
@@ -92,7 +128,7 @@ def update_losses(
         ValueError: a setting has no meaning here, or a reference is missing.
     """
     algorithm = algorithm or AlgorithmSettings()
-    _check(algorithm, rollout, reference)
+    _check(algorithm, rollout, context, reference)
     draws = DrawContext(algorithm, context.eos_id, context.seed if seed is None else seed)
     scored = scored_rows(rollout, draws)
     batches = micro_batches(rollout, scored, context=context)
@@ -108,10 +144,22 @@ def update_losses(
 
 
 def _check(
-    algorithm: AlgorithmSettings, rollout: Rollout, reference: SamplerContext | None
+    algorithm: AlgorithmSettings,
+    rollout: Rollout,
+    context: SamplerContext,
+    reference: SamplerContext | None,
 ) -> None:
     sampling = rollout.trajectory.sampling
     validate_algorithm(rebuilt(algorithm, "algorithm"), sampling)
+    validate_block_estimator(algorithm.name, context.model)
+    for each in (context, reference):
+        if each is not None:
+            check_context(each, sampling)
+    if reference is not None and reference.model.block_length != context.model.block_length:
+        raise ValueError(
+            f"the reference has block_length={reference.model.block_length}, and the policy "
+            f"block_length={context.model.block_length}; make both by the same module_context(...)"
+        )
     for key, value in LEFT_OUT.items():
         if (given := getattr(algorithm, key)) != value:
             raise ValueError(f"algorithm.{key}={given} needs `agrpo train`; leave it out")
@@ -151,7 +199,7 @@ def _table(scored: ScoredRows, batches: Sequence[TimestepBatch], values: Sequenc
     """Return the values [S] of each batch in one table [N, C]; 0 where nothing is scored."""
     table = values[0].new_zeros(scored.scored.shape)
     for batch, part in zip(batches, values, strict=True):
-        table[batch.row, batch.position] = part
+        fill_table(table, batch, part)
     return table
 
 
@@ -166,8 +214,8 @@ def _with_reference(
     if algorithm.kl != "exact":
         scores = _scores(batch, reference, sampling, algorithm)
         return replace(batch, reference_logprobs=scores.logprobs)
-    policy, vocab = scored_policy(_logits(batch, reference), reference.vocab, sampling, algorithm)
-    return replace(batch, reference_shard=shard_logprobs(policy, vocab))
+    logits = _logits(batch, reference)
+    return with_distribution(batch, logits, reference.vocab, sampling, algorithm)
 
 
 def _scores(

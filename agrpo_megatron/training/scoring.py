@@ -1,15 +1,13 @@
 """Score the tokens of micro-batches without gradient: an older policy, a reference; all ranks."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from agrpo_megatron.config.settings import AlgorithmSettings, SamplingSettings
-from agrpo_megatron.diffusion.logprobs import shard_logprobs
-from agrpo_megatron.estimators.scoring import score_tokens, scored_policy
+from agrpo_megatron.estimators.scoring import fill_table, score_tokens, with_distribution
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.types import TimestepBatch
@@ -37,7 +35,7 @@ def score_tables(
         batch = batches[number]
         scores = score_tokens(logits, batch, network.vocab, sampling, algorithm)
         for table, values in zip(tables, (scores.logprobs, scores.entropies), strict=True):
-            table[batch.row, batch.position] = values.to(table.dtype)
+            fill_table(table, batch, values)
 
     forward_rows(network, [batch.rows for batch in batches], score)
     dist.all_reduce(tables, group=ranks.data_context.group)
@@ -58,8 +56,8 @@ def with_distributions(
     result = list(batches)
 
     def store(number: int, logits: Tensor) -> None:
-        policy, vocab = scored_policy(logits, network.vocab, sampling, algorithm)
-        result[number] = replace(result[number], reference_shard=shard_logprobs(policy, vocab))
+        batch = result[number]
+        result[number] = with_distribution(batch, logits, network.vocab, sampling, algorithm)
 
     forward_rows(network, [batch.rows for batch in batches], store)
     return result

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from agrpo_megatron.config.settings import UNMASKING
-from agrpo_megatron.diffusion import SamplingSettings, module_context, sample
+from agrpo_megatron.diffusion import SamplerHooks, SamplingSettings, module_context, sample
 
 VOCABULARY, MASK, EOS = 12, 11, 10
 SAMPLING = SamplingSettings(completion_length=8, block_length=4, denoising_steps=4)
@@ -53,6 +53,14 @@ class Ignores(Attends):
         return self.logits(ids, None)
 
 
+class Dilutes(Attends):
+    """Which token fills a row has no effect, and how many do: the mean is over the padded row."""
+
+    def forward(self, ids, attention_mask=None):
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        return self.logits(ids, mask) * mask.float().mean(1)[:, None, None]
+
+
 def complete(module, prompts, numbers, **options):
     context = module_context(
         module, mask_id=MASK, eos_id=EOS, vocab_size=VOCABULARY, seed=3, **options
@@ -61,12 +69,14 @@ def complete(module, prompts, numbers, **options):
 
 
 @pytest.mark.parametrize(
-    ("kind", "passes"), [(Honours, 4 + 2), (Plain, 4 * 4), (Ignores, 4 * 4 + 2)]
+    ("kind", "passes"),
+    [(Honours, 4 + 3), (Plain, 4 * 4), (Ignores, 4 * 4 + 2), (Dilutes, 4 * 4 + 3)],
 )
 def test_rows_of_different_lengths_have_the_completions_of_single_rows(kind, passes):
-    """Four steps of one padded batch, or of four lengths; a mask is checked by two passes once.
+    """Four steps of one padded batch, or of four lengths; a mask is checked by three passes once.
 
-    The five prompts have four lengths. Padding would change the logits of a module without a mask.
+    The third is of a single row, without padding. The five prompts have four lengths. Padding
+    would change the logits of a module without a mask.
     """
     module = kind()
     together = complete(module, PROMPTS, [0, 1, 2, 3, 4])
@@ -122,6 +132,25 @@ def _context(module, **changes):
     return module_context(module, **{"mask_id": MASK, "vocab_size": VOCABULARY, **changes})
 
 
+ENDS = SamplerHooks(on_step=lambda state, rows: rows[:1])
+
+
+def _complete(sampling=None, hooks=None, **changes):
+    changed = replace(SAMPLING, **(sampling or {}))
+    context = _context(Plain(), **changes)
+    return sample(PROMPTS[:2], torch.arange(2), context=context, sampling=changed, hooks=hooks)
+
+
+def test_a_hook_ends_rows_and_stop_tokens_do():
+    """The rest of an ended row is end-of-text; so the two settings that are refused alone work."""
+    assert (_complete(hooks=ENDS, eos_id=EOS).tokens == EOS).sum() >= 4
+    every = tuple(range(VOCABULARY))
+    found = _complete({"end_at_stop": True}, eos_id=EOS, stop_ids=every)
+    assert (found.tokens[:, 4:] == EOS).all()
+    drawn = _complete({"forbid_mask_token": False}, may_draw_mask=True)
+    assert drawn.tokens.shape == (2, 8)
+
+
 @pytest.mark.parametrize(
     ("attempt", "said"),
     [
@@ -129,7 +158,16 @@ def _context(module, **changes):
         (lambda: _context(Plain(), mask_id=12), "mask_id=12 is not below vocab_size=12"),
         (lambda: _context(Plain(), eos_id=-1), "eos_id=-1 is not below vocab_size=12"),
         (lambda: _context(Plain(), token_budget=0), "token_budget=0 holds no token"),
-        (lambda: complete(Plain(), PROMPTS, [0, 1]), "one id, int64, for each of 5 prompts"),
+        (lambda: _context(Plain(), stop_ids=(3, 12)), "stop_ids=12 is not below vocab_size=12"),
+        (lambda: _context(Plain(), shift=True, block_length=4), "model.shift=true.*shift=false"),
+        (lambda: complete(Plain(), PROMPTS, [0, 1]), r"tensor \[5\], int64, of one id for each of"),
+        (lambda: complete(Plain(), PROMPTS[:2], [[3], [4]]), r"give a tensor \[2\], int64"),
+        (lambda: _complete(block_length=2), "sampling.block_length=4 differs from .*use 2"),
+        (lambda: _complete({"edit_threshold": 0.5}), "edit_threshold=0.5 is for .*use null"),
+        (lambda: _complete(may_draw_mask=True), "forbid_mask_token=true.*forbid_mask_token=False"),
+        (lambda: _complete({"end_at_stop": True}, eos_id=EOS), "end_at_stop=true.*stop_ids="),
+        (lambda: _complete({"end_at_stop": True}, stop_ids=(3,)), "end_at_stop=true.*eos_id="),
+        (lambda: _complete(hooks=ENDS), "SamplerHooks.on_step ends rows.*eos_id="),
         (lambda: complete(Plain(), PROMPTS[:2], [3, 3]), "none twice: they seed the noise"),
         (lambda: complete(Plain(), [[1, 2]], [0]), r"prompts\[0\]=\[1, 2\]: give a tensor of ids"),
         (lambda: complete(Plain(), [torch.tensor([1, 99])], [0]), "its ids must be below 12"),

@@ -1,6 +1,11 @@
 """Rules of a run whose model attends by blocks and decodes one after another."""
 
-from agrpo_megatron.config.settings import RolloutSettings, Settings
+from agrpo_megatron.config.settings import (
+    ModelSettings,
+    RolloutSettings,
+    SamplingSettings,
+    Settings,
+)
 from agrpo_megatron.config.settings.estimators import ENTRIES
 
 # Estimators that score tokens of later blocks from a state in which earlier ones are masked.
@@ -31,26 +36,12 @@ def validate_blocks(settings: Settings) -> None:
             f"kernels.batch_invariant=true has no attention for {by}; use "
             "kernels.batch_invariant=false"
         )
-    name = settings.algorithm.name
-    if name in ACROSS:
-        fitting = ", ".join(entry for entry in ENTRIES if entry not in ACROSS)
-        raise ValueError(
-            f"algorithm.name={name} scores tokens from a state in which earlier blocks are masked, "
-            f"and {by} never has one; use {fitting}"
-        )
-    if settings.model.shift:
-        raise ValueError(
-            f"model.shift=true predicts a token from the one before, and {by} predicts a block's "
-            "first token from its own place; use model.shift=false"
-        )
+    validate_block_estimator(settings.algorithm.name, settings.model)
+    validate_block_model(settings.model)
     if settings.sft.autoregressive_weight and settings.model.attention != "causal_context":
         raise ValueError(_not_causal(settings))
-    if settings.sampling.schedule == "dream":
-        raise ValueError(
-            f"sampling.schedule=dream decodes the completion as one block, and {by} decodes "
-            "block after block; use uniform"
-        )
-    _check_samplers(settings, by)
+    validate_block_sampling(settings.sampling, settings.model, "sampling")
+    validate_block_sampling(settings.evaluation_sampling, settings.model, "evaluation")
 
 
 def validate_whole_rows(settings: Settings) -> None:
@@ -65,16 +56,8 @@ def validate_whole_rows(settings: Settings) -> None:
             f"rollout.cache_memory={settings.rollout.cache_memory:g} is for models with blocks, "
             f"and model.attention is full; use {RolloutSettings.cache_memory:g}"
         )
-    if settings.sampling.edit_threshold is not None:
-        raise ValueError(
-            f"sampling.edit_threshold={settings.sampling.edit_threshold:g} is for the decoding of "
-            "models with blocks, and model.attention is full; use null"
-        )
-    if settings.algorithm.name == "block_just_grpo":
-        raise ValueError(
-            "algorithm.name=block_just_grpo scores all blocks from one row, and with "
-            "model.attention=full a block sees the others masked; use just_grpo"
-        )
+    validate_block_sampling(settings.sampling, settings.model, "sampling")
+    validate_block_estimator(settings.algorithm.name, settings.model)
     if settings.sft.autoregressive_weight:
         raise ValueError(_not_causal(settings))
     chosen = settings.kernels.block_attention
@@ -93,18 +76,69 @@ def _not_causal(settings: Settings) -> str:
     )
 
 
-def _check_samplers(settings: Settings, by: str) -> None:
-    """Check orders and block lengths of rollouts and evaluations."""
-    length = settings.model.block_length
-    samplers = {"sampling": settings.sampling, "evaluation": settings.evaluation_sampling}
-    for section, sampling in samplers.items():
-        if sampling.unmasking == "bernoulli":
+def validate_block_model(model: ModelSettings) -> None:
+    """Check that a block model predicts each token in its own place.
+
+    Raises:
+        ValueError: it predicts a token from the one before.
+    """
+    if model.has_blocks and model.shift:
+        raise ValueError(
+            f"model.shift=true predicts a token from the one before, and model.attention="
+            f"{model.attention} predicts a block's first token from its own place; use "
+            "model.shift=false"
+        )
+
+
+def validate_block_estimator(name: str, model: ModelSettings) -> None:
+    """Check that an estimator scores states that a model with or without blocks has.
+
+    Raises:
+        ValueError: it does not; names those that do.
+    """
+    by = f"model.attention={model.attention}"
+    if model.has_blocks and name in ACROSS:
+        fitting = ", ".join(entry for entry in ENTRIES if entry not in ACROSS)
+        raise ValueError(
+            f"algorithm.name={name} scores tokens from a state in which earlier blocks are masked, "
+            f"and {by} never has one; use {fitting}"
+        )
+    if not model.has_blocks and name == "block_just_grpo":
+        raise ValueError(
+            f"algorithm.name=block_just_grpo scores all blocks from one row, and with {by} a block "
+            "sees the others masked; use just_grpo"
+        )
+
+
+def validate_block_sampling(sampling: SamplingSettings, model: ModelSettings, section: str) -> None:
+    """Check that a sampler decodes the blocks by which a model attends.
+
+    Args:
+        section: of the settings, for messages.
+
+    Raises:
+        ValueError: the first rule broken, with key, value, rule and fix.
+    """
+    by, length = f"model.attention={model.attention}", model.block_length
+    if not model.has_blocks:
+        if sampling.edit_threshold is not None:
             raise ValueError(
-                f"{section}.unmasking=bernoulli takes its rates from Dream's time, and {by} has "
-                "steps of each block; use random"
+                f"sampling.edit_threshold={sampling.edit_threshold:g} is for the decoding of "
+                "models with blocks, and model.attention is full; use null"
             )
-        if sampling.block_length != length:
-            raise ValueError(
-                f"{section}.block_length={sampling.block_length} differs from model.block_length="
-                f"{length}, and {by} decodes the blocks that it attends by; use {length}"
-            )
+        return
+    if sampling.schedule == "dream":
+        raise ValueError(
+            f"sampling.schedule=dream decodes the completion as one block, and {by} decodes "
+            "block after block; use uniform"
+        )
+    if sampling.unmasking == "bernoulli":
+        raise ValueError(
+            f"{section}.unmasking=bernoulli takes its rates from Dream's time, and {by} has "
+            "steps of each block; use random"
+        )
+    if sampling.block_length != length:
+        raise ValueError(
+            f"{section}.block_length={sampling.block_length} differs from model.block_length="
+            f"{length}, and {by} decodes the blocks that it attends by; use {length}"
+        )

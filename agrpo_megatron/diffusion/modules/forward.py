@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from agrpo_megatron.config.rules.blocks import validate_block_model
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.diffusion.draw import Draw, DrawAt
 from agrpo_megatron.diffusion.logprobs import Vocabulary
@@ -72,8 +73,9 @@ class ModuleForward:
 
     @torch.no_grad()
     def _honours_mask(self, ids: Sequence[Tensor]) -> bool:
-        """Return whether the module's logits stay the same, to the last bit, under other padding.
+        """Return whether padding leaves the module's logits as they are.
 
+        They have to be equal to the last bit under other padding, and up to rounding without any.
         Some modules take a mask and ignore it, such as the first modelling code of LLaDA-8B.
         """
         if self._has_mask is None:
@@ -83,8 +85,20 @@ class ModuleForward:
             if self._has_mask:
                 is_real = _mask_of(ids).bool()
                 first, second = (self._logits(ids, filler)[is_real] for filler in self._fillers)
-                self._has_mask = torch.equal(first, second)
+                self._has_mask = torch.equal(first, second) and self._is_unpadded(ids, first)
         return self._has_mask
+
+    def _is_unpadded(self, ids: Sequence[Tensor], padded: Tensor) -> bool:
+        """Return whether the shortest row alone has the logits that it has in a padded batch.
+
+        Args:
+            padded: [tokens of all rows, V] of the batch.
+        """
+        lengths = [len(row) for row in ids]
+        number = lengths.index(min(lengths))
+        alone, together = self._logits([ids[number]])[0], padded.split(lengths)[number]
+        rounding = torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max())
+        return bool((alone - together).abs().max() <= rounding)
 
     def _logits(self, ids: Sequence[Tensor], filler: int | None = None) -> Tensor:
         """Return the logits [B, longest, V] of rows."""
@@ -154,17 +168,20 @@ def module_context(
             token sees its whole row.
         token_budget: tokens of one forward pass, padding not counted.
         stop_ids: tokens that end a row under `SamplingSettings(end_at_stop=True)`.
-        may_draw_mask: the mask token may be drawn, as in published code.
+        may_draw_mask: the mask token may be drawn, as in published code; goes with
+            `SamplingSettings(forbid_mask_token=False)`.
 
     Raises:
-        ValueError: an id is outside the vocabulary, or the vocabulary is not known.
+        ValueError: an id is outside the vocabulary, the vocabulary is not known, or blocks do not
+            go with the shift.
     """
     size = vocab_size or getattr(getattr(module, "config", None), "vocab_size", None)
     if not isinstance(size, int):
         raise ValueError(
             f"{type(module).__name__} has no config.vocab_size; give vocab_size, the number of ids"
         )
-    for name, value in (("mask_id", mask_id), ("eos_id", eos_id)):
+    named = [("mask_id", mask_id), ("eos_id", eos_id), *(("stop_ids", stop) for stop in stop_ids)]
+    for name, value in named:
         if value is not None and not 0 <= value < size:
             raise ValueError(f"{name}={value} is not below vocab_size={size}; correct one of them")
     if token_budget < 1:
@@ -172,6 +189,8 @@ def module_context(
     blocks: dict[str, Any] = {}
     if block_length is not None:
         blocks = {"attention": "block_causal", "block_length": block_length}
+    model = ModelSettings(shift=shift, **blocks)
+    validate_block_model(model)
     return SamplerContext(
         forward=ModuleForward(module, mask_id=mask_id, block_length=block_length),
         vocab=Vocabulary(size, forbidden=() if may_draw_mask else (mask_id,)),
@@ -179,6 +198,6 @@ def module_context(
         eos_id=eos_id,
         seed=seed,
         token_budget=token_budget,
-        model=ModelSettings(shift=shift, **blocks),
+        model=model,
         stop_ids=stop_ids,
     )
