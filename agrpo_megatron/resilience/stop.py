@@ -5,7 +5,6 @@ point: after an iteration, or in the same turn of a rollout. Ctrl-C is such a re
 ends the process at once.
 """
 
-import math
 import os
 import signal
 import threading
@@ -24,8 +23,6 @@ from agrpo_megatron.resilience.sections import NAMES, Sections
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 CTRL_C = "interrupted by Ctrl-C"
-# A launcher passes the terminal's signal on, which its ranks have already had.
-PASSED_ON = 2.0  # seconds
 GOES_ON = "\nCtrl-C: stopping and saving; press it again to end at once, without saving\n"
 JOB_END = "AGRPO_JOB_END"  # seconds since the epoch at which the job is killed
 SPARE = 1.5  # the learned margin, as a multiple of the longest reward, update and checkpoint
@@ -52,8 +49,9 @@ class Stop:
     def __init__(self, sections: Sections, *, margin: float | None = None):
         self._sections, self._margin = sections, margin
         self._asked: str | None = None
-        self._has_launcher = any(name in os.environ for name in LAUNCHERS)
-        self._interrupted = -math.inf  # when Ctrl-C was pressed
+        # Ranks of a launcher have no terminal: it passes Ctrl-C on, and a second one as SIGTERM.
+        has_launcher = any(name in os.environ for name in LAUNCHERS)
+        self._second = (signal.SIGINT, signal.SIGTERM) if has_launcher else (signal.SIGINT,)
         end = os.environ.get(JOB_END)
         self._end = float(end) if end else None
 
@@ -97,19 +95,14 @@ class Stop:
         return LEAST_MARGIN + SPARE * needed
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT:
-            self._on_ctrl_c()
-        else:
-            self._asked = self._asked or f"asked by {signal.Signals(number).name}"
-
-    def _on_ctrl_c(self) -> None:
-        now = time.monotonic()
-        if self._asked != CTRL_C:
-            self._asked, self._interrupted = CTRL_C, now
-            if os.environ.get("RANK", "0") == "0":
-                os.write(2, GOES_ON.encode())  # a print could be inside another one
-        elif not self._has_launcher or now - self._interrupted > PASSED_ON:
+        if self._asked == CTRL_C and number in self._second:
             raise KeyboardInterrupt
+        if number != signal.SIGINT:
+            self._asked = self._asked or f"asked by {signal.Signals(number).name}"
+            return
+        self._asked = CTRL_C
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, GOES_ON.encode())  # a print could be inside another one
 
 
 def agree(stop: Stop | NoStop, sections: Sections, ranks: Ranks) -> str | None:

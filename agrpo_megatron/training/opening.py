@@ -75,7 +75,7 @@ def opened(
             view.note(f"resuming after {done.phase} iteration {done.iteration}")
         for change in changes:
             view.note(f"from here on {change}")
-        _show_notes(session)
+        _show_notes(session, found)
         base = None
         if settings.lora.rank is not None:
             base = find_base(settings, ranks, found[0] if found else None)
@@ -119,7 +119,7 @@ def _open_cache(
     )
 
 
-def _show_notes(session: Session) -> None:
+def _show_notes(session: Session, found: Found) -> None:
     """Show notes on kernels, problems and a replay; write all but those on kernels to a file."""
     run, view = session.run, session.output.view
     if run.settings.precision != "fp32":
@@ -127,7 +127,7 @@ def _show_notes(session: Session) -> None:
     if run.settings.lora.rank is not None:
         view.note(adapter_note(run.settings.model, run.settings.lora))
     run.task.problems("train")  # loading the problems creates the notes
-    run.task.notes.extend(check_solutions(run, SPLITS))
+    run.task.notes.extend(_graded_solutions(session, found))
     if run.ranks.is_main and run.settings.train.iterations > 0:
         run.task.notes.append(rate_note(run.settings.precision, run.ranks))
     if run.replay is not None:
@@ -137,12 +137,27 @@ def _show_notes(session: Session) -> None:
     session.output.log.notes(run.task.notes)
 
 
+def _graded_solutions(session: Session, found: Found) -> list[str]:
+    """Return notes on rewards of known solutions; at a resumption their failure only warns.
+
+    Raises:
+        ValueError: as `check_solutions`, in a run that starts.
+    """
+    try:
+        return check_solutions(session.run, SPLITS)
+    except ValueError as error:
+        if found is None:
+            raise
+        session.output.view.warn(f"{error}; the run resumes, and rewards that fail have no score")
+        return []
+
+
 def show_banner(session: Session, phases: tuple[str, ...]) -> None:
     """Show what the run is, and its odd values; on the main rank, which alone prints."""
     run, view, ranks = session.run, session.output.view, session.run.ranks
     if not ranks.is_main:
         return
-    sizes = measure(Resolved(run.settings, run.task, run.tokenizer))
+    sizes = measure(Resolved(run.settings, run.task, run.tokenizer, run.supervised))
     facts = {"device": device_text(ranks.device), "world_size": ranks.world_size, "phases": phases}
     for line in banner(run.settings, sizes, **facts):
         view.note(line)

@@ -251,15 +251,18 @@ def test_ctrl_c_asks_to_stop_and_a_second_one_ends_at_once(capfd):
     assert _press(stop, 1) == CTRL_C  # it was not pressed before
 
 
-def test_a_launcher_s_copy_of_ctrl_c_is_no_second_one(monkeypatch, capfd):
-    """The terminal signals all its processes, and torchrun then signals its ranks again."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+def test_a_launcher_passes_a_second_ctrl_c_on_as_sigterm(monkeypatch, capfd):
+    def pressed_twice():
+        with (stop := Stop(Sections())).listening():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stop.reason
+
     monkeypatch.setenv("RANK", "1")
-    stop = Stop(Sections())
-    assert _press(stop, 3) == CTRL_C
-    monkeypatch.setattr("agrpo_megatron.resilience.stop.PASSED_ON", 0.0)
+    assert pressed_twice() == CTRL_C  # without a launcher SIGTERM is one more request
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(KeyboardInterrupt):
-        _press(stop, 1)
+        pressed_twice()
     assert capfd.readouterr().err == ""  # rank 0 says it
 
 

@@ -64,7 +64,8 @@ def utilisation(record: Mapping[str, Any], ranks: Ranks, rate: Rate | None) -> d
     if rate is None:
         return {}
     whole, update = record["flops"], record["update_flops"]
-    work = {"rollout": whole - update, "update": update}
+    measuring = record.get("measuring_flops", 0.0)  # in neither of the two times
+    work = {"rollout": whole - update - measuring, "update": update}
     spent = {name: record.get(f"timing/{name}", 0.0) for name in work}
     return {
         f"perf/mfu_{name}": flops / (spent[name] * rate.flops * ranks.world_size)
