@@ -15,11 +15,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agrpo_megatron.types import Trajectory
+
 if TYPE_CHECKING:
-    from agrpo_megatron.types import ScoredRows, Trajectory
+    from agrpo_megatron.config.settings import SamplingSettings
+    from agrpo_megatron.types import ScoredRows
 
 SUPPORT = "support_ids"  # None where nothing is cut
 STEP_PARTS = 8  # equal parts of a completion's denoising that metrics distinguish
+
+
+def given_texts(
+    prompts: Sequence[Tensor], tokens: Tensor, ids: Tensor, sampling: SamplingSettings
+) -> Trajectory:
+    """Return texts that no sampler wrote as completions of one denoising step.
+
+    Args:
+        prompts: R tensors of ids.
+        tokens: [R, C] the texts; the completion length is theirs.
+        ids: [R] noise indices.
+        sampling: where the blocks of a block model begin.
+    """
+    zeros = torch.zeros(tokens.shape, device=tokens.device)
+    return Trajectory(
+        prompts=tuple(prompts),
+        tokens=tokens,
+        unmask_step=torch.zeros_like(tokens),
+        logprobs=zeros,
+        entropies=zeros,
+        spreads=zeros,
+        support_ids=None,
+        num_steps=torch.ones_like(ids),
+        rollout_ids=ids,
+        sampling=replace(sampling, completion_length=tokens.shape[1]),
+    )
 
 
 def tensors(record: Any) -> dict[str, Tensor]:

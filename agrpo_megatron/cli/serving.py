@@ -101,7 +101,8 @@ def serve(arguments: argparse.Namespace) -> int:
     target = open_target(arguments)
     name = arguments.name or target.run or target.name
     listener = _listening(arguments.host, arguments.port) if is_main() else None
-    from agrpo_megatron.serving.server import on_interrupt, serve
+    from agrpo_megatron.serving.server import serve
+    from agrpo_megatron.serving.worker import on_interrupt
 
     with on_interrupt(lambda: None) if listener is None else nullcontext(), _led(target) as model:
         if model is not None and listener is not None:

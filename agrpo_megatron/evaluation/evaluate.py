@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from agrpo_megatron.evaluation.failures import refuse_failing
 from agrpo_megatron.evaluation.grid import EvaluationProgress, cell_sampling
@@ -17,6 +16,7 @@ from agrpo_megatron.evaluation.plan import Batch, Plan
 from agrpo_megatron.evaluation.results import Line, ResultStore
 from agrpo_megatron.evaluation.scores import scores
 from agrpo_megatron.megatron.network import Network
+from agrpo_megatron.megatron.parallel import on_main
 from agrpo_megatron.rollout.generate import Request, generate, sample_records
 from agrpo_megatron.rollout.metrics import failure_warning, reward_metrics
 from agrpo_megatron.rollout.session import Session
@@ -126,18 +126,12 @@ def _resumed(
 ) -> tuple[list[list[Line]], int]:
     """Return the batches in the store, on the main rank, and on every rank their number."""
     earlier: list[list[Line]] = []
-    shared: list[int | ValueError] = [0]
-    if session.run.ranks.is_main:
-        try:
-            earlier = _earlier(plan, batches, store)
-            shared = [len(earlier)]
-        except ValueError as error:  # the other ranks would wait for this one
-            shared = [error]
-    dist.broadcast_object_list(shared, src=0)
-    (done,) = shared
-    if isinstance(done, ValueError):
-        raise done
-    return earlier, done
+
+    def read() -> int:
+        earlier.extend(_earlier(plan, batches, store))
+        return len(earlier)
+
+    return earlier, on_main(session.run.ranks, read)
 
 
 def _earlier(plan: Plan, batches: Sequence[Batch], store: ResultStore) -> list[list[Line]]:

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch.distributed as dist
-
-from agrpo_megatron.megatron.parallel import gather_objects
+from agrpo_megatron.megatron.parallel import gather_objects, on_main
 from agrpo_megatron.rollout.session import Run
 from agrpo_megatron.tasks.base import Split
 from agrpo_megatron.tasks.grading import (
@@ -22,17 +20,7 @@ def check_solutions(run: Run, splits: Sequence[Split]) -> list[str]:
     Raises:
         ValueError: a reward service does not answer, or most of these rewards fail; on every rank.
     """
-    shared: list[list[str] | ValueError] = [[]]
-    if run.ranks.is_main:
-        try:
-            shared = [_solution_notes(run, splits)]
-        except ValueError as error:  # the other ranks would wait for this one
-            shared = [error]
-    dist.broadcast_object_list(shared, src=0)
-    (found,) = shared
-    if isinstance(found, ValueError):
-        raise found
-    return found
+    return on_main(run.ranks, lambda: _solution_notes(run, splits))
 
 
 def _solution_notes(run: Run, splits: Sequence[Split]) -> list[str]:

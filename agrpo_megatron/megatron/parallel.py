@@ -2,6 +2,7 @@
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,6 +105,33 @@ def gather_objects[Item](mine: Item, group: dist.ProcessGroup | None = None) -> 
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return everyone
+
+
+def from_last_stage[Item](mine: Item, ranks: Ranks) -> Item:
+    """Return the value that the last pipeline stage has; called by every rank of a pipeline."""
+    shared: list[Any] = [mine]
+    if ranks.pipeline.size > 1:
+        last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
+        dist.broadcast_object_list(shared, src=last, group=ranks.pipeline.group)
+    return shared[0]
+
+
+def on_main[Item](ranks: Ranks, compute: Callable[[], Item]) -> Item:
+    """Return what the main rank computes, on every rank; called by every rank.
+
+    Raises:
+        ValueError: the main rank's, on every rank: the others would wait for it.
+    """
+    shared: list[Any] = [None]
+    if ranks.is_main:
+        try:
+            shared = [compute()]
+        except ValueError as error:
+            shared = [error]
+    dist.broadcast_object_list(shared, src=0)
+    if isinstance(shared[0], ValueError):
+        raise shared[0]
+    return shared[0]
 
 
 def _lay_out(parallel: ParallelSettings, settings: Settings, device: torch.device) -> Ranks:

@@ -112,7 +112,9 @@ def time_totals(run: Run) -> dict[str, float]:
     return {
         "supervised": float(series(run.sft, "timing/iteration")[1].sum()),
         **{part: sum(s[part] for s in shares) for part in (*TIME_PARTS, "other")},
-        "evaluation": float(series(run.evaluations, "timing/evaluation")[1].sum()),
+        "evaluation": sum(
+            float(series(rows, "timing/evaluation")[1].sum()) for rows in (run.sft, run.evaluations)
+        ),
     }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from agrpo_megatron.diffusion import noise
+from agrpo_megatron.tasks.curriculum import epoch_size
 
 type Shares = Sequence[tuple[int, float]]  # problems and weight of each task, one after the other
 
@@ -33,7 +34,7 @@ def pick_problems(shares: Shares, places: range, *, seed: int) -> list[int]:
 
 def epochs(shares: Shares, places: int) -> float:
     """Return how often the first places visit each problem: the mean over the problems in use."""
-    return places / sum(count for count, weight in shares if weight)
+    return places / epoch_size(shares)
 
 
 _turns: dict[tuple[float, ...], tuple[list[tuple[int, int]], list[int]]] = {}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.tasks import Task
-from agrpo_megatron.tasks.curriculum import solved_problems
+from agrpo_megatron.tasks.curriculum import epoch_size, solved_problems
 from agrpo_megatron.tasks.supervised.examples import Supervised, read_supervised
 from agrpo_megatron.tasks.supervised.leaks import held_out_problems
 from agrpo_megatron.text.notes import text_notes
@@ -43,7 +43,7 @@ def with_solutions(settings: Settings, task: Task, tokenizer: Tokenizer) -> Sett
         ValueError: solutions are missing or do not fit, or iterations and epochs disagree.
     """
     length = settings.sampling.completion_length
-    shown, _ = solved_problems(task, settings.sft)
+    shown, shares = solved_problems(task, settings.sft)
     texts = [problem.solution for problem in shown]
     encoded = tokenizer.encode_prompts(texts)
     longest = max(map(len, encoded))
@@ -52,7 +52,7 @@ def with_solutions(settings: Settings, task: Task, tokenizer: Tokenizer) -> Sett
             f"sampling.completion_length={length} is shorter than the longest solution of task "
             f"{task.settings.name} ({longest} tokens); use at least {longest}"
         )
-    settings, note = _with_iterations(settings, len(shown))
+    settings, note = _with_iterations(settings, epoch_size(shares))
     task.notes += [*text_notes(tokenizer, texts, encoded, what="solutions"), *note]
     return settings
 

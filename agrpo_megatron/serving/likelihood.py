@@ -25,7 +25,8 @@ from agrpo_megatron.rollout.generate import sample_prompts
 from agrpo_megatron.rollout.session import Run
 from agrpo_megatron.training.scoring import score_tables
 from agrpo_megatron.training.update import packed_part
-from agrpo_megatron.types import Rollout, ScoredRows, Trajectory
+from agrpo_megatron.trajectories import given_texts
+from agrpo_megatron.types import Rollout, ScoredRows
 
 MASKS = ("counts", "coupled_counts")
 BATCHES = 16  # micro-batches of a replica that are packed at once
@@ -96,24 +97,13 @@ def _as_rollout(
     device = run.ranks.device
     tokens = torch.tensor(continuations, dtype=torch.int64, device=device)
     ids = [noise_of(context) for context in contexts]
-    zeros = torch.zeros(tokens.shape, device=device)
-    rewards = torch.zeros(len(tokens), device=device)
-    length = tokens.shape[1]
     sampling = run.settings.sampling
     if not run.settings.model.has_blocks:
-        sampling = replace(sampling, block_length=length)
-    trajectory = Trajectory(
-        prompts=tuple(torch.tensor(c, dtype=torch.int64, device=device) for c in contexts),
-        tokens=tokens,
-        unmask_step=torch.zeros_like(tokens),
-        logprobs=zeros,
-        entropies=zeros,
-        spreads=zeros,
-        support_ids=None,
-        num_steps=torch.ones(len(tokens), dtype=torch.int64, device=device),
-        rollout_ids=torch.tensor(ids, dtype=torch.int64, device=device),
-        sampling=replace(sampling, completion_length=length),
-    )
+        sampling = replace(sampling, block_length=tokens.shape[1])
+    prompts = [torch.tensor(c, dtype=torch.int64, device=device) for c in contexts]
+    numbers = torch.tensor(ids, dtype=torch.int64, device=device)
+    trajectory = given_texts(prompts, tokens, numbers, sampling)
+    rewards = torch.zeros(len(tokens), device=device)
     return Rollout(trajectory, rewards, rewards.bool(), rewards)
 
 

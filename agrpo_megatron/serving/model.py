@@ -4,7 +4,6 @@ The main rank leads: it sends each job to the other ranks, and all of them do it
 """
 
 import datetime
-import queue
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +29,8 @@ from agrpo_megatron.serving.texts import stop_in
 from agrpo_megatron.trajectories import join, moved, select
 from agrpo_megatron.types import Trajectory
 
-IDLE = 20.0  # seconds between two signs of life to the other ranks
+# The other ranks wait for the next job; if the main rank dies, gloo's connection to it breaks.
+LONGEST_WAIT = datetime.timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ def open_model(resolved: Resolved, checkpoint: Path | None) -> Iterator[Model]:
         checkpoint: of a run; None takes the weights that `model.load` names.
     """
     with opened(resolved, checkpoint) as (session, network):
-        control, limit = None, datetime.timedelta(seconds=max(resolved.settings.run.timeout, 60))
+        control = None
         if network.ranks.world_size > 1:
-            control = dist.new_group(backend="gloo", timeout=limit)
+            control = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
             assert isinstance(control, dist.ProcessGroup)
         yield Model(session.run, network, control)
 
@@ -110,9 +110,8 @@ def leading(model: Model) -> Iterator[None]:
 
 def follow(model: Model) -> None:
     """Do the jobs that the main rank sends, until it ends; called by all other ranks."""
-    while (sent := _sent(model, ())) is not None:
-        if sent:
-            perform(model, sent)
+    while (job := _sent(model, None)) is not None:
+        perform(model, job)
 
 
 def lead(model: Model, job: Job, emit: Callable[[Part], Any] | None = None):
@@ -123,15 +122,6 @@ def lead(model: Model, job: Job, emit: Callable[[Part], Any] | None = None):
     """
     _sent(model, job)
     return perform(model, job, emit)
-
-
-def next_waiting[Item](model: Model, waiting: "queue.SimpleQueue[Item]") -> Item:
-    """Wait for an item on the main rank, and let the other ranks know that it is alive."""
-    while True:
-        try:
-            return waiting.get(timeout=IDLE)
-        except queue.Empty:
-            _sent(model, ())
 
 
 def perform(model: Model, job: Job, emit: Callable[[Part], Any] | None = None) -> Any:

@@ -5,12 +5,11 @@ import contextlib
 import hmac
 import json
 import queue
-import signal
 import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ from agrpo_megatron.serving.api import ApiError, Ask, AskChat, AskText, read
 from agrpo_megatron.serving.model import Model
 from agrpo_megatron.serving.requests import CHANGES, check_room, noise_index, request_sampling
 from agrpo_megatron.serving.texts import Completion
-from agrpo_megatron.serving.worker import Delta, Queue, Waiting, work
+from agrpo_megatron.serving.worker import Delta, Queue, Waiting, on_interrupt, work
 from agrpo_megatron.types import Prompt
 
 LEAVE = 10.0  # seconds that the last answers have to be read
@@ -38,11 +37,25 @@ class Front:
     waiting: Queue = field(default_factory=queue.SimpleQueue)
     created: int = field(default_factory=lambda: int(time.time()))
     is_closing: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def close(self) -> None:
         """Take no more requests; those that were taken are still answered."""
-        self.is_closing = True
-        self.waiting.put(None)
+        with self._lock:
+            self.is_closing = True
+            self.waiting.put(None)
+
+    def take(self, asked: Sequence[Waiting]) -> None:
+        """Have the model answer; nothing is behind the mark that `close` leaves.
+
+        Raises:
+            ApiError: the server is closing.
+        """
+        with self._lock:
+            if self.is_closing:
+                raise ApiError("the server is closing", status=503, code="closing")
+            for one in asked:
+                self.waiting.put(one)
 
 
 @dataclass(frozen=True)
@@ -104,28 +117,6 @@ def serve(model: Model, *, name: str, listener: socket.socket, key: str | None) 
     thread.join(LEAVE)
 
 
-@contextlib.contextmanager
-def on_interrupt(act: Callable[[], object]):
-    """Call a function at the first interrupt or stop signal, and raise at the second."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def first(*_: object) -> None:
-        restore()
-        act()
-
-    for number in signals:
-        signal.signal(number, first)
-    try:
-        yield
-    finally:
-        restore()
-
-
 def make_app(front: Front) -> FastAPI:
     """Return the web application; its handlers run in the server's thread."""
     app = FastAPI(openapi_url=None)
@@ -183,8 +174,6 @@ def _check_model(front: Front, name: str) -> None:
 
 async def _body(front: Front, request: Request) -> Any:
     _check_key(front, request)
-    if front.is_closing:
-        raise ApiError("the server is closing", status=503, code="closing")
     try:
         return json.loads(await request.body())
     except ValueError:
@@ -215,8 +204,7 @@ async def _answered(front: Front, ask: Ask, prompts: Sequence[Prompt | list[int]
                 loop.call_soon_threadsafe(parts.put_nowait, (index, delta))
 
         waiting.append(Waiting(ids, noise, sampling, most, ask.stops, send))
-    for one in waiting:
-        front.waiting.put(one)
+    front.take(waiting)
     used = sum(map(len, encoded))
     answer = _Answer(ask, front.name, used, len(waiting), parts)
     if ask.stream:

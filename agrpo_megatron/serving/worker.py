@@ -1,13 +1,15 @@
 """The model's side of a server: completions that wait are sampled together, block by block."""
 
+import contextlib
 import queue
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from agrpo_megatron.config.settings import SamplingSettings
-from agrpo_megatron.serving.model import Generation, Model, Part, lead, next_waiting
+from agrpo_megatron.serving.model import Generation, Model, Part, lead
 from agrpo_megatron.serving.texts import Completion, completion, settled
 
 
@@ -43,7 +45,7 @@ def work(model: Model, waiting: Queue) -> None:
     held: list[Waiting] = []
     is_closing = False
     while held or not is_closing:
-        arrived = [] if held else [next_waiting(model, waiting)]
+        arrived = [] if held else [waiting.get()]
         arrived += _drained(waiting)
         is_closing |= None in arrived
         held += [one for one in arrived if one is not None]
@@ -96,3 +98,25 @@ def _complete(model: Model, together: Sequence[Waiting]) -> None:
         if model.control is not None:
             raise  # the other ranks would do something else than this one
         traceback.print_exc(file=sys.stderr)
+
+
+@contextlib.contextmanager
+def on_interrupt(act: Callable[[], object]):
+    """Call a function at the first interrupt or stop signal, and raise at the second."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def first(*_: object) -> None:
+        restore()
+        act()
+
+    for number in signals:
+        signal.signal(number, first)
+    try:
+        yield
+    finally:
+        restore()

@@ -90,6 +90,15 @@ def solved_problems(
     return solved, shares
 
 
+def epoch_size(shares: Sequence[tuple[int, float]]) -> int:
+    """Return the problems of one epoch: those of all tasks with a weight.
+
+    Args:
+        shares: problems and weight of each task.
+    """
+    return sum(count for count, weight in shares if weight)
+
+
 def _outside(rates: Sequence[float | None], settings: TaskSettings) -> tuple[int, int]:
     """Return how many pass rates are below and above the range."""
     low, high = settings.pass_rate_low, settings.pass_rate_high

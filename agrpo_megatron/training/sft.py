@@ -12,7 +12,7 @@ from agrpo_megatron.resilience.stragglers import Stragglers
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.training.measures.totals import Totals
 from agrpo_megatron.training.preferences.update import preference_learning
-from agrpo_megatron.training.supervised.learning import denoising
+from agrpo_megatron.training.supervised.learning import Learning, denoising
 
 SHOWN = {"held-out loss": "held_out_loss", "pairs right": "held_out_preference/accuracy"}
 
@@ -45,13 +45,8 @@ def run_sft(
         places = range(iteration * settings.batch_size, (iteration + 1) * settings.batch_size)
         with sections("update"):
             metrics, tokens = learning.update(iteration + 1, places)
-        if _is_due(session, iteration + 1):
-            with sections("evaluation"):
-                found = learning.held_out()
-            metrics |= found
-            shown = [f"{text} {found[key]:.4f}" for text, key in SHOWN.items() if key in found]
-            output.view.note(f"sft iteration {iteration + 1}: {', '.join(shown)}")
         seconds = time.perf_counter() - started
+        metrics |= _held_out(session, learning, iteration + 1)
         record = {
             "phase": "sft",
             "iteration": iteration + 1,
@@ -65,6 +60,18 @@ def run_sft(
         output.log.metrics(record)
         output.view.sft(record)
         on_iteration_end(iteration + 1)
+
+
+def _held_out(session: Session, learning: Learning, iteration: int) -> dict[str, float]:
+    """Measure and show the held-out rows after an iteration, if it is due."""
+    if not _is_due(session, iteration):
+        return {}
+    started = time.perf_counter()
+    with session.safety.sections("evaluation"):
+        found = learning.held_out()
+    shown = [f"{text} {found[key]:.4f}" for text, key in SHOWN.items() if key in found]
+    session.output.view.note(f"sft iteration {iteration}: {', '.join(shown)}")
+    return {**found, "timing/evaluation": time.perf_counter() - started}
 
 
 def with_balance(settings: Settings) -> Settings:

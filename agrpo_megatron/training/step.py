@@ -36,7 +36,7 @@ from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.diffusion.packing import assign_rows
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import for_schedule
-from agrpo_megatron.megatron.parallel import Ranks, gather_objects
+from agrpo_megatron.megatron.parallel import Ranks, from_last_stage, gather_objects
 from agrpo_megatron.training.nonfinite import (
     Loss,
     Metrics,
@@ -186,11 +186,8 @@ def _on_all_ranks(facts: list[bool], ranks: Ranks) -> list[bool]:
 
 def _combined(computed: list[Metrics], ranks: Ranks, *, examples: int) -> dict[str, float]:
     """Return the metrics of all micro-batches and ranks, on every rank."""
-    shared = [_reduced(computed, ranks, examples=examples) if computed else {}]
-    if ranks.pipeline.size > 1:
-        last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
-        dist.broadcast_object_list(shared, src=last, group=ranks.pipeline.group)
-    return shared[0]
+    mine = _reduced(computed, ranks, examples=examples) if computed else {}
+    return from_last_stage(mine, ranks)
 
 
 def _reduced(computed: list[Metrics], ranks: Ranks, *, examples: int) -> dict[str, float]:

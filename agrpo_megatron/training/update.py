@@ -44,6 +44,8 @@ from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.trajectories import parts_of_steps, step_parts
 from agrpo_megatron.types import Rollout, ScoredRows, TimestepBatch
 
+APART = 7919  # between two seeds whose draws must not be the same
+
 
 @dataclass(frozen=True)
 class Part:
@@ -87,7 +89,7 @@ def update_policy(
     settings, ranks, network = run.settings, engine.ranks, engine.network
     budget, results = settings.train.token_budget, []
     parts = [
-        prepare(settings, ranks, rollout, seed=settings.run.seed + 7919 * number)
+        prepare(settings, ranks, rollout, seed=settings.run.seed + APART * number)
         for number in range(settings.algorithm.updates_per_iteration)
     ]
     shares = [effective_share(part.scored) for part in parts]

@@ -1,8 +1,10 @@
 """A model on one rank or several: the same completions and scores, and what a request may ask."""
 
+import datetime
 import os
 
 import pytest
+import torch
 
 from agrpo_megatron.evaluation.evaluate import EVALUATION_IDS
 from agrpo_megatron.evaluation.open import complete
@@ -37,6 +39,9 @@ def _used(*changes):
         if os.environ["RANK"] != "0":
             follow(model)
             return None
+        if model.control is not None:  # the others wait for jobs as long as it takes
+            gloo = model.control._get_backend(torch.device("cpu"))
+            assert gloo.options._timeout > datetime.timedelta(days=30)
         with leading(model):
             sampling = request_sampling(chosen.settings, temperature=1.0, most=12)
             ids = [chosen.tokenizer.encode(prompt) for prompt in PROMPTS]

@@ -4,11 +4,14 @@ import queue
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from agrpo_megatron.config.settings import SamplingSettings, TokenizerSettings
 from agrpo_megatron.serving import worker
+from agrpo_megatron.serving.api import ApiError
 from agrpo_megatron.serving.model import Part
+from agrpo_megatron.serving.server import Front
 from agrpo_megatron.serving.worker import Waiting, work
 from agrpo_megatron.text.tokenizer import load_tokenizer
 
@@ -57,3 +60,14 @@ def test_a_failure_is_the_answer_of_its_requests_and_the_others_go_on(monkeypatc
     assert [delta.failure for delta in failed] == ["RuntimeError: out of memory"]
     assert fine[-1].done.text == "abcd"
     assert "RuntimeError: out of memory" in capsys.readouterr().err, "the server says so, too"
+
+
+def test_a_server_that_closes_answers_what_it_took_and_takes_no_more():
+    front = Front(SimpleNamespace(), "tiny", None)
+    front.take(["first", "second"])
+    front.close()
+    with pytest.raises(ApiError, match="the server is closing") as refused:
+        front.take(["late"])
+    assert refused.value.status == 503
+    left = [front.waiting.get_nowait() for _ in range(front.waiting.qsize())]
+    assert left == ["first", "second", None]

@@ -1,6 +1,6 @@
 """Metrics of the work: rows, FLOPs, time, ranks, alarms, and the choice of draws."""
 
-from agrpo_megatron.runs.metrics.record import EVAL, RL, UPDATED, Metric
+from agrpo_megatron.runs.metrics.record import EVAL, RL, SFT, UPDATED, Metric
 
 WORK = (
     Metric(
@@ -71,6 +71,7 @@ TIME = (
         "s",
     ),
     Metric("timing/evaluation", EVAL, "Sampling and grading all held-out problems.", "s"),
+    Metric("timing/evaluation", SFT, "The loss of the held-out rows, where it is measured.", "s"),
 )
 
 SPEED = (

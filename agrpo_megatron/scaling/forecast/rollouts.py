@@ -12,35 +12,32 @@ from torch import Tensor
 from agrpo_megatron.config.settings import ModelSettings, SamplingSettings
 from agrpo_megatron.diffusion.blocks import block_numbers
 from agrpo_megatron.diffusion.schedule import step_counts
+from agrpo_megatron.trajectories import given_texts
 from agrpo_megatron.types import Rollout, Trajectory
 
 
 def whole_rollout(
-    prompts: Sequence[int], model: ModelSettings, sampling: SamplingSettings, *, group_size: int
+    lengths: Sequence[int], model: ModelSettings, sampling: SamplingSettings, *, group_size: int
 ) -> Rollout:
     """Return a group of completions of each prompt that ran all steps; rewards alternate.
 
     Args:
-        prompts: tokens of each prompt.
+        lengths: tokens of each prompt.
     """
-    count, length = len(prompts) * group_size, sampling.completion_length
+    count, length = len(lengths) * group_size, sampling.completion_length
     special = {model.mask_token_id, model.eos_token_id}
     filler = next(token for token in itertools.count() if token not in special)
     tokens = torch.full((count, length), filler)
     # A group shares its prompt; other prompts of the same length are not the same text.
-    texts = [torch.arange(number, number + size) for number, size in enumerate(prompts)]
+    texts = [torch.arange(number, number + size) for number, size in enumerate(lengths)]
     some = torch.full((count, length), 0.5)
-    trajectory = Trajectory(
-        prompts=tuple(text for text in texts for _ in range(group_size)),
-        tokens=tokens,
-        unmask_step=torch.zeros_like(tokens),
+    prompts = [text for text in texts for _ in range(group_size)]
+    trajectory = replace(
+        given_texts(prompts, tokens, torch.arange(count), sampling),
         logprobs=-some,
         entropies=some,
         spreads=some,
         support_ids=_support(count, sampling, model) if sampling.is_cut else None,
-        num_steps=torch.zeros(count, dtype=torch.int64),
-        rollout_ids=torch.arange(count),
-        sampling=sampling,
         **_records(count, sampling),
     )
     steps, ends = _steps(trajectory)

@@ -7,7 +7,7 @@ so that most of the noise of an estimate cancels in their difference.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from agrpo_megatron.config.settings.preferences import PreferenceSettings
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.losses import preference_terms
 from agrpo_megatron.estimators.masks import draw_states, last_counted
-from agrpo_megatron.types import Rollout, ScoredRows, Trajectory
+from agrpo_megatron.trajectories import given_texts
+from agrpo_megatron.types import Rollout, ScoredRows
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,7 @@ def as_pairs(
         ids: [2 P] noise indices: the masks of an index are the same under any layout.
         sampling: where the blocks of a block model begin.
     """
-    zeros = torch.zeros(answers.shape, device=answers.device)
-    trajectory = Trajectory(
-        prompts=tuple(prompts),
-        tokens=answers,
-        unmask_step=zeros.long(),
-        logprobs=zeros,
-        entropies=zeros,
-        spreads=zeros,
-        support_ids=None,
-        num_steps=torch.ones_like(ids),
-        rollout_ids=ids,
-        sampling=replace(sampling, completion_length=answers.shape[1]),
-    )
+    trajectory = given_texts(prompts, answers, ids, sampling)
     is_chosen = torch.arange(len(answers), device=answers.device) % 2 == 0
     rewards = is_chosen.float()
     return Pairs(Rollout(trajectory, rewards, is_chosen, rewards), trained)

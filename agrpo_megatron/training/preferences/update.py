@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.estimators.objective import BatchLoss, Slopes, make_tangent
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
+from agrpo_megatron.megatron.parallel import from_last_stage
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.training.nan_guard import NanGuard, Update
 from agrpo_megatron.training.preferences.loss import (
@@ -29,9 +29,7 @@ from agrpo_megatron.training.scoring import score_tables
 from agrpo_megatron.training.supervised.drawn import Drawn, held_out_rows, open_stream
 from agrpo_megatron.training.supervised.learning import Learning
 from agrpo_megatron.training.supervised.loss import SEED
-from agrpo_megatron.training.update import Part, packed_part
-
-APART = 7919  # from the seed of the policy's masks to that of the reference's
+from agrpo_megatron.training.update import APART, Part, packed_part
 
 
 class Scored(NamedTuple):
@@ -131,14 +129,11 @@ def held_out_metrics(
     Args:
         drawn: chosen and rejected text of each pair in turn.
     """
-    ranks = network.ranks
     scored = score_pairs(network, reference, drawn, settings, first=0, seed=SEED)
     metrics, _ = _differentiated(scored, settings)
     metrics["loss"] = metrics["loss"] / len(scored.lengths)
-    values = torch.stack([value.double() for value in metrics.values()])
-    last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
-    dist.broadcast(values, src=last, group=ranks.pipeline.group)
-    return dict(zip(metrics, values.tolist(), strict=True))
+    mine = {name: float(value.double()) for name, value in metrics.items()}
+    return from_last_stage(mine, network.ranks)
 
 
 def _part(pairs: Pairs, settings: Settings, network: Network, *, seed: int) -> Part:

@@ -17,7 +17,7 @@ from agrpo_megatron.rollout.data_order import pick_problems
 from agrpo_megatron.rollout.generate import encode_prompts
 from agrpo_megatron.rollout.session import Run
 from agrpo_megatron.tasks.base import task_prompts
-from agrpo_megatron.tasks.curriculum import solved_problems
+from agrpo_megatron.tasks.curriculum import epoch_size, solved_problems
 from agrpo_megatron.tasks.supervised.examples import Example, Supervised, padded_length
 from agrpo_megatron.text.replies import TokenRow
 from agrpo_megatron.training.step import my_micro_batches
@@ -55,7 +55,7 @@ def open_stream(run: Run) -> Stream:
         solutions = _padded(run, [problem.solution for problem in chosen])
         return Drawn(prompts, whole_responses(solutions), [problem.key for problem in chosen])
 
-    return Stream(draw, len(problems))
+    return Stream(draw, epoch_size(shares))
 
 
 def micro_batches(run: Run, drawn: Drawn, ids: Tensor, *, seed: int) -> tuple[list[SftBatch], int]:

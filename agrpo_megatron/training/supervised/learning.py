@@ -35,6 +35,9 @@ def denoising(session: Session, engine: Engine) -> Learning:
         here = Update(iteration, "examples", drawn.names.__getitem__)
         return guard.step(engine, batches, loss=loss, examples=len(places), update=here), tokens
 
-    return Learning(
-        stream.epoch, update, lambda: {"held_out_loss": held_out_loss(run, engine.network)}
-    )
+    def held_out() -> dict[str, float]:
+        """Return the loss of the held-out rows."""
+        engine.finish_parameters()
+        return {"held_out_loss": held_out_loss(run, engine.network)}
+
+    return Learning(stream.epoch, update, held_out)

@@ -10,6 +10,7 @@ from torch import Tensor
 from agrpo_megatron.diffusion.batches import sft_loss
 from agrpo_megatron.diffusion.logprobs import Vocabulary, policy_logits, token_logprobs
 from agrpo_megatron.megatron.network import Network
+from agrpo_megatron.megatron.parallel import from_last_stage
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.rollout.session import Run
 from agrpo_megatron.training.supervised.drawn import held_out_rows, micro_batches
@@ -49,6 +50,4 @@ def held_out_loss(run: Run, network: Network) -> float:
 
     forward_rows(network, [batch.rows for batch in batches], add)
     dist.all_reduce(total, group=ranks.data_context.group)
-    last = dist.get_process_group_ranks(ranks.pipeline.group)[-1]
-    dist.broadcast(total, src=last, group=ranks.pipeline.group)
-    return float(total) / len(drawn.names)
+    return from_last_stage(float(total), ranks) / len(drawn.names)

@@ -14,13 +14,13 @@ from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.text.replies import TokenRow
 from agrpo_megatron.training.preferences.loss import as_pairs, pair_rows, row_elbos
 from agrpo_megatron.training.preferences.update import (
-    APART,
     held_out_metrics,
     score_pairs,
     tangent,
 )
 from agrpo_megatron.training.step import optimizer_step
 from agrpo_megatron.training.supervised.drawn import join_rows
+from agrpo_megatron.training.update import APART
 from tests.megatron.literal import literal_logits
 from tests.ranks import run_ranks
 from tests.training.test_blocks import _mask
