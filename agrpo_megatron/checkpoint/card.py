@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron import __version__
+from agrpo_megatron.checkpoint.exports.own_files import TOKENIZER_CONFIG
 from agrpo_megatron.config.schema import flatten
 from agrpo_megatron.config.yaml_files import read_yaml
 from agrpo_megatron.families.config_json import CONFIG, OWN_TYPE, read_object
@@ -15,33 +16,71 @@ LOADING = """
 ## Loading
 
 {loader}.
-
+{snippet}
+`agrpo sample FOLDER` makes completions{program}.
+"""
+SNIPPET = """
 ```python
-from transformers import AutoModel, AutoTokenizer
-model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+from transformers import {imported}
+model = {model}.from_pretrained("FOLDER", trust_remote_code=True){tokenizer}
 ```
 
-`model(input_ids).logits` are [batch, tokens, vocabulary]. `agrpo sample FOLDER`
-makes completions; in a program, `agrpo_megatron.diffusion.sample` does.
+`model(input_ids).logits` are [batch, tokens, vocabulary].
 """
+TOKENIZER = '\ntokenizer = AutoTokenizer.from_pretrained("FOLDER"{own_code})'
+PROGRAM = "; in a program, `agrpo_megatron.diffusion.sample` does"
+MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")  # the first one that loads
+TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_CONFIG)  # AutoTokenizer needs one of them
 SHOWN = ("task.name", "algorithm", "sampling", "optimizer", "train.iterations", "run.seed")
 
 
 def loader_of(folder: Path) -> str:
     """Return what loads a Hugging Face directory, one line."""
-    config = read_object(folder / CONFIG)
+    config, found = read_object(folder / CONFIG), _model_class(folder)
     if config["model_type"] == OWN_TYPE:
         return f"AutoModel with trust_remote_code=True, transformers {OWN_VERSIONS}"
-    auto_map = config.get("auto_map") or {}
-    files = {f"{str(name).rpartition('.')[0]}.py" for name in auto_map.values()}
-    if files and all((folder / file).is_file() for file in files):
-        made = config.get("transformers_version", "of an unknown version")
-        return f"AutoModel with trust_remote_code=True: the model's own files, made with {made}"
-    return (
-        f"no modelling files, and transformers has no {config['model_type']}: put the model's own "
-        f"next to the weights, or convert with --own-code"
-    )
+    if found is None:
+        return (
+            f"no modelling files, and transformers has no {config['model_type']}: put the model's "
+            "own next to the weights, or convert with --own-code"
+        )
+    name, place = found
+    files = f"the files of {place}" if place else "the model's own files"
+    made = config.get("transformers_version", "of an unknown version")
+    return f"{name} with trust_remote_code=True: {files}, made with {made}"
+
+
+def _model_class(folder: Path) -> tuple[str, str] | None:
+    """Return the class of transformers that loads a folder, and the repository of its code.
+
+    An entry of `auto_map` is `file.Class`, whose file is in the folder, or
+    `repository--file.Class`; a list of them has null for a class that does not exist. The
+    repository is empty for a file in the folder. None: nothing loads it.
+    """
+    auto_map = read_object(folder / CONFIG).get("auto_map") or {}
+    for name in MODELS:
+        entries = auto_map.get(name)
+        for entry in entries if isinstance(entries, list) else [entries]:
+            place, remote, named = str(entry or "").rpartition("--")
+            file = f"{named.rpartition('.')[0]}.py"
+            if entry and (remote or (folder / file).is_file()):
+                return name, place
+    return None
+
+
+def _loading(folder: Path) -> str:
+    """Return the section on loading, without lines that would fail."""
+    snippet, program, found = "", "", _model_class(folder)
+    if found is not None:
+        imported, tokenizer = found[0], ""
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            settings = folder / TOKENIZER_CONFIG
+            has_code = settings.is_file() and "auto_map" in read_object(settings)
+            tokenizer = TOKENIZER.format(own_code=", trust_remote_code=True" if has_code else "")
+            imported += ", AutoTokenizer"
+        snippet = SNIPPET.format(imported=imported, model=found[0], tokenizer=tokenizer)
+        program = PROGRAM
+    return LOADING.format(loader=loader_of(folder), snippet=snippet, program=program)
 
 
 def write_card(checkpoint: Path, folder: Path) -> None:
@@ -52,7 +91,7 @@ def write_card(checkpoint: Path, folder: Path) -> None:
     if path.exists():
         path.rename(folder / "README-base.md")
     card = _card(read_yaml(checkpoint / RUN_FILE), read_progress(checkpoint))
-    card += LOADING.format(loader=loader_of(folder))
+    card += _loading(folder)
     path.write_text(card, encoding="utf-8")
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 TERA = 1e12
 MEASURED_SECONDS, LEAST_PRODUCTS = 0.05, 3  # of the measurement
 CPU_SIZE = 256  # rows and columns of the measured matrices for one thread
-OTHER_CHIPS = {"laptop", "mig", "max", "d"}  # words of names with another chip, or a part of one
+# Words of names with another chip, or a part of one.
+OTHER_CHIPS = {"laptop", "mig", "max", "d", "ti", "super", "cnx"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ GPUS = (
     Gpu("H100 NVL", "h100 nvl", 835.5, 1671, 417.5, 60),
     # The H800 differs from the H100 in NVLink and float64 only.
     Gpu("H800 SXM", "h800", 989, 1979, 494.7, 66.9),
+    Gpu("H800 PCIe", "h800 pcie", 756, 1513, 378, 51.2),
     # NVIDIA H20 data sheet.
     Gpu("H20", "h20", 148, 296, 74, 44),
     # NVIDIA H200 data sheet; half of its sparse rates.

@@ -17,6 +17,8 @@ from agrpo_megatron.hardware.rates import GPUS, device_rate, measured_cpu_rate, 
         ("NVIDIA H100 PCIe", "bf16", 756),
         ("NVIDIA H100 NVL", "bf16", 835.5),
         ("h100-pcie", "tf32", 378),
+        ("NVIDIA H800", "bf16", 989),
+        ("NVIDIA H800 PCIe", "bf16", 756),
         ("H100 SXM", "fp32", 66.9),
         ("NVIDIA A100-SXM4-80GB", "bf16", 312),
         ("NVIDIA A100 80GB PCIe", "fp32", 19.5),
@@ -43,6 +45,8 @@ def test_published_rates_are_found_by_the_drivers_name(device, precision, tera):
         ("NVIDIA A100-SXM4-80GB", "fp8"),  # no such tensor cores
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16"),  # another chip
         ("NVIDIA GeForce RTX 4090 D", "bf16"),
+        ("NVIDIA GeForce RTX 3090 Ti", "bf16"),
+        ("NVIDIA H100 CNX", "bf16"),
         ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "bf16"),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16"),  # a part of one
         ("AMD Instinct MI300X", "bf16"),

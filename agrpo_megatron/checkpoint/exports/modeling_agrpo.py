@@ -52,7 +52,7 @@ LLADA2 = STANDARD | {
     "k_norm": "attention.key_layernorm",
 }
 
-
+FITTING = {"use_cache": (None, False, True), "return_dict": (None, True)}  # values of inputs
 USUAL = {  # usual names of a family's own keys
     "n_layers": "num_hidden_layers",
     "d_model": "hidden_size",
@@ -193,10 +193,12 @@ class AgrpoModel(PreTrainedModel):
     def get_output_embeddings(self):
         return self.get_submodule(self.config.names["head"])
 
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **_):
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **others):
         """Return the logits [B, S, V]; `attention_mask` [B, S] is 0 at padding."""
-        if labels is not None:
-            raise ValueError("this model returns logits only; compute the loss from them")
+        for name, value in others.items():
+            if not any(value is fitting for fitting in FITTING.get(name, (None, False))):
+                gives = "gives logits of whole rows, at positions 0 to S - 1, without cache"
+                raise ValueError(f"{name} is given, and this model {gives}; leave it out")
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         mask, turns = self._mask(x, attention_mask), self._turns(x)
         for number in range(self.config.num_hidden_layers):
@@ -212,14 +214,14 @@ class AgrpoModel(PreTrainedModel):
     def _mask(self, x, attention_mask):
         """Return who sees whom [B or 1, 1, S, S]; None: all see all."""
         mask = None
-        if (
-            block := self.config.value("block_size")
-        ) is not None:  # a token sees the blocks up to its own
+        block = self.config.value("block_size")
+        if block is not None:  # a token sees the blocks up to its own
             blocks = torch.arange(x.shape[1], device=x.device) // block
             mask = (blocks[:, None] >= blocks)[None, None]
         if attention_mask is not None and not attention_mask.all():
             mask = attention_mask.bool()[:, None, None] & (True if mask is None else mask)
-            mask = mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # none sees none
+            itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+            mask = mask | itself  # also of padding, whose softmax would be NaN without a token
         return mask
 
     def _turns(self, x):
@@ -276,9 +278,8 @@ class AgrpoModel(PreTrainedModel):
         is_sigmoid = config.value("score_function") == "sigmoid"
         scores = logits.sigmoid() if is_sigmoid else logits.softmax(-1)
         ranks = scores + getattr(router, "expert_bias", torch.zeros(())).float()
-        if (
-            groups := config.value("n_group", 1)
-        ) > 1:  # only experts of the groups with the best two experts
+        groups = config.value("n_group", 1)
+        if groups > 1:  # only experts of the groups with the best two experts
             grouped = ranks.unflatten(1, (groups, -1))
             best = grouped.topk(2).values.sum(-1).topk(config.topk_group).indices
             kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, True)

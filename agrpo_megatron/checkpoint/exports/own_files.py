@@ -12,17 +12,27 @@ from typing import Any
 
 from agrpo_megatron import families
 from agrpo_megatron.config.settings import ModelSettings, TokenizerSettings
-from agrpo_megatron.families.config_json import GENERATION, OWN_FAMILY, OWN_TYPE, read_object
+from agrpo_megatron.families.config_json import (
+    GENERATION,
+    HARMLESS,
+    OWN_FAMILY,
+    OWN_TYPE,
+    read_object,
+)
 from agrpo_megatron.text.tokenizer import CHARACTERS, load_tokenizer
 
 MODELLING = Path(__file__).parent / "modeling_agrpo.py"
 FAMILIES = ("llada", "dream", "sdar", "sdar_moe", "llada_moe", "llada2_moe")
 CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+KEPT = HARMLESS | {"eos_token_id"}  # of which a file may have several
 TOKENIZER_MODEL, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer_config.json"
 
 
 def own_config(config: Mapping[str, Any], model: ModelSettings) -> dict[str, Any]:
     """Return config.json with our classes, and all keys of the family, so that none has a default.
+
+    The family's values replace those of `config`, which the family's own code may ignore or write
+    in another form. Ids of tokens and other keys that change no logits stay.
 
     Raises:
         ValueError: the modelling file does not have the family.
@@ -33,8 +43,8 @@ def own_config(config: Mapping[str, Any], model: ModelSettings) -> dict[str, Any
             f"{', '.join(FAMILIES)}; put the family's own modelling files next to the weights"
         )
     # Published files leave some keys out. null means that a key is not set.
-    every = families.FAMILIES[model.family].config(model)
-    every |= {key: value for key, value in config.items() if value is not None}
+    every = {**config, **families.FAMILIES[model.family].config(model)}
+    every |= {key: value for key, value in config.items() if key in KEPT and value is not None}
     every = {key: value for key, value in every.items() if value is not None}
     every.pop("attn_implementation", None)  # of attention that only the family's own code has
     return {

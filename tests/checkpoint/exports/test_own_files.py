@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from agrpo_megatron.checkpoint.convert import to_hf_directory, to_megatron_checkpoint
+from agrpo_megatron.checkpoint.exports.modeling_agrpo import AgrpoConfig, AgrpoModel
+from agrpo_megatron.checkpoint.model_files import config_of
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.diffusion.patterns import block_causal
@@ -156,3 +158,38 @@ def test_a_family_without_our_code_is_named(tmp_path):
     assert not (tmp_path / "h").exists()
     said = to_hf_directory(tmp_path / "m", tmp_path / "h", progress=_quiet)
     assert said.startswith("no modelling files, and transformers has no nemotron_labs_diffusion")
+
+
+def test_what_the_family_writes_replaces_what_its_own_code_ignores(tmp_path):
+    """LLaDA-MoE's code reads no setting of its router, and takes 1 for a list; ours reads both."""
+    shutil.copytree(FIXTURES / "lladamoe_tiny" / "hf", tmp_path / "h")
+    path = tmp_path / "h" / "config.json"
+    other = {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "moe_layer_freq": 1}
+    ends = {"eos_token_id": [380, 381], "pad_token_id": 379, "mask_token_id": 383}
+    path.write_text(json.dumps(json.loads(path.read_text()) | other | ends))
+    model = settings_from_hf(tmp_path / "h")
+    config, is_own = config_of(model, "float32", tmp_path / "h", own_code=True)
+    assert is_own and "norm_topk_prob" not in config
+    assert (config["routed_scaling_factor"], config["moe_layer_freq"]) == (1.0, [1, 1, 1])
+    assert {key: config[key] for key in ends} == ends
+
+
+def test_inputs_that_would_be_ignored_are_refused():
+    config = AgrpoConfig(
+        agrpo_family="sdar",
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+    )
+    model, ids = AgrpoModel(config).eval(), torch.arange(4)[None]
+    found = model(ids, position_ids=None, use_cache=True, return_dict=True, output_attentions=False)
+    assert found.logits.shape == (1, 4, 8)
+    given = {"position_ids": ids, "past_key_values": (), "labels": ids, "return_dict": False}
+    for name, value in {**given, "output_hidden_states": True}.items():
+        with pytest.raises(ValueError, match=f"{name} is given, and this model gives logits"):
+            model(ids, **{name: value})
