@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from agrpo_megatron import __version__
+from agrpo_megatron.cli.benchmark import add_benchmark
 from agrpo_megatron.cli.common import (
     add_command,
     add_overrides,
@@ -24,6 +25,7 @@ from agrpo_megatron.cli.common import (
 )
 from agrpo_megatron.cli.config import add_config
 from agrpo_megatron.cli.convert import add_convert
+from agrpo_megatron.cli.doctor import add_doctor
 from agrpo_megatron.cli.evaluate import add_evaluate, add_report
 from agrpo_megatron.cli.launch import add_launch
 from agrpo_megatron.cli.prefetch import add_prefetch
@@ -226,29 +228,6 @@ def sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def doctor(arguments: argparse.Namespace) -> int:
-    """Print what is installed, and which kernels the settings use with it."""
-    from rich.console import Console
-
-    from agrpo_megatron.config.rules.precision import trained_phases, validate_precision
-    from agrpo_megatron.hardware.doctor import examine, print_findings, print_kernels
-    from agrpo_megatron.hardware.kernels import kernels_for
-
-    file, overrides = arguments.file, arguments.overrides
-    if file is not None and "=" in file and not Path(file).exists():
-        file, overrides = None, [file, *overrides]
-    settings = load(Settings, file, overrides)
-    validate_precision(settings)
-    console = Console()
-    print_findings(examine(), console)
-    console.print()
-    of = " ".join([file or "default settings", *overrides])
-    if file is None and not overrides:
-        of += "; agrpo doctor FILE, or precision=bf16, shows the kernels of other settings"
-    print_kernels(kernels_for(settings, phases=trained_phases(settings)), of, console)
-    return 0
-
-
 def _is_unread(error: BaseException) -> bool:
     """Whether the reader of stdout is gone; the rest of the output is then discarded."""
     if isinstance(error, SystemExit):  # raised by rich
@@ -290,11 +269,10 @@ def _parser() -> argparse.ArgumentParser:
     add_serving(commands)
     add_report(commands)
     add_variance(commands)
+    add_benchmark(commands)
     add_convert(commands)
     add_launch(commands)
     add_prefetch(commands)
-    command = add_command(commands, "doctor", "what is installed, and a run's kernels", doctor)
-    command.add_argument("file", nargs="?", metavar="FILE", help="settings of the run (YAML)")
-    add_overrides(command)
+    add_doctor(commands)
     add_config(commands)
     return parser

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.config.settings import SamplingSettings
-from agrpo_megatron.diffusion.sampler import SamplerContext, SamplerHooks, SamplingStopped, sample
+from agrpo_megatron.diffusion.sampler import SamplerHooks, SamplingStopped
 from agrpo_megatron.diffusion.sampler_state import SamplerState
 from agrpo_megatron.megatron.forward import RolloutForward
-from agrpo_megatron.megatron.layers.cache import make_store
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import gather_objects
-from agrpo_megatron.megatron.pipeline import make_forward
 from agrpo_megatron.resilience.stop import Stopped, Turns
 from agrpo_megatron.rollout.experts import Recorder, make_recorder
+from agrpo_megatron.rollout.sampling import sample_ids
 from agrpo_megatron.rollout.session import Run, Safety, Session
 from agrpo_megatron.tasks.base import Split, task_prompts
 from agrpo_megatron.tasks.grading import Call
@@ -108,30 +107,15 @@ def sample_prompts(
     hooks: SamplerHooks | None = None,
     recorder: Recorder | None = None,
 ) -> tuple[Trajectory, RolloutForward]:
-    """Sample one completion per prompt; also return the forward, which counts tokens and slots.
-
-    Called by every rank of a replica with the same prompts.
+    """Sample one completion per prompt with the tokenizer of a run; see `sample_ids`.
 
     Args:
         recorder: keeps the experts of the tokens; None: nothing does.
     """
-    settings = run.settings
-    forward = make_forward(network, settings.rollout, sampling=sampling)
-    forward.record = recorder
-    context = SamplerContext(
-        forward=forward,
-        vocab=network.vocab,
-        mask_id=run.mask_id,
-        eos_id=run.eos_id,
-        seed=settings.run.seed,
-        token_budget=settings.train.token_budget,
-        model=settings.model,
-        stop_ids=sorted(run.tokenizer.stop_ids),
-        most_rows=settings.rollout.rows,
-        store=make_store(settings, network.ranks, prompts, sampling=sampling),
+    stop_ids, tools = sorted(run.tokenizer.stop_ids), {"hooks": hooks, "recorder": recorder}
+    return sample_ids(
+        run.settings, network, prompts, rollout_ids, sampling=sampling, stop_ids=stop_ids, **tools
     )
-    sampled = sample(prompts, rollout_ids, context=context, sampling=sampling, hooks=hooks)
-    return sampled, forward
 
 
 def _share(run: Run, safety: Safety, network: Network, request: Request) -> _Share:

@@ -66,7 +66,7 @@ def resolve(
     Raises:
         ValueError: any rule is broken; the message names key, value, rule and fix.
     """
-    _validate_unread(settings, world_size)
+    validate_unread(settings, world_size)
     settings = with_loaded_model(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
     return _resolved(settings, tokenizer, world_size=world_size, needs=needs, phases=phases)
@@ -87,7 +87,7 @@ def plan(settings: Settings, *, world_size: int) -> Planned:
         found = resolve(settings, world_size=world_size, needs=needs, phases=phases)
         return Planned(found.settings, found.task, found.tokenizer, lines, found.supervised)
     if missing.has_folder:
-        _validate_unread(settings, world_size)
+        validate_unread(settings, world_size)
         settings = with_loaded_model(settings, has_weights=False)
     else:
         settings = replace(settings, model=replace(settings.model, load=None))
@@ -104,8 +104,12 @@ def plan(settings: Settings, *, world_size: int) -> Planned:
     return Planned(settings, task, tokenizer, lines, rows)
 
 
-def _validate_unread(settings: Settings, world_size: int) -> None:
-    """Check settings before `model.load` is read."""
+def validate_unread(settings: Settings, world_size: int) -> None:
+    """Check settings before `model.load` is read.
+
+    Raises:
+        ValueError: a rule is broken that does not depend on the model of `model.load`.
+    """
     model = settings.model
     unread = model if model.load is None else replace(model, vocab_size=None)  # not `is_known`
     validate(replace(settings, model=unread), world_size)

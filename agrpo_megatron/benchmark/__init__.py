@@ -1,0 +1,1 @@
+"""Speed of rollouts and updates, with the published computation in plain torch to compare with."""

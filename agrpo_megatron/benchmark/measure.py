@@ -1,0 +1,110 @@
+"""Seconds, peak memory and a ceiling of matrix products, on a CPU or a GPU."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from agrpo_megatron.config.settings import ModelSettings
+
+CEILING_SECONDS = 0.2  # that a measurement of the ceiling takes, at least
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], *, repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Return the seconds of each run in each repeat; a repeat has every run once, in turn.
+
+    On a CPU these are the seconds that the process computed, which other processes do not add to.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            started = _now(device)
+            run()
+            spent[name].append(_now(device) - started)
+    return spent
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Return the most bytes of tensors that a run holds at once, above those from before it.
+
+    On a CPU, torch's profiler lists each allocation; workspaces of libraries are not among them. It
+    does not see that a tensor from before is freed, which a run must not do.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events: list[Any] = profiler.profiler.kineto_results.events()
+    events = [e for e in events if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+class Ceiling:
+    """The products of a layer's matrices with as many tokens as a forward pass has."""
+
+    def __init__(
+        self, model: ModelSettings, *, tokens: int, dtype: torch.dtype, device: torch.device
+    ):
+        wide = model.query_width + 2 * model.key_width
+        shapes = [
+            (model.hidden_size, wide),
+            (model.query_width, model.hidden_size),
+            (model.hidden_size, 2 * model.ffn_hidden_size),
+            (model.ffn_hidden_size, model.hidden_size),
+        ]
+        self._products = [
+            (torch.randn(tokens, i, dtype=dtype, device=device), _weight(i, o, dtype, device))
+            for i, o in shapes
+        ]
+        self._once = sum(2 * tokens * i * o for i, o in shapes)
+        started = _now(device)
+        self._multiply()
+        self._multiply()
+        self.times = max(1, round(CEILING_SECONDS / max(1e-6, (_now(device) - started) / 2)))
+
+    @property
+    def flops(self) -> int:
+        """Return the FLOPs of a run."""
+        return self._once * self.times
+
+    def __call__(self) -> None:
+        """Multiply all of them, `times` times."""
+        for _ in range(self.times):
+            self._multiply()
+
+    def _multiply(self) -> None:
+        for tokens, weight in self._products:
+            torch.nn.functional.linear(tokens, weight)
+
+
+def _weight(i: int, o: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.randn(o, i, dtype=dtype, device=device)
+
+
+def speedup(ours: list[float], reference: list[float]) -> dict[str, float]:
+    """Return the ratio of the medians, and the least and the largest ratio of a repeat."""
+    pairs = [theirs / mine for mine, theirs in zip(ours, reference, strict=True)]
+    middle = statistics.median(reference) / statistics.median(ours)
+    return {"median": middle, "min": min(pairs), "max": max(pairs)}

@@ -1,0 +1,1 @@
+"""AGRPO's published rollout and update in plain torch, written from their description."""

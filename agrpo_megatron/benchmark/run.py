@@ -1,0 +1,158 @@
+"""Run a plan: equality first, then counted work, memory, and interleaved seconds."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from agrpo_megatron.benchmark import ours as mine
+from agrpo_megatron.benchmark import work
+from agrpo_megatron.benchmark.equality import (
+    Equality,
+    counted_noise,
+    own_records,
+    same_gradient,
+    same_rollouts,
+)
+from agrpo_megatron.benchmark.measure import Ceiling, interleaved, peak_bytes
+from agrpo_megatron.benchmark.ours import Ours, open_ours
+from agrpo_megatron.benchmark.plan import Plan
+from agrpo_megatron.benchmark.reference import update as published
+from agrpo_megatron.benchmark.reference import work as published_work
+from agrpo_megatron.benchmark.reference.model import Reference
+from agrpo_megatron.benchmark.reference.rollout import fresh_noise, rollout
+from agrpo_megatron.benchmark.work import Counted
+from agrpo_megatron.megatron.parallel import stop_ranks
+from agrpo_megatron.types import Rollout, Trajectory
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared."""
+
+    run: Callable[[], Any]
+    counted: Counted
+
+
+@dataclass(frozen=True)
+class Result:
+    """A measured side."""
+
+    counted: Counted
+    seconds: list[float]  # of each repeat
+    peak_bytes: int  # above weights, gradients and states of the optimizer
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a plan measured."""
+
+    device: torch.device
+    ours: Result
+    reference: Result | None
+    equality: Equality | None
+    ceiling: float | None  # FLOP/s of the layers' products; None: not measured
+
+
+def measure(plan: Plan, show: Callable[[str], None]) -> Found:
+    """Measure a plan on one rank.
+
+    Args:
+        show: called with a line for each step of the work.
+
+    Raises:
+        equality.Unequal: the reference computes something else; nothing was timed.
+    """
+    try:
+        ours = open_ours(plan)
+        return _measured(plan, ours, show)
+    finally:
+        stop_ranks()
+
+
+def _measured(plan: Plan, ours: Ours, show: Callable[[str], None]) -> Found:
+    show("sampling once")
+    trajectory, forward = mine.sample(ours)
+    counted = work.rollout_work(trajectory, forward, ours.settings)
+    scored = mine.rewarded(ours, trajectory) if plan.kind != "rollout" else None
+    equality, theirs = None, None
+    if plan.has_reference:
+        show("comparing with the reference")
+        equality, theirs = _reference_side(plan, ours, trajectory, scored)
+    sides = {"ours": _our_side(plan, ours, counted, scored)}
+    if theirs is not None:
+        sides["reference"] = theirs
+    show("measuring memory")
+    peaks = {}
+    for name, side in sides.items():
+        side.run()  # creates the optimizer's states
+        gc.collect()
+        peaks[name] = peak_bytes(side.run, ours.device)
+    runs = {name: side.run for name, side in sides.items()}
+    ceiling = _ceiling(plan, ours) if plan.has_ceiling else None
+    if ceiling is not None:
+        runs["ceiling"] = ceiling
+    show(f"timing, {plan.repeats} times each")
+    spent = interleaved(runs, repeats=plan.repeats, device=ours.device)
+    results = {n: Result(side.counted, spent[n], peaks[n]) for n, side in sides.items()}
+    rate = None if ceiling is None else ceiling.flops / min(spent["ceiling"])
+    return Found(ours.device, results["ours"], results.get("reference"), equality, rate)
+
+
+def _our_side(plan: Plan, ours: Ours, sampling: Counted, scored: Rollout | None) -> Side:
+    """Return what is timed of ours; mutates the weights if it has an update."""
+    if scored is None:
+        return Side(lambda: mine.sample(ours), sampling)
+    updating = work.update_work(mine.prepared(ours, scored)[0])
+    if plan.kind == "train-step":
+        return Side(lambda: mine.update(ours, scored), updating)
+
+    def iterate() -> None:
+        mine.update(ours, mine.rewarded(ours, mine.sample(ours)[0]))
+
+    return Side(iterate, sampling + updating)
+
+
+def _reference_side(
+    plan: Plan, ours: Ours, trajectory: Trajectory, scored: Rollout | None
+) -> tuple[Equality, Side]:
+    """Check that the reference computes the same; return what is timed of it."""
+    settings, model = ours.settings, ours.settings.model
+    reference = Reference(model, mine.weights(ours))
+    assert model.vocab_size is not None
+    noise = fresh_noise(model.vocab_size, ours.device)
+
+    def sample() -> Any:
+        return rollout(reference, ours.prompts, settings.sampling, noise)
+
+    found = rollout(reference, ours.prompts, settings.sampling, counted_noise(ours))
+    equality, sampling = same_rollouts(trajectory, found), published_work.rollout_work(model, found)
+    if scored is None:
+        return equality, Side(sample, sampling)
+    for weight in reference.weights.values():
+        weight.requires_grad_()
+    own = own_records(trajectory, ours.prompts, vocab=model.vocab_size)
+    equality = replace(equality, gradient_error=same_gradient(ours, scored, reference, own))
+    optimizer = published.make_optimizer(reference, settings.optimizer)
+    draws, gains = settings.algorithm.draws, scored.advantages
+
+    def update(rollouts: Any) -> None:
+        passes = published.drawn_passes(rollouts, draws, eos_id=model.eos_token_id)
+        published.accumulate(
+            reference, rollouts, gains, passes, settings.sampling, settings.algorithm
+        )
+        published.step(reference, optimizer, settings.optimizer)
+
+    updating = published_work.update_work(model, found, passes=draws)
+    if plan.kind == "train-step":
+        return equality, Side(lambda: update(own), updating)
+    return equality, Side(lambda: update(sample()), sampling + updating)
+
+
+def _ceiling(plan: Plan, ours: Ours) -> Ceiling:
+    tokens, dtype = plan.batch * plan.row_length, DTYPES[plan.settings.precision]
+    return Ceiling(plan.settings.model, tokens=tokens, dtype=dtype, device=ours.device)

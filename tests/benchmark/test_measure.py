@@ -1,0 +1,53 @@
+"""Clocks, memory, ratios and made-up rewards."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from agrpo_megatron.benchmark.measure import Ceiling, interleaved, peak_bytes, speedup
+from agrpo_megatron.benchmark.ours import made_up_rewards
+from agrpo_megatron.config.settings import AlgorithmSettings, ModelSettings
+from agrpo_megatron.estimators.advantages import advantages
+
+CPU = torch.device("cpu")
+
+
+def test_peak_memory_is_the_most_that_is_held_at_once():
+    """Two tensors of 4 MiB, one after the other or both at once, besides one from before."""
+    before = torch.zeros(2**20)
+
+    def in_turn():
+        for _ in range(2):
+            torch.zeros(2**20).add_(before)
+
+    def together():
+        return [torch.zeros(2**20).add_(before) for _ in range(2)]
+
+    assert peak_bytes(in_turn, CPU) == 4 * 2**20
+    assert peak_bytes(together, CPU) == 8 * 2**20
+
+
+def test_runs_take_turns():
+    order = []
+    runs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    spent = interleaved(runs, repeats=3, device=CPU)
+    assert order == ["a", "b"] * 3
+    assert [len(seconds) for seconds in spent.values()] == [3, 3]
+
+
+def test_the_speedup_is_a_ratio_of_medians_with_its_spread():
+    assert speedup([1.0, 2.0, 4.0], [6.0, 6.0, 8.0]) == {"median": 3.0, "min": 2.0, "max": 6.0}
+
+
+def test_the_ceiling_multiplies_the_matrices_of_a_layer():
+    model = ModelSettings(hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
+    ceiling = Ceiling(model, tokens=5, dtype=torch.float32, device=CPU)
+    assert ceiling.flops == ceiling.times * 2 * 5 * (4 * 8 * 8 + 3 * 8 * 16)
+
+
+@pytest.mark.parametrize(("count", "zeros"), [(8, 3), (8, 0), (5, 2), (5, 0), (9, 6), (2, 0)])
+def test_made_up_rewards_leave_so_many_advantages_at_zero(count, zeros):
+    algorithm = replace(AlgorithmSettings(), group_size=count)
+    found = advantages(torch.tensor(made_up_rewards(count, zeros)), algorithm)
+    assert int((found == 0).sum()) == zeros and float(found.sum()) == 0
