@@ -71,6 +71,7 @@ def convert(arguments: argparse.Namespace) -> int:
     source, way = arguments.source, arguments.way
     if way != "to-megatron":
         source = _checkpoint(source, arguments.checkpoint)
+        _refuse_hugging_face(source, way)
     from agrpo_megatron.checkpoint import convert as ways
     from agrpo_megatron.runs.files import check_folder, naming_full_disk
 
@@ -127,6 +128,17 @@ def _checkpoint(path: Path, name: str | None) -> Path:
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; give a checkpoint or a run directory")
     return path
+
+
+def _refuse_hugging_face(source: Path, way: str) -> None:
+    from agrpo_megatron.checkpoint.weights import is_megatron
+    from agrpo_megatron.families.config_json import CONFIG
+
+    if (source / CONFIG).is_file() and not is_megatron(source):
+        raise ValueError(
+            f"{source} is a Hugging Face directory; {way} reads a run or a Megatron checkpoint. "
+            "Load it as it is, or use to-megatron first to change its dtype or its code"
+        )
 
 
 @contextmanager

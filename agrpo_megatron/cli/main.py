@@ -89,8 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         if not _is_unread(error):
             raise
         return UNREAD
-    except KeyboardInterrupt:
-        print("agrpo: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(": ".join(filter(None, ("agrpo: interrupted", str(error)))), file=sys.stderr)
         return INTERRUPTED
 
 

@@ -5,7 +5,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # The range of a setting that declares none: C's int, and normal numbers of float32.
@@ -54,6 +54,12 @@ def text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def did_you_mean(value: object, known: Iterable[str]) -> str:
+    """Return the end of an error on an unknown value: the nearest known one, or nothing."""
+    nearest = difflib.get_close_matches(str(value).lower(), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -112,9 +118,9 @@ def _passed(key: str, value: Any) -> Any:
 def _check_range(key: str, value: Any, meta: Mapping[str, Any]) -> None:
     choices = meta["choices"]
     if choices and value not in choices:
-        nearest = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"{key}={value} must be one of {', '.join(map(str, choices))}{hint}")
+        known = [str(choice) for choice in choices]
+        hint = did_you_mean(value, known)
+        raise ValueError(f"{key}={value} must be one of {', '.join(known)}{hint}")
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int | float) and not isinstance(number, bool):
             _check_number(key, number, low=meta["low"], high=meta["high"])

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from agrpo_megatron.config.own_code import is_file_name
 from agrpo_megatron.config.parallel import layout_name
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.reports.text import compact
@@ -62,6 +63,8 @@ def _iteration(settings: Settings, sizes: Sizes) -> list[str]:
     try:
         flops = count_flops(settings, sizes.train, sizes.held_out)
     except Exception:  # of the user's own estimator, before it has seen a rollout
+        if not any(map(is_file_name, (algorithm.name, str(algorithm.filled.loss)))):
+            raise
         return lines
     return [
         *lines,

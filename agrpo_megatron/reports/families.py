@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from agrpo_megatron.config.schema import flatten
 from agrpo_megatron.reports.read import Run, series
 from agrpo_megatron.reports.text import number, written
 from agrpo_megatron.runs.history.changes import FREE
@@ -32,20 +33,21 @@ def families(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Return the settings, other than the seed, in which runs differ: each run's value as text."""
     keys = dict.fromkeys(key for run in runs for key in _alike(run))
-    values = {key: [written(run.settings.get(key)) for run in runs] for key in keys}
+    values = {key: [written(_alike(run).get(key)) for run in runs] for key in keys}
     return {key: own for key, own in values.items() if len(set(own)) > 1}
 
 
 def _alike(run: Run) -> dict[str, Any]:
-    """Return the settings that runs of a family have in common."""
+    """Return the settings that runs of a family have in common; options of a task one by one."""
     left_out = tuple(f"{name}." for name in (*FREE, SEED))
-    return {k: v for k, v in run.settings.items() if not f"{k}.".startswith(left_out)}
+    flat = flatten(run.settings)
+    return {key: value for key, value in flat.items() if not f"{key}.".startswith(left_out)}
 
 
 def _label(own: Sequence[Run], keys: Sequence[str], *, taken: Iterable[str]) -> str:
     """Return the settings that set a family apart, or the name of its first run."""
     first = own[0]
-    parts = [f"{key.rpartition('.')[2]}={written(first.settings.get(key))}" for key in keys]
+    parts = [f"{key.rpartition('.')[2]}={written(_alike(first).get(key))}" for key in keys]
     label, name = ", ".join(parts), first.path.resolve().name
     if not label or len(label) > LONGEST or label in taken:
         label = name if len(own) == 1 else f"{name} and {len(own) - 1} more"

@@ -15,8 +15,16 @@ from agrpo_megatron.reports.text import points
 
 
 def conclude(run_dir: Path) -> None:
-    """Write a run's figures and page, and print held-out accuracy before and after."""
-    *_, page = write_report(run_dir)
+    """Write a finished run's figures and page, and print held-out accuracy before and after.
+
+    Raises:
+        KeyboardInterrupt: with a message, since an interrupt here loses no more than the report.
+    """
+    try:
+        *_, page = write_report(run_dir)
+    except KeyboardInterrupt:
+        text = f"the run is finished and saved; `agrpo report {run_dir}` writes its report"
+        raise KeyboardInterrupt(text) from None
     run = read_run(run_dir)
     first, last = before(run), after(run)
     if first and last:

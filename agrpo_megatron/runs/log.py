@@ -29,6 +29,11 @@ def check_log(settings: Settings) -> None:
     wants_tensorboard(settings)
 
 
+def seconds_so_far(directory: Path) -> float:
+    """Return the seconds of a run's attempts up to their last lines of metrics; 0 without any."""
+    return (_last_line(directory / METRICS) or {}).get(SECONDS, 0.0)
+
+
 class RunLog:
     """Append-only logs of a run, written by the main rank; calls on other ranks do nothing.
 
@@ -60,7 +65,7 @@ class RunLog:
             return
         directory.mkdir(parents=True, exist_ok=True)
         # Before the file is cut back: iterations that are lost took time as well.
-        self._started -= (_last_line(directory / METRICS) or {}).get(SECONDS, 0.0)
+        self._started -= seconds_so_far(directory)
         for name in (METRICS, SAMPLES):
             self._files[name] = (directory / name).open("a", encoding="utf-8")
         write_whole(directory / "config.yaml", to_whole_yaml(settings))

@@ -9,7 +9,7 @@ from typing import Any
 from agrpo_megatron.config.own_code import import_file, is_file_name, split_name
 from agrpo_megatron.config.schema import Described, build, describe
 from agrpo_megatron.config.settings import TaskSettings
-from agrpo_megatron.config.values import MOST_FLOAT
+from agrpo_megatron.config.values import MOST_FLOAT, did_you_mean
 from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.countdown import Countdown
 from agrpo_megatron.tasks.gym import ReasoningGym
@@ -41,10 +41,9 @@ def build_task(settings: TaskSettings) -> Task:
     cls = _load_class(settings.name) if is_file_name(settings.name) else TASKS.get(settings.name)
     if cls is None:
         names = [*TASKS, Mixture.name]
-        near = difflib.get_close_matches(settings.name.lower(), names, n=1)
         raise ValueError(
             f"task.name={settings.name} must be one of {', '.join(names)}, or a file such as "
-            f"my_task.py{f'; did you mean {near[0]}?' if near else ''}"
+            f"my_task.py{did_you_mean(settings.name, names)}"
         )
     known = [field.name for field in dataclasses.fields(cls.options_type)]
     _check_names(settings.options, known, prefix=PREFIX, of=f"an option of {settings.name}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agrpo_megatron.config.values import did_you_mean
 from agrpo_megatron.types import Chat, Message, Prompt
 
 type Template = Callable[[Chat], str]
@@ -140,9 +141,10 @@ def choose_template(
         return BUILT_IN[chosen]
     path = Path(chosen)
     if path.suffix != ".jinja" or not os.path.isfile(path):
+        names = [*BUILT_IN, *own]
         raise ValueError(
-            f"tokenizer.chat_template={chosen} must be one of {', '.join([*BUILT_IN, *own])}, an "
-            "existing .jinja file, or null for the tokenizer's own"
+            f"tokenizer.chat_template={chosen} must be one of {', '.join(names)}, an existing "
+            f".jinja file, or null for the tokenizer's own{did_you_mean(chosen, names)}"
         )
     try:
         text = path.read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from agrpo_megatron.runs.base import check_base
 from agrpo_megatron.runs.directory import changed_settings, check_data, data_digests, run_digest
 from agrpo_megatron.runs.history.changes import Change, write_changes
 from agrpo_megatron.runs.history.provenance import provenance, write_provenance
-from agrpo_megatron.runs.log import RunLog
+from agrpo_megatron.runs.log import RunLog, seconds_so_far
 from agrpo_megatron.runs.odd_values import odd_values
 from agrpo_megatron.runs.progress import CHECKPOINTS, RUN_SETTINGS, Progress
 from agrpo_megatron.runs.resolve import Resolved
@@ -38,7 +38,7 @@ from agrpo_megatron.training.nan_guard import Found
 
 @contextmanager
 def opened(
-    resolved: Resolved, view: View, sections: Sections, stop: Stop
+    resolved: Resolved, view: View, sections: Sections, stop: Stop, *, phases: tuple[str, ...]
 ) -> Iterator[tuple[Session, Found]]:
     """Start the ranks; yield a session, and the checkpoint to continue from, if any."""
     settings, task, started = resolved.settings, resolved.task, time.monotonic()
@@ -75,6 +75,7 @@ def opened(
             view.note(f"resuming after {done.phase} iteration {done.iteration}")
         for change in changes:
             view.note(f"from here on {change}")
+        _show_banner(session, phases)
         _show_notes(session, found)
         base = None
         if settings.lora.rank is not None:
@@ -98,7 +99,8 @@ def _record_start(settings: Settings, found: Found, ranks: Ranks) -> list[Change
     if found and (directory / RUN_SETTINGS).exists():
         changes = changed_settings(settings, found[1])
         write_changes(directory, changes, found[1])
-    here = provenance(settings, ranks=ranks.world_size, device=device_text(ranks.device))
+    device, before = device_text(ranks.device), seconds_so_far(directory)
+    here = provenance(settings, ranks=ranks.world_size, device=device, seconds=before)
     write_provenance(directory, here)
     return changes
 
@@ -128,10 +130,10 @@ def _show_notes(session: Session, found: Found) -> None:
         view.note(adapter_note(run.settings.model, run.settings.lora))
     run.task.problems("train")  # loading the problems creates the notes
     run.task.notes.extend(_graded_solutions(session, found))
-    if run.ranks.is_main and run.settings.train.iterations > 0:
-        run.task.notes.append(rate_note(run.settings.precision, run.ranks))
     if run.replay is not None:
         run.task.notes.append(run.replay.note())
+    if run.ranks.is_main and run.settings.train.iterations > 0:
+        run.task.notes.append(rate_note(run.settings.precision, run.ranks))
     for note in run.task.notes:
         view.note(note)
     session.output.log.notes(run.task.notes)
@@ -152,7 +154,7 @@ def _graded_solutions(session: Session, found: Found) -> list[str]:
         return []
 
 
-def show_banner(session: Session, phases: tuple[str, ...]) -> None:
+def _show_banner(session: Session, phases: tuple[str, ...]) -> None:
     """Show what the run is, and its odd values; on the main rank, which alone prints."""
     run, view, ranks = session.run, session.output.view, session.run.ranks
     if not ranks.is_main:

@@ -20,7 +20,7 @@ from agrpo_megatron.runs.resolve import Resolved
 from agrpo_megatron.training.checkpointing import Checkpointer
 from agrpo_megatron.training.nan_guard import Found, with_roll_backs
 from agrpo_megatron.training.nonfinite import NotFinite
-from agrpo_megatron.training.opening import opened, show_banner
+from agrpo_megatron.training.opening import opened
 from agrpo_megatron.training.rl import run_rl
 from agrpo_megatron.training.sft import run_sft, with_balance
 from agrpo_megatron.training.variance.auto import AutoDraws
@@ -42,8 +42,8 @@ def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "
     sections = Sections(monitors(settings))
     stop = Stop(sections, margin=settings.resilience.stop_margin)
     try:
-        with stop.listening(), opened(resolved, view, sections, stop) as (session, found):
-            show_banner(session, phases)
+        start = opened(resolved, view, sections, stop, phases=phases)
+        with stop.listening(), start as (session, found):
             with_roll_backs(session, partial(_run_phases, session, phases), found)
     except Stopped as stopped:
         return str(stopped)

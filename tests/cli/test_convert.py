@@ -65,7 +65,8 @@ def test_there_and_back_and_verified(tmp_path):
     [
         (["to-hf", "nowhere", "x"], "nowhere is not a directory"),
         (["to-megatron", LLADA, LLADA], "exists; choose another name"),
-        (["to-hf", LLADA, "x"], "model.yaml"),
+        (["to-hf", LLADA, "x"], "hf is a Hugging Face directory; to-hf reads a run or a Megatron"),
+        (["to-peft", LLADA, "x"], "hf is a Hugging Face directory; to-peft reads a run or a"),
         (["to-hf", LLADA, "x", "--checkpoint", "best"], "is not a run directory"),
     ],
 )

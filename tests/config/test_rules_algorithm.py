@@ -15,7 +15,7 @@ LEFTMOST = SamplingSettings(
     completion_length=8, block_length=8, denoising_steps=8, unmasking="leftmost"
 )
 REFUSED = {
-    "no such name": ({"name": "grpo"}, "must be one of agrpo, full_trajectory"),
+    "no such name": ({"name": "grpo"}, "your FILE.py:FUNCTION; did you mean agrpo?"),
     "no such loss": ({"loss": "ppo"}, "algorithm.loss=ppo must be one of policy"),
     "no such file": ({"name": "none.py:own"}, "none.py cannot be read"),
     "draws of another": ({"name": "spg", "proposal": "entropy"}, "or algorithm.name=agrpo"),

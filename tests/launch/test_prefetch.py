@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pytest
+from huggingface_hub.hf_api import RepoSibling
 from pyarrow import parquet
 
 from agrpo_megatron.config.rules import validate
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.launch.prefetch.hub import _is_there
 from agrpo_megatron.launch.prefetch.sources import overrides, sources
 from agrpo_megatron.tasks import build_task
 from tests.cli.test_main import ROOT
@@ -174,6 +177,11 @@ def test_names_of_the_hub_are_those_that_settings_name(tmp_path):
         "/x/LLaDA2.0-mini",
     )
     assert named(*local, weights="me/mine")["model.load"] == ("me/mine", "models/LLaDA-8B-Instruct")
+    both = ["model.load=/x/mine", "tokenizer.path=/x/mine"]
+    mine = named(*local, *both, weights="me/mine")
+    assert mine["model.load"] == mine["tokenizer.path"] == ("me/mine", "/x/mine")
+    with pytest.raises(ValueError, match="=a/mine and tokenizer.path=b/mine would both"):
+        named(*local, "model.load=a/mine", "tokenizer.path=b/mine")
     with pytest.raises(ValueError, match="model.load=/x/mine is missing here, and its name on"):
         named(*local, "model.load=/x/mine")
     mixed = named(
@@ -215,3 +223,20 @@ def test_a_name_of_the_hub_is_refused_with_the_command_that_fetches_it():
     settings = load(Settings, None, ["model.load=GSAI-ML/LLaDA-8B-Instruct"])
     with pytest.raises(ValueError, match="or fetch one by `agrpo prefetch FILE`"):
         validate(settings)
+
+
+def test_a_file_of_another_commit_is_fetched_again(tmp_path):
+    """Whole files of two commits are as long; the client's notes have the hash of each."""
+    here = RepoSibling("config.json", size=2, blob_id="b")
+    shard = SimpleNamespace(sha256="s")
+    large = RepoSibling("model.safetensors", size=2, blob_id="of the pointer", lfs=shard)
+    notes = tmp_path / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    for each in (here, large):
+        assert not _is_there(tmp_path, each)
+        (tmp_path / each.rfilename).write_text("{}")
+        assert _is_there(tmp_path, each), "copied here without the client"
+    for content, is_there in (("b", (True, False)), ("s", (False, True))):
+        for each in (here, large):
+            (notes / f"{each.rfilename}.metadata").write_text(f"c0ffee\n{content}\n1.5\n")
+        assert (_is_there(tmp_path, here), _is_there(tmp_path, large)) == is_there

@@ -1,5 +1,7 @@
 """The first lines of a run: at most eight, with what it runs on, trains, takes and writes."""
 
+import pytest
+
 from agrpo_megatron.reports.banner import banner
 from agrpo_megatron.runs.sizes import Sizes
 from tests.training.tiny import tiny
@@ -44,3 +46,12 @@ def test_an_estimator_that_fails_early_has_no_cost(tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text("def score(rollout, context):\n    raise KeyError('steps')\n")
     assert "cost" not in lines(f"algorithm.name={mine}:score")
+
+
+def test_an_error_of_the_package_s_own_estimators_is_not_hidden(monkeypatch):
+    def broken(*_):
+        raise KeyError("steps")
+
+    monkeypatch.setattr("agrpo_megatron.scaling.forecast.work.count_flops", broken)
+    with pytest.raises(KeyError):
+        lines()

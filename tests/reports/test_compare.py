@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import yaml
 from agrpo_megatron.reports.families import curve, differences, families
 from agrpo_megatron.reports.page.compare import write_comparison_page
 from agrpo_megatron.reports.page.html import write_report
+from agrpo_megatron.reports.page.provenance import made_by, times
 from agrpo_megatron.reports.plots.denoising import part_rows
 from agrpo_megatron.reports.plots.families import mean_and_band
 from agrpo_megatron.reports.plots.style import LIGHT, end_labels, new_figure
 from agrpo_megatron.reports.read import read_run
+from agrpo_megatron.reports.text import compact
 from tests.reports.synthetic import write_lines, write_run
 
 ATTEMPT = {
@@ -119,6 +122,32 @@ def test_the_page_says_what_differs_and_what_made_each_run(runs, tmp_path):
     sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', page)
     assert len(sources) == 6 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert "<script" not in page
+
+
+def _resumed(run, *attempts):
+    """Return a run with attempts of so many ranks that began after so many seconds."""
+    lines = [{**ATTEMPT, "ranks": r, "seconds_before": s, "command": c} for r, s, c in attempts]
+    return replace(run, provenance=tuple(lines))
+
+
+def test_device_hours_are_of_the_ranks_that_each_attempt_had(runs):
+    """140 s: 8 ranks in the first 50 s, 2 ranks in 90."""
+    resumed = _resumed(runs[0], (8, 0.0, "agrpo train a.yaml"), (2, 50.0, "agrpo train runs/a"))
+    assert times(resumed)["GPU-hours"] == compact((8 * 50 + 2 * 90) / 3600)
+    assert made_by(resumed)["command"] == "agrpo train a.yaml; then agrpo train runs/a"
+    unknown = _resumed(runs[0], (8, None, "a"), (2, None, "a"))
+    assert "GPU-hours" not in times(unknown) and made_by(unknown)["command"] == "a"
+    same = _resumed(runs[0], (8, None, "a"), (8, None, "a"))
+    assert times(same)["GPU-hours"] == compact(8 * 140 / 3600)
+
+
+def test_options_of_a_task_differ_one_by_one(runs):
+    def with_options(run, **options):
+        return replace(run, settings={**run.settings, "task.options": options})
+
+    pair = with_options(runs[0], numbers=2, low=5), with_options(runs[0], numbers=3, low=5)
+    assert differences(pair) == {"task.options.numbers": ["2", "3"]}
+    assert list(families(pair)) == ["numbers=2", "numbers=3"]
 
 
 def test_the_page_of_a_run_has_its_attempts_and_its_changes(runs, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from matplotlib import image
 
 from agrpo_megatron.evaluation.statistics import wilson
+from agrpo_megatron.reports import summary
 from agrpo_megatron.reports.page.html import write_report
 from tests.reports.synthetic import END, HOSTILE, write_lines, write_run
 
@@ -120,3 +121,12 @@ def test_a_replay_names_the_run_that_sampled_and_counts_no_ratio_past_the_alarm(
     shown = report(run_dir, *FIGURES)
     assert re.search(r'Rollouts replayed</div><div class="value">runs/one<', shown)
     assert "iterations past" not in shown
+
+
+def test_ctrl_c_in_the_report_of_a_finished_run_says_that_it_is_finished(monkeypatch, tmp_path):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(summary, "write_report", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="is finished and saved; `agrpo report"):
+        summary.conclude(tmp_path)

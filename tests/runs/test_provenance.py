@@ -13,7 +13,8 @@ from tests.training.tiny import tiny
 
 def _made(monkeypatch, *command):
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/agrpo", *command])
-    return provenance(tiny("parallel.tensor=2"), ranks=2, device="CPU, 1 thread")
+    settings = tiny("parallel.tensor=2")
+    return provenance(settings, ranks=2, device="CPU, 1 thread", seconds=9.0)
 
 
 def test_an_attempt_says_what_made_its_numbers(monkeypatch, tmp_path):

@@ -269,6 +269,7 @@ def test_a_template_that_refuses_a_role_is_an_error_with_a_fix(tmp_path):
     "chosen, message",
     [
         ("lada", "tokenizer.chat_template=lada must be one of llada, dream, plain, an existing"),
+        ("lada", "own; did you mean llada?"),
         ("absent.jinja", "tokenizer.chat_template=absent.jinja must be one of"),
         ("dream", "writes <|im_start|>, <|im_end|>, which this tokenizer lacks; use plain"),
     ],

@@ -1,7 +1,7 @@
 """Rules of the policy gradient: what an estimator or a loss has no use for is refused."""
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
@@ -10,7 +10,7 @@ from agrpo_megatron.config.rules.scoring import validate_scoring
 from agrpo_megatron.config.settings.algorithm import AlgorithmSettings
 from agrpo_megatron.config.settings.estimators import ENTRIES, LOSSES, ON_MASKS
 from agrpo_megatron.config.settings.sampling import SamplingSettings
-from agrpo_megatron.config.values import text
+from agrpo_megatron.config.values import did_you_mean, text
 
 _DRAWN = ("proposal", "step_sampler", "allocation", "uniform_mix", "enumerate_short")
 _ON_STEPS = ("agrpo", "full_trajectory", "just_grpo", "egspo")
@@ -78,12 +78,15 @@ def validate_algorithm(algorithm: AlgorithmSettings, sampling: SamplingSettings)
     validate_scoring(filled, sampling)
 
 
-def _check_name(key: str, name: str, known: Iterable[str]) -> None:
+def _check_name(key: str, name: str, known: Collection[str]) -> None:
     """Check an entry's name, or that a file has the function that is named."""
     said = f"algorithm.{key}={name}"
     if not is_file_name(name):
         if name not in known:
-            raise ValueError(f"{said} must be one of {', '.join(known)}, or your FILE.py:FUNCTION")
+            raise ValueError(
+                f"{said} must be one of {', '.join(known)}, or your FILE.py:FUNCTION"
+                f"{did_you_mean(name, known)}"
+            )
         return
     path, wanted = split_name(name)
     try:

@@ -17,9 +17,10 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.hf_api import RepoSibling
 
 from agrpo_megatron.hardware.machine import one_line
-from agrpo_megatron.launch.prefetch.sources import Source
+from agrpo_megatron.launch.prefetch.sources import FETCHED, Source
 from agrpo_megatron.runs.files import naming_full_disk
 from agrpo_megatron.scaling.forecast.disk import size
 
@@ -56,7 +57,8 @@ def listing(source: Source, *, takes_all: bool = False) -> Listing:
     ask = api.dataset_info if source.is_data else api.model_info
     with _one_line(source):
         info = ask(source.name, files_metadata=True)
-    files = {each.rfilename: each.size or 0 for each in info.siblings or []}
+    siblings = info.siblings or []
+    files = {each.rfilename: each.size or 0 for each in siblings}
     chosen = {
         name: count
         for name, count in files.items()
@@ -67,7 +69,8 @@ def listing(source: Source, *, takes_all: bool = False) -> Listing:
     if source.is_data:
         missing = {} if source.path.exists() else chosen
     else:
-        missing = {name: n for name, n in chosen.items() if not _is_there(source, name, n)}
+        here = {each.rfilename for each in siblings if _is_there(source.folder, each)}
+        missing = {name: count for name, count in chosen.items() if name not in here}
     skipped = sum(files.values()) - sum(chosen.values())
     return Listing(source, info.sha or "main", missing, skipped)
 
@@ -104,10 +107,19 @@ def _fetch_data(found: Listing) -> None:
     partial.replace(source.path)
 
 
-def _is_there(source: Source, name: str, count: int) -> bool:
-    """Return whether a file is here whole; the client checks its content when it fetches."""
-    path = source.folder / name
-    return path.is_file() and path.stat().st_size == count
+def _is_there(folder: Path, there: RepoSibling) -> bool:
+    """Return whether a file of the hub is here whole, and not that of another commit.
+
+    Of a file that the client did not fetch only the size is compared.
+    """
+    path, notes = folder / there.rfilename, folder / FETCHED / "download"
+    if not path.is_file() or path.stat().st_size != (there.size or 0):
+        return False
+    # Of the client: commit, hash of the content, time.
+    note = notes / f"{there.rfilename}.metadata"
+    fetched = note.read_text(encoding="utf-8").split() if note.is_file() else []
+    content = there.lfs.sha256 if there.lfs else there.blob_id
+    return len(fetched) < 2 or content is None or fetched[1] == content
 
 
 def _check_format(source: Source, chosen: dict[str, int], files: dict[str, int]) -> None:

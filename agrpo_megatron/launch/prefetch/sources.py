@@ -60,9 +60,14 @@ def sources(settings: Settings, folder: Path, *, weights: str | None = None) -> 
     """
     found: dict[Path, Source] = {}
     for source in (*_weights(settings, folder, weights), *_data(settings, folder)):
-        earlier = found.get(source.path)
-        keys = source.keys if earlier is None else (*earlier.keys, *source.keys)
-        found[source.path] = replace(source, keys=keys)
+        earlier = found.setdefault(source.path, replace(source, keys=()))
+        if earlier.name != source.name:
+            first = f"{earlier.keys[0]}={earlier.name}"
+            raise ValueError(
+                f"{first} and {source.keys[0]}={source.name} would both go to {source.path}; "
+                "fetch one of them elsewhere, and name its folder"
+            )
+        found[source.path] = replace(earlier, keys=(*earlier.keys, *source.keys))
     return list(found.values())
 
 
@@ -85,7 +90,7 @@ def _weights(settings: Settings, folder: Path, weights: str | None) -> Iterator[
     for key, value in named.items():
         if value is None or _is_whole(settings, key, Path(value)):
             continue
-        own = weights if key == "model.load" else None
+        own = weights if value == settings.model.load else None  # also its tokenizer
         name = own or _hub_name(value, key=key)
         target = folder / value.rpartition("/")[2] if name == value else Path(value)
         yield Source((key,), is_data=False, name=name, folder=target)

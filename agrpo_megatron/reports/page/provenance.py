@@ -10,13 +10,13 @@ SHORT = 10  # digits of a commit
 
 
 def made_by(run: Run) -> dict[str, str]:
-    """Return what made the last attempt of a run, by name; empty where it was not recorded."""
+    """Return what made a run, by name: every command, else the last attempt; empty if unknown."""
     if not run.provenance:
         return {}
     last = run.provenance[-1]
     return {
         "commit": _commit(last),
-        "command": str(last["command"]),
+        "command": "; then ".join(dict.fromkeys(str(line["command"]) for line in run.provenance)),
         "host": str(last["host"]),
         "devices": f"{last['ranks']} x {last['device']}",
         "layout": f"{last['layout']}, {last['precision']}",
@@ -30,9 +30,22 @@ def times(run: Run) -> dict[str, str]:
     seconds = max((number(row, "totals/seconds") or 0.0 for row in lines), default=0.0)
     if not seconds or not run.provenance:
         return {}
-    last = run.provenance[-1]
-    unit = "CPU-hours" if str(last["device"]).startswith("CPU") else "GPU-hours"
-    return {"wall time": duration(seconds), unit: compact(seconds * last["ranks"] / 3600)}
+    hours = {name: compact(value) for name, value in _device_hours(run, seconds).items()}
+    return {"wall time": duration(seconds), **hours}
+
+
+def _device_hours(run: Run, seconds: float) -> dict[str, float]:
+    """Return GPU-hours and CPU-hours; none where layouts changed at times that are not known."""
+    starts = [number(line, "seconds_before") for line in run.provenance]
+    if len({(line["ranks"], line["device"]) for line in run.provenance}) == 1:
+        starts = [0.0, *[seconds] * (len(starts) - 1)]
+    found: dict[str, float] = {}
+    for line, start, end in zip(run.provenance, starts, [*starts[1:], seconds], strict=True):
+        if start is None or end is None:
+            return {}
+        unit = "CPU-hours" if str(line["device"]).startswith("CPU") else "GPU-hours"
+        found[unit] = found.get(unit, 0.0) + (end - start) * line["ranks"] / 3600
+    return found
 
 
 def attempts(run: Run) -> dict[str, Any]:

@@ -22,11 +22,12 @@ GIT_SECONDS = 5.0
 ROOT = Path(__file__).parent.parent.parent  # the package
 
 
-def provenance(settings: Settings, *, ranks: int, device: str) -> dict[str, Any]:
+def provenance(settings: Settings, *, ranks: int, device: str, seconds: float) -> dict[str, Any]:
     """Return what produces the numbers of an attempt that begins now; one rank.
 
     Args:
         device: of each rank, in words.
+        seconds: of the attempts before it.
     """
     is_tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
     commit = _git("rev-parse", "HEAD") if is_tracked else None
@@ -43,6 +44,7 @@ def provenance(settings: Settings, *, ranks: int, device: str) -> dict[str, Any]
         "device": device,
         "layout": layout_text(settings.parallel),
         "precision": settings.precision,
+        "seconds_before": seconds,
     }
 
 
