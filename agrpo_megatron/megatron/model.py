@@ -3,15 +3,14 @@
 Parameters have GPTModel's names, so other Megatron tools can read the checkpoints.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from itertools import pairwise
-from typing import Any, Concatenate
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -31,43 +30,19 @@ from agrpo_megatron.families.lora import adapted_layers
 from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron.layers.config import transformer_config
 from agrpo_megatron.megatron.layers.context import padded_rows, part_of, scored_slices
+from agrpo_megatron.megatron.layers.invariant import batch_invariant
 from agrpo_megatron.megatron.layers.local import local_spec, mark_gates
 from agrpo_megatron.megatron.layers.packed import PackedLayout, packed_layout, rotary_angles
 from agrpo_megatron.megatron.layers.rotary import query_scale, yarn_of
 from agrpo_megatron.megatron.layers.router import Blocks, ExpertRouter, Routing, block_ids
+from agrpo_megatron.megatron.layers.scored import ScoredTokens, filled
 from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.types import PackedRows
-
-# A matrix of fewer rows takes another CPU kernel, which sums in another order: a token's logits
-# would depend on how many tokens share its forward pass.
-LEAST_ROWS = 4
 
 
 def expert_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the biases of experts, which no gradient trains, by their names in a model."""
     return ((name, each) for name, each in model.named_buffers() if name.endswith(".expert_bias"))
-
-
-def _batch_invariant[**Inputs](
-    method: Callable[Concatenate["MaskedDiffusionModel", Inputs], Tensor],
-) -> Callable[Concatenate["MaskedDiffusionModel", Inputs], Tensor]:
-    """Run a method with Megatron's batch-invariant kernels, if the model is to use them.
-
-    They replace torch's for the whole process, so they are in place only within a forward pass.
-    Elsewhere they would be wrong: they refuse float64, and a mean over all dimensions is the sum.
-    A backward pass needs none, also where it recomputes a layer.
-    """
-
-    @wraps(method)
-    def _run(self: "MaskedDiffusionModel", *args: Inputs.args, **kwargs: Inputs.kwargs) -> Tensor:
-        if not self.config.batch_invariant_mode:
-            return method(self, *args, **kwargs)
-        from megatron.core.transformer.custom_layers import batch_invariant_kernels  # loads Triton
-
-        with batch_invariant_kernels.set_batch_invariant_mode():
-            return method(self, *args, **kwargs)
-
-    return _run
 
 
 class MaskedDiffusionModel(LanguageModule):
@@ -137,6 +112,10 @@ class MaskedDiffusionModel(LanguageModule):
                 tp_group=groups.tp,
             )
         self.setup_embeddings_and_output_layer()
+        # With sequence parallelism, ranks hold equal parts of all tokens.
+        self.ends_at_scored = post_process and model.ends_at_scored and not config.sequence_parallel
+        if self.ends_at_scored:
+            ScoredTokens(self.decoder.layers[-1])
         self.routers = [each for each in self.modules() if isinstance(each, ExpertRouter)]
         for layer in self.decoder.layers:
             if isinstance(router := getattr(layer.mlp, "router", None), ExpertRouter):
@@ -174,7 +153,7 @@ class MaskedDiffusionModel(LanguageModule):
             attention_factor=model.rope_attention_factor,
         )
 
-    @_batch_invariant
+    @batch_invariant
     def forward(self, rows: PackedRows) -> Tensor:
         """Return the logits [S, V / tensor parallel] of this rank's scored tokens.
 
@@ -194,14 +173,20 @@ class MaskedDiffusionModel(LanguageModule):
         first, last = part_of(len(rows.tokens), context, context.rank)
         if self.routers:
             layout.routing = self._routing(rows, layout)
+        places = rows.scored[mine] - first
+        if self.ends_at_scored:
+            layout.scored = filled(places, self.ranks.token_multiple)
         hidden = self.body(rows.tokens[first:last], layout)
         if rows.seen is not None and layout.routing.seen is not None:
             self._note(rows.seen, layout.routing.seen)
-        return self.head(hidden, rows.scored[mine] - first) if self.post_process else hidden
+        return self.head(hidden, places, layout) if self.post_process else hidden
 
-    @_batch_invariant
+    @batch_invariant
     def body(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
-        """Run this rank's tokens [T] through the layers; [T / sequence parallel, 1, hidden]."""
+        """Run this rank's tokens [T] through the layers; [T / sequence parallel, 1, hidden].
+
+        The last layer returns the tokens `layout.scored` only, if they are given.
+        """
         hidden = self.embedding(tokens[None], None) if self.pre_process else None
         if hidden is not None and torch.is_grad_enabled() and not hidden.requires_grad:
             hidden.requires_grad_()  # of a frozen embedding: recomputation needs it
@@ -237,17 +222,21 @@ class MaskedDiffusionModel(LanguageModule):
                 dist.all_gather_into_tensor(whole, part, group=axis.group)
         seen.update(zip(mine, whole.unbind(1), strict=True))
 
-    @_batch_invariant
-    def head(self, hidden: Tensor, places: Tensor) -> Tensor:
-        """Return the logits [S, V / tensor parallel] at these positions of the rank's tokens."""
+    @batch_invariant
+    def head(self, hidden: Tensor, places: Tensor, layout: PackedLayout | None = None) -> Tensor:
+        """Return the logits [S, V / tensor parallel] at these positions of the rank's tokens.
+
+        Args:
+            layout: of the pass that made `hidden`; None: it returned all tokens.
+        """
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        count = len(places)
-        filled = F.pad(places, (0, max(0, LEAST_ROWS - count))) if count else places
-        logits, _ = self.output_layer(hidden[filled])
-        return logits[:count].squeeze(1)
+        if layout is None or layout.scored is None:
+            hidden = hidden[filled(places, 1)]
+        logits, _ = self.output_layer(hidden)
+        return logits[: len(places)].squeeze(1)
 
 
 def _inform(router: ExpertRouter, _: Any, __: tuple[()], inputs: dict[str, Any]) -> None:

@@ -28,10 +28,10 @@ def kept_numbers(
 ) -> int:
     """Estimate how many numbers are kept for the backward pass, logits included.
 
-    Each layer keeps what `_layer` says. Full recomputation keeps only the residual stream, and one
-    layer. Stage s of p holds p - s micro-batches at once. Logits are held three times, in the
-    model's dtype and in float32. FP8 products keep their inputs in fewer bytes, which is not
-    counted.
+    Each layer keeps what `_layer` says; the last one, after its attention, of scored tokens only.
+    Full recomputation keeps only the residual stream, and one layer. Stage s of p holds p - s
+    micro-batches at once. Logits are held three times, in the model's dtype and in float32. FP8
+    products keep their inputs in fewer bytes, which is not counted.
     """
     numbers = layers_of(model, parallel, stage=stage)
     modules = {number: Counter[str]() for number in numbers}
@@ -39,14 +39,16 @@ def kept_numbers(
         if (number := layer_number(linear)) is not None:
             modules[number][EXPERT * linear.is_expert + linear.mapping.module] += 1
     layers = [_layer(model, lora, parallel, modules[number], number=number) for number in numbers]
-    flying = parallel.pipeline - stage
+    flying, is_last = parallel.pipeline - stage, stage == parallel.pipeline - 1
+    whole = [sum(layer) for layer in layers]
     if model.megatron.get("recompute_granularity") == "full":
         residual = model.hidden_size // _split_by(parallel)
-        kept = len(layers) * flying * residual + max(layers)
+        total = tokens * (len(layers) * flying * residual + max(whole))
     else:
-        kept = flying * sum(layers)
-    total = tokens * kept
-    if stage == parallel.pipeline - 1:
+        total = tokens * flying * sum(whole)
+        if is_last and model.ends_at_scored and not parallel.sequence:
+            total -= (tokens - scored) * layers[-1][1]
+    if is_last:
         total += 3 * scored * vocab_rows // parallel.tensor
     return total
 
@@ -58,8 +60,8 @@ def _layer(
     adapted: Mapping[str, int],
     *,
     number: int,
-) -> int:
-    """Return the numbers that a layer keeps for each token.
+) -> tuple[int, int]:
+    """Return the numbers that a layer keeps for each token: up to its attention, and after it.
 
     The residual stream and the two normalised inputs (split only by sequence parallelism), and,
     split by tensor parallelism, queries, keys, values before and after the rotation, the
@@ -80,19 +82,24 @@ def _layer(
     if layer_matrices(model, number).experts:
         inner = model.moe.shared_ffn_hidden_size or 0
         routed = _routed(model, lora, parallel, adapted)
-    whole = 4 * hidden
-    split = 4 * model.query_width + 4 * model.key_width + 4 * inner
-    if lora.rank is None:
-        return whole // _split_by(parallel) + split // parallel.tensor + routed
-    widths = {"linear_qkv": hidden, "linear_fc1": hidden}
-    whole -= sum(width for module, width in widths.items() if module not in adapted)
-    split -= inner if "linear_fc2" not in adapted else 0
-    if lora.dropout:
-        whole += sum(width // 2 for module, width in widths.items() if module in adapted)
-        split += inner // 2 if "linear_fc2" in adapted else 0
-        split += 3 * model.query_width // 2 if "linear_proj" in adapted else 0
-    own = lora.rank * sum(n for module, n in adapted.items() if not module.startswith(EXPERT))
-    return whole // _split_by(parallel) + split // parallel.tensor + own + routed
+
+    def inputs(width: int, module: str) -> int:
+        """Return the numbers that a linear layer keeps of its inputs."""
+        if lora.rank is None:
+            return width
+        return (width + (width // 2 if lora.dropout else 0)) * (module in adapted)
+
+    def held(whole: int, split: int, *modules: str) -> int:
+        own = (lora.rank or 0) * sum(adapted.get(module, 0) for module in modules)
+        return whole // _split_by(parallel) + split // parallel.tensor + own
+
+    split = 4 * model.query_width + 4 * model.key_width
+    if lora.rank is not None and lora.dropout and "linear_proj" in adapted:
+        split += 3 * model.query_width // 2
+    attention = held(hidden + inputs(hidden, "linear_qkv"), split, "linear_qkv", "linear_proj")
+    split = 3 * inner + inputs(inner, "linear_fc2")
+    rest = held(hidden + inputs(hidden, "linear_fc1"), split, "linear_fc1", "linear_fc2")
+    return attention, rest + routed
 
 
 def _routed(

@@ -3,6 +3,9 @@
 Matrices, attention, head and low-rank adapters are counted; of experts, those that a token is
 routed to, and the router.
 
+After the attention of the last layer, only scored tokens are counted, as only these run. With CUDA
+graphs or sequence parallelism all run, which is not counted.
+
 Norms, rotations, activations, sampling, the padding of the vocabulary, the merging of adapters into
 weights and activations that are recomputed are not, so the count is the same under every layout.
 """
@@ -60,7 +63,7 @@ def update_cost(model: ModelSettings, lora: LoraSettings | None = None) -> Cost:
     if lora is None or lora.rank is None:
         return _sum((3, weights), (3, _attention(model)))
     routers = sum(layer_matrices(model, number).router for number in range(model.num_layers))
-    others = Cost(2 * routers, 0, weights.scored if lora.train_head else 0)
+    others = Cost(2 * routers, 0, _head(model) if lora.train_head else 0)
     trained = _adapters(model, lora)
     return _sum((2, weights), (1, others), (3, _attention(model)), (3, trained))
 
@@ -74,10 +77,15 @@ def update_factor(model: ModelSettings, lora: LoraSettings) -> float:
 
 
 def _weights(model: ModelSettings) -> Cost:
-    assert model.vocab_size is not None
-    head = 2 * model.hidden_size * model.vocab_size
     used = sum(layer_matrices(model, number).used for number in range(model.num_layers))
-    return Cost(2 * used, 0, head)
+    end = model.hidden_size * (model.query_width + 3 * model.ffn_hidden_size)
+    end *= model.ends_at_scored  # the output product and the SwiGLU of the last layer
+    return Cost(2 * (used - end), 0, _head(model) + 2 * end)
+
+
+def _head(model: ModelSettings) -> int:
+    assert model.vocab_size is not None
+    return 2 * model.hidden_size * model.vocab_size
 
 
 def _attention(model: ModelSettings) -> Cost:
@@ -90,11 +98,14 @@ def _adapters(model: ModelSettings, lora: LoraSettings | None) -> Cost:
     if lora is None or lora.rank is None:
         return Cost(0, 0, 0)
     from agrpo_megatron.families.lora import adapted_layers
+    from agrpo_megatron.scaling.adapters import layer_number
 
+    last = model.num_layers - 1 if model.ends_at_scored else None
     token = scored = routed = 0
     for layer in adapted_layers(model, lora):
         flops = 2 * lora.rank * (layer.inputs + layer.outputs)
-        if layer.is_head:
+        is_last = layer_number(layer) == last and layer.mapping.module != "linear_qkv"
+        if layer.is_head or is_last:
             scored += flops
         elif layer.is_expert:
             routed += flops

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agrpo_megatron.diffusion.blocks import block_numbers, open_block
 from agrpo_megatron.diffusion.patterns import block_causal, places_of, row_length, visible
-from agrpo_megatron.megatron import model as model_module
+from agrpo_megatron.megatron.layers import scored as scored_module
 from agrpo_megatron.rollout.generate import sample_prompts
 from agrpo_megatron.scaling.flops import completion_flops
 from tests.ranks import run_ranks
@@ -20,7 +20,7 @@ LENGTHS = (3, 6, 6, 4, 9)
 
 def _count(overrides):
     """Return our count, torch's by operator, and visible pairs of all steps."""
-    model_module.LEAST_ROWS = 1  # rows that fill up a small product belong to no completion
+    scored_module.LEAST_ROWS = 0  # rows that fill up a small product belong to no completion
     session, engine = open_session(*BLOCKS, *overrides)
     settings = session.run.settings
     prompts = [torch.arange(3, 3 + length) for length in LENGTHS]

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.megatron import model as model_module
+from agrpo_megatron.megatron.layers import scored as scored_module
 from agrpo_megatron.rollout.generate import sample_prompts
 from agrpo_megatron.scaling.flops import Work, completion_flops, forward_cost
 from tests.ranks import run_ranks
@@ -42,7 +42,7 @@ def _count(samplers, *overrides):
     """Return by sampler: our count of each completion, torch's of all, and the steps that ran."""
     found = {}
     likeliest = 0
-    model_module.LEAST_ROWS = 1  # rows that fill up a small product belong to no completion
+    scored_module.LEAST_ROWS = 0  # rows that fill up a small product belong to no completion
     session, engine = open_session("train.token_budget=200", *overrides)
     prompts = [torch.arange(3, 7 + row % 5) for row in range(PROMPTS)]
     for name, changes in samplers.items():
@@ -106,7 +106,7 @@ def test_the_samplers_do_different_work(counts):
 
 
 def test_a_row_of_llada_8b():
-    """4096 wide, 32 layers, 12288 in SwiGLU: 6.98 billion weights in matrices, head aside."""
+    """4096 wide, 32 layers, 12288 in SwiGLU: 6.98 billion weights in matrices, and the head."""
     model = ModelSettings(
         num_layers=32,
         hidden_size=4096,
@@ -116,6 +116,6 @@ def test_a_row_of_llada_8b():
     )
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
     assert weights == 6_979_321_856
-    cost = forward_cost(model)
-    assert cost.of(Work(1, 1)) == 2 * weights + 32 * 4 * 4096
-    assert cost.of(Work(512, 512**2)) == 512 * 2 * weights + 512**2 * 32 * 4 * 4096
+    cost, end = forward_cost(model), 4096**2 + 3 * 4096 * 12288
+    assert cost.of(Work(1, 1, 1)) == 2 * (weights + 4096 * 126464) + 32 * 4 * 4096
+    assert cost.of(Work(512, 512**2)) == 512 * 2 * (weights - end) + 512**2 * 32 * 4 * 4096

@@ -288,12 +288,13 @@ def test_layers_that_stay_bf16_are_not_copied_wherever_they_are():
         assert held == [count * layer // parallel.tensor for count in counts], layout
 
 
-def test_a_supervised_phase_makes_logits_of_half_of_each_completion():
+def test_a_supervised_phase_scores_half_of_each_completion():
     given = ["parallel=dp8", "train.token_budget=8192"]
     settings = [load(Settings, LLADA, [*given, *more]) for more in ([], ["sft.iterations=1"])]
     without, with_sft = (rank_memory(one, 8, stage=0).activations for one in settings)
     fixed = 8192 // 2 // 128  # of as long a prompt and completion, in one of 128 steps
-    assert with_sft - without == 2 * 3 * settings[0].model.vocab_size * (8192 // 4 - fixed)
+    each = 3 * settings[0].model.vocab_size + 2 * 4096 + 4 * 12288  # and the end of the last layer
+    assert with_sft - without == 2 * each * (8192 // 4 - fixed)
 
 
 def test_a_rollout_layout_of_its_own_has_copies_in_one_direction():

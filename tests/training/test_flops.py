@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from agrpo_megatron.checkpoint.start import load_start_weights
-from agrpo_megatron.megatron import model as model_module
 from agrpo_megatron.megatron.engine import build_reference
+from agrpo_megatron.megatron.layers import scored as scored_module
 from agrpo_megatron.runs.directory import is_finished
 from agrpo_megatron.scaling.flops import update_cost, update_factor
 from agrpo_megatron.training.rl import collect_rollout, update_policy
@@ -61,7 +61,7 @@ VARIANTS = {
 
 def _counted(names, layout=()):
     """Return by variant: our count of rollouts and updates, torch's on this rank, metrics."""
-    model_module.LEAST_ROWS = 1  # rows that fill up a small product belong to no row
+    scored_module.LEAST_ROWS = 0  # rows that fill up a small product belong to no row
     HashedReward.levels = 2  # so that some groups have equal rewards
     found = {}
     for name in names:
@@ -114,8 +114,11 @@ def test_a_count_by_hand(alone):
     (sampled, updated), _, metrics = alone["full_trajectory"]
     width, keys, inner, layers, vocab = 16, 8, 32, 2, 83
     matrices = 2 * (2 * width * width + 2 * width * keys + 3 * width * inner)  # FLOPs of a token
+    end = 2 * (width * width + 3 * width * inner)  # of a scored token, after the last attention
     of_rollout = [
-        4 * layers * (n * matrices + 4 * n * n * width) + 8 * 2 * width * vocab
+        4 * layers * (n * matrices + 4 * n * n * width)
+        - 4 * n * end
+        + 8 * (2 * width * vocab + end)
         for n in metrics["lengths"]
     ]
     scored = [f for f, is_scored in zip(of_rollout, metrics["is_scored"], strict=True) if is_scored]
@@ -124,17 +127,23 @@ def test_a_count_by_hand(alone):
 
 
 def test_adapters_by_hand(alone):
-    """Rank 3 on all of two layers: frozen matrices twice, attention and adapters three times."""
-    width, keys, inner, layers, rank = 16, 8, 32, 2, 3
+    """Rank 3 on all of two layers: frozen matrices twice, attention and adapters three times.
+
+    Of the last layer, all tokens meet the queries, keys and values only.
+    """
+    width, keys, inner, rank = 16, 8, 32, 3
     sizes = [(width, width), (width, keys), (width, keys), (width, width)]
     sizes += [(width, inner), (width, inner), (inner, width)]
-    token = layers * sum(2 * rank * (inputs + outputs) for inputs, outputs in sizes)
-    matrices = layers * sum(2 * inputs * outputs for inputs, outputs in sizes)
+    met = [*sizes, *sizes[:3]]
+    token = sum(2 * rank * (inputs + outputs) for inputs, outputs in met)
+    scored = sum(2 * rank * (inputs + outputs) for inputs, outputs in sizes[3:])
+    matrices = sum(2 * inputs * outputs for inputs, outputs in met)
     counts = {name: alone[name][0] for name in ("agrpo", "adapters", "merged adapters")}
     lengths = alone["adapters"][2]["lengths"]
     assert lengths == alone["agrpo"][2]["lengths"]
     assert counts["merged adapters"][0] == counts["agrpo"][0]
-    assert counts["adapters"][0] - counts["agrpo"][0] == 4 * token * sum(lengths)
+    more = 4 * token * sum(lengths) + 8 * scored * len(lengths)
+    assert counts["adapters"][0] - counts["agrpo"][0] == more
     model, lora = tiny().model, tiny(*LORA).lora
     assert update_cost(model, lora).token == 2 * matrices + 3 * token
     assert update_cost(model).token == 3 * matrices

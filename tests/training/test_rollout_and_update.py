@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from agrpo_megatron.megatron.model import LEAST_ROWS
+from agrpo_megatron.megatron.layers.scored import LEAST_ROWS
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.sft import run_sft
 from tests.diffusion.batching import rebuild_state
@@ -161,7 +161,7 @@ def test_the_head_sees_the_scored_tokens_and_no_other(results, name):
     result = results[name]
     rollout, update = result["rollout"], result["update"]
     for forwards in (rollout, update):
-        filled = [max(count, LEAST_ROWS) if count else 0 for count in forwards["scored"]]
+        filled = [max(count, LEAST_ROWS) for count in forwards["scored"]]
         assert forwards["head"] == filled
     assert sum(update["scored"]) == sum(len(places) for _, places in update["rows"])
     assert sum(update["head"]) < sum(update["packed"]) / 2

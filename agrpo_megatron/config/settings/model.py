@@ -124,6 +124,14 @@ class ModelSettings:
         return 0 if self.moe.experts is None else self.num_layers - self.moe.dense_layers
 
     @property
+    def ends_at_scored(self) -> bool:
+        """Whether the last layer, after its attention, runs on scored tokens only.
+
+        Not with experts, which would be counted and replayed for some tokens only.
+        """
+        return not self.moe_layers
+
+    @property
     def query_width(self) -> int:
         """The width of all queries together, and of the attention's output."""
         return self.head_width * self.num_attention_heads

@@ -50,6 +50,8 @@ class PackedLayout(PackedSeqParams):
     query_scale: Tensor | None = None  # [T, 1, 1] float32, of rotated queries; None: 1
     places: Places | None = None  # of all tokens; None: without patterns
     routing: Routing = Routing()
+    # Tokens that the last layer returns, [S]; None: all. Set by the model.
+    scored: Tensor | None = None
 
 
 def packed_layout(
