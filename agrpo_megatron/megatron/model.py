@@ -96,20 +96,8 @@ class MaskedDiffusionModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            assert config.init_method is not None
-            # Scored tokens are gathered before the head, so the head is not sequence-parallel: its
-            # input is whole on every rank and its input gradient is summed. In both specs it is
-            # Megatron's own layer, which only Apex can fuse.
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
-                config.hidden_size,
-                vocab_rows,
-                config=replace(
-                    config, sequence_parallel=False, gradient_accumulation_fusion=fuse_head_gradient
-                ),
-                init_method=config.init_method,
-                bias=False,
-                gather_output=False,
-                tp_group=groups.tp,
+            self.output_layer = _output_layer(
+                config, vocab_rows, groups.tp, fuse_gradient=fuse_head_gradient
             )
         self.setup_embeddings_and_output_layer()
         # With sequence parallelism, ranks hold equal parts of all tokens.
@@ -237,6 +225,26 @@ class MaskedDiffusionModel(LanguageModule):
             hidden = hidden[filled(places, 1)]
         logits, _ = self.output_layer(hidden)
         return logits[: len(places)].squeeze(1)
+
+
+def _output_layer(
+    config: TransformerConfig, vocab_rows: int, group: dist.ProcessGroup, *, fuse_gradient: bool
+) -> tensor_parallel.ColumnParallelLinear:
+    """Return the head; in both specs it is Megatron's own layer, which only Apex can fuse.
+
+    Scored tokens are gathered before the head, so it is not sequence-parallel: its input is whole
+    on every rank and its input gradient is summed.
+    """
+    assert config.init_method is not None
+    return tensor_parallel.ColumnParallelLinear(
+        config.hidden_size,
+        vocab_rows,
+        config=replace(config, sequence_parallel=False, gradient_accumulation_fusion=fuse_gradient),
+        init_method=config.init_method,
+        bias=False,
+        gather_output=False,
+        tp_group=group,
+    )
 
 
 def _inform(router: ExpertRouter, _: Any, __: tuple[()], inputs: dict[str, Any]) -> None:

@@ -99,7 +99,9 @@ def _scored_rows():
     _, chunk = _built(MODEL)
     rows = pack(_random_rows())
     seen = []
-    chunk.output_layer.register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
+    last = chunk.decoder.layers[-1]
+    for module in (last.self_attention.linear_proj, last.mlp.linear_fc1, chunk.output_layer):
+        module.register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
     some = torch.tensor([0, 5, 6, 20, 28])
     with torch.no_grad():
         few, full = chunk(replace(rows, scored=some)), chunk(rows)
@@ -139,9 +141,9 @@ def test_the_first_token_sees_the_last_and_no_other_row_does():
     assert [change > 0 for change in rows] == [False, False, False, True, False]
 
 
-def test_the_head_runs_on_the_scored_tokens_only():
+def test_the_end_of_the_last_layer_and_the_head_run_on_the_scored_tokens_only():
     few, expected, none, seen = run_ranks(1, _scored_rows)[0]
-    assert seen == [(5, 1, 32), (29, 1, 32), (4, 1, 32)]
+    assert seen == [(count, 1, 32) for count in (5, 29, 4) for _ in range(3)]
     assert none.shape == (0, 50)
     assert torch.allclose(few, expected, atol=1e-6, rtol=0)
 

@@ -7,7 +7,6 @@ SwiGLU see the scored tokens only.
 from typing import Any
 
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from agrpo_megatron.megatron.layers.packed import PackedLayout
@@ -28,19 +27,18 @@ def filled(places: Tensor, multiple: int) -> Tensor:
 
 
 class ScoredTokens:
-    """Lets a layer return its scored tokens, [S, 1, hidden], if a forward pass names them.
+    """Lets a layer of Megatron return scored tokens only, [S, 1, hidden], if a pass names them.
 
     A pass names them in `PackedLayout.scored`. Hooks do it, so that the layer, its parameters and
     their names stay those of Megatron in any specification.
     """
 
-    def __init__(self, layer: TransformerLayer):
+    def __init__(self, layer: Any):
         self._places: Tensor | None = None
-        self._bda: Any = layer.self_attn_bda
-        layer.self_attn_bda = self._make_add  # type: ignore[assignment]
+        self._bda = layer.self_attn_bda
+        layer.self_attn_bda = self._make_add
         layer.register_forward_pre_hook(self._begin, with_kwargs=True)
-        core: nn.Module = layer.self_attention.core_attention
-        core.register_forward_hook(_chosen, with_kwargs=True)
+        layer.self_attention.core_attention.register_forward_hook(_chosen, with_kwargs=True)
 
     def _begin(self, _: nn.Module, __: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         """Note the tokens of a forward pass; also if the layer is computed again."""
