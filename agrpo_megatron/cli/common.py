@@ -73,7 +73,18 @@ def run_file(file: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
             f"{named}: {file} is the directory of the run to resume; leave it out, or give "
             f"{own} to start a new run with these settings"
         )
-    return str(own), [*overrides, f"run.dir={flow(str(directory))}"]
+    return str(own), [*overrides, *_other_length(overrides), f"run.dir={flow(str(directory))}"]
+
+
+def _other_length(overrides: Sequence[str]) -> list[str]:
+    """Return the override of the length of the supervised phase that another one replaces.
+
+    A run's settings have its epochs, and the iterations that they took.
+    """
+    given = {key.strip(): value.strip() for key, _, value in (o.partition("=") for o in overrides)}
+    none = {"sft.iterations": "0", "sft.epochs": "null"}
+    new = [key for key in none if given.get(key, none[key]) != none[key]]
+    return [f"{key}={none[key]}" for key in none if new and key not in given]
 
 
 def all_overrides(arguments: argparse.Namespace, rest: Sequence[str]) -> list[str]:

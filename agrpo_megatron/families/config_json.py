@@ -71,7 +71,7 @@ def index_bytes(directory: Path) -> int | None:
     """
     counts = read_object(directory / INDEX).get("metadata")
     total = counts.get("total_size") if isinstance(counts, dict) else None
-    return int(total) if type(total) in (int, float) and 0 < total <= MOST_FLOAT else None
+    return int(total) if isinstance(total, int | float) and 0 < total <= MOST_FLOAT else None
 
 
 def end_ids(given: Mapping[str, Any]) -> list[Any]:

@@ -6,19 +6,17 @@ and continue an attempt whose successor already runs.
 """
 
 import itertools
-import json
 import os
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
 from agrpo_megatron.megatron.parallel import Ranks, gather_objects
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
-from agrpo_megatron.runs.files import write_whole
+from agrpo_megatron.runs.files import append_records, read_records, write_whole
 
 ATTEMPTS, CLAIM = "attempts.jsonl", "claim"
 UNATTENDED = "AGRPO_UNATTENDED"  # set in jobs that requeue themselves
@@ -80,13 +78,7 @@ def begin(directory: Path, progress: list[str], *, most_idle: int, ranks: Ranks)
 
 def read_attempts(directory: Path) -> list[dict]:
     """Return the record of each attempt so far, oldest first."""
-    path = directory / LAUNCH_FOLDER / ATTEMPTS
-    found = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # truncated by a kill
-                found.append(json.loads(line))
-    return found
+    return read_records(directory / LAUNCH_FOLDER / ATTEMPTS)
 
 
 def _record(directory: Path, attempt: dict) -> None:
@@ -97,6 +89,4 @@ def _record(directory: Path, attempt: dict) -> None:
         for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
         if name in os.environ
     }
-    with path.open("a", encoding="utf-8") as file:
-        # A new line, even after a line that a kill has truncated.
-        file.write("\n" + json.dumps({**attempt, "time": time.time(), **job}))
+    append_records(path, [{**attempt, "time": time.time(), **job}])

@@ -179,16 +179,19 @@ def run_digest(settings: Settings, data: Mapping[str, str]) -> str:
 
 def digests_so_far(directory: Path, settings: Settings, data: Mapping[str, str]) -> set[str]:
     """Return the digest of a run, and those it had before its settings changed."""
-    flat = fixed(asdict(settings), FREE)
+    flat, always = fixed(asdict(settings), FREE), fixed(asdict(Settings()), FREE)
     found = {_digest_of(flat, data)}
     for change in reversed(read_changes(directory)):
-        flat = {**flat, change["key"]: change["old"]}
+        key, old = change["key"], change["old"]
+        flat = {**flat, key: old}
+        if old is None and key not in always:  # below a mapping, such as `evaluation.tasks`
+            del flat[key]
         found.add(_digest_of(flat, data))
     return found
 
 
 def _digest_of(flat: Mapping[str, Any], data: Mapping[str, str]) -> str:
-    return digest(json.dumps([flat, data], default=str).encode())
+    return digest(json.dumps([flat, data], default=str, sort_keys=True).encode())
 
 
 def is_finished(settings: Settings, done: Progress | None) -> bool:

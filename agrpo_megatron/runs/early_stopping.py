@@ -1,4 +1,4 @@
-"""Early stopping, by a metric of evaluations or a budget of FLOPs."""
+"""Early stopping, by a metric of evaluations or a budget of FLOPs; the best evaluation."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -54,6 +54,20 @@ def _reason(done: Progress, value: float | None, settings: TrainSettings) -> str
     if patience is None or done.stop_waited < patience:
         return None
     return f"{name} was never above {done.stop_best:.4g} again: train.stop_patience={patience}"
+
+
+def with_best(done: Progress, scores: Mapping[str, Any], name: str) -> tuple[Progress, bool]:
+    """Return the progress with the best value of a metric so far, and whether it is of `scores`.
+
+    A best value of another metric, of before a resume, does not count.
+
+    Raises:
+        ValueError: the evaluation has no such metric.
+    """
+    best = done.best if done.best_metric in (None, name) else None
+    value = metric(scores, name, key="checkpoint.best")
+    is_best = best is None or value > best
+    return replace(done, best=value if is_best else best, best_metric=name), is_best
 
 
 def is_spent(done: Progress, settings: TrainSettings) -> bool:

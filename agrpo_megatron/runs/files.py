@@ -3,12 +3,14 @@
 import errno
 import hashlib
 import itertools
+import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 # safetensors and Megatron pass on only the text of the system's error.
 FULL = re.compile("|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT))))
@@ -26,6 +28,28 @@ def write_whole(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file with one in each line; none of a missing file.
+
+    A line that a kill cut short is left out.
+    """
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append a line for each record; a line that a kill cut short is ended first."""
+    lines = [json.dumps(record, default=str) + "\n" for record in records]
+    if lines:
+        with path.open("ab+") as stream:
+            stream.seek(max(0, stream.tell() - 1))
+            is_cut = stream.read() not in (b"", b"\n")
+            stream.write(("\n" * is_cut + "".join(lines)).encode())
 
 
 def check_folder(path: Path, *, key: str) -> None:

@@ -4,13 +4,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.config.schema import to_whole_yaml
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.runs.files import check_folder, write_whole
+from agrpo_megatron.runs.files import check_folder, read_records, write_whole
 from agrpo_megatron.runs.trackers.tensorboard import TensorBoard, wants_tensorboard
 from agrpo_megatron.runs.trackers.weights_and_biases import Wandb, check_wandb
 
@@ -91,10 +90,9 @@ class RunLog:
         found: dict[int, float] = {}
         if not self._files or not iterations:
             return found
-        with (self.directory / METRICS).open(encoding="utf-8") as file:
-            for record in map(json.loads, file):
-                if record["phase"] == phase and record["iteration"] <= iterations:
-                    found[record["iteration"]] = record[key]
+        for record in read_records(self.directory / METRICS):
+            if record["phase"] == phase and record["iteration"] <= iterations:
+                found[record["iteration"]] = record[key]
         return found
 
     def last(self, phase: str) -> dict[str, Any]:
@@ -131,8 +129,7 @@ class RunLog:
             file.truncate(min(offsets.get(name, 0), file.seek(0, os.SEEK_END)))
             file.seek(0, os.SEEK_END)
         if self._trackers:
-            text = (self.directory / METRICS).read_text(encoding="utf-8")
-            kept = [json.loads(line) for line in text.splitlines()]
+            kept = read_records(self.directory / METRICS)
             self._lines = len(kept)
             for tracker in self._trackers:
                 tracker.restart(kept)
@@ -151,10 +148,5 @@ class RunLog:
 
 def _last_line(path: Path, phase: str | None = None) -> dict[str, Any] | None:
     """Return the last whole line of metrics, of one phase if it is given; None without one."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for line in reversed(lines):
-        with suppress(ValueError):  # truncated by a kill
-            record = json.loads(line)
-            if phase in (None, record["phase"]):
-                return record
-    return None
+    records = reversed(read_records(path))
+    return next((record for record in records if phase in (None, record["phase"])), None)

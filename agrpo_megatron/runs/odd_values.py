@@ -5,11 +5,12 @@ have one (a test runs them all).
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from agrpo_megatron.config.settings import OptimizerSettings, Settings
+from agrpo_megatron.runs.progress import PHASES
 from agrpo_megatron.runs.sizes import Sizes
 from agrpo_megatron.scaling.forecast.disk import evaluations_of, parameters
 from agrpo_megatron.scaling.memory import worst_rank
@@ -45,19 +46,31 @@ class Facts:
 type Rule = Callable[[Facts], str | None]
 
 
-def odd_values(settings: Settings, sizes: Sizes, *, world_size: int) -> list[str]:
-    """Return a line for each odd value of a run's complete settings: key, value, why, and range."""
+def odd_values(
+    settings: Settings, sizes: Sizes, *, world_size: int, phases: Collection[str] = PHASES
+) -> list[str]:
+    """Return a line for each odd value of a run's complete settings: key, value, why, and range.
+
+    Args:
+        phases: those that are going to train (sft, rl); settings of the others have no line.
+    """
+    if "sft" not in phases:
+        settings = replace(settings, sft=replace(settings.sft, iterations=0))
+    if "rl" not in phases:
+        settings = replace(settings, train=replace(settings.train, iterations=0))
     facts = Facts(settings, sizes, world_size)
-    return [line for rule in RULES if (line := rule(facts)) is not None]
+    rules = RULES + (RL_RULES if settings.train.iterations else ())
+    return [line for rule in rules if (line := rule(facts)) is not None]
 
 
 def _small_budget(facts: Facts) -> str | None:
-    budget = facts.settings.train.token_budget
-    if budget >= facts.row:
+    budget, rl = facts.settings.train.token_budget, facts.settings.train.iterations > 0
+    if budget >= facts.row or not rl and facts.settings.sft.data is not None:  # see `with_rows`
         return None
     return (
-        f"train.token_budget={budget} is under the {facts.row} tokens of a row, so every row is a "
-        f"micro-batch of its own, which is slow; usual are {4 * facts.row} or more"
+        f"train.token_budget={budget} is under the {facts.row} tokens of a row, the longest of "
+        f"{len(facts.sizes.train)} sampled: such rows are micro-batches of their own, which is "
+        f"slow; usual are {4 * facts.row} or more"
     )
 
 
@@ -186,24 +199,22 @@ def _endless_warmup(facts: Facts) -> str | None:
 
 
 def _warmup(key: str, updates: int, optimizer: OptimizerSettings) -> str | None:
-    if not updates or optimizer.warmup_iterations < updates:
+    if not updates or optimizer.warmup_iterations < max(1, updates - 1):
         return None
     return (
-        f"{key}.warmup_iterations={optimizer.warmup_iterations} ends after all {updates} updates, "
-        "so the learning rate never reaches its value; usual is a hundredth to a tenth of them"
+        f"{key}.warmup_iterations={optimizer.warmup_iterations} is cut to {updates - 1}, as there "
+        f"are {updates} updates, and only the last one has the whole learning rate; usual is a "
+        "hundredth to a tenth of them"
     )
 
 
 RULES: tuple[Rule, ...] = (
     _small_budget,
     _large_budget,
-    _many_draws,
     _high_rate,
-    _pairs,
-    _costly_evaluation,
     _small_weights,
     _slow_positions,
     _long_completions,
-    _far_temperature,
     _endless_warmup,
 )
+RL_RULES: tuple[Rule, ...] = (_many_draws, _pairs, _costly_evaluation, _far_temperature)

@@ -53,12 +53,9 @@ def _rows(planned: Planned | Resolved) -> list[tuple[int, int]]:
         return []
     examples, settings = planned.supervised.train, planned.settings
     some = [example.rows[-1] for example in examples[:: -(-len(examples) // SOME)]]
-    longest = max(len(row.ids) for row in some) if settings.sft.padding == "batch" else 0
-    found = []
-    for row in some:
-        end = max(longest, padded_length(row, settings.sft.padding, settings.sampling))
-        found.append((row.prompt, end - row.prompt))
-    return found
+    fill = {"padding": settings.sft.padding, "sampling": settings.sampling}
+    fill["longest"] = max(len(row.ids) for row in some)
+    return [(row.prompt, padded_length(row, **fill) - row.prompt) for row in some]
 
 
 def _lengths(planned: Planned | Resolved, prompts: Sequence[Prompt]) -> list[int]:

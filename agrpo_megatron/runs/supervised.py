@@ -66,7 +66,8 @@ def _with_iterations(settings: Settings, epoch: float) -> tuple[Settings, list[s
     sft = settings.sft
     if sft.epochs is None:
         return settings, []
-    iterations = max(1, math.ceil(sft.epochs * epoch / sft.batch_size))
+    batches = round(sft.epochs * epoch / sft.batch_size, 6)  # 1.1 * 100 / 10 is above 11
+    iterations = max(1, math.ceil(batches))
     if sft.iterations not in (0, iterations):
         raise ValueError(
             f"sft.iterations={sft.iterations} and sft.epochs={sft.epochs:g} disagree: "

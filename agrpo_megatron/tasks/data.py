@@ -1,13 +1,13 @@
 """Rows of a source: their columns, the problems made of them, and leaks between splits."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 from agrpo_megatron.tasks.base import Task
 from agrpo_megatron.tasks.rewards.latex import is_equivalent
-from agrpo_megatron.types import Problem
+from agrpo_megatron.types import Chat, Message, Problem, Prompt
 
 type Row = dict[str, Any]
 
@@ -27,10 +27,8 @@ def convert_rows[T](
                 raise ValueError("must hold one object with the columns as keys")
             made.append((number, make(row)))
         except KeyError as error:
-            known = one_line(", ".join(map(str, row)) or "none")
-            raise ValueError(
-                f"{key}={source}, row {number}: no column {error.args[0]}; it has {known}"
-            ) from None
+            said = f"{key}={source}, row {number}: no column {error.args[0]}; it has {listed(row)}"
+            raise ValueError(said) from None
         except (ValueError, RecursionError) as error:  # of a deeply nested value
             raise ValueError(f"{key}={source}, row {number}: {error}") from None
     return made
@@ -92,6 +90,43 @@ def one_line(error: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def listed(names: Iterable[object]) -> str:
+    """Return the names of columns, for an error."""
+    return one_line(", ".join(map(str, names)) or "none")
+
+
+def check_roles(
+    chosen: Mapping[str, Any], roles: Sequence[str], names: Iterable[str], *, key: str
+) -> None:
+    """Check the columns by role that the user chose.
+
+    Args:
+        names: of all columns of a source.
+        key: the setting, for errors.
+
+    Raises:
+        ValueError: a role is unknown, or a column is not there.
+    """
+    row = dict.fromkeys(names)
+    for role, column in chosen.items():
+        if role not in roles or not isinstance(column, str):
+            raise ValueError(
+                f"{key}.{role}={column!r}: give a column for any of {', '.join(roles)}"
+            )
+        if not has_column(row, column.casefold()):
+            raise ValueError(f"{key}.{role}={column}: there is no such column, but {listed(row)}")
+
+
+def messages_of(prompt: Prompt) -> Sequence[Message]:
+    """Return the messages of a prompt; one of text is a turn of the user."""
+    return prompt.messages if isinstance(prompt, Chat) else (Message("user", prompt),)
+
+
+def said_text(messages: Iterable[Message]) -> str:
+    """Return turns as one text, without system messages and differences in white space."""
+    return " ".join("\n".join(m.content for m in messages if m.role != "system").split())
+
+
 def optional_column(row: Row, *names: str) -> Any:
     """Return a row's value in the first of `names` that it has, in any letter case, or None.
 
@@ -119,14 +154,26 @@ def has_column(row: Row, *names: str) -> bool:
 def text_column(row: Row, *names: str) -> str:
     """Return the text in the first of `names` that a row has."""
     value = first_column(row, *names)
+    return valid_text(value, said=f"column {' or '.join(names)} holds")
+
+
+def valid_text(value: Any, *, said: str) -> str:
+    """Return a value that is text, without a half of a character.
+
+    Args:
+        said: what holds it, for errors: "column answer holds".
+
+    Raises:
+        ValueError: it is something else.
+    """
     if not isinstance(value, str):
-        raise wrong_value(value, "text", *names)
+        raise ValueError(f"{said} {value!r:.80}, which is not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"column {' or '.join(names)} holds {value[error.start]!r} at character "
-            f"{error.start + 1}, half of a character or a byte that is not UTF-8; remove it"
+            f"{said} {value[error.start]!r} at character {error.start + 1}, half of a character or "
+            "a byte that is not UTF-8; remove it"
         ) from None
     return value
 

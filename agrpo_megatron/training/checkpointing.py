@@ -13,7 +13,7 @@ from agrpo_megatron.families.files import is_huggingface
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.runs.base import Base, write_base
-from agrpo_megatron.runs.early_stopping import is_spent, metric, with_early_stop
+from agrpo_megatron.runs.early_stopping import is_spent, with_best, with_early_stop
 from agrpo_megatron.runs.progress import CHECKPOINTS, HF, RUN_FILE, TEMPLATE, Progress
 from agrpo_megatron.runs.stored_rollouts import sampling_number
 from agrpo_megatron.text.tokenizer import CHARACTERS
@@ -66,16 +66,11 @@ class Checkpointer:
 
     def on_evaluation(self, scores: dict) -> str | None:
         """Record the metrics of an evaluation; returns the reason for early stopping, if any."""
-        name, best = self._settings.best, self._done.best
+        done, name = self._done, self._settings.best
         if name is not None:
-            if self._done.best_metric not in (None, name):  # it was changed on a resume
-                best = None
-            value = metric(scores, name, key="checkpoint.best")
-            self._is_best = best is None or value > best
-            best = value if self._is_best else best
+            done, self._is_best = with_best(done, scores, name)
         kept = {k: v for k, v in scores.items() if isinstance(v, float) or k.startswith("summary/")}
-        done = replace(self._done, is_evaluated=True, scores=kept)
-        done = replace(done, best=best, best_metric=name)
+        done = replace(done, is_evaluated=True, scores=kept)
         self._done = with_early_stop(done, scores, self._session.run.settings.train)
         return self._done.stopped
 

@@ -163,5 +163,5 @@ def _show_banner(session: Session, phases: tuple[str, ...]) -> None:
     facts = {"device": device_text(ranks.device), "world_size": ranks.world_size, "phases": phases}
     for line in banner(run.settings, sizes, **facts):
         view.note(line)
-    for line in odd_values(run.settings, sizes, world_size=ranks.world_size):
+    for line in odd_values(run.settings, sizes, world_size=ranks.world_size, phases=phases):
         view.note(f"unusual: {line}")

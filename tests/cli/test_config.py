@@ -2,7 +2,10 @@
 
 import pytest
 
+from agrpo_megatron.cli.common import run_file
 from agrpo_megatron.cli.main import main
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.reports.reference import metrics_page, settings_page
 
 
@@ -37,3 +40,20 @@ def test_metrics_are_explained_whole_or_by_prefix(capsys):
 def test_options_that_exclude_each_other_are_refused(capsys, arguments, said):
     status, printed, error = agrpo(capsys, *arguments)
     assert (status, printed) == (2, "") and error.startswith(f"agrpo: error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("words", "length"),
+    [
+        ([], (8, 3.0)),
+        (["sft.epochs=5"], (0, 5.0)),
+        (["sft.iterations=20"], (20, None)),
+        (["sft.iterations=20", "sft.epochs=5"], (20, 5.0)),
+        (["sft.epochs=null"], (8, None)),
+    ],
+)
+def test_one_length_of_the_supervised_phase_replaces_the_other_of_a_run(tmp_path, words, length):
+    """A run's file has its epochs, and the iterations that they took."""
+    (tmp_path / "config.yaml").write_text("sft: {iterations: 8, epochs: 3}\n")
+    sft = load(Settings, *run_file(str(tmp_path), words)).sft
+    assert (sft.iterations, sft.epochs) == length

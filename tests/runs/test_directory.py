@@ -73,6 +73,7 @@ def test_a_new_directory_has_no_progress(tmp_path):
         ("run.seed", 1, "run.seed=0, not 1"),
         ("optimizer.adam_beta2", 0.9, "optimizer.adam_beta2=0.99, not 0.9, which may not change"),
         ("sft.iterations", 9, "sft.iterations=0, not 9, which may not change: reinforcement"),
+        ("sft.epochs", 3.0, "sft.epochs=None, not 3.0, which may not change: reinforcement"),
         ("sft.optimizer.learning_rate", 1e-3, "the supervised phase is over"),
         ("evaluation.temperature", 0.5, "accuracies before and after would not compare"),
         ("sampling.top_k", 5, "sampling.top_k=None, not 5"),
@@ -158,6 +159,11 @@ def test_what_the_supervised_phase_does_not_use_may_change_until_it_is_over(sett
     (root / sft.name / "progress.json").write_text(json.dumps(asdict(sft)))
     (root / "latest").write_text(sft.name)
     assert progress(changed) == sft
+    longer = _changed(_changed(settings, "sft.epochs", 3.0), "sft.iterations", 9)
+    assert [change.key for change in changed_settings(longer, sft)] == [
+        "sft.iterations",
+        "sft.epochs",
+    ]
 
 
 OWN = """
@@ -221,6 +227,12 @@ def test_rollouts_of_before_a_change_are_still_the_run_s(settings):
         (folder / "config.yaml").write_text(to_yaml(changed))
         digests.append(run_digest(changed, {}))
     assert len(set(digests)) == 3
+    tasks = replace(changed.evaluation, tasks={"a": {"name": "sudoku"}})
+    for evaluation in (tasks, replace(tasks, tasks={}), replace(tasks, tasks={"b": {}})):
+        changed = replace(changed, evaluation=evaluation)
+        write_changes(folder, changed_settings(changed, HALF), HALF)
+        (folder / "config.yaml").write_text(to_yaml(changed))
+        digests.append(run_digest(changed, {}))
     assert set(digests) <= digests_so_far(folder, changed, {})
     assert run_digest(_changed(settings, "run.seed", 1), {}) not in digests_so_far(
         folder, changed, {}

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from agrpo_megatron.config.settings import TrainSettings
 from agrpo_megatron.runs.directory import is_finished
-from agrpo_megatron.runs.early_stopping import with_early_stop
+from agrpo_megatron.runs.early_stopping import with_best, with_early_stop
 from agrpo_megatron.runs.progress import Progress, read_progress
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
@@ -39,6 +39,15 @@ def test_patience_counts_evaluations_since_the_best():
 
 def test_without_a_metric_nothing_is_with_early_stop():
     assert with_early_stop(START, {"accuracy": 1.0}, TrainSettings()) is START
+
+
+def test_the_best_value_is_of_its_own_metric():
+    first, is_best = with_best(START, {"accuracy": 0.5}, "accuracy")
+    assert (first.best, is_best) == (0.5, True)
+    second, is_best = with_best(first, {"accuracy": 0.4, "reward/mean": 0.1}, "accuracy")
+    assert (second.best, is_best) == (0.5, False)
+    third, is_best = with_best(second, {"accuracy": 0.4, "reward/mean": 0.1}, "reward/mean")
+    assert (third.best, third.best_metric, is_best) == (0.1, "reward/mean", True)
 
 
 def test_an_unknown_metric_names_those_there_are():

@@ -36,7 +36,7 @@ ODD = {
     "sampling.completion_length=96": "sampling.completion_length=96 is far over the longest",
     "sampling.temperature=2": "sampling.temperature=2 draws mostly noise; usual are 0.6 to 1.0",
     "sampling.temperature=0.1": "sampling.temperature=0.1 draws nearly equal completions",
-    "optimizer.warmup_iterations=80": "optimizer.warmup_iterations=80 ends after all 80 updates",
+    "optimizer.warmup_iterations=80": "optimizer.warmup_iterations=80 is cut to 79, as there are",
 }
 SIZES = Sizes(train=[42] * 8, held_out=[42] * 256, longest_solution=23)
 
@@ -67,6 +67,15 @@ def test_adapters_and_large_models_have_learning_rates_of_their_own():
         "train.token_budget=65536 takes 386 GiB of activations in a rank, over launch"
         in (lines("train.token_budget=65536")[0])
     )
+
+
+def test_a_phase_that_does_not_train_has_no_odd_values():
+    of_rl = ["algorithm.group_size=2", "sampling.temperature=2", "optimizer.warmup_iterations=80"]
+    for words, phase in ((of_rl, "rl"), (["sft.optimizer.learning_rate=0.05"], "sft")):
+        settings, other = tiny(*words), {"rl": "sft", "sft": "rl"}[phase]
+        assert len(odd_values(settings, SIZES, world_size=1, phases=(phase,))) == len(words)
+        assert odd_values(settings, SIZES, world_size=1, phases=(other,)) == []
+    assert odd_values(tiny(*of_rl, "train.iterations=0"), SIZES, world_size=1) == []
 
 
 def test_what_fits_its_reason_is_not_odd():

@@ -28,6 +28,8 @@ def test_an_attempt_says_what_made_its_numbers(monkeypatch, tmp_path):
     with (tmp_path / "provenance.jsonl").open("a") as file:
         file.write('{"time": ')
     assert read_provenance(tmp_path) == [found, found]
+    write_provenance(tmp_path, found)  # the line that was cut short costs only itself
+    assert read_provenance(tmp_path) == [found] * 3
     assert read_provenance(tmp_path / "none") == []
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from agrpo_megatron.runs.log import RunLog, check_log
 from agrpo_megatron.runs.trackers import named_scalars
+from agrpo_megatron.runs.trackers.tensorboard import TensorBoard
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
 from tests.training.kills import kill_after_line
@@ -88,6 +89,16 @@ def test_a_run_that_had_none_gets_its_earlier_lines_and_a_roll_back_drops_later_
     log.metrics({**_line("rl", 2), "a": 9.0})  # an early end repeats its evaluation's line
     log.close()
     assert curves(tmp_path)["rl/a"] == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_phase_without_events_and_without_lines_is_opened_by_its_first_line(tmp_path):
+    (tmp_path / "tensorboard" / "rl").mkdir(parents=True)
+    board = TensorBoard(tmp_path)
+    board.restart([{"phase": "sft", "iteration": 1, "loss": 2.0}])
+    board.send(0, {"phase": "rl", "iteration": 1, "loss": 1.0})
+    board.close()
+    found = curves(tmp_path)
+    assert (found["sft/loss"], found["rl/loss"]) == ([(1, 2.0)], [(1, 1.0)])
 
 
 def test_a_missing_package_is_refused_or_left_out(tmp_path, monkeypatch):

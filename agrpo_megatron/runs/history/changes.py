@@ -1,6 +1,5 @@
 """Which settings may change when a run resumes: freely, with a line in its log, or never."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from agrpo_megatron.config.schema import flatten
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.config.values import text
 from agrpo_megatron.config.yaml_files import with_file_names
+from agrpo_megatron.runs.files import append_records, read_records
 from agrpo_megatron.runs.progress import Progress
 
 CHANGES = "changes.jsonl"  # in a run directory: one line for each changed setting
@@ -37,7 +37,12 @@ LOGGED += tuple(
 LOGGED += ("evaluation.batch_size",)
 # Until reinforcement learning has a checkpoint: settings of the supervised phase, and those that
 # it does not use. With `task.leaks`, `check_data` compares the rows that are trained.
-OF_SFT = ("sft.iterations", *(f"sft.optimizer.{name}" for name in SCHEDULE), "task.leaks")
+OF_SFT = (
+    "sft.iterations",
+    "sft.epochs",
+    *(f"sft.optimizer.{name}" for name in SCHEDULE),
+    "task.leaks",
+)
 OF_RL = ("algorithm", "evaluation", "optimizer", "train")
 
 # Of the longest fitting name counts the reason.
@@ -52,7 +57,10 @@ FROZEN = {
     "task": "rewards and accuracies before and after would not compare",
     "task.leaks": "the supervised phase is over",
     "sft": "the phase would be of two kinds of data; its loss before and after would not compare",
-    "sft.iterations": "reinforcement learning has begun, from the end of the supervised phase",
+    **dict.fromkeys(
+        ("sft.iterations", "sft.epochs"),
+        "reinforcement learning has begun, from the end of the supervised phase",
+    ),
     "sft.optimizer": "Adam's states were averaged and stored with it",
     **{f"sft.optimizer.{name}": "the supervised phase is over" for name in SCHEDULE},
     "optimizer": "Adam's states were averaged and stored with it",
@@ -123,14 +131,9 @@ def reason(key: str) -> str:
 def write_changes(directory: Path, changes: Iterable[Change], done: Progress) -> None:
     """Append changes to the run's file; they hold after the iteration that is done."""
     where = {"phase": done.phase, "iteration": done.iteration}
-    lines = [{**where, **asdict(change)} for change in changes]
-    if lines:
-        with (directory / CHANGES).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, default=str) + "\n" for line in lines)
+    append_records(directory / CHANGES, [{**where, **asdict(change)} for change in changes])
 
 
 def read_changes(directory: Path) -> list[dict[str, Any]]:
     """Return the changes of a run, oldest first, as `write_changes` has them."""
-    path = directory / CHANGES
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return read_records(directory / CHANGES)

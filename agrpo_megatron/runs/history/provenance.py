@@ -1,7 +1,6 @@
 """Where the numbers of a run come from: code, versions, command, host and devices, by attempt."""
 
 import importlib.metadata
-import json
 import os
 import shlex
 import socket
@@ -15,6 +14,7 @@ from typing import Any
 from agrpo_megatron import __version__
 from agrpo_megatron.config.parallel import layout_text
 from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.runs.files import append_records, read_records
 
 PROVENANCE = "provenance.jsonl"  # in a run directory: a line for each attempt
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "flash-attn", "numpy")
@@ -50,18 +50,12 @@ def provenance(settings: Settings, *, ranks: int, device: str, seconds: float) -
 
 def write_provenance(directory: Path, record: dict[str, Any]) -> None:
     """Append the line of an attempt."""
-    with (directory / PROVENANCE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append_records(directory / PROVENANCE, [record])
 
 
 def read_provenance(directory: Path) -> list[dict[str, Any]]:
     """Return the lines of all attempts, oldest first; those cut short by a kill are left out."""
-    path, found = directory / PROVENANCE, []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for line in lines:
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+    return read_records(directory / PROVENANCE)
 
 
 def _command() -> str:

@@ -13,6 +13,8 @@ from agrpo_megatron.runs.metrics.position import POSITION
 from agrpo_megatron.runs.metrics.record import Metric
 from agrpo_megatron.runs.metrics.work import ALARMS, DRAWS, MEMORY, RANKS, SPEED, TIME, WORK
 
+PART = re.compile(r"<\w+>")  # of a name: it stands for any text
+
 METRICS: dict[str, tuple[Metric, ...]] = {
     "Place in the run": POSITION,
     "Rewards and accuracy": REWARDS,
@@ -30,7 +32,9 @@ METRICS: dict[str, tuple[Metric, ...]] = {
 
 
 def find_metric(name: str, *, phase: str | None = None) -> Metric | None:
-    """Return the metric that a logged name belongs to: itself, or the first pattern that fits.
+    """Return the metric that a logged name belongs to: itself, or the closest pattern.
+
+    Of several patterns that fit, the closest has the most letters outside its <PARTS>.
 
     Args:
         phase: only metrics that this phase logs; None: of any.
@@ -39,7 +43,8 @@ def find_metric(name: str, *, phase: str | None = None) -> Metric | None:
     every = [metric for metric in every if phase is None or phase in metric.phases]
     exact = (metric for metric in every if metric.name == name)
     fitting = (metric for metric in every if re.fullmatch(_pattern(metric.name), name))
-    return next(exact, None) or next(fitting, None)
+    closest = max(fitting, key=lambda metric: len(PART.sub("", metric.name)), default=None)
+    return next(exact, closest)
 
 
 def chosen_metrics(prefix: str = "") -> dict[str, list[Metric]]:
@@ -66,5 +71,4 @@ def chosen_metrics(prefix: str = "") -> dict[str, list[Metric]]:
 
 def _pattern(name: str) -> str:
     """Return a regular expression of a name in which <PART> stands for any text."""
-    parts = re.split(r"(<\w+>)", name)
-    return "".join(".+" if part.startswith("<") else re.escape(part) for part in parts)
+    return ".+".join(map(re.escape, PART.split(name)))

@@ -53,7 +53,7 @@ class TensorBoard:
             if any(folder.glob("events.*")):
                 self._open(phase, purge_step=self._steps.get(phase, -1) + 1)
                 continue
-            self._steps.pop(phase)
+            self._steps.pop(phase, None)
             for record in kept:
                 if record["phase"] == phase:
                     self.send(0, record)

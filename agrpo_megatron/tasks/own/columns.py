@@ -7,9 +7,10 @@ from typing import Any
 from agrpo_megatron.tasks.data import (
     Row,
     answer_column,
+    check_roles,
     first_column,
     has_column,
-    one_line,
+    listed,
     text_column,
 )
 from agrpo_megatron.tasks.rewards.extract import Fields
@@ -20,7 +21,7 @@ KEY = "task.options.columns"
 ROLES = ("messages", "prompt", "answer", "solution", "key")
 ANSWERS = ("answer", "solution", "target", "completion", "response", "output")
 SOLUTION = "solution"
-_PLACE = re.compile(r"\{\{|\}\}|\{([^{}\s]+)\}")
+_PLACE = re.compile(r"\{\{|\}\}|\{([^{}\n]+)\}")
 
 type Columns = Mapping[str, str]  # by role, in small letters
 
@@ -36,14 +37,7 @@ def find_columns(names: Iterable[str], chosen: Mapping[str, Any], *, needs_promp
         ValueError: a role is unknown, a column is not there, or several could be the prompt.
     """
     row = dict.fromkeys(names)
-    listed = one_line(", ".join(map(str, row)) or "none")
-    for role, column in chosen.items():
-        if role not in ROLES or not isinstance(column, str):
-            raise ValueError(
-                f"{KEY}.{role}={column!r}: give a column for any of {', '.join(ROLES)}"
-            )
-        if not has_column(row, column.casefold()):
-            raise ValueError(f"{KEY}.{role}={column}: there is no such column, but {listed}")
+    check_roles(chosen, ROLES, row, key=KEY)
     if {"messages", "prompt"} <= set(chosen):
         raise ValueError(f"{KEY}: messages and prompt are two forms of a prompt; name one")
     found = {role: column.casefold() for role, column in chosen.items()}
@@ -59,7 +53,9 @@ def find_columns(names: Iterable[str], chosen: Mapping[str, Any], *, needs_promp
             found["prompt"] = texts[0]
         elif needs_prompt:
             why = f"{' and '.join(texts)} could be the prompt" if texts else "none is a prompt"
-            raise ValueError(f"the columns are {listed}; {why}; name it, as {KEY}={{prompt: ask}}")
+            raise ValueError(
+                f"the columns are {listed(row)}; {why}; name it, as {KEY}={{prompt: ask}}"
+            )
     for role, names_of in (("answer", ANSWERS), ("solution", (SOLUTION,))):
         if role not in found and (there := known(names_of)):
             found[role] = there[0]

@@ -1,6 +1,7 @@
 """`task.name=jsonl`: problems from the user's rows, graded by rewards that settings name."""
 
 import hashlib
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,14 @@ from typing import Any
 from agrpo_megatron.config.schema import setting
 from agrpo_megatron.config.settings import TaskSettings
 from agrpo_megatron.tasks.base import GENERATED, Split, Splits, Task
-from agrpo_megatron.tasks.data import Row, one_line, optional_column, without_leaks
+from agrpo_megatron.tasks.data import (
+    Row,
+    listed,
+    messages_of,
+    optional_column,
+    said_text,
+    without_leaks,
+)
 from agrpo_megatron.tasks.own.columns import Columns, find_columns, read_fields
 from agrpo_megatron.tasks.own.files import NONE, FileTask
 from agrpo_megatron.tasks.own.rewards import Part, build_parts, combine
@@ -102,7 +110,7 @@ class Jsonl(FileTask):
         if needy and not has_answer:
             raise ValueError(
                 f"{key}={source}: reward {needy[0]} needs an answer, and the columns are "
-                f"{one_line(', '.join(map(str, names)))}; name it: "
+                f"{listed(names)}; name it: "
                 "task.options.columns={answer: gold}"
             )
         said = ", ".join(f"{role}={column}" for role, column in self._columns.items())
@@ -125,9 +133,10 @@ class Jsonl(FileTask):
             splits: Splits = {"train": train, "eval": held_out}
         else:
             splits = self._split(train)
-        for part in self.parts:
-            if part.function is not None:
-                part.function.check(splits["eval"][0].fields)
+        functions = [part.function for part in self.parts if part.function is not None]
+        for function, problems in itertools.product(functions, splits.values()):
+            for first in problems[:1]:
+                function.check(first.fields)
         return splits
 
     def prompt(self, problem: Problem) -> Prompt:
@@ -152,8 +161,8 @@ class Jsonl(FileTask):
         return problem.solution if is_own or self.parts[0].accepts_answer else ""
 
     def leak_key(self, problem: Problem, other: Task) -> str:
-        """Return the text of the prompt, whatever its key."""
-        return _text(problem.fields["prompt"])
+        """Return what the prompt says, whatever its key: in a column, or in messages."""
+        return said_text(messages_of(self.prompt(problem)))
 
     def _split(self, rows: list[Problem]) -> Splits:
         """Hold out some of the rows."""
@@ -169,7 +178,7 @@ class Jsonl(FileTask):
 
     def _rank(self, problem: Problem) -> str:
         """Return a place among all rows that does not depend on their order."""
-        text = f"{self.settings.seed} {self.leak_key(problem, self)}"
+        text = f"{self.settings.seed} {_text(problem.fields['prompt'])}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _held_out(self, total: int) -> int:

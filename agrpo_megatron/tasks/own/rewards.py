@@ -125,7 +125,7 @@ def _part(reward: Any, *, key: str) -> Part:
         needs = "answer" in function.needed
         return Part(label, made.weight, function, function=function, needs_answer=needs)
     name = tree.get("name")
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         known = f"one of {', '.join(KINDS)}; or give python: FILE.py:FUNCTION, or url: http://..."
         near = difflib.get_close_matches(str(name), KINDS, n=1)
         fix = f"did you mean {near[0]}?" if near else f"use {known}"

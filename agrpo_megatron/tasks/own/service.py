@@ -167,13 +167,16 @@ def _body(stream: Any, deadline: float) -> bytes:
     """Read a reply to its end; urllib3's other methods wait for whole chunks, however slow.
 
     Raises:
-        TimeoutError: it is not over by the deadline, or too long.
+        TimeoutError: it is not over by the deadline.
+        _Unusable: it is too long.
     """
     body = b""
     while part := stream.read1(CHUNK, decode_content=True):
         body += part
-        if time.monotonic() > deadline or len(body) > MOST_BYTES:
+        if time.monotonic() > deadline:
             raise TimeoutError
+        if len(body) > MOST_BYTES:
+            raise _Unusable(f"the reply is over {MOST_BYTES >> 20} MiB; it must be {FORM}")
     return body
 
 

@@ -85,7 +85,7 @@ def _compare_in_time(gold: str, text: str) -> bool:
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS, CPU_SECONDS / 10)
     try:
         return compare(gold, text)
-    except _TooLong:
+    except (_TooLong, MemoryError):
         worker.is_spent = True  # it may have been anywhere in sympy
         return False
     except Exception:

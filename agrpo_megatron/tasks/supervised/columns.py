@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from agrpo_megatron.tasks.data import Row, has_column, one_line
+from agrpo_megatron.tasks.data import Row, check_roles, has_column, listed
 
 LISTS = ("messages", "conversations")  # columns that hold all turns
 PROMPTS = ("prompt", "question", "instruction", "query", "problem")
@@ -46,13 +46,8 @@ def find_shape(names: Iterable[str], chosen: Mapping[str, str], *, key: str) -> 
     Raises:
         ValueError: a role is unknown, no known columns are there, or several could be meant.
     """
-    for role, column in chosen.items():
-        if role not in ROLES or not isinstance(column, str):
-            raise ValueError(
-                f"{key}.{role}={column!r}: give the name of a column for each of "
-                f"{', '.join(ROLES)} that your rows have, as {{prompt: ask, reply: text}}"
-            )
     row = dict.fromkeys(names)
+    check_roles(chosen, ROLES, row, key=key)
     main = {role: column.casefold() for role, column in chosen.items() if role not in EXTRA}
     if not main:
         lists = [name for name in LISTS if has_column(row, name)]
@@ -61,9 +56,6 @@ def find_shape(names: Iterable[str], chosen: Mapping[str, str], *, key: str) -> 
         raise ValueError(
             f"{key}={dict(chosen)} must name the column of messages, or those of prompt and reply"
         )
-    missing = [column for column in chosen.values() if not has_column(row, column.casefold())]
-    if missing:
-        raise ValueError(f"{key} names the column {missing[0]}; there is {_listed(row)}")
     extra = {role: role for role in EXTRA if has_column(row, role)}
     extra |= {role: column.casefold() for role, column in chosen.items() if role in EXTRA}
     if "messages" in main:
@@ -82,9 +74,5 @@ def _pair(row: Row, *, key: str) -> dict[str, str]:
     several = any(len(names) > 1 for names in found) and all(found)
     why = "several of its columns could be meant" if several else f"none of {SHAPES} is there"
     raise ValueError(
-        f"the columns are {_listed(row)}: {why}; name them, as {key}={{prompt: ask, reply: text}}"
+        f"the columns are {listed(row)}: {why}; name them, as {key}={{prompt: ask, reply: text}}"
     )
-
-
-def _listed(row: Row) -> str:
-    return one_line(", ".join(map(str, row)) or "none")

@@ -23,11 +23,12 @@ class Example:
     name: str  # of its row, for messages
     # A visit trains one of them, drawn at random; of a pair, the chosen against the rejected one.
     rows: Sequence[TokenRow]
+    talk: bytes  # a hash of its whole conversation; equal rows of a file have the same
 
     @property
-    def digest(self) -> bytes:
-        """Return a hash of its text; equal rows of a file have the same."""
-        return hashlib.sha256(self.rows[-1].ids.tobytes()).digest()
+    def digests(self) -> set[bytes]:
+        """Return hashes of its text and of its conversation."""
+        return {_digest(self.rows[-1]), self.talk}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,24 +74,25 @@ def read_supervised(
     limit = sft.row_tokens or model.max_sequence_length
     read = partial(_read, sft=sft, tokenizer=tokenizer, sampling=sampling, limit=limit)
     chosen, notes = sources(sft), list[str]()
-    parts, held_out = list[list[Example]](), list[Example]()
+    held_out = list[Example]()
     if sft.eval_data is not None:
         held = Source(sft.eval_data, columns=sft.columns, chat=sft.chat)
         held_out, said = read("sft.eval_data", held, split="test")
         notes += said
-    for key, source in chosen.items():
-        examples, said = read(key, source, split="train", asked=asked)
-        if sft.eval_fraction:
-            here = _chosen(examples, sft.eval_fraction)
-            held_out += [example for example in examples if example.digest in here]
-        count, taken = len(examples), {example.digest for example in held_out}
-        examples = [example for example in examples if example.digest not in taken]
-        if left := count - len(examples):
-            said.append(f"{key}={source.data}: {left:,} of {count:,} examples are held out")
-        if not examples:
-            raise ValueError(f"{key}={source.data} leaves no row to train on: {'; '.join(said)}")
+    found = {key: read(key, each, split="train", asked=asked) for key, each in chosen.items()}
+    for examples, _ in found.values():  # of all sources, before any row of one is trained
+        here = _chosen(examples, sft.eval_fraction)
+        held_out += [example for example in examples if example.talk in here]
+    taken = set[bytes]().union(*(example.digests for example in held_out))
+    parts = list[list[Example]]()
+    for key, (examples, said) in found.items():
+        kept, name = [e for e in examples if e.digests.isdisjoint(taken)], chosen[key].data
+        if left := len(examples) - len(kept):
+            said.append(f"{key}={name}: {left:,} of {len(examples):,} examples are held out")
+        if not kept:
+            raise ValueError(f"{key}={name} leaves no row to train on: {'; '.join(said)}")
         notes += said
-        parts.append(examples)
+        parts.append(kept)
     pairs = list(zip(chosen.values(), parts, strict=True))
     shares = [(len(part), source.share(len(part))) for source, part in pairs]
     is_weighted = any(source.weight is not None for source, _ in pairs)
@@ -100,9 +102,17 @@ def read_supervised(
     return Supervised(train, shares, epoch, held_out, notes)
 
 
-def padded_length(row: TokenRow, padding: str | None, sampling: SamplingSettings) -> int:
-    """Return the tokens of a row and of the padding that does not depend on other rows."""
+def padded_length(
+    row: TokenRow, padding: str | None, sampling: SamplingSettings, *, longest: int = 0
+) -> int:
+    """Return the tokens of a row and of its padding.
+
+    Args:
+        longest: tokens of the longest row of its batch, to which `padding=batch` fills it.
+    """
     length, block = len(row.ids), sampling.block_length
+    if padding == "batch":
+        return max(length, longest)
     if padding == "completion":
         return max(length, row.prompt + sampling.completion_length)
     if padding == "block":
@@ -144,8 +154,9 @@ def _read(
         longest = max(longest, *lengths, 0)
         fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
         long += len(fitting) < len(rows)
+        name = f"{source.data}, row {number}"
         groups = _groups(rows, fitting, sft)
-        examples += [Example(f"{source.data}, row {number}", group) for group in groups]
+        examples += [Example(name, group, _digest(rows[-1])) for group in groups]
     if long:
         over = f"{long:,} of {len(read):,} rows have over {limit} tokens, the longest {longest}"
         if sft.long_rows == "refuse":
@@ -191,9 +202,13 @@ def _groups(
 
 
 def _chosen(examples: Sequence[Example], fraction: float) -> set[bytes]:
-    """Return the digests of a share of the examples, at least one; equal ones stay together."""
-    digests = sorted(example.digest for example in examples)
-    return set(digests[: max(1, round(fraction * len(digests)))])
+    """Return a share of the conversations, at least one, by their hashes; none for 0."""
+    talks = sorted({example.name: example.talk for example in examples}.values())
+    return set(talks[: max(1, round(fraction * len(talks)))] if fraction else ())
+
+
+def _digest(row: TokenRow) -> bytes:
+    return hashlib.sha256(row.ids.tobytes()).digest()
 
 
 def _lengths(train: Sequence[Example], held_out: Sequence[Example]) -> str:

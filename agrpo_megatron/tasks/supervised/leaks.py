@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from agrpo_megatron.tasks.base import NoTask, Task, task_prompts
+from agrpo_megatron.tasks.data import messages_of, said_text
 from agrpo_megatron.tasks.mixture import Mixture
 from agrpo_megatron.text.replies import Conversation, TokenRow
 from agrpo_megatron.text.tokenizer import Tokenizer
-from agrpo_megatron.types import Chat, Message, Problem, Prompt
+from agrpo_megatron.types import Message, Problem, Prompt
 
 NOT_ASKED = ("prompt", "answer", "solution")  # fields that are no question within a template
 
@@ -18,12 +19,12 @@ class HeldOut:
 
     name: str
     leaks: str  # its setting
-    texts: set[str]  # what is asked, see `_said`
+    texts: set[str]  # what is asked, see `said_text`
     prompts: set[tuple[int, ...]]  # tokens of the whole prompts
 
     def has(self, talk: Conversation, rows: Sequence[TokenRow]) -> bool:
         """Return whether a trained reply answers one of the problems."""
-        texts = (_said(part) for at in talk.replies for part in _asked(talk.messages[:at]))
+        texts = (said_text(part) for at in talk.replies for part in _asked(talk.messages[:at]))
         tokens = (tuple(row.ids[: row.prompt].tolist()) for row in rows)
         return not self.texts.isdisjoint(texts) or not self.prompts.isdisjoint(tokens)
 
@@ -86,32 +87,20 @@ def _held_out(name: str, task: Task, tokenizer: Tokenizer) -> HeldOut:
     texts = {
         text
         for problem, prompt in zip(problems, prompts, strict=True)
-        for text in (_said(_messages(prompt)), _question(problem, prompt))
+        for text in (said_text(messages_of(prompt)), _question(problem, prompt))
     }
     return HeldOut(name, task.settings.leaks, texts - {""}, ids)
 
 
 def _question(problem: Problem, prompt: Prompt) -> str:
     """Return the longest text among a problem's fields that its prompt contains."""
-    whole = " ".join(message.content for message in _messages(prompt))
+    whole = " ".join(message.content for message in messages_of(prompt))
     cells = [v for k, v in problem.fields.items() if isinstance(v, str) and k not in NOT_ASKED]
-    return _plain(max((text for text in cells if text in whole), key=len, default=""))
+    longest = max((text for text in cells if text in whole), key=len, default="")
+    return " ".join(longest.split())
 
 
 def _asked(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
     """Return what a reply answers: all that is before it, and the last turn alone."""
     yield messages
     yield messages[-1:]
-
-
-def _messages(prompt: Prompt) -> Sequence[Message]:
-    return prompt.messages if isinstance(prompt, Chat) else (Message("user", prompt),)
-
-
-def _said(messages: Sequence[Message]) -> str:
-    """Return turns as one text, without system messages and differences in white space."""
-    return _plain("\n".join(m.content for m in messages if m.role != "system"))
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split())

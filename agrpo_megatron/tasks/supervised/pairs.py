@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 from agrpo_megatron.tasks.data import (
     Row,
-    convert_rows,
+    check_roles,
     has_column,
-    one_line,
+    listed,
     optional_column,
 )
-from agrpo_megatron.tasks.row_sources import read_rows
 from agrpo_megatron.tasks.supervised.columns import PROMPTS
-from agrpo_megatron.tasks.supervised.rows import join_reply
+from agrpo_megatron.tasks.supervised.rows import Found, join_reply, read_shaped
 from agrpo_megatron.text.replies import Conversation, TokenRow, token_rows
 from agrpo_megatron.text.tokenizer import Tokenizer
 
@@ -53,21 +52,15 @@ def read_pairs(
     Raises:
         ValueError: the source cannot be read, or a row holds something else; names row and column.
     """
-    rows = read_rows(source, key=key, split=split)
-    names = dict.fromkeys(name for _, row in rows if isinstance(row, dict) for name in row)
-    section = f"{key.rpartition('.')[0]}.columns"
-    try:
+
+    def find(names: Iterable[str], section: str) -> Found[Pair]:
         found = _columns(names, columns or {}, key=section)
-    except ValueError as error:
-        raise ValueError(f"{key}={source}: {error}") from None
-    make = partial(to_pair, columns=found, as_chat=bool(as_chat))
-    pairs = convert_rows(rows, make, key=key, source=source)
-    is_plain = not any(pair.chosen.is_chat for _, pair in pairs)
-    unused = [one_line(name) for name in names if str(name).casefold() not in found.values()]
-    begins = found.get("prompt", "a common beginning")
-    said = f"{source}: {len(pairs):,} pairs read as {found['chosen']} against {found['rejected']}"
-    said += f" after {begins}" + ", plain text without the chat template" * is_plain
-    return pairs, said + (f"; not used: {', '.join(unused)}" if unused else "")
+        begins = found.get("prompt", "a common beginning")
+        said = f"pairs read as {found['chosen']} against {found['rejected']} after {begins}"
+        make = partial(to_pair, columns=found, as_chat=bool(as_chat))
+        return Found(make, set(found.values()), said, lambda pair: pair.chosen.is_chat)
+
+    return read_shaped(source, find, key=key, split=split)
 
 
 def compared_rows(
@@ -130,18 +123,15 @@ def _columns(names: Iterable[str], chosen: Mapping[str, str], *, key: str) -> di
         ValueError: a role is unknown, or a column is not there.
     """
     row = dict.fromkeys(names)
-    unknown = [role for role in chosen if role not in ROLES]
-    if unknown:
-        raise ValueError(f"{key}.{unknown[0]}: pairs have the columns {', '.join(ROLES)}")
+    check_roles(chosen, ROLES, row, key=key)
     found = {role: chosen.get(role, role).casefold() for role in ROLES}
     prompts = [name for name in PROMPTS if has_column(row, name)]
     if "prompt" not in chosen:
         found["prompt"] = prompts[0] if prompts else ""
     missing = [column for column in found.values() if column and not has_column(row, column)]
     if missing:
-        known = one_line(", ".join(map(str, row)) or "none")
         raise ValueError(
             f"sft.loss=vrpo needs the columns chosen and rejected, and there is no {missing[0]}; "
-            f"the columns are {known}; name them, as {key}={{chosen: best, rejected: worst}}"
+            f"the columns are {listed(row)}; name them, as {key}={{chosen: best, rejected: worst}}"
         )
     return {role: column for role, column in found.items() if column}

@@ -1,6 +1,7 @@
 """Rows of supervised data as conversations, in the shapes that people have."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,8 +9,10 @@ from agrpo_megatron.tasks.data import (
     Row,
     convert_rows,
     has_column,
+    listed,
     one_line,
     optional_column,
+    valid_text,
     wrong_value,
 )
 from agrpo_megatron.tasks.row_sources import read_rows
@@ -46,19 +49,48 @@ def read_conversations(
     Raises:
         ValueError: the source cannot be read, or a row holds something else; names row and column.
     """
+
+    def find(names: Iterable[str], section: str) -> Found[Conversation]:
+        shape = find_shape(names, columns or {}, key=section)
+        make = partial(to_conversation, shape=shape, as_chat=as_chat)
+        return Found(make, shape.names, f"rows read as {shape.text}", lambda talk: talk.is_chat)
+
+    return read_shaped(source, find, key=key, split=split)
+
+
+@dataclass(frozen=True)
+class Found[T]:
+    """How the rows of a source are read."""
+
+    make: Callable[[Row], T]
+    names: Collection[str]  # of the columns that are read, in small letters
+    text: str  # for the note
+    is_chat: Callable[[T], bool]
+
+
+def read_shaped[T](
+    source: str, find: Callable[[Iterable[str], str], Found[T]], *, key: str, split: str
+) -> tuple[list[tuple[int, T]], str]:
+    """Return what is made of the numbered rows of a source, and a note on how it was read.
+
+    Args:
+        find: from the names of all columns, and the setting that names some, to `Found`.
+
+    Raises:
+        ValueError: as `read_conversations`.
+    """
     rows = read_rows(source, key=key, split=split)
     names = dict.fromkeys(name for _, row in rows if isinstance(row, dict) for name in row)
     try:
-        shape = find_shape(names, columns or {}, key=f"{key.rpartition('.')[0]}.columns")
+        found = find(names, f"{key.rpartition('.')[0]}.columns")
     except ValueError as error:
         raise ValueError(f"{key}={source}: {error}") from None
-    make = partial(to_conversation, shape=shape, as_chat=as_chat)
-    found = convert_rows(rows, make, key=key, source=source)
-    is_plain = not any(conversation.is_chat for _, conversation in found)
-    unused = [one_line(name) for name in names if str(name).casefold() not in shape.names]
-    said = f"{source}: {len(found):,} rows read as {shape.text}"
+    made = convert_rows(rows, found.make, key=key, source=source)
+    is_plain = not any(found.is_chat(one) for _, one in made)
+    unused = [one_line(name) for name in names if str(name).casefold() not in found.names]
+    said = f"{source}: {len(made):,} {found.text}"
     said += ", plain text without the chat template" * is_plain
-    return found, said + (f"; not used: {', '.join(unused)}" if unused else "")
+    return made, said + (f"; not used: {', '.join(unused)}" if unused else "")
 
 
 def to_conversation(row: Row, shape: Shape, *, as_chat: bool | None = None) -> Conversation:
@@ -78,16 +110,15 @@ def to_conversation(row: Row, shape: Shape, *, as_chat: bool | None = None) -> C
     system = _text(row, columns["system"]) if "system" in columns else ""
     opening = [_Turn("system", system)] if system else []
     if "messages" in columns:
-        turns = _turns(row, columns["messages"])
-        return _conversation(turns if _has_system(turns) else opening + turns)
+        return _conversation(_opened(_turns(row, columns["messages"]), opening))
     prompt, reply = columns["prompt"], columns["reply"]
     if as_chat is None:
         as_chat = (prompt, reply) != ("prompt", "completion")
-    opening += _history(row, columns["history"]) if "history" in columns else []
+    history = _history(row, columns["history"]) if "history" in columns else []
     more = _text(row, columns["input"]) if "input" in columns else ""
     turns, is_chat = _joined(row, prompt, reply, more=more)
-    opening = [] if _has_system(turns) else opening
-    return _conversation(opening + turns, is_chat=is_chat or as_chat or bool(opening))
+    is_chat = is_chat or as_chat or bool(opening or history)
+    return _conversation(_opened(turns, opening, history), is_chat=is_chat)
 
 
 def join_reply(row: Row, prompt: str, reply: str, *, as_chat: bool) -> Conversation:
@@ -127,26 +158,32 @@ def _conversation(turns: Sequence[_Turn], *, is_chat: bool = True) -> Conversati
     return Conversation(messages, tuple(replies), is_chat)
 
 
-def _has_system(turns: Sequence[_Turn]) -> bool:
-    return bool(turns) and turns[0].role == "system"
+def _opened(turns: list[_Turn], opening: list[_Turn], history: Sequence[_Turn] = ()) -> list[_Turn]:
+    """Return turns after a system message, if they have none of their own, and a history."""
+    if turns and turns[0].role == "system":
+        opening, turns = turns[:1], turns[1:]
+    return [*opening, *history, *turns]
 
 
 def _joined(row: Row, prompt: str, reply: str, *, more: str = "") -> tuple[list[_Turn], bool]:
     """Return the turns in two columns, and whether one of them holds messages.
 
     Args:
-        more: text after that of the prompt, in a paragraph of its own.
+        more: text after that of the prompt, in a paragraph of its own; after messages, a turn.
     """
     asked, said = optional_column(row, prompt), optional_column(row, reply)
     if isinstance(asked, list | tuple):
-        first = _turns(row, prompt)
+        first = _turns(row, prompt) + ([_Turn("user", more)] if more else [])
     else:
         text = "\n\n".join(part for part in (_text(row, prompt), more) if part)
         first = [_Turn("user", text)]
     if not isinstance(said, list | tuple):
         return [*first, _Turn("assistant", _text(row, reply))], isinstance(asked, list | tuple)
     last = _turns(row, reply)
-    is_whole = asked is None or last[: len(first)] == first
+    asked_turns = first[:-1] if more and isinstance(asked, list | tuple) else first
+    is_whole = asked is None and not more or last[: len(asked_turns)] == asked_turns
+    if is_whole and more:
+        raise ValueError(f"column {reply} holds the prompt too, so the input has no place in it")
     return last if is_whole else first + last, True
 
 
@@ -178,8 +215,7 @@ def _turn(message: Any) -> _Turn:
     if calls:
         raise ValueError(f"holds {calls[0]}, which is not supported; write calls as its content")
     if missing:
-        known = one_line(", ".join(map(str, message)) or "nothing")
-        raise ValueError(f"has no {' and no '.join(missing)}; it has {known}")
+        raise ValueError(f"has no {' and no '.join(missing)}; it has {listed(message)}")
     role, content = (message[name] for name in names)
     if not isinstance(role, str) or not role.strip():
         raise ValueError(f"has the {names[0]} {role!r:.40}, which is not text")
@@ -198,7 +234,7 @@ def _content(content: Any, name: str) -> str:
         if len(texts) < len(parts):
             raise ValueError(f"holds parts that are not text: {content!r:.80}")
         content = "".join(texts)
-    return _valid(content, lambda what: ValueError(f"has the {name} {what}"))
+    return valid_text(content, said=f"has the {name}")
 
 
 def _text(row: Row, column: str) -> str:
@@ -208,20 +244,7 @@ def _text(row: Row, column: str) -> str:
         value = str(value)
     if value is None:
         return ""
-    return _valid(value, lambda what: ValueError(f"column {column} holds {what}"))
-
-
-def _valid(value: Any, error: Callable[[str], ValueError]) -> str:
-    if not isinstance(value, str):
-        raise error(f"{value!r:.80}, which is not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as found:
-        raise error(
-            f"{value[found.start]!r} at character {found.start + 1}, half of a character or a "
-            "byte that is not UTF-8; remove it"
-        ) from None
-    return value
+    return valid_text(value, said=f"column {column} holds")
 
 
 def _history(row: Row, column: str) -> list[_Turn]:
@@ -230,5 +253,6 @@ def _history(row: Row, column: str) -> list[_Turn]:
     for pair in value if isinstance(value, list | tuple) else [None]:
         if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
             raise wrong_value(value, "a list of pairs of texts", column)
-        turns += [_Turn("user", pair[0]), _Turn("assistant", pair[1])]
+        asked, said = (valid_text(text, said=f"column {column} holds") for text in pair)
+        turns += [_Turn("user", asked), _Turn("assistant", said)]
     return turns

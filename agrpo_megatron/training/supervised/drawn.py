@@ -91,9 +91,7 @@ def join_rows(
 ) -> Drawn:
     """Return rows as prompts and responses, with padding that is trained; see `sft.padding`."""
     longest = max(len(row.ids) for row in rows)
-    ends = [
-        longest if padding == "batch" else padded_length(row, padding, sampling) for row in rows
-    ]
+    ends = [padded_length(row, padding, sampling, longest=longest) for row in rows]
     lengths = torch.tensor([end - row.prompt for row, end in zip(rows, ends, strict=True)])
     tokens = torch.full((len(rows), int(lengths.max())), eos_id)
     trained = torch.arange(tokens.shape[1]) < lengths[:, None]

@@ -71,7 +71,7 @@ def test_a_solution_is_shown_and_the_answer_is_graded(tmp_path):
 
 
 def test_chosen_columns_template_and_system(tmp_path):
-    row = {"ask": "1+1?", "hint": "count", "gold": 2, "id": 7}
+    row = {"ask": "1+1?", "a hint": "count", "gold": 2, "id": 7}
     source = write(tmp_path / "a.jsonl", [row])
     columns = {"prompt": "ask", "answer": "Gold", "key": "id"}
     task = make("none", eval=source, columns=columns, system="Be short.")
@@ -79,7 +79,7 @@ def test_chosen_columns_template_and_system(tmp_path):
     asked = Chat((Message("system", "Be short."), Message("user", "1+1?")))
     assert (problem.key, task.prompt(problem)) == ("7", asked)
     task = make(
-        "none", eval=source, columns={"answer": "gold"}, template="{hint}: {ask} {{x}}", chat=True
+        "none", eval=source, columns={"answer": "gold"}, template="{A hint}: {ask} {{x}}", chat=True
     )
     (problem,) = task.problems("eval")
     assert task.prompt(problem) == Chat((Message("user", "count: 1+1? {x}"),))
@@ -109,6 +109,26 @@ def test_repeats_and_leaks_are_left_out_and_counted(tmp_path):
     task = make(source, eval=held_out)
     assert [problem.key for problem in task.problems("train")] == ["a", "b"]
     assert any("1 repeated problems left out" in note for note in task.notes)
+
+
+def test_a_problem_leaks_as_text_and_as_messages(tmp_path):
+    said = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "a  b"}]
+    train = [{"messages": said, "answer": "1"}, {"messages": said[1:], "answer": "1"}]
+    train.append({"messages": [{"role": "user", "content": "c"}], "answer": "1"})
+    held_out = write(tmp_path / "eval.jsonl", [{"prompt": "a b", "answer": "1"}])
+    task = make(write(tmp_path / "train.jsonl", train), eval=held_out)
+    assert [task.prompt(problem) for problem in task.problems("train")] == [
+        Chat((Message("user", "c"),))
+    ]
+
+
+def test_a_function_finds_its_columns_in_both_splits(tmp_path):
+    (tmp_path / "mine.py").write_text("def mine(completion, depth):\n    return 1.0\n")
+    train = write(tmp_path / "train.jsonl", [{"prompt": "a", "answer": "1"}])
+    held_out = write(tmp_path / "eval.jsonl", [{"prompt": "b", "answer": "1", "depth": 1}])
+    task = make(train, eval=held_out, reward=f"{tmp_path / 'mine.py'}:mine")
+    with pytest.raises(ValueError, match="mine takes depth, and the first row has no such field"):
+        task.problems("train")
 
 
 def test_rewards_add_up_by_weight_and_the_first_says_what_is_right(rows):
@@ -187,6 +207,10 @@ WRONG = {
     ),
     "no pattern": ({"reward": "regex"}, "task.options.reward.pattern is empty; give one such as"),
     "a broken pattern": ({"reward": {"name": "regex", "pattern": "(a"}}, "is not a pattern of"),
+    "a list as a name": (
+        {"reward": [{"name": ["exact"], "weight": 0.5}]},
+        "task.options.reward[0].name=['exact'] is not a reward; did you mean exact?",
+    ),
     "one label twice": (
         {"reward": ["exact", "exact"]},
         "task.options.reward[1]: the label exact is taken; give it another",

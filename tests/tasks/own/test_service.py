@@ -166,6 +166,17 @@ def test_what_fails_after_all_attempts_is_a_failure_with_its_reason(serve, opene
         task.services.check()
 
 
+def test_a_reply_over_the_limit_is_refused_by_its_size(monkeypatch):
+    monkeypatch.setattr(service, "MOST_BYTES", 1 << 20)
+
+    class Endless:
+        def read1(self, size, *, decode_content):
+            return bytes(size)
+
+    with pytest.raises(service._Unusable, match="^the reply is over 1 MiB; it must be a list with"):
+        service._body(Endless(), time.monotonic() + 60)
+
+
 def test_a_slow_service_costs_its_time_limit(serve, opened):
     """Also if it sends something now and then."""
     over = threading.Event()

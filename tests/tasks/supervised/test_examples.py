@@ -100,9 +100,33 @@ def test_held_out_rows_are_chosen_by_content(tmp_path):
     assert small is not None and double is not None
     assert (len(small.train), len(small.held_out)) == (36, 4)
     assert (len(double.train), len(double.held_out)) == (72, 8)
-    digests = {example.digest for example in small.held_out}
-    assert {example.digest for example in double.held_out} == digests
-    assert not digests & {example.digest for example in double.train}
+    talks = {example.talk for example in small.held_out}
+    assert {example.talk for example in double.held_out} == talks
+    assert not talks & {example.talk for example in double.train}
+
+
+def test_what_any_source_holds_out_is_trained_in_none(tmp_path):
+    """A row of the first source that the second one holds out is not trained either."""
+    a, b = rows_of(tmp_path, 12), rows_of(tmp_path, 6, "b.jsonl")
+    found = read(f"sft.data=[{a}, {b}]", "sft.epochs=1", "sft.eval_fraction=0.34").supervised
+    assert found is not None and len(found.held_out) == 6
+    held = {example.talk for example in found.held_out}
+    assert not held & {example.talk for example in found.train}
+    again = read(f"sft.data=[{b}, {a}]", "sft.epochs=1", "sft.eval_fraction=0.34").supervised
+    assert again is not None and {e.talk for e in again.train} == {e.talk for e in found.train}
+
+
+def test_no_turn_of_a_held_out_conversation_is_trained(tmp_path):
+    rows = []
+    for n in range(10):
+        turns = messages(f"a {n}", f"b {n}")["messages"] + messages("c", "d")["messages"]
+        rows.append({"messages": turns})
+    path = write(tmp_path / "turns.jsonl", rows)
+    words = ["sft.epochs=1", "sft.eval_fraction=0.2", "sft.turns=each"]
+    found = read(f"sft.data={path}", *words).supervised
+    assert found is not None and (len(found.train), len(found.held_out)) == (16, 4)
+    held, kept = ({e.name for e in part} for part in (found.held_out, found.train))
+    assert (len(held), len(kept)) == (2, 8) and not held & kept
 
 
 def test_rows_that_are_also_held_out_are_not_trained(tmp_path):
@@ -238,3 +262,11 @@ def test_rows_that_ask_held_out_problems_follow_the_rule_for_leaks(tmp_path):
     plain = write(tmp_path / "plain.jsonl", [{"prompt": text, "completion": "1"}] * 2)
     with pytest.raises(ValueError, match="leaves no row to train on: .*2 of 2 rows ask held-out"):
         resolved(f"sft.data={plain}")
+
+
+def test_epochs_that_fill_their_batches_add_none(tmp_path):
+    """1.1 * 100 / 10 is above 11 in floating point."""
+    path = rows_of(tmp_path, 100)
+    for epochs, iterations in ((1.1, 11), (1.11, 12), (0.01, 1)):
+        resolved = read(f"sft.data={path}", f"sft.epochs={epochs}", "sft.batch_size=10")
+        assert resolved.settings.sft.iterations == iterations

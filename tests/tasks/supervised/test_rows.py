@@ -181,10 +181,10 @@ def test_a_wrong_row_is_named_with_its_column(tmp_path, row, said):
             {},
             "several of its columns could be meant; name them, as sft.columns={prompt: ask, reply",
         ),
-        (GOOD, {"massages": "messages"}, "sft.columns.massages='messages': give the name of a"),
-        (GOOD, {"messages": "chat"}, "sft.columns names the column chat; there is messages"),
+        (GOOD, {"massages": "messages"}, "sft.columns.massages='messages': give a column for"),
+        (GOOD, {"messages": "chat"}, "sft.columns.messages=chat: there is no such column, but m"),
         (GOOD, {"prompt": "messages"}, "must name the column of messages, or those of prompt and"),
-        (GOOD, {"messages": 3}, "sft.columns.messages=3: give the name of a column"),
+        (GOOD, {"messages": 3}, "sft.columns.messages=3: give a column for any of mess"),
     ],
 )
 def test_columns_that_cannot_be_meant(tmp_path, row, columns, said):
@@ -206,3 +206,25 @@ def test_columns_that_cannot_be_meant(tmp_path, row, columns, said):
 )
 def test_a_prompt_joins_a_reply_of_any_shape(row):
     assert join_reply(row, "prompt", "chosen", as_chat=True) == Conversation((USER, REPLY), (1,))
+
+
+def test_no_column_is_lost_where_prompt_or_reply_are_messages(tmp_path):
+    """The input follows the prompt, and a history its system message."""
+    more, before = Message("user", "12"), [["Bye", "Ciao."]]
+    row = {"instruction": MESSAGES[:1], "input": "12", "output": HELLO}
+    assert read(tmp_path, row)[0][0].messages == (USER, more, REPLY)
+    row = {"instruction": "", "input": "12", "output": MESSAGES[1:2]}
+    assert read(tmp_path, row)[0][0].messages == (more, REPLY)
+    system = {"role": "system", "content": SYSTEM.content}
+    row = {"instruction": [system, MESSAGES[0]], "output": HELLO, "history": before}
+    row["system"] = "Another."
+    assert read(tmp_path, row)[0][0].messages == (SYSTEM, *TALK[2:], USER, REPLY)
+    row = {"instruction": MESSAGES[:1], "input": "12", "output": MESSAGES[:2]}
+    with pytest.raises(ValueError, match="row 1: column output holds the prompt too, so the inp"):
+        read(tmp_path, row)
+
+
+def test_half_of_a_character_is_refused_in_a_history_too(tmp_path):
+    row = {"instruction": HI, "output": HELLO, "history": [["Bye", "\ud83d"]]}
+    with pytest.raises(ValueError, match="row 1: column history holds .* half of a character"):
+        read(tmp_path, row)

@@ -58,8 +58,9 @@ def test_padding_is_end_of_text_that_is_trained(padding, origin, lengths):
 def stream(shares, rows_of_each=1):
     """Return what a run of two sources, of four and two examples, draws: (source row, reply)."""
     numbers = range(sum(count for count, _ in shares))
+    replies = range(rows_of_each)
     examples = [
-        Example(f"row {n}", [row(2, 10 * n + reply, trained=".x") for reply in range(rows_of_each)])
+        Example(f"row {n}", [row(2, 10 * n + reply, trained=".x") for reply in replies], b"")
         for n in numbers
     ]
     settings = tiny("sft.data=rows.jsonl", "sft.epochs=1", "sft.padding=none")
