@@ -1,5 +1,6 @@
 """What a run will take, as lines of text: seconds, GPU-hours, disk and memory."""
 
+from agrpo_megatron.config.own_code import is_file_name
 from agrpo_megatron.config.settings import LaunchSettings, Settings
 from agrpo_megatron.hardware.machine import one_line
 from agrpo_megatron.launch.speed import Speed
@@ -18,7 +19,10 @@ def forecast(settings: Settings, sizes: Sizes, speed: Speed, *, world_size: int)
 
     try:
         flops = count_flops(settings, sizes.train, sizes.held_out, sizes.rows)
-    except Exception as error:  # of the user's own estimator, which must not stop a plan
+    except Exception as error:  # the user's own estimator must not stop a plan, nor may memory
+        is_own = is_file_name(settings.algorithm.name)
+        if not is_own and not isinstance(error, MemoryError | RuntimeError):
+            raise
         return [f"forecast  not possible: {one_line(error)}"]
     stored = disk(settings, rollout_bytes=flops.rollout_bytes)
     whole, trained = parameters(settings)

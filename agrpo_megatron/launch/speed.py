@@ -13,6 +13,7 @@ from agrpo_megatron.resilience.limits import LEARNED
 
 MFU = 0.4  # share of the peak that runs of this size reach elsewhere; not measured here on a GPU
 GPU = "H100 SXM"  # assumed where settings are for GPUs and this machine has none
+LEAST_MFU, LEAST_TERA = 1e-4, 1e-6  # less would be a slip, and its hours no number
 SKIPPED = 1  # iterations of a measured run: the first one compiles and allocates
 LEAST = 3  # iterations of a run that measure anything
 
@@ -52,8 +53,10 @@ def speed_of(assumed: Assumed, precision: str, *, has_gpus: bool = True) -> Spee
             raise ValueError("--measured replaces --rate and --mfu; leave them out")
         return _measured(assumed.measured)
     share, rate = MFU if assumed.mfu is None else assumed.mfu, assumed.rate
-    if not 0 < share <= 1:
-        raise ValueError(f"--mfu={share:g} must be over 0 and at most 1; use for example {MFU:g}")
+    if not LEAST_MFU <= share <= 1:
+        raise ValueError(
+            f"--mfu={share:g} must be from {LEAST_MFU:g} to 1; use for example {MFU:g}"
+        )
     found = _given(rate, precision) if rate is not None else _device(precision, has_gpus=has_gpus)
     speed = share * found.flops
     return Speed(speed, speed, f"{found.text}, at {100 * share:.3g} % utilisation")
@@ -98,7 +101,7 @@ def _given(rate: str, precision: str) -> Rate:
         tera = float(rate)
     except ValueError:
         tera = 0.0
-    if not 0 < tera < float("inf"):
+    if not LEAST_TERA <= tera < float("inf"):
         known = ", ".join(gpu.name for gpu in GPUS)
         raise ValueError(
             f"--rate={rate} has no published {precision} rate; give TFLOP/s of one rank such as "

@@ -210,6 +210,7 @@ def test_settings_are_resolved_as_written_or_refused_in_one_line(folder, written
         assert any(name in err for name in (*names, "file.yaml", "base.yaml", "override ")), err
         return
     assert all(line.startswith("warning: ") for line in err.splitlines()), err
+    assert "not possible" not in out
     resolved = parse_yaml(out)
     has_sections = any(key in SECTIONS for key, _ in every)
     for key, text in dict(every).items() if not has_sections else ():

@@ -10,6 +10,7 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.launch.forecast import forecast
 from agrpo_megatron.launch.speed import Assumed, Speed, speed_of
 from agrpo_megatron.runs.sizes import Sizes
+from agrpo_megatron.scaling.forecast import work
 from agrpo_megatron.scaling.forecast.disk import size
 from tests.cli.test_main import write_settings
 from tests.training.tiny import tiny
@@ -38,8 +39,10 @@ def test_the_assumption_is_named_and_replaced():
         (Assumed(rate="TPU"), "--rate=TPU has no published bf16 rate; give TFLOP/s of one rank"),
         (Assumed(rate="-3"), "--rate=-3 has no published"),
         (Assumed(rate="nan"), "--rate=nan has no published"),
-        (Assumed(mfu=40), "--mfu=40 must be over 0 and at most 1; use for example 0.4"),
-        (Assumed(mfu=0.0), "--mfu=0 must be over 0"),
+        (Assumed(mfu=40), "--mfu=40 must be from 0.0001 to 1; use for example 0.4"),
+        (Assumed(mfu=0.0), "--mfu=0 must be from"),
+        (Assumed(mfu=1e-320, rate="1e-10"), "--mfu=.* must be from"),
+        (Assumed(rate="1e-320"), "--rate=1e-320 has no published"),
     ],
 )
 def test_wrong_assumptions_are_refused(assumed, message):
@@ -107,6 +110,15 @@ def test_a_failing_estimator_of_the_user_stops_no_plan(tmp_path):
     settings = tiny(*KNOWN, f"algorithm.name={mine}:score")
     lines = forecast(settings, Sizes([5], [5], 0), Speed(1, 1, ""), world_size=1)
     assert lines == ["forecast  not possible: KeyError: 'steps'"]
+
+
+def test_a_fault_of_this_package_is_not_hidden(monkeypatch):
+    def fails(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(work, "count_flops", fails)
+    with pytest.raises(ZeroDivisionError):
+        forecast(tiny(*KNOWN), Sizes([5], [5], 0), Speed(1, 1, ""), world_size=1)
 
 
 def test_config_prints_a_forecast_that_leaves_the_settings_readable(tmp_path, capsys):

@@ -94,6 +94,15 @@ def test_completions_stand_for_all():
     assert (many.rollout, many.update) == (8 * few.rollout, 8 * few.update)
     assert many.rollout_bytes == 8 * few.rollout_bytes
     assert many.evaluation == pytest.approx(100 * few.evaluation, rel=0.02)
+    huge = replace(settings.algorithm, group_size=2**31 - 1, updates_per_iteration=2**31 - 1)
+    large = replace(settings.algorithm, group_size=256)
+    one, most = (
+        count_flops(replace(settings, algorithm=algorithm), PROMPTS[:1], [])
+        for algorithm in (large, huge)
+    )
+    assert most.rollout == pytest.approx(one.rollout * (2**31 - 1) / 256)
+    assert most.update == pytest.approx(one.update * (2**31 - 1) ** 2 / 256, rel=0.05)
+    assert one.evaluation == 0  # without a held-out problem
     assert evenly([4, 1, 3, 2], 2) == [2, 4] and evenly([7], 5) == [7]
 
 

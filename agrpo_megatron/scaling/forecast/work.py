@@ -27,6 +27,8 @@ from agrpo_megatron.types import Rollout, ScoredRows
 
 AUTO_DRAWS = 8  # with which `algorithm.mc_samples=auto` begins, as null of agrpo
 SOME = 32  # completions that are laid out; they stand for all
+LARGEST_GROUP = 256  # completions of a group that are laid out
+SOME_UPDATES = 8  # that are counted; further ones score as many states as the last of them
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def count_flops(
     """Count the FLOPs of complete settings.
 
     Args:
-        train: lengths of prompts of training problems, in tokens.
-        held_out: lengths of the prompts of an evaluation.
+        train: lengths of prompts of training problems, in tokens; at least one.
+        held_out: lengths of the prompts of an evaluation; none: it takes nothing.
         supervised: lengths of prompt and response of some rows of `sft.data`; without, the
             phase learns from solutions.
     """
@@ -59,10 +61,11 @@ def count_flops(
         algorithm = replace(settings.algorithm, mc_samples=AUTO_DRAWS)
         settings = replace(settings, algorithm=algorithm)
     algorithm, model = settings.algorithm, settings.model
-    groups = min(max(1, SOME // algorithm.group_size), algorithm.prompts_per_iteration)
+    size = min(algorithm.group_size, LARGEST_GROUP)
+    groups = min(max(1, SOME // size), algorithm.prompts_per_iteration)
     train = evenly(train, groups)
-    share = algorithm.prompts_per_iteration / len(train)
-    rollout = whole_rollout(train, model, settings.sampling, group_size=algorithm.group_size)
+    share = algorithm.prompts_per_iteration * algorithm.group_size / (len(train) * size)
+    rollout = whole_rollout(train, model, settings.sampling, group_size=size)
     update, rows = _update(settings, rollout)
     sampled = sum(completion_flops(rollout.trajectory, settings))
     stored = sum(tensor.nbytes for tensor in tensors(rollout.trajectory).values())
@@ -85,13 +88,15 @@ def evenly(values: Sequence[int], count: int) -> list[int]:
 def _update(settings: Settings, rollout: Rollout) -> tuple[int, int]:
     """Return the FLOPs and the scored rows of all updates on rollouts."""
     algorithm, model = settings.algorithm, settings.model
-    total = count = 0
-    for number in range(algorithm.updates_per_iteration):
+    updates, found = algorithm.updates_per_iteration, list[tuple[int, int]]()
+    for number in range(min(updates, SOME_UPDATES)):
         context = DrawContext(algorithm, eos_id=model.eos_token_id, seed=number)
         rows = scored_rows(rollout, context)
-        total += _pass_flops(settings, rollout, rows, is_first=number == 0)
-        count += len(rows.rollout)
-    return total, count
+        flops = _pass_flops(settings, rollout, rows, is_first=number == 0)
+        found.append((flops, len(rows.rollout)))
+    total, count = (sum(values) for values in zip(*found, strict=True))
+    more = updates - len(found)
+    return total + more * found[-1][0], count + more * found[-1][1]
 
 
 def _pass_flops(settings: Settings, rollout: Rollout, rows: ScoredRows, *, is_first: bool) -> int:
@@ -112,6 +117,8 @@ def _pass_flops(settings: Settings, rollout: Rollout, rows: ScoredRows, *, is_fi
 
 def _evaluation(settings: Settings, held_out: Sequence[int]) -> int:
     """Return the FLOPs of one greedy completion of each prompt."""
+    if not held_out:
+        return 0
     some = evenly(held_out, SOME)
     rollout = whole_rollout(some, settings.model, settings.evaluation_sampling, group_size=1)
     flops = sum(completion_flops(rollout.trajectory, settings))
