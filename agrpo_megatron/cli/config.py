@@ -116,9 +116,10 @@ def _forecast(settings: Settings, sizes: "Sizes", assumed: "Assumed", ranks: int
     """Return what a run of the settings will take on so many ranks."""
     from agrpo_megatron.launch.forecast import forecast, memory_text
     from agrpo_megatron.launch.speed import speed_of
+    from agrpo_megatron.reports.text import counted
     from agrpo_megatron.scaling.memory import worst_rank
 
     speed = speed_of(assumed, settings.precision)
     lines = forecast(settings, sizes, speed, world_size=ranks)
     memory = memory_text(worst_rank(settings, ranks), settings.launch)
-    return [f"forecast for {ranks} rank{'s' * (ranks > 1)}", *lines, f"memory    {memory}"]
+    return [f"forecast for {counted(ranks, 'rank')}", *lines, f"memory    {memory}"]

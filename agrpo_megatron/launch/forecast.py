@@ -1,15 +1,13 @@
 """What a run will take, as lines of text: seconds, GPU-hours, disk and memory."""
 
-from agrpo_megatron.config.own_code import is_file_name
 from agrpo_megatron.config.settings import LaunchSettings, Settings
 from agrpo_megatron.hardware.machine import one_line
 from agrpo_megatron.launch.speed import Speed
-from agrpo_megatron.reports.text import compact, duration
+from agrpo_megatron.reports.text import compact, duration, flop
 from agrpo_megatron.runs.sizes import Sizes
 from agrpo_megatron.scaling.forecast.disk import disk, evaluations_of, parameters, size
 from agrpo_megatron.scaling.memory import PARTS, Memory
 
-FLOP = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
 GIB, MIB = 2**30, 2**20
 
 
@@ -20,7 +18,7 @@ def forecast(settings: Settings, sizes: Sizes, speed: Speed, *, world_size: int)
     try:
         flops = count_flops(settings, sizes.train, sizes.held_out, sizes.rows)
     except Exception as error:  # the user's own estimator must not stop a plan, nor may memory
-        is_own = is_file_name(settings.algorithm.name)
+        is_own = settings.algorithm.is_own_code
         if not is_own and not isinstance(error, MemoryError | RuntimeError):
             raise
         return [f"forecast  not possible: {one_line(error)}"]
@@ -45,7 +43,7 @@ def forecast(settings: Settings, sizes: Sizes, speed: Speed, *, world_size: int)
         f"assumed   {speed.text}; all steps run, rewards and saves take nothing",
         f"model     {compact(whole)} parameters, {compact(trained)} trained",
         f"iteration {duration(rollout + update)}: rollout {duration(rollout)} "
-        f"({_flop(flops.rollout)}), update {duration(update)} ({_flop(flops.update)}); "
+        f"({flop(flops.rollout)}), update {duration(update)} ({flop(flops.update)}); "
         f"{completions} completions, {flops.scored_rows} scored states",
         f"run       {duration(total)}, {hours}: {training} iterations, {count} evaluations of "
         f"{duration(held_out)}" + (f", supervised {duration(supervised)}" if supervised else ""),
@@ -53,11 +51,6 @@ def forecast(settings: Settings, sizes: Sizes, speed: Speed, *, world_size: int)
         f"{size(stored.checkpoint)}, rollouts {size(stored.rollouts)}, samples "
         f"{size(stored.samples)}",
     ]
-
-
-def _flop(count: float) -> str:
-    name, unit = next((pair for pair in FLOP if count >= pair[1]), FLOP[-1])
-    return f"{count / unit:.3g} {name}"
 
 
 def memory_text(memory: Memory, launch: LaunchSettings) -> str:

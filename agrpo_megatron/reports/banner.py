@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from agrpo_megatron.config.own_code import is_file_name
 from agrpo_megatron.config.parallel import layout_name
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.reports.text import compact
+from agrpo_megatron.reports.text import compact, counted, flop
 from agrpo_megatron.runs.log import METRICS, SAMPLES
 from agrpo_megatron.runs.progress import CHECKPOINTS
 from agrpo_megatron.runs.sizes import Sizes
@@ -23,7 +22,7 @@ def banner(
     """
     whole, trained = parameters(settings)
     layout = layout_name(settings.parallel, world_size)
-    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
+    ranks = counted(world_size, "rank")
     adapters = f" in adapters of rank {settings.lora.rank}" * (settings.lora.rank is not None)
     logging, directory = settings.logging, Path(settings.run.dir)
     lines = [
@@ -41,11 +40,13 @@ def banner(
 def _plan(settings: Settings, sizes: Sizes, phases: Sequence[str]) -> str:
     parts = []
     if "sft" in phases and settings.sft.iterations:
-        parts.append(f"{settings.sft.iterations} supervised iterations")
+        parts.append(counted(settings.sft.iterations, "supervised iteration"))
     if "rl" in phases:
         count = evaluations_of(settings)
-        parts.append(f"{settings.train.iterations} iterations of reinforcement learning")
-        parts.append(f"{count} evaluations of {len(sizes.held_out)} problems")
+        learned = counted(settings.train.iterations, "iteration")
+        parts.append(f"{learned} of reinforcement learning")
+        problems = counted(len(sizes.held_out), "problem")
+        parts.append(f"{counted(count, 'evaluation')} of {problems}")
     return ", ".join(parts)
 
 
@@ -63,11 +64,11 @@ def _iteration(settings: Settings, sizes: Sizes) -> list[str]:
     try:
         flops = count_flops(settings, sizes.train, sizes.held_out)
     except Exception:  # of the user's own estimator, before it has seen a rollout
-        if not any(map(is_file_name, (algorithm.name, str(algorithm.filled.loss)))):
+        if not algorithm.is_own_code:
             raise
         return lines
     return [
         *lines,
-        f"cost      {compact(flops.rollout)}FLOP of rollouts and {compact(flops.update)}FLOP of "
+        f"cost      {flop(flops.rollout)} of rollouts and {flop(flops.update)} of "
         f"updates an iteration at most, {flops.scored_rows} scored states",
     ]

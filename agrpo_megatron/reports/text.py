@@ -7,6 +7,7 @@ from typing import Any
 
 MASK_DOT = "\u00b7"
 TAIL_BOX = "\u25a1"
+_FLOP = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
 _SCALES = ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
 _NAMED = {"\n": "\u23ce", "\t": "\u21e5"}
 _EMPTY = "\u2205"
@@ -50,6 +51,17 @@ def compact(value: float) -> str:
     if abs(value) < 1e-3:
         return f"{value:.1e}"
     return f"{value:.4g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def flop(count: float) -> str:
+    """Return a number of operations as `1.8 TFLOP`."""
+    name, unit = next((pair for pair in _FLOP if count >= pair[1]), _FLOP[-1])
+    return f"{count / unit:.3g} {name}"
+
+
+def counted(count: int, name: str) -> str:
+    """Return a number with the name of what it counts, in the plural where it is not one."""
+    return f"{count} {name}{'s' * (count != 1)}"
 
 
 def number(row: dict[str, Any], key: str) -> float | None:

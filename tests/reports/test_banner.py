@@ -1,5 +1,7 @@
 """The first lines of a run: at most eight, with what it runs on, trains, takes and writes."""
 
+import re
+
 import pytest
 
 from agrpo_megatron.reports.banner import banner
@@ -28,7 +30,8 @@ def test_a_run_says_what_it_is():
         "3 evaluations of 7 problems"
     )
     assert found["iteration"] == "3 prompts x 4 completions of 8 tokens in 4 steps: 96 tokens"
-    assert found["cost"].endswith("updates an iteration at most, 24 scored states")
+    flops = r"[\d.]+ MFLOP of rollouts and [\d.]+ MFLOP of updates an iteration at most, "
+    assert re.fullmatch(f"{flops}24 scored states", found["cost"])
     assert found["writes"] == (
         "runs/mine: metrics.jsonl, samples.jsonl, checkpoints/; wandb disabled"
     )
@@ -39,6 +42,7 @@ def test_adapters_and_a_supervised_run():
     found = lines("lora.rank=2", "sft.iterations=5", phases=("sft",))
     assert found["model"].endswith("trained in adapters of rank 2")
     assert found["plan"] == "5 supervised iterations"
+    assert lines("sft.iterations=1", phases=("sft",))["plan"] == "1 supervised iteration"
     assert "iteration" not in found and "cost" not in found
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from agrpo_megatron.config.own_code import is_file_name
 from agrpo_megatron.config.schema import setting
 from agrpo_megatron.config.settings.estimators import ENTRIES, LOSSES
 
@@ -213,3 +214,8 @@ class AlgorithmSettings:
         """Whether the loss needs the log-probs of the frozen start."""
         is_preference = self.filled.loss == "preference"
         return is_preference or (self.kl_coefficient > 0 and self.kl_target == "reference")
+
+    @property
+    def is_own_code(self) -> bool:
+        """Whether the estimator or the loss is a function in a file of the user's."""
+        return is_file_name(self.name) or is_file_name(str(self.filled.loss))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from agrpo_megatron.hardware import machine
 from agrpo_megatron.hardware.rates import Rate, device_rate
 from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.reports.text import counted
 
 GIB = 2**30
 
@@ -18,8 +19,7 @@ def device_text(device: torch.device) -> str:
     """Return the device of a rank in words, such as "NVIDIA H200" or "CPU, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' * (threads > 1)}"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def forget_peak(ranks: Ranks) -> None:
