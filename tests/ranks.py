@@ -39,11 +39,11 @@ from typing import Any
 GRACE = 2.0  # seconds that the other ranks get to end by themselves once one has failed
 PORTS = (20000, 32000)  # for rendezvous; Linux hands out those above
 # The server imports these: that starts no thread and reads no variable that a test sets.
-# Megatron-Core before the package: so it imports torch's compiler too, which each rank would need
-# for its optimizer, half a second.
+# The package imports Megatron-Core, so that no kernel is compiled here either. A rank's optimizer
+# needs torch's compiler, which takes half a second to import.
 PRELOADED = [
-    "torch",
-    "megatron.core",
+    "torch._dynamo",
+    "agrpo_megatron.megatron",
     "pytest",
     "agrpo_megatron.training.run",
     "tests.training.tiny",
@@ -108,7 +108,7 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     has_te = importlib.util.find_spec("transformer_engine") is not None
-    context.set_forkserver_preload(PRELOADED[:2] if has_te else PRELOADED)
+    context.set_forkserver_preload(["megatron.core"] if has_te else PRELOADED)
     wanted = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
