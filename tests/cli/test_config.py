@@ -1,12 +1,14 @@
 """`agrpo config`: its references, in this process."""
 
 import pytest
+import yaml
 
 from agrpo_megatron.cli.common import run_file
 from agrpo_megatron.cli.main import main
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.reports.reference import metrics_page, settings_page
+from tests.cli.test_main import write_settings
 
 
 def agrpo(capsys, *arguments):
@@ -19,6 +21,17 @@ def agrpo(capsys, *arguments):
 def test_pages_are_printed_as_they_are_kept(capsys):
     assert agrpo(capsys, "--markdown") == (0, settings_page(), "")
     assert agrpo(capsys, "--metrics", "--markdown") == (0, metrics_page(), "")
+
+
+def test_tasks_and_sections_are_explained_and_a_file_is_resolved(capsys, tmp_path):
+    _, tasks, _ = agrpo(capsys, "--tasks")
+    assert "task.name=countdown" in tasks and "task.options.clues" in tasks
+    _, part, _ = agrpo(capsys, "--section", "checkpoint")
+    assert "checkpoint.keep" in part and "run.dir" not in part
+    status, checked, _ = agrpo(capsys, str(write_settings(tmp_path / "s.yaml")), "run.seed=7")
+    resolved = yaml.safe_load(checked)
+    assert status == 0 and resolved["run"]["seed"] == 7
+    assert resolved["model"]["mask_token_id"] is not None
 
 
 def test_metrics_are_explained_whole_or_by_prefix(capsys):

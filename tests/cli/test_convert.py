@@ -35,18 +35,21 @@ def _convert(*arguments):
 
 
 def _tool(*arguments):
-    """Run tools/convert_checkpoint.py in a process of its own; return its status."""
+    """Run tools/convert_checkpoint.py in a process of its own; return what came of it."""
     command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=environment, timeout=120).returncode
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, timeout=120, stdout=subprocess.PIPE, text=True
+    )
+    return done.returncode, done.stdout
 
 
 def test_there_and_back_and_verified(tmp_path):
     status, printed, error = _convert("to-megatron", LLADA, tmp_path / "m")
     assert (status, printed) == (0, f"{tmp_path / 'm'}\n"), error
     assert "converting" in error
-    assert _tool("to-hf", tmp_path / "m", tmp_path / "h") == 0
-    status, printed, _ = _convert("verify", LLADA, tmp_path / "m")
+    assert _tool("to-hf", tmp_path / "m", tmp_path / "h")[0] == 0
+    status, printed = _tool("verify", LLADA, tmp_path / "m")
     assert status == 0 and "logits" in printed
     assert printed.splitlines()[-1] == "21 of 21 tensors are identical: passed"
     tensors = load_file(tmp_path / "h" / "model.safetensors")

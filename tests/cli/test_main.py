@@ -212,20 +212,12 @@ def test_every_sub_command_explains_itself_at_once():
         assert done.stdout.startswith(f"usage: agrpo {name} ")
 
 
-def test_config_explains_every_setting_and_every_task_and_checks_a_file(tmp_path):
+def test_config_explains_every_setting_and_loads_nothing():
     whole = probe("config", COLUMNS="200")
     assert whole.returncode == 0 and "loaded:\n" in whole.stdout
     for key in ("run.dir", "sampling.unmasking", "optimizer.learning_rate", "ddp"):
         assert f"{key} " in whole.stdout
     assert "random | low_confidence | entropy" in whole.stdout
-    tasks = probe("config", "--tasks")
-    assert "task.name=countdown" in tasks.stdout and "task.options.clues" in tasks.stdout
-    part = probe("config", "--section", "checkpoint")
-    assert "checkpoint.keep" in part.stdout and "run.dir" not in part.stdout
-    checked = probe("config", write_settings(tmp_path / "good.yaml"), "run.seed=7")
-    assert checked.returncode == 0
-    resolved = yaml.safe_load(checked.stdout.removesuffix("loaded:\n"))
-    assert resolved["run"]["seed"] == 7 and resolved["model"]["mask_token_id"] is not None
 
 
 def test_doctor_names_what_is_there_and_what_is_not(tmp_path):
@@ -262,9 +254,8 @@ def test_what_a_machine_cannot_do_is_refused_before_anything_is_moved(tmp_path):
     assert [path.name for path in tmp_path.glob("run*")] == ["run"]
 
 
-@pytest.mark.parametrize("arguments", [["config"], ["config", "examples/tiny.yaml"]])
-def test_a_reader_that_ends_early_is_no_error(arguments):
-    command = [sys.executable, "-m", "agrpo_megatron", *arguments]
+def test_a_reader_that_ends_early_is_no_error():
+    command = [sys.executable, "-m", "agrpo_megatron", "config", "--markdown"]
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)

@@ -31,7 +31,8 @@ OLDER = ROOT / ".venv-hf"
 NAMES = ["llada_tiny", "dream_tiny", "sdar_tiny", "sdarmoe_tiny", "lladamoe_tiny", "llada2_tiny"]
 MASKS = {"sdarmoe_tiny": 380, "lladamoe_tiny": 383, "llada2_tiny": 382}  # config.json lacks them
 LENGTHS = [24, 17]  # the second row is padded, in the middle of a block
-# Loads each folder by three classes, as a user does, and stores what it computes.
+# Loads each folder, the first by three classes, as a user does, and stores what it computes. What
+# the last one saves loads again.
 LOAD = """
 import json, sys, torch, transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
@@ -40,15 +41,16 @@ found = {"version": transformers.__version__}
 for folder in folders:
     ids = torch.load(folder + "/../ids.pt")
     mask = (torch.arange(ids.shape[1]) < torch.tensor(json.loads(lengths))[:, None]).long()
-    for kind in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+    more = (AutoModelForCausalLM, AutoModelForMaskedLM) if folder == folders[0] else ()
+    for kind in (*more, AutoModel):
         model = kind.from_pretrained(folder, trust_remote_code=True)
         assert not model.training and model.config.model_type == "agrpo"
     with torch.no_grad():
         found[folder] = [model(input_ids=ids, attention_mask=mask).logits, model(ids).logits]
-    model.save_pretrained(folder + "-again")
-    again = AutoModel.from_pretrained(folder + "-again", trust_remote_code=True)
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, found[folder][1])
+model.save_pretrained(folder + "-again")
+again = AutoModel.from_pretrained(folder + "-again", trust_remote_code=True)
+with torch.no_grad():
+    assert torch.equal(again(ids).logits, found[folder][1])
 torch.save(found, output)
 """
 

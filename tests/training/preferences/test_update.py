@@ -197,9 +197,19 @@ def _compare(overrides):
     return abs(float(loss) - metrics["loss"]), _error(grads, literal)
 
 
+def _compare_all():
+    """Return the errors of each kind, all in one process, as starting it takes longest."""
+    return {kind: _compare(overrides) for kind, overrides in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def errors():
+    return run_ranks(1, _compare_all)[0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradient_equal_the_formula_text_by_text(kind):
-    loss, grads = run_ranks(1, _compare, KINDS[kind])[0]
+def test_loss_and_gradient_equal_the_formula_text_by_text(errors, kind):
+    loss, grads = errors[kind]
     assert loss < 1e-5 and grads < 1e-5, (loss, grads)
 
 
@@ -230,6 +240,11 @@ def test_the_layout_changes_nothing(alone, layout):
                 assert ours[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
 
 
+def _spreads():
+    """Return what `_spread` finds with shared masks and with masks of their own."""
+    return _spread([]), _spread(["sft.preferences.shared_masks=false"])
+
+
 def _spread(overrides):
     """Return the variance of margins over 30 draws of masks, and the mean of its estimates."""
     session, engine, reference = _opened(["sft.preferences.states=random_count", *overrides])
@@ -247,8 +262,7 @@ def _spread(overrides):
 
 def test_shared_masks_lower_the_variance_of_margins():
     """The spread within an update estimates it: masks are independent (`random_count`)."""
-    shared, estimate = run_ranks(1, _spread, [])[0]
-    apart, estimate_apart = run_ranks(1, _spread, ["sft.preferences.shared_masks=false"])[0]
+    (shared, estimate), (apart, estimate_apart) = run_ranks(1, _spreads)[0]
     assert shared < 0.5 * apart
     assert estimate == pytest.approx(shared, rel=0.3)
     assert estimate_apart == pytest.approx(apart, rel=0.3)
