@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agrpo_megatron.runs.log import RunLog
-from tests.cli.test_main import call, probe, write_settings
+from tests.cli.test_main import call, probe_all, write_settings
 from tests.ranks import run_ranks
 from tests.text.chat_tokenizers import write_llada
 from tests.training.test_run import read
@@ -162,14 +162,15 @@ def test_what_a_resumed_run_still_needs_is_refused_without_ranks(alone):
     folder, command = alone
     _cut_off(folder / "run")
     run = f"run.dir={folder / 'run'}"
-    for more, said in {
+    needed = {
         "algorithm.kl_coefficient=0.1": "model.load=base is not a directory",
         "model.load=other": "model.load=other is not a directory",
         "tokenizer.path=other": "tokenizer.path=other does not exist",
         "tokenizer.chat_template=plain": "tokenizer.chat_template=own.jinja, not plain",
         "sampling.top_k=3": ", not 3, which may not change",
-    }.items():
-        done = probe(*command, run, more)
+    }
+    ended = probe_all([[*command, run, more] for more in needed])
+    for done, said in zip(ended, needed.values(), strict=True):
         assert done.returncode == 2 and "megatron" not in done.stdout
         assert said in done.stderr and "Traceback" not in done.stderr
 
@@ -183,7 +184,7 @@ def test_a_run_continues_from_the_weights_of_a_finished_one(alone):
     assert (hf / "tokenizer.json").exists()
 
 
-UNWRITABLE = {  # command below a file, and what names the place
+UNWRITABLE = {  # command below a file, and what names the place; the last one loads Megatron-Core
     "train": (["train", "{s}", "run.dir={file}/run"], "run.dir={file}/run cannot be written"),
     "train into a file": (["train", "{s}", "run.dir={file}"], "run.dir={file} cannot be written"),
     "sft": (["sft", "{s}", "run.dir={file}/run"], "run.dir={file}/run cannot be written"),
@@ -201,17 +202,16 @@ UNWRITABLE = {  # command below a file, and what names the place
 }
 
 
-@pytest.mark.parametrize("name", UNWRITABLE)
-def test_a_folder_that_cannot_be_written_is_refused_before_ranks_start(alone, name):
+def test_a_folder_that_cannot_be_written_is_refused_before_ranks_start(alone):
     folder, (_, file, *_) = alone
     (folder / "file").write_text("kept")
-    arguments, said = UNWRITABLE[name]
     names = {"s": file, "run": folder / "run", "file": folder / "file"}
-    done = probe(*(argument.format(**names) for argument in arguments))
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("agrpo: error: ")]
-    assert len(errors) == 1 and said.format(**names) in errors[0]
-    assert "megatron" not in done.stdout or name == "convert"
+    commands = [[word.format(**names) for word in words] for words, _ in UNWRITABLE.values()]
+    for done, name in zip(probe_all(commands), UNWRITABLE, strict=True):
+        assert done.returncode == 2 and "Traceback" not in done.stderr, name
+        errors = [line for line in done.stderr.splitlines() if line.startswith("agrpo: error: ")]
+        assert len(errors) == 1 and UNWRITABLE[name][1].format(**names) in errors[0], name
+        assert "megatron" not in done.stdout or name == "convert"
     assert (folder / "file").read_text() == "kept"
 
 

@@ -1,6 +1,7 @@
 """The `agrpo` command: wrong input is one line and status 2, and every sub-command explains."""
 
 import contextlib
+import json
 import os
 import resource
 import subprocess
@@ -38,14 +39,19 @@ SETTINGS = {
     "evaluation": {"interval": 2},
     "logging": {"wandb": "disabled"},
 }
-# A process that may run `agrpo`, and says afterwards what it had to load.
+# Calls `agrpo` several times; after each it prints what was loaded by then, and the status.
 PROBE = """
-import sys
+import json, sys
 from agrpo_megatron.cli.main import main
-status = main(sys.argv[1:])
-loaded = [name for name in ("torch", "megatron.core", "transformers") if name in sys.modules]
-print("loaded:", *loaded)
-sys.exit(status)
+for arguments in json.loads(sys.argv[1]):
+    try:
+        status = main(arguments)
+    except SystemExit as left:  # --help
+        status = left.code or 0
+    loaded = [name for name in ("torch", "megatron.core", "transformers") if name in sys.modules]
+    print("loaded:", *loaded)
+    print(status, end="\\0", flush=True)
+    print(end="\\0", file=sys.stderr, flush=True)
 """
 
 
@@ -59,14 +65,28 @@ def write_settings(path, **changes):
 
 
 def probe(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", PROBE, *map(str, arguments)],
+    """Return how one call ends in a process of its own."""
+    return probe_all([arguments], **environment)[0]
+
+
+def probe_all(several, **environment):
+    """Return how several calls end in one process, which no call before them has warmed."""
+    words = [[str(argument) for argument in arguments] for arguments in several]
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps(words)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         cwd=ROOT,
         env={**os.environ, **environment},
     )
+    assert done.returncode == 0, done.stderr
+    found = []
+    for out, error in zip(done.stdout.split("\0"), done.stderr.split("\0"), strict=True):
+        stdout, end, status = out.rpartition("\n")
+        found.append(subprocess.CompletedProcess(words, int(status or 0), stdout + end, error))
+    assert (found[-1].stdout, found[-1].stderr) == ("", ""), "nothing comes at the end"
+    return found[:-1]
 
 
 def call(arguments, folder):
@@ -150,31 +170,40 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_settings_are_one_line_and_status_2_before_torch_is_loaded(tmp_path, name):
-    """No torch, so no process group. Time is that of the processor: a machine may be busy."""
-    changes, message = WRONG[name]
-    run_dir = tmp_path / "run"
-    file = write_settings(tmp_path / "wrong.yaml", run={"dir": str(run_dir)}, **changes)
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """Return the run's directory and how `agrpo train` ends, for each of `WRONG`."""
+    folder, files = tmp_path_factory.mktemp("wrong"), []
+    runs = [folder / f"run{number}" for number in range(len(WRONG))]
+    for run_dir, (changes, _) in zip(runs, WRONG.values(), strict=True):
+        path = run_dir.with_suffix(".yaml")
+        files.append(write_settings(path, run={"dir": str(run_dir)}, **changes))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = probe("train", file)
+    ended = probe_all([("train", file) for file in files])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
-    assert done.stderr == f"agrpo: error: {message}\n"
+    return dict(zip(WRONG, zip(runs, ended, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_settings_are_one_line_and_status_2_before_torch_is_loaded(refused, name):
+    """No torch, so no process group. Time is that of the processor: a machine may be busy."""
+    run_dir, done = refused[name]
+    assert done.stderr == f"agrpo: error: {WRONG[name][1]}\n"
     assert (done.returncode, done.stdout) == (2, "loaded:\n")
     assert not run_dir.exists(), "nothing is left behind"
 
 
 def test_a_missing_file_and_a_bad_override_are_refused_the_same_way(tmp_path):
     file = write_settings(tmp_path / "good.yaml")
-    for arguments, said in (
-        (("train", tmp_path / "none.yaml"), "none.yaml: No such file or directory"),
-        (("train", file, "run.seed"), "override 'run.seed': write section.key=value"),
-        (("evaluate", tmp_path), f"{tmp_path} is not a run directory: it has no config.yaml"),
-        (("sample", file), f"{file} names no weights; set model.load, or give a run directory"),
-        (("report", tmp_path), f"run directory {tmp_path} has no metrics.jsonl"),
-    ):
-        done = probe(*arguments)
+    cases = {
+        ("train", tmp_path / "none.yaml"): "none.yaml: No such file or directory",
+        ("train", file, "run.seed"): "override 'run.seed': write section.key=value",
+        ("evaluate", tmp_path): f"{tmp_path} is not a run directory: it has no config.yaml",
+        ("sample", file): f"{file} names no weights; set model.load, or give a run directory",
+        ("report", tmp_path): f"run directory {tmp_path} has no metrics.jsonl",
+    }
+    for done, said in zip(probe_all(cases), cases.values(), strict=True):
         assert done.returncode == 2
         assert done.stderr.startswith("agrpo: error: ") and done.stderr.count("\n") == 1
         assert said in done.stderr
@@ -203,11 +232,10 @@ COMMANDS = ("train", "sft", "evaluate", "sample", "report", "doctor", "config", 
 
 
 def test_every_sub_command_explains_itself_at_once():
-    whole = probe("--help")
+    whole, *parts = probe_all([("--help",), *((name, "--help") for name in COMMANDS)])
     assert whole.returncode == 0
-    for name in COMMANDS:
+    for name, done in zip(COMMANDS, parts, strict=True):
         assert f"  {name} " in whole.stdout
-        done = probe(name, "--help")
         assert done.returncode == 0 and done.stderr == ""
         assert done.stdout.startswith(f"usage: agrpo {name} ")
 

@@ -45,6 +45,16 @@ MOMENTS = {
     "in the supervised phase": "line 2",
     "after an iteration": "line 5",
 }
+# Each moment at two layouts, and an evaluation, a rollout and a line at each layout.
+ASKED = {
+    "within the first evaluation": ("one rank", "tp2"),
+    "within the first rollout": ("dp2", "tp2"),
+    "within the second rollout": ("one rank", "pp2"),
+    "within an evaluation between": ("dp2", "pp2"),
+    "within the last evaluation": ("one rank", "pp2"),
+    "in the supervised phase": ("dp2", "pp2"),
+    "after an iteration": ("one rank", "tp2"),
+}
 
 
 class AskedTurns(Turns):
@@ -153,8 +163,7 @@ def _check_tokens(run, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("moment", "layout"), [(m, at) for m in ASKED for at in ASKED[m]])
 def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_bits(
     undisturbed, tmp_path, layout, moment
 ):
