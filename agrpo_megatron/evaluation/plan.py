@@ -13,6 +13,7 @@ from agrpo_megatron.config.parallel import model_ranks
 from agrpo_megatron.config.settings import EvaluationSettings, ModelSettings, Settings, TaskSettings
 from agrpo_megatron.config.yaml_files import with_file_names
 from agrpo_megatron.evaluation.grid import Cell, cell_sampling, evaluation_grid
+from agrpo_megatron.runs.directory import code_digests
 from agrpo_megatron.runs.files import digest
 from agrpo_megatron.runs.progress import RUN_SETTINGS, checkpoint_path
 from agrpo_megatron.runs.resolve import Resolved, resolve
@@ -238,7 +239,7 @@ def _task_identity(resolved: Resolved, task: Task, problems: Sequence[Problem]) 
     prompts = resolved.tokenizer.encode_prompts(written)
     asked = json.dumps([[problem.key for problem in problems], prompts])
     graded = _canonical([[p.key, p.fields, p.solution] for p in problems])
-    code = {Path(name).name: digest(Path(name).read_bytes()) for name in task.code_files}
+    code = code_digests(task)
     if len(code) == 1:  # as evaluations of tasks in one file have it
         code = {"file": code.popitem()[1]}
     named = with_file_names({"task": asdict(task.settings)})["task"]

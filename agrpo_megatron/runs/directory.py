@@ -137,6 +137,9 @@ def check_data(
 ) -> None:
     """Compare a resumed run's data with its recorded data; record what is new. Every rank.
 
+    What only one of them has is not compared: a run of one phase alone does not read the task, or
+    no supervised rows.
+
     Raises:
         ValueError: the problems, the task's file or the supervised rows changed.
     """
@@ -156,15 +159,21 @@ def check_data(
 
 def data_digests(task: Task) -> dict[str, str]:
     """Return digests of both splits' problems, and of the files of user tasks."""
-    found = {}
+    found = dict[str, str]()
     if isinstance(task, NoTask):
         return found
     for split, name in SPLIT_NAMES.items():
         text = "\0".join(f"{p.key}\0{p.solution}" for p in task.problems(split))
         found[f"{name} problems"] = digest(text.encode())
-    for file in task.code_files:
-        key, lines = f"lines of {Path(file).name}", digest(Path(file).read_bytes())
-        found[key] = digest((found[key] + lines).encode()) if key in found else lines
+    return found | {f"lines of {name}": lines for name, lines in code_digests(task).items()}
+
+
+def code_digests(task: Task) -> dict[str, str]:
+    """Return a digest of the user's files of code by name; files with one name have one."""
+    found: dict[str, str] = {}
+    for file in map(Path, task.code_files):
+        own, known = digest(file.read_bytes()), found.get(file.name)
+        found[file.name] = own if known is None else digest((known + own).encode())
     return found
 
 

@@ -28,7 +28,8 @@ def validate_lora(settings: Settings) -> None:
             "lora.modules=[] names no layer; use null for all linear layers of the blocks"
         )
     if lora.load is not None and not os.path.isdir(lora.load):
-        raise ValueError(f"lora.load={lora.load} is not a directory; give one in PEFT's format")
+        fix = "give one in PEFT's format, or fetch it by `agrpo prefetch FILE`"
+        raise ValueError(f"lora.load={lora.load} is not a directory; {fix}")
     if lora.merge_rollouts and settings.fp8.primary_weights:
         raise ValueError(
             "lora.merge_rollouts=true adds to the weights, and fp8.primary_weights=true keeps them "
