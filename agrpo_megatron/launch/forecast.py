@@ -13,13 +13,12 @@ GIB, MIB = 2**30, 2**20
 
 def forecast(settings: Settings, sizes: Sizes, speed: Speed, *, world_size: int) -> list[str]:
     """Return lines on time, disk and model of complete settings, with what they assume."""
-    from agrpo_megatron.scaling.forecast.work import count_flops  # loads torch
+    from agrpo_megatron.scaling.forecast.work import count_flops, may_fail  # loads torch
 
     try:
         flops = count_flops(settings, sizes.train, sizes.held_out, sizes.rows)
-    except Exception as error:  # the user's own estimator must not stop a plan, nor may memory
-        is_own = settings.algorithm.is_own_code
-        if not is_own and not isinstance(error, MemoryError | RuntimeError):
+    except Exception as error:
+        if not may_fail(settings, error):
             raise
         return [f"forecast  not possible: {one_line(error)}"]
     stored = disk(settings, rollout_bytes=flops.rollout_bytes)

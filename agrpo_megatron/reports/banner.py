@@ -52,7 +52,7 @@ def _plan(settings: Settings, sizes: Sizes, phases: Sequence[str]) -> str:
 
 def _iteration(settings: Settings, sizes: Sizes) -> list[str]:
     """Return what an iteration draws and computes; no cost where it cannot be counted."""
-    from agrpo_megatron.scaling.forecast.work import count_flops  # loads torch
+    from agrpo_megatron.scaling.forecast.work import count_flops, may_fail  # loads torch
 
     algorithm, sampling = settings.algorithm, settings.sampling
     completions = algorithm.prompts_per_iteration * algorithm.group_size
@@ -63,8 +63,8 @@ def _iteration(settings: Settings, sizes: Sizes) -> list[str]:
     ]
     try:
         flops = count_flops(settings, sizes.train, sizes.held_out)
-    except Exception:  # of the user's own estimator, before it has seen a rollout
-        if not algorithm.is_own_code:
+    except Exception as error:
+        if not may_fail(settings, error):
             raise
         return lines
     return [

@@ -53,9 +53,14 @@ def test_an_estimator_that_fails_early_has_no_cost(tmp_path):
 
 
 def test_an_error_of_the_package_s_own_estimators_is_not_hidden(monkeypatch):
-    def broken(*_):
-        raise KeyError("steps")
+    def fail_by(error):
+        def count_flops(*_):
+            raise error
 
-    monkeypatch.setattr("agrpo_megatron.scaling.forecast.work.count_flops", broken)
+        monkeypatch.setattr("agrpo_megatron.scaling.forecast.work.count_flops", count_flops)
+
+    fail_by(KeyError("steps"))
     with pytest.raises(KeyError):
         lines()
+    fail_by(MemoryError())
+    assert "cost" not in lines()

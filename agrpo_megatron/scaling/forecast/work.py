@@ -43,6 +43,14 @@ class Flops:
     rollout_bytes: int  # stored rollouts of an iteration
 
 
+def may_fail(settings: Settings, error: Exception) -> bool:
+    """Return whether an error of `count_flops` must not stop what only shows its numbers.
+
+    The user's own estimator has not seen a rollout yet, and the counted ones may not fit in memory.
+    """
+    return settings.algorithm.is_own_code or isinstance(error, MemoryError | RuntimeError)
+
+
 def count_flops(
     settings: Settings,
     train: Sequence[int],
