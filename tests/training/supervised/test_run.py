@@ -1,4 +1,4 @@
-"""Runs on rows: resumed within an epoch to the same bits, the same losses on two data ranks."""
+"""Runs on rows: resumed within an epoch to the same bits, the same losses in every layout."""
 
 import json
 import random
@@ -79,8 +79,10 @@ def test_a_run_resumes_within_an_epoch_to_the_same_bits(whole, tmp_path, chats):
     assert held_out[6] < held_out[3]
 
 
-def test_two_data_ranks_have_the_same_losses(whole, tmp_path, chats):
-    run_ranks(2, _train, tmp_path / "run", chats)
+@pytest.mark.parametrize(("ranks", "layout"), [(2, "dp2"), (4, "tp2-sp-cp2"), (4, "pp2-dp2")])
+def test_every_layout_has_the_same_losses(whole, tmp_path, chats, ranks, layout):
+    """Context parallelism cuts some of the rows."""
+    run_ranks(ranks, _train, tmp_path / "run", chats, [f"parallel={layout}"])
     metrics, expected = read(tmp_path / "run" / "metrics.jsonl"), read(whole / "metrics.jsonl")
     for name in ("loss", "held_out_loss", "epoch", "scored_tokens"):
         ours, theirs = ([m.get(name) for m in records] for records in (metrics, expected))
