@@ -10,6 +10,7 @@ from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.resilience.stragglers import Stragglers
 from agrpo_megatron.rollout.session import Session
+from agrpo_megatron.training.measures.devices import forget_peak, memory_peaks
 from agrpo_megatron.training.measures.totals import Totals
 from agrpo_megatron.training.preferences.update import preference_learning
 from agrpo_megatron.training.supervised.learning import Learning, denoising
@@ -41,6 +42,7 @@ def run_sft(
     )
     for iteration in range(start, settings.iterations):
         started = time.perf_counter()
+        forget_peak(run.ranks)
         sections.at("sft", iteration + 1)
         places = range(iteration * settings.batch_size, (iteration + 1) * settings.batch_size)
         with sections("update"):
@@ -55,6 +57,7 @@ def run_sft(
             **stragglers.report(sections.take(), run.ranks, warn=output.view.warn),
             "timing/iteration": seconds,
             "perf/tokens_per_second": tokens / seconds,
+            **memory_peaks(run.ranks),
             **totals.add({"totals/tokens": tokens}),
         }
         output.log.metrics(record)

@@ -96,20 +96,20 @@ SPEED = (
 MEMORY = (
     Metric(
         "memory/allocated_peak",
-        RL,
+        UPDATED,
         "Most GPU memory that tensors took in the iteration, on the rank that took most.",
         "GiB",
     ),
     Metric(
         "memory/reserved_peak",
-        RL,
+        UPDATED,
         "Most GPU memory that torch reserved in the iteration, likewise.",
         "GiB",
         healthy="Below the GPU's memory; far above the allocated peak, it is fragmented.",
     ),
     Metric(
         "memory/host_peak",
-        RL,
+        UPDATED,
         "Most resident memory of a rank's process since it started, without its workers.",
         "GiB",
     ),

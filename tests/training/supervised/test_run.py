@@ -77,6 +77,7 @@ def test_a_run_resumes_within_an_epoch_to_the_same_bits(whole, tmp_path, chats):
     held_out = [record.get("held_out_loss") for record in metrics]
     assert [loss is not None for loss in held_out] == [False] * 3 + [True, False, False, True]
     assert held_out[6] < held_out[3]
+    assert all(0 < record["memory/host_peak"] < 24 for record in metrics)
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(2, "dp2"), (4, "tp2-sp-cp2"), (4, "pp2-dp2")])
