@@ -98,7 +98,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
         return 1
     console.print(table(found))
     for line in lines(found):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     if arguments.json:
         print(json.dumps(found))
     return 0

@@ -16,6 +16,7 @@ from agrpo_megatron.benchmark.reference.update import accumulate, drawn_passes, 
 from agrpo_megatron.config.settings import AlgorithmSettings, ModelSettings, SamplingSettings
 from agrpo_megatron.families import hf_shapes, settings_from_hf
 from agrpo_megatron.families.random_weights import RandomWeights
+from tests.devices import DEVICE, Elsewhere, OtherDevice
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "llada_tiny"
 PUBLISHED = SamplingSettings(
@@ -127,3 +128,19 @@ def test_a_row_leaves_after_a_block_of_ends_of_text():
     for row, count in enumerate(steps):
         assert not is_end[row, : count - 1].any()
         assert is_end[row, count:].all() and (found.unmask_step[row, count:] == count).all()
+
+
+def test_nothing_of_the_reference_mixes_devices():
+    """Weights and prompts are on another device; all that is made of them is there, too."""
+    reference = random_reference()
+    weights = {
+        name: Elsewhere(w.detach()).requires_grad_() for name, w in reference.weights.items()
+    }
+    moved, prompts = Reference(MODEL, weights), Elsewhere(torch.arange(15).view(3, 5))
+    sampling = replace(SMALL, top_p=0.8, temperature=0.7)
+    with OtherDevice():
+        found = rollout(moved, prompts, sampling, fresh_noise(90, DEVICE))
+        passes = drawn_passes(found, 2, eos_id=88)
+        gains = Elsewhere(torch.tensor([1.0, 0.0, -1.0]))
+        accumulate(moved, found, gains, passes, sampling, AlgorithmSettings())
+    assert all(weight.grad is not None for weight in weights.values())
