@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from agrpo_megatron.config.settings import ModelSettings
 
+MEASURED = "agrpo: measured"  # name of the profiled run
 CEILING_SECONDS = 0.2  # that a measurement of the ceiling takes, at least
 
 
@@ -39,10 +40,12 @@ def _now(device: torch.device) -> float:
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     """Return the most bytes of tensors that a run holds at once, above those from before it.
 
-    On a CPU, torch's profiler lists each allocation; workspaces of libraries are not among them. It
-    does not see that a tensor from before is freed, which a run must not do.
+    Runs twice and measures the second run: the first one may create what is then kept, such as the
+    optimizer's states. On a CPU, torch's profiler lists each allocation; workspaces of libraries
+    are not among them.
     """
     if device.type == "cuda":
+        run()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -50,13 +53,16 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+        run()  # it also frees what is not known to the profiler
+        with record_function(MEASURED):
+            run()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events: list[Any] = profiler.profiler.kineto_results.events()
-    events = [e for e in events if e.name() == "[memory]"]
+    start = next(event.start_ns() for event in events if event.name() == MEASURED)
+    changes = [e for e in events if e.name() == "[memory]" and e.start_ns() >= start]
     held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+    for change in sorted(changes, key=lambda change: change.start_ns()):
+        held += change.nbytes()
         peak = max(peak, held)
     return peak
 

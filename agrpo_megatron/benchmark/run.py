@@ -1,6 +1,5 @@
 """Run a plan: equality first, then counted work, memory, and interleaved seconds."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,11 +86,7 @@ def _measured(plan: Plan, ours: Ours, show: Callable[[str], None]) -> Found:
     if theirs is not None:
         sides["reference"] = theirs
     show("measuring memory")
-    peaks = {}
-    for name, side in sides.items():
-        side.run()  # creates the optimizer's states
-        gc.collect()
-        peaks[name] = peak_bytes(side.run, ours.device)
+    peaks = {name: peak_bytes(side.run, ours.device) for name, side in sides.items()}
     runs = {name: side.run for name, side in sides.items()}
     ceiling = _ceiling(plan, ours) if plan.has_ceiling else None
     if ceiling is not None:

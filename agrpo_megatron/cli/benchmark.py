@@ -10,7 +10,8 @@ from agrpo_megatron.cli.common import add_command, add_overrides, world_size
 from agrpo_megatron.config.settings.precision import PRECISIONS
 from agrpo_megatron.config.settings.sampling import UNMASKING
 
-QUIET = "99"  # of the profiler, which writes to the terminal otherwise
+# Of the profiler, which otherwise writes to the terminal that it starts and what it did not see.
+QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 DETAILS = f"""\
 Measure a rollout, a train-step (an update on given rollouts), or an iteration (both).
 
@@ -81,7 +82,8 @@ def benchmark(arguments: argparse.Namespace) -> int:
         )
     options = {n: v for n, v in vars(arguments).items() if n not in ("kind", "overrides", "run")}
     plan = make_plan(arguments.kind, options, arguments.overrides)
-    os.environ.setdefault("KINETO_LOG_LEVEL", QUIET)
+    for name, level in QUIET.items():
+        os.environ.setdefault(name, level)
     from rich.console import Console
 
     from agrpo_megatron.benchmark.equality import Unequal

@@ -28,6 +28,21 @@ def test_peak_memory_is_the_most_that_is_held_at_once():
     assert peak_bytes(together, CPU) == 8 * 2**20
 
 
+def test_what_a_run_keeps_for_the_next_one_is_not_counted():
+    """Of a kept tensor that each run makes anew, the next run holds both for a moment."""
+    states, replaced = list[torch.Tensor](), dict[str, torch.Tensor]()
+
+    def keeps():
+        states.extend([] if states else [torch.zeros(2**20)])
+
+    def replaces():
+        replaced["kept"] = torch.zeros(2**20)
+        torch.zeros(2**19)
+
+    assert peak_bytes(keeps, CPU) == 0
+    assert peak_bytes(replaces, CPU) == 4 * 2**20
+
+
 def test_runs_take_turns():
     order = []
     runs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
