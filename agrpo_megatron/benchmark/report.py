@@ -60,7 +60,7 @@ def record(plan: Plan, found: Found) -> dict[str, Any]:
         "speedup": None if reference is None else speedup(found.ours.seconds, reference.seconds),
         "equality": None if equality is None else vars(equality),
         "ceiling_flops_per_second": found.ceiling,
-        "provenance": provenance(settings, ranks=1, device=device_text(found.device)),
+        "provenance": provenance(settings, ranks=1, device=device_text(found.device), seconds=0.0),
     }
 
 
