@@ -167,7 +167,7 @@ def _filled(block: ShardedTensor, kind: str, own: Tensor | None) -> ShardedTenso
     data = None
     if own is not None:
         data = own[: math.prod(block.local_shape)].view(block.local_shape)
-        # Also from the host: a background save writes while the optimizer goes on.
+        # Also from the host: a background save writes while the optimizer continues.
         data = data.to("cpu", torch.float32, copy=True)
     return replace(block, key=f"optimizer.state.{kind}.{block.key}", data=data)
 

@@ -90,12 +90,12 @@ def config_of(
 ) -> tuple[dict[str, Any], bool]:
     """Return config.json for a model, and whether our modelling file loads it.
 
-    It is empty if the folder's describes the model. The folder's may be of the tokenizer's model,
-    or from before a setting was changed. A model without one was trained from nothing: it gets our
-    modelling file, if that has the family.
+    The first value is empty if the folder's config.json describes the model. That file may belong
+    to the model of the tokenizer, or be older than a changed setting. A model without the file was
+    trained from nothing: it gets our modelling file, if that supports the family.
 
     Args:
-        own_code: also in place of the folder's modelling files.
+        own_code: use our modelling file even if the folder has its own.
 
     Raises:
         ValueError: the modelling code does not support this model.

@@ -169,7 +169,7 @@ class Responses:
     """The responses of examples, side by side."""
 
     tokens: Tensor  # [B, C] int64
-    lengths: Tensor  # [B] int64, on the host: so many first tokens are of the example
+    lengths: Tensor  # [B] int64, on the host: tokens of the example; padding follows them
     trained: Tensor  # [B, C] bool, none beyond the length and at least one of each example
 
 
@@ -208,7 +208,8 @@ def sft_batches(
     Other tokens of a response, such as later turns of the user, stay. A block model sees the
     whole example, and after it the masked response, each block of which sees the example before it:
     the rows and the loss of SDAR's training code. With an `autoregressive_weight` each response
-    token is also predicted from the example's token before it, and weighs 1 / C: the loss of
+    token is also predicted from the example's token before it, if it is trained, and weighs
+    `autoregressive_weight` / n, a masked one `diffusion_weight` / (t * n): the loss of
     Nemotron-Labs-Diffusion.
 
     Args:

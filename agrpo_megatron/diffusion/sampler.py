@@ -70,8 +70,8 @@ class SamplerHooks:
     on_complete: Callable[[list[int], Trajectory], None] | None = None
     # Called between denoising steps; returns the same on all ranks of a replica.
     should_stop: Callable[[], bool] = lambda: False
-    # Called with rows after a denoising step of theirs; returns those that end here, the same on
-    # all ranks of a replica.
+    # Called after a denoising step with the rows that took it. Returns the rows that end there:
+    # the same on all ranks of a replica.
     on_step: Callable[[SamplerState, list[int]], Sequence[int]] = lambda state, rows: ()
 
 
@@ -95,13 +95,7 @@ def sample(
     sampling: SamplingSettings,
     hooks: SamplerHooks | None = None,
 ) -> Trajectory:
-    """Sample one completion per prompt; called by every rank of a replica.
-
-    A completion depends only on its prompt, its rollout id, the seed and the weights.
-
-    Args:
-        prompts: R tensors of token ids, int64.
-        rollout_ids: [R] int64, unique within a run.
+    """Sample as `modules.sampling.sample` does, without its checks; every rank of a replica.
 
     Raises:
         SamplingStopped: `hooks.should_stop` returned true.

@@ -35,7 +35,7 @@ from agrpo_megatron.estimators.table import is_joint, scored_rows
 from agrpo_megatron.estimators.weights import select_rows
 from agrpo_megatron.types import LossOutputs, Rollout, ScoredRows, TimestepBatch, Trajectory
 
-# Settings of Megatron's own loop, by the value that leaves them out.
+# Settings that only `agrpo train` supports, with the value that leaves each out.
 LEFT_OUT = {"rollout_correction": None, "rollout_experts": None, "resample_rounds": 0}
 
 

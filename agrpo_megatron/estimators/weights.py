@@ -106,8 +106,8 @@ def by_rollout(
 def effective_share(rows: ScoredRows) -> float:
     """Return the effective sample size of the rows' weights over their number; 1 without rows.
 
-    (sum w)^2 / sum w^2 rows of equal weights would average as well. The weight of a row is that of
-    its heaviest token.
+    The effective sample size is (sum w)^2 / sum w^2: so many rows of equal weights have a mean of
+    the same variance. The weight of a row is that of its heaviest token.
     """
     weights = rows.weight.double().abs().amax(1)
     squares = float(weights.square().sum())

@@ -84,7 +84,8 @@ def _rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
         said = shown(f"{key}.{name}", rope[name])
         if name not in _NUMBERS | _OTHER_ROPE or (name == "truncate" and rope[name] is not True):
             raise ValueError(f"{said}: the nemotron_diffusion family has no such rotary embedding")
-        check_number(said, rope[name] if name in _NUMBERS else 0)
+        if name in _NUMBERS:
+            check_number(said, rope[name])
     if "rope_theta" not in rope:
         rope["rope_theta"] = config["rope_theta"]
     for name, value in (("rope_scaling", given), ("rope_theta", rope["rope_theta"])):

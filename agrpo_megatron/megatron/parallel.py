@@ -39,7 +39,7 @@ class Ranks:
     pipeline: Axis
     context: Axis
     data: Axis
-    data_context: Axis  # data x context: the ranks with the same weights, but for experts
+    data_context: Axis  # data x context: the ranks with the same weights, except experts
     expert: Axis  # the ranks that share the experts of a layer
     expert_tensor: Axis  # the ranks that share each expert
     replica: dist.ProcessGroup | None  # the ranks of one model copy, over gloo; None: one rank

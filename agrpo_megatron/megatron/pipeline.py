@@ -240,7 +240,7 @@ class Ring(Staged):
         return hidden
 
     def _take_returned(self) -> None:
-        """Take the hidden states that the last stage must send back before this one goes on.
+        """Take the hidden states that the last stage must send back before this one continues.
 
         In a full pipeline, a send of the first stage ends only after the last stage has sent back
         what entered `lag` passes before. Near the end of a rollout, groups finish and none

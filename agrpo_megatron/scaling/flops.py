@@ -48,7 +48,7 @@ class Cost:
 
 
 def forward_cost(model: ModelSettings, lora: LoraSettings | None = None) -> Cost:
-    """Return the cost of a forward pass; with `lora`, adapters are applied beside the weights."""
+    """Return the cost of a forward pass; with `lora`, adapters are products of their own."""
     return _sum((1, _weights(model)), (1, _attention(model)), (1, _adapters(model, lora)))
 
 

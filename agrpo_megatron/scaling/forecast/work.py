@@ -33,7 +33,7 @@ SOME_UPDATES = 8  # that are counted; further ones score as many states as the l
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of all ranks together, at most."""
+    """FLOPs of all ranks together, if every step runs and every completion has an advantage."""
 
     rollout: int  # of an iteration; 0 if stored rollouts are replayed
     update: int  # all updates of an iteration
