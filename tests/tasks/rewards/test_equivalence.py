@@ -1,5 +1,7 @@
 """Answers compared by value, in children of this process and in a grader's worker."""
 
+import signal
+
 import pytest
 
 from agrpo_megatron.config.settings import TaskSettings
@@ -58,3 +60,19 @@ def test_what_takes_too_long_in_a_worker_costs_its_own_part_alone():
         grader.close()
     assert [reward.score for reward in rewards] == list(answers.values())
     assert [reward.failure for reward in rewards] == [None] * len(answers)
+
+
+def test_a_worker_without_memory_left_is_replaced(monkeypatch):
+    """Sympy may have been anywhere, as where it takes too long."""
+
+    def compare(gold, text):
+        raise MemoryError
+
+    monkeypatch.setattr(equivalence, "load_comparison", lambda: compare)
+    monkeypatch.setattr(equivalence.worker, "is_spent", False)
+    before = signal.getsignal(signal.SIGPROF)
+    try:
+        assert not equivalence._compare_in_time("1", "1")
+    finally:
+        signal.signal(signal.SIGPROF, before)
+    assert equivalence.worker.is_spent
