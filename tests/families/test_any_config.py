@@ -5,6 +5,7 @@ AGRPO_EXAMPLES sets the number of generated files.
 
 import json
 import os
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from agrpo_megatron.families import settings_from_hf
 from tests.families.nemotron import TINY
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-EXAMPLES = int(os.environ.get("AGRPO_EXAMPLES", "300"))
+EXAMPLES = int(os.environ.get("AGRPO_EXAMPLES", "420"))
+FILES = {"llada": "llada", "dream": "dream", "sdar": "sdar"}
+FILES |= {"sdar_moe": "sdarmoe", "llada_moe": "lladamoe", "llada2_moe": "llada2"}
 CONFIGS = {
-    name: json.loads((FIXTURES / f"{name}_tiny" / "hf" / "config.json").read_text())
-    for name in ("llada", "dream", "sdar")
+    family: json.loads((FIXTURES / f"{name}_tiny" / "hf" / "config.json").read_text())
+    for family, name in FILES.items()
 }
 CONFIGS["nemotron_diffusion"] = TINY
 # Keys of each file that may change: sizes and ids, and what changes no logits.
@@ -47,13 +50,39 @@ SIZES = {
 }
 SIZES["sdar"] = {**SIZES["dream"], "head_dim": "head_dim", "block_length": "block_size"}
 SIZES["nemotron_diffusion"] = {k: v for k, v in SIZES["sdar"].items() if k != "rope_theta"}
+EXPERTS = {
+    "moe.experts": "num_experts",
+    "moe.topk": "num_experts_per_tok",
+    "moe.ffn_hidden_size": "moe_intermediate_size",
+}
+SIZES["sdar_moe"] = SIZES["sdar"] | EXPERTS | {"moe.normalise": "norm_topk_prob"}
+SIZES["llada_moe"] = (
+    SIZES["dream"]
+    | EXPERTS
+    | {
+        "ffn_hidden_size": "dense_intermediate_size",
+        "moe.ffn_hidden_size": "expert_intermediate_size",
+        "moe.shared_ffn_hidden_size": "shared_expert_intermediate_size",
+        "qk_norm": "qk_layernorm",
+        "rotary_fraction": "partial_rotary_factor",
+    }
+)
+SIZES["llada2_moe"] = SIZES["sdar_moe"] | {
+    "moe.dense_layers": "first_k_dense_replace",
+    "moe.scaling_factor": "routed_scaling_factor",
+    "moe.expert_bias": "moe_router_enable_expert_bias",
+    "qk_norm": "use_qk_norm",
+    "rotary_fraction": "partial_rotary_factor",
+}
 ROPE = {
     "rope_theta": "rope_theta",
     "rope_factor": "factor",
     "rope_original_length": "original_max_position_embeddings",
     "query_scale_beta": "llama_4_scaling_beta",
 }
-DEFAULTS = {"mask_token_id": 151669, "block_size": 4}  # of SDAR, whose published files lack them
+# Of families whose published files lack them: the mask token, which needs a row, and the block.
+MASKS = {"sdar": 151669, "sdar_moe": 151669, "llada_moe": 156895, "llada2_moe": 156895}
+BLOCKS = {"sdar": 4, "nemotron_diffusion": None, "sdar_moe": 4, "llada2_moe": 32}
 OTHER_SIZES = {
     *("embedding_size", "eos_token_id", "include_qkv_bias", "mlp_hidden_size", "mlp_ratio"),
     *("model_type", "n_kv_heads", "vocab_size"),
@@ -65,6 +94,10 @@ FREE = {
     *("sliding_window", "torch_dtype", "train_max_sequence_length", "transformers_version"),
     *("attn_implementation", "debug", "ep_size", "fuse_cross_entropy", "micro_forward"),
     *("skip_checkpoint", "use_cache", "use_deepep"),
+    *("moe_layer_freq", "moe_router_score_function", "mtp_loss_scaling_factor", "n_group"),
+    *("norm_topk_prob", "num_nextn_predict_layers", "num_shared_experts", "output_router_logits"),
+    *("rotary_dim", "routed_scaling_factor", "router_aux_loss_coef", "router_dtype"),
+    *("router_num_group", "router_topk_group", "shared_expert_intermediate_size", "topk_group"),
     *("ar_loss_weight", "dlm_loss_weight", "dlm_paradigm", "dp_varying_mask_ratio", "rope_theta"),
 }
 MORE = (
@@ -134,18 +167,22 @@ def _check_refusal(message, path, text):
     if "not a JSON object" not in said:
         assert said.startswith(": ") and ("=" in said or "is missing" in said)
         config = json.loads(text)
-        names = [ascii(key)[1:-1] for key in config] + list(SIZES["llada"].values())
-        names += [*OTHER_SIZES, *SIZES["sdar"].values(), *ROPE.values(), "rope_parameters"]
+        names = [ascii(key)[1:-1] for key in config] + [*OTHER_SIZES, *ROPE.values()]
+        names += [key for sizes in SIZES.values() for key in (*sizes, *sizes.values())]
+        names += [*(key for published in CONFIGS.values() for key in published), "rope_parameters"]
         assert any(name in said for name in names)
 
 
 def _check_settings(model, config):
     """Compare with what the modelling codes read, spelled out again."""
     given = {key: value for key, value in config.items() if value is not None}
-    eos = given["eos_token_id"]
-    if model.family == "sdar":
-        given = {**DEFAULTS, **given}
-    expected = {ours: given[theirs] for ours, theirs in SIZES[model.family].items()}
+    eos = given.get("eos_token_id", given.get("pad_token_id"))  # LLaDA2's files lack the first
+    mask, block = MASKS.get(model.family), BLOCKS.get(model.family)
+    lacking = {"block_size": block} if block else {}
+    if mask and given["vocab_size"] > mask:
+        lacking["mask_token_id"] = mask
+    given = {**lacking, **given}
+    expected = {ours: given.get(theirs) for ours, theirs in SIZES[model.family].items()}
     expected["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
     if model.family == "llada":
         ffn = given.get("mlp_hidden_size")
@@ -160,15 +197,19 @@ def _check_settings(model, config):
     for name in expected.keys() & {
         "rope_theta",
         "norm_epsilon",
+        "rotary_fraction",
+        "moe.scaling_factor",
     }:  # a number may be written as text, as in settings
         expected[name] = float(expected[name])
-    found = {name: getattr(model, name) for name in expected}
+    found = {name: attrgetter(name)(model) for name in expected}
     assert found == expected and list(map(type, found.values())) == [
         type(value) for value in expected.values()
     ]
     assert model.shift == (model.family == "dream") == (str(given["model_type"]).lower() == "dream")
-    assert model.qk_norm == (model.family == "sdar")
-    assert model.has_blocks == (model.family in ("sdar", "nemotron_diffusion"))
+    if "qk_norm" not in expected:
+        assert model.qk_norm == (model.family in ("sdar", "sdar_moe"))
+    assert model.has_blocks == (model.family in BLOCKS)
+    assert (model.moe.experts is None) == ("moe.experts" not in expected)
     free = {*SIZES[model.family].values(), *OTHER_SIZES, *FREE, *MORE}
     for key in given.keys() - free:
         published = CONFIGS[model.family][key]

@@ -5,13 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 
 from agrpo_megatron.families import FAMILIES, hf_shapes, settings_from_hf
 from agrpo_megatron.families.files import HfWeights
-from tests.families.test_any_config import EXAMPLES, VALUES
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 FOLDERS = {"sdarmoe_tiny": "sdar_moe", "lladamoe_tiny": "llada_moe", "llada2_tiny": "llada2_moe"}
@@ -115,28 +112,6 @@ def test_another_model_is_refused(tmp_path, what):
         _read(tmp_path, {**_config(name), **change})
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: {said}")
     assert "\n" not in str(error.value)
-
-
-@given(
-    st.sampled_from(list(FOLDERS)),
-    st.data(),
-)
-@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
-def test_any_value_is_taken_or_refused_in_one_line(folder, name, data):
-    config = _config(name)
-    key, value = data.draw(st.sampled_from(list(config))), data.draw(VALUES)
-    try:
-        model = _read(folder, {**config, key: value})
-    except ValueError as error:
-        said = str(error)
-        assert said.startswith(f"{folder / 'config.json'}: ") and "\n" not in said
-        return
-    assert model.moe.experts is not None and model.moe.experts >= model.moe.topk
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("any")
 
 
 def test_more_experts_than_tensors_are_refused_at_once(tmp_path):
