@@ -41,7 +41,7 @@ LAYOUTS = {
     "dp2": (2, []),
 }
 BLOCKS = [*BLOCK_MODEL, "sampling.block_length=4", "sampling.block_origin=row"]
-OF_BLOCKS = ("tp2", "pp2", "dp2")  # tests/training/test_blocks.py has other micro-batches
+OF_BLOCKS = ("tp2", "pp2")  # tests/training/test_blocks.py has other micro-batches
 OWN = Path(__file__).parents[2] / "examples" / "my_estimator.py"
 # Of the first gradient, relative; tensor parallelism sums other parts in float32.
 BOUNDS = dict.fromkeys(LAYOUTS, 1e-6) | {"tp2": 3e-6}
