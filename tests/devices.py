@@ -1,8 +1,8 @@
-"""A GPU that is none: tensors that live on another device as far as torch and our code can tell.
+"""No GPU, but tensors that are on another device for torch and for our code.
 
 Each wraps a CPU tensor and says its device is `meta`, which has no data of its own in torch, so
 whatever the code would mix up on a GPU is refused here: an operation takes tensors of one device,
-besides single numbers, and indices from the CPU. So is a sum whose bits depend on an order that a
+single numbers of any, and indices from the CPU. So is a sum whose bits depend on an order that a
 GPU does not keep. Values are real, so a whole iteration runs.
 """
 

@@ -148,7 +148,7 @@ def _refused(folder, arguments, said):
 
 
 def test_every_estimator_has_a_preset_and_the_tool_starts_from_it(monkeypatch):
-    """A run that names one as its base is as published but for what it sets itself."""
+    """A run that names one as its base is as published except for what it sets itself."""
     monkeypatch.syspath_prepend(str(PRESETS.parents[1] / "tools"))
     tool = importlib.import_module("golden_estimators")
     assert tool.PRESETS == PRESETS

@@ -1,4 +1,4 @@
-"""The helper of multi-rank tests: results by rank, failures told, nothing left running."""
+"""The helper of multi-rank tests: results by rank, failures named, nothing left running."""
 
 import importlib.util
 import os

@@ -166,7 +166,7 @@ def test_a_file_that_other_tools_prefer_to_the_index_is_refused(tmp_path):
 
 
 def _cast(folder, source, kinds):
-    """Copy a model in bf16, but for tensors whose names end in some texts."""
+    """Copy a model in bf16, except for tensors whose names end in some texts."""
     folder.mkdir()
     tensors = {}
     for name, tensor in load_file(source / "model.safetensors").items():

@@ -16,7 +16,7 @@ from agrpo_megatron.training.sft import run_sft
 from tests.checkpoint.test_sharded import DISTRIBUTED, _continue, _open, _same, _save
 from tests.ranks import run_ranks
 
-# A range is far larger than a weight, and than what ranks tell each other about their blocks.
+# A range is far larger than a weight, and than what ranks exchange about their blocks.
 WIDE = ["model.hidden_size=64", "model.ffn_hidden_size=160", "model.num_layers=6"]
 LAYOUTS = {  # ranks, settings
     "dp3": (3, [DISTRIBUTED]),

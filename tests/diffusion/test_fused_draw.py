@@ -186,7 +186,7 @@ def _moved_bytes() -> tuple[float, float]:
 
 @needs_triton
 def test_a_logit_is_read_once():
-    """2 bytes of a bfloat16 logit, 1 that says whether its id is possible (the same for all rows,
+    """2 bytes of a bfloat16 logit, 1 of whether its id is possible (the same for all rows,
     so it stays in the cache), and 80 for each block of 2048."""
     read, written = by_kernel(1)[0][4]
     assert read == pytest.approx(3 + 8 / 2048, abs=1e-6)

@@ -42,7 +42,7 @@ def test_large_seeds_wrap_around_and_stay_apart():
 
 
 def test_fixed_values():
-    """A newer version must draw the same noise, or a resumed run would not go on as it began."""
+    """A newer version must draw the same noise, or a resumed run would not continue as it began."""
     key = noise.noise_key(7, noise.TOKENS, torch.tensor([0, 1, 2**40]), torch.tensor([3]))
     assert key.tolist() == [-619259228177592199, 1324057611241577088, -3646590204252291340]
     assert noise.uniform(key).tolist() == [

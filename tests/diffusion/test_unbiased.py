@@ -125,7 +125,7 @@ def test_text_rule_is_biased_where_a_live_step_fixed_end_of_text_only():
 
 @pytest.mark.parametrize("unmasking", ["low_confidence", "entropy"])
 def test_token_only_gradient_is_biased_where_positions_depend_on_the_weights(unmasking):
-    """Only tokens are scored; which position was fixed also tells of the weights.
+    """Only tokens are scored; which position was fixed depends on the weights too.
 
     Entropy ranks positions before tokens are drawn. Its choice is a step function of the weights,
     without gradient, so the token-only gradient stays exact there.

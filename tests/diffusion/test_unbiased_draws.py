@@ -336,7 +336,7 @@ def test_rollouts_without_live_steps_weigh_nothing():
 
 
 def test_streams_of_the_shuffle_and_of_the_places_are_apart():
-    """`batch` hashes its shuffle beside its numbers; equal keys would tie the two together."""
+    """`batch` hashes its shuffle and its numbers; equal keys would tie the two together."""
     ids, count = torch.arange(2000), 2
     keys = noise.noise_key(0, noise.STEPS, ids[:, None], torch.arange(2 * count))
     numbers = noise.uniform(keys)

@@ -82,7 +82,7 @@ def difference(ours, theirs):
 
 
 def _network(source, lora, tensor, read):
-    """Return a network with a fixture's weights, but for those that are trained whole."""
+    """Return a network with a fixture's weights, except for those that are trained whole."""
     layout = ParallelSettings(tensor=tensor)
     model = model_of(source)
     settings = Settings(run=RunSettings(threads=1), model=model, lora=lora, parallel=layout)
@@ -180,7 +180,7 @@ def check_import(tmp_path, source, tensor, options):
 
 
 def test_tensors_come_back_byte_for_byte(tmp_path):
-    """In PEFT's own file too, but for the order of keys in its header."""
+    """In PEFT's own file too, except for the order of keys in its header."""
     options = {"target_modules": list(BLOCKS), "exclude_modules": ["model.transformer.ff_out"]}
     module = made_by_peft(LLADA, tmp_path / "theirs", modules_to_save=["wte"], **options)
     model = model_of(LLADA)

@@ -101,7 +101,7 @@ def test_weights_and_data_are_shown_fetched_resumed_and_read_offline(repos, tmp_
     assert "models/LLaDA-8B-Instruct  GSAI-ML/LLaDA-8B-Instruct@0123456789ab" in shown, errors
     assert f"102 kB  {shard}" in shown and "702 bytes not needed" in shown
     assert f"{to}/data/openai--gsm8k-main-train.parquet" in shown and shown.endswith("-- 0\n")
-    # The transfer broke off; whether the client tried again or not, the same command goes on.
+    # The transfer broke off; whether the client tried again or not, the same command continues.
     assert third.count("is there") == 3, errors
     assert "together 0 bytes" in third and "-- 0" in third
     assert "fetched; without network: HF_HUB_OFFLINE=1 agrpo train " in first + second

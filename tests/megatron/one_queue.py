@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a rank does next; it goes on when this has ended.
+    """What a rank does next; it continues when this has ended.
 
     Kinds: `exchange`, messages of devices in one group; `meet`, a collective of devices; `post`
     and `take`, a message of hosts, which waits only to arrive; `vote` and `count`, a collective

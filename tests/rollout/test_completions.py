@@ -76,7 +76,7 @@ def rollout(monkeypatch, storage: Storage, seconds: Sequence[float]) -> Completi
 
 @pytest.mark.parametrize(("copies", "writes"), [(3e9, 1e9), (3e9, 3e6), (3e6, 1e9)])
 def test_copying_and_writing_take_a_bounded_share(monkeypatch, copies, writes):
-    """On a slow disk and over a slow bus as well, besides the last write."""
+    """On a slow disk and over a slow bus as well, except for the last write."""
     storage = Storage(copies, writes)
     rollout(monkeypatch, storage, [1.0] * ROWS)
     last = size(storage.written[-1]) * (1 / copies + 1 / writes)

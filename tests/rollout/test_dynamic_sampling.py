@@ -86,7 +86,7 @@ def test_what_had_something_to_teach_stays_where_it_was(plain, replaced):
 
 
 def _all_sampled():
-    """Return metrics of an iteration beside the rewards of all that was sampled for it."""
+    """Return metrics of an iteration and the rewards of all that was sampled for it."""
     session, engine = _open(ROUNDS)
     own, rewards = dynamic_sampling.generate, []
 

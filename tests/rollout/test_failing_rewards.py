@@ -1,4 +1,4 @@
-"""Training on a task file whose rewards hang, raise, allocate and die: it goes on, and counts."""
+"""Training on a task file whose rewards hang, raise, allocate and die: it continues."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every setting may change when a run goes on, or has a reason why it may not."""
+"""Every setting may change when a run resumes, or has a reason why it may not."""
 
 from agrpo_megatron.config.schema import describe
 from agrpo_megatron.config.settings import Settings

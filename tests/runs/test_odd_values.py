@@ -23,7 +23,7 @@ EXAMPLES = sorted(
 ESTIMATORS = sorted(path.name for path in ROOT.glob("examples/estimators/*.yaml"))
 RANKS = {"llada2_flash": 128, "sdar_30b": 32}
 KNOWN = ["model.mask_token_id=1", "model.eos_token_id=2", "model.vocab_size=64"]
-# What each odd value is, besides a good run; and what its line says.
+# What each odd value is, in an otherwise good run; and what its line says.
 ODD = {
     "train.token_budget=40": "train.token_budget=40 is under the 66 tokens of a row",
     "algorithm.mc_samples=50": "algorithm.mc_samples=50 is more than the 12 denoising steps",

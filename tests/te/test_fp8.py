@@ -192,7 +192,7 @@ STORED = ["fp8.primary_weights=true", "optimizer.distributed=true", "sft.iterati
 
 @pytest.mark.parametrize("overrides", [STORED, ["lora.merge_rollouts=true"], []])
 def test_adapters_learn_on_a_base_in_fp8(overrides):
-    """Its weights keep every bit, stored in 8 bits or cast; merged weights are cast anew."""
+    """Its weights keep every bit, stored in 8 bits or cast; merged weights are cast again."""
     [(kinds, errors, changed, moved)] = run_ranks(1, _adapted, [FP8, *overrides])
     assert ("Parameter" not in kinds and "Tensor" not in kinds) == (overrides == STORED)
     assert not changed and all(moved)

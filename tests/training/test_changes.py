@@ -1,4 +1,4 @@
-"""A run goes on with other settings: from there on as a run that always had them, bit for bit."""
+"""A run resumes with other settings: from there on it is a run that always had them, to the bit."""
 
 import json
 
@@ -21,7 +21,7 @@ def _train(run_dir, *overrides):
 
 
 def _extended(folder):
-    """Train for 2 iterations and go on to 4; and train for 4 at once."""
+    """Train for 2 iterations and resume up to 4; and train for 4 at once."""
     _train(folder / "run", "train.iterations=2")
     shown = _train(folder / "run", "train.iterations=4")
     _train(folder / "whole", "train.iterations=4")

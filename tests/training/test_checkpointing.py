@@ -154,7 +154,7 @@ def test_the_bank_gives_nothing_but_what_is_asked_for(tmp_path, size):
 
 
 def test_rollouts_of_other_settings_are_not_trained_on(tmp_path):
-    """Killed before the first checkpoint, a run may begin anew with what settings it likes."""
+    """Killed before the first checkpoint, a run may begin again with any settings."""
     run, seldom = tmp_path / "run", ["checkpoint.interval=0", "checkpoint.best=null"]
     _killed(run, seldom, 3)
     assert list((run / "rollouts").iterdir())

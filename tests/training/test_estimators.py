@@ -161,7 +161,7 @@ def _nothing(overrides):
 
 
 def _all(overrides, but=()):
-    """Return gradients and metrics of two updates, by variant, but for some."""
+    """Return gradients and metrics of two updates, by variant, except for some."""
     session, engine = open_session(*COMMON, *overrides, world_size=dist.get_world_size())
     sampled = {}
     return {

@@ -1,4 +1,4 @@
-"""A run with experts that goes on at other layouts, after a kill at each of them."""
+"""A run with experts that resumes at other layouts, after a kill at each of them."""
 
 import pytest
 import torch.distributed as dist

@@ -39,7 +39,7 @@ def _write(folder):
 
 
 def _trained(folder, other):
-    """Train by relative names in a folder; plan and go on in another one."""
+    """Train by relative names in a folder; plan and resume in another one."""
     os.chdir(folder)
     given = load(Settings, "run.yaml", OWN)
     resolved, view, notes = resolve_run(given, world_size=1), silent_view(), list[str]()
