@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.cli.test_main import ROOT, agrpo, call, call_all, probe
+from tests.cli.test_main import ROOT, agrpo, call, call_all, probe, probe_all
 from tests.cli.test_run import run
 from tests.ranks import run_ranks
 
@@ -147,14 +147,23 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """Return how `agrpo evaluate` ends, for each of `WRONG`, all in one process."""
+    out = tmp_path_factory.mktemp("wrong") / "out"
+    given = [changes for changes, _ in WRONG.values()]
+    outputs = [[] if "--output" in changes else ["--output", out] for changes in given]
+    pairs = zip(outputs, given, strict=True)
+    ended = probe_all([["evaluate", HF, *output, *ON_HF, *changes] for output, changes in pairs])
+    assert not out.exists(), "nothing is left behind"
+    return dict(zip(WRONG, ended, strict=True))
+
+
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_input_is_one_line_before_torch_is_loaded(tmp_path, name):
-    changes, said = WRONG[name]
-    output = [] if "--output" in changes else ["--output", tmp_path / "out"]
-    done = probe("evaluate", HF, *output, *ON_HF, *changes)
+def test_wrong_input_is_one_line_before_torch_is_loaded(refused, name):
+    done, said = refused[name], WRONG[name][1]
     assert (done.returncode, done.stdout) == (2, "loaded:\n")
     assert done.stderr.startswith(f"agrpo: error: {said}") and done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists(), "nothing is left behind"
 
 
 def test_restart_moves_nothing_but_an_evaluation(tmp_path):

@@ -209,14 +209,15 @@ def test_a_missing_file_and_a_bad_override_are_refused_the_same_way(tmp_path):
         assert said in done.stderr
 
 
-@pytest.mark.parametrize("command", [("train",), ("launch", "--nodes", 1, "--dry-run")])
-def test_a_replay_of_nothing_is_refused_before_any_rank_starts(tmp_path, command):
+def test_a_replay_of_nothing_is_refused_before_any_rank_starts(tmp_path):
     file, source = write_settings(tmp_path / "good.yaml"), tmp_path / "no run: here"
-    name, *options = command
-    cpu = ["launch.gpus_per_node=0", f"run.dir={tmp_path / 'run'}"]
-    done = probe(name, file, *options, "--from-rollouts", source, *cpu)
-    assert done.stderr.startswith(f"agrpo: error: train.from_rollouts={source} is not a run direct")
-    assert done.returncode == 2 and "megatron" not in done.stdout
+    more = ["--from-rollouts", source, "launch.gpus_per_node=0", f"run.dir={tmp_path / 'run'}"]
+    for done in probe_all(
+        [["train", file, *more], ["launch", file, "--nodes", 1, "--dry-run", *more]]
+    ):
+        said = f"agrpo: error: train.from_rollouts={source} is not a run directory"
+        assert done.stderr.startswith(said), done.stderr
+        assert done.returncode == 2 and "megatron" not in done.stdout
     assert not (tmp_path / "run").exists()
 
 
