@@ -61,7 +61,7 @@ def config(arguments: argparse.Namespace) -> int:
 
     ranks = arguments.ranks or world_size()
     planned = plan_settings(settings, world_size=ranks)
-    check_start(planned)
+    check_start(planned, ranks)
     from agrpo_megatron.runs.odd_values import odd_values
     from agrpo_megatron.runs.sizes import measure
 

@@ -114,7 +114,7 @@ def train(arguments: argparse.Namespace) -> int:
     is_finished = directory.is_finished(settings, done)
     if not is_finished:
         kernels_for(settings, phases=phases)  # check this machine first
-        check_start(resolved)
+        check_start(resolved, world_size())
     if restart and is_main() and (moved := directory.move_away(run_dir)):
         print(f"the earlier run is now {moved}")
     if is_finished:

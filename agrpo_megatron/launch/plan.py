@@ -56,7 +56,7 @@ def plan_run(
     done = None if is_restart else progress(settings)
     is_over, state = is_finished(settings, done), "new"
     if not is_over:
-        check_start(planned)
+        check_start(planned, world_size)
     if is_over:
         state = "finished"
     elif done is not None:

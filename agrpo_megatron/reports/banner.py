@@ -15,7 +15,7 @@ from agrpo_megatron.scaling.forecast.disk import evaluations_of, parameters
 def banner(
     settings: Settings, sizes: Sizes, *, device: str, world_size: int, phases: Sequence[str]
 ) -> list[str]:
-    """Return at most eight lines on a run that is about to start or resume.
+    """Return at most nine lines on a run that is about to start or resume.
 
     Args:
         device: of each rank, for instance "NVIDIA H200" or "CPU, 2 threads".
@@ -32,9 +32,18 @@ def banner(
         f"plan      {_plan(settings, sizes, phases)}",
         *(_iteration(settings, sizes) if "rl" in phases and settings.train.iterations else []),
         f"writes    {directory}: {METRICS}, {SAMPLES}, {CHECKPOINTS}/; wandb {logging.wandb}",
+        *_profiled(settings),
         "stop      by Ctrl-C; the same command resumes the run",
     ]
     return lines
+
+
+def _profiled(settings: Settings) -> list[str]:
+    wanted = settings.profile
+    if wanted.start is None:
+        return []
+    last = wanted.start + wanted.iterations - 1
+    return [f"profile   {wanted.phase} iterations {wanted.start} to {last}, by {wanted.tool}"]
 
 
 def _plan(settings: Settings, sizes: Sizes, phases: Sequence[str]) -> str:

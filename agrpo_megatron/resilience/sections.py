@@ -10,6 +10,9 @@ from agrpo_megatron.config.settings.resilience import SECTIONS as NAMES
 class Monitor:
     """An observer of every section of this rank; each method does nothing here."""
 
+    def at(self, phase: str, iteration: int) -> None:
+        """Handle the start of an iteration."""
+
     def start(self, section: str, phase: str, iteration: int) -> None:
         """Handle the start of a section."""
 
@@ -56,6 +59,8 @@ class Sections:
     def at(self, phase: str, iteration: int) -> None:
         """Set the current phase and iteration."""
         self.phase, self.iteration = phase, iteration
+        for monitor in self._monitors:
+            monitor.at(phase, iteration)
 
     def take(self) -> dict[str, float]:
         """Return the seconds in each section since the last call."""

@@ -3,18 +3,20 @@
 from dataclasses import replace
 
 from agrpo_megatron.config.rules.precision import optimizers
+from agrpo_megatron.config.rules.profile import validate_profile
 from agrpo_megatron.config.settings import Fp8Settings, KernelSettings, Settings
 from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.runs.resolve import Planned, Resolved
 from agrpo_megatron.runs.stored_rollouts import check_replay
 
 
-def check_start(resolved: Resolved | Planned) -> None:
+def check_start(resolved: Resolved | Planned, world_size: int) -> None:
     """Check what a run that is about to start needs besides correct settings.
 
     Raises:
-        ValueError: as `check_passed` and `check_replay`.
+        ValueError: as `validate_profile`, `check_passed` and `check_replay`.
     """
+    validate_profile(resolved.settings, world_size)
     check_passed(resolved.settings)
     check_replay(resolved)
 

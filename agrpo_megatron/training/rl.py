@@ -50,8 +50,8 @@ def run_rl(
     alarms = Alarms(run.settings, output, entropies=first)
     measures = Measures(run, last=output.log.last("rl"))
     for iteration in range(start, run.settings.train.iterations):
-        measures.begin()
         sections.at("rl", iteration + 1)
+        measures.begin()
         rollout, rollout_metrics = collect_rollout(session, engine, iteration)
         updating = session
         if auto is not None:

@@ -18,6 +18,7 @@ from agrpo_megatron.runs.early_stopping import check_metrics, still_stopped
 from agrpo_megatron.runs.progress import CHECKPOINTS, Progress
 from agrpo_megatron.runs.resolve import Resolved
 from agrpo_megatron.training.checkpointing import Checkpointer
+from agrpo_megatron.training.measures.profiler import profilers
 from agrpo_megatron.training.nan_guard import Found, with_roll_backs
 from agrpo_megatron.training.nonfinite import NotFinite
 from agrpo_megatron.training.opening import opened
@@ -39,7 +40,7 @@ def train(resolved: Resolved, view: View, *, phases: tuple[str, ...] = ("sft", "
         Stuck: several unattended restarts made no progress.
     """
     settings = resolved.settings
-    sections = Sections(monitors(settings))
+    sections = Sections([*profilers(settings), *monitors(settings)])
     stop = Stop(sections, margin=settings.resilience.stop_margin)
     try:
         start = opened(resolved, view, sections, stop, phases=phases)

@@ -41,9 +41,9 @@ def run_sft(
         else preference_learning(session, engine, reference)
     )
     for iteration in range(start, settings.iterations):
+        sections.at("sft", iteration + 1)
         started = time.perf_counter()
         forget_peak(run.ranks)
-        sections.at("sft", iteration + 1)
         places = range(iteration * settings.batch_size, (iteration + 1) * settings.batch_size)
         with sections("update"):
             metrics, tokens = learning.update(iteration + 1, places)

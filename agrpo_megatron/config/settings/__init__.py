@@ -21,6 +21,7 @@ from agrpo_megatron.config.settings.model import (
 )
 from agrpo_megatron.config.settings.moe import MoeSettings as MoeSettings
 from agrpo_megatron.config.settings.precision import PRECISIONS, Fp8Settings, KernelSettings
+from agrpo_megatron.config.settings.profile import ProfileSettings
 from agrpo_megatron.config.settings.resilience import LaunchSettings, ResilienceSettings
 from agrpo_megatron.config.settings.sampling import MODEL_FREE as MODEL_FREE
 from agrpo_megatron.config.settings.sampling import UNMASKING as UNMASKING
@@ -64,6 +65,7 @@ class Settings:
     evaluation: EvaluationSettings = section(EvaluationSettings, "held-out evaluation")
     checkpoint: CheckpointSettings = section(CheckpointSettings, "checkpoints")
     logging: LoggingSettings = section(LoggingSettings, "reports")
+    profile: ProfileSettings = section(ProfileSettings, "operators of some iterations")
     resilience: ResilienceSettings = section(ResilienceSettings, "failures, preemption and alarms")
     launch: LaunchSettings = section(LaunchSettings, "the job that `agrpo launch` submits")
 

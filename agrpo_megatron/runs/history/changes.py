@@ -17,7 +17,7 @@ CHANGES = "changes.jsonl"  # in a run directory: one line for each changed setti
 # They alter no number. The digest of a run (`directory.run_digest`) leaves out exactly these.
 FREE = ("run.dir", "run.threads", "run.timeout", "logging", "checkpoint", "parallel")
 FREE += ("rollout", "ddp", "optimizer.distributed", "sft.optimizer.distributed")
-FREE += ("task.grader.workers", "task.grader.most_failed", "resilience", "launch")
+FREE += ("task.grader.workers", "task.grader.most_failed", "resilience", "profile", "launch")
 # Files, which may be moved: `check_data` compares the problems.
 FREE += ("task.options.train", "task.options.eval", "task.pass_rates")
 FREE += ("sft.data", "sft.eval_data")
