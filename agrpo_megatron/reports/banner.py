@@ -43,7 +43,10 @@ def _profiled(settings: Settings) -> list[str]:
     if wanted.start is None:
         return []
     last = wanted.start + wanted.iterations - 1
-    return [f"profile   {wanted.phase} iterations {wanted.start} to {last}, by {wanted.tool}"]
+    window = (
+        f"iteration {last}" if wanted.iterations == 1 else f"iterations {wanted.start} to {last}"
+    )
+    return [f"profile   {wanted.phase} {window}, by {wanted.tool}"]
 
 
 def _plan(settings: Settings, sizes: Sizes, phases: Sequence[str]) -> str:
