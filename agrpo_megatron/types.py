@@ -98,6 +98,11 @@ class Trajectory:
     edit_spread: Tensor | None = None  # [R, E] float32, 1 - sum p^2 of it
     edit_support_ids: Tensor | None = None  # [R, E, K] int32
 
+    @property
+    def is_sampled(self) -> Tensor:
+        """Mark the tokens [R, C] that a denoising step fixed; the others were filled in."""
+        return self.unmask_step < self.num_steps[:, None]
+
 
 @dataclass(frozen=True)
 class GradedRollouts:

@@ -129,8 +129,7 @@ def own_records(trajectory: Trajectory, prompts: Tensor, *, vocab: int | None) -
         ids = trajectory.support_ids.long()
         support = torch.zeros(*ids.shape[:2], vocab + 1, dtype=torch.bool, device=ids.device)
         support = support.scatter_(2, ids.masked_fill(ids < 0, vocab), value=True)[..., :vocab]
-        ran = trajectory.unmask_step < trajectory.num_steps[:, None]
-        support = support & ran[..., None]
+        support = support & trajectory.is_sampled[..., None]
     return Rollouts(
         prompts=prompts,
         tokens=trajectory.tokens,

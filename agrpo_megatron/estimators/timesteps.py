@@ -202,8 +202,8 @@ def _step_sums(
         values: [R, C] of the first tokens.
         edited: [R, E] of the edits' new tokens; None without edits.
     """
-    ran = trajectory.unmask_step < trajectory.num_steps[:, None]
-    steps = trajectory.unmask_step.masked_fill(~ran, num_steps).clamp(max=num_steps)
+    steps = trajectory.unmask_step.masked_fill(~trajectory.is_sampled, num_steps)
+    steps = steps.clamp(max=num_steps)
     if trajectory.edit_step is not None and edited is not None:
         made = trajectory.edit_step
         steps = torch.cat([steps, made.masked_fill(made < 0, num_steps).clamp(max=num_steps)], 1)

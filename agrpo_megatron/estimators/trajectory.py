@@ -197,8 +197,7 @@ def _merged(first: Tensor, segment: Tensor, rollout: Rollout, context: DrawConte
 def _drawn_and_counted(rollout: Rollout, context: DrawContext) -> Tensor:
     """Mark the tokens [R, C] that `algorithm.tail` counts and that were drawn."""
     trajectory = rollout.trajectory
-    drawn = trajectory.unmask_step < trajectory.num_steps[:, None]
-    return counted_tokens(trajectory, context) & drawn
+    return counted_tokens(trajectory, context) & trajectory.is_sampled
 
 
 def _counted(rows: ScoredRows, rollout: Rollout, context: DrawContext) -> ScoredRows:
@@ -227,5 +226,5 @@ def _per_step(trajectory: Trajectory, values: Tensor, count: int) -> Tensor:
     """Return the sums of token values [R, C] over the tokens of each step, [R, count] float64."""
     sums = values.new_zeros(len(values), count + 1, dtype=torch.float64)
     step = trajectory.unmask_step.clamp(max=count)
-    step = step.masked_fill(trajectory.unmask_step >= trajectory.num_steps[:, None], count)
+    step = step.masked_fill(~trajectory.is_sampled, count)
     return sums.scatter_add_(1, step, values.double())[:, :count]

@@ -65,23 +65,27 @@ def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
     if algorithm.resample_rounds:
         metrics["rollout/rounds"] = len(rollouts) - 1
         metrics["rollout/resampled_groups"] = len(problems) // size - count
+    rows = [group * size + place for group in slots for place in range(size)]
+    kept = _chosen(rollouts, rows)
     metrics["flops"] = 0
     if session.run.replay is not None:
         metrics["rollout/replayed"] = len(rewards)
     else:
         counts = [completion_flops(f.trajectory, session.run.settings) for f in rollouts]
         metrics["flops"] = sum(map(sum, counts))
+        unmasked = sum(int(f.trajectory.is_sampled.sum()) for f in rollouts)
+        if spent := kept.seconds.get("timing/rollout"):  # all may be an earlier attempt's
+            metrics["perf/unmasked_per_second"] = unmasked / spent
     warning = failure_warning(rewards, session.run.settings.task.grader.failed_score)
     if warning is not None:
         session.output.view.warn(f"iteration {iteration + 1}: {warning}")
-    rows = [group * size + place for group in slots for place in range(size)]
     stops = session.run.tokenizer.stop_ids
     texts = (text_lengths(found.trajectory.tokens, stops) for found in rollouts)
     counted = {
         "totals/completions": len(rewards),
         "totals/tokens": sum(int(own.sum()) for own in texts),
     }
-    return Groups([problems[row] for row in rows], _chosen(rollouts, rows), metrics, counted)
+    return Groups([problems[row] for row in rows], kept, metrics, counted)
 
 
 def _sample_round(

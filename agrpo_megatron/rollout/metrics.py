@@ -56,7 +56,7 @@ def pass_at_group(rewards: Sequence[Reward], group_size: int) -> float:
 def rollout_metrics(run: Run, rollout: Rollout) -> dict[str, Any]:
     """Return metrics of completions, their sampling and their advantages; equal on every rank."""
     trajectory, gains = rollout.trajectory, rollout.advantages
-    sampled = trajectory.unmask_step < trajectory.num_steps[:, None]
+    sampled = trajectory.is_sampled
     rule = run.settings.algorithm.live_steps
     live = timesteps.live_steps(trajectory, eos_id=run.eos_id, rule=rule)
     lengths = text_lengths(trajectory.tokens, run.tokenizer.stop_ids)
@@ -88,7 +88,7 @@ def entropy_by_step(trajectory: Trajectory) -> list[float | None]:
 
     None stands for a part that drew no token.
     """
-    sampled = trajectory.unmask_step < trajectory.num_steps[:, None]
+    sampled = trajectory.is_sampled
     part, means = parts_of_steps(trajectory), list[float | None]()
     for number in range(step_parts(trajectory)):
         mine = sampled & (part == number)

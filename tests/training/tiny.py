@@ -59,6 +59,7 @@ TIMED = (
     "section/",
     "straggler/",
     "perf/tokens_per_second",
+    "perf/unmasked_per_second",
     "perf/mfu",
     "totals/seconds",
 )

@@ -156,7 +156,7 @@ class CheckpointSettings:
     """Sharded checkpoints of model, optimizer and schedule."""
 
     interval: int = setting(50, "iterations between checkpoints; 0: last only", low=0)
-    keep: int = setting(2, "newest checkpoints kept", low=1)
+    keep: int = setting(2, "newest checkpoints kept of each phase", low=1)
     best: str | None = setting("accuracy", "keep the best by this evaluation metric; null: none")
     background: bool = setting(False, "write in a separate process while training continues")
     rollouts: bool = setting(True, "keep rollouts for restarts until a checkpoint includes them")

@@ -83,6 +83,13 @@ SPEED = (
         unit="tokens/s",
     ),
     Metric(
+        "perf/unmasked_per_second",
+        RL,
+        "Tokens that denoising steps of the rollout fixed, on all ranks, over its time; the filled "
+        "ends of texts that were over are none of them.",
+        unit="tokens/s",
+    ),
+    Metric(
         "perf/mfu_<part>",
         RL,
         "Model FLOPs utilisation of the rollout and of the update: counted FLOPs over time, ranks "
