@@ -163,7 +163,7 @@ def train_member(job: Job) -> Outcome:
     is_start = done is not None and (done.phase, done.iteration) == ("sft", settings.sft.iterations)
     if directory.is_finished(settings, done) or (job.kind == "start" and is_start):
         return Outcome(FOUND)
-    check_start(resolved)
+    check_start(resolved, world_size=1)
     reason = train(resolved, NoView(), phases=phases)
     return Outcome(FINISHED) if reason is None else Outcome(STOPPED, reason)
 

@@ -16,13 +16,13 @@ from tests.training.test_run import read
 from tests.training.tiny import TINY, silent_view
 
 OWN = [name for name in TINY if not name.startswith(("task.", "logging.wandb"))]
-OWN += ["logging.wandb=disabled", "sft.optimizer.learning_rate=2e-2", "train.token_budget=512"]
+OWN += ["logging.wandb=disabled", "sft.optimizer.learning_rate=1e-2", "train.token_budget=512"]
 OWN += ["algorithm.prompts_per_iteration=2", "evaluation.interval=0"]
 REWARD = {"name": "regex", "pattern": "=([0-9]+)"}
 FILE = {
     "run": {"dir": "run"},
     "task": {"name": "jsonl", "options": {"train": "rows.jsonl", "chat": True, "reward": REWARD}},
-    "sft": {"iterations": 90, "batch_size": 6, "data": "chats.jsonl", "padding": "completion"},
+    "sft": {"iterations": 250, "batch_size": 6, "data": "chats.jsonl", "padding": "completion"},
     "train": {"iterations": 1},
 }
 
@@ -74,11 +74,11 @@ def test_chats_then_rows_without_code_and_then_from_another_folder(tmp_path):
         note.startswith(f"supervised rows: {2000 - len(leaked):,} to train") for note in notes
     )
     records = read(folder / "run" / "metrics.jsonl")
-    assert [record["phase"] for record in records] == ["sft"] * 90 + ["eval", "rl", "eval"]
-    tokens = [record["totals/tokens"] for record in records[:90]]
+    assert [record["phase"] for record in records] == ["sft"] * 250 + ["eval", "rl", "eval"]
+    tokens = [record["totals/tokens"] for record in records[:250]]
     assert tokens == sorted(set(tokens)) and tokens[0] >= 6 * 9  # a prompt and 8 tokens
     # Random weights never write =7: RL starts from what the chats have taught.
-    assert records[90]["accuracy"] >= 0.5 and records[91]["reward/mean"] > 0.5
+    assert records[250]["accuracy"] >= 0.5 and records[251]["reward/mean"] > 0.5
     options = yaml.safe_load((folder / "run" / "config.yaml").read_text())["task"]["options"]
     assert options["train"] == str(folder / "rows.jsonl")
     assert done == "rl-000001" and is_same
