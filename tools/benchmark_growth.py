@@ -70,7 +70,7 @@ def growth_figure(
     """Draw the seconds over each size, and the line of the largest one's rate."""
     figure = style.new_figure(7.2, 3.0)
     for axes, (axis, sides) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
-        style.dress(axes, f"CPU seconds of a rollout, by {axis}")
+        style.dress(axes, f"CPU seconds, by {axis}")
         sizes: Sequence[int] = sorted(sides)
         last = sides[sizes[-1]]
         rate = last["flops"] / last["seconds_median"]
