@@ -189,7 +189,7 @@ def test_the_entropy_of_a_step_does_not_depend_on_an_order():
     with OtherDevice():
         trajectory: Any = SimpleNamespace(
             unmask_step=torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1]], device=DEVICE),
-            num_steps=torch.tensor([1, 2], device=DEVICE),
+            is_sampled=torch.ones(2, 4, dtype=torch.bool, device=DEVICE),
             entropies=torch.tensor(entropies, device=DEVICE),
             edit_step=None,
             edit_entropy=None,
