@@ -15,7 +15,7 @@ from agrpo_megatron.scaling.forecast.disk import evaluations_of, parameters
 def banner(
     settings: Settings, sizes: Sizes, *, device: str, world_size: int, phases: Sequence[str]
 ) -> list[str]:
-    """Return at most nine lines on a run that is about to start or resume.
+    """Return at most eight lines on a run that is about to start or resume.
 
     Args:
         device: of each rank, for instance "NVIDIA H200" or "CPU, 2 threads".

@@ -38,6 +38,13 @@ def test_a_run_says_what_it_is():
     assert found["stop"] == "by Ctrl-C; the same command resumes the run"
 
 
+def test_profiled_iterations_are_named():
+    assert "profile" not in lines()
+    assert lines("profile.start=2")["profile"] == "rl iteration 2, by torch"
+    several = lines("profile.start=2", "profile.iterations=3", "profile.tool=nsys")
+    assert several["profile"] == "rl iterations 2 to 4, by nsys"
+
+
 def test_adapters_and_a_supervised_run():
     found = lines("lora.rank=2", "sft.iterations=5", phases=("sft",))
     assert found["model"].endswith("trained in adapters of rank 2")

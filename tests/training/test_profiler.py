@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from collections import Counter
 
 import pytest
 import torch.distributed as dist
@@ -33,13 +34,11 @@ def test_a_window_of_a_run_on_one_of_two_ranks(tmp_path):
     ]
     with gzip.open(folder / f"{name}.trace.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
-    counted = {event["name"]: 0 for event in events if "name" in event}
-    for event in events:
-        if event.get("cat") == "user_annotation":
-            counted[event["name"]] += 1
+    names = {event.get("name") for event in events}
+    sections = Counter(e["name"] for e in events if e.get("cat") == "user_annotation")
     # One iteration: each section once, in which operators ran.
-    assert counted["rollout"] == counted["reward"] == counted["update"] == 1
-    assert "aten::mm" in counted and "[memory]" in counted
+    assert sections["rollout"] == sections["reward"] == sections["update"] == 1
+    assert {"aten::mm", "[memory]"} <= names
     assert "aten::mm" in (folder / f"{name}.operators.txt").read_text()
     assert len(read(tmp_path / "run" / "metrics.jsonl")) >= 3
 
@@ -63,6 +62,10 @@ def test_a_window_that_the_end_cuts_short_is_written(tmp_path):
         (["profile.start=5"], r"profile\.start=5 is after .* train\.iterations=3; use an earlier"),
         (["profile.start=1", "profile.phase=sft", "sft.iterations=0"], r"sft\.iterations=0"),
         (["profile.start=1", "profile.ranks=[0, 2]"], r"names rank 2, .* use 0 to 1"),
+        (["profile.start=1", "profile.ranks=[]"], r"profile\.ranks=\[\] profiles no rank"),
+        (["profile.start=2", "profile.iterations=3"], r"past train\.iterations=3; use at most 2"),
+        (["profile.memory=true"], r"profile\.memory=true needs profile\.start"),
+        (["profile.start=1", "profile.tool=nsys", "profile.memory=true"], "has no effect with"),
     ],
 )
 def test_what_would_not_be_profiled_is_refused(overrides, said):

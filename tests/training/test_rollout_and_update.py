@@ -171,6 +171,13 @@ def test_the_head_sees_the_scored_tokens_and_no_other(results, name):
         assert sum(rollout["head"]) <= 4 * sum(rollout["packed"]) / 8
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_unmasked_per_second_are_those_of_the_steps_that_ran(results, name):
+    found = results[name]["metrics"]
+    rate = results[name]["sampled"] / found["timing/rollout"]
+    assert found["perf/unmasked_per_second"] == pytest.approx(rate)
+
+
 def test_the_cases_are_what_they_say(results):
     early, sure = results["early end"]["num_steps"], results["threshold"]["num_steps"]
     assert min(early) < 8 and max(early) == 8

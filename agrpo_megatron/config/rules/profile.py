@@ -1,6 +1,8 @@
-"""Rules of the profiler: its iterations and ranks exist."""
+"""Rules of the profiler: its iterations and ranks exist, and its settings have an effect."""
 
-from agrpo_megatron.config.settings import Settings
+from dataclasses import fields
+
+from agrpo_megatron.config.settings import ProfileSettings, Settings
 from agrpo_megatron.config.values import text
 
 
@@ -8,21 +10,46 @@ def validate_profile(settings: Settings, world_size: int) -> None:
     """Check the profiler of a run that trains on so many ranks.
 
     Raises:
-        ValueError: nothing would be profiled, or a rank does not exist.
+        ValueError: a setting would have no effect, or an iteration or a rank does not exist.
     """
-    profile = settings.profile
+    profile, usual = settings.profile, ProfileSettings()
     if profile.start is None:
+        for name in (field.name for field in fields(profile)):
+            if (value := getattr(profile, name)) != getattr(usual, name):
+                raise ValueError(
+                    f"profile.{name}={text(value)} needs profile.start, the first iteration to "
+                    "profile; use for example profile.start=3"
+                )
         return
-    made = {"sft": settings.sft.iterations, "rl": settings.train.iterations}[profile.phase]
+    phases = {
+        "sft": ("sft.iterations", settings.sft.iterations),
+        "rl": ("train.iterations", settings.train.iterations),
+    }
+    key, made = phases[profile.phase]
     if profile.start > made:
-        key = "sft.iterations" if profile.phase == "sft" else "train.iterations"
         raise ValueError(
             f"profile.start={profile.start} is after the last iteration of profile.phase="
             f"{profile.phase}, {key}={made}; use an earlier iteration, or the other phase"
         )
-    strange = [rank for rank in profile.ranks or [] if not 0 <= rank < world_size]
+    if profile.start + profile.iterations - 1 > made:
+        raise ValueError(
+            f"profile.iterations={profile.iterations} from profile.start={profile.start} goes past "
+            f"{key}={made}; use at most {made - profile.start + 1}"
+        )
+    if profile.memory and profile.tool == "nsys":
+        raise ValueError(
+            "profile.memory=true has no effect with profile.tool=nsys; use torch, or "
+            "profile.memory=false with `nsys profile --cuda-memory-usage true`"
+        )
+    _validate_ranks(profile.ranks, world_size)
+
+
+def _validate_ranks(ranks: list[int] | None, world_size: int) -> None:
+    if ranks == []:
+        raise ValueError("profile.ranks=[] profiles no rank; use null for rank 0")
+    strange = [rank for rank in ranks or [] if not 0 <= rank < world_size]
     if strange:
         raise ValueError(
-            f"profile.ranks={text(profile.ranks)} names rank {strange[0]}, and the run has "
+            f"profile.ranks={text(ranks)} names rank {strange[0]}, and the run has "
             f"{world_size}; use 0 to {world_size - 1}, or null for rank 0"
         )

@@ -21,7 +21,7 @@ from agrpo_megatron.config.settings.model import (
 )
 from agrpo_megatron.config.settings.moe import MoeSettings as MoeSettings
 from agrpo_megatron.config.settings.precision import PRECISIONS, Fp8Settings, KernelSettings
-from agrpo_megatron.config.settings.profile import ProfileSettings
+from agrpo_megatron.config.settings.profile import ProfileSettings as ProfileSettings
 from agrpo_megatron.config.settings.resilience import LaunchSettings, ResilienceSettings
 from agrpo_megatron.config.settings.sampling import MODEL_FREE as MODEL_FREE
 from agrpo_megatron.config.settings.sampling import UNMASKING as UNMASKING

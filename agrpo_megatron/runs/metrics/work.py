@@ -86,7 +86,8 @@ SPEED = (
         "perf/unmasked_per_second",
         RL,
         "Tokens that denoising steps of the rollout fixed, on all ranks, over its time; the filled "
-        "ends of texts that were over are none of them.",
+        "ends of texts that were over are none of them. An iteration that takes completions from "
+        "an earlier attempt shows more.",
         unit="tokens/s",
     ),
     Metric(
