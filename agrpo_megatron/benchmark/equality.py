@@ -64,15 +64,14 @@ def same_rollouts(trajectory: Trajectory, found: Rollouts) -> Equality:
             f"{count} of {is_other.numel()} tokens or their steps differ, first at rollout {row}, "
             f"position {place}"
         )
-    mine = own_records(trajectory, found.prompts, vocab=_width(found))
+    mine = own_records(trajectory, found.prompts, vocab=found.support.shape[-1])
     pairs = [(mine.logprobs, found.logprobs), (mine.entropies, found.entropies)]
     error = max(float((left - right).abs().max()) for left, right in pairs)
     if not error <= TOLERANCE:
         raise Unequal(f"log-probs or entropies differ by {error:.2g} nats")
-    if found.support is not None:
-        assert mine.support is not None
-        if count := int((mine.support != found.support).sum()):
-            raise Unequal(f"{count} candidates of top-k and top-p differ")
+    is_cut = trajectory.support_ids is not None
+    if is_cut and (count := int((mine.support != found.support).sum())):
+        raise Unequal(f"{count} candidates of top-k and top-p differ")
     return Equality(is_other.numel(), error)
 
 
@@ -118,18 +117,19 @@ def passes_of(scored: ScoredRows, count: int) -> list[Pass]:
     return passes
 
 
-def own_records(trajectory: Trajectory, prompts: Tensor, *, vocab: int | None) -> Rollouts:
+def own_records(trajectory: Trajectory, prompts: Tensor, *, vocab: int) -> Rollouts:
     """Return rollouts of ours as the reference's update takes them.
 
     Args:
-        vocab: ids of a support mask; None: without masks.
+        vocab: ids of a support mask.
     """
-    support = None
-    if trajectory.support_ids is not None and vocab is not None:
+    shape, device = trajectory.tokens.shape, trajectory.tokens.device
+    support = torch.ones(*shape, vocab, dtype=torch.bool, device=device)
+    if trajectory.support_ids is not None:
         ids = trajectory.support_ids.long()
-        support = torch.zeros(*ids.shape[:2], vocab + 1, dtype=torch.bool, device=ids.device)
-        support = support.scatter_(2, ids.masked_fill(ids < 0, vocab), value=True)[..., :vocab]
-        support = support & trajectory.is_sampled[..., None]
+        kept = torch.zeros(*shape, vocab + 1, dtype=torch.bool, device=device)
+        kept = kept.scatter_(2, ids.masked_fill(ids < 0, vocab), value=True)[..., :vocab]
+        support = kept | ~trajectory.is_sampled[..., None]
     return Rollouts(
         prompts=prompts,
         tokens=trajectory.tokens,
@@ -139,7 +139,3 @@ def own_records(trajectory: Trajectory, prompts: Tensor, *, vocab: int | None) -
         entropies=trajectory.entropies,
         support=support,
     )
-
-
-def _width(found: Rollouts) -> int | None:
-    return None if found.support is None else found.support.shape[-1]

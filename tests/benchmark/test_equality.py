@@ -109,7 +109,6 @@ def _differences():
     other = same.tokens.clone()
     other[3, 2] += 1
     own = equality.own_records(trajectory, mine.prompts, vocab=90)
-    assert own.support is not None
     for changed in (
         replace(same, tokens=other),
         replace(same, logprobs=same.logprobs + 2e-4),

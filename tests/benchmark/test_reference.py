@@ -103,6 +103,7 @@ def test_every_flop_of_the_reference_is_counted():
     ours = work.rollout_work(MODEL, found)
     assert ours.flops == flops
     assert (ours.forwards, ours.token_forwards) == (8, 8 * 3 * 21)
+    assert found.support.shape == (3, 16, 90) and (found.support.sum(2) == 9).all()
     passes = drawn_passes(found, 4, eos_id=88)
     gains = torch.tensor([1.0, 0.0, -1.0])
     _, flops = counted(

@@ -1,8 +1,11 @@
 """The published rollout: every row runs whole, with the logits of every position, in every step.
 
-Written from the description of AGRPO's sampler. Of a step's logits over all positions and the whole
-vocabulary, the block's are cut out, tempered and truncated, and tokens are drawn by the Gumbel-max
-rule in float64. Rows whose last block is all end-of-text leave the batch before the next block.
+Written from the description of AGRPO's sampler (`generate.py` of github.com/probablyabot/agrpo at
+98f1182), pass by pass over the vocabulary. Of a step's logits over all positions, the block's are
+cut out, tempered and truncated, with a bool mask of what is kept. Tokens are drawn by the
+Gumbel-max rule with noise in float64. Entropies come from a log-softmax, and log-probs from a
+log-sum-exp of their own. The masks of the tokens that a step fixes are stored. Rows whose last
+block is all end-of-text leave the batch before the next block.
 """
 
 from collections.abc import Callable
@@ -34,7 +37,7 @@ class Rollouts:
     num_steps: Tensor  # [B] steps that ran
     logprobs: Tensor  # [B, C] float32
     entropies: Tensor  # [B, C] float32
-    support: Tensor | None  # [B, C, V] bool, what top-k and top-p kept; None without them
+    support: Tensor  # [B, C, V] bool, what top-k and top-p kept; all where no token was drawn
     forwards: int = 0  # forward passes
     rows: int = 0  # of all forward passes together
 
@@ -60,7 +63,7 @@ class _State:
     unmask_step: Tensor  # [B, C]; -1 where still masked
     logprobs: Tensor  # [B, C]
     entropies: Tensor  # [B, C]
-    support: Tensor | None  # [B, C, V]
+    support: Tensor  # [B, C, V]
     num_steps: Tensor  # [B]
     width: int  # tokens of a prompt
     rows: int = 0  # of all forward passes
@@ -97,15 +100,12 @@ def _start(reference: Reference, prompts: Tensor, sampling: SamplingSettings) ->
     assert model.mask_token_id is not None and model.vocab_size is not None
     shape = (len(prompts), sampling.completion_length)
     masks = torch.full(shape, model.mask_token_id, dtype=torch.int64, device=device)
-    support = None
-    if sampling.is_cut:
-        support = torch.zeros(*shape, model.vocab_size, dtype=torch.bool, device=device)
     return _State(
         canvas=torch.cat([prompts, masks], dim=1),
         unmask_step=torch.full_like(masks, -1),
         logprobs=torch.zeros(shape, device=device),
         entropies=torch.zeros(shape, device=device),
-        support=support,
+        support=torch.ones(*shape, model.vocab_size, dtype=torch.bool, device=device),
         num_steps=torch.zeros_like(masks[:, 0]),
         width=prompts.shape[1],
     )
@@ -125,11 +125,13 @@ def _denoise(
     mask_id = reference.model.mask_token_id
     assert mask_id is not None
     logits = logits_of(reference, state.canvas[live])  # [n, P + C, V]
-    policy = policy_of(logits[:, state.width + block], sampling, mask_id)
+    first = state.width + int(block[0])
+    policy = tempered(logits[:, first : first + len(block)].float(), sampling, mask_id)
+    kept = _cut(policy, sampling)
     drawn = _draw(policy, noise.tokens(live, step, block))
     logs = policy.log_softmax(-1)
-    chosen = logs.gather(-1, drawn[..., None]).squeeze(-1)
-    spread = -(logs.exp() * logs.clamp(min=-1e4)).sum(-1)
+    spread = -torch.where(logs.isfinite(), logs.exp() * logs, 0.0).sum(-1)
+    chosen = logprobs_of(policy, drawn)
     rank = _rank(sampling, chosen, spread, noise.positions(live, step, block), block)
     rank = rank.masked_fill(state.unmask_step[live][:, block] >= 0, float("-inf"))
     places = rank.argsort(dim=1, descending=True, stable=True)[:, :fixes]
@@ -140,32 +142,53 @@ def _denoise(
     state.unmask_step[row, spot] = step
     state.logprobs[row, spot] = chosen[picked]
     state.entropies[row, spot] = spread[picked]
-    if state.support is not None:
-        state.support[row, spot] = policy[picked] > float("-inf")
+    state.support[row, spot] = kept[picked]
     state.rows += len(live)
     state.num_steps[live] = step + 1
 
 
-def policy_of(logits: Tensor, sampling: SamplingSettings, mask_id: int) -> Tensor:
-    """Return logits [..., V] of the policy in float32: tempered, -inf for what may not be drawn."""
-    policy = logits.float() / sampling.temperature
+def tempered(logits: Tensor, sampling: SamplingSettings, mask_id: int) -> Tensor:
+    """Divide float32 logits [..., V] by the temperature, in place; -inf for what is never drawn."""
+    logits /= sampling.temperature
     if sampling.forbid_mask_token:
-        policy[..., mask_id] = float("-inf")
+        logits[..., mask_id] = float("-inf")
+    return logits
+
+
+def logprobs_of(policy: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-probs [...] of tokens [...] under logits [..., V], a log-sum-exp a row.
+
+    Source: TRL's `selective_log_softmax`, which the published code calls.
+    """
+    chosen = policy.gather(-1, tokens[..., None]).squeeze(-1)
+    return chosen - torch.stack([row.logsumexp(-1) for row in policy])
+
+
+def _cut(policy: Tensor, sampling: SamplingSettings) -> Tensor:
+    """Set logits [..., V] that top-k and top-p leave out to -inf; returns what they keep, bool."""
+    kept = torch.ones_like(policy, dtype=torch.bool)
     if sampling.top_k is not None:
         least = policy.topk(min(sampling.top_k, policy.shape[-1]), dim=-1).values[..., -1:]
-        policy = policy.masked_fill(policy < least, float("-inf"))
+        left = policy < least
+        policy.masked_fill_(left, float("-inf"))
+        kept &= ~left
     if sampling.top_p < 1:
         ordered, ids = policy.sort(dim=-1, descending=True)
         chances = ordered.softmax(-1)
-        cut = chances.cumsum(-1) - chances > sampling.top_p
-        cut = torch.zeros_like(cut).scatter(-1, ids, cut)
-        policy = policy.masked_fill(cut, float("-inf"))
-    return policy
+        left = chances.cumsum(-1) - chances > sampling.top_p
+        left = torch.zeros_like(left).scatter(-1, ids, left)
+        policy.masked_fill_(left, float("-inf"))
+        kept &= ~left
+    return kept
 
 
 def _draw(policy: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw tokens [n, block length] from logits [n, block length, V], by Gumbel-max in float64."""
-    return (policy.double().exp() / -uniforms.log()).argmax(-1)
+    """Draw tokens [n, block length] from logits [n, block length, V], by Gumbel-max.
+
+    Args:
+        uniforms: float64, of the logits' shape.
+    """
+    return (policy.exp() / -uniforms.log()).argmax(-1)
 
 
 def _rank(

@@ -5,14 +5,13 @@ before it, the logits of all positions, and the clipped ratio of the tokens that
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from agrpo_megatron.benchmark.reference.model import Reference, logits_of
-from agrpo_megatron.benchmark.reference.rollout import Rollouts, policy_of
+from agrpo_megatron.benchmark.reference.rollout import Rollouts, logprobs_of, tempered
 from agrpo_megatron.config.settings import AlgorithmSettings, OptimizerSettings, SamplingSettings
 
 LEAST = 1e-8  # added to the entropy of each step, so that every step may be drawn
@@ -89,11 +88,9 @@ def accumulate(
             [rollouts.prompts, rollouts.tokens.masked_fill(each.hidden, mask_id)], dim=1
         )
         logits = logits_of(reference, ids)[:, width:][each.scored]  # [n, V]
-        policy = policy_of(logits, _uncut(sampling), mask_id)
-        if rollouts.support is not None:
-            policy = policy.masked_fill(~rollouts.support[each.scored], float("-inf"))
-        targets = rollouts.tokens[each.scored][:, None]
-        logprobs = policy.log_softmax(-1).gather(-1, targets).squeeze(-1)
+        policy = tempered(logits.float(), sampling, mask_id)
+        policy = policy.masked_fill(~rollouts.support[each.scored], float("-inf"))
+        logprobs = logprobs_of(policy, rollouts.tokens[each.scored])
         ratio = (logprobs - rollouts.logprobs[each.scored]).exp()
         gain = advantages[:, None].expand_as(each.scored)[each.scored]
         limited = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
@@ -120,8 +117,3 @@ def step(
     optimizer.step()
     # The gradients keep their memory, as Megatron's do.
     optimizer.zero_grad(set_to_none=False)
-
-
-def _uncut(sampling: SamplingSettings) -> SamplingSettings:
-    """Return the sampler without top-k and top-p: what they kept is recorded."""
-    return replace(sampling, top_k=None, top_p=1.0)
