@@ -192,7 +192,8 @@ def random_batch(scale: Scale, *, seed: int, device: torch.device) -> TimestepBa
 
 def work_of(rows: PackedRows) -> Work:
     """Return the work of one pass: the layers on all rows, the head on the scored tokens."""
-    return scored_work(rows.cu_seqlens.diff().tolist(), len(rows.scored))
+    scored = torch.searchsorted(rows.scored, rows.cu_seqlens.long()).diff()
+    return scored_work(rows.cu_seqlens.diff().tolist(), scored.tolist())
 
 
 def free_memory() -> None:

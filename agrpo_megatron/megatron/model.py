@@ -35,7 +35,7 @@ from agrpo_megatron.megatron.layers.local import local_spec, mark_gates
 from agrpo_megatron.megatron.layers.packed import PackedLayout, packed_layout, rotary_angles
 from agrpo_megatron.megatron.layers.rotary import query_scale, yarn_of
 from agrpo_megatron.megatron.layers.router import Blocks, ExpertRouter, Routing, block_ids
-from agrpo_megatron.megatron.layers.scored import ScoredTokens, filled
+from agrpo_megatron.megatron.layers.scored import ScoredTokens, filled, queries_of
 from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.types import PackedRows
 
@@ -103,7 +103,7 @@ class MaskedDiffusionModel(LanguageModule):
         # With sequence parallelism, ranks hold equal parts of all tokens.
         self.ends_at_scored = post_process and model.ends_at_scored and not config.sequence_parallel
         if self.ends_at_scored:
-            ScoredTokens(self.decoder.layers[-1])
+            self.takes_queries = ScoredTokens(self.decoder.layers[-1]).takes_queries
         self.routers = [each for each in self.modules() if isinstance(each, ExpertRouter)]
         for layer in self.decoder.layers:
             if isinstance(router := getattr(layer.mlp, "router", None), ExpertRouter):
@@ -164,6 +164,7 @@ class MaskedDiffusionModel(LanguageModule):
         places = rows.scored[mine] - first
         if self.ends_at_scored:
             layout.scored = filled(places, self.ranks.token_multiple)
+            layout.queries = queries_of(layout, places) if self.takes_queries else None
         hidden = self.body(rows.tokens[first:last], layout)
         if rows.seen is not None and layout.routing.seen is not None:
             self._note(rows.seen, layout.routing.seen)

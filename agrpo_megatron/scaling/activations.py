@@ -28,7 +28,8 @@ def kept_numbers(
 ) -> int:
     """Estimate how many numbers are kept for the backward pass, logits included.
 
-    Each layer keeps what `_layer` says; the last one, after its attention, of scored tokens only.
+    Each layer keeps what `_layer` says; the last one, after its attention, of scored tokens only,
+    and up to it of all tokens, as on a GPU: elsewhere their queries are not kept.
     Full recomputation keeps only the residual stream, and one layer. Stage s of p holds p - s
     micro-batches at once. Logits are held three times, in the model's dtype and in float32. FP8
     products keep their inputs in fewer bytes, which is not counted.

@@ -3,8 +3,9 @@
 Matrices, attention, head and low-rank adapters are counted; of experts, those that a token is
 routed to, and the router.
 
-After the attention of the last layer, only scored tokens are counted, as only these run. With CUDA
-graphs or sequence parallelism all run, which is not counted.
+In the last layer, keys and values of all tokens are counted, and of all else only scored tokens, as
+only these run. Where more runs, it is not counted: with CUDA graphs or sequence parallelism all
+does; on a GPU and in rows with patterns all tokens are queries.
 
 Norms, rotations, activations, sampling, the padding of the vocabulary, the merging of adapters into
 weights and activations that are recomputed are not, so the count is the same under every layout.
@@ -12,12 +13,14 @@ weights and activations that are recomputed are not, so the count is the same un
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from agrpo_megatron.config.parallel import layer_matrices
 from agrpo_megatron.config.settings import LoraSettings, ModelSettings, Settings
+from agrpo_megatron.families.lora import Linear, adapted_layers
+from agrpo_megatron.scaling.adapters import layer_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +35,7 @@ class Work:
     tokens: int  # through the layers
     pairs: int  # of tokens that see each other
     scored: int = 0  # tokens that reach the head
+    last_pairs: int = 0  # of a token that is a query of the last layer, and one that it sees
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,16 @@ class Cost:
     token: int
     pair: int
     scored: int
+    last_pair: int = 0
 
     def of(self, work: Work) -> int:
         """Return the FLOPs of some work."""
-        return self.token * work.tokens + self.pair * work.pairs + self.scored * work.scored
+        return sum(a * b for a, b in zip(astuple(self), astuple(work), strict=True))
 
 
 def forward_cost(model: ModelSettings, lora: LoraSettings | None = None) -> Cost:
     """Return the cost of a forward pass; with `lora`, adapters are products of their own."""
-    return _sum((1, _weights(model)), (1, _attention(model)), (1, _adapters(model, lora)))
+    return _sum((1, _weights(model, lora)), (1, _attention(model)), (1, _adapters(model, lora)))
 
 
 def update_cost(model: ModelSettings, lora: LoraSettings | None = None) -> Cost:
@@ -59,7 +64,7 @@ def update_cost(model: ModelSettings, lora: LoraSettings | None = None) -> Cost:
     weights. Frozen weights cost two, in the first layer as well: its input takes a gradient, which
     recomputation needs. Megatron computes the gradient of a frozen router, too.
     """
-    weights = _weights(model)
+    weights = _weights(model, lora)
     if lora is None or lora.rank is None:
         return _sum((3, weights), (3, _attention(model)))
     routers = sum(layer_matrices(model, number).router for number in range(model.num_layers))
@@ -76,11 +81,23 @@ def update_factor(model: ModelSettings, lora: LoraSettings) -> float:
     return update_cost(model, lora).token / forward_cost(model, lora).token
 
 
-def _weights(model: ModelSettings) -> Cost:
+def _weights(model: ModelSettings, lora: LoraSettings | None) -> Cost:
     used = sum(layer_matrices(model, number).used for number in range(model.num_layers))
-    end = model.hidden_size * (model.query_width + 3 * model.ffn_hidden_size)
-    end *= model.ends_at_scored  # the output product and the SwiGLU of the last layer
+    # Of the last layer, the output product and the SwiGLU, and the queries if they are split off.
+    end = model.query_width + 3 * model.ffn_hidden_size
+    end += model.query_width * _splits_queries(model, lora)
+    end *= model.hidden_size * model.ends_at_scored
     return Cost(2 * (used - end), 0, _head(model) + 2 * end)
+
+
+def _splits_queries(model: ModelSettings, lora: LoraSettings | None) -> bool:
+    """Whether the last layer has a product for queries alone: none with patterns or adapters."""
+    if model.has_blocks:
+        return False
+    return not any(
+        layer.mapping.module == "linear_qkv" and layer_number(layer) == model.num_layers - 1
+        for layer in _adapted(model, lora)
+    )
 
 
 def _head(model: ModelSettings) -> int:
@@ -90,19 +107,17 @@ def _head(model: ModelSettings) -> int:
 
 def _attention(model: ModelSettings) -> Cost:
     """Return the cost of scores and of the weighted values."""
-    return Cost(0, 4 * model.num_layers * model.query_width, 0)
+    layer, last = 4 * model.query_width, int(model.ends_at_scored)
+    return Cost(0, layer * (model.num_layers - last), 0, layer * last)
 
 
 def _adapters(model: ModelSettings, lora: LoraSettings | None) -> Cost:
     """Return the cost of adapters; if some experts have none, all are assumed to be as popular."""
     if lora is None or lora.rank is None:
         return Cost(0, 0, 0)
-    from agrpo_megatron.families.lora import adapted_layers
-    from agrpo_megatron.scaling.adapters import layer_number
-
     last = model.num_layers - 1 if model.ends_at_scored else None
     token = scored = routed = 0
-    for layer in adapted_layers(model, lora):
+    for layer in _adapted(model, lora):
         flops = 2 * lora.rank * (layer.inputs + layer.outputs)
         is_last = layer_number(layer) == last and layer.mapping.module != "linear_qkv"
         if layer.is_head or is_last:
@@ -112,6 +127,11 @@ def _adapters(model: ModelSettings, lora: LoraSettings | None) -> Cost:
         else:
             token += flops
     return Cost(token + routed * model.moe.topk // (model.moe.experts or 1), 0, scored)
+
+
+def _adapted(model: ModelSettings, lora: LoraSettings | None) -> list[Linear]:
+    """Return the published layers that have adapters."""
+    return [] if lora is None or lora.rank is None else list(adapted_layers(model, lora))
 
 
 def _sum(*costs: tuple[int, Cost]) -> Cost:
@@ -130,14 +150,15 @@ def completion_flops(trajectory: Trajectory, settings: Settings) -> list[int]:
     """
     model, lora = settings.model, settings.lora
     width, heads = trajectory.tokens.shape[1], scored_positions(trajectory).tolist()
+    lengths = [len(prompt) + width for prompt in trajectory.prompts]
     cost = forward_cost(model, None if lora.merge_rollouts else lora)
     if model.has_blocks:
         layers = _block_work(trajectory, model, is_cached=settings.rollout.cached is not False)
+        works = [Work(*own, count, own[1]) for own, count in zip(layers, heads, strict=True)]
     else:
-        steps = trajectory.num_steps.tolist()
-        lengths = [len(prompt) + width for prompt in trajectory.prompts]
-        layers = [(n * count, n**2 * count) for n, count in zip(lengths, steps, strict=True)]
-    return [cost.of(Work(*own, count)) for own, count in zip(layers, heads, strict=True)]
+        rows = zip(lengths, trajectory.num_steps.tolist(), heads, strict=True)
+        works = [Work(n * steps, n**2 * steps, count, n * count) for n, steps, count in rows]
+    return [cost.of(work) for work in works]
 
 
 def _block_work(
@@ -169,15 +190,15 @@ def _block_work(
     return result
 
 
-def scored_work(lengths: Iterable[int], scored: int) -> Work:
+def scored_work(lengths: Sequence[int], scored: Sequence[int]) -> Work:
     """Return the work of rows that an estimator scores; all tokens of a row see each other.
 
     Args:
         lengths: tokens of each row, prompt and completion.
-        scored: tokens of all rows that reach the head.
+        scored: tokens of each row that reach the head.
     """
-    lengths = list(lengths)
-    return Work(sum(lengths), sum(length**2 for length in lengths), scored)
+    last_pairs = sum(n * count for n, count in zip(lengths, scored, strict=True))
+    return Work(sum(lengths), sum(length**2 for length in lengths), sum(scored), last_pairs)
 
 
 def pattern_work(patterns: Iterable[Row], scored: int) -> Work:
@@ -188,7 +209,8 @@ def pattern_work(patterns: Iterable[Row], scored: int) -> Work:
     from agrpo_megatron.diffusion.patterns import row_length, visible_pairs
 
     rows = list(patterns)
-    return Work(sum(map(row_length, rows)), sum(map(visible_pairs, rows)), scored)
+    pairs = sum(map(visible_pairs, rows))
+    return Work(sum(map(row_length, rows)), pairs, scored, pairs)
 
 
 def scored_positions(trajectory: Trajectory) -> Tensor:

@@ -156,7 +156,7 @@ def _whole(
         timestep_batch(rollout, scored, rows, mask_id=mask_id, shift=model.shift) for rows in plan
     ]
     parts = [[ScoredPart(0, [row]) for row in rows.tolist()] for rows in plan]
-    work = scored_work(lengths.tolist(), int(scored.scored.sum()))
+    work = scored_work(lengths.tolist(), scored.scored.sum(1).tolist())
     return Packed(lengths, work, batches, parts)
 
 

@@ -127,5 +127,6 @@ def test_it_would_fail_with_the_kernels_throughout(overrides, said):
 
 
 def test_every_forward_has_them_and_no_backward_pass():
+    """The body alone has all queries, in one product with the keys and values of the last layer."""
     forward, backward, body, head = run_ranks(1, _forward_and_backward)[0]
-    assert body > 0 and head > 0 and forward == body + head and backward == 0
+    assert body > 0 and head > 0 and forward == body + head + 1 and backward == 0

@@ -20,7 +20,7 @@ LENGTHS = (3, 6, 6, 4, 9)
 
 def _count(overrides):
     """Return our count, torch's by operator, and visible pairs of all steps."""
-    scored_module.LEAST_ROWS = 0  # rows that fill up a small product belong to no completion
+    scored_module.LEAST_ROWS, scored_module.QUERY_MULTIPLE = 0, 1  # no row is filled up
     session, engine = open_session(*BLOCKS, *overrides)
     settings = session.run.settings
     prompts = [torch.arange(3, 3 + length) for length in LENGTHS]

@@ -42,7 +42,7 @@ def _count(samplers, *overrides):
     """Return by sampler: our count of each completion, torch's of all, and the steps that ran."""
     found = {}
     likeliest = 0
-    scored_module.LEAST_ROWS = 0  # rows that fill up a small product belong to no completion
+    scored_module.LEAST_ROWS, scored_module.QUERY_MULTIPLE = 0, 1  # no row is filled up
     session, engine = open_session("train.token_budget=200", *overrides)
     prompts = [torch.arange(3, 7 + row % 5) for row in range(PROMPTS)]
     for name, changes in samplers.items():
@@ -116,6 +116,6 @@ def test_a_row_of_llada_8b():
     )
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
     assert weights == 6_979_321_856
-    cost, end = forward_cost(model), 4096**2 + 3 * 4096 * 12288
-    assert cost.of(Work(1, 1, 1)) == 2 * (weights + 4096 * 126464) + 32 * 4 * 4096
-    assert cost.of(Work(512, 512**2)) == 512 * 2 * (weights - end) + 512**2 * 32 * 4 * 4096
+    cost, end = forward_cost(model), 2 * 4096**2 + 3 * 4096 * 12288
+    assert cost.of(Work(1, 1, 1, 1)) == 2 * (weights + 4096 * 126464) + 32 * 4 * 4096
+    assert cost.of(Work(512, 512**2)) == 512 * 2 * (weights - end) + 512**2 * 31 * 4 * 4096

@@ -111,9 +111,9 @@ def test_an_iteration_of_llada_8b():
     file = ROOT / "examples" / "llada_8b" / "gsm8k_full.yaml"
     settings = load(Settings, file, [NO_WEIGHTS])
     flops = count_flops(settings, [200], [200] * 1209)
-    end = 4096**2 + 3 * 4096 * 12288  # of the last layer, for scored tokens only
-    row = 584 * 2 * (6_979_321_856 - end) + 584**2 * 32 * 4 * 4096
-    head = 3 * 2 * (4096 * 126464 + end)  # three tokens a step
+    end = 2 * 4096**2 + 3 * 4096 * 12288  # of the last layer, for scored tokens only
+    row = 584 * 2 * (6_979_321_856 - end) + 584**2 * 31 * 4 * 4096
+    head = 3 * (2 * (4096 * 126464 + end) + 584 * 4 * 4096)  # three tokens a step
     assert flops.rollout == 128 * 128 * (row + head)
     assert flops.update / flops.scored_rows == pytest.approx(3 * (row + head), rel=1e-9)
     assert 0.9 * 128 * 24 < flops.scored_rows <= 128 * 24  # some draws of a rollout are equal

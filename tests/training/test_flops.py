@@ -61,7 +61,7 @@ VARIANTS = {
 
 def _counted(names, layout=()):
     """Return by variant: our count of rollouts and updates, torch's on this rank, metrics."""
-    scored_module.LEAST_ROWS = 0  # rows that fill up a small product belong to no row
+    scored_module.LEAST_ROWS, scored_module.QUERY_MULTIPLE = 0, 1  # no row is filled up
     HashedReward.levels = 2  # so that some groups have equal rewards
     found = {}
     for name in names:
@@ -114,11 +114,12 @@ def test_a_count_by_hand(alone):
     (sampled, updated), _, metrics = alone["full_trajectory"]
     width, keys, inner, layers, vocab = 16, 8, 32, 2, 83
     matrices = 2 * (2 * width * width + 2 * width * keys + 3 * width * inner)  # FLOPs of a token
-    end = 2 * (width * width + 3 * width * inner)  # of a scored token, after the last attention
+    end = 2 * (2 * width * width + 3 * width * inner)  # of a scored token in the last layer
     of_rollout = [
-        4 * layers * (n * matrices + 4 * n * n * width)
+        4 * layers * n * matrices
         - 4 * n * end
         + 8 * (2 * width * vocab + end)
+        + (4 * (layers - 1) * n + 8) * n * 4 * width
         for n in metrics["lengths"]
     ]
     scored = [f for f, is_scored in zip(of_rollout, metrics["is_scored"], strict=True) if is_scored]
@@ -129,7 +130,8 @@ def test_a_count_by_hand(alone):
 def test_adapters_by_hand(alone):
     """Rank 3 on all of two layers: frozen matrices twice, attention and adapters three times.
 
-    Of the last layer, all tokens meet the queries, keys and values only.
+    Of the last layer, all tokens meet the queries, keys and values only; without adapters, the keys
+    and values.
     """
     width, keys, inner, rank = 16, 8, 32, 3
     sizes = [(width, width), (width, keys), (width, keys), (width, width)]
@@ -143,10 +145,11 @@ def test_adapters_by_hand(alone):
     assert lengths == alone["agrpo"][2]["lengths"]
     assert counts["merged adapters"][0] == counts["agrpo"][0]
     more = 4 * token * sum(lengths) + 8 * scored * len(lengths)
+    more += 2 * width * width * (4 * sum(lengths) - 8 * len(lengths))
     assert counts["adapters"][0] - counts["agrpo"][0] == more
     model, lora = tiny().model, tiny(*LORA).lora
     assert update_cost(model, lora).token == 2 * matrices + 3 * token
-    assert update_cost(model).token == 3 * matrices
+    assert update_cost(model).token == 3 * (matrices - 2 * width * width)
     assert update_factor(model, lora) == (2 * matrices + 3 * token) / (matrices + token)
 
 

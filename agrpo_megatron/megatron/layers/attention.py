@@ -21,8 +21,11 @@ class PackedAttention(MegatronModule):
     Through SDPA, neighbouring rows of equal length and pattern are one batched call. Queries and
     keys are rotated here, all rows at once, in float32 as LLaDA does (`rope_full_precision`). Under
     context parallelism keys and values are gathered for rows that cross from one rank's part into
-    the next.
+    the next. With `takes_scored`, the queries are those of scored tokens if `PackedLayout.queries`
+    lays them out.
     """
+
+    takes_scored = False
 
     def __init__(
         self,
@@ -49,7 +52,8 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """Attend within rows: [T, heads, head_dim], keys and values [T, groups, head_dim]."""
         layout = packed_seq_params
-        query = scaled(_rotate(query, layout), layout.query_scale)
+        queries = layout.queries if self.takes_scored else None
+        query = _rotated_queries(query, layout, None if queries is None else layout.scored)
         key = _rotate(key, layout)
         if layout.keys is not None:
             key, value = gather_keys(key, value, layout.keys, group=self.context_group)
@@ -58,17 +62,19 @@ class PackedAttention(MegatronModule):
         outputs, start, cached = [], 0, layout.cached
         if cached is not None:
             cached.store.copy(self.layer_number, cached.copies)
-        for number, run in enumerate(layout.runs):
+        for number, run in enumerate(layout.runs if queries is None else queries.runs):
             end = start + run.rows * run.queries
             keys = slice(run.start, run.start + run.rows * run.keys)
-            parts = [_by_row(x, run.rows) for x in (query[start:end], key[keys], value[keys])]
+            own = query[start:end] if queries is None else query[queries.grids[number].flatten()]
+            parts = [_by_row(x, run.rows) for x in (own, key[keys], value[keys])]
             if cached is not None and run.slots:
                 out = self._attend_cached(*parts, run, cached.store, layout.slots[number])
             else:
                 out = self._attend(*parts, run.pattern)
-            outputs.append(out.transpose(1, 2).reshape(end - start, -1))
+            outputs.append(out.transpose(1, 2).reshape(len(own), -1))
             start = end
-        return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+        mixed = torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+        return mixed if queries is None else mixed[queries.order]
 
     def _attend_cached(
         self, query: Tensor, key: Tensor, value: Tensor, run: Run, store: KeyStore, slots: Tensor
@@ -124,12 +130,27 @@ def _by_row(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(0, (rows, -1)).transpose(1, 2)
 
 
-def _rotate(x: Tensor, layout: PackedLayout) -> Tensor:
-    """Rotate the two halves of each head's rotated part, [T, heads, head_dim]."""
-    assert layout.cosines is not None and layout.sines is not None
-    width = layout.cosines.shape[-1]
+def _rotated_queries(query: Tensor, layout: PackedLayout, places: Tensor | None) -> Tensor:
+    """Rotate and scale the queries of all tokens [T, heads, head_dim], or of tokens `places`."""
+    scale = layout.query_scale
+    if scale is not None and places is not None:
+        scale = scale[places]
+    return scaled(_rotate(query, layout, places), scale)
+
+
+def _rotate(x: Tensor, layout: PackedLayout, places: Tensor | None = None) -> Tensor:
+    """Rotate the two halves of each head's rotated part, [T, heads, head_dim].
+
+    Args:
+        places: the tokens of `x`; None: all.
+    """
+    cosines, sines = layout.cosines, layout.sines
+    assert cosines is not None and sines is not None
+    if places is not None:
+        cosines, sines = cosines[places], sines[places]
+    width = cosines.shape[-1]
     wide = x[..., :width].float()
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    rotated = (wide * layout.cosines + turned * layout.sines).to(x.dtype)
+    rotated = (wide * cosines + turned * sines).to(x.dtype)
     return rotated if width == x.shape[-1] else torch.cat([rotated, x[..., width:]], dim=-1)

@@ -33,6 +33,15 @@ class Run:
     slots: tuple[int, ...] = ()  # of the rows; empty: no cache
 
 
+@dataclass(frozen=True)
+class Queries:
+    """Scored tokens as the only queries of a layer, in calls of rows with equally many."""
+
+    runs: list[Run]
+    grids: list[Tensor]  # of each run, [rows, queries]: indices into the S tokens
+    order: Tensor  # [S] of each token, its place among the entries of all grids
+
+
 @dataclass
 class PackedLayout(PackedSeqParams):
     """Megatron's packed-sequence record, with values that our attention computes once a forward."""
@@ -52,6 +61,7 @@ class PackedLayout(PackedSeqParams):
     routing: Routing = Routing()
     # Tokens that the last layer returns, [S]; None: all. Set by the model.
     scored: Tensor | None = None
+    queries: Queries | None = None  # of them; None: all tokens are queries of the last layer
 
 
 def packed_layout(

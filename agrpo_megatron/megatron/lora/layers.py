@@ -115,7 +115,13 @@ class AdaptedLinear:
         self.is_fused = hasattr(layer, "return_layernorm_output")
         if self.is_fused:
             layer.return_layernorm_output = True
+        layer.adapted = self
         layer.register_forward_hook(self._add)
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether a forward adds the adapters to the layer's output."""
+        return self.mode.name == BESIDE
 
     @property
     def weight(self) -> Tensor:
@@ -128,7 +134,7 @@ class AdaptedLinear:
         x = inputs[0]
         if self.is_fused:
             result, x = result
-        if self.mode.name != BESIDE:
+        if not self.is_beside:
             return result, bias
         if self.dropout and layer.training:
             x = self._dropped(x)

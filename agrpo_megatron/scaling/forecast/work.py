@@ -110,10 +110,10 @@ def _update(settings: Settings, rollout: Rollout) -> tuple[int, int]:
 def _pass_flops(settings: Settings, rollout: Rollout, rows: ScoredRows, *, is_first: bool) -> int:
     """Return the FLOPs of an update: its pass with gradient, and those without."""
     algorithm, model, lora = settings.algorithm, settings.model, settings.lora
-    scored = int(rows.scored.sum())
+    scored = rows.scored.sum(1).tolist()
     if model.has_blocks:
         replayed = replay_rows(rows, rollout, model, budget=settings.train.token_budget)
-        work = pattern_work([row.pattern for row in replayed], scored)
+        work = pattern_work([row.pattern for row in replayed], sum(scored))
     else:
         work = scored_work(row_lengths(rollout, rows).tolist(), scored)
     is_recorded = recorded_logprobs(rollout, rows) is not None
@@ -145,7 +145,7 @@ def _supervised(settings: Settings, prompts: Sequence[int], rows: Sequence[tuple
     texts = [torch.zeros(size, dtype=torch.int64) for size, _ in rows]
     widths = [width for _, width in rows]
     lengths = sft_lengths(texts, torch.tensor(widths), model, settings.sampling).tolist()
-    scored = sum(width // 2 + (width if sft.autoregressive_weight else 0) for width in widths)
+    scored = [width // 2 + (width if sft.autoregressive_weight else 0) for width in widths]
     work = scored_work(lengths, scored)
     cost = update_cost(model, lora).of(work)
     if sft.loss == "vrpo":
