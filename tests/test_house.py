@@ -23,7 +23,7 @@ LAYERS = {
     4: ("rollout",),
     5: ("evaluation",),
     6: ("training", "reports"),
-    7: ("launch", "serving", "benchmark"),
+    7: ("launch", "planning", "serving", "benchmark"),
     8: ("cli", "__main__"),
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}

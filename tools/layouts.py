@@ -10,7 +10,6 @@ Exit status 2 for wrong input.
 """
 
 import argparse
-import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from agrpo_megatron.config.parallel import layout_name, model_ranks
-from agrpo_megatron.config.rules import layout_fits, validate_layout
+from agrpo_megatron.config.rules import validate_layout
 from agrpo_megatron.config.schema import build, from_text, load
 from agrpo_megatron.config.settings import ParallelSettings, Settings
 from agrpo_megatron.families import settings_from_hf
+from agrpo_megatron.scaling.layouts import layouts
 from agrpo_megatron.scaling.memory import PARTS, SPARE, worst_rank
 
 
@@ -33,11 +33,11 @@ def main() -> int:
     arguments = _arguments()
     try:
         settings = _settings(arguments)
-        layouts = list(_layouts(settings, arguments.ranks, arguments.parallel))
+        planned = list(_layouts(settings, arguments.ranks, arguments.parallel))
     except ValueError as error:
         print(f"layouts: error: {error}", file=sys.stderr)
         return 2
-    found = [(worst_rank(s, arguments.ranks), s.parallel) for s in layouts]
+    found = [(worst_rank(s, arguments.ranks), s.parallel) for s in planned]
     found.sort(key=lambda pair: (model_ranks(pair[1]), pair[0].total))
     shown = [name for name in (*PARTS, "total", "host") if any(getattr(m, name) for m, _ in found)]
     table = Table(box=SIMPLE_HEAD)
@@ -63,22 +63,8 @@ def _layouts(settings: Settings, ranks: int, only: str | None) -> Iterator[Setti
         validate_layout(settings.model, parallel, world_size=ranks, key="--parallel")
         yield replace(settings, parallel=parallel)
         return
-    sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
-    of_experts = sizes if settings.model.moe.experts is not None else [1]
-    every = itertools.product(sizes, sizes, sizes, of_experts, (False, True))
-    for tensor, pipeline, context, expert, is_split in every:
-        if is_split and (tensor == 1 or expert == 1):
-            continue
-        parallel = ParallelSettings(
-            tensor=tensor,
-            sequence=tensor > 1,
-            pipeline=pipeline,
-            context=context,
-            expert=expert,
-            expert_tensor=tensor if is_split else 1,
-        )
-        if layout_fits(settings.model, parallel, world_size=ranks):
-            yield replace(settings, parallel=parallel)
+    for parallel in layouts(settings.model, ranks=ranks):
+        yield replace(settings, parallel=parallel)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

@@ -28,6 +28,7 @@ from agrpo_megatron.cli.convert import add_convert
 from agrpo_megatron.cli.doctor import add_doctor
 from agrpo_megatron.cli.evaluate import add_evaluate, add_report
 from agrpo_megatron.cli.launch import add_launch
+from agrpo_megatron.cli.plan import add_plan
 from agrpo_megatron.cli.prefetch import add_prefetch
 from agrpo_megatron.cli.serving import add_serving
 from agrpo_megatron.cli.variance import add_variance
@@ -271,6 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     add_variance(commands)
     add_benchmark(commands)
     add_convert(commands)
+    add_plan(commands)
     add_launch(commands)
     add_prefetch(commands)
     add_doctor(commands)

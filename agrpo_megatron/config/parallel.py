@@ -61,7 +61,8 @@ def stage_layers(model: ModelSettings, parallel: ParallelSettings) -> tuple[int,
         return tuple(parallel.layers)
     ranks, chunks = parallel.pipeline, parallel.virtual
     table = (model.vocab_size or 0) * model.hidden_size
-    sizes = tuple(_held(model, parallel, number) for number in range(model.num_layers))
+    first, last = (_held(model, parallel, number) for number in (0, model.num_layers - 1))
+    sizes = (first,) * (model.num_layers - model.moe_layers) + (last,) * model.moe_layers
     held = [[0] * chunks for _ in range(ranks)]  # parameters outside the layers
     held[0][0] += table
     held[-1][-1] += table

@@ -9,6 +9,7 @@ from pathlib import Path
 from agrpo_megatron.config.settings import LaunchSettings, ParallelSettings
 from agrpo_megatron.launch.cluster import parse_time
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
+from agrpo_megatron.runs.files import shipped
 
 # Options that every command sets itself, and the key that sets them.
 OWN_OPTIONS = {
@@ -43,11 +44,7 @@ def scripts_root() -> Path:
     Raises:
         RuntimeError: neither has the scripts.
     """
-    package = Path(__file__).resolve().parent.parent
-    for root in (package, package.parent):
-        if (root / "slurm" / "train.sbatch").is_file():
-            return root
-    raise RuntimeError(f"{package.parent} holds no slurm/train.sbatch; reinstall the package")
+    return shipped("slurm/train.sbatch").parent.parent
 
 
 def ranks_per_node(launch: LaunchSettings) -> int:

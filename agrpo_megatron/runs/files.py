@@ -103,3 +103,16 @@ def free_name(path: Path) -> Path:
 def digest(content: bytes) -> str:
     """Return the SHA-256 of bytes."""
     return hashlib.sha256(content).hexdigest()
+
+
+def shipped(name: str) -> Path:
+    """Return a file that comes with the package: in the package, or next to it in a checkout.
+
+    Raises:
+        RuntimeError: neither has it.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for root in (package, package.parent):
+        if (root / name).is_file():
+            return root / name
+    raise RuntimeError(f"{package.parent} holds no {name}; reinstall the package")

@@ -79,7 +79,8 @@ def _large_budget(facts: Facts) -> str | None:
     settings = facts.settings
     if settings.precision == "fp32" or not settings.launch.gpus_per_node:
         return None
-    needed, most = worst_rank(settings, facts.world_size).activations, settings.launch.gpu_memory
+    memory, most = worst_rank(settings, facts.world_size), settings.launch.gpu_memory
+    needed = memory.activations + memory.logits
     if needed <= most * GIB:
         return None
     budget = settings.train.token_budget

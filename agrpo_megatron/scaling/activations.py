@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from agrpo_megatron.config.parallel import layer_matrices, layers_of
 from agrpo_megatron.config.settings import (
@@ -9,70 +10,98 @@ from agrpo_megatron.config.settings import (
     ModelSettings,
     ParallelSettings,
     SamplingSettings,
+    Settings,
     SftSettings,
 )
 from agrpo_megatron.scaling.adapters import layer_number, stage_adapted
 
 EXPERT = "experts."  # before the module of an expert's adapter, where they are counted
+FLOAT32, INT64 = 4, 8  # bytes
 
 
-def kept_numbers(
+@dataclass(frozen=True)
+class Kernels:
+    """Which tensors the kernels keep, and the bytes of their numbers."""
+
+    width: int  # bytes of an activation
+    is_fused: bool  # Transformer Engine's layers; else torch's, operation by operation
+
+
+def kernels_of(settings: Settings) -> Kernels:
+    """Return the kernels that settings are planned with: fused ones on GPUs, but for float32."""
+    is_float32, spec = settings.precision == "fp32", settings.kernels.layer_spec
+    return Kernels(4 if is_float32 else 2, spec == "te" or (spec == "auto" and not is_float32))
+
+
+def kept_bytes(
     model: ModelSettings,
     lora: LoraSettings,
     parallel: ParallelSettings,
+    kernels: Kernels,
     *,
     tokens: int,
     scored: int,
     vocab_rows: int,
     stage: int,
-) -> int:
-    """Estimate how many numbers are kept for the backward pass, logits included.
+) -> tuple[int, int]:
+    """Estimate the bytes that are kept for the backward pass: of the layers, and of the logits.
 
     Each layer keeps what `_layer` says; the last one, after its attention, of scored tokens only,
     and up to it of all tokens, as on a GPU: elsewhere their queries are not kept.
     Full recomputation keeps only the residual stream, and one layer. Stage s of p holds p - s
-    micro-batches at once. Logits are held three times, in the model's dtype and in float32. FP8
-    products keep their inputs in fewer bytes, which is not counted.
+    micro-batches at once. Logits are held three times, in the model's dtype and in float32: one
+    for the backward pass, the others while the loss is computed. FP8 products keep their inputs in
+    fewer bytes, which is not counted. Nor is what the backward pass itself allocates, of one layer
+    at a time.
     """
     numbers = layers_of(model, parallel, stage=stage)
     modules = {number: Counter[str]() for number in numbers}
     for linear in stage_adapted(model, lora, parallel, stage=stage):
         if (number := layer_number(linear)) is not None:
             modules[number][EXPERT * linear.is_expert + linear.mapping.module] += 1
-    layers = [_layer(model, lora, parallel, modules[number], number=number) for number in numbers]
+    layers = [
+        _layer(model, lora, parallel, kernels, modules[number], number=number) for number in numbers
+    ]
     flying, is_last = parallel.pipeline - stage, stage == parallel.pipeline - 1
     whole = [sum(layer) for layer in layers]
+    cuts = is_last and model.ends_at_scored and not parallel.sequence
     if model.megatron.get("recompute_granularity") == "full":
-        residual = model.hidden_size // _split_by(parallel)
+        residual = kernels.width * model.hidden_size // _split_by(parallel)
         total = tokens * (len(layers) * flying * residual + max(whole))
     else:
         total = tokens * flying * sum(whole)
-        if is_last and model.ends_at_scored and not parallel.sequence:
+        if cuts:
             total -= (tokens - scored) * layers[-1][1]
-    if is_last:
-        total += 3 * scored * vocab_rows // parallel.tensor
-    return total
+    if not kernels.is_fused:
+        total += tokens * flying * 2 * FLOAT32 * model.rotary_width  # cosines and sines
+    if not is_last:
+        return total, 0
+    ending = _norm(lora, kernels, model.hidden_size) // _split_by(parallel)
+    total += (scored if cuts else tokens) * ending
+    return total, 3 * scored * kernels.width * vocab_rows // parallel.tensor
 
 
 def _layer(
     model: ModelSettings,
     lora: LoraSettings,
     parallel: ParallelSettings,
+    kernels: Kernels,
     adapted: Mapping[str, int],
     *,
     number: int,
 ) -> tuple[int, int]:
-    """Return the numbers that a layer keeps for each token: up to its attention, and after it.
+    """Return the bytes that a layer keeps for each token: up to its attention, and after it.
 
-    The residual stream and the two normalised inputs (split only by sequence parallelism), and,
-    split by tensor parallelism, queries, keys, values before and after the rotation, the
-    attention's output, gate, up, and their product. In a layer with experts, the last three are
-    those of the shared experts, and `_routed` comes on top.
+    Fused kernels keep the residual stream and the two normalised inputs (split only by sequence
+    parallelism), and, split by tensor parallelism, queries, keys, values before and after the
+    rotation, the attention's output, gate, up, and their product. Torch's operations keep more:
+    see `_norm`, `_attention` and `_swiglu`. In a layer with experts, the last three are those of
+    the shared experts, and `_routed` comes on top.
 
     With adapters, no gradient of a frozen weight needs its inputs. But the adapters of a layer
     need the same inputs, so these are dropped only where a layer has none: the normalised inputs
     and the product, as the attention itself needs its output. Each adapter keeps its `lora.rank`
-    inner numbers. Dropout keeps a mask, half as large as bf16 inputs, and inputs of its own.
+    inner numbers. Dropout keeps a mask, and inputs of its own.
 
     Args:
         adapted: adapters of the layer by Megatron's module, of experts after `EXPERT`; ignored if
@@ -80,36 +109,96 @@ def _layer(
         number: of the layer, from 0.
     """
     hidden, inner, routed = model.hidden_size, model.ffn_hidden_size, 0
-    if layer_matrices(model, number).experts:
+    has_experts = layer_matrices(model, number).experts > 0
+    if has_experts:
         inner = model.moe.shared_ffn_hidden_size or 0
-        routed = _routed(model, lora, parallel, adapted)
+        routed = _routed(model, lora, parallel, kernels, adapted)
 
     def inputs(width: int, module: str) -> int:
         """Return the numbers that a linear layer keeps of its inputs."""
         if lora.rank is None:
             return width
-        return (width + (width // 2 if lora.dropout else 0)) * (module in adapted)
+        return (width + _mask(lora, kernels, width)) * (module in adapted)
 
     def held(whole: int, split: int, *modules: str) -> int:
         own = (lora.rank or 0) * sum(adapted.get(module, 0) for module in modules)
-        return whole // _split_by(parallel) + split // parallel.tensor + own
+        return whole // _split_by(parallel) + split // parallel.tensor + kernels.width * own
 
-    split = 4 * model.query_width + 4 * model.key_width
-    if lora.rank is not None and lora.dropout and "linear_proj" in adapted:
-        split += 3 * model.query_width // 2
-    attention = held(hidden + inputs(hidden, "linear_qkv"), split, "linear_qkv", "linear_proj")
-    split = 3 * inner + inputs(inner, "linear_fc2")
-    rest = held(hidden + inputs(hidden, "linear_fc1"), split, "linear_fc1", "linear_fc2")
+    def normed(module: str) -> int:
+        return _norm(lora, kernels, hidden, inputs=inputs(hidden, module))
+
+    projected = inputs(model.query_width, "linear_proj")
+    split = _attention(model, lora, kernels, projected=projected)
+    attention = held(normed("linear_qkv"), split, "linear_qkv", "linear_proj")
+    split = kernels.width * (_swiglu(kernels) * inner + inputs(inner, "linear_fc2"))
+    # Router and experts read the normalised inputs, whatever is trained.
+    whole = _norm(lora, kernels, hidden) if has_experts else normed("linear_fc1")
+    rest = held(whole, split, "linear_fc1", "linear_fc2")
     return attention, rest + routed
+
+
+def _mask(lora: LoraSettings, kernels: Kernels, width: int) -> int:
+    """Return the numbers of a mask of dropout: a byte each, or on the CPU those of its inputs."""
+    return 0 if not lora.dropout else width // 2 if kernels.is_fused else width
+
+
+def _norm(lora: LoraSettings, kernels: Kernels, hidden: int, *, inputs: int | None = None) -> int:
+    """Return the bytes of a norm for each token: the residual stream, and the normalised inputs.
+
+    Torch's norm keeps its inputs in float32, which is a copy of a bf16 residual stream, and before
+    the weight that is trained the normalised inputs.
+
+    Args:
+        inputs: numbers that the linear layer after it keeps; None: all of them.
+    """
+    after = hidden if inputs is None else inputs
+    if kernels.is_fused:
+        return kernels.width * (hidden + after)
+    trained = hidden if lora.rank is None else 0
+    return FLOAT32 * hidden + kernels.width * (trained + after) + FLOAT32
+
+
+def _attention(
+    model: ModelSettings, lora: LoraSettings, kernels: Kernels, *, projected: int
+) -> int:
+    """Return the bytes of an attention for each token.
+
+    Torch's keeps the product of query, key and value, the rotated queries and keys, its output, and
+    a sum for each head; the projection a copy of the output. Norms of queries and keys keep their
+    inputs in float32, and what comes before and after the weight.
+
+    Args:
+        projected: numbers that the projection keeps of its inputs.
+    """
+    query, key = model.query_width, model.key_width
+    if kernels.is_fused:
+        split = 4 * query + 4 * key
+        if lora.rank is not None and lora.dropout and projected:
+            split += 3 * query // 2
+        return kernels.width * split
+    total = kernels.width * (3 * query + 3 * key + projected) + FLOAT32 * model.num_attention_heads
+    if model.qk_norm:
+        copies = 0 if kernels.width == FLOAT32 else FLOAT32
+        total += (query + key) * (copies + kernels.width)
+    return total
+
+
+def _swiglu(kernels: Kernels) -> int:
+    """Return how often a SwiGLU keeps as many numbers as it is wide, its product left out.
+
+    Gate, up and the activated gate; torch's operations also a copy of up.
+    """
+    return 3 if kernels.is_fused else 4
 
 
 def _routed(
     model: ModelSettings,
     lora: LoraSettings,
     parallel: ParallelSettings,
+    kernels: Kernels,
     adapted: Mapping[str, int],
 ) -> int:
-    """Return the numbers that router and experts keep for each token of this rank.
+    """Return the bytes that router and experts keep for each token of this rank.
 
     The router keeps three numbers for each expert: logits, scores and weights. A token goes to
     `moe.topk` experts, which are assumed to be spread evenly over the ranks: a rank receives as
@@ -124,14 +213,16 @@ def _routed(
     keeps_inputs = is_trained or f"{EXPERT}linear_fc1" in adapted
     keeps_product = is_trained or f"{EXPERT}linear_fc2" in adapted
     copy = model.hidden_size * parallel.expert_tensor * keeps_inputs
-    copy += (4 + keeps_product) * moe.ffn_hidden_size
-    if lora.dropout:
-        copy += model.hidden_size * parallel.expert_tensor // 2 * keeps_inputs
-        copy += moe.ffn_hidden_size // 2 * keeps_product
+    copy += (_swiglu(kernels) + 1 + keeps_product) * moe.ffn_hidden_size
+    copy += _mask(lora, kernels, model.hidden_size * parallel.expert_tensor) * keeps_inputs
+    copy += _mask(lora, kernels, moe.ffn_hidden_size) * keeps_product
     of_experts = sum(n for module, n in adapted.items() if module.startswith(EXPERT))
     inner = (lora.rank or 0) * of_experts * parallel.expert_tensor // moe.experts
     copies = moe.topk * (copy + inner)
-    return (3 * moe.experts + copies) // _split_by(parallel)
+    total = kernels.width * (3 * moe.experts + copies)
+    if not kernels.is_fused:
+        total += moe.topk * INT64  # where each copy belongs
+    return total // _split_by(parallel)
 
 
 def _split_by(parallel: ParallelSettings) -> int:

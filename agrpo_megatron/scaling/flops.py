@@ -148,17 +148,21 @@ def completion_flops(trajectory: Trajectory, settings: Settings) -> list[int]:
     more, and a prompt runs in the first of its completions. The head runs at the positions that the
     step scored. Rows that only fill up a small head product are not counted.
     """
-    model, lora = settings.model, settings.lora
-    width, heads = trajectory.tokens.shape[1], scored_positions(trajectory).tolist()
-    lengths = [len(prompt) + width for prompt in trajectory.prompts]
-    cost = forward_cost(model, None if lora.merge_rollouts else lora)
+    lora = settings.lora
+    cost = forward_cost(settings.model, None if lora.merge_rollouts else lora)
+    return [cost.of(work) for work in completion_work(trajectory, settings)]
+
+
+def completion_work(trajectory: Trajectory, settings: Settings) -> list[Work]:
+    """Return the work [R] of each completion, over all its denoising steps."""
+    model, width = settings.model, trajectory.tokens.shape[1]
+    heads = scored_positions(trajectory).tolist()
     if model.has_blocks:
         layers = _block_work(trajectory, model, is_cached=settings.rollout.cached is not False)
-        works = [Work(*own, count, own[1]) for own, count in zip(layers, heads, strict=True)]
-    else:
-        rows = zip(lengths, trajectory.num_steps.tolist(), heads, strict=True)
-        works = [Work(n * steps, n**2 * steps, count, n * count) for n, steps, count in rows]
-    return [cost.of(work) for work in works]
+        return [Work(*own, count, own[1]) for own, count in zip(layers, heads, strict=True)]
+    lengths = [len(prompt) + width for prompt in trajectory.prompts]
+    rows = zip(lengths, trajectory.num_steps.tolist(), heads, strict=True)
+    return [Work(n * steps, n**2 * steps, count, n * count) for n, steps, count in rows]
 
 
 def _block_work(

@@ -6,16 +6,14 @@ fragments of the allocator come on top: leave a tenth of the GPU free for them.
 
 from dataclasses import dataclass, fields
 
-from agrpo_megatron.config.parallel import (
-    data_ranks,
-)
+from agrpo_megatron.config.parallel import data_ranks, layer_stages, stage_layers
 from agrpo_megatron.config.settings import (
     Fp8Settings,
     OptimizerSettings,
     ParallelSettings,
     Settings,
 )
-from agrpo_megatron.scaling.activations import kept_numbers, scored_share
+from agrpo_megatron.scaling.activations import kept_bytes, kernels_of, scored_share
 from agrpo_megatron.scaling.adapters import adapted_weights, stage_adapted
 from agrpo_megatron.scaling.parameters import (
     WeightSpec,
@@ -45,7 +43,8 @@ class Memory:
     moments: int = 0
     rollout_copy: int = 0  # a second set of weights, if rollouts have a separate layout
     reference: int = 0  # the frozen policy's weights; with adapters it is the model without them
-    activations: int = 0
+    activations: int = 0  # of the layers, kept for the backward pass
+    logits: int = 0
     rollout_cache: int = 0  # keys and values of a rollout, beyond the room of the activations
     unmerged: int = 0  # weights before `lora.merge_rollouts`, beyond the room that is left then
     host: int = 0  # moved off the GPU by `optimizer.offload`; records of `rollout_experts`
@@ -61,8 +60,24 @@ PARTS = tuple(part.name for part in fields(Memory) if part.name != "host")
 
 def worst_rank(settings: Settings, world_size: int) -> Memory:
     """Return the memory of the most loaded pipeline stage; `rules` has checked the layout."""
-    stages = range(settings.parallel.pipeline)
-    return max((rank_memory(settings, world_size, stage=s) for s in stages), key=lambda m: m.total)
+    found = (rank_memory(settings, world_size, stage=s) for s in _stages(settings))
+    return max(found, key=lambda m: m.total)
+
+
+def _stages(settings: Settings) -> list[int]:
+    """Return stages of which one is the most loaded.
+
+    A stage between the first and the last holds more than a later one with as many layers of each
+    kind, since more micro-batches are in flight. With adapters and FP8 layers are of more kinds.
+    """
+    model, last = settings.model, settings.parallel.pipeline - 1
+    if settings.lora.rank is not None or settings.precision == "fp8":
+        return list(range(last + 1))
+    places, dense = layer_stages(model, settings.parallel), model.num_layers - model.moe_layers
+    kinds: dict[tuple[int, int], int] = {}
+    for stage in range(1, last):
+        kinds.setdefault((places[:dense].count(stage), places[dense:].count(stage)), stage)
+    return sorted({0, last, *kinds.values()})
 
 
 def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
@@ -72,7 +87,7 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
     spec = weight_spec(settings)
     trained = trained_parameters(spec, parallel, stage=stage)
     weights, copies = _weights(spec, parallel, stage=stage)
-    activations = _activations(settings, spec, stage=stage)
+    activations, logits = _activations(settings, spec, stage=stage)
     replicas = _replicas(parallel, world_size) if optimizer.distributed else (1, 1)
     own = sum(-(-count // ranks) for count, ranks in zip(trained, replicas, strict=True))
     moved = round(optimizer.offload * own)
@@ -81,6 +96,7 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
     cache, has_reference = 0, needs_reference and settings.lora.rank is None
     if settings.model.has_blocks and settings.rollout.cached is not False:
         cache = int(settings.rollout.cache_memory * 2**30)
+    room = activations + logits  # an update's, which a rollout can use
     return Memory(
         weights=weights,
         fp8_copies=copies,
@@ -90,26 +106,27 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
         rollout_copy=_rollout_copy(spec, parallel, settings.rollout_layout),
         reference=_without_backward(weights, copies) if has_reference else 0,
         activations=activations,
-        rollout_cache=max(0, cache - activations),
-        unmerged=_unmerged(settings, spec, stage=stage, room=max(0, activations - cache)),
+        logits=logits,
+        rollout_cache=max(0, cache - room),
+        unmerged=_unmerged(settings, spec, stage=stage, room=max(0, room - cache)),
         # Main weights, their gradients and both moments, all in float32.
         host=moved * 4 * FLOAT32 + _expert_records(settings, world_size),
     )
 
 
-def _activations(settings: Settings, spec: WeightSpec, *, stage: int) -> int:
-    """Return the bytes that a rank keeps for the backward pass."""
+def _activations(settings: Settings, spec: WeightSpec, *, stage: int) -> tuple[int, int]:
+    """Return the bytes that a rank keeps for the backward pass: of layers, and of logits."""
     tokens = settings.train.token_budget // settings.parallel.context
-    numbers = kept_numbers(
+    return kept_bytes(
         spec.model,
         spec.lora,
         settings.parallel,
+        kernels_of(settings),
         tokens=tokens,
         scored=int(tokens * scored_share(settings.sft, settings.sampling)),
         vocab_rows=spec.vocab_rows,
         stage=stage,
     )
-    return numbers * (FLOAT32 if spec.precision == "fp32" else BFLOAT16)
 
 
 def _expert_records(settings: Settings, world_size: int) -> int:
@@ -130,6 +147,14 @@ def _expert_records(settings: Settings, world_size: int) -> int:
     rows = -(-groups * algorithm.group_size // data_ranks(layout, world_size))
     width = 1 if (model.moe.experts or 0) <= 256 else 4
     return rows * tokens * layers * model.moe.topk * width
+
+
+def row_bytes(settings: Settings, parallel: ParallelSettings, length: int) -> int:
+    """Return the bytes of the keys and values of a row, on the rank with the most layers."""
+    model, layers = settings.model, stage_layers(settings.model, parallel)
+    most = max(sum(layers[stage :: parallel.pipeline]) for stage in range(parallel.pipeline))
+    numbers = 2 * most * length * model.key_width // parallel.tensor
+    return numbers * (FLOAT32 if settings.precision == "fp32" else BFLOAT16)
 
 
 def _main_width(fp8: Fp8Settings, optimizer: OptimizerSettings) -> int:

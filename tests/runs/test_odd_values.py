@@ -21,7 +21,7 @@ EXAMPLES = sorted(
     if path.parent.name not in ("estimators", "compare") and path.name != "sweep.yaml"
 )
 ESTIMATORS = sorted(path.name for path in ROOT.glob("examples/estimators/*.yaml"))
-RANKS = {"llada2_flash": 128, "sdar_30b": 32}
+RANKS = {"llada2_flash": 128, "sdar_30b": 32, "shapes": 32}
 KNOWN = ["model.mask_token_id=1", "model.eos_token_id=2", "model.vocab_size=64"]
 # What each odd value is, in an otherwise good run; and what its line says.
 ODD = {
@@ -103,7 +103,8 @@ def test_no_example_has_an_odd_value(name, tmp_path, monkeypatch):
         if own:  # the demo's model
             settings, sizes = replace(settings, model=replace(tiny().model, load="x")), SIZES
     else:
-        ranks, planned = 1, resolve(settings, world_size=1)
+        ranks = RANKS.get(name.parent.name, 1)
+        planned = resolve(settings, world_size=ranks)
         settings, sizes = planned.settings, measure(planned)
     assert odd_values(settings, sizes, world_size=ranks) == []
 

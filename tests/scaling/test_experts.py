@@ -25,7 +25,7 @@ from agrpo_megatron.scaling.parameters import (
     weight_spec,
 )
 from tests.ranks import run_ranks
-from tests.scaling.test_memory import _saved_bytes, _tiny, _tool
+from tests.scaling.test_memory import _tiny, _tool
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 SDAR, MINI, FLASH = "sdar_30b", "llada2_mini", "llada2_flash"
@@ -130,9 +130,11 @@ def _rank_alone(settings, rank, world):
     return Ranks(rank, world, device, parallel, groups, replica=None, **axes)
 
 
-def _built(name, world, layout, stage):
-    """Build a rank of a stage without memory; return bytes held and predicted, by part."""
-    settings = planned(name, f"parallel={layout}", "run.threads=1")
+def built(settings, world, stage):
+    """Build a rank of a stage without memory; return bytes held and predicted, by part.
+
+    Called after `prepare_platform`, without a process group.
+    """
     validate_layout(settings.model, settings.parallel, world_size=world)
     last = (stage + 1) * world // settings.parallel.pipeline - 1
     ranks = _rank_alone(settings, last, world)
@@ -162,9 +164,9 @@ def _all_built():
     prepare_platform(1)
     found = {}
     for name, world, layout in LAYOUTS:
-        pipeline = planned(name, f"parallel={layout}").parallel.pipeline
-        for stage in {0, pipeline - 1}:
-            found[name, layout, stage] = _built(name, world, layout, stage)
+        settings = planned(name, f"parallel={layout}", "run.threads=1")
+        for stage in {0, settings.parallel.pipeline - 1}:
+            found[name, layout, stage] = built(settings, world, stage)
     return found
 
 
@@ -214,10 +216,11 @@ def test_a_rollout_copy_has_its_own_experts():
 
 
 def _activations(*overrides):
+    """Return the numbers that layers keep, without the norm before the head."""
     settings = planned(SDAR, *overrides)
-    scored = 3 * 151936 * (8192 // 2 // 2000)  # logits of one of 2000 steps
     memory = rank_memory(settings, 8, stage=0)
-    return memory.activations // 2 - scored // settings.parallel.tensor
+    assert memory.logits == 2 * 3 * 151936 * (8192 // 2 // 2000) // settings.parallel.tensor
+    return memory.activations // 2 - 8192 * 2 * 2048 // settings.parallel.tensor
 
 
 def test_experts_keep_their_inputs_and_four_products():
@@ -254,12 +257,6 @@ def test_the_tool_lists_layouts_of_experts():
 TINY = ["model.family=llada_moe", "model.moe.experts=4", "model.moe.ffn_hidden_size=24"]
 KINDS = ["model.moe.shared_ffn_hidden_size=96", "model.moe.dense_layers=1"]
 KINDS += ["model.moe.score=sigmoid", "model.moe.expert_bias=true"]
-
-
-@pytest.mark.parametrize("overrides", [TINY, [*TINY, *KINDS]], ids=["all", "all kinds"])
-def test_activations_of_experts_are_estimated_within_a_half(overrides):
-    ((held, predicted),) = run_ranks(1, _saved_bytes, overrides)
-    assert held / 1.5 < predicted < 1.5 * held
 
 
 def _trained(layouts):
@@ -317,9 +314,3 @@ def test_adapters_on_experts_of_sdar_30b_by_hand():
     model, lora = settings.model, settings.lora
     token = 2 * 48 * (attention + 8 * expert)
     assert forward_cost(model, lora).token - forward_cost(model).token == token
-
-
-@pytest.mark.parametrize("more", [[], ["lora.dropout=0.1"]], ids=["", "dropout"])
-def test_activations_of_adapted_experts_are_estimated_within_a_half(more):
-    ((held, predicted),) = run_ranks(1, _saved_bytes, [*TINY, *KINDS, "lora.rank=4", *more])
-    assert held / 1.5 < predicted < 1.5 * held

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from agrpo_megatron.config.parallel import stage_layers
-from agrpo_megatron.config.settings import ParallelSettings, SamplingSettings, Settings
+from agrpo_megatron.config.settings import SamplingSettings, Settings
 from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.scaling.memory import row_bytes
 
 
 class KeyValueStore:
@@ -62,11 +62,3 @@ def make_store(
             f"{length} tokens needs {each / 2**30:.3g}; raise it, or use rollout.cached=false"
         )
     return KeyValueStore(min(rows, len(prompts)), length)
-
-
-def row_bytes(settings: Settings, parallel: ParallelSettings, length: int) -> int:
-    """Return the bytes of the keys and values of a row, on the rank with the most layers."""
-    model, layers = settings.model, stage_layers(settings.model, parallel)
-    most = max(sum(layers[stage :: parallel.pipeline]) for stage in range(parallel.pipeline))
-    numbers = 2 * most * length * model.key_width // parallel.tensor
-    return numbers * (4 if settings.precision == "fp32" else 2)

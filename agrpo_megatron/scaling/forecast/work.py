@@ -5,7 +5,7 @@ the estimator itself, so every estimator, sampler and attention is covered by on
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
@@ -15,7 +15,9 @@ from agrpo_megatron.diffusion.blocks import replay_rows
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.table import needs_current_pass, needs_old_pass, scored_rows
 from agrpo_megatron.scaling.flops import (
+    Work,
     completion_flops,
+    completion_work,
     forward_cost,
     pattern_work,
     scored_work,
@@ -41,6 +43,10 @@ class Flops:
     sft: int  # an iteration of the supervised phase
     scored_rows: int  # states that the updates of an iteration score
     rollout_bytes: int  # stored rollouts of an iteration
+    rollout_work: Work  # tokens, pairs and scored tokens behind `rollout`, sampled or replayed
+    update_work: Work  # of the passes with gradient behind `update`
+    update_rows: int  # packed rows of these passes
+    update_extra: int  # FLOPs of the passes without gradient, part of `update`
 
 
 def may_fail(settings: Settings, error: Exception) -> bool:
@@ -74,17 +80,44 @@ def count_flops(
     train = evenly(train, groups)
     share = algorithm.prompts_per_iteration * algorithm.group_size / (len(train) * size)
     rollout = whole_rollout(train, model, settings.sampling, group_size=size)
-    update, rows = _update(settings, rollout)
+    update = _update(settings, rollout)
     sampled = sum(completion_flops(rollout.trajectory, settings))
     stored = sum(tensor.nbytes for tensor in tensors(rollout.trajectory).values())
     return Flops(
         rollout=0 if settings.train.from_rollouts else round(share * sampled),
-        update=round(share * update),
+        update=round(share * (update.flops + update.extra)),
         evaluation=_evaluation(settings, held_out),
         sft=_supervised(settings, train, supervised),
-        scored_rows=round(share * rows),
+        scored_rows=round(share * update.states),
         rollout_bytes=round(share * stored),
+        rollout_work=_scaled(completion_work(rollout.trajectory, settings), share),
+        update_work=_scaled([update.work], share),
+        update_rows=round(share * update.rows),
+        update_extra=round(share * update.extra),
     )
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """The passes of updates over the rollouts that are laid out."""
+
+    states: int  # scored
+    work: Work  # with gradient
+    rows: int  # packed
+    flops: int  # with gradient
+    extra: int  # FLOPs without gradient
+
+    def plus(self, other: "_Passes", *, times: int = 1) -> "_Passes":
+        """Return these passes and another one's, so many times."""
+        names = ("states", "rows", "flops", "extra")
+        sums = {name: getattr(self, name) + times * getattr(other, name) for name in names}
+        return _Passes(work=_scaled([self.work, _scaled([other.work], times)], 1), **sums)
+
+
+def _scaled(parts: Sequence[Work], share: float) -> Work:
+    """Return the sum of some work, multiplied by a share."""
+    sums = (sum(kind) for kind in zip(*map(astuple, parts), strict=True))
+    return Work(*(round(share * count) for count in sums))
 
 
 def evenly(values: Sequence[int], count: int) -> list[int]:
@@ -93,34 +126,42 @@ def evenly(values: Sequence[int], count: int) -> list[int]:
     return [values[(2 * number + 1) * len(values) // (2 * count)] for number in range(count)]
 
 
-def _update(settings: Settings, rollout: Rollout) -> tuple[int, int]:
-    """Return the FLOPs and the scored rows of all updates on rollouts."""
+def _update(settings: Settings, rollout: Rollout) -> _Passes:
+    """Return the passes of all updates on rollouts."""
     algorithm, model = settings.algorithm, settings.model
-    updates, found = algorithm.updates_per_iteration, list[tuple[int, int]]()
-    for number in range(min(updates, SOME_UPDATES)):
+    updates, total = algorithm.updates_per_iteration, _Passes(0, Work(0, 0, 0), 0, 0, 0)
+    counted = min(updates, SOME_UPDATES)
+    for number in range(counted):
         context = DrawContext(algorithm, eos_id=model.eos_token_id, seed=number)
         rows = scored_rows(rollout, context)
-        flops = _pass_flops(settings, rollout, rows, is_first=number == 0)
-        found.append((flops, len(rows.rollout)))
-    total, count = (sum(values) for values in zip(*found, strict=True))
-    more = updates - len(found)
-    return total + more * found[-1][0], count + more * found[-1][1]
+        passes = _passes(settings, rollout, rows, is_first=number == 0)
+        # Further updates score as many states as the last one that is counted.
+        total = total.plus(passes, times=1 if number < counted - 1 else 1 + updates - counted)
+    return total
 
 
-def _pass_flops(settings: Settings, rollout: Rollout, rows: ScoredRows, *, is_first: bool) -> int:
-    """Return the FLOPs of an update: its pass with gradient, and those without."""
+def _passes(settings: Settings, rollout: Rollout, rows: ScoredRows, *, is_first: bool) -> _Passes:
+    """Return the passes of an update: with gradient, and without."""
     algorithm, model, lora = settings.algorithm, settings.model, settings.lora
     scored = rows.scored.sum(1).tolist()
     if model.has_blocks:
         replayed = replay_rows(rows, rollout, model, budget=settings.train.token_budget)
+        packed = len(replayed)
         work = pattern_work([row.pattern for row in replayed], sum(scored))
     else:
-        work = scored_work(row_lengths(rollout, rows).tolist(), scored)
+        lengths = row_lengths(rollout, rows).tolist()
+        work, packed = scored_work(lengths, scored), len(lengths)
     is_recorded = recorded_logprobs(rollout, rows) is not None
     own = needs_old_pass(rows, algorithm, is_recorded=is_recorded, is_first=is_first)
     own += needs_current_pass(rows, algorithm, is_first=is_first)
     frozen = forward_cost(model).of(work) if algorithm.needs_reference else 0
-    return update_cost(model, lora).of(work) + own * forward_cost(model, lora).of(work) + frozen
+    return _Passes(
+        states=len(rows.rollout),
+        work=work,
+        rows=packed,
+        flops=update_cost(model, lora).of(work),
+        extra=own * forward_cost(model, lora).of(work) + frozen,
+    )
 
 
 def _evaluation(settings: Settings, held_out: Sequence[int]) -> int:

@@ -1,0 +1,248 @@
+"""Forward and backward passes of one rank: how many, of how many tokens, and their seconds."""
+
+from dataclasses import dataclass, replace
+
+from agrpo_megatron.config.parallel import data_ranks, layer_matrices, stage_layers
+from agrpo_megatron.config.settings import ModelSettings, ParallelSettings, Settings
+from agrpo_megatron.planning.cluster import Cluster
+from agrpo_megatron.scaling.forecast.work import Flops
+from agrpo_megatron.scaling.memory import BFLOAT16, FLOAT32, row_bytes
+
+TILE = 128  # rows of a GPU's tile: a product whose smallest size is n reaches n / (n + TILE)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass of a pipeline stage, or a forward and a backward pass."""
+
+    tokens: float  # of one replica
+    narrowest: float  # smallest size of its products on a rank: tokens, or columns of a matrix
+    flops: float  # of one rank
+    memory: float  # bytes that a rank reads at least
+    exchange: float  # seconds of communication within the model
+    layers: int  # of the stage, as many as are launched one after another
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The forward passes of a replica's rollout."""
+
+    rows: int  # completions of the replica
+    together: int  # rows of a forward pass
+    in_flight: int  # forward passes at one time, of a pipeline
+    count: int  # forward passes
+    waits: float  # passes of a stage that it waits for, over those that it runs
+    of: Pass
+
+
+@dataclass(frozen=True)
+class Update:
+    """The passes of a replica's update, forward and backward."""
+
+    rows: int  # packed rows of the replica
+    micro_batches: int
+    bubble: float  # micro-batches that a stage waits for
+    of: Pass
+
+
+def width(settings: Settings) -> int:
+    """Return the bytes of an activation."""
+    return FLOAT32 if settings.precision == "fp32" else BFLOAT16
+
+
+def seconds(one: Pass, cluster: Cluster, *, directions: int = 1) -> float:
+    """Return the seconds of a pass: its products, its reads, or its launches, and its exchange.
+
+    Args:
+        directions: 1 for a forward pass, 2 with a backward pass.
+    """
+    products = one.flops / (cluster.rate * one.narrowest / (one.narrowest + TILE))
+    reads = one.memory / cluster.device.bandwidth
+    return max(products, reads, directions * one.layers * cluster.launch) + one.exchange
+
+
+def for_model(cluster: Cluster, model: ModelSettings) -> Cluster:
+    """Return a cluster with the rate that the products of a model reach, experts included."""
+    of_layer = layer_matrices(model, model.num_layers - 1)
+    share = of_layer.topk * of_layer.expert / of_layer.used
+    return replace(cluster, products=cluster.products / (1 - share + share / cluster.experts))
+
+
+def rollout_passes(
+    settings: Settings, flops: Flops, cluster: Cluster, weights: int, *, longest: int
+) -> Rollout:
+    """Return the passes of a rollout.
+
+    Args:
+        weights: bytes of a rank's weights.
+        longest: tokens of the longest prompt.
+    """
+    model, sampling, layout = settings.model, settings.sampling, settings.rollout_layout
+    algorithm, steps = settings.algorithm, sampling.most_steps
+    completions = algorithm.prompts_per_iteration * algorithm.group_size
+    replicas = data_ranks(layout, cluster.ranks)
+    rows, row = -(-completions // replicas), longest + sampling.completion_length
+    step_tokens = flops.rollout_work.tokens / completions / steps
+    together, is_cached = _rows_at_once(settings, row, step_tokens), _is_cached(settings)
+    groups = settings.rollout.groups or (2 * layout.pipeline if layout.pipeline > 1 else 1)
+    if is_cached:
+        slots = int(settings.rollout.cache_memory * 2**30) // row_bytes(settings, layout, row)
+        rows_in_flight = max(1, min(rows, slots))
+    else:
+        rows_in_flight = rows
+    together = min(together, -(-rows_in_flight // groups))
+    in_flight = max(1, min(groups, rows_in_flight // together))
+    count = steps * -(-rows // together)
+    tokens = together * step_tokens
+    keys = together * row_bytes(settings, layout, row) if is_cached else 0
+    busiest = max(1.0, layout.pipeline / in_flight)
+    share = _ranks_of_a_stage(layout)
+    return Rollout(
+        rows,
+        together,
+        in_flight,
+        count,
+        waits=busiest - 1,
+        of=Pass(
+            tokens,
+            narrowest=_narrowest(model, layout, tokens),
+            flops=flops.rollout / completions / steps * together / layout.pipeline / share,
+            memory=weights * _read_share(model, layout, tokens) + keys,
+            exchange=_exchange(settings, layout, cluster, tokens, directions=1),
+            layers=-(-model.num_layers // layout.pipeline),
+        ),
+    )
+
+
+def update_passes(settings: Settings, flops: Flops, cluster: Cluster, weights: int) -> Update:
+    """Return the passes of one update.
+
+    Args:
+        weights: bytes of a rank's weights.
+    """
+    model, layout, updates = (
+        settings.model,
+        settings.parallel,
+        settings.algorithm.updates_per_iteration,
+    )
+    replicas, packed = data_ranks(layout, cluster.ranks), max(1, flops.update_rows // updates)
+    length = flops.update_work.tokens / updates / packed
+    rows = -(-packed // replicas)
+    each = max(1, int(settings.train.token_budget // max(1.0, length)))
+    count = -(-rows // each)
+    if layout.virtual > 1:
+        count = -(-count // layout.pipeline) * layout.pipeline
+    tokens = rows * length / count
+    again = _recomputed(model)
+    with_gradient = flops.update - flops.update_extra
+    whole = (with_gradient * (1 + again / 3) + flops.update_extra) / updates
+    of_micro_batch = whole * rows / packed / count
+    share = layout.pipeline * _ranks_of_a_stage(layout)
+    directions = 2 + (1 if again else 0)
+    return Update(
+        rows,
+        micro_batches=count,
+        bubble=(layout.pipeline - 1) / layout.virtual,
+        of=Pass(
+            tokens,
+            narrowest=_narrowest(model, layout, tokens),
+            flops=of_micro_batch / share * _busiest_stage(settings, flops),
+            memory=3 * weights * _read_share(model, layout, tokens),
+            exchange=_exchange(settings, layout, cluster, tokens, directions=directions),
+            layers=-(-model.num_layers // layout.pipeline),
+        ),
+    )
+
+
+def _narrowest(model: ModelSettings, layout: ParallelSettings, tokens: float) -> float:
+    return min(max(1.0, tokens / layout.context), model.ffn_hidden_size / layout.tensor)
+
+
+def _is_cached(settings: Settings) -> bool:
+    return settings.model.has_blocks and settings.rollout.cached is not False
+
+
+def _rows_at_once(settings: Settings, row: int, step_tokens: float) -> int:
+    """Return the rows that the budget of a forward pass holds."""
+    each = step_tokens if _is_cached(settings) else row
+    found = max(1, int(settings.train.token_budget // each))
+    return found if settings.rollout.rows is None else min(found, settings.rollout.rows)
+
+
+def _ranks_of_a_stage(layout: ParallelSettings) -> int:
+    return layout.tensor * layout.context
+
+
+def _recomputed(model: ModelSettings) -> bool:
+    return model.megatron.get("recompute_granularity") == "full"
+
+
+def _read_share(model: ModelSettings, layout: ParallelSettings, tokens: float) -> float:
+    """Return the share of a rank's weights that a pass of so many tokens reads."""
+    matrices = layer_matrices(model, model.num_layers - 1)
+    if not matrices.experts:
+        return 1.0
+    held = matrices.experts * matrices.expert
+    met = min(1.0, tokens * matrices.topk * layout.expert / matrices.experts)
+    return (matrices.split + met * held) / (matrices.split + held)
+
+
+def _busiest_stage(settings: Settings, flops: Flops) -> float:
+    """Return the work of the busiest stage over that of the average one."""
+    model, layout = settings.model, settings.parallel
+    if layout.pipeline == 1:
+        return 1.0
+    chunks, stages = stage_layers(model, layout), layout.pipeline
+    layers = [sum(chunks[stage::stages]) for stage in range(stages)]
+    head = 3 * 2 * model.hidden_size * (model.vocab_size or 0) * flops.update_work.scored
+    each = (flops.update - head) / model.num_layers
+    loads = [count * each for count in layers]
+    loads[-1] += head
+    return max(loads) * stages / flops.update
+
+
+def _exchange(
+    settings: Settings,
+    layout: ParallelSettings,
+    cluster: Cluster,
+    tokens: float,
+    *,
+    directions: int,
+) -> float:
+    """Return the seconds that a stage's ranks exchange activations in a pass.
+
+    In each direction and layer, tensor parallelism sums twice the residual stream; a sum is a
+    reduce-scatter and an all-gather, also with sequence parallelism, which gathers once more in
+    the backward pass. Experts receive and return each token `moe.topk` times. A pipeline sends the
+    residual stream once for each virtual stage. Context parallelism gathers the keys and values of
+    a row that crosses parts: at most all of them.
+    """
+    model, size = settings.model, width(settings)
+    tensor, expert, context = layout.tensor, layout.expert, layout.context
+    mine = tokens / context
+    layers = model.num_layers / layout.pipeline
+    stream = mine * model.hidden_size * size
+    total = 0.0
+    if tensor > 1:
+        link = cluster.link(size=tensor, stride=1)
+        sums = 2 * directions
+        halves = 2 * sums + (2 if layout.sequence and directions > 1 else 0)
+        total += layers * (halves * (tensor - 1) / tensor * stream / link + sums * cluster.latency)
+    if context > 1:
+        link = cluster.link(size=context, stride=tensor)
+        keys = 2 * tokens * model.key_width / tensor * size
+        gathered = directions * (context - 1) / context * keys / link
+        total += layers * (gathered + directions * cluster.latency)
+    if expert > 1 and model.moe.experts:
+        link = cluster.scatter(size=expert, stride=layout.expert_tensor)
+        share = mine / (tensor if layout.sequence else 1) * layout.expert_tensor
+        copies = share * model.moe.topk * model.hidden_size * size
+        sent = 2 * directions * (expert - 1) / expert * copies / link
+        routed = model.moe_layers / layout.pipeline
+        total += routed * (sent + 2 * directions * cluster.latency)
+    if layout.pipeline > 1:
+        stride = cluster.ranks // layout.pipeline
+        link = cluster.link(size=layout.pipeline, stride=stride)
+        sent = stream / (tensor if layout.sequence else 1) / link
+        total += directions * layout.virtual * (sent + cluster.latency)
+    return total

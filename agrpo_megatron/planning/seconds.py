@@ -1,0 +1,113 @@
+"""Seconds of an iteration under a layout, by roofline: rollout, update, exchange, optimizer.
+
+A pass takes as long as its products at the rate that products reach, or as its reads of weights
+and cached keys, or as the launches of its kernels, whichever is longest; communication within
+the model comes on top. Rewards, saves, sampling from logits and other small operations are not
+counted.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+from agrpo_megatron.config.parallel import data_ranks
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.planning.cluster import Cluster
+from agrpo_megatron.planning.passes import (
+    Rollout,
+    Update,
+    rollout_passes,
+    seconds,
+    update_passes,
+    width,
+)
+from agrpo_megatron.scaling.forecast.work import Flops
+from agrpo_megatron.scaling.memory import Memory
+
+HOST = 25e9  # bytes/s between a GPU and its host
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of an iteration by part; all parts follow one another."""
+
+    rollout: float  # products, reads and launches of forward passes
+    rollout_exchange: float  # communication within the model
+    rollout_bubble: float  # stages that wait for rows
+    update: float
+    update_exchange: float
+    update_bubble: float
+    gradients: float  # exchange of gradients and weights between data-parallel ranks
+    optimizer: float
+    reshard: float  # weights to another layout of the rollouts
+
+    @property
+    def total(self) -> float:
+        """Return the seconds of an iteration."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What an iteration does under a layout, and how long it takes."""
+
+    times: Times
+    rollout: Rollout
+    update: Update
+
+
+def iteration(
+    settings: Settings, flops: Flops, cluster: Cluster, memory: Memory, *, longest: int
+) -> Iteration:
+    """Return an iteration of settings with a legal layout.
+
+    Args:
+        memory: of the fullest rank under the layout.
+        longest: tokens of the longest prompt.
+    """
+    updates = settings.algorithm.updates_per_iteration
+    copy = memory.rollout_copy
+    sampled = rollout_passes(settings, flops, cluster, copy or memory.weights, longest=longest)
+    trained = update_passes(settings, flops, cluster, memory.weights)
+    step = seconds(sampled.of, cluster)
+    alone = seconds(replace(sampled.of, exchange=0.0), cluster)
+    learn = seconds(trained.of, cluster, directions=2)
+    learn_alone = seconds(replace(trained.of, exchange=0.0), cluster, directions=2)
+    exchanged = (1 - cluster.overlap) * _gradient_exchange(settings, cluster, memory)
+    has_rollouts = settings.train.from_rollouts is None
+    count = sampled.count * has_rollouts
+    times = Times(
+        rollout=count * alone,
+        rollout_exchange=count * (step - alone),
+        rollout_bubble=count * step * sampled.waits,
+        update=updates * trained.micro_batches * learn_alone,
+        update_exchange=updates * trained.micro_batches * (learn - learn_alone),
+        update_bubble=updates * trained.bubble * learn,
+        gradients=updates * exchanged,
+        optimizer=updates * _optimizer(memory, cluster),
+        reshard=copy / cluster.device.network * has_rollouts,
+    )
+    return Iteration(times, sampled, trained)
+
+
+def _gradient_exchange(settings: Settings, cluster: Cluster, memory: Memory) -> float:
+    """Return the seconds in which ranks with equal weights exchange gradients and weights.
+
+    Experts are exchanged in groups of their own, over the same bytes.
+    """
+    layout, replicas = settings.parallel, data_ranks(settings.parallel, cluster.ranks)
+    group = replicas * layout.context
+    if group == 1:
+        return 0.0
+    link = cluster.link(size=group, stride=layout.tensor)
+    sent = memory.gradients * (1 if settings.optimizer.distributed else 2)
+    if settings.optimizer.distributed:
+        is_short = settings.optimizer.main_gradients == "bf16" or settings.precision == "fp32"
+        sent += memory.gradients * (1 if is_short else width(settings) / 4)
+    is_local = group * layout.tensor <= cluster.per_node
+    steps = 1 if is_local else cluster.nodes
+    return (group - 1) / group * sent / link + 2 * steps * cluster.latency
+
+
+def _optimizer(memory: Memory, cluster: Cluster) -> float:
+    """Return the seconds of reading and writing the optimizer's states."""
+    states = memory.main_weights + memory.moments
+    return (2 * states + memory.gradients) / cluster.device.bandwidth + 2 * memory.host / HOST
