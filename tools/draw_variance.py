@@ -5,12 +5,15 @@ from a checkpoint, computes the gradient of every step of every rollout, and fro
 and without drawing, the variance of the gradient over the draws: for the published sampler
 (stratified over a group, entropy proposal), for the defaults with equal draws of each rollout, and
 for the defaults, which split as many draws by advantage. Intervals are of 95 %: percentiles over
-2,000 resamples of the groups.
+2,000 resamples of the groups. Then it prints with how many draws each way is as precise as the
+published sampler, and how many fewer states an update scores: the published code scores all draws
+of all rollouts.
 
     python tools/draw_variance.py runs/tiny --checkpoint sft-000400 --output draws.png
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +58,13 @@ class Ratio(NamedTuple):
     value: float
     low: float
     high: float
+
+
+class Match(NamedTuple):
+    """The fewest draws of a way that are as precise as the published sampler's."""
+
+    draws: int  # of each rollout, on average
+    states: float  # that the published update scores, over those that this way scores
 
 
 def run_case(resolved: Resolved, checkpoint: Path | None) -> Case:
@@ -126,6 +136,22 @@ def ratios(case: Case, draws: Sequence[int]) -> dict[str, dict[int, Ratio]]:
     return found
 
 
+def match(case: Case, way: str, published_draws: int) -> Match | None:
+    """Return the fewest draws with at most the published variance; None: more than it draws."""
+    size, rollouts = case.group_size, len(case.rollout.advantages)
+    theirs = AlgorithmSettings(mc_samples=published_draws, group_size=size, **WAYS["published"])
+    limit = float(group_variances(case, theirs).sum())
+    for draws in range(1, published_draws + 1):
+        algorithm = AlgorithmSettings(mc_samples=draws, group_size=size, **WAYS[way])
+        if float(group_variances(case, algorithm).sum()) <= limit:
+            context = DrawContext(algorithm, case.eos_id, 0)
+            live, _ = live_of(case.rollout.trajectory, context)
+            counts = draw_counts(case.rollout, context).minimum(live)
+            states = int(counts[case.rollout.advantages != 0].sum())
+            return Match(draws, rollouts * published_draws / states)
+    return None
+
+
 def write_figure(found: dict[str, dict[int, Ratio]], title: str, path: Path) -> Path:
     """Write the ratios and their intervals as a PNG at `path`; return the path."""
     return style.write_png(path, lambda theme: _figure(found, title, theme))
@@ -176,6 +202,11 @@ def main() -> None:
     for way, by_count in found.items():
         cells = (f"k {k}: {r.value:.2f} ({r.low:.2f} to {r.high:.2f})" for k, r in by_count.items())
         console.print(f"  {way:14}" + "   ".join(cells))
+    for way, count in itertools.product(list(WAYS)[1:], arguments.draws):
+        found_match = match(case, way, count)
+        said = "more" if found_match is None else f"{found_match.draws}"
+        fewer = "" if found_match is None else f", {found_match.states:.2f} times fewer states"
+        console.print(f"as precise as {count} published draws, {way}: {said}{fewer}")
     if arguments.output is not None:
         console.print(str(write_figure(found, case.name, arguments.output)))
 

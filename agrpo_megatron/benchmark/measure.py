@@ -3,9 +3,11 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from agrpo_megatron.config.settings import ModelSettings
@@ -67,24 +69,36 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-class Ceiling:
-    """The products of a layer's matrices with as many tokens as a forward pass has."""
+class Products:
+    """Products of random matrices in the shapes of a layer, as fast as torch computes them.
+
+    Args:
+        rows, length: of a forward pass.
+        with_attention: whether the attention's products of queries with keys, and of weights with
+            values, are among them.
+    """
 
     def __init__(
-        self, model: ModelSettings, *, tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        model: ModelSettings,
+        *,
+        rows: int,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        with_attention: bool = False,
     ):
-        wide = model.query_width + 2 * model.key_width
-        shapes = [
-            (model.hidden_size, wide),
-            (model.query_width, model.hidden_size),
-            (model.hidden_size, 2 * model.ffn_hidden_size),
-            (model.ffn_hidden_size, model.hidden_size),
-        ]
-        self._products = [
-            (torch.randn(tokens, i, dtype=dtype, device=device), _weight(i, o, dtype, device))
-            for i, o in shapes
-        ]
-        self._once = sum(2 * tokens * i * o for i, o in shapes)
+        hidden, ffn, width = model.hidden_size, model.ffn_hidden_size, model.head_width
+        wide, tokens = model.query_width + 2 * model.key_width, rows * length
+        shapes = [(1, tokens, hidden, wide), (1, tokens, model.query_width, hidden)]
+        shapes += [(1, tokens, hidden, 2 * ffn), (1, tokens, ffn, hidden)]
+        if with_attention:
+            heads = rows * model.num_attention_heads
+            shapes += [(heads, length, width, length), (heads, length, length, width)]
+        random = partial(torch.randn, dtype=dtype, device=device)
+        # The right matrices are transposed, as weights and keys are.
+        self._pairs = [(random(n, i, j), random(n, k, j).mT) for n, i, j, k in shapes]
+        self._once = sum(2 * n * i * j * k for n, i, j, k in shapes)
         started = _now(device)
         self._multiply()
         self._multiply()
@@ -101,12 +115,27 @@ class Ceiling:
             self._multiply()
 
     def _multiply(self) -> None:
-        for tokens, weight in self._products:
-            torch.nn.functional.linear(tokens, weight)
+        for left, right in self._pairs:
+            torch.bmm(left, right) if len(left) > 1 else torch.mm(left[0], right[0])
 
 
-def _weight(i: int, o: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.randn(o, i, dtype=dtype, device=device)
+def seconds_within(module: nn.Module, run: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds that a run spends in the forward passes of a module."""
+    started, spent = [0.0], [0.0]
+
+    def enter(*_: Any) -> None:
+        started[0] = _now(device)
+
+    def leave(*_: Any) -> None:
+        spent[0] += _now(device) - started[0]
+
+    hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return spent[0]
 
 
 def speedup(ours: list[float], reference: list[float]) -> dict[str, float]:

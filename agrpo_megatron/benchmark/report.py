@@ -60,8 +60,13 @@ def record(plan: Plan, found: Found) -> dict[str, Any]:
         "speedup": None if reference is None else speedup(found.ours.seconds, reference.seconds),
         "equality": None if equality is None else vars(equality),
         "ceiling_flops_per_second": found.ceiling,
+        "body": _body(found),
         "provenance": provenance(settings, ranks=1, device=device_text(found.device), seconds=0.0),
     }
+
+
+def _body(found: Found) -> dict[str, float] | None:
+    return None if found.body is None else {**vars(found.body), "share": found.body.share}
 
 
 def _shape(plan: Plan) -> dict[str, Any]:
@@ -129,6 +134,11 @@ def lines(found: dict[str, Any]) -> list[str]:
     if (rate := found["ceiling_flops_per_second"]) is not None:
         said.append(
             f"ceiling {rate / 1e9:.4g} GFLOP/s: products of a layer's matrices, best of all"
+        )
+    if (body := found["body"]) is not None:
+        said.append(
+            f"layers {body['flops_per_second'] / 1e9:.4g} GFLOP/s, {body['share']:.0%} of products "
+            f"in their shapes, attention included ({body['products'] / 1e9:.4g} GFLOP/s)"
         )
     return said
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from agrpo_megatron.benchmark.equality import (
     same_gradient,
     same_rollouts,
 )
-from agrpo_megatron.benchmark.measure import Ceiling, interleaved, peak_bytes
+from agrpo_megatron.benchmark.measure import Products, interleaved, peak_bytes, seconds_within
 from agrpo_megatron.benchmark.ours import Ours, open_ours
 from agrpo_megatron.benchmark.plan import Plan
 from agrpo_megatron.benchmark.reference import update as published
@@ -47,6 +48,19 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Body:
+    """What the layers of a rollout reach, without embedding, head and drawing."""
+
+    flops_per_second: float
+    products: float  # FLOP/s of products in the layers' shapes, those of the attention included
+
+    @property
+    def share(self) -> float:
+        """Return the share of the products' rate."""
+        return self.flops_per_second / self.products
+
+
+@dataclass(frozen=True)
 class Found:
     """What a plan measured."""
 
@@ -55,6 +69,7 @@ class Found:
     reference: Result | None
     equality: Equality | None
     ceiling: float | None  # FLOP/s of the layers' products; None: not measured
+    body: Body | None = None  # of a rollout of ours; None: not measured
 
 
 def measure(plan: Plan, show: Callable[[str], None]) -> Found:
@@ -88,14 +103,27 @@ def _measured(plan: Plan, ours: Ours, show: Callable[[str], None]) -> Found:
     show("measuring memory")
     peaks = {name: peak_bytes(side.run, ours.device) for name, side in sides.items()}
     runs = {name: side.run for name, side in sides.items()}
-    ceiling = _ceiling(plan, ours) if plan.has_ceiling else None
+    ceiling = _products(plan, ours, with_attention=False) if plan.has_ceiling else None
     if ceiling is not None:
         runs["ceiling"] = ceiling
+    body, within = None, list[float]()
+    if ceiling is not None and plan.kind == "rollout":
+        body = _products(plan, ours, with_attention=True)
+        layers = ours.engine.network.chunks[0].decoder
+        run = runs["ours"]
+        runs |= {
+            "body": lambda: within.append(seconds_within(layers, run, ours.device)),
+            "products": body,
+        }
     show(f"timing, {plan.repeats} times each")
     spent = interleaved(runs, repeats=plan.repeats, device=ours.device)
     results = {n: Result(side.counted, spent[n], peaks[n]) for n, side in sides.items()}
     rate = None if ceiling is None else ceiling.flops / min(spent["ceiling"])
-    return Found(ours.device, results["ours"], results.get("reference"), equality, rate)
+    reached = None
+    if body is not None:
+        flops = work.body_flops(counted, ours.settings.model)
+        reached = Body(flops / median(within), body.flops / min(spent["products"]))
+    return Found(ours.device, results["ours"], results.get("reference"), equality, rate, reached)
 
 
 def _our_side(plan: Plan, ours: Ours, sampling: Counted, scored: Rollout | None) -> Side:
@@ -148,6 +176,12 @@ def _reference_side(
     return equality, Side(lambda: update(sample()), sampling + updating)
 
 
-def _ceiling(plan: Plan, ours: Ours) -> Ceiling:
-    tokens, dtype = plan.batch * plan.row_length, DTYPES[plan.settings.precision]
-    return Ceiling(plan.settings.model, tokens=tokens, dtype=dtype, device=ours.device)
+def _products(plan: Plan, ours: Ours, *, with_attention: bool) -> Products:
+    return Products(
+        plan.settings.model,
+        rows=plan.batch,
+        length=plan.row_length,
+        dtype=DTYPES[plan.settings.precision],
+        device=ours.device,
+        with_attention=with_attention,
+    )

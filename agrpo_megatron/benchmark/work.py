@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from agrpo_megatron.scaling.flops import completion_flops, scored_positions
 
 if TYPE_CHECKING:
-    from agrpo_megatron.config.settings import Settings
+    from agrpo_megatron.config.settings import ModelSettings, Settings
     from agrpo_megatron.megatron.forward import RolloutForward
     from agrpo_megatron.training.update import Part
     from agrpo_megatron.types import Trajectory
@@ -38,3 +38,9 @@ def update_work(part: Part) -> Counted:
     """Return the work of an update of ours, on one rank."""
     scored = sum(len(batch.targets) for batch in part.batches)
     return Counted(len(part.batches), int(part.lengths.sum()), scored, part.flops)
+
+
+def body_flops(counted: Counted, model: ModelSettings) -> int:
+    """Return the FLOPs of forward passes without the head."""
+    assert model.vocab_size is not None
+    return counted.flops - 2 * counted.scored_rows * model.hidden_size * model.vocab_size

@@ -37,6 +37,7 @@ from agrpo_megatron.megatron.layers.rotary import query_scale, yarn_of
 from agrpo_megatron.megatron.layers.router import Blocks, ExpertRouter, Routing, block_ids
 from agrpo_megatron.megatron.layers.scored import ScoredTokens, filled, queries_of
 from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.megatron.platform import plain_torch
 from agrpo_megatron.types import PackedRows
 
 
@@ -105,6 +106,7 @@ class MaskedDiffusionModel(LanguageModule):
         if self.ends_at_scored:
             self.takes_queries = ScoredTokens(self.decoder.layers[-1]).takes_queries
         self.routers = [each for each in self.modules() if isinstance(each, ExpertRouter)]
+        self.names_cuda = bool(self.routers)  # Megatron's dispatcher of tokens does
         for layer in self.decoder.layers:
             if isinstance(router := getattr(layer.mlp, "router", None), ExpertRouter):
                 layer.register_forward_pre_hook(partial(_inform, router), with_kwargs=True)
@@ -165,7 +167,8 @@ class MaskedDiffusionModel(LanguageModule):
         if self.ends_at_scored:
             layout.scored = filled(places, self.ranks.token_multiple)
             layout.queries = queries_of(layout, places) if self.takes_queries else None
-        hidden = self.body(rows.tokens[first:last], layout)
+        with plain_torch(names_cuda=self.names_cuda):
+            hidden = self.body(rows.tokens[first:last], layout)
         if rows.seen is not None and layout.routing.seen is not None:
             self._note(rows.seen, layout.routing.seen)
         return self.head(hidden, places, layout) if self.post_process else hidden
@@ -285,6 +288,7 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
             fuse_head_gradient=kernels.fuse_head_gradient,
             use_flex=kernels.flex_attention,
         )
+        chunk.names_cuda |= kernels.layer_spec == "te"
         mark_gates(chunk)
         chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
     return tuple(chunks)

@@ -8,7 +8,7 @@ checkpoints.
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -95,6 +95,27 @@ class _CpuForCuda(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def plain_torch(*, names_cuda: bool = False) -> Iterator[None]:
+    """Suspend the replacement of CUDA devices and types, which costs time for each operation.
+
+    Does nothing where there is none, and within another mode of torch's functions.
+
+    Args:
+        names_cuda: whether the code within names CUDA devices, so that it needs the replacement.
+    """
+    is_active = not names_cuda and _stand_in_for_cuda.cache_info().currsize
+    mode, depth = _stand_in_for_cuda() if is_active else (None, 0)
+    if mode is None or torch._C._len_torch_function_stack() != depth:
+        yield
+        return
+    mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        mode.__enter__()
+
+
 class _Stream:
     """A CUDA stream or event without waits: the CPU runs in order."""
 
@@ -145,7 +166,8 @@ def _with_uneven(even: Callable[..., Any], uneven: Callable[..., Any]) -> Callab
 
 
 @functools.cache  # once in a process
-def _stand_in_for_cuda() -> None:
+def _stand_in_for_cuda() -> tuple[TorchFunctionMode, int]:
+    """Replace CUDA; returns the mode that does it for devices and types, and its place."""
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tracker
     from megatron.core.transformer.moe import token_dispatcher
@@ -174,4 +196,4 @@ def _stand_in_for_cuda() -> None:
         ("_reduce_scatter_along_first_dim", _reduce_uneven),
     ):
         setattr(mappings, name, _with_uneven(getattr(mappings, name), uneven))
-    _CpuForCuda().__enter__()
+    return _CpuForCuda().__enter__(), torch._C._len_torch_function_stack()

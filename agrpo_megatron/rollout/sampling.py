@@ -10,6 +10,7 @@ from agrpo_megatron.megatron.forward import RolloutForward
 from agrpo_megatron.megatron.layers.cache import make_store
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.pipeline import make_forward
+from agrpo_megatron.megatron.platform import plain_torch
 from agrpo_megatron.rollout.experts import Recorder
 from agrpo_megatron.types import Trajectory
 
@@ -49,5 +50,6 @@ def sample_ids(
         most_rows=settings.rollout.rows,
         store=make_store(settings, network.ranks, prompts, sampling=sampling),
     )
-    sampled = sample(prompts, rollout_ids, context=context, sampling=sampling, hooks=hooks)
+    with plain_torch(names_cuda=any(chunk.names_cuda for chunk in network.chunks)):
+        sampled = sample(prompts, rollout_ids, context=context, sampling=sampling, hooks=hooks)
     return sampled, forward

@@ -1,11 +1,14 @@
 """Clocks, memory, ratios and made-up rewards."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from agrpo_megatron.benchmark.measure import Ceiling, interleaved, peak_bytes, speedup
+from agrpo_megatron.benchmark import measure
+from agrpo_megatron.benchmark.measure import Products, interleaved, peak_bytes, speedup
 from agrpo_megatron.benchmark.ours import made_up_rewards
 from agrpo_megatron.config.settings import AlgorithmSettings, ModelSettings
 from agrpo_megatron.estimators.advantages import advantages
@@ -55,10 +58,26 @@ def test_the_speedup_is_a_ratio_of_medians_with_its_spread():
     assert speedup([1.0, 2.0, 4.0], [6.0, 6.0, 8.0]) == {"median": 3.0, "min": 2.0, "max": 6.0}
 
 
-def test_the_ceiling_multiplies_the_matrices_of_a_layer():
+def test_products_have_the_shapes_of_a_layer():
+    """Four matrices; and, of both heads of two rows, queries with keys and weights with values."""
     model = ModelSettings(hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
-    ceiling = Ceiling(model, tokens=5, dtype=torch.float32, device=CPU)
-    assert ceiling.flops == ceiling.times * 2 * 5 * (4 * 8 * 8 + 3 * 8 * 16)
+    shape = {"rows": 2, "length": 5, "dtype": torch.float32, "device": CPU}
+    matrices, all_ = Products(model, **shape), Products(model, **shape, with_attention=True)
+    with FlopCounterMode(display=False) as counter:
+        all_()
+    assert matrices.flops == matrices.times * 2 * 10 * (4 * 8 * 8 + 3 * 8 * 16)
+    assert all_.flops // all_.times == matrices.flops // matrices.times + 4 * 2 * 5 * 5 * 8
+    assert counter.get_total_flops() == all_.flops
+
+
+def test_seconds_within_a_module_leave_out_what_is_around_it(monkeypatch):
+    """A clock that each reading moves by a second: one for each pass through the module."""
+    ticks = itertools.count()
+    monkeypatch.setattr(measure, "_now", lambda _: next(ticks))
+    inner = torch.nn.Linear(2, 2)
+    outer = torch.nn.Sequential(inner, torch.nn.ReLU(), inner)
+    assert measure.seconds_within(inner, lambda: outer(torch.zeros(1, 2)), CPU) == 2
+    assert not inner._forward_hooks and not inner._forward_pre_hooks
 
 
 @pytest.mark.parametrize(("count", "zeros"), [(8, 3), (8, 0), (5, 2), (5, 0), (9, 6), (2, 0)])

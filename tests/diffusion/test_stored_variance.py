@@ -14,7 +14,7 @@ from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.steps import all_steps, live_of, rows_at
 from agrpo_megatron.types import Rollout
 from tests.diffusion.batching import batches_of
-from tools.draw_variance import WAYS, group_variances, ratios
+from tools.draw_variance import WAYS, group_variances, match, ratios
 from tools.variance import PROPOSALS, variance_of
 from tools.variance_cases import (
     below,
@@ -158,3 +158,20 @@ def test_a_ratio_lies_in_its_interval():
         <= found["by advantage"][4].value
         <= found["by advantage"][4].high
     )
+
+
+@pytest.mark.parametrize("way", ["equal draws", "by advantage"])
+def test_fewer_draws_are_as_precise_as_the_published_ones(way):
+    """One draw less would not be. Only rollouts with an advantage are scored."""
+    case = sampled_case("random", 0)
+    found = match(case, way, 8)
+    assert found is not None and 1 < found.draws < 8
+    variances = {}
+    for draws in (found.draws - 1, found.draws):
+        algorithm = AlgorithmSettings(mc_samples=draws, group_size=case.group_size, **WAYS[way])
+        variances[draws] = float(group_variances(case, algorithm).sum())
+    published = AlgorithmSettings(mc_samples=8, group_size=case.group_size, **WAYS["published"])
+    limit = float(group_variances(case, published).sum())
+    assert variances[found.draws] <= limit < variances[found.draws - 1]
+    share = float((case.rollout.advantages != 0).double().mean())
+    assert found.states == pytest.approx(8 / (found.draws * share), rel=0.1)

@@ -158,3 +158,51 @@ assert str(device) == "cuda:0" and torch.ones(1, device="cuda").device == device
 @pytest.mark.gpu
 def test_nothing_is_replaced_where_there_is_a_gpu():
     subprocess.run([sys.executable, "-c", ON_A_GPU], check=True, timeout=300)
+
+
+def _suspended():
+    """Return the depth of modes before, within (in three ways) and after a suspension."""
+    from torch.overrides import TorchFunctionMode
+
+    from agrpo_megatron.megatron.platform import plain_torch, prepare_platform
+
+    depths = []
+    with plain_torch():  # there is no replacement yet
+        depths.append(_modes())
+    prepare_platform(threads=1)
+    depths.append(_modes())
+    with plain_torch(), plain_torch():
+        depths.append(_modes())
+    with plain_torch(names_cuda=True):
+        depths.append(_modes())
+    with TorchFunctionMode(), plain_torch():
+        depths.append(_modes())
+    try:
+        with plain_torch():
+            raise KeyError
+    except KeyError:
+        depths.append(_modes())
+    return depths, str(torch.ones(1, device="cuda").device)
+
+
+def test_the_replacement_is_suspended_where_no_other_mode_is_active():
+    first = _modes()
+    depths, device = run_ranks(1, _suspended)[0]
+    assert [depth - first for depth in depths] == [0, 1, 0, 1, 2, 1] and device == "cpu"
+
+
+def _depth_of_a_forward():
+    from tests.training.tiny import open_session
+
+    session, engine = open_session()
+    chunk, depths = engine.network.chunks[0], []
+    chunk.decoder.register_forward_pre_hook(lambda *_: depths.append(_modes()))
+    from agrpo_megatron.training.rl import collect_rollout, update_policy
+
+    rollout, _ = collect_rollout(session, engine, 0)
+    update_policy(session, engine, rollout, None)
+    return set(depths)
+
+
+def test_rollouts_and_updates_run_without_the_replacement():
+    assert run_ranks(1, _depth_of_a_forward)[0] == {0}

@@ -83,7 +83,7 @@ def test_logits_and_gradients_are_no_further_from_float32(start, layout):
             if has_experts:  # in bfloat16, tokens near a tie have other experts than in float32
                 assert error < (0.75 if "mlp." in name else 0.2), name
             else:
-                assert further * allowed[name] < 0.1, name
+                assert further * allowed[name] < 0.11, name
         if layout == "dp1":
             allowed = distance(local["logits"], exact["logits"])
             assert distance(ours["logits"], exact["logits"]) <= NO_FURTHER * allowed < 0.03
