@@ -19,7 +19,7 @@ from agrpo_megatron.types import Trajectory
 
 if TYPE_CHECKING:
     from agrpo_megatron.config.settings import SamplingSettings
-    from agrpo_megatron.types import ScoredRows
+    from agrpo_megatron.types import Rollout, ScoredRows
 
 SUPPORT = "support_ids"  # None where nothing is cut
 STEP_PARTS = 8  # equal parts of a completion's denoising that metrics distinguish
@@ -93,6 +93,11 @@ def moved(trajectory: Trajectory, device: torch.device | str) -> Trajectory:
     """Return the trajectory with its tensors on a device."""
     prompts = tuple(prompt.to(device) for prompt in trajectory.prompts)
     return replace(map_tensors(trajectory, lambda tensor: tensor.to(device)), prompts=prompts)
+
+
+def iteration_of(rollout: Rollout) -> int:
+    """Return the iteration that updates on rollouts, counted from 1."""
+    return rollout.trajectory.weights_version + rollout.staleness + 1
 
 
 def tokens_before(trajectory: Trajectory, rollout: Tensor, step: Tensor) -> Tensor:

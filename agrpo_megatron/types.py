@@ -77,7 +77,7 @@ class Trajectory:
     num_steps: Tensor  # [R] int64 forward passes; tokens with unmask_step >= this were filled in
     rollout_ids: Tensor  # [R] int64, the rollout index of the noise
     sampling: SamplingSettings
-    weights_version: int = 0  # optimizer steps before the sampling
+    weights_version: int = 0  # iterations finished before the sampling
     # All that each step drew, kept or put back, by place in its block; None unless
     # `sampling.record_drawn`. Log-probs and spreads are 0 where no token was drawn.
     drawn_tokens: Tensor | None = None  # [R, steps, block] int32; -1 where none was drawn
@@ -125,6 +125,7 @@ class Rollout:
     correct: Tensor  # [R] bool
     advantages: Tensor  # [R] float32
     experts: dict[int, Any] | None = None  # this rank's `rollout.experts.Record`s, by rollout id
+    staleness: int = 0  # iterations whose updates came after the sampling
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ from agrpo_megatron.evaluation.results import Line, ResultStore
 from agrpo_megatron.evaluation.scores import scores
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import on_main
-from agrpo_megatron.rollout.generate import Request, generate, sample_records
+from agrpo_megatron.rollout.generate import generate
 from agrpo_megatron.rollout.metrics import failure_warning, reward_metrics
+from agrpo_megatron.rollout.records import sample_records
+from agrpo_megatron.rollout.requests import Request
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.scaling.flops import completion_flops
 from agrpo_megatron.tasks.base import task_prompts

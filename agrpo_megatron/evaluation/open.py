@@ -12,7 +12,8 @@ from agrpo_megatron.checkpoint.start import load_model
 from agrpo_megatron.evaluation.evaluate import EVALUATION_IDS
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
-from agrpo_megatron.rollout.generate import encode_prompts, sample_prompts
+from agrpo_megatron.rollout.generate import sample_prompts
+from agrpo_megatron.rollout.requests import encode_prompts
 from agrpo_megatron.rollout.session import Output, Run, Session
 from agrpo_megatron.runs.log import RunLog
 from agrpo_megatron.runs.resolve import Resolved

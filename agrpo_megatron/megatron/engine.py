@@ -1,7 +1,8 @@
 """A trainable model: network, data parallelism, optimizer and schedule, all from Megatron."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import OptimizerSettings, Settings
 from agrpo_megatron.hardware.kernels import kernels_for
+from agrpo_megatron.megatron.memory.release import Release
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import Ranks
 from agrpo_megatron.megatron.platform import use_torch_optimizers
@@ -40,6 +42,7 @@ class Engine:
     ddp: list[DistributedDataParallel]  # one per virtual stage
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    release: Release  # of memory that rollouts do not need
     rollout_copy: RolloutCopy | None = None  # if rollouts have a separate layout
 
     @property
@@ -58,6 +61,16 @@ class Engine:
         if self.rollout_copy is None:
             return self.network
         return self.rollout_copy.update(self.network, self.scheduler.num_steps)
+
+    @contextmanager
+    def sampling(self) -> Iterator[Network]:
+        """Yield the network that samples, as `rollout_network` does; called by every rank.
+
+        While the body runs, `rollout.release` frees memory that only updates and saves need.
+        """
+        network, weights = self.rollout_network(), self.network.named_parameters()
+        with self.release(self.ddp, self.optimizers, kept=[weight for _, weight in weights]):
+            yield network
 
     def init_main_weights(self, uncast: dict[str, Tensor]) -> None:
         """Initialise the main weights from the network's; called by every rank.
@@ -128,7 +141,8 @@ def build_engine(
     config.grad_scale_func = built.scale_loss
     rollout = ranks.rollout_layout
     copy = RolloutCopy(build_network(settings, rollout)) if rollout is not None else None
-    engine = Engine(network, ddp, built, _scheduler(built, optimizer, iterations), copy)
+    release = Release(settings.rollout.release)
+    engine = Engine(network, ddp, built, _scheduler(built, optimizer, iterations), release, copy)
     if optimizer.moments == "fp8":
         for part in engine.optimizers:
             part.optimizer._apply_scale = partial(_scale_finitely, part.optimizer._apply_scale)

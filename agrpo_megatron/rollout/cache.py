@@ -61,6 +61,8 @@ def find_round(
 class NoCache:
     """A cache that keeps nothing: no round, no completion."""
 
+    run = None
+
     def find(self, *_: object, **__: object) -> None:
         """Do nothing, and return None."""
 
@@ -89,7 +91,7 @@ class RolloutCache:
         keeps_all: bool = False,
         check: Callable[[], None] = lambda: None,
     ):
-        self._folder, self._ranks, self._run, self._check = folder, ranks, run, check
+        self._folder, self._ranks, self.run, self._check = folder, ranks, run, check
         self._keeps_all = keeps_all
         if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -97,20 +99,33 @@ class RolloutCache:
                 left.unlink(missing_ok=True)
 
     def find(
-        self, number: int, rollout_ids: Tensor, *, sampling: SamplingSettings
+        self,
+        number: int,
+        rollout_ids: Tensor,
+        *,
+        sampling: SamplingSettings,
+        run: str | None = None,
     ) -> GradedRollouts | None:
-        """Return the graded round of an earlier attempt, if it is on disk."""
-        path = round_path(self._folder, number)
-        return find_round(path, rollout_ids, self._ranks, runs=(self._run,), sampling=sampling)
+        """Return the graded round of an earlier attempt, if it is on disk.
+
+        Args:
+            run: the digest that the file names; None: that of this run.
+        """
+        path, runs = round_path(self._folder, number), (run or self.run,)
+        return find_round(path, rollout_ids, self._ranks, runs=runs, sampling=sampling)
 
     def find_completions(
-        self, name: str, rollout_ids: Tensor, *, sampling: SamplingSettings
+        self, name: str, rollout_ids: Tensor, *, sampling: SamplingSettings, run: str | None = None
     ) -> Trajectory | None:
-        """Return the completions of a rollout by earlier attempts, in the order of ids."""
+        """Return the completions of a rollout by earlier attempts, in the order of ids.
+
+        Args:
+            run: the digest that the files name; None: that of this run.
+        """
         kept: list[Trajectory] = []
         for path in self._parts(name):
             with suppress(*UNREADABLE):
-                kept.append(_read(path, (self._run,), sampling)[0])
+                kept.append(_read(path, (run or self.run,), sampling)[0])
         wanted = rollout_ids.tolist()
         places = {n: i for i, n in enumerate(n for p in kept for n in p.rollout_ids.tolist())}
         seen_by_all = set.intersection(*gather_objects(set(places) & set(wanted)))
@@ -163,7 +178,7 @@ class RolloutCache:
         stored = {name: tensor.contiguous() for name, tensor in tensors(trajectory).items()}
         stored["prompts"] = torch.cat(trajectory.prompts)
         stored["prompt_lengths"] = torch.tensor([len(prompt) for prompt in trajectory.prompts])
-        notes |= {"run": self._run, "weights_version": trajectory.weights_version}
+        notes |= {"run": self.run, "weights_version": trajectory.weights_version}
         writing = path.with_name(f"{path.stem}.{secrets.token_hex(4)}{WRITING}")
         save_file(stored, writing, metadata={"notes": json.dumps(notes)})
         self._check()

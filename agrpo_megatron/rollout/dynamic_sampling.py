@@ -1,13 +1,15 @@
 """Dynamic sampling: the groups of one iteration; groups without variance are replaced."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import batched
 
 import torch
+from torch import Tensor
 
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.rollout.data_order import pick_problems
-from agrpo_megatron.rollout.generate import Request, generate
+from agrpo_megatron.rollout.generate import generate
 from agrpo_megatron.rollout.metrics import (
     failure_warning,
     pass_at_group,
@@ -15,6 +17,7 @@ from agrpo_megatron.rollout.metrics import (
     text_lengths,
 )
 from agrpo_megatron.rollout.replay import replayed_round
+from agrpo_megatron.rollout.requests import Request
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.runs.stored_rollouts import round_name, sampling_number
 from agrpo_megatron.scaling.flops import completion_flops
@@ -59,6 +62,25 @@ def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
         for slot, group in zip(missing, useful, strict=False):
             slots[slot] = group
         missing = missing[len(useful) :]
+    return groups_of(session, iteration, problems, rollouts, slots)
+
+
+def groups_of(
+    session: Session,
+    iteration: int,
+    problems: list[Problem],
+    rollouts: list[GradedRollouts],
+    slots: Sequence[int],
+) -> Groups:
+    """Return the groups of an iteration with their metrics.
+
+    Args:
+        problems: of the completions of all rounds.
+        rollouts: of each round.
+        slots: the numbers of the groups that are kept.
+    """
+    algorithm = session.run.settings.algorithm
+    count, size = algorithm.prompts_per_iteration, algorithm.group_size
     rewards = [reward for found in rollouts for reward in found.rewards]
     metrics = reward_metrics(rewards, problems)
     metrics["pass_at_group"] = pass_at_group(rewards, size)
@@ -97,24 +119,33 @@ def _sample_round(
     rounds of the iteration are that run's as well.
     """
     run, cache = session.run, session.safety.cache
-    settings, algorithm = run.settings, run.settings.algorithm
-    number, size = sampling_number(*when, algorithm), algorithm.group_size
-    first = number * algorithm.prompts_per_iteration
-    places = range(first, first + groups)
-    picked = pick_problems(run.task.shares, places, seed=settings.run.seed)
-    problems = run.task.problems("train")
-    chosen = [problems[place] for place in picked for _ in range(size)]
-    ids = torch.arange(len(chosen), device=engine.ranks.device) + first * size
+    settings = run.settings
+    number, chosen, ids = picked_round(session, engine, when, groups=groups)
     if run.replay is not None:
         with session.safety.sections("rollout"):
             return chosen, replayed_round(run.replay, number, ids, run.ranks, settings)
     rollouts = cache.find(number, ids, sampling=settings.sampling)
     if rollouts is None:
-        network, name = engine.rollout_network(), round_name(number)
+        name = round_name(number)
         request = Request(chosen, ids, settings.sampling, weights_version=when[0], name=name)
-        rollouts = generate(session, network, request)
+        with engine.sampling() as network:
+            rollouts = generate(session, network, request)
         cache.keep(number, rollouts)
     return chosen, rollouts
+
+
+def picked_round(
+    session: Session, engine: Engine, when: tuple[int, int], *, groups: int
+) -> tuple[int, list[Problem], Tensor]:
+    """Return a round's number through the run, and the problem and the id of each completion."""
+    run, algorithm = session.run, session.run.settings.algorithm
+    number, size = sampling_number(*when, algorithm), algorithm.group_size
+    first = number * algorithm.prompts_per_iteration
+    places = range(first, first + groups)
+    picked = pick_problems(run.task.shares, places, seed=run.settings.run.seed)
+    problems = run.task.problems("train")
+    chosen = [problems[place] for place in picked for _ in range(size)]
+    return number, chosen, torch.arange(len(chosen), device=engine.ranks.device) + first * size
 
 
 def _chosen(rounds: list[GradedRollouts], rows: list[int]) -> GradedRollouts:

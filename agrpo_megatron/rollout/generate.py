@@ -1,9 +1,11 @@
 """Completions of problems: sampled by all ranks, and graded."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,52 +15,50 @@ from agrpo_megatron.diffusion.sampler import SamplerHooks, SamplingStopped
 from agrpo_megatron.diffusion.sampler_state import SamplerState
 from agrpo_megatron.megatron.forward import RolloutForward
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.megatron.parallel import gather_objects
+from agrpo_megatron.megatron.parallel import Ranks, gather_objects
 from agrpo_megatron.resilience.stop import Stopped, Turns
 from agrpo_megatron.rollout.experts import Recorder, make_recorder
+from agrpo_megatron.rollout.requests import Request, Share, share_of
 from agrpo_megatron.rollout.sampling import sample_ids
 from agrpo_megatron.rollout.session import Run, Safety, Session
-from agrpo_megatron.tasks.base import Split, task_prompts
+from agrpo_megatron.tasks.base import Split
 from agrpo_megatron.tasks.grading import Call
-from agrpo_megatron.text.chat import shown_prompt
 from agrpo_megatron.trajectories import join, moved, select
-from agrpo_megatron.types import GradedRollouts, Problem, Prompt, Reward, Trajectory
+from agrpo_megatron.types import GradedRollouts, Problem, Reward, Trajectory
 
 
 @dataclass(frozen=True)
-class Request:
-    """R completions to sample and grade; the same on every rank."""
+class Sampled:
+    """The completions of a replica; rewards may be outstanding."""
 
-    problems: Sequence[Problem]  # one for each completion
-    rollout_ids: Tensor  # [R]
-    sampling: SamplingSettings
-    split: Split = "train"  # prompts and rewards of training, or of evaluation
-    weights_version: int = 0
-    name: str = ""  # in the rollout cache; empty: no caching
-    # Receives on each rank how many of its replica's rows took a denoising step.
-    on_step: Callable[[int], None] | None = None
-
-
-@dataclass(frozen=True)
-class _Share:
-    """A replica's part of a request: cached completions, and completions to sample."""
-
-    cached: Trajectory | None
-    places: list[int]  # in the request: of the cached completions, then of those to sample
-    prompts: list[Tensor]  # of the completions to sample
-    rollout_ids: Tensor  # likewise
+    ranks: Ranks  # the layout of the rollout
+    places: list[int]  # of the completions, in the request
+    trajectory: Trajectory
+    grading: "_Grading"
+    is_parallel: bool  # whether workers or services have begun to grade
+    section: str  # in which the rewards are awaited
+    tokens: int  # packed tokens processed by the network
+    bubble: float
+    experts: dict[int, Any] | None  # see `GradedRollouts`
+    seconds: float  # of the sampling
+    busy: float  # seconds that the grader had been active when sampling began
 
 
 def generate(session: Session, network: Network, request: Request) -> GradedRollouts:
     """Complete and grade problems; called by every rank, data-parallel ranks share the work.
 
+    Raises:
+        Stopped: as `sample_request`.
+    """
+    return grade(session, sample_request(session, network, request))
+
+
+def sample_request(session: Session, network: Network, request: Request) -> Sampled:
+    """Complete problems; called by every rank, data-parallel ranks share the work.
+
     Cached completions are not sampled again. Each completion is graded once, on the first rank
     of its replica. A grader with workers starts on a completion as soon as it is complete, while
     other rows are still sampled.
-
-    Returns:
-        `seconds` holds timing/rollout (sampling), timing/reward (from there until all ranks have
-        graded) and timing/reward_hidden (grading by workers while this rank sampled).
 
     Raises:
         Stopped: the ranks agreed to stop; finished completions are cached.
@@ -68,33 +68,48 @@ def generate(session: Session, network: Network, request: Request) -> GradedRoll
     started, busy = time.perf_counter(), grader.busy
     is_parallel = ranks.speaks_for_replica and grader.has_workers
     with safety.sections("rollout" if is_training else "evaluation"):
-        share = _share(run, safety, network, request)
+        share = share_of(run, safety, network, request)
         grading = _Grading(run, [request.problems[place] for place in share.places], request.split)
         recorder = make_recorder(run.settings, ranks, share.rollout_ids) if is_training else None
         trajectory, forward = _sample_share(
             session, network, request, share, grading if is_parallel else None, recorder
         )
-    sampled = time.perf_counter()
-    with safety.sections("reward" if is_training else "evaluation"):
+    return Sampled(
+        ranks=ranks,
+        places=share.places,
+        trajectory=trajectory,
+        grading=grading,
+        is_parallel=is_parallel,
+        section="reward" if is_training else "evaluation",
+        tokens=forward.tokens,
+        bubble=forward.slots.bubble,
+        experts=None if recorder is None else recorder.records,
+        seconds=time.perf_counter() - started,
+        busy=busy,
+    )
+
+
+def grade(session: Session, sampled: Sampled) -> GradedRollouts:
+    """Wait for the rewards of completions, and share both; called by every rank.
+
+    Returns:
+        `seconds` holds timing/rollout (sampling), timing/reward (from this call until all ranks
+        have graded) and timing/reward_hidden (grading by workers before this call).
+    """
+    grader, ranks, started = session.run.grader, sampled.ranks, time.perf_counter()
+    with session.safety.sections(sampled.section):
         part = None
         if ranks.speaks_for_replica:
-            if not is_parallel:
-                grading(range(len(share.places)), trajectory.tokens)
-            rewards, on_cpu = grading.rewards(), moved(trajectory, "cpu")
-            part = (share.places, on_cpu, rewards, forward.tokens, forward.slots.bubble)
-        waited = time.perf_counter() - sampled
+            if not sampled.is_parallel:
+                sampled.grading(range(len(sampled.places)), sampled.trajectory.tokens)
+            rewards, on_cpu = sampled.grading.rewards(), moved(sampled.trajectory, "cpu")
+            part = (sampled.places, on_cpu, rewards, sampled.tokens, sampled.bubble)
+        waited = time.perf_counter() - started
         parts = [part for part in gather_objects(part) if part is not None]
-    seconds = {"timing/rollout": sampled - started, "timing/reward": time.perf_counter() - sampled}
-    if is_parallel:
-        seconds["timing/reward_hidden"] = max(0.0, grader.busy - busy - waited)
-    experts = None if recorder is None else recorder.records
-    return replace(_joined(parts, ranks.device, seconds), experts=experts)
-
-
-def encode_prompts(run: Run, prompts: Sequence[Prompt]) -> list[Tensor]:
-    """Return the ids of each prompt, int64."""
-    encoded, device = run.tokenizer.encode_prompts(prompts), run.ranks.device
-    return [torch.tensor(ids, dtype=torch.int64, device=device) for ids in encoded]
+    seconds = {"timing/rollout": sampled.seconds, "timing/reward": time.perf_counter() - started}
+    if sampled.is_parallel:
+        seconds["timing/reward_hidden"] = max(0.0, grader.busy - sampled.busy - waited)
+    return replace(_joined(parts, ranks.device, seconds), experts=sampled.experts)
 
 
 def sample_prompts(
@@ -118,35 +133,11 @@ def sample_prompts(
     )
 
 
-def _share(run: Run, safety: Safety, network: Network, request: Request) -> _Share:
-    """Divide cached and missing completions among the replicas, long prompts first."""
-    data, ids = network.ranks.data, request.rollout_ids
-    prompts = encode_prompts(run, task_prompts(run.task, request.problems, split=request.split))
-    cached = None
-    if request.name:
-        cached = safety.cache.find_completions(request.name, ids, sampling=request.sampling)
-    known = set(cached.rollout_ids.tolist()) if cached is not None else set()
-    numbers = list(enumerate(ids.tolist()))
-    there = [place for place, number in numbers if number in known]
-    missing = [place for place, number in numbers if number not in known]
-    by_length = sorted(missing, key=lambda place: -len(prompts[place]))
-    mine = by_length[data.rank :: data.size]
-    if cached is not None:
-        rows = torch.arange(len(there), device=ids.device)
-        cached = select(cached, rows[data.rank :: data.size])
-    return _Share(
-        cached,
-        there[data.rank :: data.size] + mine,
-        [prompts[place] for place in mine],
-        ids[torch.tensor(mine, dtype=torch.int64, device=ids.device)],
-    )
-
-
 def _sample_share(
     session: Session,
     network: Network,
     request: Request,
-    share: _Share,
+    share: Share,
     grading: "_Grading | None",
     recorder: Recorder | None,
 ) -> tuple[Trajectory, RolloutForward]:
@@ -177,7 +168,7 @@ def _sample_share(
     is_asked = turns.is_asked if request.name else lambda: False
     hooks = SamplerHooks(on_complete, is_asked, on_step)
     sampled = None
-    try:
+    with suppress(SamplingStopped):
         sampled = sample_prompts(
             run,
             network,
@@ -187,9 +178,8 @@ def _sample_share(
             hooks=hooks,
             recorder=recorder,
         )
-    except SamplingStopped:
-        if writer is not None:
-            writer.flush()
+    if writer is not None and (sampled is None or request.is_ahead):
+        writer.flush()
     turns.close()
     if request.name:
         _stop_together(safety, is_stopped=sampled is None)
@@ -220,7 +210,7 @@ class _Grading:
         """Start grading the completions [n, C] of some problems."""
         chosen = [self._problems[row] for row in rows]
         calls = grading_calls(self._run, chosen, tokens, split=self._split)
-        self._parts.append((rows, self._run.grader.start(calls)))
+        self._parts.append((rows, self._run.grader.start(calls, owner=self)))
 
     def rewards(self) -> list[Reward]:
         """Wait for the rewards of all problems, in their order."""
@@ -254,26 +244,4 @@ def grading_calls(
     return [
         Call(problem, decode(ids), decode_raw(ids) if split == "eval" else None)
         for problem, ids in zip(problems, tokens.tolist(), strict=True)
-    ]
-
-
-def sample_records(
-    run: Run, problems: Sequence[Problem], rollouts: GradedRollouts, *, split: Split
-) -> list[dict]:
-    """Describe the first completions for samples.jsonl, `logging.samples` of them."""
-    trajectory, chosen = rollouts.trajectory, problems[: run.settings.logging.samples]
-    prompts = task_prompts(run.task, chosen, split=split)
-    completions = trajectory.tokens[: len(chosen)].tolist()
-    return [
-        {
-            "prompt": shown_prompt(prompt),
-            "completion": run.tokenizer.decode(ids),
-            "pieces": run.tokenizer.pieces(ids),
-            "unmask_step": trajectory.unmask_step[row].tolist(),
-            "num_steps": int(trajectory.num_steps[row]),
-            "reward": rollouts.rewards[row].score,
-            "correct": rollouts.rewards[row].correct,
-            "solution": problems[row].solution,
-        }
-        for row, (prompt, ids) in enumerate(zip(prompts, completions, strict=True))
     ]

@@ -38,6 +38,8 @@ class Progress:
     flops: int = 0  # of all iterations of reinforcement learning
     is_evaluated: bool = True  # no evaluation was due, or it was done
     auto: dict[str, Any] = field(default_factory=dict)  # state of `algorithm.mc_samples=auto`
+    # Digest of the run that has sampled the next iteration's rollouts; None: none are sampled.
+    ahead: str | None = None
 
     @property
     def name(self) -> str:

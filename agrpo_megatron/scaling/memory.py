@@ -45,9 +45,10 @@ class Memory:
     reference: int = 0  # the frozen policy's weights; with adapters it is the model without them
     activations: int = 0  # of the layers, kept for the backward pass
     logits: int = 0
-    rollout_cache: int = 0  # keys and values of a rollout, beyond the room of the activations
+    rollout_cache: int = 0  # keys and values of a rollout, beyond what updates leave free then
     unmerged: int = 0  # weights before `lora.merge_rollouts`, beyond the room that is left then
-    host: int = 0  # moved off the GPU by `optimizer.offload`; records of `rollout_experts`
+    # Moved off the GPU by `optimizer.offload` or `rollout.release`; records of `rollout_experts`.
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -93,16 +94,22 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
     moved = round(optimizer.offload * own)
     is_short = not is_float32 and optimizer.main_gradients == "bf16"
     needs_reference = settings.algorithm.needs_reference or settings.sft.needs_reference
+    gradients = sum(trained) * (BFLOAT16 if is_short else FLOAT32)
+    main_weights = 0 if is_float32 else (own - moved) * _main_width(settings.fp8, optimizer)
+    moments = (own - moved) * MOMENTS[optimizer.moments]
+    away = main_weights + moments if settings.rollout.release == "optimizer" else 0
     cache, has_reference = 0, needs_reference and settings.lora.rank is None
     if settings.model.has_blocks and settings.rollout.cached is not False:
         cache = int(settings.rollout.cache_memory * 2**30)
-    room = activations + logits  # an update's, which a rollout can use
+    # An update's, which a rollout can use.
+    room = activations + logits + away
+    room += gradients if settings.rollout.release != "none" else 0
     return Memory(
         weights=weights,
         fp8_copies=copies,
-        gradients=sum(trained) * (BFLOAT16 if is_short else FLOAT32),
-        main_weights=0 if is_float32 else (own - moved) * _main_width(settings.fp8, optimizer),
-        moments=(own - moved) * MOMENTS[optimizer.moments],
+        gradients=gradients,
+        main_weights=main_weights,
+        moments=moments,
         rollout_copy=_rollout_copy(spec, parallel, settings.rollout_layout),
         reference=_without_backward(weights, copies) if has_reference else 0,
         activations=activations,
@@ -110,7 +117,7 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
         rollout_cache=max(0, cache - room),
         unmerged=_unmerged(settings, spec, stage=stage, room=max(0, room - cache)),
         # Main weights, their gradients and both moments, all in float32.
-        host=moved * 4 * FLOAT32 + _expert_records(settings, world_size),
+        host=moved * 4 * FLOAT32 + away + _expert_records(settings, world_size),
     )
 
 

@@ -36,6 +36,7 @@ class Failure(NamedTuple):
 
 class _Batch(NamedTuple):
     calls: list[Call]
+    owner: object
     rewards: Future[list[Reward]]
 
 
@@ -65,13 +66,17 @@ class Grader:
         )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grader")
 
-    def start(self, calls: Sequence[Call]) -> Future[list[Reward]]:
+    def start(self, calls: Sequence[Call], *, owner: object = None) -> Future[list[Reward]]:
         """Submit a batch; with workers this returns at once.
+
+        Args:
+            owner: of the batch. Batches of one owner may be graded together; those of another
+                wait, and delay none.
 
         The future's `result` waits for one reward per call, and raises a RuntimeError if the
         workers cannot start.
         """
-        batch = _Batch(list(calls), Future())
+        batch = _Batch(list(calls), owner, Future())
         if self.has_workers:
             self._waiting.append(batch)
             self._thread.submit(self._grade_waiting)
@@ -90,8 +95,10 @@ class Grader:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _grade_waiting(self) -> None:
-        """Grade all waiting batches as one: workers do not idle between batches."""
-        batches = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        """Grade all waiting batches of an owner as one: workers do not idle between batches."""
+        batches = list[_Batch]()
+        while self._waiting and self._waiting[0].owner is (batches or self._waiting)[0].owner:
+            batches.append(self._waiting.popleft())
         if not batches:
             return
         started = time.perf_counter()

@@ -43,21 +43,22 @@ class Checkpointer:
             files=directory / MODEL_FILES,
             check=session.output.log.check,
         )
+        self._is_ahead = bool(settings.train.async_steps)
         self._iteration = done.iteration  # finished
         self._saved = done.iteration if done.offsets else None  # in the newest checkpoint
 
     def on_iteration_end(
-        self, iteration: int, flops: int, *, every: int, auto: dict[str, Any]
+        self, iteration: int, flops: int, *, every: int, kept: dict[str, Any]
     ) -> str | None:
         """Record a finished iteration; returns the stage of the evaluation that is due, if any.
 
         Args:
             flops: of the iteration.
             every: iterations between evaluations; 0 evaluates only at the end of the phase.
-            auto: the state of `AutoDraws`; empty without it.
+            kept: other fields of the progress: `auto` and `ahead`.
         """
         self._iteration = iteration
-        done = replace(self._done, flops=self._done.flops + flops, auto=auto)
+        done = replace(self._done, flops=self._done.flops + flops, **kept)
         is_last = iteration == self._last or is_spent(done, self._session.run.settings.train)
         stage = "interval" if every and iteration % every == 0 else None
         stage = "after" if is_last else stage
@@ -79,14 +80,14 @@ class Checkpointer:
         self._iteration = iteration
         self._saver.poll()
         every, is_best, self._is_best = self._settings.interval, self._is_best, False
+        before = self._saved or 0
         is_end = iteration == self._last or self._done.stopped is not None
         is_due = is_best or bool(every and iteration % every == 0)
         if not (is_end or (is_due and self._has_learned)):
             return
         self._save(is_best=is_best)
-        if self._phase == "rl":
-            algorithm = self._session.run.settings.algorithm
-            self._session.safety.cache.forget(sampling_number(iteration, 0, algorithm))
+        # While a save is unfinished, a restart needs what the checkpoint before it counts on.
+        self._forget_before(before if self._is_ahead and self._settings.background else iteration)
 
     def on_stop(self) -> None:
         """Save the finished iteration, if it is not saved yet, and wait for the save."""
@@ -103,6 +104,18 @@ class Checkpointer:
         """Wait until all checkpoints are on disk."""
         with self._session.safety.sections("checkpoint"):
             self._saver.finish()
+
+    def on_end(self) -> None:
+        """Wait until all checkpoints are on disk, at the end of the phase."""
+        self.wait()
+        if self._is_ahead and self._saved is not None:
+            self._forget_before(self._saved)
+
+    def _forget_before(self, iteration: int) -> None:
+        """Remove the stored rollouts of iterations that a checkpoint includes, in RL."""
+        if self._phase == "rl":
+            algorithm = self._session.run.settings.algorithm
+            self._session.safety.cache.forget(sampling_number(iteration, 0, algorithm))
 
     def _save(self, *, is_best: bool) -> None:
         run, log, iteration = self._session.run, self._session.output.log, self._iteration

@@ -100,7 +100,7 @@ def _saved_at_stop(checkpointer: Checkpointer) -> Iterator[None]:
     except NotFinite:
         checkpointer.wait()  # the run may roll back to a checkpoint that is still being written
         raise
-    checkpointer.wait()
+    checkpointer.on_end()
 
 
 def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None:
@@ -114,7 +114,8 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
         reference = load_reference(settings, engine.network, start)
     scores = done.scores  # none without an evaluation before this checkpoint
     if checkpoint is None:
-        scores = evaluate(session, engine.rollout_network(), iteration=0, stage="before")
+        with engine.sampling() as network:
+            scores = evaluate(session, network, iteration=0, stage="before")
         done = Progress("rl", 0, {})
     if scores:
         best, stop = settings.checkpoint.best, settings.train.stop_metric
@@ -125,14 +126,14 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
     if settings.algorithm.mc_samples == "auto":
         auto = AutoDraws(settings.algorithm, done.auto)
 
-    def on_iteration_end(iteration: int, flops: int) -> bool:
+    def on_iteration_end(iteration: int, flops: int, sampled_by: str | None) -> bool:
         """Evaluate and save if due; return whether to continue."""
-        kept = auto.state if auto is not None else {}
-        stage = checkpointer.on_iteration_end(iteration, flops, every=every, auto=kept)
+        kept = {"auto": auto.state if auto is not None else {}, "ahead": sampled_by}
+        stage = checkpointer.on_iteration_end(iteration, flops, every=every, kept=kept)
         reason = None
         if stage is not None:
-            network = engine.rollout_network()
-            scores = evaluate(session, network, iteration=iteration, stage=stage)
+            with engine.sampling() as network:
+                scores = evaluate(session, network, iteration=iteration, stage=stage)
             reason = checkpointer.on_evaluation(scores)
             if reason is not None and iteration < last:
                 _report_early_stop(session.output, scores, reason)
@@ -143,13 +144,14 @@ def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None
 
     with _saved_at_stop(checkpointer):
         # An earlier attempt may have stopped during this evaluation: repeat it.
-        if done.is_evaluated or on_iteration_end(done.iteration, 0):
+        if done.is_evaluated or on_iteration_end(done.iteration, 0, done.ahead):
             run_rl(
                 session,
                 engine,
                 reference,
                 start=done.iteration,
                 auto=auto,
+                sampled_by=done.ahead,
                 on_iteration_end=on_iteration_end,
             )
 

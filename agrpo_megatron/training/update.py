@@ -1,6 +1,6 @@
 """The updates of one iteration: what the estimator scores, older log-probs, optimizer step."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from agrpo_megatron.estimators.weights import effective_share
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.network import Network
-from agrpo_megatron.megatron.parallel import Ranks
+from agrpo_megatron.megatron.parallel import Ranks, from_last_stage
 from agrpo_megatron.rollout.experts import ScoredPart, with_experts
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.scaling.flops import (
@@ -41,7 +41,7 @@ from agrpo_megatron.training.measures.updates import combined
 from agrpo_megatron.training.nan_guard import NanGuard, Update, rollout_keys
 from agrpo_megatron.training.scoring import score_tables, with_distributions
 from agrpo_megatron.training.step import my_micro_batches
-from agrpo_megatron.trajectories import parts_of_steps, step_parts
+from agrpo_megatron.trajectories import iteration_of, parts_of_steps, step_parts
 from agrpo_megatron.types import Rollout, ScoredRows, TimestepBatch
 
 APART = 7919  # between two seeds whose draws must not be the same
@@ -59,6 +59,7 @@ class Part:
     flops: int  # of all passes over the rows of all ranks, the one with gradient included
     reference: Tensor | None = None  # [N, C] log-probs of the frozen reference
     passes: int = 0  # forward passes without gradient over the rows
+    correction: dict[str, float] = field(default_factory=dict)  # metrics of importance weights
 
 
 class Packed(NamedTuple):
@@ -84,7 +85,6 @@ def update_policy(
         guard: counts skipped updates over iterations; None starts from 0.
     """
     run, guard = session.run, guard or NanGuard(session, "rl")
-    iteration = rollout.trajectory.weights_version + 1
     key = rollout_keys(run, rollout.trajectory)
     settings, ranks, network = run.settings, engine.ranks, engine.network
     budget, results = settings.train.token_budget, []
@@ -109,7 +109,7 @@ def update_policy(
             part.batches,
             loss=loss,
             examples=len(rollout.rewards),
-            update=Update(iteration, "rollouts", key, number + 1),
+            update=Update(iteration_of(rollout), "rollouts", key, number + 1),
         )
         slots = len(part.batches) * ranks.data.size * budget
         filled = int(part.lengths.sum())
@@ -120,7 +120,8 @@ def update_policy(
         if settings.algorithm.rollout_experts is not None:
             packed["changed"] = network.changed_experts()
         results.append({**metrics, **packed, "micro_batches": len(part.batches)})
-    metrics = {**combined(results), "weights/effective_share": sum(shares) / len(shares)}
+    own = {"weights/effective_share": sum(shares) / len(shares), **parts[0].correction}
+    metrics = {**combined(results), **own}
     return metrics, sum(result["filled"] for result in results)
 
 
@@ -189,9 +190,21 @@ def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_fi
         return part
     old, _ = _tables(network, part, settings)
     if recorded is not None:
-        factor = (old - recorded).exp().clamp(max=limit)
-        scored = replace(scored, weight=scored.weight * factor)
+        assert limit is not None
+        factor = (old - recorded).exp()
+        part = replace(part, correction=_corrected(factor[scored.scored], limit, network.ranks))
+        scored = replace(scored, weight=scored.weight * factor.clamp(max=limit))
     return replace(_passed(part, settings), scored=scored, old=old)
+
+
+def _corrected(factor: Tensor, limit: float, ranks: Ranks) -> dict[str, float]:
+    """Return metrics of the importance weights of the scored tokens, [S]; every rank."""
+    factor = factor if len(factor) else factor.new_ones(1)
+    mine = {
+        "correction/mean": float(factor.double().mean()),
+        "correction/truncated": float((factor > limit).double().mean()),
+    }
+    return from_last_stage(mine, ranks)
 
 
 def with_reference(part: Part, reference: Network, settings: Settings) -> Part:

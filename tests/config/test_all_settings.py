@@ -58,6 +58,7 @@ CHANGED: dict[str, Any] = {
     "algorithm.auto_share": 0.5,
     "algorithm.loss": "reinforce",
     "algorithm.rollout_correction": 2.0,
+    "train.async_steps": 1,
     "train.flops": 1e12,
     "train.stop_metric": "accuracy",
     "evaluation.tasks": {"sudoku": {}},
@@ -127,6 +128,7 @@ NEEDS = {
         f"lora.{name}": ["lora.rank=4"]
         for name in ("train_embedding", "train_head", "merge_rollouts")
     },
+    "train.async_steps": ["algorithm.rollout_correction=2"],
     "rollout.cached": ["model.attention=block_causal", "model.block_length=4"],
     "rollout.cache_memory": ["model.attention=block_causal", "model.block_length=4"],
     "kernels.block_attention": ["model.attention=block_causal", "model.block_length=4"],

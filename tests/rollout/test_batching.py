@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from agrpo_megatron.rollout.generate import encode_prompts, sample_prompts
+from agrpo_megatron.rollout.generate import sample_prompts
+from agrpo_megatron.rollout.requests import encode_prompts
 from agrpo_megatron.tasks.base import task_prompts
 from agrpo_megatron.trajectories import select, tensors
 from tests.ranks import run_ranks

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from agrpo_megatron.diffusion.blocks import open_block
 from agrpo_megatron.diffusion.sampler import SamplerHooks, SamplingStopped
 from agrpo_megatron.megatron.pipeline import Direct
-from agrpo_megatron.rollout.generate import encode_prompts, sample_prompts
+from agrpo_megatron.rollout.generate import sample_prompts
+from agrpo_megatron.rollout.requests import encode_prompts
 from agrpo_megatron.tasks.base import task_prompts
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session

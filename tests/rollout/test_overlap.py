@@ -1,12 +1,14 @@
 """Rewards in worker processes begin while others are sampled; no completion depends on it."""
 
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from agrpo_megatron.rollout.generate import Request, generate
+from agrpo_megatron.rollout.generate import generate
+from agrpo_megatron.rollout.requests import Request
 from agrpo_megatron.tasks.grading import Grader
 from tests.ranks import run_ranks
 from tests.training.tiny import open_session
@@ -31,9 +33,9 @@ def _answer(overrides, is_bounded):
     session = replace(session, run=replace(session.run, task=task, grader=grader))
     own, handed_in = grader.start, []
 
-    def start(calls):
+    def start(calls, **options):
         handed_in.append(len(calls))
-        return own(calls)
+        return own(calls, **options)
 
     grader.start = start
     problems = list(task.problems("train")[:ROWS])
@@ -77,3 +79,54 @@ def test_fewer_rows_in_a_forward_change_no_token():
         assert torch.equal(answers.trajectory.unmask_step, whole.trajectory.unmask_step)
         assert answers.rewards == whole.rewards
         assert answers.tokens == whole.tokens
+
+
+def _asked_while_sampling():
+    """Return the order of denoising steps and of a service that answers late."""
+    session, engine = open_session(*RAGGED)
+    events, asked, stepped = [], threading.Event(), threading.Event()
+
+    class Slow:
+        """A service whose first answer comes after a further denoising step."""
+
+        def add(self, found, rewards, *, closed):
+            events.append("asked")
+            asked.set()
+            assert stepped.wait(60), "no step was made while the service computed"
+            events.append("answered")
+            return list(rewards)
+
+    task = session.run.task
+    task.services = Slow()
+    grader = Grader(task, session.run.settings.task)
+    session = replace(session, run=replace(session.run, grader=grader))
+    own = grader.start
+
+    def start(calls, **options):
+        found = own(calls, **options)
+        assert asked.wait(60), "the service was not asked when the first completion was there"
+        return found
+
+    def on_step(_):
+        events.append("step")
+        if asked.is_set():
+            stepped.set()
+
+    grader.start = start
+    problems, sampling = list(task.problems("train")[:ROWS]), session.run.settings.sampling
+    request = Request(problems, torch.arange(ROWS), sampling, on_step=on_step)
+    rollouts = generate(session, engine.rollout_network(), request)
+    grader.close()
+    expected = [
+        task.reward(p, session.run.tokenizer.decode(ids))
+        for p, ids in zip(problems, rollouts.trajectory.tokens.tolist(), strict=True)
+    ]
+    return events, rollouts.rewards == expected
+
+
+def test_rows_are_sampled_while_a_service_grades_others():
+    ((events, is_same),) = run_ranks(1, _asked_while_sampling)
+    first = events.index("asked")
+    assert events[:first] == ["step"] * first and first > 0
+    assert "step" in events[first : events.index("answered")], "the sampler did not wait"
+    assert is_same

@@ -51,7 +51,7 @@ def _train(run_dir, overrides, line=None, spoilt=None):
         kill_after_line(line)
     if spoilt is not None:
         _spoil_rl(spoilt, times=1)
-    build, sample, engines, splits, said = training.build_engine, sampling._share, [], [], []
+    build, sample, engines, splits, said = training.build_engine, sampling.share_of, [], [], []
 
     def build_engine(*args, **options):
         engines.append(build(*args, **options))
@@ -61,7 +61,7 @@ def _train(run_dir, overrides, line=None, spoilt=None):
         splits.append(request.split)
         return sample(run, safety, network, request)
 
-    training.build_engine, sampling._share = build_engine, share
+    training.build_engine, sampling.share_of = build_engine, share
     resolved = resolved_run(run_dir, *RUN, *overrides, world_size=dist.get_world_size())
     resolved.task.levels = 2
     view = silent_view()

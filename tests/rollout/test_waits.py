@@ -9,7 +9,8 @@ import torch
 from agrpo_megatron.diffusion import packing
 from agrpo_megatron.diffusion.packing import on_device
 from agrpo_megatron.diffusion.sampler import SamplerHooks
-from agrpo_megatron.rollout.generate import encode_prompts, sample_prompts
+from agrpo_megatron.rollout.generate import sample_prompts
+from agrpo_megatron.rollout.requests import encode_prompts
 from agrpo_megatron.tasks.base import task_prompts
 from tests.devices import DEVICE, Elsewhere, move
 from tests.ranks import run_ranks

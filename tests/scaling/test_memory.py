@@ -354,3 +354,19 @@ def test_a_rollouts_cache_uses_the_room_of_activations():
     assert rank_memory(large, 1, stage=0).rollout_cache == 0
     uncached = load(Settings, None, [*own, "rollout.cached=false"])
     assert rank_memory(uncached, 1, stage=0).rollout_cache == 0
+
+
+@pytest.mark.parametrize(("mode", "freed"), [("none", 0), ("gradients", 4), ("optimizer", 16)])
+def test_released_memory_is_room_for_a_rollouts_cache(mode, freed):
+    given = ["model.attention=block_causal", "model.block_length=32", "rollout.cache_memory=200"]
+    settings = load(Settings, LLADA, ["parallel=dp8", *given, f"rollout.release={mode}"])
+    memory = rank_memory(settings, 8, stage=0)
+    own = WEIGHTS // 8
+    away = {0: 0, 4: 4 * WEIGHTS, 16: 4 * WEIGHTS + 12 * own}[freed]
+    assert memory.rollout_cache == 200 * 2**30 - memory.activations - memory.logits - away
+    assert memory.host == (12 * own if mode == "optimizer" else 0)
+    assert (memory.gradients, memory.main_weights, memory.moments) == (
+        4 * WEIGHTS,
+        4 * own,
+        8 * own,
+    )

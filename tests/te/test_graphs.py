@@ -30,7 +30,8 @@ def _rollouts():
 
     install()
     from agrpo_megatron.megatron import graphs
-    from agrpo_megatron.rollout.generate import encode_prompts, sample_prompts
+    from agrpo_megatron.rollout.generate import sample_prompts
+    from agrpo_megatron.rollout.requests import encode_prompts
     from tests.training.tiny import open_session
 
     recorded = []

@@ -15,7 +15,7 @@ from agrpo_megatron.config.rules.lora import validate_lora
 from agrpo_megatron.config.rules.model import divisors, two_nearest, validate_model
 from agrpo_megatron.config.rules.moe import expert_misfit, expert_rank_misfit, validate_experts
 from agrpo_megatron.config.rules.precision import validate_precision
-from agrpo_megatron.config.rules.rollouts import validate_stored_rollouts
+from agrpo_megatron.config.rules.rollouts import validate_rollouts
 from agrpo_megatron.config.rules.supervised import validate_supervised
 from agrpo_megatron.config.settings import (
     ModelSettings,
@@ -60,7 +60,7 @@ def validate(settings: Settings, world_size: int = 1) -> None:
         raise ValueError(f"model.load={load} is not a directory; {fix}")
     _validate_metric("checkpoint.best", settings.checkpoint.best, settings.task)
     _validate_stop(settings)
-    validate_stored_rollouts(settings)
+    validate_rollouts(settings)
     _validate_timeouts(settings.resilience.timeouts)
     rates = settings.task
     if rates.pass_rate_low > rates.pass_rate_high:

@@ -200,6 +200,12 @@ class RolloutSettings:
     cache_memory: float = setting(
         8.0, "largest cache of keys and values on each rank", unit="GiB", low=1e-6
     )
+    release: str = setting(
+        "none",
+        "memory of updates that is free during rollouts and evaluations: nothing, gradients, or "
+        "also the optimizer's states and main weights, which move to the host and back",
+        choices=("none", "gradients", "optimizer"),
+    )
     rows: int | None = setting(
         None,
         "most rows of a replica in one forward; null: as many as train.token_budget holds. Fewer "

@@ -105,6 +105,14 @@ class TrainSettings:
     from_rollouts: str | None = setting(
         None, "run directory whose stored rollouts are replayed, nothing is sampled; null: sample"
     )
+    async_steps: int = setting(
+        0,
+        "1: an iteration's rollouts are sampled before the update of the iteration before, with "
+        "the weights before it, and rewards are graded in the meantime; importance weights "
+        "(algorithm.rollout_correction) correct for the update between",
+        low=0,
+        high=1,
+    )
     ratio_alarm: float = setting(
         1e-3, "warn when a first update's policy ratio is further from 1 than this", low=0
     )

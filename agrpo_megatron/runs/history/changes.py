@@ -67,6 +67,7 @@ FROZEN = {
     "sampling": "another sampler is another policy; rewards before and after would not compare",
     "algorithm": "the run would be of two methods",
     "evaluation": "accuracies before and after would not compare; `agrpo evaluate RUN` takes any",
+    "train.async_steps": "the age of the rollouts would change within the curve",
     "train.from_rollouts": "the curve would be of two sources of rollouts",
 }
 

@@ -3,12 +3,8 @@
 import difflib
 import re
 
-from agrpo_megatron.runs.metrics.learning import (
-    POLICY,
-    PREFERENCES,
-    REWARDS,
-    SAMPLER,
-)
+from agrpo_megatron.runs.metrics.learning import REWARDS, SAMPLER
+from agrpo_megatron.runs.metrics.policy import POLICY, PREFERENCES
 from agrpo_megatron.runs.metrics.position import POSITION
 from agrpo_megatron.runs.metrics.record import Metric
 from agrpo_megatron.runs.metrics.work import ALARMS, DRAWS, MEMORY, RANKS, SPEED, TIME, WORK

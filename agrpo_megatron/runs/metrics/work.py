@@ -58,9 +58,15 @@ DRAWS = (
 
 TIME = (
     Metric("timing/iteration", UPDATED, "The whole iteration, without evaluation and saving.", "s"),
-    Metric("timing/rollout", RL, "Sampling, with the rewards that are graded meanwhile.", "s"),
-    Metric("timing/reward", RL, "Grading after the last completion was sampled.", "s"),
-    Metric("timing/reward_hidden", RL, "Grading during sampling; it costs no time.", "s"),
+    Metric(
+        "timing/rollout",
+        RL,
+        "Sampling, with the rewards that are graded meanwhile. Under `train.async_steps: 1` the "
+        "iteration before has sampled the rollouts.",
+        "s",
+    ),
+    Metric("timing/reward", RL, "The wait for rewards after sampling, and their exchange.", "s"),
+    Metric("timing/reward_hidden", RL, "Grading during other work; it costs no time.", "s"),
     Metric("timing/update", RL, "The updates: forward, backward, optimizer.", "s"),
     Metric("timing/measure", RL, "A measurement of the draws; not part of `timing/update`.", "s"),
     Metric(

@@ -14,7 +14,7 @@ from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.batches import Responses, sft_batches, sft_lengths, whole_responses
 from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.rollout.data_order import pick_problems
-from agrpo_megatron.rollout.generate import encode_prompts
+from agrpo_megatron.rollout.requests import encode_prompts
 from agrpo_megatron.rollout.session import Run
 from agrpo_megatron.tasks.base import task_prompts
 from agrpo_megatron.tasks.curriculum import epoch_size, solved_problems

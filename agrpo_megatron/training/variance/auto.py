@@ -33,6 +33,7 @@ from agrpo_megatron.training.variance.choice import (
     window,
 )
 from agrpo_megatron.training.variance.measure import gradients_of, some_of
+from agrpo_megatron.trajectories import iteration_of
 from agrpo_megatron.types import Rollout
 
 PART = 4  # one in so many groups is measured, and two at least
@@ -168,7 +169,7 @@ class AutoDraws:
         times = self._algorithm.updates_per_iteration * float(scored.sum() / scored[:first].sum())
         works = [self._sampling + times * gradients.work for gradients in found]
         self._state = learned(self._state, counts, draws, rollouts, works)
-        self._report(session, rollout.trajectory.weights_version + 1, counts, state)
+        self._report(session, iteration_of(rollout), counts, state)
 
     def _report(self, session: Session, iteration: int, counts: Sequence[int], old: State) -> None:
         """Add the measured candidates to the metrics; show a change of the chosen one."""

@@ -1,0 +1,1 @@
+"""Memory that only a part of an iteration needs."""
