@@ -181,6 +181,7 @@ class Span(NamedTuple):
     block: int | None = None  # block length; 1: causal; None: the span is one block
     is_copy: bool = False
     origin: int = 0  # a position at which a block begins; the others follow, and precede
+    ahead: int | None = None  # in one block: tokens after its own that a token sees; None: all
 
 
 type Row = tuple[Span, ...]

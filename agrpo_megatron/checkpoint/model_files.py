@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron.checkpoint.exports import own_files as exports
+from agrpo_megatron.config.rules.model import AUTOREGRESSIVE
 from agrpo_megatron.config.schema import load, to_yaml
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families import FAMILIES, settings_from_hf
@@ -107,6 +108,7 @@ def config_of(
     config = carried if described and described.family == model.family else {}
     is_own = own_code or config.get("model_type") == OWN_TYPE
     is_own |= not config and model.family in exports.FAMILIES
+    is_own |= model.family in AUTOREGRESSIVE and model.attention != "causal"
     if described is None or architecture(described) != architecture(model):
         config = {**config, **FAMILIES[model.family].config(model)}
     if is_own:

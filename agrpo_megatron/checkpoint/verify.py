@@ -13,6 +13,7 @@ from agrpo_megatron.checkpoint.model_files import architecture
 from agrpo_megatron.checkpoint.weights import Weights, open_weights
 from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.diffusion.packing import pack
+from agrpo_megatron.diffusion.patterns import block_causal
 from agrpo_megatron.megatron.network import Network, build_network
 from agrpo_megatron.megatron.parallel import start_ranks, stop_ranks
 from agrpo_megatron.megatron.pipeline import forward_rows
@@ -71,7 +72,8 @@ def _logits(network: Network, model: ModelSettings, weights: Weights) -> Tensor:
     masked = torch.rand(ROWS, length, generator=generator) < torch.linspace(0.1, 0.9, ROWS)[:, None]
     device, lengths = network.ranks.device, torch.full((ROWS,), length)  # drawn on the CPU
     canvas = ids.masked_fill(masked, model.mask_token_id).to(device)
-    rows = pack(canvas, lengths.to(device), masked.to(device))
+    patterns = [block_causal(length, 1)] * ROWS if model.attention == "causal" else None
+    rows = pack(canvas, lengths.to(device), masked.to(device), patterns=patterns)
     load_named(network, model, weights.part)
     (logits,) = forward_rows(network, [rows], lambda _, logits: logits)
     return logits.float().cpu()

@@ -1,7 +1,8 @@
 """Build micro-batches: drawn steps of rollouts, and masked examples, as packed rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from agrpo_megatron.config.settings import ModelSettings, SamplingSettings, SftS
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.blocks import block_offsets, doubled_row
 from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, pack, unscored_row
-from agrpo_megatron.diffusion.patterns import row_length
+from agrpo_megatron.diffusion.patterns import ahead, row_length
 from agrpo_megatron.trajectories import state_tokens
 from agrpo_megatron.types import (
     PackedRows,
@@ -200,6 +201,7 @@ def sft_batches(
     seed: int,
     model: ModelSettings | None = None,
     sampling: SamplingSettings | None = None,
+    share: float | None = None,
 ) -> list[SftBatch]:
     """Mask responses at a rate t ~ U(mask_epsilon, 1) each, and pack them.
 
@@ -217,6 +219,7 @@ def sft_batches(
         micro_batches: indices of each batch's examples; without any, the batch has weight 0.
         model: its shift and its attention; None: tokens see all and are predicted in place.
         sampling: where blocks begin, for a block model.
+        share: of the tokens after its own that a token sees; None: what the model's attention says.
     """
     model, sampling = model or ModelSettings(), sampling or SamplingSettings()
     tokens, trained = responses.tokens, responses.trained
@@ -240,6 +243,9 @@ def sft_batches(
         mine, part = scored[chunk], [prompts[i] for i in chunk.tolist()]
         lengths = responses.lengths[chunk]
         rows = _sft_rows(part, tokens[chunk], lengths, mine, mask_id, model, sampling)
+        if share is not None:
+            patterns = [ahead(end - start, share) for start, end in pairwise(rows.bounds)]
+            rows = replace(rows, patterns=patterns)
         sources = chunk.to(mine.device)[mine.nonzero()[:, 0]]
         weights = weight[chunk][mine].float()
         batches.append(SftBatch(rows, targets[chunk][mine], weights, sources))

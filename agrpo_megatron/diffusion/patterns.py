@@ -2,9 +2,10 @@
 
 A row is a sequence of spans. Its first span is the context. A token of the context sees the blocks
 of the context up to its own. A token of a copy (a partially masked state of some blocks) sees the
-context before its block, and its own block of the copy. So four patterns are four rows:
+context before its block, and its own block of the copy. So five patterns are five rows:
 
     full            one span that is one block
+    ahead           one span, each of whose tokens sees a number of those after it
     block_causal    one span of several blocks
     causal_context  a context of blocks of one token, and a copy of the open block
     replay          a context, and copies of its blocks; their positions repeat those of the context
@@ -37,6 +38,15 @@ def full(length: int) -> Row:
     return (Span(length),)
 
 
+def ahead(length: int, share: float) -> Row:
+    """Return a row whose tokens see those before them, and a share of the most after them.
+
+    Args:
+        share: of `length` - 1 tokens; 0: the row is causal, 1: it is full.
+    """
+    return (Span(length, ahead=round(share * (length - 1))),)
+
+
 def block_causal(length: int, block: int, *, origin: int = 0) -> Row:
     """Return a row whose tokens see earlier blocks and their own."""
     return (Span(length, block=block, origin=origin),)
@@ -65,7 +75,7 @@ def row_length(row: Row) -> int:
 def visible_pairs(row: Row) -> int:
     """Return how many pairs of tokens of a row see each other."""
     total, begin = 0, 0
-    for length, start, _, is_copy, _ in row:
+    for length, start, _, is_copy, _, _ in row:
         _, _, first, end = _table(row)[:, begin : begin + length]
         seen = end.clamp(max=start + length) - first.clamp(min=start) * is_copy
         total += int((seen + first.clamp(max=row[0].length) * is_copy).sum())
@@ -138,10 +148,12 @@ def span_slices(row: Row, number: int) -> tuple[slice, slice]:
 def _table(row: Row) -> Tensor:
     """Return span, position, first and end of a row's tokens, [4, tokens] on the CPU."""
     parts = []
-    for number, (length, start, block, _, origin) in enumerate(row):
+    for number, (length, start, block, _, origin, more) in enumerate(row):
         position = torch.arange(start, start + length)
         if block is None:
             first, end = torch.full_like(position, start), torch.full_like(position, start + length)
+            if more is not None:
+                end = (position + 1 + more).clamp(max=start + length)
         else:
             first = origin + (position - origin).div(block, rounding_mode="floor") * block
             end = first + block

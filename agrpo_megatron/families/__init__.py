@@ -25,9 +25,10 @@ from agrpo_megatron.families.llada_moe import FAMILY as LLADA_MOE
 from agrpo_megatron.families.nemotron_diffusion import FAMILY as NEMOTRON
 from agrpo_megatron.families.sdar import FAMILY as SDAR
 from agrpo_megatron.families.sdar import FAMILY_MOE as SDAR_MOE
+from agrpo_megatron.families.starts.autoregressive import LLAMA, QWEN2, QWEN3
 from agrpo_megatron.families.tensors import Family, Shapes, WeightMapping, expand, part_shapes
 
-_ALL = (LLADA, DREAM, SDAR, NEMOTRON, SDAR_MOE, LLADA_MOE, LLADA2_MOE)
+_ALL = (LLADA, DREAM, SDAR, NEMOTRON, SDAR_MOE, LLADA_MOE, LLADA2_MOE, LLAMA, QWEN2, QWEN3)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 _BY_TYPE = {family.model_type or family.name: family for family in FAMILIES.values()}
 _BY_TYPE[MERGED_TYPE] = LLADA2_MOE

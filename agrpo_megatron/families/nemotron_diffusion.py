@@ -42,7 +42,7 @@ ar_loss_weight attn_implementation dlm_loss_weight dp_varying_mask_ratio
 """
 _OTHERS = frozenset(_OTHER_KEYS.split())
 _FIXED = {"qkv_bias": False, "qk_norm": False, "shift": False, "attention": "causal_context"}
-_FIXED |= {"rotary_fraction": 1.0, **NO_EXPERTS}
+_FIXED |= {"rotary_fraction": 1.0, "rope_scaling": "yarn", **NO_EXPERTS}
 # Keys of `rope_parameters` by setting; those of YaRN do nothing without it.
 _YARN = {"rope_factor": "factor", "rope_beta_fast": "beta_fast", "rope_beta_slow": "beta_slow"}
 _LENGTH, _BETA = "original_max_position_embeddings", "llama_4_scaling_beta"

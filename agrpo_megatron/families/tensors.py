@@ -41,6 +41,7 @@ STANDARD = {
 UNSCALED_ROPE = {"rope_factor": 1.0, "rope_attention_factor": 1.0, "query_scale_beta": 0.0}
 PLAIN_ROPE = {**UNSCALED_ROPE, "rotary_fraction": 1.0}
 NO_EXPERTS = {"moe.experts": None}
+HEAD_WEIGHT, EMBEDDING_WEIGHT = "output_layer.weight", "embedding.word_embeddings.weight"
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # Experts as Megatron's loop of experts names them, with their numbers in the whole layer.
 EXPERT = re.compile(r"(.+\.mlp\.experts\.)local_experts\.(\d+)\.(.+)")
@@ -165,7 +166,7 @@ def standard_names(model: ModelSettings) -> dict[str, tuple[str, ...]]:
     block, layer = "model.layers.{i}.", "decoder.layers.{i}."
     qkv = [f"{block}self_attn.{part}_proj" for part in "qkv"]
     names: dict[str, tuple[str, ...]] = {
-        "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
+        EMBEDDING_WEIGHT: ("model.embed_tokens.weight",),
         layer + "input_layernorm.weight": (block + "input_layernorm.weight",),
         layer + "self_attention.linear_qkv.weight": tuple(f"{name}.weight" for name in qkv),
         layer + "self_attention.linear_proj.weight": (block + "self_attn.o_proj.weight",),
@@ -173,7 +174,7 @@ def standard_names(model: ModelSettings) -> dict[str, tuple[str, ...]]:
         layer + "pre_mlp_layernorm.weight": (block + "post_attention_layernorm.weight",),
         **mlp_names(model, block),
         "decoder.final_layernorm.weight": ("model.norm.weight",),
-        "output_layer.weight": ("lm_head.weight",),
+        HEAD_WEIGHT: ("lm_head.weight",),
     }
     if model.qkv_bias:
         # Biases are interleaved by query group like the rows of their weights.

@@ -80,7 +80,7 @@ def choose(settings: Settings, machine: Machine, *, phases: Sequence[str] = ()) 
     repeating_flash, deterministic = _deterministic(settings, machine, spec, phases)
     flash = invariant_flash or repeating_flash
     attention = _attention(switches, machine, spec, flash)
-    if settings.model.has_blocks:
+    if settings.model.has_blocks or settings.sft.has_schedule:
         attention = _block_attention(switches, machine)
     in_layers, in_head = _layer_gradients(machine, spec), _head_gradient(machine)
     notes = (

@@ -30,10 +30,11 @@ from agrpo_megatron.families.lora import adapted_layers
 from agrpo_megatron.hardware.kernels import kernels_for
 from agrpo_megatron.megatron.layers.config import transformer_config
 from agrpo_megatron.megatron.layers.context import padded_rows, part_of, scored_slices
+from agrpo_megatron.megatron.layers.head import output_layer
 from agrpo_megatron.megatron.layers.invariant import batch_invariant
 from agrpo_megatron.megatron.layers.local import local_spec, mark_gates
 from agrpo_megatron.megatron.layers.packed import PackedLayout, packed_layout, rotary_angles
-from agrpo_megatron.megatron.layers.rotary import query_scale, yarn_of
+from agrpo_megatron.megatron.layers.rotary import query_scale, scaling_of
 from agrpo_megatron.megatron.layers.router import Blocks, ExpertRouter, Routing, block_ids
 from agrpo_megatron.megatron.layers.scored import ScoredTokens, filled, queries_of
 from agrpo_megatron.megatron.parallel import Ranks
@@ -74,10 +75,10 @@ class MaskedDiffusionModel(LanguageModule):
     ):
         groups = ranks.groups
         super().__init__(config=config, pg_collection=groups)
-        self.ranks, self.vp_stage = ranks, vp_stage
+        self.ranks, self.vp_stage, self.vp_size = ranks, vp_stage, ranks.parallel.virtual
         self.pre_process, self.post_process = pre_process, post_process
         self.use_flex = use_flex
-        self.share_embeddings_and_output_weights = False
+        self.share_embeddings_and_output_weights = model.tie_embeddings
         self.model_type = ModelType.encoder_or_decoder
         self.settings = model
         if pre_process:
@@ -97,8 +98,12 @@ class MaskedDiffusionModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.output_layer = _output_layer(
-                config, vocab_rows, groups.tp, fuse_gradient=fuse_head_gradient
+            self.output_layer = output_layer(
+                config,
+                vocab_rows,
+                groups.tp,
+                fuse_gradient=fuse_head_gradient,
+                has_weight=not (model.tie_embeddings and pre_process),
             )
         self.setup_embeddings_and_output_layer()
         # With sequence parallelism, ranks hold equal parts of all tokens.
@@ -130,7 +135,7 @@ class MaskedDiffusionModel(LanguageModule):
             positions,
             head_dim=model.rotary_width,
             rope_theta=model.rope_theta,
-            yarn=yarn_of(model),
+            scaling=scaling_of(model),
         )
 
     def query_scale(self, positions: Tensor) -> Tensor | None:
@@ -227,28 +232,10 @@ class MaskedDiffusionModel(LanguageModule):
             )
         if layout is None or layout.scored is None:
             hidden = hidden[filled(places, 1)]
-        logits, _ = self.output_layer(hidden)
+        is_tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if is_tied else None
+        logits, _ = self.output_layer(hidden, weight=weight)
         return logits[: len(places)].squeeze(1)
-
-
-def _output_layer(
-    config: TransformerConfig, vocab_rows: int, group: dist.ProcessGroup, *, fuse_gradient: bool
-) -> tensor_parallel.ColumnParallelLinear:
-    """Return the head; in both specs it is Megatron's own layer, which only Apex can fuse.
-
-    Scored tokens are gathered before the head, so it is not sequence-parallel: its input is whole
-    on every rank and its input gradient is summed.
-    """
-    assert config.init_method is not None
-    return tensor_parallel.ColumnParallelLinear(
-        config.hidden_size,
-        vocab_rows,
-        config=replace(config, sequence_parallel=False, gradient_accumulation_fusion=fuse_gradient),
-        init_method=config.init_method,
-        bias=False,
-        gather_output=False,
-        tp_group=group,
-    )
 
 
 def _inform(router: ExpertRouter, _: Any, __: tuple[()], inputs: dict[str, Any]) -> None:
@@ -269,7 +256,7 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
         adapted = adapted_layers(model, settings.lora) if settings.lora.rank is not None else []
         make_spec = partial(
             te_spec,
-            has_patterns=model.has_blocks,
+            has_patterns=model.has_blocks or settings.sft.has_schedule,
             groups_experts=not any(layer.is_expert for layer in adapted),
         )
     chunks = []

@@ -19,6 +19,8 @@ from megatron.core.resharding.copy_services.base import (
 from megatron.core.resharding.refit import clear_all_caches, swap_model_weights
 from torch import Tensor, nn
 
+from agrpo_megatron.families.tensors import HEAD_WEIGHT
+from agrpo_megatron.megatron.layers.head import copy_tied_weights
 from agrpo_megatron.megatron.network import Network
 
 # Transfers of a rank in one group. NCCL can hang in groups of a thousand.
@@ -44,6 +46,8 @@ class RolloutCopy:
             for network in (source, self.network):
                 network.for_updates()
             swap_model_weights(_Whole(source), _Whole(self.network), GroupedCopy())  # type: ignore[arg-type]
+            for chunk in self.network.chunks:
+                copy_tied_weights(chunk)
             self.step = step
         return self.network
 
@@ -55,10 +59,12 @@ class _Whole(nn.Module):
         super().__init__()
         self.config, self.pg_collection = network.config, network.ranks.groups
         self._named = network.named_weights
+        self._is_tied = network.chunks[0].settings.tie_embeddings
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
-        """Yield this rank's weights with their global names."""
-        return self._named()
+        """Yield this rank's weights with their global names, but no tied head."""
+        weights = self._named()
+        return (pair for pair in weights if not (self._is_tied and pair[0] == HEAD_WEIGHT))
 
 
 class GroupedCopy(CopyService):

@@ -9,11 +9,15 @@ import torch.distributed as dist
 from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
+from agrpo_megatron.config.rules.model import AUTOREGRESSIVE
 from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.families import hf_shapes, weight_mappings
+from agrpo_megatron.families import hf_shapes, settings_from_hf, weight_mappings
 from agrpo_megatron.families.files import HfWeights
 from agrpo_megatron.families.random_weights import RandomWeights
+from agrpo_megatron.families.starts.weights import started_part
+from agrpo_megatron.families.tensors import HEAD_WEIGHT
 from agrpo_megatron.families.transforms import Part, Split, from_megatron, to_megatron
+from agrpo_megatron.megatron.layers.head import copy_tied_weights
 from agrpo_megatron.megatron.lora.adapters import ROOT
 from agrpo_megatron.megatron.network import Network
 from agrpo_megatron.megatron.parallel import Axis, Ranks, gather_objects
@@ -30,7 +34,11 @@ def load_hf(network: Network, settings: ModelSettings, directory: str | Path) ->
     Raises:
         ValueError: a tensor is missing, unknown, damaged or has the wrong shape.
     """
-    return load_named(network, settings, HfWeights(directory, settings).part)
+    stored = settings
+    if settings.family in AUTOREGRESSIVE:
+        stored = settings_from_hf(directory)
+    read = started_part(HfWeights(directory, stored).part, stored, settings)
+    return load_named(network, settings, read)
 
 
 def initialise(network: Network, settings: ModelSettings, seed: int) -> dict[str, Tensor]:
@@ -75,6 +83,10 @@ def load_named(
             parameter.copy_(value)
         if is_float8tensor(parameter):
             uncast[mapping.megatron] = value
+    if settings.tie_embeddings:
+        parameters.pop(HEAD_WEIGHT, None)  # the last stage's copy
+        for chunk in network.chunks:
+            copy_tied_weights(chunk)
     if parameters:
         raise RuntimeError(f"no weights are named for {', '.join(parameters)}")
     return uncast

@@ -130,12 +130,55 @@ def with_loaded_model(settings: Settings, *, has_weights: bool = True) -> Settin
         model, carried = settings_from_hf(source), TokenizerSettings(source)
         if has_weights:
             _check_weights(source, model)
+    if model.attention == "causal":
+        model = _as_diffusion(model, settings, is_folder=not model_file.exists())
     model = _with_written(model, settings.model)
     tokenizer = settings.tokenizer
     if tokenizer.path is None:
         chat_template = tokenizer.chat_template or carried.chat_template
         tokenizer = replace(tokenizer, path=carried.path, chat_template=chat_template)
     return replace(settings, model=model, tokenizer=tokenizer)
+
+
+def _as_diffusion(loaded: ModelSettings, settings: Settings, *, is_folder: bool) -> ModelSettings:
+    """Return the diffusion model that a run makes of an autoregressive one.
+
+    It attends to whole rows if no other attention is written. Then it predicts each token from the
+    state before it, as it has learned, and a block model from the token's own place.
+
+    Args:
+        is_folder: whether the weights are a Hugging Face directory.
+
+    Raises:
+        ValueError: the weights cannot start a model with these tensors.
+    """
+    ours, names = settings.model, written(settings.model)
+    attention = ours.attention if "attention" in names else "full"
+    rows = loaded.vocab_size or 0
+    if "vocab_size" in names and ours.vocab_size is not None:
+        rows = max(rows, ours.vocab_size)
+    is_tied = loaded.tie_embeddings and ("tie_embeddings" not in names or ours.tie_embeddings)
+    changes = {
+        f"model.vocab_size={rows} adds rows": rows != loaded.vocab_size,
+        "model.tie_embeddings=false adds a head": is_tied != loaded.tie_embeddings,
+    }
+    for change, is_there in changes.items():
+        if is_there and settings.lora.rank is not None:
+            raise ValueError(
+                f"{change}, and lora.rank={settings.lora.rank} keeps the tensors of "
+                f"model.load={ours.load}; leave it out, or use lora.rank=null"
+            )
+        if is_there and not is_folder:
+            raise ValueError(
+                f"{change}, which only a Hugging Face directory can start; set model.load to one"
+            )
+    return replace(
+        loaded,
+        attention=attention,
+        shift=ours.shift if "shift" in names else attention == "full",
+        vocab_size=rows,
+        tie_embeddings=is_tied,
+    )
 
 
 def _check_weights(source: str, model: ModelSettings) -> None:

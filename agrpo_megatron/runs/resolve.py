@@ -68,7 +68,7 @@ def resolve(
     """
     validate_unread(settings, world_size)
     settings = with_loaded_model(settings)
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = load_tokenizer(settings.tokenizer, mask_id=settings.model.mask_token_id)
     return _resolved(settings, tokenizer, world_size=world_size, needs=needs, phases=phases)
 
 
@@ -92,7 +92,7 @@ def plan(settings: Settings, *, world_size: int) -> Planned:
     else:
         settings = replace(settings, model=replace(settings.model, load=None))
     if missing.has_tokenizer:
-        tokenizer = load_tokenizer(settings.tokenizer)
+        tokenizer = load_tokenizer(settings.tokenizer, mask_id=settings.model.mask_token_id)
         found = _resolved(settings, tokenizer, world_size=world_size, needs=needs, phases=phases)
         settings, task, rows = found.settings, found.task, found.supervised
     else:
@@ -188,6 +188,10 @@ def _check_tokens(model: ModelSettings, tokenizer: Tokenizer) -> None:
                 f"model.{key}={value} is outside model.vocab_size={model.vocab_size}; "
                 "leave it null to take the tokenizer's"
             )
+    if model.mask_token_id == model.eos_token_id:
+        raise ValueError(
+            f"model.mask_token_id={model.mask_token_id} is model.eos_token_id too; use another id"
+        )
 
 
 def check_prompts(settings: Settings, task: Task, tokenizer: Tokenizer) -> None:

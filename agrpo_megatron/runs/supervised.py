@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from agrpo_megatron.config.annealing import validate_schedule
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.curriculum import epoch_size, solved_problems
@@ -74,7 +75,9 @@ def _with_iterations(settings: Settings, epoch: float) -> tuple[Settings, list[s
             f"{epoch:,.0f} examples make {iterations} iterations; give one of them"
         )
     note = f"sft.epochs={sft.epochs:g} of {epoch:,.0f} examples are {iterations} iterations"
-    return replace(settings, sft=replace(sft, iterations=iterations)), [note]
+    settings = replace(settings, sft=replace(sft, iterations=iterations))
+    validate_schedule(settings)
+    return settings, [note]
 
 
 def _warnings(settings: Settings, data: Supervised) -> list[str]:

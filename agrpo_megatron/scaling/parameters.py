@@ -60,7 +60,9 @@ def stage_parameters(
     if stage == 0:
         count += table_parameters(spec, parallel)
     if stage == parallel.pipeline - 1:
-        count += table_parameters(spec, parallel) + model.hidden_size  # head, and norm before it
+        count += model.hidden_size  # the norm before the head
+        if parallel.pipeline > 1 or not model.tie_embeddings:  # stages have copies of a tied head
+            count += table_parameters(spec, parallel)
     return count, experts
 
 

@@ -101,8 +101,11 @@ class Tokenizer:
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in self.to_piece(token))
 
 
-def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
+def load_tokenizer(settings: TokenizerSettings, *, mask_id: int | None = None) -> Tokenizer:
     """Load the tokenizer that `settings` names, from local files only.
+
+    Args:
+        mask_id: the mask token of a tokenizer that has none; None: it must have one.
 
     Raises:
         ValueError: the path is missing or unreadable, the vocabulary has no mask token or no
@@ -112,13 +115,13 @@ def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
     if not os.path.exists(path):
         raise ValueError(f"tokenizer.path={path} does not exist; {FIX}")
     if os.path.isdir(path):
-        return _load_huggingface(path, settings.chat_template)
+        return _load_huggingface(path, settings.chat_template, mask_id)
     if path.suffix == ".model":
-        return _load_sentencepiece(path, settings.chat_template)
+        return _load_sentencepiece(path, settings.chat_template, mask_id)
     raise ValueError(f"tokenizer.path={path} is neither a .model file nor a directory; {FIX}")
 
 
-def _load_sentencepiece(path: Path, chat_template: str | None) -> Tokenizer:
+def _load_sentencepiece(path: Path, chat_template: str | None, given_mask: int | None) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -128,8 +131,11 @@ def _load_sentencepiece(path: Path, chat_template: str | None) -> Tokenizer:
     except (OSError, RuntimeError) as error:
         raise _unreadable(path, "sentencepiece model", error) from None
     vocabulary = {model.id_to_piece(i): i for i in range(size)}
+    own_mask = _find(vocabulary, MASK_PIECES)
     mask_id, eos_id = _require(
-        path, mask_id=_find(vocabulary, MASK_PIECES), eos_id=_find(vocabulary, EOS_PIECES)
+        path,
+        mask_id=given_mask if own_mask is None else own_mask,
+        eos_id=_find(vocabulary, EOS_PIECES),
     )
     silent = (model.is_control, model.is_unknown, model.is_unused)
     special = {i for i in range(size) if any(kind(i) for kind in silent)}
@@ -147,7 +153,7 @@ def _load_sentencepiece(path: Path, chat_template: str | None) -> Tokenizer:
     )
 
 
-def _load_huggingface(path: Path, chat_template: str | None) -> Tokenizer:
+def _load_huggingface(path: Path, chat_template: str | None, given_mask: int | None) -> Tokenizer:
     try:
         model = _open_huggingface(path)
     except Exception as error:  # transformers raises many kinds for a broken directory
@@ -158,6 +164,7 @@ def _load_huggingface(path: Path, chat_template: str | None) -> Tokenizer:
         mask_id = _find(vocabulary, MASK_PIECES)
     if mask_id is None:  # Nemotron's is a reserved token
         mask_id = _declared_mask(path, set(vocabulary.values()))
+    mask_id = given_mask if mask_id is None else mask_id
     mask_id, eos_id = _require(path, mask_id=mask_id, eos_id=model.eos_token_id)
     own = model.chat_template or {}
     own = {DEFAULT: own} if isinstance(own, str) else own
@@ -230,7 +237,8 @@ def _require(path: Path, *, mask_id: int | None, eos_id: int | None) -> tuple[in
     if mask_id is None:
         raise ValueError(
             f"tokenizer.path={path} has no mask token; use the tokenizer of a masked-diffusion "
-            f"model, or add one of {', '.join(MASK_PIECES)} to it"
+            f"model, or add one of {', '.join(MASK_PIECES)} to it, or set model.mask_token_id to "
+            "an id without a text"
         )
     if eos_id is None:
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from agrpo_megatron.checkpoint.sharded import load_checkpoint
 from agrpo_megatron.checkpoint.start import load_base, load_model, load_reference
+from agrpo_megatron.config.annealing import without_schedule
 from agrpo_megatron.evaluation.evaluate import evaluate
 from agrpo_megatron.megatron.engine import Engine, build_engine
 from agrpo_megatron.resilience.monitors import monitors
@@ -104,7 +105,7 @@ def _saved_at_stop(checkpointer: Checkpointer) -> Iterator[None]:
 
 
 def _rl_phase(session: Session, checkpoint: Path | None, done: Progress) -> None:
-    run, settings = session.run, session.run.settings
+    run, settings = session.run, without_schedule(session.run.settings)
     updates = settings.train.iterations * settings.algorithm.updates_per_iteration
     engine = build_engine(settings, settings.optimizer, iterations=updates, ranks=run.ranks)
     start = _sft_end(Path(settings.run.dir), settings.sft.iterations)

@@ -42,6 +42,7 @@ CHANGED: dict[str, Any] = {
     "task.prompt_tokens": 90,
     "sft.data": "chats.jsonl",
     "sft.columns": {"messages": "chat"},
+    "sft.block_schedule": ["2x1", "fullx3"],
     "sft.preferences.label_smoothing": 0.1,
     "optimizer.megatron": {"adam_eps": 1e-6},
     "sft.optimizer.megatron": {"adam_eps": 1e-6},
@@ -100,10 +101,17 @@ NEEDS = {
         for name in ("beta", "masks", "states", "shared_masks", "label_smoothing", "chosen_weight")
     },
     "sft.balance_loss": EXPERTS,
+    "sft.anneal_iterations": ["sft.iterations=9"],
+    "sft.block_schedule": ["sft.iterations=9"],
     "sft.expert_bias_rate": [*EXPERTS, "model.moe.score=sigmoid", "model.moe.expert_bias=true"],
     "parallel.expert_tensor": [*EXPERTS, "parallel.tensor=2", "parallel.sequence=true"],
-    "model.attention": ["model.block_length=4"],
+    **{
+        f"model.attention={kind}": ["model.block_length=4"]
+        for kind in ("block_causal", "causal_context")
+    },
     "model.block_length": ["model.attention=block_causal", "sampling.block_length=6"],
+    "model.rope_scaling=llama3": ["model.rope_original_length=64", "model.rope_factor=4"],
+    "model.tie_embeddings": ["model.family=llama"],
     "model.rope_original_length": ["model.query_scale_beta=0.5"],
     **{
         f"model.{name}": ["model.rope_original_length=64"]
@@ -191,6 +199,7 @@ REFUSED = {
     "model.load=other": "is not a directory",
     "tokenizer.path=other": "does not exist",
     "task.pass_rates=other": "cannot be read",
+    "model.attention=causal": "a run decodes masked tokens; use full, or block_causal",
     "lora.load=other": "is not a directory",
 }
 RANKS = {f"parallel.{n}" for n in ("tensor", "pipeline", "context", "data", "expert")}

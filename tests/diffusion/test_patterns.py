@@ -3,6 +3,7 @@
 import torch
 
 from agrpo_megatron.diffusion.patterns import (
+    ahead,
     block_causal,
     full,
     places_of,
@@ -37,6 +38,17 @@ def test_a_block_causal_token_sees_earlier_blocks_and_its_own():
 
 def test_blocks_of_one_token_are_causal():
     assert torch.equal(_mask([block_causal(5, 1)]), torch.ones(5, 5).tril() > 0)
+
+
+def test_a_token_sees_a_share_of_those_after_it():
+    for share, more in [(0.0, 0), (0.25, 2), (0.5, 5), (1.0, 10)]:
+        places = torch.arange(11)
+        expected = places[None] <= places[:, None] + more
+        mask = _mask([ahead(11, share)])
+        assert torch.equal(mask, expected)
+        assert visible_pairs(ahead(11, share)) == int(expected.sum())
+    assert span_mask(ahead(11, 1.0), 0, CPU) is None
+    assert _mask([ahead(1, 0.0)]).all()
 
 
 def test_a_copy_sees_the_context_before_its_block_and_its_own_block():

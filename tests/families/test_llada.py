@@ -131,7 +131,8 @@ def test_another_family_is_refused_with_those_that_are_known(tmp_path):
     message = _refusal(_write(tmp_path, model_type="gpt2"))
     assert message.endswith(
         "config.json: model_type='gpt2'; known families are llada, dream, sdar, "
-        "nemotron_labs_diffusion, sdar_moe, llada_moe, llada2_moe, llada2_moe_veomni"
+        "nemotron_labs_diffusion, sdar_moe, llada_moe, llada2_moe, llama, qwen2, qwen3, "
+        "llada2_moe_veomni"
     )
 
 

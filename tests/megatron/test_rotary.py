@@ -10,21 +10,21 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.megatron.layers.packed import rotary_angles
 from agrpo_megatron.megatron.layers.rotary import (
-    Yarn,
+    Scaling,
     frequencies,
     query_scale,
     scaled,
-    yarn_of,
+    scaling_of,
 )
 
 CPU = torch.device("cpu")
 CASES = {
-    "3B": (128, 1e6, Yarn(16.0, 16384, 32.0, 1.0)),
-    "14B": (128, 1e9, Yarn(16.0, 16384, 32.0, 1.0)),
-    "a factor of 8": (128, 1e6, Yarn(8.0, 16384, 32.0, 1.0)),
-    "small": (16, 1e4, Yarn(16.0, 16, 32.0, 1.0)),
-    "a ramp without width": (16, 1e4, Yarn(2.0, 64, 8.0, 8.0)),
-    "nothing turns once": (8, 100.0, Yarn(4.0, 4, 32.0, 1.0)),
+    "3B": (128, 1e6, Scaling("yarn", 16.0, 16384, 32.0, 1.0)),
+    "14B": (128, 1e9, Scaling("yarn", 16.0, 16384, 32.0, 1.0)),
+    "a factor of 8": (128, 1e6, Scaling("yarn", 8.0, 16384, 32.0, 1.0)),
+    "small": (16, 1e4, Scaling("yarn", 16.0, 16, 32.0, 1.0)),
+    "a ramp without width": (16, 1e4, Scaling("yarn", 2.0, 64, 8.0, 8.0)),
+    "nothing turns once": (8, 100.0, Scaling("yarn", 4.0, 4, 32.0, 1.0)),
 }
 
 
@@ -45,7 +45,7 @@ def test_frequencies_by_hand():
 
     64 log(2048 / 64 pi) / log 10000 = 16.1, and with 1 turn in place of 32, 40.2.
     """
-    found = frequencies(128, 1e4, Yarn(10.0, 2048, 32.0, 1.0), device=CPU)
+    found = frequencies(128, 1e4, Scaling("yarn", 10.0, 2048, 32.0, 1.0), device=CPU)
     plain = 1e4 ** (-torch.arange(64) / 64)
     ramp = ((torch.arange(64) - 16) / 25).clamp(0, 1)
     torch.testing.assert_close(found, plain * (1 - ramp + ramp / 10), rtol=1e-5, atol=0)
@@ -54,14 +54,14 @@ def test_frequencies_by_hand():
 
 
 def test_without_yarn_angles_are_plain():
-    assert yarn_of(ModelSettings()) is None
+    assert scaling_of(ModelSettings()) is None
     angles = rotary_angles(torch.tensor([0, 3]), head_dim=4, rope_theta=100.0)
     assert angles[:, 0].tolist() == [[0.0] * 4, pytest.approx([3, 0.3, 3, 0.3])]
 
 
 def test_yarn_is_of_the_settings():
     model = ModelSettings(rope_factor=4.0, rope_original_length=64, rope_beta_fast=16.0)
-    assert yarn_of(model) == Yarn(4.0, 64, 16.0, 1.0)
+    assert scaling_of(model) == Scaling("yarn", 4.0, 64, 16.0, 1.0)
 
 
 def test_queries_grow_by_multiples_of_the_original_length():

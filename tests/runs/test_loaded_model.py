@@ -4,10 +4,13 @@ import json
 
 import pytest
 
+from agrpo_megatron.checkpoint.convert import to_megatron_checkpoint
 from agrpo_megatron.cli.common import open_target
 from agrpo_megatron.config.schema import load, to_yaml
 from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.runs.resolve import resolve
+from agrpo_megatron.text.tokenizer import CHARACTERS
+from tests.families.autoregressive import write_autoregressive
 from tests.text.chat_tokenizers import write_llada
 
 CONFIG = {
@@ -212,3 +215,67 @@ def test_other_weights_than_the_target_are_refused(weights, tmp_path):
 
 def _indented(text):
     return "".join(f"  {line}\n" for line in text.splitlines())
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    """Return a folder of Qwen2.5 with a tied head; its tokenizer has no mask token."""
+    folder = tmp_path_factory.mktemp("causal")
+    write_autoregressive(folder / "qwen2", "qwen2", tied=True, vocab_size=90)
+    return folder / "qwen2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "attention", "shift", "rows", "is_tied"),
+    [
+        ([], "full", True, 90, True),
+        (["model.shift=false"], "full", False, 90, True),
+        (["model.vocab_size=92", "model.mask_token_id=91"], "full", True, 92, True),
+        (["model.vocab_size=90", "model.tie_embeddings=false"], "full", True, 90, False),
+        (
+            ["model.attention=block_causal", "model.block_length=8"],
+            "block_causal",
+            False,
+            90,
+            True,
+        ),
+    ],
+)
+def test_an_autoregressive_model_becomes_a_diffusion_model(
+    tmp_path, causal, overrides, attention, shift, rows, is_tied
+):
+    given = [f"tokenizer.path={CHARACTERS}", *overrides]
+    model = _resolved(tmp_path, causal, *given)
+    assert (model.attention, model.shift) == (attention, shift)
+    assert (model.vocab_size, model.tie_embeddings) == (rows, is_tied)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.vocab_size=89"], "model.vocab_size=89 contradicts model.load=.*, where it is 90"),
+        (["model.family=qwen3"], "model.family=qwen3 contradicts"),
+        (["model.attention=causal"], "model.attention=causal predicts one token after another"),
+        (["model.vocab_size=91", "lora.rank=4"], "model.vocab_size=91 adds rows, and lora.rank=4"),
+        (["model.tie_embeddings=false", "lora.rank=4"], "model.tie_embeddings=false adds a head"),
+        (["lora.rank=4", "lora.train_head=true"], "lora.train_head=true trains one of embedding"),
+        (["model.mask_token_id=90"], "model.mask_token_id=90 is outside model.vocab_size=90"),
+        (["model.mask_token_id=1"], "model.mask_token_id=1 is model.eos_token_id too"),
+        (
+            ["model.attention=block_causal", "model.block_length=8", "model.shift=true"],
+            "use model.shift=false",
+        ),
+    ],
+)
+def test_what_an_autoregressive_model_cannot_start_is_refused(tmp_path, causal, overrides, said):
+    with pytest.raises(ValueError, match=said) as error:
+        _resolved(tmp_path, causal, f"tokenizer.path={CHARACTERS}", *overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_grown_vocabulary_starts_from_a_hugging_face_directory_only(tmp_path, causal):
+    to_megatron_checkpoint(causal, tmp_path / "m", progress=lambda *_: None)
+    given = [f"tokenizer.path={CHARACTERS}"]
+    assert _resolved(tmp_path, tmp_path / "m", *given).attention == "full"
+    with pytest.raises(ValueError, match="only a Hugging Face directory can start"):
+        _resolved(tmp_path, tmp_path / "m", *given, "model.vocab_size=91")

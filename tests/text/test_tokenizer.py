@@ -36,6 +36,18 @@ def test_ids_are_fixed():
     assert BUILT_IN.encode("<mask>")[0] == 0  # typed text never becomes a control token
 
 
+def test_a_tokenizer_without_a_mask_token_takes_the_models(write_huggingface):
+    """It is a row of the embedding for which the tokenizer has no text; its own comes first."""
+    plain = write_huggingface([], eos_token="<|endoftext|>")
+    with pytest.raises(ValueError, match="or set model.mask_token_id to an id without a text"):
+        load_tokenizer(plain)
+    tokenizer = load_tokenizer(plain, mask_id=300)
+    assert tokenizer.mask_id == 300 and tokenizer.vocab_size < 300
+    assert tokenizer.pieces([300]) == ["_"]
+    assert tokenizer.decode([300]) == tokenizer.decode_raw([300]) == ""
+    assert load_tokenizer(TokenizerSettings(), mask_id=70).mask_id == BUILT_IN.mask_id
+
+
 def test_shipped_model_is_what_the_tool_makes():
     pytest.importorskip("google.protobuf")
     assert CHARACTERS.read_bytes() == runpy.run_path(str(MAKER))["build_model"]()

@@ -64,6 +64,16 @@ BLOCK_LAYOUTS = {
     "tp2-pp2 recompute": (4, [RECOMPUTE % "recompute_num_layers: 1"]),
 }
 
+TIED_MODEL = ["model.family=qwen3", "model.qk_norm=true", "model.tie_embeddings=true"]
+TIED_LAYOUTS = {
+    "tp2-sp": (2, []),
+    "pp2": (2, []),
+    "pp2-vpp2": (2, []),
+    "pp2 rollout tp2": (2, ["rollout.parallel=tp2"]),
+    "tp2 rollout pp2": (2, ["rollout.parallel=pp2"]),
+    "pp2-dp2 distributed optimizer": (4, [DISTRIBUTED]),
+}
+
 ADAPTERS = ["lora.rank=3", "lora.alpha=6", "lora.modules=[q_proj,v_proj,attn_out,up_proj,ff_out]"]
 ADAPTED_LAYOUTS = {
     "tp2 merged": (2, ["lora.merge_rollouts=true"]),
@@ -107,6 +117,23 @@ def block_alone(block_start):
 def test_the_layout_changes_nothing_of_a_block_model(block_start, block_alone, name):
     """Rows end after the open block, so their lengths change from step to step."""
     compare(run_at(BLOCK_LAYOUTS, name, train, block_start, BLOCK_SAMPLING), block_alone)
+
+
+@pytest.fixture(scope="module")
+def tied_start(tmp_path_factory):
+    return make_start(tmp_path_factory, TIED_MODEL)
+
+
+@pytest.fixture(scope="module")
+def tied_alone(tied_start):
+    return run_ranks(1, train, tied_start, [])[0]
+
+
+@pytest.mark.parametrize("name", TIED_LAYOUTS)
+def test_the_layout_changes_nothing_of_a_tied_head(tied_start, tied_alone, name):
+    """A pipeline has two copies of the weights, whose gradients are added."""
+    compare(run_at(TIED_LAYOUTS, name, train, tied_start, []), tied_alone)
+    assert "lm_head.weight" not in tied_alone["weights"]
 
 
 @pytest.fixture(scope="module")

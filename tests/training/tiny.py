@@ -53,6 +53,8 @@ TINY = [
     "logging.live=false",
 ]
 
+NOWHERE = Path(tempfile.gettempdir(), "agrpo-unused")  # only what is not finite is written
+
 # What the metrics begin with that a clock measured.
 TIMED = (
     "timing/",
@@ -134,12 +136,28 @@ def open_session(
     Args:
         fill: what fills the network with them.
     """
-    nowhere = Path(tempfile.gettempdir(), "agrpo-unused")  # only what is not finite is written
-    resolved = resolved_run(nowhere, *overrides, world_size=world_size)
+    resolved = resolved_run(NOWHERE, *overrides, world_size=world_size)
+    return _opened(resolved, phase=phase, fill=fill)
+
+
+def open_run(settings: Settings) -> tuple[Session, Engine]:
+    """Return session and engine of a supervised phase on rows, on one rank."""
+    settings = replace(settings, run=replace(settings.run, dir=str(NOWHERE)))
+    resolved = resolve(settings, world_size=1, needs=None, phases=("sft",))
+    return _opened(resolved, phase="sft", fill=load_start_weights)
+
+
+def _opened(
+    resolved: Resolved,
+    *,
+    phase: str,
+    fill: Callable[[Network, Settings], dict[str, Tensor] | None],
+) -> tuple[Session, Engine]:
     settings = resolved.settings
     ranks = start_ranks(settings)
     grader = Grader(resolved.task, settings.task)
-    run = Run(settings, ranks, resolved.task, resolved.tokenizer, grader)
+    own = resolved.supervised
+    run = Run(settings, ranks, resolved.task, resolved.tokenizer, grader, supervised=own)
     session = Session(run, Output(Recorder(), silent_view()))  # type: ignore[arg-type]
     optimizer = settings.optimizer if phase == "rl" else settings.sft.optimizer
     engine = build_engine(settings, optimizer, iterations=10, ranks=ranks)

@@ -1,9 +1,8 @@
 """Masked diffusion language models of agrpo_megatron, for transformers 4.46 and newer.
 
-One class for LLaDA, Dream, SDAR, LLaDA-MoE and LLaDA2: it maps ids [B, S] to logits [B, S, V] for
-every position, masked or not. The tensors have the published names of each family, so its own
-modelling code loads them too. Rows are padded at their end; there is no cache and no dropout.
-This file is copied next to the weights. It needs torch and transformers only.
+One class for LLaDA, Dream, SDAR, LLaDA-MoE and LLaDA2, and for Llama, Qwen2 and Qwen3 that denoise:
+it maps ids [B, S] to logits [B, S, V] for every position, masked or not. The tensors have the
+published names of each family. Rows are padded at their end; there is no cache and no dropout.
 """
 
 import torch
@@ -51,27 +50,23 @@ LLADA2 = STANDARD | {
     "q_norm": "attention.query_layernorm",
     "k_norm": "attention.key_layernorm",
 }
-
 FITTING = {"use_cache": (None, False, True), "return_dict": (None, True)}  # values of inputs
-USUAL = {  # usual names of a family's own keys
-    "n_layers": "num_hidden_layers",
-    "d_model": "hidden_size",
-    "mlp_hidden_size": "intermediate_size",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "max_sequence_length": "max_position_embeddings",
-    "dense_intermediate_size": "intermediate_size",
-    "expert_intermediate_size": "moe_intermediate_size",
-}
+USUAL = """
+n_layers num_hidden_layers d_model hidden_size mlp_hidden_size intermediate_size
+n_heads num_attention_heads n_kv_heads num_key_value_heads max_sequence_length
+max_position_embeddings dense_intermediate_size intermediate_size
+expert_intermediate_size moe_intermediate_size
+"""
 
 
 class AgrpoConfig(PretrainedConfig):
-    """The family's keys of config.json, sizes also under their usual names."""
+    """The family's keys of config.json, sizes also under their usual names (`USUAL`)."""
 
     model_type = "agrpo"
 
     def __init__(self, **values):
-        usual = {name: values[key] for key, name in USUAL.items() if key in values}
+        pairs = zip(USUAL.split()[::2], USUAL.split()[1::2], strict=True)
+        usual = {name: values[key] for key, name in pairs if key in values}
         super().__init__(**{**values, **usual})
 
     def value(self, key, default=None):
@@ -81,16 +76,17 @@ class AgrpoConfig(PretrainedConfig):
 
     @property
     def names(self):
-        return {"llada": LLADA, "llada2_moe": LLADA2}.get(self.agrpo_family, STANDARD)
+        found = {"llada": LLADA, "llada2_moe": LLADA2}.get(self.agrpo_family, STANDARD)
+        return found | {"head": found["embedding"]} if self.value("agrpo_tied") else found
 
     @property
     def qkv_bias(self):
-        return self.agrpo_family == "dream" or self.value("include_qkv_bias", False)
+        return self.agrpo_family in ("dream", "qwen2") or self.value("include_qkv_bias", False)
 
     @property
     def qk_norm(self):
-        is_always = self.agrpo_family in ("sdar", "sdar_moe")
-        return is_always or self.value("qk_layernorm", self.value("use_qk_norm", False))
+        found = self.value("qk_layernorm", self.value("use_qk_norm", False))
+        return found or self.agrpo_family in ("sdar", "sdar_moe", "qwen3")
 
     @property
     def dense_layers(self):  # the first layers, without experts
@@ -136,7 +132,8 @@ class AgrpoModel(PreTrainedModel):
             self._add_attention(number)
             self._add_mlp(number)
         self._add(names["norm"], RMSNorm(hidden, config.rms_norm_eps))
-        self._add(names["head"], nn.Linear(hidden, rows, bias=False))
+        if names["head"] != names["embedding"]:
+            self._add(names["head"], nn.Linear(hidden, rows, bias=False))
         self.post_init()
 
     def _add(self, name, module):
@@ -149,9 +146,9 @@ class AgrpoModel(PreTrainedModel):
             place = getattr(place, parent)
         place.add_module(last, module)
 
-    def _name(self, number, part):
+    def _name(self, number, part=None):
         names = self.config.names
-        return names["layer"].format(i=number) + names[part]
+        return names["layer"].format(i=number) + names.get(part, "")
 
     def _add_attention(self, number):
         config, hidden, width = self.config, self.config.hidden_size, self.head_width
@@ -166,8 +163,7 @@ class AgrpoModel(PreTrainedModel):
             self._add(self._name(number, part), RMSNorm(width, config.rms_norm_eps))
 
     def _add_mlp(self, number):
-        config, hidden = self.config, self.config.hidden_size
-        layer = config.names["layer"].format(i=number)
+        config, hidden, layer = self.config, self.config.hidden_size, self._name(number)
         self._add(self._name(number, "mlp_norm"), RMSNorm(hidden, config.rms_norm_eps))
         if number < config.dense_layers:
             names = [config.names[part] for part in ("gate", "up", "down")]
@@ -206,15 +202,15 @@ class AgrpoModel(PreTrainedModel):
             x = x + self._attention(number, normed, mask, turns)
             x = x + self._mlp(number, self._part(number, "mlp_norm")(x))
         normed = self.get_submodule(self.config.names["norm"])(x)
-        return MaskedLMOutput(logits=self.get_output_embeddings()(normed))
+        head = self.get_parameter(f"{self.config.names['head']}.weight")
+        return MaskedLMOutput(logits=F.linear(normed, head))
 
     def _part(self, number, part):
         return self.get_submodule(self._name(number, part))
 
     def _mask(self, x, attention_mask):
         """Return who sees whom [B or 1, 1, S, S]; None: all see all."""
-        mask = None
-        block = self.config.value("block_size")
+        mask, block = None, self.config.value("block_size")
         if block is not None:  # a token sees the blocks up to its own
             blocks = torch.arange(x.shape[1], device=x.device) // block
             mask = (blocks[:, None] >= blocks)[None, None]
@@ -229,8 +225,13 @@ class AgrpoModel(PreTrainedModel):
         config = self.config
         rotated = int(self.head_width * config.value("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, rotated, 2, device=x.device).float() / rotated
-        angles = torch.arange(x.shape[1], device=x.device).float()[:, None]
-        angles = angles * (1.0 / config.rope_theta**exponents)
+        turns = 1.0 / config.rope_theta**exponents
+        if rope := config.value("agrpo_rope"):  # of Llama 3.1: slow turns are divided
+            count = rope["original_max_position_embeddings"] * turns / (2 * torch.pi)
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            share = ((count - low) / (high - low)).clamp(0, 1)
+            turns = turns * (share + (1 - share) / rope["factor"])
+        angles = torch.arange(x.shape[1], device=x.device).float()[:, None] * turns
         return angles.cos(), angles.sin()
 
     def _attention(self, number, x, mask, turns):
@@ -251,10 +252,9 @@ class AgrpoModel(PreTrainedModel):
         return self._part(number, "o")(mixed.transpose(1, 2).flatten(2))
 
     def _mlp(self, number, x):
-        config, layer = self.config, self.config.names["layer"].format(i=number)
+        config, layer = self.config, self._name(number)
         if number < config.dense_layers:
-            gate, up, down = (self._part(number, part) for part in ("gate", "up", "down"))
-            return down(F.silu(gate(x)) * up(x))
+            return self._swiglu(layer, x, [config.names[part] for part in ("gate", "up", "down")])
         flat = x.flatten(0, 1)
         chosen, weights = self._routed(layer, flat)
         result = torch.zeros_like(flat)
@@ -267,8 +267,8 @@ class AgrpoModel(PreTrainedModel):
             result = result + self._swiglu(layer + config.shared_name, flat)
         return result.view_as(x)
 
-    def _swiglu(self, prefix, x):
-        gate, up, down = (self.get_submodule(f"{prefix}{p}_proj") for p in ("gate", "up", "down"))
+    def _swiglu(self, prefix, x, names=("gate_proj", "up_proj", "down_proj")):
+        gate, up, down = (self.get_submodule(prefix + name) for name in names)
         return down(F.silu(gate(x)) * up(x))
 
     def _routed(self, layer, x):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agrpo_megatron import families
+from agrpo_megatron.config.rules.model import AUTOREGRESSIVE
 from agrpo_megatron.config.settings import ModelSettings, TokenizerSettings
 from agrpo_megatron.families.config_json import (
     GENERATION,
@@ -22,7 +23,7 @@ from agrpo_megatron.families.config_json import (
 from agrpo_megatron.text.tokenizer import CHARACTERS, load_tokenizer
 
 MODELLING = Path(__file__).parent / "modeling_agrpo.py"
-FAMILIES = ("llada", "dream", "sdar", "sdar_moe", "llada_moe", "llada2_moe")
+FAMILIES = ("llada", "dream", "sdar", "sdar_moe", "llada_moe", "llada2_moe", *AUTOREGRESSIVE)
 CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
 KEPT = HARMLESS | {"eos_token_id"}  # of which a file may have several
 TOKENIZER_MODEL, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer_config.json"
@@ -117,8 +118,8 @@ def _write_characters(folder: Path) -> None:
 def _name_mask_token(folder: Path, model: ModelSettings) -> None:
     """Register the mask token and padding in tokenizer_config.json, if they are not yet."""
     path = folder / TOKENIZER_CONFIG
-    given, own = read_object(path), load_tokenizer(TokenizerSettings(str(folder)))
     mask = model.mask_token_id
+    given, own = read_object(path), load_tokenizer(TokenizerSettings(str(folder)), mask_id=mask)
     names = {"pad_token": own.to_piece(own.eos_id)}
     if mask is not None and mask < own.vocab_size:
         names["mask_token"] = own.to_piece(mask)

@@ -45,7 +45,16 @@ def validate_blocks(settings: Settings) -> None:
 
 
 def validate_whole_rows(settings: Settings) -> None:
-    """Check that a model without blocks has no settings of block models."""
+    """Check that a model without blocks has no settings of block models.
+
+    Raises:
+        ValueError: the first rule broken, or attention is causal; with key, value, rule and fix.
+    """
+    if settings.model.attention == "causal":
+        raise ValueError(
+            "model.attention=causal predicts one token after another, and a run decodes masked "
+            "tokens; use full, or block_causal with model.block_length"
+        )
     if settings.rollout.cached:
         raise ValueError(
             "rollout.cached=true needs finished blocks that no longer change, and in a model with "
@@ -61,7 +70,7 @@ def validate_whole_rows(settings: Settings) -> None:
     if settings.sft.autoregressive_weight:
         raise ValueError(_not_causal(settings))
     chosen = settings.kernels.block_attention
-    if chosen != "auto":
+    if chosen != "auto" and not settings.sft.has_schedule:
         raise ValueError(
             f"kernels.block_attention={chosen} is for models with blocks, and model.attention is "
             "full; use auto"

@@ -27,6 +27,12 @@ def validate_lora(settings: Settings) -> None:
         raise ValueError(
             "lora.modules=[] names no layer; use null for all linear layers of the blocks"
         )
+    for name in ("train_embedding", "train_head"):
+        if settings.model.tie_embeddings and getattr(lora, name):
+            raise ValueError(
+                f"lora.{name}=true trains one of embedding and head, and model.tie_embeddings=true "
+                f"gives them the same weights; use lora.{name}=false"
+            )
     if lora.load is not None and not os.path.isdir(lora.load):
         fix = "give one in PEFT's format, or fetch it by `agrpo prefetch FILE`"
         raise ValueError(f"lora.load={lora.load} is not a directory; {fix}")

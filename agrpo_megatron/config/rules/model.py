@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from agrpo_megatron.config.rules.moe import validate_moe
 from agrpo_megatron.config.settings import ModelSettings
 
+AUTOREGRESSIVE = ("llama", "qwen2", "qwen3")  # families whose files hold causal models
 _PLAIN = ModelSettings()  # of plain rotary embeddings
 
 
@@ -26,6 +27,11 @@ def validate_model(model: ModelSettings) -> None:
             raise ValueError(f"model.{name}={part} does not divide model.{of}={whole}; use {fix}")
     _check_head(model)
     _check_rope(model)
+    if model.tie_embeddings and model.family not in AUTOREGRESSIVE:
+        raise ValueError(
+            f"model.tie_embeddings=true: the files of model.family={model.family} have a head of "
+            f"its own; use false, or one of {', '.join(AUTOREGRESSIVE)}"
+        )
     validate_moe(model)
     attention, length = model.attention, model.block_length
     if model.has_blocks and length is None:
@@ -75,6 +81,12 @@ def _check_rope(model: ModelSettings) -> None:
             "model.query_scale_beta, and neither is set; use null, or set one of them"
         )
     fast, slow = model.rope_beta_fast, model.rope_beta_slow
+    if model.rope_scaling == "llama3" and (factor == 1 or fast == slow):
+        why = "model.rope_factor=1" if factor == 1 else "both betas are equal"
+        raise ValueError(
+            f"model.rope_scaling=llama3 divides slow frequencies by model.rope_factor, with a ramp "
+            f"between the betas, and {why}; use yarn, or set them as in rope_scaling of config.json"
+        )
     if factor == 1:
         for name, value in (("rope_beta_fast", fast), ("rope_beta_slow", slow)):
             if value != (default := getattr(_PLAIN, name)):

@@ -1,5 +1,6 @@
 """Rules of the supervised phase."""
 
+from agrpo_megatron.config.annealing import validate_schedule
 from agrpo_megatron.config.rules.preferences import validate_preferences
 from agrpo_megatron.config.schema import written
 from agrpo_megatron.config.settings import Settings, SftSettings
@@ -17,6 +18,7 @@ def validate_supervised(settings: Settings) -> None:
     """
     sft = settings.sft
     validate_preferences(settings)
+    validate_schedule(settings)
     if sft.epochs == 0:
         raise ValueError("sft.epochs=0 trains nothing; use for example 1, or null")
     if sft.data is None:

@@ -37,6 +37,9 @@ class ModelSettings:
             "sdar_moe",
             "llada_moe",
             "llada2_moe",
+            "llama",
+            "qwen2",
+            "qwen3",
         ),
     )
     load: str | None = setting(
@@ -60,6 +63,11 @@ class ModelSettings:
     rope_theta: float = setting(500000.0, "base of the rotary embedding", low=1)
     rotary_fraction: float = setting(
         1.0, "share of a head's numbers that rotate, from the first", low=0.01, high=1
+    )
+    rope_scaling: str = setting(
+        "yarn",
+        "what rope_factor and the betas mean: YaRN, or the scaling of Llama 3.1",
+        choices=("yarn", "llama3"),
     )
     rope_factor: float = setting(
         1.0, "YaRN: rows may be so many times longer than rope_original_length; 1: none", low=1
@@ -85,14 +93,19 @@ class ModelSettings:
         low=0,
     )
     norm_epsilon: float = setting(1e-5, "epsilon of RMSNorm", low=0)
+    tie_embeddings: bool = setting(
+        False,
+        "the head has the weights of the embedding; false for tied weights of model.load: the head "
+        "starts as their copy",
+    )
     qkv_bias: bool = setting(False, "biases on query, key and value")
     qk_norm: bool = setting(False, "RMSNorm on queries and keys, per head")
     shift: bool = setting(False, "the state at position i - 1 predicts token i (Dream)")
     attention: str = setting(
         "full",
-        "what a token sees: its row; the blocks up to its own (SDAR); or the tokens before its "
-        "block one by one, and its block",
-        choices=("full", "block_causal", "causal_context"),
+        "what a token sees: its row; the blocks up to its own (SDAR); the tokens before its block "
+        "one by one, and its block; or only the tokens before it (autoregressive; no run has it)",
+        choices=("full", "block_causal", "causal_context", "causal"),
     )
     block_length: int | None = setting(None, "tokens of a block; null with attention=full", low=1)
     init_std: float = setting(0.02, "standard deviation of random initial weights", low=0)
@@ -106,7 +119,7 @@ class ModelSettings:
     @property
     def has_blocks(self) -> bool:
         """Whether tokens attend by blocks, which the model decodes one after another."""
-        return self.attention != "full"
+        return self.attention in ("block_causal", "causal_context")
 
     @property
     def head_width(self) -> int:

@@ -64,6 +64,17 @@ class SftSettings:
         "model.attention=causal_context, whose published loss is 1 with diffusion_weight 0.3",
         low=0,
     )
+    anneal_iterations: int = setting(
+        0,
+        "first iterations, in which each token sees a growing share of the tokens after it, from "
+        "none to all (autoregressive weights, model.attention=full); 0: none",
+        low=0,
+    )
+    block_schedule: list[str] | None = setting(
+        None,
+        "block lengths of the first iterations, with how many each holds, such as [1x100, 4x100, "
+        "fullx500]; then model.attention holds (LLaDA2); null: from the start",
+    )
     balance_loss: float = setting(
         0.0, "weight of the loss that spreads a micro-batch's tokens over the experts", low=0
     )
@@ -82,6 +93,11 @@ class SftSettings:
     def is_on(self) -> bool:
         """Return whether the run has a supervised phase."""
         return self.iterations > 0 or self.epochs is not None
+
+    @property
+    def has_schedule(self) -> bool:
+        """Return whether attention follows a schedule, see `config.annealing`."""
+        return self.anneal_iterations > 0 or self.block_schedule is not None
 
     @property
     def needs_reference(self) -> bool:

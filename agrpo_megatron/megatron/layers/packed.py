@@ -13,7 +13,7 @@ from agrpo_megatron.diffusion.packing import on_device, positions_in_rows
 from agrpo_megatron.diffusion.patterns import Places, places_of
 from agrpo_megatron.megatron.layers.context import part_of
 from agrpo_megatron.megatron.layers.flex import make_block_mask
-from agrpo_megatron.megatron.layers.rotary import Yarn, frequencies
+from agrpo_megatron.megatron.layers.rotary import Scaling, frequencies
 from agrpo_megatron.megatron.layers.router import Routing
 from agrpo_megatron.megatron.parallel import Axis
 from agrpo_megatron.types import CachedRows, PackedRows, Row
@@ -119,14 +119,14 @@ def packed_layout(
 
 
 def rotary_angles(
-    positions: Tensor, *, head_dim: int, rope_theta: float, yarn: Yarn | None = None
+    positions: Tensor, *, head_dim: int, rope_theta: float, scaling: Scaling | None = None
 ) -> Tensor:
     """Return the rotary angles of positions [T], [T, 1, head_dim] float32.
 
     Args:
         head_dim: the numbers of a head that rotate.
     """
-    turns = frequencies(head_dim, rope_theta, yarn, device=positions.device)
+    turns = frequencies(head_dim, rope_theta, scaling, device=positions.device)
     angles = positions[:, None].float() * turns
     return torch.cat([angles, angles], dim=-1)[:, None]
 

@@ -37,6 +37,17 @@ POLICY = (
         unit="nats per token",
         healthy="Falls. When it rises while `loss` falls, the rows are learned by heart.",
     ),
+    Metric(
+        "attention/ahead",
+        SFT,
+        "Share of the tokens after its own that a token sees, with `sft.anneal_iterations`.",
+    ),
+    Metric(
+        "attention/block_length",
+        SFT,
+        "Block length of the iteration, with `sft.block_schedule`; 0: the whole row.",
+        unit="tokens",
+    ),
     Metric("scored_tokens", SFT, "Masked tokens of the batch that the loss scores.", unit="tokens"),
     Metric(
         "ratio/mean",

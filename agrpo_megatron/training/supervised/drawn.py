@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agrpo_megatron.config.annealing import Attention
 from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.batches import Responses, sft_batches, sft_lengths, whole_responses
@@ -58,14 +59,18 @@ def open_stream(run: Run) -> Stream:
     return Stream(draw, epoch_size(shares))
 
 
-def micro_batches(run: Run, drawn: Drawn, ids: Tensor, *, seed: int) -> tuple[list[SftBatch], int]:
+def micro_batches(
+    run: Run, drawn: Drawn, ids: Tensor, *, seed: int, attention: Attention | None = None
+) -> tuple[list[SftBatch], int]:
     """Return this rank's micro-batches, and the tokens of all ranks.
 
     Args:
         ids: [B] noise indices of the examples, see `sft_batches`.
+        attention: what tokens see; None: the model's own.
     """
     settings, ranks = run.settings, run.ranks
-    lengths = sft_lengths(drawn.prompts, drawn.responses.lengths, settings.model, settings.sampling)
+    sees = attention or Attention(settings.model, settings.sampling)
+    lengths = sft_lengths(drawn.prompts, drawn.responses.lengths, sees.model, sees.sampling)
     batches = sft_batches(
         drawn.prompts,
         drawn.responses,
@@ -74,8 +79,9 @@ def micro_batches(run: Run, drawn: Drawn, ids: Tensor, *, seed: int) -> tuple[li
         mask_id=run.mask_id,
         sft=settings.sft,
         seed=seed,
-        model=settings.model,
-        sampling=settings.sampling,
+        model=sees.model,
+        sampling=sees.sampling,
+        share=sees.ahead,
     )
     return [local_part(batch, ranks) for batch in batches], int(lengths.sum())
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from agrpo_megatron.config.annealing import Attention, attention_at
+from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.training.nan_guard import NanGuard, Update
@@ -31,9 +33,11 @@ def denoising(session: Session, engine: Engine) -> Learning:
         """Make an update on the examples at some places."""
         drawn = stream.draw(places)
         ids = torch.arange(places.start, places.stop, device=run.ranks.device)
-        batches, tokens = micro_batches(run, drawn, ids, seed=run.settings.run.seed)
+        attention, seed = attention_at(run.settings, iteration), run.settings.run.seed
+        batches, tokens = micro_batches(run, drawn, ids, seed=seed, attention=attention)
         here = Update(iteration, "examples", drawn.names.__getitem__)
-        return guard.step(engine, batches, loss=loss, examples=len(places), update=here), tokens
+        metrics = guard.step(engine, batches, loss=loss, examples=len(places), update=here)
+        return {**metrics, **_shown(run.settings, attention)}, tokens
 
     def held_out() -> dict[str, float]:
         """Return the loss of the held-out rows."""
@@ -41,3 +45,12 @@ def denoising(session: Session, engine: Engine) -> Learning:
         return {"held_out_loss": held_out_loss(run, engine.network)}
 
     return Learning(stream.epoch, update, held_out)
+
+
+def _shown(settings: Settings, attention: Attention) -> dict[str, float]:
+    """Return the metrics of attention that follows a schedule."""
+    if settings.sft.anneal_iterations:
+        return {"attention/ahead": 1.0 if attention.ahead is None else attention.ahead}
+    if settings.sft.block_schedule:
+        return {"attention/block_length": attention.model.block_length or 0}
+    return {}

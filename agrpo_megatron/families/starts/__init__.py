@@ -1,0 +1,1 @@
+"""Models of another kind to start from: autoregressive ones."""
