@@ -6,6 +6,7 @@ checkpoints.
 """
 
 import contextlib
+import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from agrpo_megatron.config.settings import KernelSettings
 from agrpo_megatron.hardware.machine import device_index
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def prepare_platform(threads: int | None = None) -> torch.device:
@@ -32,6 +35,7 @@ def prepare_platform(threads: int | None = None) -> torch.device:
         torch.cuda.set_device(device)
         return device
     _stand_in_for_cuda()
+    _keep_freed_memory()
     return torch.device("cpu")
 
 
@@ -93,6 +97,18 @@ class _CpuForCuda(TorchFunctionMode):
         if device is not None and str(device).startswith("cuda"):
             kwargs = {**kwargs, "device": "cpu"}
         return func(*args, **kwargs)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse the memory of freed tensors of up to 32 MiB in place of returning it.
+
+    A forward pass allocates what the one before has freed. The system clears each page that it
+    hands out again, which took 8 % of a small model's rollout.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # another C library has none
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that glibc takes
+        mallopt(M_TRIM_THRESHOLD, 2**30)  # so much may stay unused
 
 
 @contextlib.contextmanager

@@ -206,3 +206,28 @@ def _depth_of_a_forward():
 
 def test_rollouts_and_updates_run_without_the_replacement():
     assert run_ranks(1, _depth_of_a_forward)[0] == {0}
+
+
+def _page_faults():
+    """Return the pages that the system handed out for the same 8 MiB, 20 times over."""
+    import resource
+
+    from agrpo_megatron.megatron.platform import prepare_platform
+
+    def used():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            parts = [torch.zeros(2**18) for _ in range(8)]
+            del parts
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    before = used()
+    prepare_platform(threads=1)
+    used()
+    return before, used()
+
+
+def test_memory_of_freed_tensors_is_reused():
+    pages = 8 * 2**20 // 4096
+    before, after = run_ranks(1, _page_faults)[0]
+    assert after < pages / 2 < before
