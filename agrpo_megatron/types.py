@@ -114,6 +114,7 @@ class GradedRollouts:
     bubble: float  # share of the pipeline's stage-slots in which a stage was idle
     seconds: dict[str, float]  # on this rank: see `rollout.generate.generate`
     experts: dict[int, Any] | None = None  # this rank's `rollout.experts.Record`s, by rollout id
+    passes: int = 0  # forward passes of the network, of all replicas
 
 
 @dataclass(frozen=True)

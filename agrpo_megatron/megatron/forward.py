@@ -79,7 +79,7 @@ class RolloutForward(Forward):
 
     def __init__(self, network: Network, *, groups: int):
         self.network, self.in_flight = network, groups
-        self.tokens = 0  # packed tokens so far
+        self.tokens = self.passes = 0  # packed tokens and forward passes so far
         self.slots = Slots(network.ranks.pipeline.size)
         network.set_training("eval")
         network.for_rollouts()
@@ -88,7 +88,7 @@ class RolloutForward(Forward):
     def __call__(self, rows: PackedRows, draw_at: DrawAt) -> Callable[[], Draw]:
         """Start a group of rows; the returned function waits for the group's draws."""
         self._meet(is_working=True)
-        self.tokens += len(rows.tokens)
+        self.tokens, self.passes = self.tokens + len(rows.tokens), self.passes + 1
         item = Item(rows if self.record is None else replace(rows, seen={}), draw_at)
         self._start(item)
         return partial(self._end, item)

@@ -7,18 +7,25 @@ from agrpo_megatron.config.parallel import layout_name
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.reports.text import compact, counted, flop
 from agrpo_megatron.runs.log import METRICS, SAMPLES
-from agrpo_megatron.runs.progress import CHECKPOINTS
+from agrpo_megatron.runs.progress import CHECKPOINTS, PHASES, Progress
 from agrpo_megatron.runs.sizes import Sizes
 from agrpo_megatron.scaling.forecast.disk import evaluations_of, parameters
 
 
 def banner(
-    settings: Settings, sizes: Sizes, *, device: str, world_size: int, phases: Sequence[str]
+    settings: Settings,
+    sizes: Sizes,
+    *,
+    device: str,
+    world_size: int,
+    phases: Sequence[str],
+    done: Progress | None = None,
 ) -> list[str]:
     """Return at most eight lines on a run that is about to start or resume.
 
     Args:
         device: of each rank, for instance "NVIDIA H200" or "CPU, 2 threads".
+        done: of the checkpoint that the run resumes from; None: it starts.
     """
     whole, trained = parameters(settings)
     layout = layout_name(settings.parallel, world_size)
@@ -32,13 +39,13 @@ def banner(
         f"plan      {_plan(settings, sizes, phases)}",
         *(_iteration(settings, sizes) if "rl" in phases and settings.train.iterations else []),
         f"writes    {directory}: {METRICS}, {SAMPLES}, {CHECKPOINTS}/; wandb {logging.wandb}",
-        *_profiled(settings),
+        *_profiled(settings, done),
         "stop      by Ctrl-C; the same command resumes the run",
     ]
     return lines
 
 
-def _profiled(settings: Settings) -> list[str]:
+def _profiled(settings: Settings, done: Progress | None) -> list[str]:
     wanted = settings.profile
     if wanted.start is None:
         return []
@@ -46,7 +53,16 @@ def _profiled(settings: Settings) -> list[str]:
     window = (
         f"iteration {last}" if wanted.iterations == 1 else f"iterations {wanted.start} to {last}"
     )
-    return [f"profile   {wanted.phase} {window}, by {wanted.tool}"]
+    said = f"profile   {wanted.phase} {window}, by {wanted.tool}"
+    if done is None:
+        return [said]
+    if PHASES.index(done.phase) > PHASES.index(wanted.phase) or (
+        done.phase == wanted.phase and done.iteration >= last
+    ):
+        here = f"{done.phase} iteration {done.iteration}"
+        return [f"{said}; nothing now, as the run resumes after {here}"]
+    is_within = done.phase == wanted.phase and done.iteration >= wanted.start
+    return [said + f"; now from iteration {done.iteration + 1} on" * is_within]
 
 
 def _plan(settings: Settings, sizes: Sizes, phases: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from agrpo_megatron.evaluation.statistics import Interval, wilson
 from agrpo_megatron.reports.text import number
 from agrpo_megatron.runs.history.changes import read_changes
 from agrpo_megatron.runs.history.provenance import read_provenance
+from agrpo_megatron.runs.log import TIMELINE
 
 STAGES = ("before", "interval", "after")
 TIME_PARTS = ("rollout", "reward", "update", "checkpoint")
@@ -35,6 +36,7 @@ class Run:
     changes: tuple[Row, ...]  # of settings, see `runs.history.changes`
     provenance: tuple[Row, ...]  # a row for each attempt, see `runs.history.provenance`
     unreadable_lines: int  # lines cut off by a crash or not of the expected form
+    timeline: tuple[Row, ...] = ()  # of RL iterations, see `training.measures.timeline`
 
 
 def read_run(path: Path) -> Run:
@@ -54,18 +56,19 @@ def read_run(path: Path) -> Run:
     samples, broken_samples = _read_lines(path / "samples.jsonl")
     if not metrics:
         raise ValueError(f"{file} holds no metrics yet; wait for the first iteration")
-    config = path / "config.yaml"
+    config, rl = path / "config.yaml", _of_phase(metrics, "rl")
     settings = read_yaml(config) if config.is_file() else {}
     return Run(
         path=path,
         settings=flatten(settings, whole={line.key for line in describe(Settings)}),
         sft=_of_phase(metrics, "sft"),
-        rl=_of_phase(metrics, "rl"),
+        rl=rl,
         evaluations=_of_phase(metrics, "eval"),
         samples=_distinct(samples),
         changes=tuple(read_changes(path)),
         provenance=tuple(read_provenance(path)),
         unreadable_lines=broken_metrics + broken_samples,
+        timeline=_timeline(path, last=max((row["iteration"] for row in rl), default=0)),
     )
 
 
@@ -168,6 +171,13 @@ def _of_phase(metrics: Sequence[Row], phase: str) -> tuple[Row, ...]:
 def _order(row: Row) -> tuple[int, int]:
     stage = row.get("stage")
     return row["iteration"], STAGES.index(stage) if stage in STAGES else 1
+
+
+def _timeline(path: Path, *, last: int) -> tuple[Row, ...]:
+    """Return the parts of RL iterations up to the last one; of an iteration, the newest line."""
+    lines = _of_phase(_read_lines(path / TIMELINE)[0], "rl")
+    lines = [line for line in lines if line["iteration"] <= last and line.get("ranks")]
+    return tuple(line for line in lines if any(line["ranks"].values()))
 
 
 def _distinct(samples: Sequence[Row]) -> tuple[Row, ...]:

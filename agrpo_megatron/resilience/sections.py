@@ -38,6 +38,8 @@ class Sections:
         self._taken = dict.fromkeys(NAMES, 0.0)
         self.phase, self.iteration = "setup", 0  # the current ones; the loops count from 1
         self.longest: dict[str, float] = {}  # seconds of each whole section, on this rank
+        # Begin and end of sections, and of parts of them, in this iteration: seconds since 1970.
+        self.spans: list[tuple[str, float, float]] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -46,7 +48,8 @@ class Sections:
         try:
             for monitor in self._monitors:
                 monitor.start(name, self.phase, self.iteration)
-            yield
+            with self.timed(name):
+                yield
             is_whole = True
         finally:
             for monitor in reversed(self._monitors):
@@ -56,9 +59,18 @@ class Sections:
             if is_whole:
                 self.longest[name] = max(seconds, self.longest.get(name, 0.0))
 
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Note when the body began and ended; it may be a part of a section."""
+        started = time.time()
+        try:
+            yield
+        finally:
+            self.spans.append((part, started, time.time()))
+
     def at(self, phase: str, iteration: int) -> None:
         """Set the current phase and iteration."""
-        self.phase, self.iteration = phase, iteration
+        self.phase, self.iteration, self.spans = phase, iteration, []
         for monitor in self._monitors:
             monitor.at(phase, iteration)
 

@@ -50,7 +50,8 @@ def find_round(
         trajectory, notes = _read(path, runs, sampling)
         rewards = [Reward(**reward) for reward in notes["rewards"]]
         if torch.equal(trajectory.rollout_ids, rollout_ids.cpu()):
-            found = GradedRollouts(trajectory, rewards, **{name: notes[name] for name in NOTED})
+            noted = {name: notes[name] for name in NOTED}
+            found = GradedRollouts(trajectory, rewards, **noted, passes=notes.get("passes", 0))
     # All ranks must agree, even if they see different files.
     if not all(gather_objects(found is not None)):
         return None
@@ -153,7 +154,7 @@ class RolloutCache:
         if not self._ranks.is_main:
             return
         path = round_path(self._folder, number)
-        notes = {name: getattr(rollouts, name) for name in NOTED}
+        notes = {name: getattr(rollouts, name) for name in (*NOTED, "passes")}
         rewards = [asdict(reward) for reward in rollouts.rewards]
         self._write(path, moved(rollouts.trajectory, "cpu"), **notes, rewards=rewards)
         for part in self._parts(path.stem):

@@ -164,4 +164,5 @@ def _chosen(rounds: list[GradedRollouts], rows: list[int]) -> GradedRollouts:
         sum(found.bubble for found in rounds) / len(rounds),
         {name: sum(found.seconds.get(name, 0.0) for found in rounds) for name in names},
         {number: record for part in records for number, record in part.items()},
+        sum(found.passes for found in rounds),
     )

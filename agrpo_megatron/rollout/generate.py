@@ -37,8 +37,7 @@ class Sampled:
     grading: "_Grading"
     is_parallel: bool  # whether workers or services have begun to grade
     section: str  # in which the rewards are awaited
-    tokens: int  # packed tokens processed by the network
-    bubble: float
+    work: tuple[int, float, int]  # tokens, bubble and passes of `GradedRollouts`
     experts: dict[int, Any] | None  # see `GradedRollouts`
     seconds: float  # of the sampling
     busy: float  # seconds that the grader had been active when sampling began
@@ -81,8 +80,7 @@ def sample_request(session: Session, network: Network, request: Request) -> Samp
         grading=grading,
         is_parallel=is_parallel,
         section="reward" if is_training else "evaluation",
-        tokens=forward.tokens,
-        bubble=forward.slots.bubble,
+        work=(forward.tokens, forward.slots.bubble, forward.passes),
         experts=None if recorder is None else recorder.records,
         seconds=time.perf_counter() - started,
         busy=busy,
@@ -103,7 +101,7 @@ def grade(session: Session, sampled: Sampled) -> GradedRollouts:
             if not sampled.is_parallel:
                 sampled.grading(range(len(sampled.places)), sampled.trajectory.tokens)
             rewards, on_cpu = sampled.grading.rewards(), moved(sampled.trajectory, "cpu")
-            part = (sampled.places, on_cpu, rewards, sampled.tokens, sampled.bubble)
+            part = (sampled.places, on_cpu, rewards, *sampled.work)
         waited = time.perf_counter() - started
         parts = [part for part in gather_objects(part) if part is not None]
     seconds = {"timing/rollout": sampled.seconds, "timing/reward": time.perf_counter() - started}
@@ -224,7 +222,7 @@ class _Grading:
 
 def _joined(parts: list[tuple], device: torch.device, seconds: dict[str, float]) -> GradedRollouts:
     """Join the replicas' parts in the order of the request."""
-    places, trajectories, rewards, tokens, bubbles = zip(*parts, strict=True)
+    places, trajectories, rewards, tokens, bubbles, passes = zip(*parts, strict=True)
     order = torch.tensor([place for part in places for place in part]).argsort()
     graded = [reward for part in rewards for reward in part]
     return GradedRollouts(
@@ -233,6 +231,7 @@ def _joined(parts: list[tuple], device: torch.device, seconds: dict[str, float])
         sum(tokens),
         sum(bubbles) / len(bubbles),
         seconds,
+        passes=sum(passes),
     )
 
 

@@ -54,4 +54,4 @@ def replayed_round(
             "on at least one rank; restore it and run the same command again"
         )
     seconds = {"timing/rollout": time.perf_counter() - started, "timing/reward": 0.0}
-    return replace(found, tokens=0, bubble=0.0, seconds=seconds)
+    return replace(found, tokens=0, bubble=0.0, seconds=seconds, passes=0)

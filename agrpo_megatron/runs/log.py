@@ -9,11 +9,12 @@ from typing import Any
 
 from agrpo_megatron.config.schema import to_whole_yaml
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.runs.files import check_folder, read_records, write_whole
+from agrpo_megatron.runs.files import append_records, check_folder, read_records, write_whole
 from agrpo_megatron.runs.trackers.tensorboard import TensorBoard, wants_tensorboard
 from agrpo_megatron.runs.trackers.weights_and_biases import Wandb, check_wandb
 
 METRICS, SAMPLES, NOTES = "metrics.jsonl", "samples.jsonl", "notes.txt"
+TIMELINE = "timeline.jsonl"  # when the parts of iterations began and ended
 SECONDS = "totals/seconds"  # a metric of every line
 
 
@@ -103,6 +104,12 @@ class RunLog:
         """Write completion samples, one line each."""
         for record in records:
             self._append(SAMPLES, {**common, **record})
+
+    def timeline(self, record: dict[str, Any]) -> None:
+        """Write a line of the timeline; a resumed run appends, and later lines count."""
+        if self._files:
+            self.check()
+            append_records(self.directory / TIMELINE, [record])
 
     def notes(self, lines: Sequence[str]) -> None:
         """Write notes on the run's problems; each attempt replaces the file."""

@@ -16,6 +16,7 @@ from agrpo_megatron.tasks.sandbox.client import Sandbox, ServerEnded
 from agrpo_megatron.tasks.sandbox.worker import Outcome, Trace, failed
 from agrpo_megatron.types import Problem, Reward
 
+SPANS = 1000  # of workers that are kept
 MAX_GRADED = 1000, 100  # problems of a split whose solutions are graded: at once, in workers
 
 
@@ -53,6 +54,8 @@ class Grader:
         # Whether processes or services grade in parallel with this one.
         self.has_workers = not task.is_bounded or task.services is not None
         self.busy = 0.0  # seconds with active workers
+        # Begin and end of the latest work of workers, in seconds since 1970.
+        self.spans: deque[tuple[float, float]] = deque(maxlen=SPANS)
         self.first_failure: Failure | None = None  # with a traceback, if any has one
         self._task, self._settings = task, settings
         self._waiting: deque[_Batch] = deque()
@@ -101,7 +104,7 @@ class Grader:
             batches.append(self._waiting.popleft())
         if not batches:
             return
-        started = time.perf_counter()
+        started, began = time.perf_counter(), time.time()
         try:
             rewards = iter(self._grade([call for batch in batches for call in batch.calls]))
         except Exception as error:
@@ -109,6 +112,7 @@ class Grader:
                 batch.rewards.set_exception(error)
             return
         self.busy += time.perf_counter() - started
+        self.spans.append((began, time.time()))
         for batch in batches:
             batch.rewards.set_result([next(rewards) for _ in batch.calls])
 

@@ -75,7 +75,7 @@ def opened(
             view.note(f"resuming after {done.phase} iteration {done.iteration}")
         for change in changes:
             view.note(f"from here on {change}")
-        _show_banner(session, phases)
+        _show_banner(session, phases, done if found else None)
         _show_notes(session, found)
         base = None
         if settings.lora.rank is not None:
@@ -154,14 +154,14 @@ def _graded_solutions(session: Session, found: Found) -> list[str]:
         return []
 
 
-def _show_banner(session: Session, phases: tuple[str, ...]) -> None:
+def _show_banner(session: Session, phases: tuple[str, ...], done: Progress | None) -> None:
     """Show what the run is, and its odd values; on the main rank, which alone prints."""
     run, view, ranks = session.run, session.output.view, session.run.ranks
     if not ranks.is_main:
         return
     sizes = measure(Resolved(run.settings, run.task, run.tokenizer, run.supervised))
     facts = {"device": device_text(ranks.device), "world_size": ranks.world_size, "phases": phases}
-    for line in banner(run.settings, sizes, **facts):
+    for line in banner(run.settings, sizes, **facts, done=done):
         view.note(line)
     for line in odd_values(run.settings, sizes, world_size=ranks.world_size, phases=phases):
         view.note(f"unusual: {line}")

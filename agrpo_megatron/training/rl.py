@@ -19,6 +19,7 @@ from agrpo_megatron.rollout.session import Run, Session
 from agrpo_megatron.runs.stored_rollouts import sampling_number
 from agrpo_megatron.training.alarms import FIRST, Alarms
 from agrpo_megatron.training.measures.iteration import Measures
+from agrpo_megatron.training.measures.timeline import record_timeline
 from agrpo_megatron.training.nan_guard import NanGuard
 from agrpo_megatron.training.update import update_policy
 from agrpo_megatron.training.variance.auto import AutoDraws
@@ -80,7 +81,9 @@ def run_rl(
         output.log.metrics(record)
         output.view.rl(record)
         next_by = None if ahead is None else ahead.sampled_by
-        if not on_iteration_end(iteration + 1, int(record["flops"]), next_by):
+        goes_on = on_iteration_end(iteration + 1, int(record["flops"]), next_by)
+        record_timeline(session)
+        if not goes_on:
             break
 
 
@@ -139,11 +142,13 @@ def collect_rollout(
     rollout = Rollout(graded.trajectory, scores, correct, gains, graded.experts, staleness)
     records = sample_records(run, groups.problems, graded, split="train")
     session.output.log.samples(records, phase="rl", iteration=iteration + 1)
+    room = graded.passes * run.settings.train.token_budget
     has_pipeline = engine.ranks.for_rollouts.pipeline.size > 1
     return rollout, {
         **groups.metrics,
         **rollout_metrics(run, rollout),
         **({"rollout/bubble": graded.bubble} if has_pipeline else {}),
+        **({"rollout/packing_efficiency": graded.tokens / room} if room else {}),
         **({"rollout/staleness": staleness * algorithm.updates_per_iteration} if ahead else {}),
         **graded.seconds,
         "tokens": graded.tokens,

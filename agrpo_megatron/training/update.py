@@ -84,7 +84,7 @@ def update_policy(
     Args:
         guard: counts skipped updates over iterations; None starts from 0.
     """
-    run, guard = session.run, guard or NanGuard(session, "rl")
+    run, guard, timed = session.run, guard or NanGuard(session, "rl"), session.safety.sections.timed
     key = rollout_keys(run, rollout.trajectory)
     settings, ranks, network = run.settings, engine.ranks, engine.network
     budget, results = settings.train.token_budget, []
@@ -94,15 +94,17 @@ def update_policy(
     ]
     shares = [effective_share(part.scored) for part in parts]
     engine.finish_parameters()
-    parts = [
-        with_old_logprobs(network, part, settings, is_first=number == 0)
-        for number, part in enumerate(parts)
-    ]
+    with timed("scoring"):
+        parts = [
+            with_old_logprobs(network, part, settings, is_first=number == 0)
+            for number, part in enumerate(parts)
+        ]
     for number, part in enumerate(parts):
-        if reference is not None:
-            part = with_reference(part, reference, settings)
-        engine.finish_parameters()
-        part, loss = with_loss(engine, part, rollout, settings, is_first=number == 0)
+        with timed("scoring"):
+            if reference is not None:
+                part = with_reference(part, reference, settings)
+            engine.finish_parameters()
+            part, loss = with_loss(engine, part, rollout, settings, is_first=number == 0)
         network.forget_counts()
         metrics = guard.step(
             engine,
@@ -121,6 +123,10 @@ def update_policy(
             packed["changed"] = network.changed_experts()
         results.append({**metrics, **packed, "micro_batches": len(part.batches)})
     own = {"weights/effective_share": sum(shares) / len(shares), **parts[0].correction}
+    if ranks.pipeline.size > 1:
+        idle = (ranks.pipeline.size - 1) * len(results)
+        busy = ranks.parallel.virtual * sum(result["micro_batches"] for result in results)
+        own["update/bubble"] = idle / (idle + busy)
     metrics = {**combined(results), **own}
     return metrics, sum(result["filled"] for result in results)
 

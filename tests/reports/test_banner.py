@@ -5,6 +5,7 @@ import re
 import pytest
 
 from agrpo_megatron.reports.banner import banner
+from agrpo_megatron.runs.progress import Progress
 from agrpo_megatron.runs.sizes import Sizes
 from tests.training.tiny import tiny
 
@@ -13,9 +14,10 @@ SIZES = Sizes([6, 9], [6] * 7, 0)
 BOTH = ("sft", "rl")
 
 
-def lines(*overrides, phases=BOTH, world_size=2):
+def lines(*overrides, phases=BOTH, world_size=2, done=None):
     settings = tiny(*KNOWN, *overrides)
-    found = banner(settings, SIZES, device="CPU, 1 thread", world_size=world_size, phases=phases)
+    facts = {"device": "CPU, 1 thread", "world_size": world_size, "phases": phases}
+    found = banner(settings, SIZES, **facts, done=done)
     assert len(found) <= 8 and all("\n" not in line for line in found)
     return {line.split()[0]: line[10:] for line in found}
 
@@ -43,6 +45,24 @@ def test_profiled_iterations_are_named():
     assert lines("profile.start=2")["profile"] == "rl iteration 2, by torch"
     several = lines("profile.start=2", "profile.iterations=3", "profile.tool=nsys")
     assert several["profile"] == "rl iterations 2 to 4, by nsys"
+
+
+@pytest.mark.parametrize(
+    ("phase", "iteration", "end"),
+    [
+        ("sft", 9, ""),
+        ("rl", 1, ""),
+        ("rl", 2, "; now from iteration 3 on"),
+        ("rl", 4, "; nothing now, as the run resumes after rl iteration 4"),
+    ],
+)
+def test_a_resumed_run_says_what_is_left_of_the_profile(phase, iteration, end):
+    window = ["profile.start=2", "profile.iterations=3"]
+    found = lines(*window, done=Progress(phase, iteration, {}))
+    assert found["profile"] == f"rl iterations 2 to 4, by torch{end}"
+    if phase == "rl":
+        over = lines(*window, "profile.phase=sft", done=Progress(phase, iteration, {}))
+        assert "; nothing now, as the run resumes after rl iteration" in over["profile"]
 
 
 def test_adapters_and_a_supervised_run():

@@ -10,6 +10,7 @@ from PIL import Image
 from agrpo_megatron.reports.plots.compare import write_comparison
 from agrpo_megatron.reports.plots.figures import draw_figures
 from agrpo_megatron.reports.plots.style import spread
+from agrpo_megatron.reports.plots.timeline import shown_iterations
 from agrpo_megatron.reports.read import read_run
 from tests.reports.synthetic import rl_row, sft_row, write_lines, write_run
 
@@ -34,6 +35,26 @@ def test_figures_of_runs_that_lack_most_metrics(tmp_path):
     assert len(draw_figures(read_run(tmp_path))) == 4
     write_lines(tmp_path / "metrics.jsonl", [{"phase": "rl", "iteration": 1}])
     assert draw_figures(read_run(tmp_path)) == {}
+
+
+def test_a_timeline_shows_the_last_iterations_but_the_closing_one(tmp_path):
+    run = write_run(tmp_path, iterations=6)
+
+    def line(iteration, begin):
+        own = [["rollout", begin, begin + 2], ["update", begin + 2, begin + 3]]
+        own += [["scoring", begin + 2, begin + 2.4], ["grading", begin + 1, begin + 2.5]]
+        own += [["of another version", begin, begin + 1]]
+        return {"phase": "rl", "iteration": iteration, "ranks": {"0": own, "1": own}}
+
+    # Attempt 1 reached iteration 5; attempt 2 resumed after 3. Iteration 7 has no metrics yet.
+    lines = [line(n, 10.0 * n) for n in (1, 2, 3, 4, 5)] + [
+        line(n, 100.0 * n) for n in (4, 5, 6, 7)
+    ]
+    write_lines(run / "timeline.jsonl", [*lines, {"phase": "rl", "iteration": 8}])
+    found = read_run(run)
+    assert [row["iteration"] for row in shown_iterations(found)] == [3, 4, 5]
+    assert shown_iterations(found)[1]["ranks"]["0"][0][1] == 400.0
+    assert Image.open(io.BytesIO(draw_figures(found)["timeline"])).width == 2200
 
 
 def test_comparison_of_seeds(tmp_path):

@@ -74,6 +74,7 @@ def _with_rows():
 def test_fewer_rows_in_a_forward_change_no_token():
     (((whole, _), (single, ones), (few, _)),) = run_ranks(1, _with_rows)
     assert ones == [1] * ROWS
+    assert single.passes == int(single.trajectory.num_steps.sum()) > whole.passes
     for answers in (single, few):
         assert torch.equal(answers.trajectory.tokens, whole.trajectory.tokens)
         assert torch.equal(answers.trajectory.unmask_step, whole.trajectory.unmask_step)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from agrpo_megatron.estimators.losses import OF_TOKENS
 from agrpo_megatron.families import FAMILIES
 from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.text.tokenizer import CHARACTERS
@@ -75,9 +76,11 @@ def outcome(session, engine, tokens, numbers):
     weights = {name: p.detach() for name, p in engine.network.named_weights()}
     adapters = {} if engine.network.adapters is None else whole_adapters(engine.network)
     ratio = "ratio/max_error"
-    # The steps of a completion are those of its tokens, at any layout; other units have no steps.
-    has_steps = session.run.settings.algorithm.name not in ("egspo", "rldf")
+    # A token has a denoising step, at any layout; other units of a loss have none.
+    algorithm = session.run.settings.algorithm.filled
+    has_steps = algorithm.level == "token" and algorithm.loss in OF_TOKENS
     for record in numbers:
+        assert ("by_step/ratio_error" in record) == (ratio in record and has_steps)
         if ratio in record and has_steps:
             parts = [error for error in record["by_step/ratio_error"] if error is not None]
             assert max(parts) == record[ratio]

@@ -70,6 +70,7 @@ def test_every_batch_but_the_first_is_one_iteration_old(whole):
     assert all(r["ratio/max_error"] < 1e-4 for r in records), "old log-probs are recomputed"
     errors = [abs(r["correction/mean"] - 1) for r in records]
     assert errors[0] < 1e-6 and min(errors[1:]) > 1e-4, "only older rollouts have other weights"
+    assert all(0 < r["rollout/packing_efficiency"] <= 1 for r in records)
     assert unknown_metrics(read(whole / "metrics.jsonl")) == set()
 
 
@@ -213,5 +214,7 @@ def test_stages_and_measured_draws_run_ahead_too(whole, tmp_path):
     for ours, theirs in zip(_rl(tmp_path / "stages"), _rl(whole), strict=False):
         assert ours["correction/mean"] == pytest.approx(theirs["correction/mean"], rel=1e-4)
         assert ours["rollout/staleness"] == theirs["rollout/staleness"]
+        # Two stages: in each of two updates, one waits for one slot at either end.
+        assert ours["update/bubble"] == 2 / (2 + ours["micro_batches"])
     assert [r["rollout/staleness"] for r in _rl(tmp_path / "auto")] == [0, 2, 2]
     assert all(r["measuring_rows"] >= 0 for r in _rl(tmp_path / "auto"))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from agrpo_megatron.config.rules.profile import validate_profile
 from agrpo_megatron.resilience.sections import Sections
+from agrpo_megatron.runs.log import TIMELINE
 from agrpo_megatron.training.measures.profiler import FOLDER, Profiler, profilers
 from agrpo_megatron.training.run import train
 from tests.ranks import run_ranks
@@ -41,6 +42,13 @@ def test_a_window_of_a_run_on_one_of_two_ranks(tmp_path):
     assert {"aten::mm", "[memory]"} <= names
     assert "aten::mm" in (folder / f"{name}.operators.txt").read_text()
     assert len(read(tmp_path / "run" / "metrics.jsonl")) >= 3
+    timeline = read(tmp_path / "run" / TIMELINE)
+    assert [line["iteration"] for line in timeline] == [1, 2, 3]
+    for line in timeline:
+        assert list(line["ranks"]) == ["0", "1"]
+        parts = {part for part, *_ in line["ranks"]["1"]}
+        assert parts >= {"rollout", "reward", "update"}
+        assert ("evaluation" in parts) == ("checkpoint" in parts) == (line["iteration"] == 3)
 
 
 def test_a_window_that_the_end_cuts_short_is_written(tmp_path):

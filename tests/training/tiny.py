@@ -65,6 +65,7 @@ TIMED = (
     "perf/mfu",
     "totals/seconds",
 )
+TIMED += ("rollout/packing_efficiency",)  # of the work of one attempt
 TIMED += ("memory/",)  # or of which the process had more, or less, than another
 
 

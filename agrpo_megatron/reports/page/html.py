@@ -57,6 +57,12 @@ CAPTIONS = {
         "Seconds by part of an iteration; other is the remainder. The bars on the "
         "right name the colours.",
     ),
+    "timeline": (
+        "Timeline",
+        "When the parts of some iterations ran, by the host's clock; a dashed line begins an "
+        "iteration. Scoring is the part of an update that computes log-probabilities without "
+        "gradient. Thin bars are rewards that workers or services graded in the background.",
+    ),
 }
 EVALUATION_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {  # metric and form by name
     "accuracy": ("accuracy", percent),

@@ -133,6 +133,13 @@ SAMPLER = (
         healthy="`algorithm.updates_per_iteration`; 0 in the first iteration of a run.",
     ),
     Metric(
+        "rollout/packing_efficiency",
+        RL,
+        "Tokens of the rollout's forward passes over those that they may hold "
+        "(`train.token_budget`). Completions from an earlier attempt are left out.",
+        healthy="Near 1; less where few rows are left, or all fit into one forward.",
+    ),
+    Metric(
         "rollout/bubble",
         RL,
         "Share of the pipeline's slots in which a stage waited during sampling; with pipeline "

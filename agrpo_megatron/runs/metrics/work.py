@@ -22,6 +22,13 @@ WORK = (
         "(`train.token_budget`).",
         healthy="Near 1; a larger token budget raises it.",
     ),
+    Metric(
+        "update/bubble",
+        RL,
+        "Share of the pipeline's slots in which a stage waits during the updates, by the schedule "
+        "and its number of micro-batches; with pipeline parallelism.",
+        healthy="A few percent; more micro-batches or virtual stages reduce it.",
+    ),
     Metric("flops", RL, "FLOPs of the iteration: rollouts, updates and measurements.", "FLOP"),
     Metric("update_flops", RL, "FLOPs of the updates alone, part of `flops`.", "FLOP"),
 )
