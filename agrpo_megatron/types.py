@@ -62,9 +62,8 @@ class Reward:
 class Trajectory:
     """R completions with the record of their sampling: enough to re-score every step.
 
-    The partially masked state before denoising step t of rollout r is
-    `tokens[r, j] if unmask_step[r, j] < t else mask`. With edits, `tokens` is the final text, and
-    `trajectories.tokens_before` the text at t.
+    Position j of rollout r is `tokens[r, j] if unmask_step[r, j] < t else mask` before step t. With
+    edits, `tokens` is the final text, and `trajectories.tokens_before` the text at t.
     """
 
     prompts: tuple[Tensor, ...]  # R tensors of prompt ids, int64

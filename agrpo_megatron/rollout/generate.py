@@ -40,7 +40,6 @@ class Sampled:
     work: tuple[int, float, int]  # tokens, bubble and passes of `GradedRollouts`
     experts: dict[int, Any] | None  # see `GradedRollouts`
     seconds: float  # of the sampling
-    busy: float  # seconds that the grader had been active when sampling began
 
 
 def generate(session: Session, network: Network, request: Request) -> GradedRollouts:
@@ -62,10 +61,9 @@ def sample_request(session: Session, network: Network, request: Request) -> Samp
     Raises:
         Stopped: the ranks agreed to stop; finished completions are cached.
     """
-    run, safety, grader = session.run, session.safety, session.run.grader
+    run, safety = session.run, session.safety
     is_training, ranks = request.split == "train", network.ranks
-    started, busy = time.perf_counter(), grader.busy
-    is_parallel = ranks.speaks_for_replica and grader.has_workers
+    started, is_parallel = time.perf_counter(), ranks.speaks_for_replica and run.grader.has_workers
     with safety.sections("rollout" if is_training else "evaluation"):
         share = share_of(run, safety, network, request)
         grading = _Grading(run, [request.problems[place] for place in share.places], request.split)
@@ -83,7 +81,6 @@ def sample_request(session: Session, network: Network, request: Request) -> Samp
         work=(forward.tokens, forward.slots.bubble, forward.passes),
         experts=None if recorder is None else recorder.records,
         seconds=time.perf_counter() - started,
-        busy=busy,
     )
 
 
@@ -106,7 +103,8 @@ def grade(session: Session, sampled: Sampled) -> GradedRollouts:
         parts = [part for part in gather_objects(part) if part is not None]
     seconds = {"timing/rollout": sampled.seconds, "timing/reward": time.perf_counter() - started}
     if sampled.is_parallel:
-        seconds["timing/reward_hidden"] = max(0.0, grader.busy - sampled.busy - waited)
+        busy = grader.busy.pop(sampled.grading, 0.0)
+        seconds["timing/reward_hidden"] = max(0.0, busy - waited)
     return replace(_joined(parts, ranks.device, seconds), experts=sampled.experts)
 
 

@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -53,7 +53,9 @@ class Grader:
     def __init__(self, task: Task, settings: TaskSettings):
         # Whether processes or services grade in parallel with this one.
         self.has_workers = not task.is_bounded or task.services is not None
-        self.busy = 0.0  # seconds with active workers
+        self.busy = defaultdict[object, float](
+            float
+        )  # seconds of workers for each owner of batches
         # Begin and end of the latest work of workers, in seconds since 1970.
         self.spans: deque[tuple[float, float]] = deque(maxlen=SPANS)
         self.first_failure: Failure | None = None  # with a traceback, if any has one
@@ -111,7 +113,7 @@ class Grader:
             for batch in batches:
                 batch.rewards.set_exception(error)
             return
-        self.busy += time.perf_counter() - started
+        self.busy[batches[0].owner] += time.perf_counter() - started
         self.spans.append((began, time.time()))
         for batch in batches:
             batch.rewards.set_result([next(rewards) for _ in batch.calls])

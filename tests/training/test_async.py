@@ -169,12 +169,15 @@ def _with_slow_judge():
 
     ahead.sample_request = sample_request
     source = ahead.Ahead(session, engine, sampled_by=None)
-    rollout, _ = collect_rollout(session, engine, 0, ahead=source)
+    rollout, first = collect_rollout(session, engine, 0, ahead=source)
     update_policy(session, engine, rollout, None)
     events.append("updated 0")
     opened[1].set()
     rollout, metrics = collect_rollout(session, engine, 1, ahead=source)
     grader.close()
+    spent = sum(end - begin for begin, end in grader.spans)
+    hidden = first["timing/reward_hidden"] + metrics["timing/reward_hidden"]
+    assert 0 < hidden < spent + 0.01, "the grading of a batch counts once"
     is_same = torch.equal(rollout.trajectory.tokens, expected.rollouts.trajectory.tokens)
     return events, is_same, metrics["rollout/staleness"], iteration_of(rollout)
 
