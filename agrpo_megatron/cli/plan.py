@@ -30,6 +30,14 @@ how to read it:
   assumption is printed and has an option that replaces it. `first` says why the first layout is
   first, `with` which change would put another one there, `too large` and `refused` why others are
   not in the table.
+
+from assumptions to measurements:
+  agrpo benchmark iteration --preset llada-8b/8 --precision bf16 --json > speed.json
+  agrpo plan llada-8b --gpus 8xH100 --measured speed.json
+  agrpo plan examples/tiny.yaml --gpus 1xCPU --measured runs/a --measured runs/b
+
+  A run or a benchmark gives a rate. Several runs of different sizes also give what operations
+  other than products take, and predict other sizes better.
 """
 
 
@@ -55,6 +63,14 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         ("overlap", "SHARE", "share of the exchange of gradients that computation hides (0)"),
     ):
         machine.add_argument(f"--{name}", type=float, metavar=unit, help=said)
+    machine.add_argument(
+        "--measured",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="speed of this run, or of `agrpo benchmark --json`, in place of all rates; several "
+        "runs: give it several times",
+    )
     machine.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of a node (8)")
     result = command.add_argument_group("result")
     result.add_argument("--layout", metavar="LAYOUT", help="plan this one alone, such as tp4-pp2")
@@ -89,6 +105,10 @@ def plan(arguments: argparse.Namespace) -> int:
         completion_length=arguments.completion_length,
     )
     cluster = read_cluster(arguments.gpus, model.settings.precision, given)
+    if arguments.measured is not None:
+        from agrpo_megatron.planning.measured import read_measured
+
+        cluster = cluster.with_measured(read_measured(arguments.measured, cluster))
     only = None if arguments.layout is None else read_layout(arguments.layout)
     ranking = rank_layouts(model, cluster, only=only)
     assumed = assumption(cluster, model.settings.precision)

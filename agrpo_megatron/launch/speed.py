@@ -7,7 +7,7 @@ from pathlib import Path
 
 from agrpo_megatron.hardware.machine import look
 from agrpo_megatron.hardware.rates import GPUS, TERA, Rate, device_rate, published_rate
-from agrpo_megatron.reports.read import read_run
+from agrpo_megatron.reports.read import Row, read_run
 from agrpo_megatron.resilience.exit_status import LAUNCH_FOLDER
 from agrpo_megatron.resilience.limits import LEARNED
 
@@ -62,8 +62,12 @@ def speed_of(assumed: Assumed, precision: str, *, has_gpus: bool = True) -> Spee
     return Speed(speed, speed, f"{found.text}, at {100 * share:.3g} % utilisation")
 
 
-def _measured(run: Path) -> Speed:
-    """Return the FLOP/s of one rank that a run reached in rollouts and updates."""
+def measured_rows(run: Path) -> tuple[int, tuple[Row, ...]]:
+    """Return the ranks of a run, and the metrics of its iterations after the first.
+
+    Raises:
+        ValueError: it is no run, or had too few iterations.
+    """
     said, path = f"--measured={run}", run / LAUNCH_FOLDER / LEARNED
     try:
         ranks = json.loads(path.read_text(encoding="utf-8"))["world_size"]
@@ -74,6 +78,12 @@ def _measured(run: Path) -> Speed:
         raise ValueError(
             f"{said} has {len(rows)} iterations after the first; at least {LEAST} are needed"
         )
+    return ranks, rows
+
+
+def _measured(run: Path) -> Speed:
+    """Return the FLOP/s of one rank that a run reached in rollouts and updates."""
+    said, (ranks, rows) = f"--measured={run}", measured_rows(run)
     updates = _sum(rows, "update_flops")
     rollouts = _sum(rows, "flops") - updates - _sum(rows, "measuring_flops")
     if rollouts <= 0 or updates <= 0:

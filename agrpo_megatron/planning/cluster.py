@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, fields, replace
 
 from agrpo_megatron.hardware.rates import TERA, published_rate
+from agrpo_megatron.planning.fit import Measured
 
 GIGA = 1e9
 MOST_GPUS = 1 << 20
@@ -38,8 +39,9 @@ DEVICES = (
 # Megatron-LM reports 47 % of a whole bf16 iteration of 175 billion weights on 96 H100, bubbles and
 # communication included; Megatron-Bridge 744 TFLOP/s in FP8 for 8 billion on 8 H100.
 PRODUCTS = {"bf16": 0.55, "fp8": 0.42, "fp32": 0.6}
-# The same Megatron-Bridge reports a third to a half of these rates for mixtures of experts.
-EXPERTS = 0.5
+# Share of that which experts reach. Source: 206 TFLOP/s in FP8 for Qwen3-30B-A3B on 16 H100
+# (Megatron-Bridge), 328 in bf16 for a hybrid of 30 billion weights on 8 H100 (NeMo AutoModel).
+EXPERTS = {"bf16": 0.5, "fp8": 0.25, "fp32": 1.0}
 LINKS = 0.8  # share of a link's rate that collectives reach
 LATENCY = 15e-6  # seconds of a collective without data
 LAUNCH = 60e-6  # seconds that a layer takes at least in each direction: its kernels' launches
@@ -54,11 +56,12 @@ class Cluster:
     per_node: int  # ranks of a node
     peak: float  # FLOP/s of matrix products on one rank
     products: float  # share of the peak that matrix products reach
-    experts: float = EXPERTS  # share of that which products of experts reach
+    experts: float = 1.0  # share of that which products of experts reach
     links: float = LINKS
     latency: float = LATENCY
     launch: float = LAUNCH
     overlap: float = 0.0  # share of the exchange of gradients and weights that computation hides
+    measured: Measured | None = None  # in place of rates, reads and launches
 
     @property
     def nodes(self) -> int:
@@ -69,6 +72,10 @@ class Cluster:
     def rate(self) -> float:
         """Return the FLOP/s that matrix products reach on one rank."""
         return self.peak * self.products
+
+    def with_measured(self, measured: Measured) -> "Cluster":
+        """Return the cluster with a measured speed of its ranks."""
+        return replace(self, measured=measured)
 
     def link(self, *, size: int, stride: int) -> float:
         """Return the bytes/s of each rank of a group in a collective.
@@ -129,6 +136,7 @@ def read_cluster(text: str, precision: str, given: Given) -> Cluster:
         per_node=min(per_node, ranks),
         peak=_peak(device, precision, given.peak),
         products=PRODUCTS[precision] if given.mfu is None else given.mfu,
+        experts=EXPERTS[precision],
         overlap=given.overlap or 0.0,
     )
 
@@ -144,6 +152,8 @@ def read_ranks(text: str) -> int:
 
 def assumption(cluster: Cluster, precision: str) -> str:
     """Return what a plan assumes of the speed of a rank, in words."""
+    if cluster.measured is not None:
+        return cluster.measured.text
     hidden = f"; {100 * cluster.overlap:g} % of it hidden" if cluster.overlap else ", none hidden"
     return (
         f"{precision} products at {100 * cluster.products:.3g} % of {cluster.peak / TERA:.4g} "

@@ -5,22 +5,23 @@ from dataclasses import dataclass, replace
 from agrpo_megatron.config.parallel import data_ranks, layer_matrices, stage_layers
 from agrpo_megatron.config.settings import ModelSettings, ParallelSettings, Settings
 from agrpo_megatron.planning.cluster import Cluster
+from agrpo_megatron.planning.exchange import exchange
+from agrpo_megatron.planning.fit import Work
 from agrpo_megatron.scaling.forecast.work import Flops
-from agrpo_megatron.scaling.memory import BFLOAT16, FLOAT32, row_bytes
+from agrpo_megatron.scaling.memory import row_bytes
 
 TILE = 128  # rows of a GPU's tile: a product whose smallest size is n reaches n / (n + TILE)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass of a pipeline stage, or a forward and a backward pass."""
+    """A forward pass of a pipeline stage on one rank, or a forward and a backward pass."""
 
     tokens: float  # of one replica
     narrowest: float  # smallest size of its products on a rank: tokens, or columns of a matrix
-    flops: float  # of one rank
+    work: Work
     memory: float  # bytes that a rank reads at least
     exchange: float  # seconds of communication within the model
-    layers: int  # of the stage, as many as are launched one after another
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,17 @@ class Update:
     of: Pass
 
 
-def width(settings: Settings) -> int:
-    """Return the bytes of an activation."""
-    return FLOAT32 if settings.precision == "fp32" else BFLOAT16
-
-
-def seconds(one: Pass, cluster: Cluster, *, directions: int = 1) -> float:
+def seconds(one: Pass, cluster: Cluster, *, is_update: bool = False) -> float:
     """Return the seconds of a pass: its products, its reads, or its launches, and its exchange.
 
-    Args:
-        directions: 1 for a forward pass, 2 with a backward pass.
+    With measurements, those of its work.
     """
-    products = one.flops / (cluster.rate * one.narrowest / (one.narrowest + TILE))
+    work, measured = one.work, cluster.measured
+    if measured is not None:
+        return (measured.update if is_update else measured.rollout).seconds(work) + one.exchange
+    products = work.flops / (cluster.rate * one.narrowest / (one.narrowest + TILE))
     reads = one.memory / cluster.device.bandwidth
-    return max(products, reads, directions * one.layers * cluster.launch) + one.exchange
+    return max(products, reads, work.layers * cluster.launch) + one.exchange
 
 
 def for_model(cluster: Cluster, model: ModelSettings) -> Cluster:
@@ -97,6 +95,7 @@ def rollout_passes(
     keys = together * row_bytes(settings, layout, row) if is_cached else 0
     busiest = max(1.0, layout.pipeline / in_flight)
     share = _ranks_of_a_stage(layout)
+    scored = flops.rollout_work.scored / completions / steps * together / layout.tensor
     return Rollout(
         rows,
         together,
@@ -106,10 +105,14 @@ def rollout_passes(
         of=Pass(
             tokens,
             narrowest=_narrowest(model, layout, tokens),
-            flops=flops.rollout / completions / steps * together / layout.pipeline / share,
+            work=Work(
+                flops.rollout / completions / steps * together / layout.pipeline / share,
+                _numbers(model, layout, tokens),
+                scored * (model.vocab_size or 0),
+                -(-model.num_layers // layout.pipeline),
+            ),
             memory=weights * _read_share(model, layout, tokens) + keys,
-            exchange=_exchange(settings, layout, cluster, tokens, directions=1),
-            layers=-(-model.num_layers // layout.pipeline),
+            exchange=exchange(settings, layout, cluster, tokens, directions=1),
         ),
     )
 
@@ -120,11 +123,8 @@ def update_passes(settings: Settings, flops: Flops, cluster: Cluster, weights: i
     Args:
         weights: bytes of a rank's weights.
     """
-    model, layout, updates = (
-        settings.model,
-        settings.parallel,
-        settings.algorithm.updates_per_iteration,
-    )
+    model, layout = settings.model, settings.parallel
+    updates = settings.algorithm.updates_per_iteration
     replicas, packed = data_ranks(layout, cluster.ranks), max(1, flops.update_rows // updates)
     length = flops.update_work.tokens / updates / packed
     rows = -(-packed // replicas)
@@ -139,6 +139,7 @@ def update_passes(settings: Settings, flops: Flops, cluster: Cluster, weights: i
     of_micro_batch = whole * rows / packed / count
     share = layout.pipeline * _ranks_of_a_stage(layout)
     directions = 2 + (1 if again else 0)
+    scored = flops.update_work.scored / updates * rows / packed / count / layout.tensor
     return Update(
         rows,
         micro_batches=count,
@@ -146,16 +147,27 @@ def update_passes(settings: Settings, flops: Flops, cluster: Cluster, weights: i
         of=Pass(
             tokens,
             narrowest=_narrowest(model, layout, tokens),
-            flops=of_micro_batch / share * _busiest_stage(settings, flops),
+            work=Work(
+                of_micro_batch / share * _busiest_stage(settings, flops),
+                directions * _numbers(model, layout, tokens),
+                scored * (model.vocab_size or 0),
+                directions * -(-model.num_layers // layout.pipeline),
+            ),
             memory=3 * weights * _read_share(model, layout, tokens),
-            exchange=_exchange(settings, layout, cluster, tokens, directions=directions),
-            layers=-(-model.num_layers // layout.pipeline),
+            exchange=exchange(settings, layout, cluster, tokens, directions=directions),
         ),
     )
 
 
 def _narrowest(model: ModelSettings, layout: ParallelSettings, tokens: float) -> float:
     return min(max(1.0, tokens / layout.context), model.ffn_hidden_size / layout.tensor)
+
+
+def _numbers(model: ModelSettings, layout: ParallelSettings, tokens: float) -> float:
+    """Return the numbers that a stage's operations write that are no products, in a forward."""
+    split = 3 * model.ffn_hidden_size + 4 * model.query_width + 4 * model.key_width
+    each = 6 * model.hidden_size + split / layout.tensor
+    return tokens / layout.context * each * model.num_layers / layout.pipeline
 
 
 def _is_cached(settings: Settings) -> bool:
@@ -199,50 +211,3 @@ def _busiest_stage(settings: Settings, flops: Flops) -> float:
     loads = [count * each for count in layers]
     loads[-1] += head
     return max(loads) * stages / flops.update
-
-
-def _exchange(
-    settings: Settings,
-    layout: ParallelSettings,
-    cluster: Cluster,
-    tokens: float,
-    *,
-    directions: int,
-) -> float:
-    """Return the seconds that a stage's ranks exchange activations in a pass.
-
-    In each direction and layer, tensor parallelism sums twice the residual stream; a sum is a
-    reduce-scatter and an all-gather, also with sequence parallelism, which gathers once more in
-    the backward pass. Experts receive and return each token `moe.topk` times. A pipeline sends the
-    residual stream once for each virtual stage. Context parallelism gathers the keys and values of
-    a row that crosses parts: at most all of them.
-    """
-    model, size = settings.model, width(settings)
-    tensor, expert, context = layout.tensor, layout.expert, layout.context
-    mine = tokens / context
-    layers = model.num_layers / layout.pipeline
-    stream = mine * model.hidden_size * size
-    total = 0.0
-    if tensor > 1:
-        link = cluster.link(size=tensor, stride=1)
-        sums = 2 * directions
-        halves = 2 * sums + (2 if layout.sequence and directions > 1 else 0)
-        total += layers * (halves * (tensor - 1) / tensor * stream / link + sums * cluster.latency)
-    if context > 1:
-        link = cluster.link(size=context, stride=tensor)
-        keys = 2 * tokens * model.key_width / tensor * size
-        gathered = directions * (context - 1) / context * keys / link
-        total += layers * (gathered + directions * cluster.latency)
-    if expert > 1 and model.moe.experts:
-        link = cluster.scatter(size=expert, stride=layout.expert_tensor)
-        share = mine / (tensor if layout.sequence else 1) * layout.expert_tensor
-        copies = share * model.moe.topk * model.hidden_size * size
-        sent = 2 * directions * (expert - 1) / expert * copies / link
-        routed = model.moe_layers / layout.pipeline
-        total += routed * (sent + 2 * directions * cluster.latency)
-    if layout.pipeline > 1:
-        stride = cluster.ranks // layout.pipeline
-        link = cluster.link(size=layout.pipeline, stride=stride)
-        sent = stream / (tensor if layout.sequence else 1) / link
-        total += directions * layout.virtual * (sent + cluster.latency)
-    return total

@@ -1,6 +1,5 @@
 """Why the first layout is the first, and what would put another one there."""
 
-from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 
 from agrpo_megatron.config.settings import Settings
@@ -18,7 +17,7 @@ PARTS = {
     "communication within the model": ("rollout_exchange", "update_exchange"),
     "pipeline bubbles": ("rollout_bubble", "update_bubble"),
     "exchange of gradients and weights": ("gradients", "reshard"),
-    "optimizer": ("optimizer",),
+    "optimizer and the rest": ("optimizer", "rest"),
 }
 LEAST = 0.005  # of an iteration: smaller differences are no reason
 TIMES = 4  # by which a scenario changes a figure
@@ -63,14 +62,8 @@ def scenarios(ranking: Ranking) -> list[Scenario]:
     if not ranking.fitting:
         return []
     best, found = ranking.fitting[0], list[Scenario]()
-    for text, cluster, change, share in _changes(ranking.cluster):
-        flops = _scaled(ranking.flops, share)
-        longest, model = max(ranking.model.prompts), ranking.model.settings.model
-        of = for_model(cluster, model)
-        every = [
-            candidate(change(one.settings), flops, of, one.memory, longest=longest)
-            for one in [*ranking.fitting, *ranking.too_large]
-        ]
+    for text, cluster, share in _changes(ranking.cluster):
+        every = changed(ranking, cluster, completions=share)
         first = next(iter(ordered(one for one in every if one.fits)), None)
         earlier = next((one for one in every if one.name == best.name and one.fits), None)
         if first is None or earlier is None or first.name == best.name:
@@ -80,43 +73,45 @@ def scenarios(ranking: Ranking) -> list[Scenario]:
     return found
 
 
-def _changes(
-    cluster: Cluster,
-) -> list[tuple[str, Cluster, Callable[[Settings], Settings], float]]:
-    """Return changed assumptions: text, cluster, change of the settings, share of the work."""
+def changed(ranking: Ranking, cluster: Cluster, *, completions: float = 1.0) -> list[Candidate]:
+    """Return the legal layouts of a ranking under changed assumptions, in no order.
+
+    Args:
+        completions: of an iteration, as a multiple of those of the ranking.
+    """
+    flops, longest = _scaled(ranking.flops, completions), max(ranking.model.prompts)
+    of = for_model(cluster, ranking.model.settings.model)
+    return [
+        candidate(_with_prompts(one.settings, completions), flops, of, one.memory, longest=longest)
+        for one in [*ranking.fitting, *ranking.too_large]
+    ]
+
+
+def _changes(cluster: Cluster) -> list[tuple[str, Cluster, float]]:
+    """Return changed assumptions: text, cluster, completions as a multiple."""
     device = cluster.device
     network = [
         (
             f"a network of {device.network * by / 1e9:g} GB/s a GPU",
             replace(cluster, device=replace(device, network=device.network * by)),
-            _same,
             1.0,
         )
         for by in (1 / TIMES, TIMES)
         if cluster.nodes > 1
     ]
     batch = [
-        (f"{text} as many completions", cluster, _with_prompts(by), by)
-        for text, by in (("a quarter", 1 / TIMES), ("four times", TIMES))
+        ("a quarter as many completions", cluster, 1 / TIMES),
+        ("four times as many completions", cluster, float(TIMES)),
     ]
     more = replace(cluster, device=replace(device, memory=2 * device.memory))
-    memory = [(f"{more.device.memory:g} GiB on each GPU", more, _same, 1.0)]
-    hidden = [
-        ("exchange of gradients hidden (--overlap 1)", replace(cluster, overlap=1.0), _same, 1.0)
-    ]
-    return [*network, *batch, *memory, *hidden]
+    memory = (f"{more.device.memory:g} GiB on each GPU", more, 1.0)
+    hidden = ("exchange of gradients hidden (--overlap 1)", replace(cluster, overlap=1.0), 1.0)
+    return [*network, *batch, memory, hidden]
 
 
-def _same(settings: Settings) -> Settings:
-    return settings
-
-
-def _with_prompts(by: float) -> Callable[[Settings], Settings]:
-    def change(settings: Settings) -> Settings:
-        count = max(1, round(settings.algorithm.prompts_per_iteration * by))
-        return replace(settings, algorithm=replace(settings.algorithm, prompts_per_iteration=count))
-
-    return change
+def _with_prompts(settings: Settings, by: float) -> Settings:
+    count = max(1, round(settings.algorithm.prompts_per_iteration * by))
+    return replace(settings, algorithm=replace(settings.algorithm, prompts_per_iteration=count))
 
 
 def _scaled(flops: Flops, by: float) -> Flops:

@@ -82,7 +82,7 @@ def table(ranking: Ranking, *, rows: int) -> Table:
         times = one.iteration.times
         bubble = times.rollout_bubble + times.update_bubble
         exchange = times.rollout_exchange + times.update_exchange + times.gradients + times.reshard
-        parts = [times.rollout, times.update + times.optimizer, bubble, exchange]
+        parts = [times.rollout, times.update + times.optimizer + times.rest, bubble, exchange]
         numbers = [one.seconds, *parts, tokens_per_second(one)]
         memory = [bytes_ / GIB for bytes_ in memory_parts(one.memory, ranking.cluster).values()]
         total = f"{sum(memory):.0f}/{ranking.cluster.device.memory:g}"

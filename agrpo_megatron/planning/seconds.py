@@ -11,13 +11,13 @@ from dataclasses import dataclass, fields, replace
 from agrpo_megatron.config.parallel import data_ranks
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.planning.cluster import Cluster
+from agrpo_megatron.planning.exchange import width
 from agrpo_megatron.planning.passes import (
     Rollout,
     Update,
     rollout_passes,
     seconds,
     update_passes,
-    width,
 )
 from agrpo_megatron.scaling.forecast.work import Flops
 from agrpo_megatron.scaling.memory import Memory
@@ -38,6 +38,7 @@ class Times:
     gradients: float  # exchange of gradients and weights between data-parallel ranks
     optimizer: float
     reshard: float  # weights to another layout of the rollouts
+    rest: float = 0.0  # outside rollout and update, where it was measured
 
     @property
     def total(self) -> float:
@@ -69,11 +70,14 @@ def iteration(
     trained = update_passes(settings, flops, cluster, memory.weights)
     step = seconds(sampled.of, cluster)
     alone = seconds(replace(sampled.of, exchange=0.0), cluster)
-    learn = seconds(trained.of, cluster, directions=2)
-    learn_alone = seconds(replace(trained.of, exchange=0.0), cluster, directions=2)
+    learn = seconds(trained.of, cluster, is_update=True)
+    learn_alone = seconds(replace(trained.of, exchange=0.0), cluster, is_update=True)
     exchanged = (1 - cluster.overlap) * _gradient_exchange(settings, cluster, memory)
     has_rollouts = settings.train.from_rollouts is None
-    count = sampled.count * has_rollouts
+    measured, algorithm = cluster.measured, settings.algorithm
+    completions = algorithm.prompts_per_iteration * algorithm.group_size
+    count = sampled.count * has_rollouts * (measured.rollout_share if measured else 1)
+    updates *= measured.update_share if measured else 1
     times = Times(
         rollout=count * alone,
         rollout_exchange=count * (step - alone),
@@ -82,8 +86,9 @@ def iteration(
         update_exchange=updates * trained.micro_batches * (learn - learn_alone),
         update_bubble=updates * trained.bubble * learn,
         gradients=updates * exchanged,
-        optimizer=updates * _optimizer(memory, cluster),
+        optimizer=0.0 if measured else updates * _optimizer(memory, cluster),
         reshard=copy / cluster.device.network * has_rollouts,
+        rest=completions * measured.rest if measured else 0.0,
     )
     return Iteration(times, sampled, trained)
 

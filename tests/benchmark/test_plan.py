@@ -89,11 +89,7 @@ def test_wrong_input_is_refused(kind, options, overrides, said):
     ("options", "overrides", "said"),
     [
         ({"preset": "sdar-8b"}, [], "model.family=sdar: --reference is LLaDA's published"),
-        (
-            {"precision": "fp8"},
-            [],
-            "precision=fp8: --reference .* precision=fp32 or bf16;",
-        ),
+        ({"precision": "bf16"}, [], "precision=bf16: --reference .* precision=fp32; use that"),
         ({"unmasking": "margin"}, [], "with sampling.unmasking=random or leftmost or low_conf"),
         ({}, ["sampling.threshold=0.9"], "with sampling.threshold=null"),
         ({}, ["lora.rank=4"], "lora.rank=4: --reference"),

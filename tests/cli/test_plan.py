@@ -10,6 +10,7 @@ from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.planning.presets import PRESETS, open_model
 from agrpo_megatron.scaling.forecast.disk import parameters
 from tests.cli.test_main import ROOT
+from tests.families.test_dream import DREAM_7B
 
 SMALL = ["llada-8b", "--gpus", "8xH100"]
 # Billions of parameters, by name.
@@ -66,11 +67,35 @@ def test_the_file_of_a_plan_is_a_settings_file_with_its_layout(capsys, tmp_path)
     assert status == 2 and "exists; remove it" in said
 
 
+@pytest.mark.parametrize("name", ["", "config.json"])
+def test_a_hugging_face_directory_is_planned_without_its_weights(capsys, tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(DREAM_7B))
+    given = ["--gpus", "8xH200", "--output", str(tmp_path / "plan.yaml"), "--rows", "1"]
+    status, printed, _ = agrpo(capsys, str(tmp_path / name), *given)
+    assert status == 0 and "7.62B parameters, 7.62B trained, bf16" in printed
+    settings = load(Settings, tmp_path / "plan.yaml")
+    assert settings.model.load == str(tmp_path) and settings.model.qkv_bias
+    assert settings.precision == "bf16" and settings.optimizer.distributed
+
+
 def test_a_settings_file_is_planned_with_the_prompts_of_its_task(capsys):
     file = str(ROOT / "examples" / "tiny.yaml")
     status, printed, _ = agrpo(capsys, file, "--gpus", "2xCPU", "--layout", "tp2")
     assert status == 0 and "completions of 24 in 12 denoising steps" in printed
     assert "128 completions an iteration (16 prompts, groups of 8)" in printed
+
+
+def test_a_measured_speed_replaces_the_assumed_one(capsys, tmp_path):
+    file = tmp_path / "speed.json"
+    file.write_text('{"kind": "iteration", "ours": {"flops": 3e14, "seconds_median": 1}}')
+    _, printed, _ = agrpo(capsys, *SMALL, "--measured", str(file), "--layout", "tp2-sp", "--json")
+    found = json.loads(printed)
+    (one,) = found["layouts"]
+    assert "products at 3e+05 GFLOP/s" in found["assumed"][0]
+    assert one["times"]["update"] == pytest.approx(found["flops"]["update"] / 8 / 3e14)
+    assert one["times"]["optimizer"] == 0 < one["times"]["update_exchange"]
+    status, _, said = agrpo(capsys, *SMALL, "--measured", str(tmp_path / "missing"))
+    assert status == 2 and "is not a run that was trained" in said
 
 
 @pytest.mark.parametrize("name", SIZES)

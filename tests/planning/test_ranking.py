@@ -9,7 +9,7 @@ from agrpo_megatron.planning.cluster import Given, read_cluster, read_ranks
 from agrpo_megatron.planning.passes import TILE
 from agrpo_megatron.planning.presets import open_model, read_layout
 from agrpo_megatron.planning.ranking import GIB, rank_layouts
-from agrpo_megatron.planning.reasons import comparison, scenarios
+from agrpo_megatron.planning.reasons import changed, comparison, scenarios
 from agrpo_megatron.scaling.memory import SPARE
 from tests.ranks import run_ranks
 from tests.scaling.test_experts import built
@@ -68,6 +68,8 @@ def test_large_models_have_layouts_that_fit_and_reasons(large):
     texts = [one.text for one in scenarios(ranking)]
     assert "160 GiB on each GPU" in texts
     assert all(one.first.seconds < one.earlier.seconds for one in scenarios(ranking))
+    twice = {one.name: one.seconds for one in changed(ranking, ranking.cluster, completions=2)}
+    assert first.seconds < twice[first.name] < 2.01 * first.seconds
 
 
 def test_seconds_of_one_rank_by_hand():
