@@ -233,7 +233,7 @@ def _check_reference(settings: Settings) -> None:
         "model.shift": (model.shift, (False,)),
         "model.moe.experts": (model.moe.experts, (None,)),
         "lora.rank": (settings.lora.rank, (None,)),
-        "precision": (settings.precision, ("fp32",)),
+        "precision": (settings.precision, ("fp32", "bf16")),
         "sampling.unmasking": (sampling.unmasking, ORDERS),
         "sampling.schedule": (sampling.schedule, ("uniform",)),
         "sampling.block_origin": (sampling.block_origin, ("completion",)),
@@ -256,6 +256,6 @@ def _check_reference(settings: Settings) -> None:
         if value not in known:
             options = " or ".join("null" if k is None else f"{k}".lower() for k in known)
             raise ValueError(
-                f"{key}={value}: --reference is LLaDA's published computation in float32, with "
+                f"{key}={value}: --reference is LLaDA's published computation, with "
                 f"{key}={options}; use that, or leave out --reference"
             )

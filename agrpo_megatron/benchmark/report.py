@@ -122,9 +122,11 @@ def lines(found: dict[str, Any]) -> list[str]:
     if equal is not None:
         error = equal["gradient_error"]
         more = "" if error is None else f", gradients within {error:.1e} of their length"
+        if (error := equal["bf16_error"]) is not None:
+            more += f" ({error:.1e} in bfloat16)"
         said.append(
-            f"equal to the reference: all {equal['tokens']} tokens and their steps, log-probs "
-            f"within {equal['logprob_error']:.1e}{more}"
+            f"equal to the reference in float32: all {equal['tokens']} tokens and their steps, "
+            f"log-probs within {equal['logprob_error']:.1e}{more}"
         )
     if gain is not None:
         said.append(

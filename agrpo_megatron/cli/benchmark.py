@@ -19,7 +19,7 @@ Weights, prompts and rewards are made up, unless --model names weights. `ours` i
 `agrpo train` computes. `reference`, with --reference, is AGRPO's published computation in plain
 torch: every row whole in every step, the logits of all positions, k passes one after another. Both
 must first draw the same tokens from the same noise, and have the same gradient; otherwise no speed
-is printed. The reference has unmasking={", ".join(ORDERS)}, float32 and LLaDA's layers.
+is printed. The reference has unmasking={", ".join(ORDERS)}, float32 or bf16, and LLaDA's layers.
 """
 EPILOG = """\
   agrpo benchmark rollout --reference                   a tiny model: does it work here?

@@ -25,6 +25,10 @@ from agrpo_megatron.text.notes import text_notes
 from agrpo_megatron.text.tokenizer import Tokenizer, load_tokenizer
 from agrpo_megatron.types import Chat
 
+PLANNED_TEXTS = (
+    "sft.data: raw texts are read when the run starts; planned with sft.iterations, and with "
+    "responses of sampling.completion_length"
+)
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "eval": "held-out"}
 
 
@@ -83,6 +87,8 @@ def plan(settings: Settings, *, world_size: int) -> Planned:
     lines += data.lines if data is not None else ()
     needs = None if data is not None and data.of_task else SPLITS
     phases = () if data is not None and data.of_rows else PHASES
+    if settings.sft.is_on and settings.sft.format == "texts":  # a plan reads no texts
+        phases, lines = (), (*lines, PLANNED_TEXTS)
     if missing is None:
         found = resolve(settings, world_size=world_size, needs=needs, phases=phases)
         return Planned(found.settings, found.task, found.tokenizer, lines, found.supervised)

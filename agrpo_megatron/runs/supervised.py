@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 from agrpo_megatron.config.annealing import validate_schedule
 from agrpo_megatron.config.settings import Settings
@@ -9,8 +10,11 @@ from agrpo_megatron.tasks import Task
 from agrpo_megatron.tasks.curriculum import epoch_size, solved_problems
 from agrpo_megatron.tasks.supervised.examples import Supervised, read_supervised
 from agrpo_megatron.tasks.supervised.leaks import held_out_problems
+from agrpo_megatron.tasks.supervised.texts import read_texts
 from agrpo_megatron.text.notes import text_notes
 from agrpo_megatron.text.tokenizer import Tokenizer
+
+TEXTS = "texts"  # in a run directory: ids of raw texts
 
 
 def with_rows(settings: Settings, task: Task, tokenizer: Tokenizer) -> tuple[Settings, Supervised]:
@@ -22,6 +26,8 @@ def with_rows(settings: Settings, task: Task, tokenizer: Tokenizer) -> tuple[Set
         ValueError: as `read_supervised`, or `sft.iterations` and `sft.epochs` disagree.
     """
     sft, model = settings.sft, settings.model
+    if sft.format == "texts":
+        return _with_texts(settings, tokenizer)
     own = "block" if model.has_blocks else "none" if sft.loss == "vrpo" else "batch"
     settings = replace(settings, sft=replace(sft, padding=sft.padding or own))
     data = read_supervised(
@@ -31,6 +37,19 @@ def with_rows(settings: Settings, task: Task, tokenizer: Tokenizer) -> tuple[Set
         sampling=settings.sampling,
         asked=held_out_problems(task, tokenizer),
     )
+    return _counted(settings, data)
+
+
+def _with_texts(settings: Settings, tokenizer: Tokenizer) -> tuple[Settings, Supervised]:
+    """Do as `with_rows` for raw texts, whose ids the run's directory keeps."""
+    settings = replace(settings, sft=replace(settings.sft, padding="none"))
+    folder = Path(settings.run.dir) / TEXTS
+    data = read_texts(settings.sft, tokenizer, model=settings.model, folder=folder)
+    return _counted(settings, data)
+
+
+def _counted(settings: Settings, data: Supervised) -> tuple[Settings, Supervised]:
+    """Return settings with the iterations of the data, and the data with notes."""
     settings, note = _with_iterations(settings, data.epoch)
     passes = settings.sft.iterations * settings.sft.batch_size / data.epoch
     note = note or [f"sft.iterations={settings.sft.iterations} are {passes:.3g} epochs"]
@@ -84,7 +103,10 @@ def _warnings(settings: Settings, data: Supervised) -> list[str]:
     """Return notes on choices that a user may not have meant."""
     sft, model, notes = settings.sft, settings.model, list[str]()
     copies, budget = 1 + model.has_blocks, settings.train.token_budget
-    longest = copies * max(len(row.ids) for example in data.train for row in example.rows)
+    longest = sft.row_tokens or model.max_sequence_length
+    if data.texts is None:
+        longest = max(len(row.ids) for example in data.train for row in example.rows)
+    longest *= copies
     if longest > budget:
         notes.append(
             f"the longest row has {longest} tokens{' with its copy' * model.has_blocks}, over "

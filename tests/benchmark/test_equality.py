@@ -12,6 +12,7 @@ from agrpo_megatron.benchmark.equality import Unequal
 from agrpo_megatron.benchmark.plan import make_plan
 from agrpo_megatron.benchmark.reference.model import Reference
 from agrpo_megatron.benchmark.reference.rollout import rollout
+from agrpo_megatron.benchmark.report import record
 from agrpo_megatron.megatron.parallel import stop_ranks
 from tests.benchmark.test_plan import GIVEN
 from tests.ranks import run_ranks
@@ -56,6 +57,13 @@ def test_tokens_and_gradients_are_equal(found, name):
     assert 0 < equal.gradient_error < 1e-5
 
 
+def test_in_bfloat16_gradients_are_equal_within_its_rounding():
+    """Tokens are compared in float32."""
+    case = run_ranks(1, _measured, [("bf16", {"precision": "bf16", "top_k": 20})])[0]["bf16"]
+    assert case.equality.tokens == 5 * 24 and case.equality.gradient_error < 1e-5
+    assert 1e-4 < case.equality.bf16_error < 0.1
+
+
 def test_work_is_that_of_the_settings(found):
     """Six steps of five rows of 32 tokens, then two states of each; the reference's head on all."""
     mine, theirs = found["random"].ours.counted, found["random"].reference.counted
@@ -76,6 +84,18 @@ def test_rows_end_early_in_both(found):
     case = found["rows that end early"]
     assert case.ours.counted.token_forwards < (24 + 2) * 5 * 32
     assert case.reference.counted.forwards < 24 + 2
+
+
+def _body():
+    run.peak_bytes = lambda function, device: 1
+    options = {**GIVEN, **SHAPE, "reference": False, "ceiling": True}
+    found = run.measure(make_plan("rollout", options, OVERRIDES), lambda _: None)
+    return found.body, record(make_plan("rollout", options, OVERRIDES), found)["body"]
+
+
+def test_the_layers_of_a_rollout_are_compared_with_their_products():
+    found, recorded = run_ranks(1, _body)[0]
+    assert 0 < found.share == found.flops_per_second / found.products == recorded["share"]
 
 
 def _counted():

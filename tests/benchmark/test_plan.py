@@ -89,7 +89,11 @@ def test_wrong_input_is_refused(kind, options, overrides, said):
     ("options", "overrides", "said"),
     [
         ({"preset": "sdar-8b"}, [], "model.family=sdar: --reference is LLaDA's published"),
-        ({"precision": "bf16"}, [], "precision=bf16: --reference .* precision=fp32; use that"),
+        (
+            {"precision": "fp8"},
+            [],
+            "precision=fp8: --reference .* precision=fp32 or bf16;",
+        ),
         ({"unmasking": "margin"}, [], "with sampling.unmasking=random or leftmost or low_conf"),
         ({}, ["sampling.threshold=0.9"], "with sampling.threshold=null"),
         ({}, ["lora.rank=4"], "lora.rank=4: --reference"),

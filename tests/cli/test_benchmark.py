@@ -20,15 +20,16 @@ def test_a_table_and_a_json_object_as_the_last_line(tmp_path):
     status, printed = agrpo(tmp_path, *words)
     assert status == 0, printed
     assert "rows of the head" in printed and "speedup" in printed
-    assert "equal to the reference: all 16 tokens and their steps" in printed
+    assert "equal to the reference in float32: all 16 tokens and their steps" in printed
     found = json.loads(printed.splitlines()[-1])
     assert set(found) == {
         *("kind", "model", "work", "threads", "repeats", "clock", "ours", "reference", "ratios"),
-        *("speedup", "equality", "ceiling_flops_per_second", "provenance"),
+        *("speedup", "equality", "ceiling_flops_per_second", "body", "provenance"),
     }
     for side in (found["ours"], found["reference"]):
         assert set(side) == SIDE and len(side["seconds"]) == 2
         assert all(side[key] > 0 for key in SIDE - {"seconds"})
+    assert found["body"] is None  # of rollouts alone
     assert found["speedup"]["min"] <= found["speedup"]["max"]
     assert found["ratios"]["flops"] == found["reference"]["flops"] / found["ours"]["flops"]
     assert found["provenance"]["packages"]["torch"] and found["provenance"]["precision"] == "fp32"
@@ -36,7 +37,7 @@ def test_a_table_and_a_json_object_as_the_last_line(tmp_path):
 
 
 def test_ours_alone_of_a_block_model(tmp_path):
-    """A block model has no reference here; a bf16 model neither."""
+    """A block model has no reference here."""
     blocks = ["model.family=sdar", "model.attention=block_causal", "model.block_length=4"]
     blocks += ["sampling.block_origin=row", "--block-length=4", "--precision=bf16"]
     status, printed = agrpo(tmp_path, "benchmark", "train-step", *SMALL, *blocks, "--json")

@@ -101,6 +101,7 @@ NEEDS = {
         for name in ("beta", "masks", "states", "shared_masks", "label_smoothing", "chosen_weight")
     },
     "sft.balance_loss": EXPERTS,
+    "sft.format": ["sft.data=chats.jsonl", "sft.iterations=0"],
     "sft.anneal_iterations": ["sft.iterations=9"],
     "sft.block_schedule": ["sft.iterations=9"],
     "sft.expert_bias_rate": [*EXPERTS, "model.moe.score=sigmoid", "model.moe.expert_bias=true"],

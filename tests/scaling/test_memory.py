@@ -29,6 +29,7 @@ WIDE_HEADS = [
     *("model.head_dim=128", "model.num_query_groups=8", "model.qk_norm=true"),
     "model.vocab_size=151936",
 ]
+TIED = ["model.family=qwen3", "model.qk_norm=true", "model.tie_embeddings=true"]
 PADDING = 256  # numbers that Megatron may add to a buffer at its end and between parameters
 
 
@@ -48,8 +49,9 @@ def _on_meta(cases):
 
 
 def test_weights_are_those_of_the_built_model():
-    """LLaDA-8B; SDAR-4B, also with biases."""
+    """LLaDA-8B; SDAR-4B, also with biases; tied heads, of which a pipeline has two copies."""
     cases = [(layout, []) for layout in LAYOUTS]
+    cases += [("tp8", TIED), ("tp2-pp4-vpp2", TIED)]
     cases += [("tp4-sp-pp2", WIDE_HEADS), ("tp2-pp4-vpp2", [*WIDE_HEADS, "model.qkv_bias=true"])]
     for result in run_ranks(8, _on_meta, cases):
         assert [held for _, held, _ in result] == [predicted for _, _, predicted in result], result

@@ -63,7 +63,8 @@ def _feed_forward(reference: Reference, number: int, hidden: Tensor) -> Tensor:
 
 def _norm(reference: Reference, name: str, hidden: Tensor) -> Tensor:
     weight = reference.of(name)
-    return F.rms_norm(hidden, weight.shape, weight, reference.model.norm_epsilon)
+    normed = F.rms_norm(hidden.float(), weight.shape, eps=reference.model.norm_epsilon)
+    return weight * normed.to(hidden.dtype)
 
 
 def _rotations(model: ModelSettings, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

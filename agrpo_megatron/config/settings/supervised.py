@@ -7,6 +7,7 @@ from agrpo_megatron.config.schema import section, setting
 from agrpo_megatron.config.settings.preferences import PreferenceSettings
 from agrpo_megatron.config.settings.training import OptimizerSettings
 
+FORMATS = ("replies", "texts")
 TURNS = ("random", "last", "each", "all")
 PADDING = ("none", "batch", "block", "completion")
 
@@ -26,8 +27,16 @@ class SftSettings:
         "rows to learn from: a file or Hugging Face data set, a list of them, or a mixture by "
         "label, each with data, weight, epochs, columns, chat; null: the task's solutions",
     )
+    format: str = setting(
+        "replies",
+        "what rows of data hold: prompts and replies, or raw texts, which follow one another with "
+        "end-of-text between them and are cut into rows of row_tokens (continued pre-training)",
+        choices=FORMATS,
+    )
     columns: dict[str, Any] = setting(
-        {}, "names of unusual columns: of messages, or of prompt and reply; input, system, history"
+        {},
+        "names of unusual columns: of messages, or of prompt and reply; input, system, history; "
+        "of raw texts: text",
     )
     chat: bool | None = setting(
         None, "put texts in the chat template; null: all but prompt and completion, as TRL does"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from agrpo_megatron.config.settings import ModelSettings, SamplingSettings, SftSettings
+from agrpo_megatron.tasks.supervised.example import Example, row_digest
 from agrpo_megatron.tasks.supervised.leaks import HeldOut, without_asked
 from agrpo_megatron.tasks.supervised.pairs import compared_rows, read_pairs
 from agrpo_megatron.tasks.supervised.sources import Source, read_source, sources
@@ -17,32 +18,20 @@ from agrpo_megatron.types import Chat
 
 
 @dataclass(frozen=True, eq=False)
-class Example:
-    """An example that is visited once per epoch."""
-
-    name: str  # of its row, for messages
-    # A visit trains one of them, drawn at random; of a pair, the chosen against the rejected one.
-    rows: Sequence[TokenRow]
-    talk: bytes  # a hash of its whole conversation; equal rows of a file have the same
-
-    @property
-    def digests(self) -> set[bytes]:
-        """Return hashes of its text and of its conversation."""
-        return {_digest(self.rows[-1]), self.talk}
-
-
-@dataclass(frozen=True, eq=False)
 class Supervised:
     """The data of a supervised phase."""
 
-    train: list[Example]  # of all sources, one after the other
+    train: Sequence[Example]  # of all sources, one after the other
     shares: list[tuple[int, float]]  # examples and weight of each source
     epoch: float  # examples in one epoch of the mixture
-    held_out: list[Example] = field(default_factory=list)
+    held_out: Sequence[Example] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    texts: dict[str, str] | None = None  # of raw texts, their digests by name; else None
 
     def digests(self) -> dict[str, str]:
         """Return digests of everything that is trained on or held out."""
+        if self.texts is not None:
+            return self.texts
         parts = {"supervised rows": self.train, "held-out supervised rows": self.held_out}
         found = {}
         for name, examples in parts.items():
@@ -156,7 +145,7 @@ def _read(
         long += len(fitting) < len(rows)
         name = f"{source.data}, row {number}"
         groups = _groups(rows, fitting, sft)
-        examples += [Example(name, group, _digest(rows[-1])) for group in groups]
+        examples += [Example(name, group, row_digest(rows[-1])) for group in groups]
     if long:
         over = f"{long:,} of {len(read):,} rows have over {limit} tokens, the longest {longest}"
         if sft.long_rows == "refuse":
@@ -205,10 +194,6 @@ def _chosen(examples: Sequence[Example], fraction: float) -> set[bytes]:
     """Return a share of the conversations, at least one, by their hashes; none for 0."""
     talks = sorted({example.name: example.talk for example in examples}.values())
     return set(talks[: max(1, round(fraction * len(talks)))] if fraction else ())
-
-
-def _digest(row: TokenRow) -> bytes:
-    return hashlib.sha256(row.ids.tobytes()).digest()
 
 
 def _lengths(train: Sequence[Example], held_out: Sequence[Example]) -> str:

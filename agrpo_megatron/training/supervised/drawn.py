@@ -19,7 +19,8 @@ from agrpo_megatron.rollout.requests import encode_prompts
 from agrpo_megatron.rollout.session import Run
 from agrpo_megatron.tasks.base import task_prompts
 from agrpo_megatron.tasks.curriculum import epoch_size, solved_problems
-from agrpo_megatron.tasks.supervised.examples import Example, Supervised, padded_length
+from agrpo_megatron.tasks.supervised.example import Example
+from agrpo_megatron.tasks.supervised.examples import Supervised, padded_length
 from agrpo_megatron.text.replies import TokenRow
 from agrpo_megatron.training.step import my_micro_batches
 from agrpo_megatron.types import SftBatch

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from agrpo_megatron.config.settings import SamplingSettings
-from agrpo_megatron.tasks.supervised.examples import Example, Supervised
+from agrpo_megatron.tasks.supervised.example import Example
+from agrpo_megatron.tasks.supervised.examples import Supervised
 from agrpo_megatron.text.replies import TokenRow
 from agrpo_megatron.training.supervised.drawn import join_rows, open_stream
 from tests.training.tiny import tiny

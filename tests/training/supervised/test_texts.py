@@ -1,0 +1,199 @@
+"""Continued pre-training: raw texts cut into rows, resumed to the same bits, at any layout."""
+
+import gzip
+import json
+import random
+
+import numpy
+import pytest
+import torch.distributed as dist
+
+from agrpo_megatron.config.rules import validate
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import ModelSettings, Settings, SftSettings, TokenizerSettings
+from agrpo_megatron.runs.directory import progress, resolve_run
+from agrpo_megatron.runs.resolve import plan
+from agrpo_megatron.tasks.supervised import texts
+from agrpo_megatron.text.tokenizer import load_tokenizer
+from agrpo_megatron.training.run import train
+from tests.ranks import run_ranks
+from tests.training.kills import kill_after_line
+from tests.training.test_run import read
+from tests.training.tiny import same_metrics, silent_view, tiny
+
+TOKENIZER = load_tokenizer(TokenizerSettings())
+LENGTH = 20
+RUN = [
+    "task.name=missing.py",  # is not read
+    "sft.format=texts",
+    f"sft.row_tokens={LENGTH}",
+    "sft.epochs=1.5",
+    "sft.batch_size=4",
+    "sft.eval_interval=4",
+    "checkpoint.interval=2",
+    "train.token_budget=64",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Write texts of all endings in a folder with a folder below it."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    path, draw = tmp_path_factory.mktemp("data") / "texts", random.Random(0)
+    (path / "more").mkdir(parents=True)
+    rows = ["".join(draw.choices("abcde", k=draw.randint(1, 60))) for _ in range(24)]
+    lines = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in [*rows[:8], ""])
+    (path / "a.jsonl").write_text(lines)
+    with gzip.open(path / "b.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps({"text": text}) + "\n" for text in rows[8:12]))
+    parquet.write_table(pyarrow.table({"text": rows[12:23]}), path / "c.parquet")
+    (path / "more" / "d.txt").write_text(rows[23])
+    (path / "notes.md").write_text("is not read")
+    return path, rows
+
+
+def _read(folder, target, **changes):
+    sft = SftSettings(data=str(folder), format="texts", row_tokens=LENGTH, **changes)
+    return texts.read_texts(sft, TOKENIZER, model=ModelSettings(), folder=target)
+
+
+def test_every_token_of_every_text_is_in_one_row(folder, tmp_path):
+    path, rows = folder
+    found = _read(path, tmp_path)
+    whole = [i for text in rows for i in [*TOKENIZER.encode(text), TOKENIZER.eos_id]]
+    ids = [example.rows[0].ids for example in found.train]
+    assert numpy.concatenate(ids).tolist() == whole[: sum(map(len, ids))]
+    assert {len(row) for row in ids[:-1]} == {LENGTH} and len(whole) - sum(map(len, ids)) <= 1
+    assert all(row.rows[0].trained.tolist()[:3] == [False, True, True] for row in found.train)
+    assert found.epoch == len(found.train) == len(ids)
+    assert f"24 texts of {len(whole)} tokens" in found.notes[0]
+
+
+def test_ids_are_written_once_and_again_if_a_file_changes(folder, tmp_path, monkeypatch):
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"text": "abcdef" * 9}) + "\n")
+    first = _read(path, tmp_path / "ids")
+    written = []
+    own = texts._write
+    monkeypatch.setattr(texts, "_write", lambda *a, **k: written.append(1) or own(*a, **k))
+    again = _read(path, tmp_path / "ids")
+    assert not written and again.digests() == first.digests()
+    path.write_text(json.dumps({"text": "abcdeg" * 9}) + "\n")
+    changed = _read(path, tmp_path / "ids")
+    assert written and changed.digests() != first.digests()
+
+
+def test_a_mixture_has_its_parts_one_after_the_other(folder, tmp_path):
+    path, _ = folder
+    parts = {"a": {"data": str(path / "a.jsonl"), "weight": 3}, "c": str(path / "c.parquet")}
+    with pytest.raises(ValueError, match=r"sft.data.c has no weight"):
+        _read_mixture(parts, tmp_path)
+    parts["c"] = {"data": str(path / "c.parquet"), "weight": 1}
+    found = _read_mixture(parts, tmp_path)
+    counts = [count for count, _ in found.shares]
+    assert [weight for _, weight in found.shares] == [3, 1]
+    assert len(found.train) == sum(counts) and min(counts) > 2
+    assert found.train[counts[0]].name.endswith("c.parquet, row 1")
+    assert found.train[counts[0] - 1].name.endswith(f"a.jsonl, row {counts[0]}")
+    assert found.train[-1].name.endswith(f"c.parquet, row {counts[1]}")
+
+
+def _read_mixture(parts, target):
+    sft = SftSettings(data=parts, format="texts", row_tokens=LENGTH)
+    return texts.read_texts(sft, TOKENIZER, model=ModelSettings(), folder=target)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", '{"text": 3}\n', "row 1 has a int, not a text"),
+        ("a.jsonl", '{"body": "x"}\n', "has no column text; name the column of the texts by"),
+        ("a.jsonl", "{\n", "a.jsonl cannot be read"),
+        ("a.jsonl", '{"text": ""}\n', "holds no texts"),
+        ("a.csv", "text\nx\n", "names no texts; give a .jsonl, .jsonl.gz, .parquet, .txt file"),
+        ("a.parquet", "no parquet", "a.parquet cannot be read"),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said) as error:
+        _read(tmp_path / name, tmp_path / "ids")
+    assert str(error.value).startswith("sft.data") and "\n" not in str(error.value)
+    assert not (tmp_path / "ids" / texts.INDEX).exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sft.turns=all", "sft.turns=all is for replies, and sft.format=texts has none; use"),
+        ("sft.padding=batch", "sft.padding=batch is for replies"),
+        ("sft.eval_fraction=0.1", "sft.eval_fraction=0.1 is for replies"),
+        ("sft.columns={messages: talk}", "sft.columns.messages is of replies"),
+        ("sft.data={a: {data: x.jsonl, chat: true}}", "sft.data.a.chat=true is for replies"),
+        ("sft.loss=vrpo", "sft.loss=vrpo compares replies"),
+        ("sft.data=null", "sft.format=texts is for rows of sft.data"),
+    ],
+)
+def test_settings_of_replies_are_refused(override, said):
+    given = ["sft.data=x.jsonl", "sft.format=texts", "sft.iterations=1"]
+    validate(load(Settings, None, given))
+    with pytest.raises(ValueError, match=said):
+        validate(load(Settings, None, [*given, override]))
+
+
+def test_a_plan_reads_no_texts(folder, tmp_path):
+    own = [f"run.dir={tmp_path / 'run'}", f"sft.data={folder[0]}", *RUN[1:], "sft.eval_interval=0"]
+    settings = tiny(*own)
+    found = plan(settings, world_size=1)
+    assert any("raw texts are read when the run starts" in line for line in found.missing)
+    assert not (tmp_path / "run").exists()
+
+
+def _train(run_dir, folder, overrides=(), line=None):
+    if line is not None:
+        kill_after_line(line)
+    given = [f"run.dir={run_dir}", f"sft.data={folder}", f"sft.eval_data={folder / 'b.jsonl.gz'}"]
+    settings = tiny(*given, *RUN, *overrides)
+    resolved = resolve_run(settings, world_size=dist.get_world_size(), phases=("sft",))
+    progress(resolved.settings)
+    train(resolved, silent_view(), phases=("sft",))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, folder):
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    run_ranks(1, _train, directory, folder[0])
+    return directory
+
+
+def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path, folder):
+    with pytest.raises(AssertionError, match="killed by signal 9"):
+        run_ranks(1, _train, tmp_path / "run", folder[0], (), 7)
+    run_ranks(1, _train, tmp_path / "run", folder[0])
+    metrics = read(tmp_path / "run" / "metrics.jsonl")
+    assert same_metrics(metrics, read(whole / "metrics.jsonl"))
+    assert metrics[-1]["epoch"] >= 1.5 and len(metrics) > 10
+    assert metrics[-1]["held_out_loss"] < metrics[3]["held_out_loss"]
+
+
+def test_other_data_ranks_learn_the_same_rows(whole, tmp_path, folder):
+    """Killed on one rank, resumed on two, which share the ids that the first one wrote."""
+    with pytest.raises(AssertionError, match="killed by signal 9"):
+        run_ranks(1, _train, tmp_path / "run", folder[0], (), 7)
+    run_ranks(2, _train, tmp_path / "run", folder[0], ["parallel=dp2"])
+    metrics, expected = read(tmp_path / "run" / "metrics.jsonl"), read(whole / "metrics.jsonl")
+    for name in ("loss", "held_out_loss", "epoch", "scored_tokens"):
+        ours, theirs = ([m.get(name) for m in records] for records in (metrics, expected))
+        assert ours == [None if t is None else pytest.approx(t, rel=1e-4) for t in theirs]
+
+
+def test_a_run_whose_texts_changed_does_not_resume(whole, tmp_path, folder):
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "abc" * 200}) + "\n")
+    with pytest.raises(AssertionError, match="holds a run whose texts changed; restore them"):
+        run_ranks(1, _resume, whole, folder[0], tmp_path / "other.jsonl")
+
+
+def _resume(run_dir, folder, other):
+    _train(run_dir, folder, [f"sft.data={other}", "sft.epochs=null", "sft.iterations=50"])
