@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from agrpo_megatron.checkpoint.convert import to_hf_directory, to_megatron_checkpoint
+from agrpo_megatron.checkpoint.exports.modeling_agrpo import AgrpoConfig, AgrpoModel
+from agrpo_megatron.checkpoint.exports.own_files import own_config
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.packing import pack
 from agrpo_megatron.diffusion.patterns import block_causal
@@ -135,3 +137,19 @@ def test_a_tied_head_becomes_a_copy_and_added_rows_are_the_mean(folders):
         assert torch.equal(found[84:85], mean[None])
     other = part("model.norm.weight")
     assert torch.equal(other[:], load_file(folder / "model.safetensors")["model.norm.weight"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_our_modelling_file_has_the_logits_of_transformers(folders, name):
+    """In blocks of one token, which are causal; with the exported config.json and tensors."""
+    folder, model = folders[name]
+    stored = settings_from_hf(folder)
+    blocks = {"attention": "block_causal", "block_length": 1, "shift": False, "mask_token_id": 0}
+    ours = replace(stored, **blocks)
+    config = own_config(FAMILIES[ours.family].config(ours), ours)
+    assert FAMILIES[ours.family].settings(config) == ours
+    module = AgrpoModel(AgrpoConfig(**config)).eval()
+    module.load_state_dict(load_file(folder / "model.safetensors"))
+    with torch.no_grad():
+        found, theirs = module(_ids()).logits, model(_ids()).logits
+    assert (found - theirs).abs().max() < 1e-5 * theirs.abs().max()
