@@ -50,6 +50,8 @@ def sample_ids(
         most_rows=settings.rollout.rows,
         store=make_store(settings, network.ranks, prompts, sampling=sampling),
     )
-    with plain_torch(names_cuda=any(chunk.names_cuda for chunk in network.chunks)):
+    # Megatron's schedule of pipeline stages names CUDA devices, too.
+    names_cuda = network.ranks.pipeline.size > 1 or network.chunks[0].names_cuda
+    with plain_torch(names_cuda=names_cuda):
         sampled = sample(prompts, rollout_ids, context=context, sampling=sampling, hooks=hooks)
     return sampled, forward
