@@ -182,6 +182,7 @@ class Span(NamedTuple):
     is_copy: bool = False
     origin: int = 0  # a position at which a block begins; the others follow, and precede
     ahead: int | None = None  # in one block: tokens after its own that a token sees; None: all
+    is_inside: bool = False  # a copy that also sees the context after its block
 
 
 type Row = tuple[Span, ...]
@@ -194,26 +195,24 @@ class KeyStore(Protocol):
 
     def copy(self, layer: int, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy the first tokens of slots to others."""
-        ...
 
-    def read(self, layer: int, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the first keys and values of slots."""
-        ...
+    def read(self, layer: int, slots: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of slots from token `first` up to `end`."""
 
     def write(self, layer: int, slots: Tensor, first: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values of slots from token `first` on."""
-        ...
 
 
 @dataclass(frozen=True)
 class CachedRows:
-    """The part of packed rows that is not packed: their first tokens, whose keys are cached."""
+    """The part of packed rows that is not packed: tokens whose keys are cached."""
 
     store: KeyStore
     slots: Sequence[int]  # of each row
-    before: Sequence[int]  # cached tokens of each row
+    before: Sequence[int]  # cached tokens of each row before its packed ones
     keep: Sequence[int]  # packed tokens of each row whose keys are to be cached: its first ones
     copies: Sequence[tuple[int, int, int]]  # from a slot, to a slot, tokens: before all else
+    after: Sequence[int]  # cached tokens of each row after its packed ones
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,10 @@
 Continuous batching: waiting rows take the place of finished ones, longest first. With a cache, each
 row in flight has a slot of it. Rows of one prompt share its computation: the first of them computes
 the prompt's keys, and the others start one step later, with a copy.
+
+The slots of a cached policy hold what a block's first step computed of the whole row. Its later
+steps compute the block alone, so rows whose blocks begin together are too many for one forward
+pass, and some wait.
 """
 
 from collections import deque
@@ -11,9 +15,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from agrpo_megatron.config.settings import ModelSettings
-from agrpo_megatron.diffusion.blocks import open_block, state_rows
+from agrpo_megatron.config.settings import ModelSettings, SamplingSettings
+from agrpo_megatron.diffusion.blocks import open_block, open_part, state_rows
 from agrpo_megatron.diffusion.packing import on_device, pack_scored
+from agrpo_megatron.diffusion.patterns import full
 from agrpo_megatron.diffusion.sampler_state import SamplerState
 from agrpo_megatron.types import CachedRows, KeyStore, PackedRows
 
@@ -36,7 +41,8 @@ class Slots:
     starts: dict[int, Start] = field(default_factory=dict)  # by row in flight
     holders: dict[bytes, list[int]] = field(default_factory=dict)  # slots by finished prompt
     held: dict[int, bytes] = field(default_factory=dict)  # and the inverse
-    cached: dict[int, int] = field(default_factory=dict)  # tokens, by row in flight
+    # By row in flight: cached tokens; under a cached policy, the first one of the open block.
+    cached: dict[int, int] = field(default_factory=dict)
     computing: set[bytes] = field(default_factory=set)  # prompts, by rows in their first step
 
     def is_known(self, row: int) -> bool:
@@ -74,7 +80,26 @@ class Slots:
         before = [self.cached.get(row, 0) for row in numbers]
         keep = [start - count for start, count in zip(starts, before, strict=True)]
         self.cached |= dict(zip(numbers, starts, strict=True))
-        return CachedRows(self.store, slots, before, keep, copies)
+        return CachedRows(self.store, slots, before, keep, copies, [0] * len(slots))
+
+    def parts(
+        self, numbers: Sequence[int], parts: Sequence[tuple[int, int]], lengths: Sequence[int]
+    ) -> CachedRows:
+        """Return what is cached of rows of a cached policy, and what their step caches.
+
+        Args:
+            parts: of each row, what all steps of its block compute: its first token and its end.
+            lengths: tokens of each row.
+        """
+        before, keep, after = list[int](), list[int](), list[int]()
+        for row, (start, end), length in zip(numbers, parts, lengths, strict=True):
+            is_known = self.cached.get(row) == start
+            before.append(start * is_known)
+            after.append((length - end) * is_known)
+            keep.append(length * (not is_known))
+            self.cached[row] = start
+        slots = [self.starts[row].slot for row in numbers]
+        return CachedRows(self.store, slots, before, keep, [], after)
 
     def ran(self, rows: Sequence[int]) -> None:
         """Note that the slots of rows hold the keys of their prompts."""
@@ -97,9 +122,11 @@ class Slots:
             self.holders[prompt].remove(slot)
 
 
-def make_slots(store: KeyStore, prompts: Sequence[Tensor]) -> Slots:
+def make_slots(store: KeyStore, prompts: Sequence[Tensor], sampling: SamplingSettings) -> Slots:
     """Return the slots of an empty cache."""
     keys = [prompt.cpu().numpy().tobytes() for prompt in prompts]
+    if sampling.is_cached:  # keys of a prompt depend on the completion: no two rows share them
+        keys = [str(number).encode() for number in range(len(prompts))]
     return Slots(store, keys, free=list(range(store.slots))[::-1])
 
 
@@ -129,10 +156,11 @@ class Admission:
         share = sum(self.lengths[row] for row in self.waiting) / free
         taken, rows, later = 0, list[int](), list[int]()
         while self.waiting and (taken < share or not rows) and len(live) + len(rows) < self.most:
-            row = self.waiting[0]
-            if self.slots is not None and not self.slots.free:
+            row, slots = self.waiting[0], self.slots
+            needs_slot = slots is not None and row not in slots.starts
+            if slots is not None and needs_slot and not slots.free:
                 break
-            if self.slots is not None and self.slots.prompts[row] in self.slots.computing:
+            if slots is not None and slots.prompts[row] in slots.computing:
                 later.append(self.waiting.popleft())
                 continue
             tokens = self._tokens(row)
@@ -140,10 +168,25 @@ class Admission:
                 break
             used, taken = used + tokens, taken + self.lengths[row]
             rows.append(self.waiting.popleft())
-            if self.slots is not None:
-                self.slots.start(row)
+            if slots is not None and needs_slot:
+                slots.start(row)
         self.waiting.extendleft(reversed(later))
         return rows
+
+    def hold(self, live: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Return the rows that take the next step; the others wait for room in the budget.
+
+        Args:
+            live: rows after a step.
+            lengths: tokens of the next step of each. Short steps come first.
+        """
+        taken, held, used = list[int](), list[int](), 0
+        for row, length in sorted(zip(live, lengths, strict=True), key=lambda pair: pair[1]):
+            has_room = not taken or used + length <= self.budget
+            (taken if has_room else held).append(row)
+            used += length * has_room
+        self.waiting.extendleft(reversed(held))
+        return taken
 
     def _tokens(self, row: int) -> int:
         """Return what a row needs of the budget; without a cache, in its longest step."""
@@ -167,7 +210,7 @@ def admit(
     """
     rows = range(len(state.lengths))
     firsts = [row_end(state, row, model) for row in rows]
-    laters = [step_length(state, row, slots) for row in rows]
+    laters = [step_length(state, row, slots, model) for row in rows]
     count = len(rows) if most is None else most
     return Admission(state.lengths, firsts, laters, budget, count, slots)
 
@@ -190,9 +233,14 @@ def pack_step(
     prompts = [len(state.prompts[number]) for number in numbers]
     patterns, cached = state_rows(lengths, prompts, model, state.sampling), None
     starts = [_open_block(state, number)[0] if model.has_blocks else 0 for number in numbers]
-    if slots is not None:
+    if slots is not None and state.sampling.is_cached:
+        patterns = [full(length) for length in lengths]
+        cached = slots.parts(numbers, [_part(state, n, model) for n in numbers], lengths)
+    elif slots is not None:
         cached = slots.rows(numbers, starts)
-        lengths = [end - count for end, count in zip(lengths, cached.before, strict=True)]
+    if cached is not None:
+        known = map(sum, zip(cached.before, cached.after, strict=True))
+        lengths = [end - count for end, count in zip(lengths, known, strict=True)]
     canvas = state.canvas[on_device(numbers, row.device)]
     packed = pack_scored(
         canvas, lengths, row, column, shift=model.shift, patterns=patterns, cached=cached
@@ -205,13 +253,34 @@ def row_end(state: SamplerState, number: int, model: ModelSettings) -> int:
     return _open_block(state, number)[1] if model.has_blocks else state.lengths[number]
 
 
-def step_length(state: SamplerState, number: int, slots: Slots | None) -> int:
-    """Return the packed tokens of a row in a step, at most; if it is cached, two blocks.
+def step_length(state: SamplerState, number: int, slots: Slots | None, model: ModelSettings) -> int:
+    """Return the packed tokens of a row in its next step, at most; of a block model, two blocks.
 
     Without a cache it is the whole row: its part up to the open block grows from block to block.
+    Under a cached policy it is the whole row if its block begins.
     """
     whole = state.lengths[number]
-    return whole if slots is None else min(whole, 2 * state.sampling.block_length)
+    if slots is None:
+        return whole
+    if not state.sampling.is_cached:
+        return min(whole, 2 * state.sampling.block_length)
+    start, end = _part(state, number, model)
+    return end - start if slots.cached.get(number) == start else whole
+
+
+def step_order(
+    state: SamplerState, number: int, slots: Slots | None, model: ModelSettings
+) -> tuple[int, ...]:
+    """Return a key that sorts rows so that those of equal shape share an attention call."""
+    end = row_end(state, number, model)
+    if not state.sampling.is_cached:
+        return (-end,)
+    return -step_length(state, number, slots, model), -end, _part(state, number, model)[0]
+
+
+def _part(state: SamplerState, number: int, model: ModelSettings) -> tuple[int, int]:
+    prompt = len(state.prompts[number])
+    return open_part(prompt, state.opened[number], state.sampling, shift=model.shift)
 
 
 def _open_block(state: SamplerState, number: int) -> tuple[int, int]:

@@ -2,13 +2,15 @@
 
 A row is a sequence of spans. Its first span is the context. A token of the context sees the blocks
 of the context up to its own. A token of a copy (a partially masked state of some blocks) sees the
-context before its block, and its own block of the copy. So five patterns are five rows:
+context before its block, and its own block of the copy; one inside the context also sees what
+follows its block there. So six patterns are six rows:
 
     full            one span that is one block
     ahead           one span, each of whose tokens sees a number of those after it
     block_causal    one span of several blocks
     causal_context  a context of blocks of one token, and a copy of the open block
     replay          a context, and copies of its blocks; their positions repeat those of the context
+    inside          a context that is one block, and copies of a part of it that see the rest
 
 `visible` is the definition; every execution of attention equals it.
 """
@@ -22,6 +24,8 @@ from torch import Tensor
 
 from agrpo_megatron.types import Row, Span
 
+NEVER = 2**40  # a position that no row has
+
 
 class Places(NamedTuple):
     """What attention needs to know of each token, [T] int64 each."""
@@ -31,6 +35,7 @@ class Places(NamedTuple):
     position: Tensor
     first: Tensor  # first position of its block
     end: Tensor  # position after its block
+    after: Tensor  # position from which it sees the context again
 
 
 def full(length: int) -> Row:
@@ -66,6 +71,18 @@ def replay(
     return (context, *(Span(count, start, block, True, origin) for start, count in copies))
 
 
+def inside(length: int, part: tuple[int, int], copies: int) -> Row:
+    """Return a context whose tokens all see each other, and copies of a part of it.
+
+    Args:
+        length: tokens of the context.
+        part: its first position, and the position after its last.
+    """
+    start, end = part
+    copy = Span(end - start, start, is_copy=True, is_inside=True)
+    return (Span(length), *[copy] * copies)
+
+
 def row_length(row: Row) -> int:
     """Return the tokens of a row."""
     return sum(span.length for span in row)
@@ -75,9 +92,11 @@ def row_length(row: Row) -> int:
 def visible_pairs(row: Row) -> int:
     """Return how many pairs of tokens of a row see each other."""
     total, begin = 0, 0
-    for length, start, _, is_copy, _, _ in row:
-        _, _, first, end = _table(row)[:, begin : begin + length]
+    for span in row:
+        length, start, is_copy = span.length, span.start, span.is_copy
+        _, _, first, end, after = _table(row)[:, begin : begin + length]
         seen = end.clamp(max=start + length) - first.clamp(min=start) * is_copy
+        seen = seen + (row[0].length - after).clamp(min=0)
         total += int((seen + first.clamp(max=row[0].length) * is_copy).sum())
         begin += length
     return total
@@ -88,23 +107,30 @@ def visible(places: Places, query: Tensor, key: Tensor) -> Tensor:
     position, is_context = places.position[key], places.span[key] == 0
     same = places.span[query] == places.span[key]
     own = same & (places.first[query] <= position)
-    return (
-        (places.row[query] == places.row[key])
-        & (position < places.end[query])
-        & (own | (is_context & (same | (position < places.first[query]))))
+    before = own | (is_context & (same | (position < places.first[query])))
+    later = is_context & (position >= places.after[query])
+    return (places.row[query] == places.row[key]) & (
+        (before & (position < places.end[query])) | later
     )
 
 
 def places_of(
-    rows: Sequence[Row], device: torch.device, *, before: Sequence[int] | None = None
+    rows: Sequence[Row],
+    device: torch.device,
+    *,
+    before: Sequence[int] | None = None,
+    after: Sequence[int] | None = None,
 ) -> Places:
     """Return the places of the tokens of packed rows.
 
     Args:
         before: tokens of each row that are left out, its first ones; None: none.
+        after: its last ones.
     """
+    none = [0] * len(rows)
     parts = [
-        _table(row)[:, first:] for row, first in zip(rows, before or [0] * len(rows), strict=True)
+        _table(row)[:, first : row_length(row) - last]
+        for row, first, last in zip(rows, before or none, after or none, strict=True)
     ]
     lengths = torch.tensor([part.shape[1] for part in parts])
     numbers = torch.arange(len(rows)).repeat_interleave(lengths)
@@ -116,39 +142,44 @@ def places_of(
 
 @functools.lru_cache(maxsize=256)
 def span_mask(row: Row, number: int, device: torch.device) -> Tensor | None:
-    """Return which keys the tokens of a span see, [tokens, keys] bool; None: all of them.
-
-    Keys are the tokens of the context, and for a copy those of the copy after them.
+    """Return which of `span_keys` the tokens of a span see, [tokens, keys]; None: all of them.
 
     Args:
         number: of the span.
     """
-    places, (context, own) = places_of([row], torch.device("cpu")), span_slices(row, number)
-    tokens = torch.arange(own.stop)
-    key = torch.cat([tokens[context], tokens[own]]) if number else tokens
-    mask = visible(places, tokens[own, None], key[None])
+    places, tokens = places_of([row], torch.device("cpu")), torch.arange(row_length(row))
+    key = torch.cat([tokens[part] for part in span_keys(row, number)])
+    mask = visible(places, tokens[span_slice(row, number), None], key[None])
     return None if bool(mask.all()) else mask.to(device)
 
 
 @functools.lru_cache(maxsize=256)
-def tail_mask(row: Row, before: int, device: torch.device) -> Tensor | None:
-    """Return which tokens of a row its tokens from `before` on see, [tokens, row]; None: all."""
+def part_mask(row: Row, part: slice, device: torch.device) -> Tensor | None:
+    """Return which tokens of a row a part of it sees, [part, row]; None: all of them."""
     places, tokens = places_of([row], torch.device("cpu")), torch.arange(row_length(row))
-    mask = visible(places, tokens[before:, None], tokens[None])
+    mask = visible(places, tokens[part, None], tokens[None])
     return None if bool(mask.all()) else mask.to(device)
 
 
-def span_slices(row: Row, number: int) -> tuple[slice, slice]:
-    """Return the tokens of a row's context, and of one of its spans."""
+def span_keys(row: Row, number: int) -> list[slice]:
+    """Return the tokens that those of a span may see: of the context, then of the span itself."""
+    own, span, context = span_slice(row, number), row[number], row[0].length
+    if span.is_inside:
+        return [slice(span.start), slice(span.start + span.length, context), own]
+    return [slice(context), own] if number else [own]
+
+
+def span_slice(row: Row, number: int) -> slice:
+    """Return the tokens of a span in its row."""
     start = sum(span.length for span in row[:number])
-    return slice(row[0].length), slice(start, start + row[number].length)
+    return slice(start, start + row[number].length)
 
 
 @functools.lru_cache(maxsize=1024)
 def _table(row: Row) -> Tensor:
-    """Return span, position, first and end of a row's tokens, [4, tokens] on the CPU."""
+    """Return span, position, first, end and after of a row's tokens, [5, tokens] on the CPU."""
     parts = []
-    for number, (length, start, block, _, origin, more) in enumerate(row):
+    for number, (length, start, block, _, origin, more, is_inside) in enumerate(row):
         position = torch.arange(start, start + length)
         if block is None:
             first, end = torch.full_like(position, start), torch.full_like(position, start + length)
@@ -157,5 +188,6 @@ def _table(row: Row) -> Tensor:
         else:
             first = origin + (position - origin).div(block, rounding_mode="floor") * block
             end = first + block
-        parts.append(torch.stack([torch.full_like(position, number), position, first, end]))
+        after = end if is_inside else torch.full_like(position, NEVER)
+        parts.append(torch.stack([torch.full_like(position, number), position, first, end, after]))
     return torch.cat(parts, 1)

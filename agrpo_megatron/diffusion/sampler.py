@@ -1,4 +1,4 @@
-"""The exact sampler: one full forward of every live row per denoising step.
+"""The sampler: one forward of every live row per denoising step.
 
 Blocks are decoded left to right. Inside a block, each denoising step draws tokens for masked
 positions and fixes some of them; only a step's scored positions reach the output layer.
@@ -19,8 +19,8 @@ from agrpo_megatron.diffusion.admission import (
     admit,
     make_slots,
     pack_step,
-    row_end,
     step_length,
+    step_order,
 )
 from agrpo_megatron.diffusion.draw import Draw, Forward, draw_tokens
 from agrpo_megatron.diffusion.logprobs import Vocabulary
@@ -106,7 +106,7 @@ def sample(
         state.plan = bernoulli_plan(_step_uniforms(state, context))
     model, slots = context.model, None
     if context.store is not None:
-        slots = make_slots(context.store, state.prompts)
+        slots = make_slots(context.store, state.prompts, sampling)
     admission = admit(state, model, slots, budget=context.token_budget, most=context.most_rows)
     in_flight, most, is_stalled = deque[_Group](), context.forward.in_flight, False
     while admission.waiting or in_flight:
@@ -125,12 +125,14 @@ def sample(
                 hooks.on_complete(complete, trajectory(state, complete))
             if complete and slots is not None:
                 slots.end(complete)
-        used = sum(step_length(state, row, slots) for row in live)
+        lengths = {row: step_length(state, row, slots, model) for row in live}
+        live = admission.hold(live, list(lengths.values()))
+        used = sum(lengths[row] for row in live)
         live += admission.fill(live, used=used, free=most - len(in_flight))
         is_stalled = not live
         if live:
             # Equal lengths share one attention call.
-            live.sort(key=lambda row: -row_end(state, row, model))
+            live.sort(key=lambda row: step_order(state, row, slots, model))
             in_flight.append(_launch(state, live, context, slots))
     context.forward.close()
     return trajectory(state, list(range(len(state.lengths))))

@@ -74,6 +74,7 @@ def drawn_steps(
     settings = context.algorithm.filled
     if counts is None:
         counts = torch.full_like(trajectory.num_steps, settings.draws)
+    counts = timesteps.unit_counts(counts, trajectory, settings.step_sampler)
     uniforms = timesteps.draw_uniforms(
         trajectory.rollout_ids,
         counts,
@@ -90,14 +91,15 @@ def draws_at(
     """Draw rows from the proposal at uniform numbers [R, k], by inverse CDF.
 
     Args:
-        counts: [R] how many of the numbers count; None: all.
+        counts: [R] how many of the numbers count, see `timesteps.unit_counts`; None: all.
     """
     settings, places = context.algorithm, torch.arange(uniforms.shape[1], device=uniforms.device)
     live, _ = live_of(trajectory, context)
     counts = torch.full_like(live, len(places)) if counts is None else counts
-    proposal = proposal_of(trajectory, context)
+    of_steps = proposal_of(trajectory, context)
+    proposal, unit = timesteps.in_units(of_steps, trajectory, settings.step_sampler)
     usable = proposal > 0
-    is_distinct = settings.step_sampler == "distinct"
+    is_distinct = settings.step_sampler in ("distinct", "blocks")
     if is_distinct:
         # A grid of k points hits a step whose share is at most 1 / k at most once.
         proposal = timesteps.inclusion(proposal, counts) / counts.clamp(min=1)[:, None]
@@ -107,10 +109,8 @@ def draws_at(
     table = torch.zeros_like(proposal).scatter_add_(1, steps, weights)
     if settings.enumerate_short or is_distinct:
         is_short = (usable.sum(1) <= counts)[:, None]
-        table = torch.where(
-            is_short, usable * timesteps.uniform_steps(live, usable.shape[1]), table
-        )
-    return _draws(table)
+        table = torch.where(is_short, usable / live.clamp(min=1)[:, None].double(), table)
+    return _draws(table if unit is None else table.gather(1, unit) * (of_steps > 0))
 
 
 def proposal_of(trajectory: Trajectory, context: DrawContext) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.diffusion import noise
+from agrpo_megatron.diffusion.blocks import step_blocks
 from agrpo_megatron.types import Trajectory
 
 PUBLISHED_ENTROPY_FLOOR = 1e-8  # nats, added to every live step's entropy; and to its length
@@ -157,8 +158,8 @@ def draw_uniforms(
     """Return [R, most] float64 numbers in (0, 1): each is uniform, together they are spread.
 
     `independent` draws each separately; `stratified` one from each of a rollout's equal parts;
-    `systematic` shifts one regular grid, per rollout, and so does `distinct`; `batch` (published)
-    shuffles the parts of a whole group, so that a rollout gets a random subset.
+    `systematic` shifts one regular grid, per rollout, and so do `distinct` and `blocks`; `batch`
+    (published) shuffles the parts of a whole group, so that a rollout gets a random subset.
 
     Args:
         counts: [R] draws of each rollout; numbers in later columns mean nothing.
@@ -171,13 +172,37 @@ def draw_uniforms(
         return own
     if sampler == "stratified":
         return (places + own) / counts.clamp(min=1)
-    if sampler in ("systematic", "distinct"):
+    if sampler in ("systematic", "distinct", "blocks"):
         return (places + own[:, :1]) / counts.clamp(min=1)
     order = noise.uniform(noise.noise_key(seed, noise.STEPS, rows, places + len(places)))
     order = order.masked_fill(places >= counts, float("inf"))
     parts = counts.view(-1, group_size).sum(1).clamp(min=1).repeat_interleave(group_size)
     shuffled = order.view(len(counts) // group_size, -1).argsort(1).argsort(1).view_as(order)
     return (shuffled + own) / parts[:, None]
+
+
+def unit_counts(counts: Tensor, trajectory: Trajectory, sampler: str) -> Tensor:
+    """Return the draws [R] of steps, or of whole blocks for as many steps; any get at least one."""
+    if sampler != "blocks":
+        return counts
+    sampling = trajectory.sampling
+    steps = sampling.denoising_steps * sampling.block_length / sampling.completion_length
+    return (counts / steps).round().long().clamp(min=1) * (counts > 0)
+
+
+def in_units(
+    proposal: Tensor, trajectory: Trajectory, sampler: str
+) -> tuple[Tensor, Tensor | None]:
+    """Return the proposal of what is drawn, and the unit of each step [R, M]; None: itself.
+
+    Args:
+        proposal: [R, M] of steps.
+    """
+    if sampler != "blocks":
+        return proposal, None
+    unit = step_blocks(trajectory, proposal.shape[1])
+    blocks = proposal.new_zeros(len(proposal), trajectory.sampling.most_blocks)
+    return blocks.scatter_add_(1, unit, proposal), unit
 
 
 def invert(proposal: Tensor, uniforms: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def choose(settings: Settings, machine: Machine, *, phases: Sequence[str] = ()) 
     repeating_flash, deterministic = _deterministic(settings, machine, spec, phases)
     flash = invariant_flash or repeating_flash
     attention = _attention(switches, machine, spec, flash)
-    if settings.model.has_blocks or settings.sft.has_schedule:
+    if settings.has_patterns:
         attention = _block_attention(switches, machine)
     in_layers, in_head = _layer_gradients(machine, spec), _head_gradient(machine)
     notes = (
@@ -246,7 +246,7 @@ def _deterministic(
     why = f"{said}=true"
     is_hopper = HOPPER <= machine.capability < BLACKWELL
     is_cudnn = spec == "te" and is_hopper and not settings.kernels.batch_invariant
-    if not is_cudnn or not settings.model.is_known or settings.model.has_blocks:
+    if not is_cudnn or not settings.model.is_known or settings.has_patterns:
         return None, Note(part, "yes", why)
     budget = settings.train.token_budget
     bytes_needed = training_workspace(settings, budget)

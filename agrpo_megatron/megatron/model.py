@@ -256,7 +256,7 @@ def build_chunks(settings: Settings, ranks: Ranks) -> tuple[MaskedDiffusionModel
         adapted = adapted_layers(model, settings.lora) if settings.lora.rank is not None else []
         make_spec = partial(
             te_spec,
-            has_patterns=model.has_blocks or settings.sft.has_schedule,
+            has_patterns=settings.has_patterns,
             groups_experts=not any(layer.is_expert for layer in adapted),
         )
     chunks = []

@@ -81,7 +81,8 @@ def rollout_passes(
     replicas = data_ranks(layout, cluster.ranks)
     rows, row = -(-completions // replicas), longest + sampling.completion_length
     step_tokens = flops.rollout_work.tokens / completions / steps
-    together, is_cached = _rows_at_once(settings, row, step_tokens), _is_cached(settings)
+    is_cached = settings.caches_keys(sampling)
+    together = _rows_at_once(settings, row, step_tokens)
     groups = settings.rollout.groups or (2 * layout.pipeline if layout.pipeline > 1 else 1)
     if is_cached:
         slots = int(settings.rollout.cache_memory * 2**30) // row_bytes(settings, layout, row)
@@ -170,13 +171,9 @@ def _numbers(model: ModelSettings, layout: ParallelSettings, tokens: float) -> f
     return tokens / layout.context * each * model.num_layers / layout.pipeline
 
 
-def _is_cached(settings: Settings) -> bool:
-    return settings.model.has_blocks and settings.rollout.cached is not False
-
-
 def _rows_at_once(settings: Settings, row: int, step_tokens: float) -> int:
     """Return the rows that the budget of a forward pass holds."""
-    each = step_tokens if _is_cached(settings) else row
+    each = step_tokens if settings.caches_keys(settings.sampling) else row
     found = max(1, int(settings.train.token_budget // each))
     return found if settings.rollout.rows is None else min(found, settings.rollout.rows)
 

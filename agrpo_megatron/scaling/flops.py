@@ -36,6 +36,7 @@ class Work:
     pairs: int  # of tokens that see each other
     scored: int = 0  # tokens that reach the head
     last_pairs: int = 0  # of a token that is a query of the last layer, and one that it sees
+    last_queries: int = 0  # of the last layer
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Cost:
     pair: int
     scored: int
     last_pair: int = 0
+    last_query: int = 0
 
     def of(self, work: Work) -> int:
         """Return the FLOPs of some work."""
@@ -85,16 +87,14 @@ def _weights(model: ModelSettings, lora: LoraSettings | None) -> Cost:
     used = sum(layer_matrices(model, number).used for number in range(model.num_layers))
     # Of the last layer, the output product and the SwiGLU, and the queries if they are split off.
     end = model.query_width + 3 * model.ffn_hidden_size
-    end += model.query_width * _splits_queries(model, lora)
     end *= model.hidden_size * model.ends_at_scored
-    return Cost(2 * (used - end), 0, _head(model) + 2 * end)
+    queries = model.query_width * model.hidden_size * _splits_queries(model, lora)
+    return Cost(2 * (used - end - queries), 0, _head(model) + 2 * end, 0, 2 * queries)
 
 
 def _splits_queries(model: ModelSettings, lora: LoraSettings | None) -> bool:
-    """Whether the last layer has a product for queries alone: none with patterns or adapters."""
-    if model.has_blocks:
-        return False
-    return not any(
+    """Whether the last layer may have a product for queries alone: not with adapters."""
+    return model.ends_at_scored and not any(
         layer.mapping.module == "linear_qkv" and layer_number(layer) == model.num_layers - 1
         for layer in _adapted(model, lora)
     )
@@ -145,7 +145,8 @@ def completion_flops(trajectory: Trajectory, settings: Settings) -> list[int]:
 
     Every denoising step runs the whole row, prompt and completion. A block model's row ends after
     the open block; with a cache, a step runs the open block alone, each finished block runs once
-    more, and a prompt runs in the first of its completions. The head runs at the positions that the
+    more, and a prompt runs in the first of its completions. Under a cached policy, the first step
+    of a block runs the whole row, and later ones the block. The head runs at the positions that the
     step scored. Rows that only fill up a small head product are not counted.
     """
     lora = settings.lora
@@ -159,10 +160,13 @@ def completion_work(trajectory: Trajectory, settings: Settings) -> list[Work]:
     heads = scored_positions(trajectory).tolist()
     if model.has_blocks:
         layers = _block_work(trajectory, model, is_cached=settings.rollout.cached is not False)
-        return [Work(*own, count, own[1]) for own, count in zip(layers, heads, strict=True)]
-    lengths = [len(prompt) + width for prompt in trajectory.prompts]
-    rows = zip(lengths, trajectory.num_steps.tolist(), heads, strict=True)
-    return [Work(n * steps, n**2 * steps, count, n * count) for n, steps, count in rows]
+    elif trajectory.sampling.is_cached:
+        layers = _cached_work(trajectory, model)
+    else:
+        lengths = [len(prompt) + width for prompt in trajectory.prompts]
+        rows = zip(lengths, trajectory.num_steps.tolist(), heads, strict=True)
+        return [Work(n * steps, n**2 * steps, count, n * count, count) for n, steps, count in rows]
+    return [pattern_total(*own, count) for own, count in zip(layers, heads, strict=True)]
 
 
 def _block_work(
@@ -194,6 +198,21 @@ def _block_work(
     return result
 
 
+def _cached_work(trajectory: Trajectory, model: ModelSettings) -> list[tuple[int, int]]:
+    """Return the tokens and pairs [R] of all steps of a cached policy's completions."""
+    from agrpo_megatron.diffusion.blocks import open_part
+
+    sampling, result = trajectory.sampling, []
+    begins, ends = _steps_of_blocks(trajectory)
+    for prompt, counts in zip(trajectory.prompts, (ends - begins).tolist(), strict=True):
+        length, tokens = len(prompt) + sampling.completion_length, 0
+        for number, count in enumerate(counts):
+            start, end = open_part(len(prompt), number, sampling, shift=model.shift)
+            tokens += length * (count > 0) + max(0, count - 1) * (end - start)
+        result.append((tokens, tokens * length))
+    return result
+
+
 def scored_work(lengths: Sequence[int], scored: Sequence[int]) -> Work:
     """Return the work of rows that an estimator scores; all tokens of a row see each other.
 
@@ -202,7 +221,8 @@ def scored_work(lengths: Sequence[int], scored: Sequence[int]) -> Work:
         scored: tokens of each row that reach the head.
     """
     last_pairs = sum(n * count for n, count in zip(lengths, scored, strict=True))
-    return Work(sum(lengths), sum(length**2 for length in lengths), sum(scored), last_pairs)
+    count = sum(scored)
+    return Work(sum(lengths), sum(length**2 for length in lengths), count, last_pairs, count)
 
 
 def pattern_work(patterns: Iterable[Row], scored: int) -> Work:
@@ -213,8 +233,12 @@ def pattern_work(patterns: Iterable[Row], scored: int) -> Work:
     from agrpo_megatron.diffusion.patterns import row_length, visible_pairs
 
     rows = list(patterns)
-    pairs = sum(map(visible_pairs, rows))
-    return Work(sum(map(row_length, rows)), pairs, scored, pairs)
+    return pattern_total(sum(map(row_length, rows)), sum(map(visible_pairs, rows)), scored)
+
+
+def pattern_total(tokens: int, pairs: int, scored: int) -> Work:
+    """Return the work of rows of patterns, whose tokens are all queries of the last layer."""
+    return Work(tokens, pairs, scored, pairs, tokens)
 
 
 def scored_positions(trajectory: Trajectory) -> Tensor:

@@ -99,7 +99,7 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
     moments = (own - moved) * MOMENTS[optimizer.moments]
     away = main_weights + moments if settings.rollout.release == "optimizer" else 0
     cache, has_reference = 0, needs_reference and settings.lora.rank is None
-    if settings.model.has_blocks and settings.rollout.cached is not False:
+    if settings.caches_keys(settings.sampling):
         cache = int(settings.rollout.cache_memory * 2**30)
     # An update's, which a rollout can use.
     room = activations + logits + away

@@ -34,6 +34,22 @@ ALARMS = (
         "a first update's policy ratio is {value:.2e} from 1; rollout and training disagree",
     ),
     Alarm(
+        "mismatch",
+        "mismatch/mean",
+        "train.mismatch_alarm",
+        lambda value, level: value > level,
+        "probabilities of the sampler and of the policy that is trained differ {value:.3g} times "
+        "on average; importance weights correct less and less of it",
+    ),
+    Alarm(
+        "mismatch_tail",
+        "mismatch/p99",
+        "train.mismatch_tail_alarm",
+        lambda value, level: value > level,
+        "one token in 100 has a probability that sampler and trained policy see {value:.3g} times "
+        "apart, or more",
+    ),
+    Alarm(
         "empty",
         "completions/empty_fraction",
         "resilience.empty_alarm",

@@ -1,5 +1,6 @@
 """The updates of one iteration: what the estimator scores, older log-probs, optimizer step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, timestep_batch
-from agrpo_megatron.diffusion.blocks import pack_replay, replay_rows
+from agrpo_megatron.diffusion.replays.pack import pack_replay
+from agrpo_megatron.diffusion.replays.rows import ReplayRow, replayed_rows
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.objective import (
     BatchLoss,
@@ -143,8 +145,9 @@ def packed_part(settings: Settings, ranks: Ranks, rollout: Rollout, scored: Scor
     """Pack this rank's share of scored rows into micro-batches."""
     model = settings.model
     assert model.mask_token_id is not None
-    make = _replayed if model.has_blocks else _whole
-    lengths, work, batches, parts = make(settings, ranks, rollout, scored, model.mask_token_id)
+    rows = replayed_rows(scored, rollout, model, budget=settings.train.token_budget)
+    facts = settings, ranks, rollout, scored, model.mask_token_id
+    lengths, work, batches, parts = _whole(*facts) if rows is None else _replayed(rows, *facts)
     mode = settings.algorithm.rollout_experts
     if mode is not None:
         batches = with_experts(batches, parts, scored, rollout, is_replayed=mode == "replay")
@@ -168,17 +171,22 @@ def _whole(
 
 
 def _replayed(
-    settings: Settings, ranks: Ranks, rollout: Rollout, scored: ScoredRows, mask_id: int
+    rows: Sequence[ReplayRow],
+    settings: Settings,
+    ranks: Ranks,
+    rollout: Rollout,
+    scored: ScoredRows,
+    mask_id: int,
 ) -> Packed:
-    """Pack states of the same rollout after one copy of its text."""
+    """Pack states after the context that they share."""
     model, budget = settings.model, settings.train.token_budget
-    rows = replay_rows(scored, rollout, model, budget=budget)
     lengths = torch.tensor([row.length for row in rows], dtype=torch.int64)
     batches, parts = [], []
     for plan in my_micro_batches(lengths, model, ranks, budget=budget):
         mine = [rows[number] for number in plan.tolist()]
         states = torch.tensor([state for row in mine for state in row.states], dtype=torch.int64)
-        packed = pack_replay(mine, rollout, scored, mask_id=mask_id) if mine else None
+        facts = {"mask_id": mask_id, "shift": model.shift}
+        packed = pack_replay(mine, rollout, scored, **facts) if mine else None
         batches.append(timestep_batch(rollout, scored, states, mask_id=mask_id, packed=packed))
         parts.append([ScoredPart(row.context, row.states) for row in mine])
     patterns = [row.pattern for row in rows]
@@ -197,18 +205,25 @@ def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_fi
     old, _ = _tables(network, part, settings)
     if recorded is not None:
         assert limit is not None
-        factor = (old - recorded).exp()
-        part = replace(part, correction=_corrected(factor[scored.scored], limit, network.ranks))
-        scored = replace(scored, weight=scored.weight * factor.clamp(max=limit))
+        change = old - recorded
+        part = replace(part, correction=_corrected(change[scored.has_token], limit, network.ranks))
+        scored = replace(scored, weight=scored.weight * change.exp().clamp(max=limit))
     return replace(_passed(part, settings), scored=scored, old=old)
 
 
-def _corrected(factor: Tensor, limit: float, ranks: Ranks) -> dict[str, float]:
-    """Return metrics of the importance weights of the scored tokens, [S]; every rank."""
-    factor = factor if len(factor) else factor.new_ones(1)
+def _corrected(change: Tensor, limit: float, ranks: Ranks) -> dict[str, float]:
+    """Return metrics of the importance weights exp(change) of the scored tokens, [S]; every rank.
+
+    A mismatch is exp |change|.
+    """
+    change = change.double() if len(change) else change.new_zeros(1)
+    factor, mismatch = change.exp(), change.abs().exp().sort().values
     mine = {
-        "correction/mean": float(factor.double().mean()),
+        "correction/mean": float(factor.mean()),
         "correction/truncated": float((factor > limit).double().mean()),
+        "mismatch/mean": float(mismatch.mean()),
+        "mismatch/p99": float(mismatch[int(0.99 * len(mismatch))]),
+        "mismatch/max": float(mismatch[-1]),
     }
     return from_last_stage(mine, ranks)
 

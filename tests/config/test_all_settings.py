@@ -177,6 +177,7 @@ NEEDS |= {
     "algorithm.prompt_mask": ALL_HIDDEN,
     "algorithm.tail": ON_MASKS,
     "algorithm.cut_tail": ON_MASKS,
+    "sampling.policy=approximate": ["algorithm.rollout_correction=2"],
     "algorithm.enumerate_short": ["algorithm.step_sampler=systematic"],
     "algorithm.least_probability": ["algorithm.name=rldf"],
     "algorithm.loss=preference": ["algorithm.name=vrpo"],

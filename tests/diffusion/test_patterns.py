@@ -6,11 +6,13 @@ from agrpo_megatron.diffusion.patterns import (
     ahead,
     block_causal,
     full,
+    inside,
     places_of,
     replay,
     row_length,
+    span_keys,
     span_mask,
-    span_slices,
+    span_slice,
     visible,
     visible_pairs,
 )
@@ -75,18 +77,36 @@ def test_a_causal_context_is_causal_and_its_copy_is_not():
     assert not mask[:4, 4:].any() and mask[4:].all()
 
 
+def test_a_copy_inside_sees_the_context_around_its_block_and_itself():
+    """Context of 7 tokens; two copies of tokens 2 to 4."""
+    row = inside(7, (2, 5), 2)
+    mask = _mask([row])
+    assert places_of([row], CPU).position.tolist() == [*range(7), 2, 3, 4, 2, 3, 4]
+    around = torch.tensor([True, True, False, False, False, True, True])
+    assert torch.equal(mask[:7], torch.tensor([True] * 7 + [False] * 6).expand(7, 13))
+    for first in (7, 10):
+        own = torch.zeros(6, dtype=torch.bool)
+        own[first - 7 : first - 4] = True
+        assert torch.equal(mask[first : first + 3], torch.cat([around, own]).expand(3, 13))
+
+
 def test_pairs_are_counted_as_the_mask_has_them():
     rows = [full(5), block_causal(11, 4, origin=3), replay(4, 4, [(4, 3)], causal=True)]
+    rows += [inside(7, (2, 5), 2), inside(7, (0, 7), 1), inside(7, (5, 7), 3)]
     for row in [*rows, replay(10, 4, [(4, 6), (8, 2), (0, 4)], causal=False)]:
         assert visible_pairs(row) == int(_mask([row]).sum())
 
 
 def test_the_mask_of_a_span_is_its_part_of_the_rows_mask():
-    row = replay(10, 4, [(0, 10), (8, 2)], causal=False)
+    for row in (replay(10, 4, [(0, 10), (8, 2)], causal=False), inside(7, (2, 5), 2)):
+        _check_spans(row)
+
+
+def _check_spans(row):
     whole = _mask([row])
     for number in range(3):
-        context, own = span_slices(row, number)
-        parts = [whole[own, context], whole[own, own]] if number else [whole[own, own]]
+        own = span_slice(row, number)
+        parts = [whole[own, part] for part in span_keys(row, number)]
         mask, expected = span_mask(row, number, CPU), torch.cat(parts, 1)
         assert expected.all() if mask is None else torch.equal(mask, expected)
         assert whole[own].sum() == expected.sum(), "no token sees another copy"

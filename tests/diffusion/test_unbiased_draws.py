@@ -67,7 +67,7 @@ def integrate(sampler, cdfs, counts):
         yield from _integrate_batch(cdfs, counts)
         return
     (cdf,), (count,) = cdfs, counts
-    if sampler in ("systematic", "distinct"):
+    if sampler in ("systematic", "distinct", "blocks"):
         combs = [[count * c - place for c in cdf] for place in range(count)]
         for middle, width in cells(itertools.chain.from_iterable(combs)):
             yield [[middle] * count], None, width
@@ -99,8 +99,12 @@ def _rows(values, counts):
 
 def listed_draws(trajectory, context, counts):
     """Repeat each group once for each cell of its draws: (rows, own, order, weights)."""
-    proposal, algorithm = proposal_of(trajectory, context), context.algorithm
-    if algorithm.step_sampler == "distinct":
+    algorithm = context.algorithm
+    counts = timesteps.unit_counts(counts, trajectory, context.algorithm.step_sampler)
+    proposal, _ = timesteps.in_units(
+        proposal_of(trajectory, context), trajectory, algorithm.step_sampler
+    )
+    if algorithm.step_sampler in ("distinct", "blocks"):
         proposal = timesteps.inclusion(proposal, counts) / counts.clamp(min=1)[:, None]
     size = algorithm.group_size if algorithm.step_sampler == "batch" else 1
     rows, own, order, weights = [], [], [], []
@@ -183,6 +187,28 @@ def test_mean_over_draws_of_a_truncated_policy_with_many_tokens_a_step(
     assert relative_error(got, expected) < EXACT
 
 
+def test_a_block_is_drawn_with_all_of_its_steps(monkeypatch):
+    """Two of four steps are one of two blocks; a row that ended early has one block."""
+    toy = Toy(length=4, tokens=2, eos_id=0)
+    table = toy.table(seed=4)
+    sampling = SamplingSettings(completion_length=4, block_length=2, denoising_steps=4)
+    trajectory = enumerate_trajectories(table, toy, sampling).trajectory
+    short = (trajectory.num_steps == 2).nonzero()[:2, 0]
+    trajectory = take(trajectory, torch.cat([short, torch.arange(4, len(trajectory.tokens), 2)]))
+    steps = trajectory.num_steps
+    assert steps.unique().tolist() == [2, 4]
+    algorithm = AlgorithmSettings(mc_samples=2, step_sampler="blocks", group_size=2)
+    draws = drawn_steps(trajectory, DrawContext(algorithm, toy.eos_id, 3))
+    assert torch.bincount(draws.rollout).tolist() == [2] * len(steps)
+    first, second = draws.step.view(-1, 2).T
+    assert (first % 2 == 0).all() and torch.equal(second, first + 1)
+    assert set(first[steps == 4].tolist()) == {0, 2}
+    gains = torch.linspace(-1, 2, len(steps)).double()
+    facts = {"toy": toy, "table": table}
+    got, expected = mean_gradient(monkeypatch, trajectory, gains, algorithm, **facts)
+    assert relative_error(got, expected) < EXACT
+
+
 @pytest.mark.parametrize("mix", [0.0, 0.1])
 @pytest.mark.parametrize("sampler", ["distinct", "systematic", "independent"])
 def test_steps_without_an_alternative_are_left_out_exactly(monkeypatch, sampler, mix):
@@ -215,7 +241,7 @@ def test_as_many_draws_as_live_steps_are_the_full_trajectory(sampler, count):
         step_sampler=sampler,
         proposal="entropy",
         group_size=2,
-        enumerate_short=sampler != "distinct",
+        enumerate_short=sampler not in ("distinct", "blocks"),
     )
     context = DrawContext(algorithm, TOY.eos_id, 5)
     drawn = drawn_steps(trajectory, context)
@@ -294,7 +320,7 @@ def test_each_uniform_is_uniform_and_spread_as_its_name_says(sampler):
         group_size=size,
     )
     assert float(draws.min()) > 0 and float(draws.max()) < 1
-    is_grid = sampler in ("systematic", "distinct")
+    is_grid = sampler in ("systematic", "distinct", "blocks")
     own = draws * count % 1 if is_grid or sampler == "stratified" else draws
     for column in own.T:
         ordered = column.sort().values

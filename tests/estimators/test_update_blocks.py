@@ -9,8 +9,9 @@ from torch import nn
 from agrpo_megatron.config.rules.blocks import ACROSS
 from agrpo_megatron.config.settings.estimators import ENTRIES
 from agrpo_megatron.diffusion import SamplingSettings, module_context, sample, timestep_batch
-from agrpo_megatron.diffusion.blocks import pack_replay, replay_rows
 from agrpo_megatron.diffusion.patterns import block_causal, places_of, visible
+from agrpo_megatron.diffusion.replays.pack import pack_replay
+from agrpo_megatron.diffusion.replays.rows import replayed_rows
 from agrpo_megatron.estimators import (
     AlgorithmSettings,
     DrawContext,
@@ -91,7 +92,7 @@ def test_scored_blocks_are_those_of_replayed_rows(name):
     logits = [context.forward.score(batch.rows) for batch in batches]
     ours = table(scored, batches, logits, context, algorithm, sampling)
 
-    replayed, logits = replay_rows(scored, rollout, model, budget=1000), []
+    replayed, logits = replayed_rows(scored, rollout, model, budget=1000), []
     packed = pack_replay(replayed, rollout, scored, mask_id=MASK)
     states = torch.tensor([state for row in replayed for state in row.states])
     patterns = [row.pattern for row in replayed]

@@ -117,5 +117,5 @@ def test_a_row_of_llada_8b():
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
     assert weights == 6_979_321_856
     cost, end = forward_cost(model), 2 * 4096**2 + 3 * 4096 * 12288
-    assert cost.of(Work(1, 1, 1, 1)) == 2 * (weights + 4096 * 126464) + 32 * 4 * 4096
+    assert cost.of(Work(1, 1, 1, 1, 1)) == 2 * (weights + 4096 * 126464) + 32 * 4 * 4096
     assert cost.of(Work(512, 512**2)) == 512 * 2 * (weights - end) + 512**2 * 31 * 4 * 4096

@@ -35,6 +35,8 @@ VARIANTS = {
     "espo": ["algorithm.name=espo", NULL, "algorithm.updates_per_iteration=2"],
     "adapters": ["lora.rank=3", "algorithm.rollout_correction=2.0"],
     "blocks": BLOCKS,
+    "cached": ["sampling.policy=cached", "algorithm.name=full_trajectory", NULL],
+    "approximate": ["sampling.policy=approximate", "algorithm.rollout_correction=2.0"],
     "blocks of the row": [*BLOCKS, "sampling.block_origin=row"],
     "blocks, uncached": [*BLOCKS, "rollout.cached=false"],
 }

@@ -354,6 +354,9 @@ def test_a_rollouts_cache_uses_the_room_of_activations():
     assert room > 0 and small.rollout_cache == 2**30 - room
     large = load(Settings, None, [*own, "rollout.cache_memory=1e-6"])
     assert rank_memory(large, 1, stage=0).rollout_cache == 0
+    full = [*own, "model.attention=full", "model.block_length=null", "sampling.policy=cached"]
+    cached = rank_memory(load(Settings, None, full), 1, stage=0)
+    assert cached.rollout_cache == small.rollout_cache
     uncached = load(Settings, None, [*own, "rollout.cached=false"])
     assert rank_memory(uncached, 1, stage=0).rollout_cache == 0
 

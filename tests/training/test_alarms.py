@@ -15,10 +15,13 @@ from tests.runs.test_log import wandb_records
 from tests.training.test_run import read
 from tests.training.tiny import open_session, resolved_run, silent_view
 
-NAMES = ["ratio", "empty", "entropy", "entropy_rise", "failed_rewards", "zero_variance"]
+NAMES = ["ratio", "mismatch", "mismatch_tail", "empty", "entropy", "entropy_rise"]
+NAMES += ["failed_rewards", "zero_variance"]
 # alarm: metric, setting, a value that is past it, one that is not
 STATES = {
     "ratio": ("ratio/max_error", "train.ratio_alarm", 0.02, 0.01),
+    "mismatch": ("mismatch/mean", "train.mismatch_alarm", 1.5, 1.25),
+    "mismatch_tail": ("mismatch/p99", "train.mismatch_tail_alarm", 2.5, 2.0),
     "empty": ("completions/empty_fraction", "resilience.empty_alarm", 0.75, 0.5),
     "entropy": ("entropy", "resilience.entropy_alarm", 0.01, 0.25),
     "failed_rewards": ("failed_rewards_fraction", "resilience.failed_rewards_alarm", 0.5, 0.25),
@@ -26,6 +29,8 @@ STATES = {
 }
 LEVELS = {
     "ratio": 0.01,
+    "mismatch": 1.25,
+    "mismatch_tail": 2.0,
     "empty": 0.75,
     "entropy": 0.25,
     "failed_rewards": 0.5,
@@ -174,7 +179,8 @@ def test_a_policy_that_says_nothing_any_more_is_told_once(tmp_path):
     changes = ["sft.iterations=30", "sft.optimizer.learning_rate=3e-2"]
     [told] = run_ranks(1, _train, run_dir, changes, _learn_to_say_nothing)
     expected = {name: [float(name != "ratio")] * 3 for name in NAMES}
-    expected |= {name: [0.0] * 3 for name in ("entropy_rise", "failed_rewards")}
+    quiet = ("mismatch", "mismatch_tail", "entropy_rise", "failed_rewards")
+    expected |= {name: [0.0] * 3 for name in quiet}
     assert _on(run_dir) == expected
     keys = ["resilience.empty_alarm=0.5", "resilience.entropy_alarm=0.2"]
     keys += ["resilience.zero_variance_alarm=1.0"]

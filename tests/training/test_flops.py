@@ -37,6 +37,12 @@ VARIANTS = {
     "agrpo, another round": (["algorithm.resample_rounds=1", *PAIRS], [3]),
     "full_trajectory": (["algorithm.name=full_trajectory", NULL], [3]),
     "to a reference": (["algorithm.kl_coefficient=0.1"], [4]),
+    "cached": (["sampling.policy=cached", "train.token_budget=40"], [3]),
+    "approximate": (["sampling.policy=approximate", "algorithm.rollout_correction=2.0"], [4]),
+    "cached, shifted": (
+        ["sampling.policy=cached", "model.shift=true", "algorithm.step_sampler=blocks"],
+        [3],
+    ),
     "corrected": (["algorithm.rollout_correction=2.0"], [4]),
     "of sequences": (["algorithm.name=espo", NULL], [4]),
     "of sequences, twice": (

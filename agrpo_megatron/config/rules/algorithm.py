@@ -62,10 +62,10 @@ def validate_algorithm(algorithm: AlgorithmSettings, sampling: SamplingSettings)
         _check_normaliser(filled, defaults)
         _check_joined(filled)
     _check_exact_kl(filled, sampling)
-    if filled.step_sampler == "distinct" and not filled.enumerate_short:
+    if filled.step_sampler in ("distinct", "blocks") and not filled.enumerate_short:
         raise ValueError(
-            "algorithm.enumerate_short=false has no meaning under algorithm.step_sampler=distinct, "
-            "which takes every step where draws suffice; use true, or "
+            "algorithm.enumerate_short=false has no meaning under algorithm.step_sampler="
+            f"{filled.step_sampler}, which takes every step where draws suffice; use true, or "
             "algorithm.step_sampler=systematic"
         )
     _check_details(filled)

@@ -1,5 +1,6 @@
 """Rules of a run whose model attends by blocks and decodes one after another."""
 
+from agrpo_megatron.config.rules.cached import validate_cached
 from agrpo_megatron.config.settings import (
     ModelSettings,
     RolloutSettings,
@@ -18,6 +19,7 @@ def validate_blocks(settings: Settings) -> None:
     Raises:
         ValueError: the first rule broken, with key, value, rule and fix.
     """
+    validate_cached(settings)
     by = f"model.attention={settings.model.attention}"
     layouts = (("parallel.", settings.parallel), ("rollout.parallel: ", settings.rollout_layout))
     for key, parallel in layouts:
@@ -55,25 +57,28 @@ def validate_whole_rows(settings: Settings) -> None:
             "model.attention=causal predicts one token after another, and a run decodes masked "
             "tokens; use full, or block_causal with model.block_length"
         )
+    validate_cached(settings)
     if settings.rollout.cached:
         raise ValueError(
             "rollout.cached=true needs finished blocks that no longer change, and in a model with "
             "model.attention=full every token sees the later ones; use null or false"
         )
-    if settings.rollout.cache_memory != RolloutSettings.cache_memory:
+    has_cache = settings.sampling.is_cached
+    if settings.rollout.cache_memory != RolloutSettings.cache_memory and not has_cache:
         raise ValueError(
-            f"rollout.cache_memory={settings.rollout.cache_memory:g} is for models with blocks, "
-            f"and model.attention is full; use {RolloutSettings.cache_memory:g}"
+            f"rollout.cache_memory={settings.rollout.cache_memory:g} is for models with blocks or "
+            "a cached policy, and model.attention is full; use "
+            f"{RolloutSettings.cache_memory:g}, or sampling.policy=cached"
         )
     validate_block_sampling(settings.sampling, settings.model, "sampling")
     validate_block_estimator(settings.algorithm.name, settings.model)
     if settings.sft.autoregressive_weight:
         raise ValueError(_not_causal(settings))
     chosen = settings.kernels.block_attention
-    if chosen != "auto" and not settings.sft.has_schedule:
+    if chosen != "auto" and not settings.has_patterns:
         raise ValueError(
-            f"kernels.block_attention={chosen} is for models with blocks, and model.attention is "
-            "full; use auto"
+            f"kernels.block_attention={chosen} is for models with blocks or a cached policy, and "
+            "model.attention is full; use auto"
         )
 
 

@@ -82,15 +82,27 @@ class Settings:
         parts = from_text(ParallelSettings, text, key=key)
         return build(ParallelSettings, parts, f"{key}.")
 
+    @property
+    def has_patterns(self) -> bool:
+        """Whether some tokens of a packed row do not see all of it."""
+        return self.model.has_blocks or self.sampling.is_cached or self.sft.has_schedule
+
+    def caches_keys(self, sampling: SamplingSettings) -> bool:
+        """Return whether a sampler keeps keys and values: of a block model, or by its policy."""
+        is_block_model = self.model.has_blocks and self.rollout.cached is not False
+        return is_block_model or sampling.is_cached
+
     @cached_property
     def evaluation_sampling(self) -> SamplingSettings:
         """The sampler of evaluation: `sampling` with the overrides of `evaluation`.
 
-        It draws no positions, and records nothing that only an update needs.
+        It draws no positions, and records nothing that only an update needs. An approximate sampler
+        stands in for the exact policy, so that one is evaluated.
         """
         sampling, chosen = self.sampling, self.evaluation
         return replace(
             sampling,
+            policy="exact" if sampling.policy == "approximate" else sampling.policy,
             temperature=chosen.temperature,
             unmasking=chosen.unmasking,
             denoising_steps=chosen.denoising_steps or sampling.denoising_steps,

@@ -8,7 +8,7 @@ from agrpo_megatron.config.schema import setting
 from agrpo_megatron.config.settings.estimators import ENTRIES, LOSSES
 
 PROPOSALS = ("uniform", "entropy", "gradient")
-STEP_SAMPLERS = ("distinct", "systematic", "stratified", "batch", "independent")
+STEP_SAMPLERS = ("distinct", "blocks", "systematic", "stratified", "batch", "independent")
 STATES = (
     "full",
     "random",
@@ -56,7 +56,8 @@ class AlgorithmSettings:
     )
     step_sampler: str = setting(
         "distinct",
-        "how draws are spread: distinct never draws a step twice; batch is published",
+        "how draws are spread: distinct never draws a step twice; blocks draws all steps of a "
+        "block or none, for sampling.policy=cached; batch is published",
         choices=STEP_SAMPLERS,
     )
     allocation: str = setting(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from agrpo_megatron.config.schema import setting
 
 UNMASKING = ("random", "low_confidence", "entropy", "margin", "bernoulli", "leftmost")
+POLICIES = ("exact", "cached", "approximate")
 MODEL_FREE = ("random", "bernoulli", "leftmost")  # orders that do not depend on the model
 UNSET = 0  # of a setting whose default follows from others
 
@@ -37,6 +38,13 @@ class SamplingSettings:
         "uniform", "tokens per step: equal (LLaDA) or by Dream's time", choices=("uniform", "dream")
     )
     unmasking: str = setting("random", "which positions are fixed next", choices=UNMASKING)
+    policy: str = setting(
+        "exact",
+        "model.attention=full: each step computes all tokens; or, after a block's first step, the "
+        "block alone, with the others' keys and values of that step: cached trains what it "
+        "samples, approximate trains the exact policy and weighs the difference",
+        choices=POLICIES,
+    )
     temperature: float = setting(1.0, "0 is greedy", low=0)
     top_k: int | None = setting(None, "keep the k likeliest tokens", unit="tokens", low=1)
     top_p: float = setting(1.0, "keep the smallest set with this mass", low=0, high=1)
@@ -104,6 +112,11 @@ class SamplingSettings:
         blocks = self.completion_length // self.block_length
         steps = self.denoising_steps + self.denoising_steps // blocks * (self.most_blocks - blocks)
         return steps + self.edit_steps * self.most_blocks * (self.edit_threshold is not None)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether steps reuse keys and values of their block's first step."""
+        return self.policy != "exact"
 
     @property
     def is_cut(self) -> bool:

@@ -116,6 +116,10 @@ class TrainSettings:
     ratio_alarm: float = setting(
         1e-3, "warn when a first update's policy ratio is further from 1 than this", low=0
     )
+    mismatch_alarm: float = setting(
+        1.05, "warn when mismatch/mean, of rollout and training log-probs, is over this", low=1
+    )
+    mismatch_tail_alarm: float = setting(1.5, "warn when mismatch/p99 is over this", low=1)
     stop_metric: str | None = setting(None, "end early by this evaluation metric; null: never")
     stop_target: float | None = setting(None, "end once train.stop_metric is this high")
     stop_patience: int | None = setting(

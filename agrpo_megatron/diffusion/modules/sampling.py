@@ -7,6 +7,7 @@ from torch import Tensor
 
 from agrpo_megatron.config.rules import validate_sampling
 from agrpo_megatron.config.rules.blocks import validate_block_sampling
+from agrpo_megatron.config.rules.cached import validate_module_policy
 from agrpo_megatron.config.schema import rebuilt
 from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion import sampler
@@ -61,6 +62,7 @@ def check_context(context: SamplerContext, sampling: SamplingSettings) -> None:
         ValueError: they are not, with the fix.
     """
     validate_block_sampling(sampling, context.model, "sampling")
+    validate_module_policy(sampling)
     is_forbidden = context.mask_id in context.vocab.forbidden
     if is_forbidden and not sampling.forbid_mask_token:
         raise ValueError(

@@ -7,7 +7,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from agrpo_megatron.diffusion.patterns import span_mask, span_slices, tail_mask
+from agrpo_megatron.diffusion.patterns import part_mask, span_keys, span_mask, span_slice
 from agrpo_megatron.megatron.layers.context import gather_keys
 from agrpo_megatron.megatron.layers.flex import attend
 from agrpo_megatron.megatron.layers.packed import PackedLayout, Run
@@ -79,19 +79,22 @@ class PackedAttention(MegatronModule):
     def _attend_cached(
         self, query: Tensor, key: Tensor, value: Tensor, run: Run, store: KeyStore, slots: Tensor
     ) -> Tensor:
-        """Attend from the last tokens of rows to whole rows, whose first keys are cached."""
+        """Attend from some tokens of rows to whole rows, whose other keys are cached."""
         assert run.pattern is not None
         new = [x[:, :, : run.keep] for x in (key, value)]
-        if run.before:
-            old = store.read(self.layer_number, slots, run.before)
-            key, value = (torch.cat(pair, 2) for pair in zip(old, (key, value), strict=True))
+        end = run.before + run.queries
+        if run.before + run.after:
+            before = store.read(self.layer_number, slots, 0, run.before)
+            after = store.read(self.layer_number, slots, end, end + run.after)
+            parts = zip(before, (key, value), after, strict=True)
+            key, value = (torch.cat(part, 2) for part in parts)
         if run.keep:
             store.write(self.layer_number, slots, run.before, *new)
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=tail_mask(run.pattern, run.before, query.device),
+            attn_mask=part_mask(run.pattern, slice(run.before, end), query.device),
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
@@ -108,12 +111,8 @@ class PackedAttention(MegatronModule):
             mask, own, seen = None, query, (key, value)
             if pattern is not None:
                 mask = span_mask(pattern, number, query.device)
-                context, tokens = span_slices(pattern, number)
-                own = query[:, :, tokens]
-                if number:
-                    seen = [torch.cat([x[:, :, context], x[:, :, tokens]], 2) for x in seen]
-                else:
-                    seen = [x[:, :, context] for x in seen]
+                own, parts = query[:, :, span_slice(pattern, number)], span_keys(pattern, number)
+                seen = [_joined([x[:, :, part] for part in parts]) for x in seen]
             out = F.scaled_dot_product_attention(
                 own,
                 *seen,
@@ -122,7 +121,12 @@ class PackedAttention(MegatronModule):
                 enable_gqa=query.shape[1] != key.shape[1],
             )
             outputs.append(out)
-        return torch.cat(outputs, 2) if len(outputs) != 1 else outputs[0]
+        return _joined(outputs)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Join tokens of rows, [rows, heads, tokens, head_dim]."""
+    return torch.cat(parts, 2) if len(parts) != 1 else parts[0]
 
 
 def _by_row(x: Tensor, rows: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Keys and values of rows in flight, for models whose finished tokens never change."""
+"""Keys and values of rows in flight: of finished blocks, or of an open block's first step."""
 
 from collections.abc import Sequence
 
@@ -28,9 +28,9 @@ class KeyValueStore:
             stored = self._layers[layer]
             stored[:, target, :, :count] = stored[:, source, :, :count]
 
-    def read(self, layer: int, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the first keys and values of slots, [rows, groups, count, head_dim] each."""
-        keys, values = self._layers[layer][:, slots, :, :count]
+    def read(self, layer: int, slots: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of slots, [rows, groups, end - first, head_dim] each."""
+        keys, values = self._layers[layer][:, slots, :, first:end]
         return keys, values
 
     def write(self, layer: int, slots: Tensor, first: int, keys: Tensor, values: Tensor) -> None:
@@ -51,7 +51,7 @@ def make_store(
     Raises:
         ValueError: `rollout.cache_memory` does not hold a row.
     """
-    if not settings.model.has_blocks or settings.rollout.cached is False or not prompts:
+    if not prompts or not settings.caches_keys(sampling):
         return None
     length = max(len(prompt) for prompt in prompts) + sampling.completion_length
     each = row_bytes(settings, ranks.parallel, length)

@@ -45,7 +45,7 @@ def padded_rows(rows: PackedRows, ranks: Ranks, *, tokens: int = 0) -> PackedRow
 
 def _with_filler(cached: CachedRows) -> CachedRows:
     """Add a row that neither reads nor writes the cache."""
-    parts = {name: (*getattr(cached, name), 0) for name in ("slots", "before", "keep")}
+    parts = {name: (*getattr(cached, name), 0) for name in ("slots", "before", "keep", "after")}
     return replace(cached, **parts)
 
 

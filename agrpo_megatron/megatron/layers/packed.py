@@ -28,7 +28,8 @@ class Run:
     keys: int  # per row
     start: int  # of the first row's keys, among this rank's keys
     pattern: Row | None = None  # None: all tokens of a row see each other
-    before: int = 0  # cached tokens of each row
+    before: int = 0  # cached tokens of each row before the queries
+    after: int = 0  # and after them
     keep: int = 0  # first queries of each row whose keys are to be cached
     slots: tuple[int, ...] = ()  # of the rows; empty: no cache
 
@@ -83,8 +84,9 @@ def packed_layout(
     cu_seqlens, bounds, places = rows.cu_seqlens, rows.bounds, None
     if rows.patterns is not None:
         assert context.size == 1
-        before = None if rows.cached is None else rows.cached.before
-        places = places_of(rows.patterns, rows.tokens.device, before=before)
+        cached = rows.cached
+        left_out = {} if cached is None else {"before": cached.before, "after": cached.after}
+        places = places_of(rows.patterns, rows.tokens.device, **left_out)
     first, last = part_of(bounds[-1], context, context.rank)
     positions = positions_in_rows(cu_seqlens, bounds[-1]) if places is None else places.position
     positions = positions[first:last]
@@ -160,7 +162,10 @@ def _run_of(rows: PackedRows, number: int, queries: int, start: int) -> Run:
     bounds, cached = rows.bounds, rows.cached
     pattern = None if rows.patterns is None else rows.patterns[number]
     run = Run(1, queries, bounds[number + 1] - bounds[number], start, pattern)
-    if cached is None or not cached.before[number] + cached.keep[number]:
+    if cached is None:
+        return run
+    before, keep, after = cached.before[number], cached.keep[number], cached.after[number]
+    if not before + keep + after:
         return run
     slots = (cached.slots[number],)
-    return replace(run, before=cached.before[number], keep=cached.keep[number], slots=slots)
+    return replace(run, before=before, keep=keep, after=after, slots=slots)

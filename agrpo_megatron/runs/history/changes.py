@@ -27,6 +27,7 @@ SCHEDULE += ("clip_grad",)
 # They alter what follows, and nothing of what was computed before.
 LOGGED = tuple(f"optimizer.{name}" for name in SCHEDULE)
 LOGGED += ("train.iterations", "train.flops", "train.token_budget", "train.ratio_alarm")
+LOGGED += ("train.mismatch_alarm", "train.mismatch_tail_alarm")
 LOGGED += ("train.stop_metric", "train.stop_target", "train.stop_patience")
 LOGGED += ("algorithm.mc_samples", "algorithm.auto_share", "evaluation.interval")
 # Of `agrpo evaluate` only.

@@ -83,6 +83,20 @@ POLICY = (
         healthy="Below 0.01; else the rollouts are too old, or of another policy.",
     ),
     Metric(
+        "mismatch/mean",
+        RL,
+        "Mean of exp |difference| of scored tokens' log-probs between the trained policy and the "
+        "sampler, before the update; with `algorithm.rollout_correction`.",
+        healthy="1 for the same policy; below 1.05, `train.mismatch_alarm`.",
+    ),
+    Metric(
+        "mismatch/p99",
+        RL,
+        "The same that 99 % of the tokens do not exceed.",
+        healthy="Below 1.5, `train.mismatch_tail_alarm`.",
+    ),
+    Metric("mismatch/max", RL, "The same at its largest."),
+    Metric(
         "clip_fraction",
         RL,
         "Share of the scored tokens whose ratio the loss clips.",

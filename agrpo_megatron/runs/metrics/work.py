@@ -151,8 +151,8 @@ ALARMS = (
     Metric(
         "alarm/<name>",
         RL,
-        "1 while an alarm is on: ratio, empty, entropy, entropy_rise, failed_rewards or "
-        "zero_variance; each has a level in the settings (`train.ratio_alarm`, "
+        "1 while an alarm is on: ratio, mismatch, mismatch_tail, empty, entropy, entropy_rise, "
+        "failed_rewards or zero_variance; each has a level in the settings (`train.*_alarm`, "
         "`resilience.*_alarm`).",
         healthy="0",
     ),

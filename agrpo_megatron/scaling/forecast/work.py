@@ -11,7 +11,7 @@ import torch
 
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, sft_lengths
-from agrpo_megatron.diffusion.blocks import replay_rows
+from agrpo_megatron.diffusion.replays.rows import replayed_rows
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.table import needs_current_pass, needs_old_pass, scored_rows
 from agrpo_megatron.scaling.flops import (
@@ -144,13 +144,13 @@ def _passes(settings: Settings, rollout: Rollout, rows: ScoredRows, *, is_first:
     """Return the passes of an update: with gradient, and without."""
     algorithm, model, lora = settings.algorithm, settings.model, settings.lora
     scored = rows.scored.sum(1).tolist()
-    if model.has_blocks:
-        replayed = replay_rows(rows, rollout, model, budget=settings.train.token_budget)
-        packed = len(replayed)
-        work = pattern_work([row.pattern for row in replayed], sum(scored))
-    else:
+    replayed = replayed_rows(rows, rollout, model, budget=settings.train.token_budget)
+    if replayed is None:
         lengths = row_lengths(rollout, rows).tolist()
         work, packed = scored_work(lengths, scored), len(lengths)
+    else:
+        work = pattern_work([row.pattern for row in replayed], sum(scored))
+        packed = len(replayed)
     is_recorded = recorded_logprobs(rollout, rows) is not None
     own = needs_old_pass(rows, algorithm, is_recorded=is_recorded, is_first=is_first)
     own += needs_current_pass(rows, algorithm, is_first=is_first)

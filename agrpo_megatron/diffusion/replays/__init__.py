@@ -1,0 +1,1 @@
+"""Rows in which partially masked states of a rollout share a context."""
