@@ -198,6 +198,7 @@ class KeyStore(Protocol):
 
     def read(self, layer: int, slots: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values of slots from token `first` up to `end`."""
+        ...
 
     def write(self, layer: int, slots: Tensor, first: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values of slots from token `first` on."""
