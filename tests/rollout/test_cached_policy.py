@@ -10,7 +10,8 @@ from agrpo_megatron.diffusion.blocks import open_part
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.megatron.forward import RolloutForward
 from agrpo_megatron.megatron.weights import export_hf
-from agrpo_megatron.rollout.generate import encode_prompts, sample_prompts
+from agrpo_megatron.rollout.generate import sample_prompts
+from agrpo_megatron.rollout.requests import encode_prompts
 from agrpo_megatron.tasks.base import task_prompts
 from agrpo_megatron.training.rl import collect_rollout
 from tests.ranks import run_ranks
