@@ -30,6 +30,10 @@ REFUSED = {
         {"mc_samples": "auto", "prompts_per_iteration": 1},
         "algorithm.prompts_per_iteration=1; use at least 2, or a number of draws",
     ),
+    "auto of blocks": (
+        {"mc_samples": "auto", "step_sampler": "blocks"},
+        "step_sampler=blocks draws whole blocks; use a number of draws, or distinct",
+    ),
     "a share of nothing": ({"auto_share": 0.1}, "no meaning without algorithm.mc_samples=auto"),
     "clip without ratio": ({"name": "wd1", "clip_low": 0.1}, "under algorithm.loss=reinforce"),
     "a KL with a bound": ({"name": "spg", "kl_coefficient": 0.1}, "kl_coefficient=0.1 has no"),

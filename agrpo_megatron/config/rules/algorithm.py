@@ -208,6 +208,11 @@ def _check_auto(algorithm: AlgorithmSettings) -> None:
             "algorithm.mc_samples=auto measures the drawn steps of algorithm.name=agrpo, and "
             f"algorithm.name={algorithm.name}; use null"
         )
+    if algorithm.step_sampler == "blocks":
+        raise ValueError(
+            "algorithm.mc_samples=auto measures numbers of drawn steps, and "
+            "algorithm.step_sampler=blocks draws whole blocks; use a number of draws, or distinct"
+        )
     if algorithm.prompts_per_iteration < 2:
         raise ValueError(
             "algorithm.mc_samples=auto compares two halves of an iteration's problems, and "
