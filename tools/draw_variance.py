@@ -203,7 +203,7 @@ def main() -> None:
         cells = (f"k {k}: {r.value:.2f} ({r.low:.2f} to {r.high:.2f})" for k, r in by_count.items())
         console.print(f"  {way:14}" + "   ".join(cells))
     for way, count in itertools.product(list(WAYS)[1:], arguments.draws):
-        found_match = match(case, way, count)
+        found_match = match(case, way, int(count))
         said = "more" if found_match is None else f"{found_match.draws}"
         fewer = "" if found_match is None else f", {found_match.states:.2f} times fewer states"
         console.print(f"as precise as {count} published draws, {way}: {said}{fewer}")

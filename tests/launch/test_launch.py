@@ -200,7 +200,7 @@ WRONG = {
     "launch.options=--time=5 is set elsewhere; use launch.time": ["launch.options=[--time=5]"],
     "parallel.tensor=3 does not divide model.num_attention_heads=2; use "
     "parallel=tp2-pp1-cp1-dp4, the nearest layout that fits": ["parallel=tp3"],
-    "launch.gpu_memory=1 is under the 3.6 GiB of the fullest rank at parallel=tp1-pp1-cp1-dp8; "
+    "launch.gpu_memory=1 is under the 4.1 GiB of the fullest rank at parallel=tp1-pp1-cp1-dp8; "
     "split the model over more ranks (python tools/layouts.py FILE --ranks 8 compares layouts)": [
         "model.hidden_size=4096",
         "launch.gpu_memory=1",
@@ -231,9 +231,9 @@ def test_without_slurm_nothing_is_submitted(launch, no_slurm, tmp_path):
 
 def test_memory_that_is_nearly_full_is_warned_of(launch, no_slurm, tmp_path):
     file = write_settings(tmp_path / "s.yaml", run={"dir": str(tmp_path / "run")})
-    big = ["model.hidden_size=4096", "launch.gpu_memory=3.8"]
+    big = ["model.hidden_size=4096", "launch.gpu_memory=4.3"]
     _, script, _ = launch(file, "--nodes", 1, "--dry-run", *big)
-    assert "GiB in the fullest rank, 96 % of 3.8 GiB: weights" in script
+    assert "GiB in the fullest rank, 96 % of 4.3 GiB: weights" in script
     assert "# warning   memory is over 90 % of launch.gpu_memory, and" in script
     _, script, _ = launch(file, "--nodes", 1, "--dry-run", *big, *CPU)
     assert "warning   memory" not in script, "without GPUs there is no limit"

@@ -117,8 +117,8 @@ def _train(run_dir, overrides, moment=None):
     found: list[tuple[str, int]] = []
     own = RolloutCache.find_completions
 
-    def find(self, name, rollout_ids, *, sampling):
-        cached = own(self, name, rollout_ids, sampling=sampling)
+    def find(self, name, rollout_ids, **options):
+        cached = own(self, name, rollout_ids, **options)
         found.append((name, 0 if cached is None else len(cached.prompts)))
         return cached
 

@@ -34,6 +34,8 @@ AHEAD = [
     "algorithm.rollout_correction=2",
     "train.iterations=5",
     "algorithm.updates_per_iteration=2",
+    "train.mismatch_alarm=100",  # its weights change fast
+    "train.mismatch_tail_alarm=100",
     "evaluation.interval=2",
     "checkpoint.interval=2",
 ]

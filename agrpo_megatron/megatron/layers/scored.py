@@ -87,10 +87,15 @@ class ScoredTokens:
             core.takes_scored = True
             self._attention.get_query_key_value_tensors = self._projected
         core.register_forward_hook(_chosen, with_kwargs=True)
+        layer.register_forward_hook(self._end)
 
     def _begin(self, _: nn.Module, __: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         """Note the tokens of a forward pass; also if the layer is computed again."""
         self._layout = inputs["packed_seq_params"]
+
+    def _end(self, *_: Any) -> None:
+        """Forget the tokens, whose tables would stay in memory."""
+        self._layout = None
 
     def _make_add(self, *flags: bool) -> Any:
         """Return Megatron's function that adds the attention to the residual stream."""
