@@ -162,10 +162,13 @@ def part_mask(row: Row, part: slice, device: torch.device) -> Tensor | None:
 
 
 def span_keys(row: Row, number: int) -> list[slice]:
-    """Return the tokens that those of a span may see: of the context, then of the span itself."""
+    """Return the tokens that those of a span may see: of the context, and of the span itself.
+
+    They are in the order of their positions, as in a cached rollout, which sums over them alike.
+    """
     own, span, context = span_slice(row, number), row[number], row[0].length
     if span.is_inside:
-        return [slice(span.start), slice(span.start + span.length, context), own]
+        return [slice(span.start), own, slice(span.start + span.length, context)]
     return [slice(context), own] if number else [own]
 
 

@@ -160,7 +160,8 @@ def test_rollouts_and_gradients_are_those_of_the_definition(kind):
     trajectory, expected, metrics, ours, theirs = run_ranks(1, _compare, KINDS[kind])[0]
     drawn = trajectory.is_sampled
     assert float((trajectory.logprobs - expected)[drawn].abs().max()) < 2e-5
-    assert metrics["ratio/max_error"] < 1e-5
+    # The same kernels add the same numbers in the same order; candidates are normalised apart.
+    assert metrics["ratio/max_error"] <= (1e-6 if kind == "candidates" else 0)
     assert relative_error(ours, theirs) < 1e-4
     if kind == "ends":
         assert len(set(trajectory.num_steps.tolist())) > 1
