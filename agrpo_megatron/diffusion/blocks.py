@@ -34,11 +34,16 @@ def step_blocks(trajectory: Trajectory, num_steps: int) -> Tensor:
 
     Steps of blocks follow each other, so a step's block is the last one that it has begun.
     """
-    numbers, steps = block_numbers(trajectory)[0], trajectory.unmask_step
-    begins = torch.full_like(numbers[:, :1], num_steps).repeat(1, trajectory.sampling.most_blocks)
-    begins = begins.scatter_reduce(1, numbers, steps.clamp(max=num_steps), "amin")
-    places = torch.arange(num_steps, device=numbers.device).expand(len(numbers), -1)
-    return torch.searchsorted(begins.contiguous(), places.contiguous(), right=True) - 1
+    begins = block_begins(trajectory)
+    places = torch.arange(num_steps, device=begins.device).expand(len(begins), -1)
+    return torch.searchsorted(begins, places.contiguous(), right=True) - 1
+
+
+def block_begins(trajectory: Trajectory) -> Tensor:
+    """Return the first step of each block [R, most blocks]; of those that never ran, the end."""
+    begins = trajectory.num_steps[:, None].repeat(1, trajectory.sampling.most_blocks)
+    numbers = block_numbers(trajectory)[0]
+    return begins.scatter_reduce(1, numbers, trajectory.unmask_step, "amin")
 
 
 def open_block(prompt: int, block: int, sampling: SamplingSettings) -> tuple[int, int]:

@@ -265,11 +265,9 @@ def _steps_of_blocks(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
 
     The first step fixes a token, and so do all others but some of those that may edit.
     """
-    from agrpo_megatron.diffusion.blocks import block_numbers
+    from agrpo_megatron.diffusion.blocks import block_begins
 
-    numbers, blocks = block_numbers(trajectory)[0], trajectory.sampling.most_blocks
-    begins = trajectory.num_steps[:, None].repeat(1, blocks)
-    begins = begins.scatter_reduce(1, numbers, trajectory.unmask_step, "amin")
+    begins = block_begins(trajectory)
     ends = begins.roll(-1, dims=1)
     ends[:, -1] = trajectory.num_steps
     return begins, ends

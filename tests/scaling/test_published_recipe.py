@@ -56,8 +56,17 @@ def test_an_iteration_of_the_cached_policy_takes_over_three_and_a_half_times_few
 
 
 def test_spread_draws_save_less_of_an_update():
-    """Steps of many blocks need the context of each."""
+    """Steps of many blocks need the context of each: nothing of an update is saved."""
     spread, _ = _work(["sampling.policy=cached"])
     together, _ = _work(CACHED)
-    assert EXACT_TOKENS / spread == pytest.approx(2.8, abs=0.2)
+    assert spread - 32 * (640 + 3 * 12) == pytest.approx(24 * 640, rel=0.02)
     assert spread > together
+
+
+def test_larger_blocks_of_more_steps_save_more_of_a_rollout():
+    """32 tokens in 32 steps: the figure of docs/cached.md."""
+    sampling = ["sampling.block_length=32", "sampling.denoising_steps=384"]
+    settings = load(Settings, None, [*RECIPE, *CACHED, *sampling])
+    rollout = whole_rollout([256], settings.model, settings.sampling, group_size=2)
+    ((tokens, _), _) = _cached_work(rollout.trajectory, settings.model)
+    assert 384 * 640 / tokens == pytest.approx(12.5, abs=0.05)

@@ -44,7 +44,24 @@ class Index:
     digest: str  # of the ids
 
 
-class TextRows(Sequence[Example]):
+class _Rows(Sequence[Example]):
+    """Rows that are read one at a time."""
+
+    def _row(self, number: int) -> Example:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Example]: ...
+    def __getitem__(self, place: int | slice) -> Example | list[Example]:
+        """Return a row, or some rows."""
+        if isinstance(place, slice):
+            return [self._row(number) for number in range(*place.indices(len(self)))]
+        return self._row(range(len(self))[place])
+
+
+class TextRows(_Rows):
     """The rows of a source, as examples that are read when they are needed."""
 
     def __init__(self, file: Path, index: Index, *, name: str, length: int):
@@ -55,21 +72,14 @@ class TextRows(Sequence[Example]):
         whole, rest = divmod(self.held.tokens, self._length)
         return whole + (rest > 1)  # a row has a first token, and one to learn
 
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Example]: ...
-    def __getitem__(self, place: int | slice) -> Example | list[Example]:
-        """Return a row, of which all but the first token are trained; or some rows."""
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        number = range(len(self))[place]
+    def _row(self, number: int) -> Example:
+        """Return a row, of which all but the first token are trained."""
         ids = numpy.array(self._tokens[number * self._length : (number + 1) * self._length])
         trained = numpy.arange(len(ids)) > 0
         return Example(f"{self._name}, row {number + 1}", [TokenRow(ids, trained)], b"")
 
 
-class Joined(Sequence[Example]):
+class Joined(_Rows):
     """The rows of several sources, one after the other."""
 
     def __init__(self, parts: Sequence[TextRows]):
@@ -79,15 +89,7 @@ class Joined(Sequence[Example]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Example]: ...
-    def __getitem__(self, place: int | slice) -> Example | list[Example]:
-        """Return a row, or some rows."""
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        number = range(len(self))[place]
+    def _row(self, number: int) -> Example:
         part = next(n for n, start in enumerate(self._starts[1:]) if number < start)
         return self._parts[part][number - self._starts[part]]
 

@@ -21,14 +21,14 @@ from agrpo_megatron.config.settings import Settings, TokenizerSettings
 from agrpo_megatron.diffusion import SamplingSettings, module_context, sample
 from agrpo_megatron.families import settings_from_hf
 from agrpo_megatron.megatron.pipeline import forward_rows
-from agrpo_megatron.runs.directory import progress, resolve_run
+from agrpo_megatron.runs.directory import resolve_run
 from agrpo_megatron.text.tokenizer import CHARACTERS, load_tokenizer
-from agrpo_megatron.training.run import train
 from agrpo_megatron.training.supervised.drawn import micro_batches, open_stream
 from tests.families.autoregressive import make_autoregressive
 from tests.ranks import run_ranks
+from tests.training.supervised.test_run import train_until
 from tests.training.test_run import read
-from tests.training.tiny import open_run, same_metrics, silent_view
+from tests.training.tiny import open_run, same_metrics
 
 LETTERS = "abcdefghijklmnop"
 LENGTH = 16
@@ -124,18 +124,7 @@ def write_learned(folder, family, *, tied):
 def _train(run_dir, overrides, stop_after=None):
     settings = load(Settings, None, [*RUN, f"run.dir={run_dir}", *overrides])
     resolved = resolve_run(settings, world_size=dist.get_world_size(), phases=("sft",))
-    progress(resolved.settings)
-    view = silent_view()
-
-    def sft(metrics):
-        if metrics["iteration"] == stop_after:
-            raise KeyboardInterrupt
-
-    view.sft = sft
-    try:
-        train(resolved, view, phases=("sft",))
-    except KeyboardInterrupt:
-        assert stop_after is not None
+    train_until(resolved, stop_after)
 
 
 def _losses(run_dir, overrides):

@@ -40,10 +40,8 @@ def chats(tmp_path_factory):
     return path
 
 
-def _train(run_dir, chats, overrides=(), stop_after=None):
-    world = dist.get_world_size()
-    settings = tiny(f"run.dir={run_dir}", f"sft.data={chats}", *RUN, *overrides)
-    resolved = resolve_run(settings, world_size=world, phases=("sft",))
+def train_until(resolved, stop_after):
+    """Run the supervised phase; an interrupt ends it after an iteration, if one is named."""
     progress(resolved.settings)
     view = silent_view()
 
@@ -56,6 +54,13 @@ def _train(run_dir, chats, overrides=(), stop_after=None):
         train(resolved, view, phases=("sft",))
     except KeyboardInterrupt:
         assert stop_after is not None
+
+
+def _train(run_dir, chats, overrides=(), stop_after=None):
+    world = dist.get_world_size()
+    settings = tiny(f"run.dir={run_dir}", f"sft.data={chats}", *RUN, *overrides)
+    resolved = resolve_run(settings, world_size=world, phases=("sft",))
+    train_until(resolved, stop_after)
 
 
 @pytest.fixture(scope="module")
