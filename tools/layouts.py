@@ -87,7 +87,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=8, help="GPUs, all nodes together (8)")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of each GPU (80)")
     parser.add_argument("--parallel", metavar="LAYOUT", help="this layout only, such as tp4-pp2")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings to change"
+    )
     return parser.parse_intermixed_args()
 
 

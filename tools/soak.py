@@ -214,7 +214,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=float, default=45.0, help="seconds between faults (45)")
     parser.add_argument("--slow", type=float, default=1.5, help="seconds added to a rollout (1.5)")
     parser.add_argument("--seed", type=int, default=0, help="of the plan (0)")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings to change"
+    )
     arguments = parser.parse_intermixed_args()
     if not 0 < arguments.every <= 60:
         parser.error(f"--every={arguments.every:g} is not over 0 and up to 60 seconds")

@@ -100,7 +100,7 @@ def all_overrides(arguments: argparse.Namespace, rest: Sequence[str]) -> list[st
 
 def add_overrides(command: argparse.ArgumentParser) -> None:
     """Add settings to a command's arguments."""
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    command.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=OVERRIDES)
 
 
 def add_assumed(command: argparse.ArgumentParser) -> None:
