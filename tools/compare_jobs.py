@@ -21,8 +21,10 @@ from typing import Any
 
 from compare_plan import Job
 
+from agrpo_megatron.reports.read import read_run
 from agrpo_megatron.reports.text import duration
 
+PHASES = {"start": ("sft",), "whole": ("sft", "rl")}  # by kind; of others RL alone
 PRELOADED = ["agrpo_megatron.training.run", "agrpo_megatron.training.variance.command"]
 FINISHED, FOUND, STOPPED, FAILED = "finished", "found", "stopped", "failed"
 BATCHES, REPEATS = 4, 4  # of the measurement of variance, as `agrpo variance` has them
@@ -158,10 +160,12 @@ def train_member(job: Job) -> Outcome:
     from agrpo_megatron.training.run import train
 
     resolved = directory.resolve_run(job.settings, world_size=1)
-    settings, phases = resolved.settings, ("sft",) if job.kind == "start" else ("rl",)
+    settings, phases = resolved.settings, PHASES.get(job.kind, ("rl",))
     done = directory.progress(settings)
     is_start = done is not None and (done.phase, done.iteration) == ("sft", settings.sft.iterations)
-    if directory.is_finished(settings, done) or (job.kind == "start" and is_start):
+    if job.kind == "whole" and is_start:  # without RL, its evaluation is the end
+        is_start = not settings.train.iterations and bool(read_run(job.directory).evaluations)
+    if directory.is_finished(settings, done) or ("sft" in phases and is_start):
         return Outcome(FOUND)
     check_start(resolved, world_size=1)
     reason = train(resolved, NoView(), phases=phases)

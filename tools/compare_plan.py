@@ -33,9 +33,9 @@ class Members:
 
 @dataclass(frozen=True)
 class Job:
-    """One process: a supervised phase, a run of a member, or the measurement of variance."""
+    """One process: a supervised phase, RL, both in turn, or the measurement of variance."""
 
-    kind: str  # "start", "tuning", "run" or "variance"
+    kind: str  # "start", "tuning", "run", "whole" or "variance"
     directory: Path
     file: Path
     overrides: tuple[str, ...]

@@ -144,8 +144,8 @@ def _cells(summary: Summary) -> dict[str, str]:
         "settings": ", ".join(shown),
         "seeds": str(len(runs)),
         "start": percent(mean("start")),
-        "final": _percent_band(summary.final),
-        "against the baseline, points": "" if other is None else _points_band(other),
+        "final": percent_band(summary.final),
+        "against the baseline, points": "" if other is None else points_band(other),
         "iterations": f"{mean('iterations'):.0f}",
         "update FLOPs": f"{mean('update_flops'):.2e}",
         "CPU seconds": f"{mean('cpu_seconds'):.0f}",
@@ -153,11 +153,13 @@ def _cells(summary: Summary) -> dict[str, str]:
     }
 
 
-def _percent_band(found: Estimate) -> str:
+def percent_band(found: Estimate) -> str:
+    """Return a share with its band in percent."""
     return f"{percent(found.mean)} ({percent(found.low)} to {percent(found.high)})"
 
 
-def _points_band(found: Estimate) -> str:
+def points_band(found: Estimate) -> str:
+    """Return a difference of shares with its band in percentage points."""
     mean, low, high = (f"{100 * value:+.1f}" for value in (found.mean, found.low, found.high))
     return f"{mean} ({low} to {high})"
 
