@@ -80,8 +80,7 @@ def _point(run: Path, cluster: Cluster, *, is_cpu: bool) -> Point:
     flops = count_flops(settings, model.prompts, ())
     at = replace(cluster, ranks=ranks, measured=None)
     memory = worst_rank(settings, ranks)
-    longest = max(model.prompts)
-    sampled = rollout_passes(settings, flops, at, memory.weights, longest=longest)
+    sampled = rollout_passes(settings, flops, at, memory.weights, prompts=model.prompts)
     trained = update_passes(settings, flops, at, memory.weights)
     updates = settings.algorithm.updates_per_iteration
     completions = settings.algorithm.prompts_per_iteration * settings.algorithm.group_size
@@ -94,7 +93,7 @@ def _point(run: Path, cluster: Cluster, *, is_cpu: bool) -> Point:
     rest = max(0.0, _median(rows, "timing/iteration") - rollout - update)
     if is_cpu:
         rollout, update, rest = median_seconds(run, is_cpu=True), 0.0, 0.0
-    passed, learned = sampled.count, trained.micro_batches * updates
+    passed, learned = sampled.batches.count, trained.micro_batches * updates
     shares = ran / flops.rollout, updating / flops.update
     return Point(
         sampled.of.work.times(passed * shares[0]),

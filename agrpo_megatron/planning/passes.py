@@ -1,9 +1,11 @@
 """Forward and backward passes of one rank: how many, of how many tokens, and their seconds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from agrpo_megatron.config.parallel import data_ranks, layer_matrices, stage_layers
 from agrpo_megatron.config.settings import ModelSettings, ParallelSettings, Settings
+from agrpo_megatron.planning.batches import Batches, rollout_batches
 from agrpo_megatron.planning.cluster import Cluster
 from agrpo_megatron.planning.exchange import exchange
 from agrpo_megatron.planning.fit import Work
@@ -28,12 +30,8 @@ class Pass:
 class Rollout:
     """The forward passes of a replica's rollout."""
 
-    rows: int  # completions of the replica
-    together: int  # rows of a forward pass
-    in_flight: int  # forward passes at one time, of a pipeline
-    count: int  # forward passes
-    waits: float  # passes of a stage that it waits for, over those that it runs
-    of: Pass
+    batches: Batches
+    of: Pass  # the average one
 
 
 @dataclass(frozen=True)
@@ -67,47 +65,31 @@ def for_model(cluster: Cluster, model: ModelSettings) -> Cluster:
 
 
 def rollout_passes(
-    settings: Settings, flops: Flops, cluster: Cluster, weights: int, *, longest: int
+    settings: Settings, flops: Flops, cluster: Cluster, weights: int, *, prompts: Sequence[int]
 ) -> Rollout:
     """Return the passes of a rollout.
 
     Args:
         weights: bytes of a rank's weights.
-        longest: tokens of the longest prompt.
+        prompts: tokens of some prompts; they stand for all.
     """
     model, sampling, layout = settings.model, settings.sampling, settings.rollout_layout
     algorithm, steps = settings.algorithm, sampling.most_steps
-    completions = algorithm.prompts_per_iteration * algorithm.group_size
-    replicas = data_ranks(layout, cluster.ranks)
-    rows, row = -(-completions // replicas), longest + sampling.completion_length
-    step_tokens = flops.rollout_work.tokens / completions / steps
+    whole = algorithm.prompts_per_iteration * algorithm.group_size * steps  # steps of all rows
+    step_tokens = flops.rollout_work.tokens / whole
+    of = rollout_batches(settings, prompts, ranks=cluster.ranks, step_tokens=step_tokens)
+    tokens, row = of.together * step_tokens, max(prompts) + sampling.completion_length
     is_cached = settings.caches_keys(sampling)
-    together = _rows_at_once(settings, row, step_tokens)
-    groups = settings.rollout.groups or (2 * layout.pipeline if layout.pipeline > 1 else 1)
-    if is_cached:
-        slots = int(settings.rollout.cache_memory * 2**30) // row_bytes(settings, layout, row)
-        rows_in_flight = max(1, min(rows, slots))
-    else:
-        rows_in_flight = rows
-    together = min(together, -(-rows_in_flight // groups))
-    in_flight = max(1, min(groups, rows_in_flight // together))
-    count = steps * -(-rows // together)
-    tokens = together * step_tokens
-    keys = together * row_bytes(settings, layout, row) if is_cached else 0
-    busiest = max(1.0, layout.pipeline / in_flight)
-    share = _ranks_of_a_stage(layout)
-    scored = flops.rollout_work.scored / completions / steps * together / layout.tensor
+    keys = of.together * row_bytes(settings, layout, row) if is_cached else 0
+    share = layout.pipeline * _ranks_of_a_stage(layout)
+    scored = flops.rollout_work.scored / whole * of.together / layout.tensor
     return Rollout(
-        rows,
-        together,
-        in_flight,
-        count,
-        waits=busiest - 1,
-        of=Pass(
+        of,
+        Pass(
             tokens,
             narrowest=_narrowest(model, layout, tokens),
             work=Work(
-                flops.rollout / completions / steps * together / layout.pipeline / share,
+                flops.rollout / whole * of.together / share,
                 _numbers(model, layout, tokens),
                 scored * (model.vocab_size or 0),
                 -(-model.num_layers // layout.pipeline),
@@ -129,8 +111,7 @@ def update_passes(settings: Settings, flops: Flops, cluster: Cluster, weights: i
     replicas, packed = data_ranks(layout, cluster.ranks), max(1, flops.update_rows // updates)
     length = flops.update_work.tokens / updates / packed
     rows = -(-packed // replicas)
-    each = max(1, int(settings.train.token_budget // max(1.0, length)))
-    count = -(-rows // each)
+    count = -(-max(1, flops.update_batches // updates) // replicas)
     if layout.virtual > 1:
         count = -(-count // layout.pipeline) * layout.pipeline
     tokens = rows * length / count
@@ -169,13 +150,6 @@ def _numbers(model: ModelSettings, layout: ParallelSettings, tokens: float) -> f
     split = 3 * model.ffn_hidden_size + 4 * model.query_width + 4 * model.key_width
     each = 6 * model.hidden_size + split / layout.tensor
     return tokens / layout.context * each * model.num_layers / layout.pipeline
-
-
-def _rows_at_once(settings: Settings, row: int, step_tokens: float) -> int:
-    """Return the rows that the budget of a forward pass holds."""
-    each = step_tokens if settings.caches_keys(settings.sampling) else row
-    found = max(1, int(settings.train.token_budget // each))
-    return found if settings.rollout.rows is None else min(found, settings.rollout.rows)
 
 
 def _ranks_of_a_stage(layout: ParallelSettings) -> int:

@@ -1,7 +1,7 @@
 """All layouts of a model on a cluster: those that fit, fastest first, and why others do not."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from agrpo_megatron.config.parallel import layout_name
@@ -75,7 +75,7 @@ def rank_layouts(
             illegal[_rule(str(error))] += 1
             continue
         memory = worst_rank(settings, cluster.ranks)
-        found.append(candidate(settings, flops, of, memory, longest=max(model.prompts)))
+        found.append(candidate(settings, flops, of, memory, prompts=model.prompts))
     return Ranking(
         model,
         cluster,
@@ -87,15 +87,15 @@ def rank_layouts(
 
 
 def candidate(
-    settings: Settings, flops: Flops, cluster: Cluster, memory: Memory, *, longest: int
+    settings: Settings, flops: Flops, cluster: Cluster, memory: Memory, *, prompts: Sequence[int]
 ) -> Candidate:
     """Return a layout with its times.
 
     Args:
         memory: of its fullest rank.
-        longest: tokens of the longest prompt.
+        prompts: tokens of some prompts; they stand for all.
     """
-    ran = iteration(settings, flops, cluster, memory, longest=longest)
+    ran = iteration(settings, flops, cluster, memory, prompts=prompts)
     fits = memory.total < SPARE * cluster.device.memory * GIB
     return Candidate(layout_name(settings.parallel, cluster.ranks), settings, memory, ran, fits)
 

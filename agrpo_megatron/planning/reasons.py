@@ -79,10 +79,10 @@ def changed(ranking: Ranking, cluster: Cluster, *, completions: float = 1.0) -> 
     Args:
         completions: of an iteration, as a multiple of those of the ranking.
     """
-    flops, longest = _scaled(ranking.flops, completions), max(ranking.model.prompts)
+    flops, prompts = _scaled(ranking.flops, completions), ranking.model.prompts
     of = for_model(cluster, ranking.model.settings.model)
     return [
-        candidate(_with_prompts(one.settings, completions), flops, of, one.memory, longest=longest)
+        candidate(_with_prompts(one.settings, completions), flops, of, one.memory, prompts=prompts)
         for one in [*ranking.fitting, *ranking.too_large]
     ]
 
@@ -120,7 +120,8 @@ def _scaled(flops: Flops, by: float) -> Flops:
     def times(work: Work) -> Work:
         return Work(*(round(by * number) for number in astuple(work)))
 
-    names = ("rollout", "update", "scored_rows", "rollout_bytes", "update_rows", "update_extra")
+    names = ("rollout", "update", "scored_rows", "rollout_bytes")
+    names += ("update_rows", "update_batches", "update_extra")
     changes = {name: round(by * getattr(flops, name)) for name in names}
     works = {name: times(getattr(flops, name)) for name in ("rollout_work", "update_work")}
     return replace(flops, **changes, **works)

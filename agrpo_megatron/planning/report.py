@@ -108,10 +108,10 @@ def lines_after(ranking: Ranking, prices: Prices) -> list[str]:
 
 def _passes(one: Candidate) -> list[str]:
     """Return what a replica does in an iteration."""
-    rollout, update = one.iteration.rollout, one.iteration.update
+    rollout, update = one.iteration.rollout.batches, one.iteration.update
     return [
-        f"replica   {counted(rollout.rows, 'completion')}, {rollout.together} in a forward pass, "
-        f"{rollout.count} passes; an update of {counted(update.rows, 'row')} in "
+        f"replica   {counted(rollout.rows, 'completion')}, at most {rollout.largest} in a forward "
+        f"pass, {rollout.count} passes; an update of {counted(update.rows, 'row')} in "
         f"{update.micro_batches} micro-batches of {update.of.tokens:.0f} tokens"
     ]
 

@@ -6,6 +6,7 @@ the model comes on top. Rewards, saves, sampling from logits and other small ope
 counted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from agrpo_megatron.config.parallel import data_ranks
@@ -56,17 +57,17 @@ class Iteration:
 
 
 def iteration(
-    settings: Settings, flops: Flops, cluster: Cluster, memory: Memory, *, longest: int
+    settings: Settings, flops: Flops, cluster: Cluster, memory: Memory, *, prompts: Sequence[int]
 ) -> Iteration:
     """Return an iteration of settings with a legal layout.
 
     Args:
         memory: of the fullest rank under the layout.
-        longest: tokens of the longest prompt.
+        prompts: tokens of some prompts; they stand for all.
     """
     updates = settings.algorithm.updates_per_iteration
     copy = memory.rollout_copy
-    sampled = rollout_passes(settings, flops, cluster, copy or memory.weights, longest=longest)
+    sampled = rollout_passes(settings, flops, cluster, copy or memory.weights, prompts=prompts)
     trained = update_passes(settings, flops, cluster, memory.weights)
     step = seconds(sampled.of, cluster)
     alone = seconds(replace(sampled.of, exchange=0.0), cluster)
@@ -76,12 +77,12 @@ def iteration(
     has_rollouts = settings.train.from_rollouts is None
     measured, algorithm = cluster.measured, settings.algorithm
     completions = algorithm.prompts_per_iteration * algorithm.group_size
-    count = sampled.count * has_rollouts * (measured.rollout_share if measured else 1)
+    count = sampled.batches.count * has_rollouts * (measured.rollout_share if measured else 1)
     updates *= measured.update_share if measured else 1
     times = Times(
         rollout=count * alone,
         rollout_exchange=count * (step - alone),
-        rollout_bubble=count * step * sampled.waits,
+        rollout_bubble=count * step * sampled.batches.waits,
         update=updates * trained.micro_batches * learn_alone,
         update_exchange=updates * trained.micro_batches * (learn - learn_alone),
         update_bubble=updates * trained.bubble * learn,

@@ -40,7 +40,7 @@ def made_run(folder, name, *, gpus):
     (run / "launch" / "sections.json").write_text('{"world_size": 1}')
     ranking = ranked(run / "config.yaml", gpus)
     passes, flops = ranking.fitting[0].iteration, ranking.flops
-    rollout = passes.rollout.count * TRUE.seconds(passes.rollout.of.work)
+    rollout = passes.rollout.batches.count * TRUE.seconds(passes.rollout.of.work)
     update = passes.update.micro_batches * TRUE.seconds(passes.update.of.work)
     whole = rollout + update
     row = {"phase": "rl", "flops": flops.rollout + flops.update, "update_flops": flops.update}

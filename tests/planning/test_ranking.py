@@ -77,8 +77,8 @@ def test_seconds_of_one_rank_by_hand():
     given = ["lora.rank=16", "algorithm.prompts_per_iteration=4"]
     ranking = ranked("llada-8b", "1xH200", *given)
     (one,) = ranking.fitting
-    times, rows = one.iteration.times, one.iteration.rollout.together
-    assert rows == 8192 // 512 and one.iteration.rollout.count == 128 * 32 // rows
+    times, rows = one.iteration.times, one.iteration.rollout.batches.largest
+    assert rows == 8192 // 512 and one.iteration.rollout.batches.count == 128 * 32 // rows
     rate = 989e12 * 0.55 * 8192 / (8192 + TILE)
     assert times.rollout == pytest.approx(ranking.flops.rollout / rate)
     assert times.update == pytest.approx(ranking.flops.update / rate)

@@ -9,8 +9,10 @@ from dataclasses import astuple, dataclass, replace
 
 import torch
 
+from agrpo_megatron.config.parallel import attention_cost
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, sft_lengths
+from agrpo_megatron.diffusion.packing import assign_rows
 from agrpo_megatron.diffusion.replays.rows import replayed_rows
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.table import needs_current_pass, needs_old_pass, scored_rows
@@ -46,6 +48,7 @@ class Flops:
     rollout_work: Work  # tokens, pairs and scored tokens behind `rollout`, sampled or replayed
     update_work: Work  # of the passes with gradient behind `update`
     update_rows: int  # packed rows of these passes
+    update_batches: int  # micro-batches of these passes, of all replicas together
     update_extra: int  # FLOPs of the passes without gradient, part of `update`
 
 
@@ -93,6 +96,7 @@ def count_flops(
         rollout_work=_scaled(completion_work(rollout.trajectory, settings), share),
         update_work=_scaled([update.work], share),
         update_rows=round(share * update.rows),
+        update_batches=max(1, round(share * update.batches)),
         update_extra=round(share * update.extra),
     )
 
@@ -104,12 +108,13 @@ class _Passes:
     states: int  # scored
     work: Work  # with gradient
     rows: int  # packed
+    batches: int  # of these rows, within the budget of tokens
     flops: int  # with gradient
     extra: int  # FLOPs without gradient
 
     def plus(self, other: "_Passes", *, times: int = 1) -> "_Passes":
         """Return these passes and another one's, so many times."""
-        names = ("states", "rows", "flops", "extra")
+        names = ("states", "rows", "batches", "flops", "extra")
         sums = {name: getattr(self, name) + times * getattr(other, name) for name in names}
         return _Passes(work=_scaled([self.work, _scaled([other.work], times)], 1), **sums)
 
@@ -129,7 +134,7 @@ def evenly(values: Sequence[int], count: int) -> list[int]:
 def _update(settings: Settings, rollout: Rollout) -> _Passes:
     """Return the passes of all updates on rollouts."""
     algorithm, model = settings.algorithm, settings.model
-    updates, total = algorithm.updates_per_iteration, _Passes(0, Work(0, 0, 0), 0, 0, 0)
+    updates, total = algorithm.updates_per_iteration, _Passes(0, Work(0, 0, 0), 0, 0, 0, 0)
     counted = min(updates, SOME_UPDATES)
     for number in range(counted):
         context = DrawContext(algorithm, eos_id=model.eos_token_id, seed=number)
@@ -147,10 +152,10 @@ def _passes(settings: Settings, rollout: Rollout, rows: ScoredRows, *, is_first:
     replayed = replayed_rows(rows, rollout, model, budget=settings.train.token_budget)
     if replayed is None:
         lengths = row_lengths(rollout, rows).tolist()
-        work, packed = scored_work(lengths, scored), len(lengths)
+        work = scored_work(lengths, scored)
     else:
         work = pattern_work([row.pattern for row in replayed], sum(scored))
-        packed = len(replayed)
+        lengths = [row.length for row in replayed]
     is_recorded = recorded_logprobs(rollout, rows) is not None
     own = needs_old_pass(rows, algorithm, is_recorded=is_recorded, is_first=is_first)
     own += needs_current_pass(rows, algorithm, is_first=is_first)
@@ -158,10 +163,18 @@ def _passes(settings: Settings, rollout: Rollout, rows: ScoredRows, *, is_first:
     return _Passes(
         states=len(rows.rollout),
         work=work,
-        rows=packed,
+        rows=len(lengths),
+        batches=_micro_batches(lengths, settings),
         flops=update_cost(model, lora).of(work),
         extra=own * forward_cost(model, lora).of(work) + frozen,
     )
+
+
+def _micro_batches(lengths: Sequence[int], settings: Settings) -> int:
+    """Return the micro-batches of packed rows on one rank."""
+    attention, budget = attention_cost(settings.model), settings.train.token_budget
+    (found,) = assign_rows(torch.tensor(lengths), budget=budget, ranks=1, attention=attention)
+    return len(found)
 
 
 def _evaluation(settings: Settings, held_out: Sequence[int]) -> int:
