@@ -25,6 +25,11 @@ SUPPORT = "support_ids"  # None where nothing is cut
 STEP_PARTS = 8  # equal parts of a completion's denoising that metrics distinguish
 
 
+def weights_of_kl(scored: ScoredRows) -> Tensor:
+    """Return the weights [N, C] of the KL of scored rows."""
+    return scored.weight if scored.kl_weight is None else scored.kl_weight
+
+
 def given_texts(
     prompts: Sequence[Tensor], tokens: Tensor, ids: Tensor, sampling: SamplingSettings
 ) -> Trajectory:

@@ -13,7 +13,7 @@ from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.blocks import block_offsets, doubled_row
 from agrpo_megatron.diffusion.packing import completion_columns, make_canvas, pack, unscored_row
 from agrpo_megatron.diffusion.patterns import ahead, row_length
-from agrpo_megatron.trajectories import state_tokens
+from agrpo_megatron.trajectories import state_tokens, weights_of_kl
 from agrpo_megatron.types import (
     PackedRows,
     Rollout,
@@ -54,9 +54,6 @@ def timestep_batch(
     gains = rollout.advantages[owner]
     if scored.advantage is not None:
         gains = scored.advantage[number].to(gains.dtype)
-    kl_weight = scored.weight if scored.kl_weight is None else scored.kl_weight
-    if scored.coefficient is not None:  # there, it is of a single token in an exact KL only
-        kl_weight = kl_weight * scored.coefficient
     targets = trajectory.tokens[source] if scored.targets is None else scored.targets[rows]
     old = recorded_logprobs(rollout, scored, rows)
     if packed is None:
@@ -71,12 +68,24 @@ def timestep_batch(
         old_logprobs=None if old is None else old[row, position],
         reference_logprobs=None,
         advantages=gains,
-        weights=scored.weight[number, position].to(gains.dtype),
-        kl_weights=kl_weight[number, position].to(gains.dtype),
+        **weights_of(scored, number, position),
         sources=owner,
         row=number,
         position=position,
     )
+
+
+def weights_of(scored: ScoredRows, number: Tensor, position: Tensor) -> dict[str, Tensor]:
+    """Return the float32 weights [S] of scored tokens, and of their KL: fields of a micro-batch.
+
+    Args:
+        number, position: [S] of the tokens, the scored row and the place in the completion.
+    """
+    spots = number, position
+    of_kl = weights_of_kl(scored)[spots]
+    if scored.coefficient is not None:  # there, it is of a single token in an exact KL only
+        of_kl = of_kl * scored.coefficient[spots]
+    return {"weights": scored.weight[spots].float(), "kl_weights": of_kl.float()}
 
 
 def recorded_logprobs(

@@ -21,6 +21,7 @@ from agrpo_megatron.diffusion.turns import position_scores, turn_logprobs
 from agrpo_megatron.estimators.losses import errors_by_part, of_tokens, plain_metrics
 from agrpo_megatron.estimators.scoring import Scores, score_tokens
 from agrpo_megatron.estimators.table import find_loss
+from agrpo_megatron.trajectories import weights_of_kl
 from agrpo_megatron.types import LossInputs, LossOutputs, Rollout, ScoredRows, TimestepBatch
 
 type BatchLoss = Callable[[Tensor, TimestepBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -105,14 +106,13 @@ def joint_inputs(scored: ScoredRows, tables: Tables, rollout: Rollout) -> LossIn
     """Return the inputs of a loss of all tokens, in float64 and in the order of the tables."""
     row, position = spots = scored.has_token.nonzero(as_tuple=True)
     gains = rollout.advantages[scored.rollout] if scored.advantage is None else scored.advantage
-    kl_weight = scored.weight if scored.kl_weight is None else scored.kl_weight
     return LossInputs(
         logprobs=tables.current[spots].double(),
         old_logprobs=tables.old[spots].double(),
         reference_logprobs=None if tables.reference is None else tables.reference[spots].double(),
         advantages=gains[row].double(),
         weights=scored.weight[spots].double(),
-        kl_weights=kl_weight[spots].double(),
+        kl_weights=weights_of_kl(scored)[spots].double(),
         rollout=scored.rollout[row],
         row=row,
         position=position,

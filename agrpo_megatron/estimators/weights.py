@@ -8,6 +8,7 @@ from torch import Tensor
 from agrpo_megatron.config.settings import AlgorithmSettings
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.losses import OF_TOKENS
+from agrpo_megatron.trajectories import weights_of_kl
 from agrpo_megatron.types import Rollout, ScoredRows, Trajectory
 
 
@@ -101,6 +102,59 @@ def by_rollout(
         unit=rows.rollout[:, None].expand_as(rows.scored),
         coefficient=likelihood.double()[:, None] / scale * rows.scored,
     )
+
+
+def corrected(
+    rows: ScoredRows, change: Tensor, *, limit: float, kl: str
+) -> tuple[ScoredRows, dict[str, float]]:
+    """Return rows whose weights include truncated importance weights, and metrics of these.
+
+    The KL of drawn tokens has them, too. An exact KL is of states, whatever was drawn there.
+
+    Args:
+        change: [N, C] log-probs under the policy that is trained, less those of the sampler.
+        kl: `algorithm.kl`.
+    """
+    change = change.masked_fill(~rows.has_token, 0).double()
+    factors = importance(rows, change)
+    found = _correction(factors[rows.has_token], change[rows.has_token], limit)
+    factors = factors.clamp(max=limit)
+    of_kl = weights_of_kl(rows) if kl == "exact" else weights_of_kl(rows) * factors
+    return replace(rows, weight=rows.weight * factors, kl_weight=of_kl), found
+
+
+def importance(rows: ScoredRows, change: Tensor) -> Tensor:
+    """Return the importance weight [N, C] of each token's term in the loss, without a limit.
+
+    It is exp(change). What shares a ratio shares a weight: that of a unit is exp of the sum of
+    `coefficient` times change over its tokens.
+
+    Args:
+        change: [N, C] float64, 0 where nothing is scored.
+    """
+    if rows.unit is None or rows.coefficient is None:
+        return change.exp()
+    sums = change.new_zeros(int(rows.unit.max()) + 1 if len(rows.unit) else 0)
+    sums.index_add_(0, rows.unit.flatten(), (rows.coefficient * change).flatten())
+    return sums[rows.unit].exp()
+
+
+def _correction(factors: Tensor, change: Tensor, limit: float) -> dict[str, float]:
+    """Return metrics of the importance weights of scored tokens, [S] each.
+
+    Args:
+        change: of their log-probs; a mismatch is exp |change|.
+    """
+    if not len(change):
+        factors, change = factors.new_ones(1), change.new_zeros(1)
+    mismatch = change.abs().exp().sort().values
+    return {
+        "correction/mean": float(factors.mean()),
+        "correction/truncated": float((factors > limit).double().mean()),
+        "mismatch/mean": float(mismatch.mean()),
+        "mismatch/p99": float(mismatch[int(0.99 * len(mismatch))]),
+        "mismatch/max": float(mismatch[-1]),
+    }
 
 
 def effective_share(rows: ScoredRows) -> float:

@@ -7,16 +7,17 @@ rollouts of iteration i + 1, so a restart reads these from the cache: their file
 before the update begins.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.rollout.dynamic_sampling import Groups, groups_of, picked_round
-from agrpo_megatron.rollout.generate import Sampled, grade, sample_request
+from agrpo_megatron.rollout.generate import Sampled, grade, sample_request, spent_on
 from agrpo_megatron.rollout.requests import Request
 from agrpo_megatron.rollout.session import Session
 from agrpo_megatron.runs.stored_rollouts import round_name, sampling_number
+from agrpo_megatron.scaling.flops import completion_flops
 from agrpo_megatron.types import GradedRollouts, Problem
 
 
@@ -27,6 +28,7 @@ class _Round:
     number: int
     problems: list[Problem]
     found: GradedRollouts | Sampled  # an earlier attempt may have graded it
+    sampled_by: str | None  # digest of the run that sampled it; None: this one
 
 
 class Ahead:
@@ -49,22 +51,45 @@ class Ahead:
     def groups(self, iteration: int) -> Groups:
         """Sample the next iteration's groups; return those of this one.
 
+        FLOPs, tokens and time of sampling count where the sampling takes place.
+
         Args:
             iteration: iterations finished before.
 
         Raises:
             Stopped: the ranks agreed to stop; finished completions are cached.
         """
-        session, current = self._session, self._next or self._first(iteration)
+        session, current, begun = self._session, self._next, list[_Round]()
+        if current is None:
+            current = self._first(iteration)
+            # Rollouts from before the checkpoint were counted before it.
+            begun += [current] if current.sampled_by is None else []
         self._next = None
         if iteration + 1 < session.run.settings.train.iterations:
             self._next = self._start(iteration + 1, version=iteration)
+            begun.append(self._next)
+        spent = [self._spent_on(round_.found) for round_ in begun]
         found = current.found
         if isinstance(found, Sampled):
             found = grade(session, found)
-            session.safety.cache.keep(current.number, found)
+            session.safety.cache.keep(current.number, found, run=current.sampled_by)
         slots = range(session.run.settings.algorithm.prompts_per_iteration)
-        return groups_of(session, iteration, current.problems, [found], slots)
+        groups = groups_of(session, iteration, current.problems, [found], slots)
+        flops, tokens, seconds = map(sum, zip(*spent, strict=True)) if spent else (0, 0, 0.0)
+        timed = groups.rollouts.seconds | {"timing/rollout": seconds}
+        return replace(
+            groups,
+            rollouts=replace(groups.rollouts, seconds=timed),
+            metrics=groups.metrics | {"flops": flops},
+            tokens=tokens,
+        )
+
+    def _spent_on(self, found: GradedRollouts | Sampled) -> tuple[int, int, float]:
+        """Return FLOPs, packed tokens and seconds of sampling; called by every rank."""
+        if isinstance(found, Sampled):
+            return spent_on(self._session, found)
+        flops = sum(completion_flops(found.trajectory, self._session.run.settings))
+        return flops, found.tokens, found.seconds["timing/rollout"]
 
     def _first(self, iteration: int) -> _Round:
         """Return the rollouts of the first iteration of an attempt."""
@@ -112,7 +137,7 @@ class Ahead:
             )
             with engine.sampling() as network:
                 found = sample_request(session, network, request)
-        return _Round(number, problems, found)
+        return _Round(number, problems, found, cached_by)
 
     def _picked(self, iteration: int) -> tuple[int, list[Problem], Tensor]:
         groups = self._session.run.settings.algorithm.prompts_per_iteration

@@ -149,14 +149,19 @@ class RolloutCache:
 
         return CompletionWriter(write)
 
-    def keep(self, number: int, rollouts: GradedRollouts) -> None:
-        """Write a graded round and remove the files of its completions."""
+    def keep(self, number: int, rollouts: GradedRollouts, *, run: str | None = None) -> None:
+        """Write a graded round and remove the files of its completions.
+
+        Args:
+            run: the digest that the file names, as in `find`.
+        """
         if not self._ranks.is_main:
             return
         path = round_path(self._folder, number)
         notes = {name: getattr(rollouts, name) for name in (*NOTED, "passes")}
         rewards = [asdict(reward) for reward in rollouts.rewards]
-        self._write(path, moved(rollouts.trajectory, "cpu"), **notes, rewards=rewards)
+        notes |= {"run": run or self.run, "rewards": rewards}
+        self._write(path, moved(rollouts.trajectory, "cpu"), **notes)
         for part in self._parts(path.stem):
             part.unlink()
 
@@ -179,7 +184,7 @@ class RolloutCache:
         stored = {name: tensor.contiguous() for name, tensor in tensors(trajectory).items()}
         stored["prompts"] = torch.cat(trajectory.prompts)
         stored["prompt_lengths"] = torch.tensor([len(prompt) for prompt in trajectory.prompts])
-        notes |= {"run": self.run, "weights_version": trajectory.weights_version}
+        notes = {"run": self.run, "weights_version": trajectory.weights_version, **notes}
         writing = path.with_name(f"{path.stem}.{secrets.token_hex(4)}{WRITING}")
         save_file(stored, writing, metadata={"notes": json.dumps(notes)})
         self._check()

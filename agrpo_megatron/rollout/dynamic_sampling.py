@@ -33,6 +33,7 @@ class Groups:
     rollouts: GradedRollouts  # tokens and seconds count all sampled groups
     metrics: dict[str, float]  # over all sampled groups, so that accuracy has no bias
     counted: dict[str, int]  # completions and tokens of their texts, of all sampled groups
+    tokens: int  # packed tokens that were processed
 
 
 def sample_groups(session: Session, engine: Engine, iteration: int) -> Groups:
@@ -107,7 +108,7 @@ def groups_of(
         "totals/completions": len(rewards),
         "totals/tokens": sum(int(own.sum()) for own in texts),
     }
-    return Groups([problems[row] for row in rows], kept, metrics, counted)
+    return Groups([problems[row] for row in rows], kept, metrics, counted, kept.tokens)
 
 
 def _sample_round(

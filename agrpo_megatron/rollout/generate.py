@@ -21,6 +21,7 @@ from agrpo_megatron.rollout.experts import Recorder, make_recorder
 from agrpo_megatron.rollout.requests import Request, Share, share_of
 from agrpo_megatron.rollout.sampling import sample_ids
 from agrpo_megatron.rollout.session import Run, Safety, Session
+from agrpo_megatron.scaling.flops import completion_flops
 from agrpo_megatron.tasks.base import Split
 from agrpo_megatron.tasks.grading import Call
 from agrpo_megatron.trajectories import join, moved, select
@@ -106,6 +107,20 @@ def grade(session: Session, sampled: Sampled) -> GradedRollouts:
         busy = grader.busy.pop(sampled.grading, 0.0)
         seconds["timing/reward_hidden"] = max(0.0, busy - waited)
     return replace(_joined(parts, ranks.device, seconds), experts=sampled.experts)
+
+
+def spent_on(session: Session, sampled: Sampled) -> tuple[int, int, float]:
+    """Return the FLOPs and packed tokens of all replicas, and seconds on this rank; every rank."""
+    part = None
+    if sampled.ranks.speaks_for_replica:
+        counted = replace(sampled.trajectory, support_ids=None, edit_support_ids=None)
+        part = sampled.places, moved(counted, "cpu"), sampled.work[0]
+    with session.safety.sections(sampled.section):
+        parts = [part for part in gather_objects(part) if part is not None]
+    places, trajectories, tokens = zip(*parts, strict=True)
+    order = torch.tensor([place for part in places for place in part]).argsort()
+    whole = select(join(trajectories), order)  # completions of a prompt share its work
+    return sum(completion_flops(whole, session.run.settings)), sum(tokens), sampled.seconds
 
 
 def sample_prompts(

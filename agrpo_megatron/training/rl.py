@@ -151,6 +151,6 @@ def collect_rollout(
         **({"rollout/packing_efficiency": graded.tokens / room} if room else {}),
         **({"rollout/staleness": staleness * algorithm.updates_per_iteration} if ahead else {}),
         **graded.seconds,
-        "tokens": graded.tokens,
+        "tokens": groups.tokens,
         "counted": groups.counted,
     }

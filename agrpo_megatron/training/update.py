@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, timestep_batch
+from agrpo_megatron.diffusion.batches import (
+    recorded_logprobs,
+    row_lengths,
+    timestep_batch,
+    weights_of,
+)
 from agrpo_megatron.diffusion.replays.pack import pack_replay
 from agrpo_megatron.diffusion.replays.rows import ReplayRow, replayed_rows
 from agrpo_megatron.estimators.context import DrawContext
@@ -25,7 +30,7 @@ from agrpo_megatron.estimators.table import (
     needs_old_pass,
     scored_rows,
 )
-from agrpo_megatron.estimators.weights import effective_share
+from agrpo_megatron.estimators.weights import corrected, effective_share
 from agrpo_megatron.megatron.engine import Engine
 from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.megatron.network import Network
@@ -198,34 +203,22 @@ def with_old_logprobs(network: Network, part: Part, settings: Settings, *, is_fi
 
     Must run before the first update. Called by every rank.
     """
-    limit, scored, recorded = settings.algorithm.rollout_correction, part.scored, part.old
+    algorithm, scored, recorded = settings.algorithm, part.scored, part.old
+    limit = algorithm.rollout_correction
+    if limit is not None and recorded is None:
+        raise ValueError(
+            f"algorithm.rollout_correction={limit:g} compares log-probs with the sampler's, and "
+            f"the rows of algorithm.name={algorithm.name} have none (is_sampled=False); use "
+            "algorithm.rollout_correction=null, or score states of the sampler"
+        )
     facts = {"is_recorded": recorded is not None, "is_first": is_first}
-    if not needs_old_pass(scored, settings.algorithm, **facts):
+    if not needs_old_pass(scored, algorithm, **facts):
         return part
     old, _ = _tables(network, part, settings)
-    if recorded is not None:
-        assert limit is not None
-        change = old - recorded
-        part = replace(part, correction=_corrected(change[scored.has_token], limit, network.ranks))
-        scored = replace(scored, weight=scored.weight * change.exp().clamp(max=limit))
+    if limit is not None and recorded is not None:
+        scored, found = corrected(scored, old - recorded, limit=limit, kl=algorithm.kl)
+        part = replace(part, correction=from_last_stage(found, network.ranks))
     return replace(_passed(part, settings), scored=scored, old=old)
-
-
-def _corrected(change: Tensor, limit: float, ranks: Ranks) -> dict[str, float]:
-    """Return metrics of the importance weights exp(change) of the scored tokens, [S]; every rank.
-
-    A mismatch is exp |change|.
-    """
-    change = change.double() if len(change) else change.new_zeros(1)
-    factor, mismatch = change.exp(), change.abs().exp().sort().values
-    mine = {
-        "correction/mean": float(factor.mean()),
-        "correction/truncated": float((factor > limit).double().mean()),
-        "mismatch/mean": float(mismatch.mean()),
-        "mismatch/p99": float(mismatch[int(0.99 * len(mismatch))]),
-        "mismatch/max": float(mismatch[-1]),
-    }
-    return from_last_stage(mine, ranks)
 
 
 def with_reference(part: Part, reference: Network, settings: Settings) -> Part:
@@ -255,7 +248,7 @@ def with_loss(
     batches = [
         replace(
             batch,
-            weights=scored.weight[batch.row, batch.position].to(batch.weights.dtype),
+            **weights_of(scored, batch.row, batch.position),
             **{n: t if t is None else t[batch.row, batch.position] for n, t in values.items()},
         )
         for batch in part.batches

@@ -13,6 +13,7 @@ from agrpo_megatron.config.rules import validate
 from agrpo_megatron.config.rules.rollouts import validate_ahead
 from agrpo_megatron.rollout import ahead
 from agrpo_megatron.rollout.dynamic_sampling import sample_groups
+from agrpo_megatron.scaling.flops import completion_flops
 from agrpo_megatron.tasks.grading import Grader
 from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.run import train
@@ -95,8 +96,12 @@ def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path, name):
     assert (run_dir / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
-def _stopped(run_dir):
-    """Ask for a stop in an iteration without a checkpoint; return the reason, and the rest."""
+def _stopped(run_dir, overrides=(), line=None):
+    """Ask for a stop in an iteration without a checkpoint; return the reason, and the rest.
+
+    Args:
+        overrides, line: of the run that resumes, see `_train`.
+    """
     view = silent_view()
 
     def rl(record):
@@ -105,7 +110,8 @@ def _stopped(run_dir):
 
     view.rl = rl  # type: ignore[method-assign]
     reason = train(resolved_run(run_dir, *AHEAD), view)
-    return reason, (run_dir / "checkpoints" / "latest").read_text(), _train(run_dir, [])
+    saved = (run_dir / "checkpoints" / "latest").read_text()
+    return reason, saved, _train(run_dir, overrides, line)
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(whole, tmp_path):
@@ -124,6 +130,33 @@ def test_older_rollouts_stay_under_a_new_learning_rate(whole, tmp_path):
     # The weights of iteration 2's end, and those before, sampled iterations 3 and 4.
     same = [mine["entropy"] == other["entropy"] for mine, other in zip(ours, theirs, strict=True)]
     assert same == [True, True, True, True, False]
+
+
+def test_a_second_kill_under_a_new_learning_rate_loses_no_rollouts(tmp_path):
+    """Files name the settings that sampled them, also once a later attempt has graded them."""
+    faster = ["optimizer.learning_rate=3e-3"]
+    with pytest.raises(AssertionError, match="killed by signal 9"):
+        run_ranks(1, _stopped, tmp_path, faster, 1)
+    assert run_ranks(1, _train, tmp_path, faster) == [[]]
+    assert [r["rollout/staleness"] for r in _rl(tmp_path)] == [0, 2, 2, 2, 2]
+
+
+def _counted():
+    """Return FLOPs and tokens that each of two iterations counts, and the FLOPs of its batch."""
+    session, engine = open_session(*AHEAD, "train.iterations=2", world_size=2)
+    source, found = ahead.Ahead(session, engine, sampled_by=None), []
+    for iteration in range(2):
+        groups = source.groups(iteration)
+        own = sum(completion_flops(groups.rollouts.trajectory, session.run.settings))
+        found.append((groups.metrics["flops"], groups.tokens, own, groups.rollouts.tokens))
+    return found
+
+
+def test_work_counts_where_it_is_done():
+    """So a run that ends early, after any iteration, has counted the batch that it leaves."""
+    for (flops, tokens, *first), (later, none, *second) in run_ranks(2, _counted):
+        assert (flops, tokens) == (first[0] + second[0], first[1] + second[1])
+        assert later == none == 0
 
 
 def test_lost_rollouts_are_sampled_again_with_a_warning(tmp_path):

@@ -52,7 +52,8 @@ POLICY = (
     Metric(
         "ratio/mean",
         RL,
-        "Mean policy ratio of the scored tokens: their probability now over that in the rollout.",
+        "Mean policy ratio of the scored tokens: their probability now over that in the rollout; "
+        "with `algorithm.rollout_correction`, over that before the iteration's first update.",
         healthy="1 in a first update; near 1 with several updates an iteration.",
     ),
     Metric(
@@ -72,7 +73,8 @@ POLICY = (
         RL,
         "Mean importance weight of the scored tokens before truncation: their probability under "
         "the weights that the iteration begins with, over that in the rollout; with "
-        "`algorithm.rollout_correction`.",
+        "`algorithm.rollout_correction`. Tokens that share a ratio (`algorithm.level`) share a "
+        "weight.",
         healthy="Near 1.",
     ),
     Metric(

@@ -29,7 +29,13 @@ WORK = (
         "and its number of micro-batches; with pipeline parallelism.",
         healthy="A few percent; more micro-batches or virtual stages reduce it.",
     ),
-    Metric("flops", RL, "FLOPs of the iteration: rollouts, updates and measurements.", "FLOP"),
+    Metric(
+        "flops",
+        RL,
+        "FLOPs of the iteration: rollouts, updates and measurements. Under `train.async_steps: 1` "
+        "these are the rollouts that `timing/rollout` names.",
+        "FLOP",
+    ),
     Metric("update_flops", RL, "FLOPs of the updates alone, part of `flops`.", "FLOP"),
 )
 
@@ -68,8 +74,8 @@ TIME = (
     Metric(
         "timing/rollout",
         RL,
-        "Sampling, with the rewards that are graded meanwhile. Under `train.async_steps: 1` the "
-        "iteration before has sampled the rollouts.",
+        "Sampling, with the rewards that are graded meanwhile. Under `train.async_steps: 1` these "
+        "are the rollouts of the next iteration; the first iteration samples its own, too.",
         "s",
     ),
     Metric("timing/reward", RL, "The wait for rewards after sampling, and their exchange.", "s"),
