@@ -100,7 +100,6 @@ def train(arguments: argparse.Namespace) -> int:
     phases = arguments.phases
     settings = load(Settings, *run_file(arguments.file, arguments.overrides))
     from agrpo_megatron.hardware.kernels import kernels_for
-    from agrpo_megatron.reports.summary import conclude
     from agrpo_megatron.runs import directory
     from agrpo_megatron.runs.early_stopping import still_stopped
     from agrpo_megatron.training.passed import check_start
@@ -153,8 +152,15 @@ def train(arguments: argparse.Namespace) -> int:
         return _end("requeue", reason, INTERRUPTED if is_ctrl_c else exit_status.REQUEUE)
     with naming_full_disk(run_dir):
         if is_main():
-            conclude(run_dir)
+            _conclude(run_dir)
     return _end("finished", "", 0)
+
+
+def _conclude(run_dir: Path) -> None:
+    """Write the report and print the result; imports matplotlib, which no other rank needs."""
+    from agrpo_megatron.reports.summary import conclude
+
+    conclude(run_dir)
 
 
 def _show_finished(run_dir: Path, reason: str | None) -> None:
@@ -163,12 +169,10 @@ def _show_finished(run_dir: Path, reason: str | None) -> None:
     Args:
         reason: why it ended early; None: all its iterations are done.
     """
-    from agrpo_megatron.reports.summary import conclude
-
     why = "" if reason is None else f" ({reason})"
     key = "more train.iterations" if reason is None else "another limit"
     print(f"{run_dir} is finished{why}; add --restart to run it again, or {key} to continue it\n")
-    conclude(run_dir)
+    _conclude(run_dir)
 
 
 def _end(outcome: str, reason: str, status: int) -> int:

@@ -26,10 +26,13 @@ def prepare_platform(threads: int | None = None) -> torch.device:
     """Choose this rank's device and make Megatron-Core run on it; mutates torch.cuda on a CPU.
 
     Args:
-        threads: CPU threads of this rank; None shares the cores among the local ranks.
+        threads: CPU threads of this rank; None shares the cores among the local ranks, unless
+            this rank is alone and OMP_NUM_THREADS is set, which torch then follows.
     """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    # Launchers set the variable to 1 for several ranks, on any machine.
+    if threads or local_ranks > 1 or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
     if torch.cuda.is_available():
         device = torch.device("cuda", device_index(torch.cuda.device_count()))
         torch.cuda.set_device(device)

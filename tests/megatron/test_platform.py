@@ -95,6 +95,24 @@ def test_what_megatron_asks_of_cuda_runs_on_the_cpu():
     assert seen["threads"] == max(1, seen["cores"] // 2)
 
 
+def _threads(local_ranks):
+    import os
+
+    from agrpo_megatron.megatron.platform import prepare_platform
+
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_ranks)
+    os.sched_getaffinity = lambda _: set(range(12))
+    torch.set_num_threads(3)  # as torch itself does under the variable
+    prepare_platform()
+    return torch.get_num_threads()
+
+
+@pytest.mark.parametrize(("local_ranks", "threads"), [(1, 3), (2, 6)])
+def test_a_single_rank_follows_omp_num_threads(local_ranks, threads):
+    """Launchers set it for several ranks, whatever the machine has."""
+    assert run_ranks(1, _threads, local_ranks, environment={"OMP_NUM_THREADS": "3"}) == [threads]
+
+
 def _switch(*overrides):
     """Set the switches of a run on a GPU; returns what they are then."""
     import os

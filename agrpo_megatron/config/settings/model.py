@@ -17,7 +17,10 @@ class RunSettings:
         0, "seed of weights, problems, noise and drawn steps", low=0, high=MOST_SEED
     )
     threads: int | None = setting(
-        None, "CPU threads of each rank; null: a share of the cores", low=1, high=1024
+        None,
+        "CPU threads of each rank; null: a share of the cores; for a single rank OMP_NUM_THREADS",
+        low=1,
+        high=1024,
     )
     timeout: float = setting(600.0, "longest wait in a collective", unit="seconds", low=1)
 
