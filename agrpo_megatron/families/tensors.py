@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -87,6 +87,7 @@ class Family:
     others: frozenset[str]  # keys of config.json that `other_settings` reads, or that are harmless
     fixed: Mapping[str, Any]  # settings with one value in every model of the family
     model_type: str | None = None  # of config.json, in lower case; None: the family's name
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys that files may lack
 
     def settings(self, config: Mapping[str, Any]) -> ModelSettings:
         """Translate config.json; null means that a key is not set.
@@ -96,7 +97,8 @@ class Family:
                 family does not support.
         """
         first = (*end_ids(config), None)[0]  # of several, it fills completions
-        given = {k: v for k, v in {**config, "eos_token_id": first}.items() if v is not None}
+        there = {**config, "eos_token_id": first}
+        given = {**self.defaults, **{k: v for k, v in there.items() if v is not None}}
         try:
             same = {ours: (theirs, given[theirs]) for ours, theirs in self.keys.items()}
             found = {**same, **self.other_settings(given)}

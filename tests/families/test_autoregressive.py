@@ -21,12 +21,13 @@ from agrpo_megatron.megatron.network import build_network
 from agrpo_megatron.megatron.parallel import start_ranks
 from agrpo_megatron.megatron.pipeline import forward_rows
 from agrpo_megatron.megatron.weights import load_hf
-from tests.families.autoregressive import LLAMA3, write_autoregressive
+from tests.families.autoregressive import LLAMA3, make_autoregressive, write_autoregressive
 from tests.ranks import run_ranks
 
 CASES = {
     "llama": {"family": "llama", "tied": False},
     "llama31": {"family": "llama", "tied": True, "rope_parameters": LLAMA3},
+    "llama with wide heads": {"family": "llama", "tied": False, "head_dim": 16},
     "qwen2": {"family": "qwen2", "tied": True},
     "qwen3": {"family": "qwen3", "tied": True},
     "qwen3 with a head": {"family": "qwen3", "tied": False},
@@ -110,6 +111,7 @@ def test_a_round_trip_keeps_every_file(folders, name, tmp_path):
         ({"rope_parameters": {"rope_theta": 1e4, "factor": 2}}, "rope_parameters.factor=2 is no"),
         ({"rope_parameters": {}, "rope_theta": None}, "rope_theta is missing"),
         ({"rope_theta": 5.0}, "rope_theta=5.0 differs from rope_parameters"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.rope_type=.linear.; the qwen3"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"attention_bias": True}, "attention_bias=True"),
     ],
@@ -120,6 +122,37 @@ def test_what_the_model_lacks_is_refused(folders, tmp_path, change, said):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=said):
         settings_from_hf(tmp_path / "h")
+
+
+@pytest.mark.parametrize(
+    ("older", "said"),
+    [
+        ({**LLAMA3, "factor": 4.0}, "rope_scaling=.* differs from rope_parameters; correct one"),
+        ({**LLAMA3, "rope_theta": 5.0}, "rope_parameters.rope_theta=10000.0 differs"),
+        (LLAMA3, None),
+    ],
+)
+def test_both_objects_on_the_rotary_embedding_must_agree(folders, tmp_path, older, said):
+    """An export of an older folder has its own and the family's."""
+    shutil.copytree(folders["llama31"][0], tmp_path / "h")
+    path = tmp_path / "h" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_scaling": older}))
+    if said is None:
+        assert settings_from_hf(tmp_path / "h") == settings_from_hf(folders["llama31"][0])
+        return
+    with pytest.raises(ValueError, match=said):
+        settings_from_hf(tmp_path / "h")
+
+
+def test_keys_that_early_files_of_llama_lack_have_the_values_of_its_code():
+    """As in Llama 2's config.json; a factor of 1 scales nothing."""
+    config = make_autoregressive("llama", tied=False, num_key_value_heads=4).config.to_dict()
+    lacking = ("rope_parameters", "rope_theta", "head_dim", "num_key_value_heads")
+    early = {key: value for key, value in config.items() if key not in lacking}
+    found = FAMILIES["llama"].settings(early)
+    assert (found.rope_theta, found.head_width, found.num_query_groups) == (10000.0, 8, None)
+    unscaled = FAMILIES["llama"].settings({**early, "rope_scaling": {**LLAMA3, "factor": 1.0}})
+    assert unscaled == found and unscaled.rope_factor == 1
 
 
 def test_a_tied_head_becomes_a_copy_and_added_rows_are_the_mean(folders):

@@ -8,7 +8,7 @@ Source: config.json and the modelling code of Llama, Qwen2 and Qwen3 in transfor
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from agrpo_megatron.config.settings import ModelSettings
 from agrpo_megatron.families.config_json import check_number, shown
@@ -36,6 +36,8 @@ max_window_layers sliding_window pretraining_tp
 _OTHERS = frozenset(_OTHER_KEYS.split())
 _FIXED = {"rotary_fraction": 1.0, "rope_attention_factor": 1.0, "query_scale_beta": 0.0}
 _FIXED |= NO_EXPERTS
+_ROPE_KEYS = ("rope_parameters", "rope_scaling")  # of new files, and of older ones
+LLAMA_THETA = 10000.0
 # Keys of the scaling of Llama 3.1 by setting.
 _LLAMA3 = {
     "rope_factor": "factor",
@@ -69,30 +71,56 @@ def _settings_of(config: Mapping[str, Any], name: str) -> dict[str, tuple[str, A
 
 def _rope_of(config: Mapping[str, Any], name: str) -> dict[str, tuple[str, Any]]:
     """Return the settings of the rotary embedding, which newer files have in one object."""
-    key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
-    given = config.get(key) or {}
+    given = [_scaling(key, config[key], name) for key in _ROPE_KEYS if config.get(key)]
+    for other in given[1:]:
+        if (other.kind, other.values) != (given[0].kind, given[0].values):
+            said = shown(other.key, config[other.key])
+            raise ValueError(f"{said} differs from {given[0].key}; correct one of them")
+    thetas = {f"{rope.key}.rope_theta": rope.theta for rope in given if rope.theta is not None}
+    if "rope_theta" in config or not thetas:
+        # Llama 2 was published without the key, and its code has a default.
+        by_default = {"rope_theta": LLAMA_THETA} if name == "llama" else {}
+        thetas = {"rope_theta": {**by_default, **config}["rope_theta"], **thetas}
+    (first, theta), *others = thetas.items()
+    for key, value in others:
+        if value != theta:
+            raise ValueError(f"{shown(first, theta)} differs from {key}; correct one of them")
+    found: dict[str, tuple[str, Any]] = {"rope_theta": ("rope_theta", theta)}
+    if given and given[0].values.get("factor", 1) != 1:
+        key, kind, _, values = given[0]
+        found["rope_scaling"] = f"{key}.rope_type", kind
+        found |= {ours: (f"{key}.{theirs}", values[theirs]) for ours, theirs in _LLAMA3.items()}
+    return found
+
+
+class _Rope(NamedTuple):
+    """An object of config.json on the rotary embedding."""
+
+    key: str
+    kind: str
+    theta: Any
+    values: dict[str, Any]  # of the scaling
+
+
+def _scaling(key: str, given: Any, name: str) -> _Rope:
+    """Read and check such an object."""
     if not isinstance(given, dict):
         raise ValueError(f"{shown(key, given)} is not an object")
     rope = {k: v for k, v in given.items() if v is not None}
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    kind, theta = rope.pop("type", "default"), rope.pop("rope_theta", None)
+    kind = rope.pop("rope_type", kind)
     known = ("default", "llama3") if name == "llama" else ("default",)
     if kind not in known:
-        raise ValueError(f"{shown(f'{key}.rope_type', kind)}; the {name} family has {known}")
-    theta = rope.pop("rope_theta", None)
-    theta = config["rope_theta"] if theta is None else theta
-    if config.get("rope_theta", theta) != theta:
-        said = shown("rope_theta", config["rope_theta"])
-        raise ValueError(f"{said} differs from {key}; correct one of them")
-    names = _LLAMA3 if kind == "llama3" else {}
-    for other in sorted(rope.keys() - set(names.values())):
+        said = f"{shown(f'{key}.rope_type', kind)}; the {name} family has {' and '.join(known)}"
+        raise ValueError(f"{said}; start from a model with one of these")
+    names = tuple(_LLAMA3.values()) if kind == "llama3" else ()
+    for other in sorted(rope.keys() - set(names)):
         raise ValueError(f"{shown(f'{key}.{other}', rope[other])} is no key of {kind} embeddings")
-    for value in names.values():
+    for value in names:
         if value not in rope:
             raise KeyError(f"{key}.{value}")
         check_number(shown(f"{key}.{value}", rope[value]), rope[value])
-    found = {ours: (f"{key}.{theirs}", rope[theirs]) for ours, theirs in names.items()}
-    scaling = {"rope_scaling": (f"{key}.rope_type", kind)} if names else {}
-    return {"rope_theta": ("rope_theta", theta), **scaling, **found}
+    return _Rope(key, kind, theta, rope)
 
 
 def _keys_of(model: ModelSettings, name: str, architecture: str) -> dict[str, Any]:
@@ -144,6 +172,7 @@ def _family(
     *,
     required: Mapping[str, Any],
     keys: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Family:
     return Family(
         name,
@@ -154,6 +183,7 @@ def _family(
         _mappings,
         _OTHERS,
         {**_FIXED, **fixed},
+        defaults=defaults or {},
     )
 
 
@@ -164,6 +194,8 @@ LLAMA = _family(
     "LlamaForCausalLM",
     {"qkv_bias": False, "qk_norm": False},
     required={**_NO_BIAS, "mlp_bias": False},
+    keys={"head_dim": "head_dim"},
+    defaults={"head_dim": None, "num_key_value_heads": None},  # what its code takes from others
 )
 QWEN2 = _family(
     "qwen2",
