@@ -7,6 +7,7 @@ so a resumed run and any layout pick the same problems.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from agrpo_megatron.diffusion import noise
 from agrpo_megatron.tasks.curriculum import epoch_size
@@ -28,7 +29,7 @@ def pick_problems(shares: Shares, places: range, *, seed: int) -> list[int]:
         task, turn = _turn(weights, place)
         epoch, offset = divmod(turn, counts[task])
         start = sum(counts[:task])
-        picked.append(start + _epoch_order(start, counts[task], epoch, seed)[offset])
+        picked.append(start + int(_epoch_order(start, counts[task], epoch, seed)[offset]))
     return picked
 
 
@@ -38,7 +39,7 @@ def epochs(shares: Shares, places: int) -> float:
 
 
 _turns: dict[tuple[float, ...], tuple[list[tuple[int, int]], list[int]]] = {}
-_orders: dict[tuple[int, int, int], tuple[int, list[int]]] = {}
+_orders: dict[tuple[int, int, int], tuple[int, Tensor]] = {}
 
 
 def _turn(weights: tuple[float, ...], place: int) -> tuple[int, int]:
@@ -56,11 +57,11 @@ def _turn(weights: tuple[float, ...], place: int) -> tuple[int, int]:
     return turns[place]
 
 
-def _epoch_order(start: int, count: int, epoch: int, seed: int) -> list[int]:
+def _epoch_order(start: int, count: int, epoch: int, seed: int) -> Tensor:
     """Return one epoch's order of the problems from `start` on; caches each task's last."""
     key = (start, count, seed)
     if key not in _orders or _orders[key][0] != epoch:
         numbers = torch.arange(start, start + count)
         chance = noise.noise_key(seed, noise.PROBLEMS, torch.tensor(epoch), numbers)
-        _orders[key] = epoch, noise.uniform(chance).argsort().tolist()
+        _orders[key] = epoch, noise.uniform(chance).argsort()
     return _orders[key][1]

@@ -112,7 +112,7 @@ def _read_file(path: Path, kind: str, *, key: str) -> list[Row]:
                 rows = json.load(file, object_pairs_hook=_object)
             else:
                 lines = ((place, line) for place, line in enumerate(file, 1) if line.strip())
-                rows = [_parse_line(line, place) for place, line in lines]
+                rows = [parse_line(line, place) for place, line in lines]
     except Exception as error:  # many kinds: of the system, the archive, the format, its library
         raise ValueError(
             f"{key}={path} is not readable as {kind} ({one_line(error)}); give {SOURCES}"
@@ -140,7 +140,12 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> Row:
     return row
 
 
-def _parse_line(line: str, place: int) -> Any:
+def parse_line(line: str, place: int) -> Any:
+    """Return the value of a line of a .jsonl file.
+
+    Raises:
+        ValueError: it is no JSON, or an object has a key twice; names the line.
+    """
     try:
         return json.loads(line, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from agrpo_megatron.config.settings import ModelSettings, SamplingSettings, SftSettings
-from agrpo_megatron.diffusion import batches, noise
+from agrpo_megatron.diffusion import noise
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
+from agrpo_megatron.diffusion.supervised import examples
 from tests.diffusion.toy import Toy, relative_error
 
 torch.set_num_threads(1)
@@ -20,9 +21,9 @@ RESPONSES = {1: [1], 2: [2, 0], 3: [0, 2, 1]}
 
 def sft_batches(count, response, toy, **options):
     options = {"sft": SftSettings(), "seed": 0, "size": count, **options}
-    return batches.sft_batches(
+    return examples.sft_batches(
         [torch.tensor([0])] * count,
-        batches.whole_responses(response.expand(count, -1)),
+        examples.whole_responses(response.expand(count, -1)),
         torch.arange(count),
         torch.arange(count).split(options.pop("size")),
         mask_id=toy.mask_id,
@@ -51,7 +52,7 @@ def mean_loss(monkeypatch, table, toy, response, epsilon):
     assert float(chance.sum()) == pytest.approx(1, rel=1e-12)
     logits = policy_logits(toy.score(table)(batch.rows), toy.vocab)
     logprobs, _ = token_logprobs(logits, batch.targets, vocab=toy.vocab)
-    return batches.sft_loss(logprobs * chance.repeat_interleave(masks), batch)
+    return examples.sft_loss(logprobs * chance.repeat_interleave(masks), batch)
 
 
 def negative_loglik(table, toy, response, hidden, place):
@@ -132,9 +133,9 @@ def test_next_tokens_are_scored_in_the_example_and_masked_ones_in_its_copy():
     responses = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 6, 5, 4, 3, 2]])
 
     def batch(**weights):
-        (found,) = batches.sft_batches(
+        (found,) = examples.sft_batches(
             prompts,
-            batches.whole_responses(responses),
+            examples.whole_responses(responses),
             torch.arange(2),
             [torch.arange(2)],
             mask_id=99,
@@ -163,7 +164,7 @@ def test_next_tokens_are_scored_in_the_example_and_masked_ones_in_its_copy():
 def mixed_lengths(**options):
     """Return batches of three examples of 2, 5 and 3 response tokens, of which some are context."""
     trained = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 1, 1], [0, 1, 1, 0, 0]], dtype=torch.bool)
-    responses = batches.Responses(
+    responses = examples.Responses(
         torch.tensor([[1, 2, 9, 9, 9], [3, 4, 5, 6, 7], [8, 1, 2, 9, 9]]),
         torch.tensor([2, 5, 3]),
         trained,
@@ -171,7 +172,7 @@ def mixed_lengths(**options):
     options = {"sft": SftSettings(), "mask_id": 99, "seed": 3, **options}
     prompts = [torch.tensor([10, 11, 12]), torch.tensor([13]), torch.tensor([14, 15])]
     chunks = options.pop("chunks")
-    return batches.sft_batches(prompts, responses, torch.arange(3), chunks, **options), trained
+    return examples.sft_batches(prompts, responses, torch.arange(3), chunks, **options), trained
 
 
 BLOCKS: dict[str, Any] = {

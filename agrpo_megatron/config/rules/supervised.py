@@ -9,7 +9,7 @@ from agrpo_megatron.config.settings import Settings, SftSettings
 from agrpo_megatron.config.values import text
 
 OF_DATA = ("columns", "chat", "turns", "padding", "row_tokens", "long_rows", "eval_data")
-OF_DATA += ("eval_fraction", "eval_interval", "format")
+OF_DATA += ("eval_fraction", "eval_interval", "format", "document_mask")
 OF_REPLIES = ("chat", "turns", "padding", "long_rows", "eval_fraction")
 
 
@@ -40,6 +40,11 @@ def validate_supervised(settings: Settings) -> None:
     _check_held_out(sft)
     if sft.format == "texts":
         _check_texts(sft)
+    elif not sft.document_mask:
+        raise ValueError(
+            f"sft.document_mask=false is for raw texts, and sft.format={sft.format}; use true, or "
+            "sft.format=texts"
+        )
     most = settings.model.max_sequence_length
     if settings.model.is_known and sft.row_tokens is not None and sft.row_tokens > most:
         raise ValueError(

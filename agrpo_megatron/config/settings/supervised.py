@@ -33,6 +33,10 @@ class SftSettings:
         "end-of-text between them and are cut into rows of row_tokens (continued pre-training)",
         choices=FORMATS,
     )
+    document_mask: bool = setting(
+        True,
+        "a token of raw texts sees only those of its own text (LLaDA2); false: all of its row",
+    )
     columns: dict[str, Any] = setting(
         {},
         "names of unusual columns: of messages, or of prompt and reply; input, system, history; "
@@ -102,6 +106,11 @@ class SftSettings:
     def is_on(self) -> bool:
         """Return whether the run has a supervised phase."""
         return self.iterations > 0 or self.epochs is not None
+
+    @property
+    def has_texts_apart(self) -> bool:
+        """Return whether rows hold several texts, none of which sees another."""
+        return self.format == "texts" and self.document_mask
 
     @property
     def has_schedule(self) -> bool:

@@ -11,9 +11,10 @@ import torch
 
 from agrpo_megatron.config.parallel import attention_cost
 from agrpo_megatron.config.settings import Settings
-from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths, sft_lengths
+from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths
 from agrpo_megatron.diffusion.packing import assign_rows
 from agrpo_megatron.diffusion.replays.rows import replayed_rows
+from agrpo_megatron.diffusion.supervised.examples import sft_lengths
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.table import needs_current_pass, needs_old_pass, scored_rows
 from agrpo_megatron.scaling.flops import (

@@ -6,13 +6,19 @@ They depend on the seed and the iteration only, so a resumed run and any layout 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
 from agrpo_megatron.config.annealing import Attention
 from agrpo_megatron.config.settings import SamplingSettings
 from agrpo_megatron.diffusion import noise
-from agrpo_megatron.diffusion.batches import Responses, sft_batches, sft_lengths, whole_responses
+from agrpo_megatron.diffusion.supervised.examples import (
+    Responses,
+    sft_batches,
+    sft_lengths,
+    whole_responses,
+)
 from agrpo_megatron.megatron.layers.context import local_part
 from agrpo_megatron.rollout.data_order import pick_problems
 from agrpo_megatron.rollout.requests import encode_prompts
@@ -95,8 +101,13 @@ def join_rows(
     sampling: SamplingSettings,
     eos_id: int,
     device: torch.device,
+    apart: bool = False,
 ) -> Drawn:
-    """Return rows as prompts and responses, with padding that is trained; see `sft.padding`."""
+    """Return rows as prompts and responses, with padding that is trained; see `sft.padding`.
+
+    Args:
+        apart: whether a text begins after each end-of-text that the one before does not see.
+    """
     longest = max(len(row.ids) for row in rows)
     ends = [padded_length(row, padding, sampling, longest=longest) for row in rows]
     lengths = torch.tensor([end - row.prompt for row, end in zip(rows, ends, strict=True)])
@@ -107,7 +118,8 @@ def join_rows(
         tokens[number, :count] = torch.from_numpy(row.ids[row.prompt :])
         trained[number, :count] = torch.from_numpy(row.trained[row.prompt :])
     prompts = [torch.from_numpy(row.ids[: row.prompt]).long().to(device) for row in rows]
-    return Drawn(prompts, Responses(tokens.to(device), lengths, trained.to(device)), names)
+    cuts = [(numpy.flatnonzero(r.ids[:-1] == eos_id) + 1).tolist() for r in rows] if apart else None
+    return Drawn(prompts, Responses(tokens.to(device), lengths, trained.to(device), cuts), names)
 
 
 def held_out_rows(run: Run, examples: Sequence[Example]) -> Drawn:
@@ -120,6 +132,7 @@ def held_out_rows(run: Run, examples: Sequence[Example]) -> Drawn:
         sampling=run.settings.sampling,
         eos_id=run.eos_id,
         device=run.ranks.device,
+        apart=run.settings.sft.has_texts_apart,
     )
 
 
@@ -148,6 +161,7 @@ def _draw_rows(run: Run, data: Supervised, places: range) -> Drawn:
         sampling=settings.sampling,
         eos_id=run.eos_id,
         device=run.ranks.device,
+        apart=run.settings.sft.has_texts_apart,
     )
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -13,9 +14,10 @@ from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import ModelSettings, Settings, SftSettings, TokenizerSettings
 from agrpo_megatron.runs.directory import progress, resolve_run
 from agrpo_megatron.runs.resolve import plan
-from agrpo_megatron.tasks.supervised import texts
+from agrpo_megatron.tasks.supervised import text_ids, texts
 from agrpo_megatron.text.tokenizer import load_tokenizer
 from agrpo_megatron.training.run import train
+from agrpo_megatron.training.supervised import loss
 from tests.ranks import run_ranks
 from tests.training.kills import kill_after_line
 from tests.training.test_run import read
@@ -66,9 +68,14 @@ def test_every_token_of_every_text_is_in_one_row(folder, tmp_path):
     ids = [example.rows[0].ids for example in found.train]
     assert numpy.concatenate(ids).tolist() == whole[: sum(map(len, ids))]
     assert {len(row) for row in ids[:-1]} == {LENGTH} and len(whole) - sum(map(len, ids)) <= 1
-    assert all(row.rows[0].trained.tolist()[:3] == [False, True, True] for row in found.train)
+    ends = TOKENIZER.eos_id
+    for row in (example.rows[0] for example in found.train):
+        assert row.trained.tolist() == [False, *(row.ids[:-1] != ends).tolist()]
+    seen = _read(path, tmp_path, document_mask=False).train
+    assert all(example.rows[0].trained[1:].all() for example in seen)
     assert found.epoch == len(found.train) == len(ids)
-    assert f"24 texts of {len(whole)} tokens" in found.notes[0]
+    assert "1 of 5 files are left out, such as notes.md" in found.notes[0]
+    assert f"24 texts of {len(whole)} tokens" in found.notes[1]
 
 
 def test_ids_are_written_once_and_again_if_a_file_changes(folder, tmp_path, monkeypatch):
@@ -76,13 +83,73 @@ def test_ids_are_written_once_and_again_if_a_file_changes(folder, tmp_path, monk
     path.write_text(json.dumps({"text": "abcdef" * 9}) + "\n")
     first = _read(path, tmp_path / "ids")
     written = []
-    own = texts._write
-    monkeypatch.setattr(texts, "_write", lambda *a, **k: written.append(1) or own(*a, **k))
+    own = text_ids._write
+    monkeypatch.setattr(text_ids, "_write", lambda *a, **k: written.append(1) or own(*a, **k))
     again = _read(path, tmp_path / "ids")
     assert not written and again.digests() == first.digests()
     path.write_text(json.dumps({"text": "abcdeg" * 9}) + "\n")
     changed = _read(path, tmp_path / "ids")
     assert written and changed.digests() != first.digests()
+
+
+def test_what_a_kill_leaves_is_written_again(tmp_path):
+    """Ids that were cut, or not finished; a partial file does not stay."""
+    path, ids = tmp_path / "one.jsonl", tmp_path / "ids" / "0"
+    path.write_text(json.dumps({"text": "abcdef" * 9}) + "\n")
+    first = _read(path, tmp_path / "ids")
+    whole = (ids / text_ids.TOKENS).read_bytes()
+    (ids / text_ids.TOKENS).write_bytes(whole[:8])
+    (ids / f".{text_ids.TOKENS}.1").write_bytes(whole)
+    assert _read(path, tmp_path / "ids").digests() == first.digests()
+    assert (ids / text_ids.TOKENS).read_bytes() == whole
+    assert {file.name for file in ids.iterdir()} == {text_ids.TOKENS, text_ids.INDEX}
+
+
+def test_a_rank_does_not_wait_for_ever(tmp_path, monkeypatch):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"text": "abc"}\n')
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(text_ids, "PATIENCE", 0.3)
+    with pytest.raises(RuntimeError, match="has written nothing to .* same run.dir"):
+        _read(path, tmp_path / "ids")
+
+
+def test_hidden_files_folders_and_marks_of_the_byte_order_are_no_texts(tmp_path):
+    """A folder may be named as a file, as those that Spark writes."""
+    for name, content in ((".cache/a.txt", b"x"), (".b.txt", b"x"), ("c.parquet/d.txt", b"abc")):
+        (tmp_path / "t" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "t" / name).write_bytes(content)
+    (tmp_path / "t" / "e.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "abc"}\n')
+    (tmp_path / "t" / "f.txt").write_bytes(b"\xef\xbb\xbfabc")
+    found = _read(tmp_path / "t", tmp_path / "ids")
+    assert found.train[0].rows[0].ids.tolist() == [*TOKENIZER.encode("abc"), TOKENIZER.eos_id] * 3
+
+
+def test_notes_count_texts_that_the_tokenizer_lacks(tmp_path):
+    rows = ["abc", "a\u00e9", "\u6f22"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    notes = _read(tmp_path / "a.jsonl", tmp_path / "ids").notes
+    assert any(note.startswith("2 of 3 texts of ") and note.endswith("lacks") for note in notes)
+
+
+def test_control_tokens_are_counted_and_texts_without_ids_left_out(tmp_path):
+    mask = TOKENIZER.mask_id
+    ids = {"x": [5, mask], "y": [6], "z": []}
+    tokenizer = replace(TOKENIZER, to_ids=lambda found: [ids[text] for text in found])
+    index = text_ids.ids_of(iter("xyz"), tmp_path, key="k", tokenizer=tokenizer, said="s")
+    assert (index.texts, index.tokens, index.control) == (2, 5, 1)
+    assert index.named == TOKENIZER.decode_raw([mask])
+
+
+def test_other_weights_of_a_mixture_are_other_data(folder, tmp_path):
+    """The rows of an iteration follow from them, so such a run does not resume."""
+    parts = {
+        name: {"data": str(folder[0] / name), "weight": 1} for name in ("a.jsonl", "b.jsonl.gz")
+    }
+    first = _read_mixture(parts, tmp_path).digests()
+    assert _read_mixture(parts, tmp_path).digests() == first
+    parts["a.jsonl"]["weight"] = 2
+    assert _read_mixture(parts, tmp_path).digests() != first
 
 
 def test_a_mixture_has_its_parts_one_after_the_other(folder, tmp_path):
@@ -110,18 +177,21 @@ def _read_mixture(parts, target):
     [
         ("a.jsonl", '{"text": 3}\n', "row 1 has a int, not a text"),
         ("a.jsonl", '{"body": "x"}\n', "has no column text; name the column of the texts by"),
-        ("a.jsonl", "{\n", "a.jsonl cannot be read"),
+        ("a.jsonl", "\n{\n", "a.jsonl cannot be read .line 2: "),
+        ("a.jsonl", '["x"]\n', "row 1 is a list, not an object"),
+        ("a.jsonl", '{"text": "a\\ud800"}\n', "row 1 holds half of a character"),
+        ("a.txt", b"ab\xff", "row 1 holds half of a character, or is not UTF-8"),
         ("a.jsonl", '{"text": ""}\n', "holds no texts"),
         ("a.csv", "text\nx\n", "names no texts; give a .jsonl, .jsonl.gz, .parquet, .txt file"),
         ("a.parquet", "no parquet", "a.parquet cannot be read"),
     ],
 )
 def test_what_is_no_text_is_refused(tmp_path, name, content, said):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=said) as error:
         _read(tmp_path / name, tmp_path / "ids")
     assert str(error.value).startswith("sft.data") and "\n" not in str(error.value)
-    assert not (tmp_path / "ids" / texts.INDEX).exists()
+    assert not (tmp_path / "ids" / text_ids.INDEX).exists()
 
 
 @pytest.mark.parametrize(
@@ -134,13 +204,14 @@ def test_what_is_no_text_is_refused(tmp_path, name, content, said):
         ("sft.data={a: {data: x.jsonl, chat: true}}", "sft.data.a.chat=true is for replies"),
         ("sft.loss=vrpo", "sft.loss=vrpo compares replies"),
         ("sft.data=null", "sft.format=texts is for rows of sft.data"),
+        ("sft.format=replies; sft.document_mask=false", "sft.document_mask=false is for raw texts"),
     ],
 )
 def test_settings_of_replies_are_refused(override, said):
     given = ["sft.data=x.jsonl", "sft.format=texts", "sft.iterations=1"]
     validate(load(Settings, None, given))
     with pytest.raises(ValueError, match=said):
-        validate(load(Settings, None, [*given, override]))
+        validate(load(Settings, None, [*given, *override.split("; ")]))
 
 
 def test_a_plan_reads_no_texts(folder, tmp_path):
@@ -152,6 +223,8 @@ def test_a_plan_reads_no_texts(folder, tmp_path):
 
 
 def _train(run_dir, folder, overrides=(), line=None):
+    if dist.get_world_size() > 1:
+        loss.SOME = 2  # held-out rows that are laid out at a time
     if line is not None:
         kill_after_line(line)
     given = [f"run.dir={run_dir}", f"sft.data={folder}", f"sft.eval_data={folder / 'b.jsonl.gz'}"]

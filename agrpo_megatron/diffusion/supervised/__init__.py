@@ -1,0 +1,1 @@
+"""Masked examples of the supervised phase as packed rows."""
