@@ -78,6 +78,14 @@ def test_what_has_no_meaning_is_refused(case):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_whole_blocks_of_one_block_are_refused():
+    algorithm = AlgorithmSettings(mc_samples=2, step_sampler="blocks")
+    whole = replace(SAMPLING, block_length=SAMPLING.completion_length)
+    with pytest.raises(ValueError, match=r"step_sampler=blocks draws .* use algorithm\.step_s"):
+        validate_algorithm(algorithm, whole)
+    validate_algorithm(algorithm, replace(whole, block_length=SAMPLING.completion_length // 2))
+
+
 def test_an_exact_kl_is_refused_where_tokens_are_cut():
     algorithm, cut = AlgorithmSettings(kl="exact"), replace(SAMPLING, top_k=5)
     with pytest.raises(ValueError, match=r"sampling.top_k=5 sampling.top_p=1 keep some; use"):

@@ -270,6 +270,12 @@ def _check_sampling(filled: AlgorithmSettings, sampling: SamplingSettings) -> No
                 f"sampling.unmasking=leftmost sampling.denoising_steps={length} "
                 "sampling.threshold=null"
             )
+    if filled.step_sampler == "blocks" and sampling.most_blocks == 1:
+        raise ValueError(
+            "algorithm.step_sampler=blocks draws whole blocks, and sampling.block_length="
+            f"{sampling.block_length} makes one of the completion, with all of its steps; use "
+            "algorithm.step_sampler=distinct, or algorithm.name=full_trajectory"
+        )
     if filled.name == "step_merge" and filled.draws > steps:
         raise ValueError(
             f"algorithm.mc_samples={filled.mc_samples} segments need as many denoising steps, and "

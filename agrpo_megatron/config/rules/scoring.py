@@ -136,5 +136,5 @@ def _check_turns(algorithm: AlgorithmSettings, sampling: SamplingSettings) -> No
         if (found := getattr(algorithm, key)) not in (None, value):
             raise ValueError(
                 f"algorithm.{key}={text(found)} is not for {said}, whose positions have a ratio "
-                f"of their own, of the sampler; use {text(value)}"
+                f"of their own, of the sampler; use {text(value)}, or algorithm.scoring=token"
             )

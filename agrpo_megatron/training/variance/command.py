@@ -8,6 +8,8 @@ from typing import Any
 
 from agrpo_megatron.checkpoint.start import load_model
 from agrpo_megatron.config.rules.algorithm import OF_ESTIMATORS, validate_algorithm
+from agrpo_megatron.config.rules.cached import validate_cached
+from agrpo_megatron.config.rules.rollouts import CORRECTION
 from agrpo_megatron.config.settings import AlgorithmSettings, Settings
 from agrpo_megatron.config.settings.estimators import ENTRIES
 from agrpo_megatron.megatron.engine import Engine, build_engine, build_reference
@@ -49,7 +51,7 @@ def plan_variants(
             f"between the halves of a batch; use {groups + 1}"
         )
     shared = ("prompts_per_iteration", "group_size", "baseline", "scale_by_std")
-    of_steps = ("scoring", "rollout_experts")
+    of_steps = ("scoring", "rollout_experts", CORRECTION)
     every = (*shared, *of_steps)
     common: dict[str, Any] = {name: getattr(settings.algorithm, name) for name in every}
     own = settings.algorithm
@@ -65,6 +67,7 @@ def plan_variants(
         variants[name] = AlgorithmSettings(name=name, **{key: common[key] for key in kept})
     for algorithm in variants.values():
         validate_algorithm(algorithm, settings.sampling)
+        validate_cached(replace(settings, algorithm=algorithm))
     return variants
 
 

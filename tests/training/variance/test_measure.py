@@ -14,10 +14,11 @@ from agrpo_megatron.training.rl import collect_rollout
 from agrpo_megatron.training.step import accumulate_gradients
 from agrpo_megatron.training.update import prepare, with_loss
 from agrpo_megatron.training.variance.choice import components
+from agrpo_megatron.training.variance.command import plan_variants
 from agrpo_megatron.training.variance.measure import Gradients, compare, gradients_of
 from agrpo_megatron.training.variance.sketch import SIZE, gradient_sketch
 from tests.ranks import run_ranks
-from tests.training.tiny import open_session
+from tests.training.tiny import open_session, tiny
 
 LAYOUTS = {
     "one rank": (1, []),
@@ -120,6 +121,16 @@ def test_a_run_measures_the_draw_noise_that_the_command_shows():
     assert by_triples == pytest.approx(variance, rel=1e-6)
     assert shown == pytest.approx(variance, rel=0.3)
     assert later != variance and later == pytest.approx(variance, rel=0.4)
+
+
+def test_variants_are_corrected_for_an_approximate_sampler_and_score_its_states():
+    """Without importance weights the full trajectory would not be what others estimate."""
+    own = ["sampling.policy=approximate", "algorithm.rollout_correction=2"]
+    variants = plan_variants(tiny(*own, "algorithm.prompts_per_iteration=2"), [1], ["egspo"])
+    assert [each.rollout_correction for each in variants.values()] == [2, 2, 2]
+    cached = tiny("sampling.policy=cached", "algorithm.prompts_per_iteration=2")
+    with pytest.raises(ValueError, match="algorithm.name=espo scores states that the sampler did"):
+        plan_variants(cached, [1], ["espo"])
 
 
 def test_noise_and_angle_are_those_of_known_gradients():
