@@ -234,6 +234,7 @@ def _check_reference(settings: Settings) -> None:
         "model.moe.experts": (model.moe.experts, (None,)),
         "lora.rank": (settings.lora.rank, (None,)),
         "precision": (settings.precision, ("fp32", "bf16")),
+        "sampling.policy": (sampling.policy, ("exact",)),
         "sampling.unmasking": (sampling.unmasking, ORDERS),
         "sampling.schedule": (sampling.schedule, ("uniform",)),
         "sampling.block_origin": (sampling.block_origin, ("completion",)),

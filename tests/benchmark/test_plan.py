@@ -95,6 +95,7 @@ def test_wrong_input_is_refused(kind, options, overrides, said):
             "precision=fp8: --reference .* precision=fp32 or bf16;",
         ),
         ({"unmasking": "margin"}, [], "with sampling.unmasking=random or leftmost or low_conf"),
+        ({}, ["sampling.policy=cached"], "with sampling.policy=exact"),
         ({}, ["sampling.threshold=0.9"], "with sampling.threshold=null"),
         ({}, ["lora.rank=4"], "lora.rank=4: --reference"),
     ],
