@@ -28,7 +28,12 @@ def kill_after_line(number):
 
 def kill_in_save(number, moment):
     """Kill the process in its so-many-th save, before a function of `saving` is called."""
-    own, calls = getattr(saving, moment), []
+    kill_in_call(number, saving, moment)
+
+
+def kill_in_call(number, module, moment):
+    """Kill the process before the so-many-th call of a function of a module."""
+    own, calls = getattr(module, moment), []
 
     def stand_in(*args, **kwargs):
         calls.append(moment)
@@ -36,4 +41,4 @@ def kill_in_save(number, moment):
             _die()
         return own(*args, **kwargs)
 
-    setattr(saving, moment, stand_in)
+    setattr(module, moment, stand_in)

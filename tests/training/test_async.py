@@ -19,7 +19,7 @@ from agrpo_megatron.training.rl import collect_rollout, update_policy
 from agrpo_megatron.training.run import train
 from agrpo_megatron.trajectories import iteration_of
 from tests.ranks import run_ranks
-from tests.training.kills import kill_after_line, kill_in_save
+from tests.training.kills import kill_after_line, kill_in_call, kill_in_save
 from tests.training.test_run import read
 from tests.training.tiny import (
     open_session,
@@ -47,7 +47,9 @@ def _train(run_dir, overrides, line=None, save=None, size=1):
     """Train; return what was warned of."""
     if line is not None:
         kill_after_line(line)
-    if save is not None:
+    if save is not None and save[1] == "spent_on":
+        kill_in_call(save[0], ahead, save[1])
+    elif save is not None:
         kill_in_save(*save)
     view, warned = silent_view(), []
     view.warn = warned.append  # type: ignore[method-assign]
@@ -77,9 +79,11 @@ def test_every_batch_but_the_first_is_one_iteration_old(whole):
     assert unknown_metrics(read(whole / "metrics.jsonl")) == set()
 
 
-KILLS = {  # settings, and after how many lines, or in which save at which moment
+KILLS = {  # settings, and after how many lines, or at which moment of a save or an iteration
     "before the first checkpoint": ([], 2, None),
     "after a checkpoint": ([], 5, None),
+    # Iteration 3: the rewards of its batch are outstanding, and the next one is sampled.
+    "between two batches": ([], None, (4, "spent_on")),
     "in a save": ([], None, (2, "seal")),
     "in a save in the background": (["checkpoint.background=true"], None, (2, "seal")),
 }
