@@ -1,70 +1,114 @@
-"""Measure weak and strong scaling of a small model on this machine's CPU.
+"""Measure weak and strong scaling, on this machine's CPU or from finished runs.
 
     python tools/measure_scaling.py examples/scaling/cpu.yaml --output runs/scaling
+    python tools/measure_scaling.py --runs runs/scaling --figure scaling.png
 
-Trains a few iterations on 1, 2 and 4 ranks of one thread each, split by data, by tensors and by
-pipeline stages. Weak scaling keeps the completions of each rank, strong scaling those of all ranks.
-Seconds are the processor time of the first rank, so more ranks than cores may run, and a rank that
-waits takes none; what they wait is the pipeline's bubble, which a run counts in slots. Efficiency
-is FLOPs per processor second and rank, over that of one rank. Finished runs are taken as they are.
-Prints a table in Markdown, and draws a figure. Exit status 1 if a run fails.
+With FILE, trains a few iterations on 1, 2 and 4 ranks of one thread each, split by data, by tensors
+and by pipeline stages, and three smaller sizes on one rank. Weak scaling keeps the completions of
+each rank, strong scaling those of all ranks. Seconds are the processor time of the first rank, so
+more ranks than cores may run, and a rank that waits takes none; what they wait is the pipeline's
+bubble, which a run counts in slots. `planned` are the processor seconds that `agrpo plan
+--measured` predicts, without waiting, from the runs on one and two ranks: those are given to the
+plan, the others are not. Finished runs are taken as they are.
+
+With --runs, reads finished runs, such as the members of a sweep of `agrpo launch`, on CPUs or GPUs.
+
+Efficiency is FLOPs for each second and rank, over that of the fewest ranks of the same model.
+Prints a table in Markdown, and draws a figure. Exit status 1 if a run fails, 2 for wrong input.
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from scaling_points import Point, find_runs, read_point, scaling_figure, table_row, with_scaling
 
-from agrpo_megatron.launch.speed import measured_rows
+from agrpo_megatron.config.schema import load
+from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.planning.cluster import Given, read_cluster
+from agrpo_megatron.planning.measured import read_measured
 from agrpo_megatron.planning.presets import open_model
-from agrpo_megatron.reports.plots.style import Theme, dress, new_figure, write_png
+from agrpo_megatron.planning.ranking import rank_layouts
+from agrpo_megatron.reports.plots.style import write_png
 from agrpo_megatron.reports.tables import markdown_table
+from agrpo_megatron.runs.progress import RUN_SETTINGS
 
 RANKS = (1, 2, 4)
-AXES = {"dp": "data", "tp": "tensor", "pp": "pipeline"}
+GIVEN = 2  # most ranks of a run that is given to the plan
+AXES = ("dp", "tp", "pp")
 PROMPTS = "algorithm.prompts_per_iteration"
-
-
-@dataclass(frozen=True)
-class Point:
-    """A run; its median iteration."""
-
-    scaling: str
-    axis: str
-    ranks: int
-    seconds: float  # processor time of the first rank
-    flops: float  # of all ranks
-    bubbles: tuple[float, float]  # shares of the slots in which a stage waits: rollout, update
+LEFT = {"model", "scaling", "layout"}  # columns of text
 
 
 def main() -> int:
-    """Train, print and draw; returns the exit status."""
+    """Train or read, print and draw; returns the exit status."""
     arguments = _arguments()
-    runs = arguments.output
-    alone = open_model(arguments.file, [], ranks=1).settings.algorithm.prompts_per_iteration
-    one = _train(arguments.file, runs / "one", 1, [])
-    points = list[Point]()
+    try:
+        if arguments.runs:
+            rows, points = _read(find_runs(arguments.runs))
+        else:
+            rows, points = _measured(arguments.file, arguments.output)
+    except ValueError as error:
+        print(f"measure_scaling: error: {error}", file=sys.stderr)
+        return 2
+    print(markdown_table(rows, left=LEFT))
+    if arguments.figure is not None:
+        figure = write_png(arguments.figure, lambda theme: scaling_figure(points, theme))
+        print(f"figure {figure}")
+    return 0
+
+
+def _read(runs: Sequence[Path]) -> tuple[list[dict[str, str]], list[Point]]:
+    """Return rows and points of finished runs."""
+    if not runs:
+        raise ValueError("--runs holds no run; give run directories, or the folder of a sweep")
+    points = with_scaling([read_point(run) for run in runs])
+    if len({point.is_cpu for point in points}) > 1:
+        raise ValueError("--runs has runs on CPUs and on GPUs; give one kind at a time")
+    return [table_row(point, points) for point in points], points
+
+
+def _measured(file: str, output: Path) -> tuple[list[dict[str, str]], list[Point]]:
+    """Train runs; return their rows with what is planned, and their points."""
+    base = open_model(file, [], ranks=1).settings
+    alone, prompts = [_train(file, output / "one", 1, [])], base.algorithm.prompts_per_iteration
+    for name, overrides in _sizes(base).items():
+        alone.append(_train(file, output / f"one-{name}", 1, overrides))
+    runs = list[Path]()
     for scaling in ("weak", "strong"):
         for axis in AXES:
             for ranks in RANKS[1:]:
-                prompts = alone * (ranks if scaling == "weak" else 1)
-                own = [f"parallel={axis}{ranks}", f"{PROMPTS}={prompts}"]
-                run = _train(arguments.file, runs / f"{scaling}-{axis}{ranks}", ranks, own)
-                points.append(_point(run, scaling, axis, ranks))
-    first = _point(one, "both", "dp", 1)
-    print(
-        markdown_table(
-            [_row(point, first) for point in (first, *points)], left={"scaling", "layout"}
-        )
-    )
-    if arguments.figure is not None:
-        print(f"figure {write_png(arguments.figure, lambda theme: _figure(points, first, theme))}")
-    return 0
+                count = prompts * (ranks if scaling == "weak" else 1)
+                own = [f"parallel={axis}{ranks}", f"{PROMPTS}={count}"]
+                runs.append(_train(file, output / f"{scaling}-{axis}{ranks}", ranks, own))
+    points = with_scaling([read_point(run) for run in (alone[0], *runs)])
+    given = [*alone, *(p.run for p in points if 1 < p.ranks <= GIVEN)]
+    measured = read_measured(given, read_cluster("1xCPU", "fp32", Given()))
+    print(f"planned with {measured.text}\n", file=sys.stderr)
+    rows = list[dict[str, str]]()
+    for point in points:
+        model = open_model(str(point.run / RUN_SETTINGS), [], ranks=point.ranks)
+        speed = read_cluster(f"{point.ranks}xCPU", "fp32", Given()).with_measured(measured)
+        only = load(Settings, point.run / RUN_SETTINGS).parallel
+        times = rank_layouts(model, speed, only=only).fitting[0].iteration.times
+        planned = times.total - times.rollout_bubble - times.update_bubble
+        error = f"{100 * (planned / point.seconds - 1):+.0f} %"
+        row = table_row(point, points) | {"planned": f"{planned:.2f}", "error": error}
+        rows.append({**row, "given": "yes" if point.ranks <= GIVEN else "no"})
+    return rows, points
+
+
+def _sizes(base: Settings) -> dict[str, list[str]]:
+    """Return overrides of smaller sizes by name, which tell kinds of work apart."""
+    model = base.model
+    width = [f"model.hidden_size={model.hidden_size // 2}"]
+    width.append(f"model.ffn_hidden_size={model.ffn_hidden_size // 2}")
+    steps = f"sampling.denoising_steps={base.sampling.denoising_steps // 2}"
+    few = f"{PROMPTS}={max(1, base.algorithm.prompts_per_iteration // 2)}"
+    depth = [f"model.num_layers={max(1, model.num_layers // 2)}"]
+    return {"narrow": width, "shallow": depth, "short": [steps, few]}
 
 
 def _train(file: str, run: Path, ranks: int, overrides: Sequence[str]) -> Path:
@@ -82,60 +126,20 @@ def _train(file: str, run: Path, ranks: int, overrides: Sequence[str]) -> Path:
     return run
 
 
-def _point(run: Path, scaling: str, axis: str, ranks: int) -> Point:
-    rows = measured_rows(run)[1]
-    seconds, flops = (
-        statistics.median(row[key] for row in rows) for key in ("timing/cpu", "flops")
-    )
-    rollout, update = (
-        statistics.median(row.get(f"{phase}/bubble", 0.0) for row in rows)
-        for phase in ("rollout", "update")
-    )
-    return Point(scaling, axis, ranks, seconds, flops, (rollout, update))
-
-
-def _efficiency(point: Point, first: Point) -> float:
-    return point.flops / point.ranks / point.seconds / (first.flops / first.seconds)
-
-
-def _row(point: Point, first: Point) -> dict[str, str]:
-    return {
-        "scaling": point.scaling,
-        "layout": f"{point.axis}{point.ranks}",
-        "GFLOP of a rank": f"{point.flops / point.ranks / 1e9:.1f}",
-        "CPU s": f"{point.seconds:.2f}",
-        "efficiency": f"{100 * _efficiency(point, first):.0f} %",
-        "bubble of rollout": f"{100 * point.bubbles[0]:.0f} %",
-        "of update": f"{100 * point.bubbles[1]:.0f} %",
-    }
-
-
-def _figure(points: Sequence[Point], first: Point, theme: Theme) -> Figure:
-    figure = new_figure(11, 4.4)
-    panels = zip(figure.subplots(1, 2, sharey=True), ("weak", "strong"), strict=True)
-    for axes, scaling in panels:
-        dress(axes, f"{scaling} scaling, measured on a CPU", percent=True)
-        for (axis, name), colour in zip(AXES.items(), theme.cycle(), strict=False):
-            own = [p for p in points if (p.scaling, p.axis) == (scaling, axis)]
-            shares = [1.0, *(_efficiency(point, first) for point in own)]
-            axes.plot(RANKS, shares, color=colour, marker="o", label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(RANKS, [str(count) for count in RANKS])
-        axes.minorticks_off()
-        axes.set_ylim(0, 1.15)
-        axes.set_xlabel("ranks of one thread (FLOPs per processor second and rank)")
-        axes.legend(loc="lower left", frameon=False)
-    return figure
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", metavar="FILE", help="settings file")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="of the runs")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="settings file that is trained")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="of the runs of FILE")
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", metavar="DIR", help="finished runs, or folders of them"
+    )
     parser.add_argument("--figure", type=Path, metavar="FILE", help="efficiency, as PNG")
-    return parser.parse_args()
+    found = parser.parse_args()
+    if (found.file is None) == (found.runs is None) or (found.file and not found.output):
+        parser.error("give FILE with --output DIR, or --runs DIR")
+    return found
 
 
 if __name__ == "__main__":

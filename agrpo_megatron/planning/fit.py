@@ -2,19 +2,22 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 
 import numpy as np
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a rank computes, by kind."""
+    """What a rank computes and sends, by kind."""
 
     flops: float
-    numbers: float  # that operations without products write
-    drawn: float  # logits
-    layers: float  # that are launched one after another
+    numbers: float = 0.0  # that operations without products write
+    drawn: float = 0.0  # logits
+    layers: float = 0.0  # that are launched one after another
+    passes: float = 0.0
+    messages: float = 0.0  # collectives, and sends to another stage
+    sent: float = 0.0  # bytes
 
     def times(self, count: float) -> "Work":
         """Return so many times the work."""
@@ -23,6 +26,11 @@ class Work:
     def plus(self, other: "Work") -> "Work":
         """Return this work and other work."""
         return Work(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def alone(self) -> "Work":
+        """Return the work without what is sent."""
+        return replace(self, messages=0.0, sent=0.0)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,9 @@ class Fit:
     numbers: float = 0.0
     drawn: float = 0.0
     layers: float = 0.0
+    passes: float = 0.0
+    messages: float = 0.0
+    sent: float = 0.0
 
     def seconds(self, work: Work) -> float:
         """Return the seconds of some work."""
@@ -49,6 +60,7 @@ class Measured:
     update_share: float
     rest: float  # seconds of each completion outside rollout and update
     text: str
+    has_exchange: bool = False  # what is sent is part of the fit; else the links' rates count
 
 
 def fit(points: Sequence[tuple[Work, float]]) -> Fit:

@@ -14,6 +14,7 @@ from agrpo_megatron.planning.cluster import Cluster
 from agrpo_megatron.planning.fit import Fit, Measured, Work, fit
 from agrpo_megatron.planning.passes import rollout_passes, update_passes
 from agrpo_megatron.planning.presets import open_model
+from agrpo_megatron.planning.seconds import gradient_exchange
 from agrpo_megatron.reports.read import Row
 from agrpo_megatron.runs.progress import RUN_SETTINGS
 from agrpo_megatron.scaling.forecast.work import count_flops
@@ -68,6 +69,7 @@ def read_measured(files: Sequence[Path], cluster: Cluster) -> Measured:
         text=f"{clock} of {_kinds(rollout)} as measured by {names}; of the counted work "
         f"{100 * _mean(points, 'rollout_share'):.0f} % of the rollout and "
         f"{100 * _mean(points, 'update_share'):.0f} % of the update ran",
+        has_exchange=rollout.messages > 0 or rollout.sent > 0,
     )
 
 
@@ -95,11 +97,19 @@ def _point(run: Path, cluster: Cluster, *, is_cpu: bool) -> Point:
         rollout, update, rest = median_seconds(run, is_cpu=True), 0.0, 0.0
     passed, learned = sampled.batches.count, trained.micro_batches * updates
     shares = ran / flops.rollout, updating / flops.update
+    sampling, learning = sampled.of.work, trained.of.work
+    if is_cpu:  # its clock does not run while a rank waits; sends are a part of the work
+        sent = gradient_exchange(settings, at, memory).work.times(updates)
+        learning = learning.times(learned * shares[1]).plus(sent)
+    else:
+        rollout = max(rollout / 2, rollout - passed * sampled.of.exchange)
+        update = max(update / 2, update - learned * trained.of.exchange)
+        sampling, learning = sampling.alone, learning.alone.times(learned * shares[1])
     return Point(
-        sampled.of.work.times(passed * shares[0]),
-        trained.of.work.times(learned * shares[1]),
-        max(rollout / 2, rollout - passed * sampled.of.exchange),
-        max(update / 2, update - learned * trained.of.exchange),
+        sampling.times(passed * shares[0]),
+        learning,
+        rollout,
+        update,
         rest / completions,
         *shares,
     )
@@ -148,6 +158,9 @@ def _kinds(one: Fit) -> str:
     said += [f"operations at {1 / one.numbers / 1e9:.3g} G numbers/s"] if one.numbers else []
     said += [f"draws at {1 / one.drawn / 1e9:.3g} G logits/s"] if one.drawn else []
     said += [f"{1e6 * one.layers:.3g} us a layer and pass"] if one.layers else []
+    said += [f"{1e6 * one.passes:.3g} us a pass"] if one.passes else []
+    said += [f"{1e6 * one.messages:.3g} us a message"] if one.messages else []
+    said += [f"{1e9 * one.sent:.3g} ns a byte that is sent"] if one.sent else []
     return ", ".join(said)
 
 

@@ -23,7 +23,12 @@ class Pass:
     narrowest: float  # smallest size of its products on a rank: tokens, or columns of a matrix
     work: Work
     memory: float  # bytes that a rank reads at least
-    exchange: float  # seconds of communication within the model
+    exchange: float  # seconds of communication within the model, by the links' rates
+
+    @property
+    def alone(self) -> "Pass":
+        """Return the pass without communication."""
+        return replace(self, exchange=0.0, work=self.work.alone)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ def seconds(one: Pass, cluster: Cluster, *, is_update: bool = False) -> float:
     """
     work, measured = one.work, cluster.measured
     if measured is not None:
-        return (measured.update if is_update else measured.rollout).seconds(work) + one.exchange
+        took = (measured.update if is_update else measured.rollout).seconds(work)
+        return took + (0.0 if measured.has_exchange else one.exchange)
     products = work.flops / (cluster.rate * one.narrowest / (one.narrowest + TILE))
     reads = one.memory / cluster.device.bandwidth
     return max(products, reads, work.layers * cluster.launch) + one.exchange
@@ -82,7 +88,8 @@ def rollout_passes(
     is_cached = settings.caches_keys(sampling)
     keys = of.together * row_bytes(settings, layout, row) if is_cached else 0
     share = layout.pipeline * _ranks_of_a_stage(layout)
-    scored = flops.rollout_work.scored / whole * of.together / layout.tensor
+    scored = flops.rollout_work.scored / whole * of.together
+    sent = exchange(settings, layout, cluster, tokens, scored=scored, directions=1)
     return Rollout(
         of,
         Pass(
@@ -90,12 +97,15 @@ def rollout_passes(
             narrowest=_narrowest(model, layout, tokens),
             work=Work(
                 flops.rollout / whole * of.together / share,
-                _numbers(model, layout, tokens),
-                scored * (model.vocab_size or 0),
+                _numbers(model, layout, tokens, scored),
+                scored * (model.vocab_size or 0) / layout.tensor,
                 -(-model.num_layers // layout.pipeline),
+                layout.virtual,
+                sent.messages,
+                sent.sent,
             ),
             memory=weights * _read_share(model, layout, tokens) + keys,
-            exchange=exchange(settings, layout, cluster, tokens, directions=1),
+            exchange=sent.seconds,
         ),
     )
 
@@ -121,7 +131,8 @@ def update_passes(settings: Settings, flops: Flops, cluster: Cluster, weights: i
     of_micro_batch = whole * rows / packed / count
     share = layout.pipeline * _ranks_of_a_stage(layout)
     directions = 2 + (1 if again else 0)
-    scored = flops.update_work.scored / updates * rows / packed / count / layout.tensor
+    scored = flops.update_work.scored / updates * rows / packed / count
+    sent = exchange(settings, layout, cluster, tokens, scored=scored, directions=directions)
     return Update(
         rows,
         micro_batches=count,
@@ -131,12 +142,15 @@ def update_passes(settings: Settings, flops: Flops, cluster: Cluster, weights: i
             narrowest=_narrowest(model, layout, tokens),
             work=Work(
                 of_micro_batch / share * _busiest_stage(settings, flops),
-                directions * _numbers(model, layout, tokens),
-                scored * (model.vocab_size or 0),
+                directions * _numbers(model, layout, tokens, scored),
+                scored * (model.vocab_size or 0) / layout.tensor,
                 directions * -(-model.num_layers // layout.pipeline),
+                directions * layout.virtual,
+                sent.messages,
+                sent.sent,
             ),
             memory=3 * weights * _read_share(model, layout, tokens),
-            exchange=exchange(settings, layout, cluster, tokens, directions=directions),
+            exchange=sent.seconds,
         ),
     )
 
@@ -145,11 +159,17 @@ def _narrowest(model: ModelSettings, layout: ParallelSettings, tokens: float) ->
     return min(max(1.0, tokens / layout.context), model.ffn_hidden_size / layout.tensor)
 
 
-def _numbers(model: ModelSettings, layout: ParallelSettings, tokens: float) -> float:
-    """Return the numbers that a stage's operations write that are no products, in a forward."""
-    split = 3 * model.ffn_hidden_size + 4 * model.query_width + 4 * model.key_width
-    each = 6 * model.hidden_size + split / layout.tensor
-    return tokens / layout.context * each * model.num_layers / layout.pipeline
+def _numbers(model: ModelSettings, layout: ParallelSettings, tokens: float, scored: float) -> float:
+    """Return the numbers that a stage's operations write that are no products, in a forward.
+
+    After the attention of the last layer, where it ends at scored tokens, of these only.
+    """
+    attention = 2 * model.hidden_size + 4 * (model.query_width + model.key_width) / layout.tensor
+    rest = 4 * model.hidden_size + 3 * model.ffn_hidden_size / layout.tensor
+    total = tokens * model.num_layers * (attention + rest)
+    if model.ends_at_scored and not layout.sequence:
+        total -= (tokens - scored) * rest
+    return total / layout.context / layout.pipeline
 
 
 def _ranks_of_a_stage(layout: ParallelSettings) -> int:

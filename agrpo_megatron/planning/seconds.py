@@ -7,12 +7,13 @@ counted.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from agrpo_megatron.config.parallel import data_ranks
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.planning.cluster import Cluster
-from agrpo_megatron.planning.exchange import width
+from agrpo_megatron.planning.exchange import Exchange, width
+from agrpo_megatron.planning.fit import Work
 from agrpo_megatron.planning.passes import (
     Rollout,
     Update,
@@ -54,6 +55,7 @@ class Iteration:
     times: Times
     rollout: Rollout
     update: Update
+    gradients: Work  # what an update sends of gradients and weights
 
 
 def iteration(
@@ -70,12 +72,15 @@ def iteration(
     sampled = rollout_passes(settings, flops, cluster, copy or memory.weights, prompts=prompts)
     trained = update_passes(settings, flops, cluster, memory.weights)
     step = seconds(sampled.of, cluster)
-    alone = seconds(replace(sampled.of, exchange=0.0), cluster)
+    alone = seconds(sampled.of.alone, cluster)
     learn = seconds(trained.of, cluster, is_update=True)
-    learn_alone = seconds(replace(trained.of, exchange=0.0), cluster, is_update=True)
-    exchanged = (1 - cluster.overlap) * _gradient_exchange(settings, cluster, memory)
-    has_rollouts = settings.train.from_rollouts is None
+    learn_alone = seconds(trained.of.alone, cluster, is_update=True)
     measured, algorithm = cluster.measured, settings.algorithm
+    gradients = gradient_exchange(settings, cluster, memory)
+    exchanged = (1 - cluster.overlap) * gradients.seconds
+    if measured is not None and measured.has_exchange:
+        exchanged = measured.update.seconds(gradients.work)
+    has_rollouts = settings.train.from_rollouts is None
     completions = algorithm.prompts_per_iteration * algorithm.group_size
     count = sampled.batches.count * has_rollouts * (measured.rollout_share if measured else 1)
     updates *= measured.update_share if measured else 1
@@ -91,18 +96,18 @@ def iteration(
         reshard=copy / cluster.device.network * has_rollouts,
         rest=completions * measured.rest if measured else 0.0,
     )
-    return Iteration(times, sampled, trained)
+    return Iteration(times, sampled, trained, gradients.work)
 
 
-def _gradient_exchange(settings: Settings, cluster: Cluster, memory: Memory) -> float:
-    """Return the seconds in which ranks with equal weights exchange gradients and weights.
+def gradient_exchange(settings: Settings, cluster: Cluster, memory: Memory) -> Exchange:
+    """Return what ranks with equal weights exchange of gradients and weights in an update.
 
     Experts are exchanged in groups of their own, over the same bytes.
     """
     layout, replicas = settings.parallel, data_ranks(settings.parallel, cluster.ranks)
     group = replicas * layout.context
     if group == 1:
-        return 0.0
+        return Exchange()
     link = cluster.link(size=group, stride=layout.tensor)
     sent = memory.gradients * (1 if settings.optimizer.distributed else 2)
     if settings.optimizer.distributed:
@@ -110,7 +115,8 @@ def _gradient_exchange(settings: Settings, cluster: Cluster, memory: Memory) -> 
         sent += memory.gradients * (1 if is_short else width(settings) / 4)
     is_local = group * layout.tensor <= cluster.per_node
     steps = 1 if is_local else cluster.nodes
-    return (group - 1) / group * sent / link + 2 * steps * cluster.latency
+    sent *= (group - 1) / group
+    return Exchange().plus(2 * steps, sent, link=link, latency=cluster.latency)
 
 
 def _optimizer(memory: Memory, cluster: Cluster) -> float:

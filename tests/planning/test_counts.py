@@ -1,6 +1,9 @@
 """What a plan counts is what a run counts: passes, tokens, FLOPs, micro-batches and bubbles."""
 
+from contextlib import contextmanager
+
 import pytest
+import torch.distributed as dist
 
 from agrpo_megatron.config.parallel import data_ranks
 from agrpo_megatron.planning.cluster import Given, read_cluster
@@ -39,14 +42,30 @@ SPLIT = {
 }
 
 
+@contextmanager
+def _sums(width):
+    """Yield a list that receives the bytes of each sum of hidden states of this width."""
+    found, own = [], dist.all_reduce
+
+    def noted(tensor, *args, **kwargs):
+        if tensor.dim() == 3 and tensor.shape[-1] == width:
+            found.append(tensor.nbytes)
+        return own(tensor, *args, **kwargs)
+
+    dist.all_reduce = noted
+    yield found
+    dist.all_reduce = own
+
+
 def _counts(variants, ranks):
     """Return by variant what a run counts, and what the plan counts."""
     found = {}
     for name, overrides in variants.items():
         session, engine = open_session(*WHOLE, *overrides, world_size=ranks)
-        rollout, sampled = collect_rollout(session, engine, 0)
-        trained, tokens = update_policy(session, engine, rollout, None)
         settings = session.run.settings
+        with _sums(settings.model.hidden_size) as sums:
+            rollout, sampled = collect_rollout(session, engine, 0)
+            trained, tokens = update_policy(session, engine, rollout, None)
         budget, updates = settings.train.token_budget, settings.algorithm.updates_per_iteration
         replicas = data_ranks(settings.parallel, ranks)
         prompts = [len(p) for p in rollout.trajectory.prompts][:: settings.algorithm.group_size]
@@ -56,6 +75,8 @@ def _counts(variants, ranks):
         one = rollout_passes(settings, flops, cluster, weights, prompts=prompts)
         two = update_passes(settings, flops, cluster, weights)
         batches, micro_batches = one.batches, updates * two.micro_batches
+        work = one.of.work.times(batches.count).plus(two.of.work.times(micro_batches))
+        has_sums = settings.parallel.tensor > 1
         share = settings.parallel.pipeline * settings.parallel.tensor / ranks
         ran = {
             "rollout FLOPs": sampled["flops"],
@@ -66,6 +87,8 @@ def _counts(variants, ranks):
             "update tokens": tokens,
             "micro-batches": trained["micro_batches"],
             "update bubble": trained.get("update/bubble", 0.0),
+            "sums": len(sums),
+            "bytes of sums": sum(sums),  # two ranks: each sends half of them twice
         }
         planned = {
             "rollout FLOPs": batches.count * one.of.work.flops * ranks,
@@ -76,6 +99,8 @@ def _counts(variants, ranks):
             "update tokens": micro_batches * two.of.tokens / share,
             "micro-batches": micro_batches,
             "update bubble": two.bubble / (two.bubble + two.micro_batches),
+            "sums": work.messages * has_sums,
+            "bytes of sums": work.sent * has_sums,
         }
         found[name] = ran, planned
     return found

@@ -1,6 +1,7 @@
 """Speeds from made-up runs of known cost, and the fit behind them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -14,34 +15,42 @@ from agrpo_megatron.planning.ranking import rank_layouts
 from tests.training.tiny import TINY
 
 TRUE = Fit(flops=1e-10, numbers=2e-9, drawn=0.0, layers=3e-5)
+SENDING = replace(TRUE, messages=2e-4, sent=3e-8)  # of runs on several ranks
 SIZES = {
     "base": [],
     "wide": ["model.hidden_size=64", "model.ffn_hidden_size=192"],
     "deep": ["model.num_layers=5"],
     "many": ["algorithm.prompts_per_iteration=9", "sampling.denoising_steps=8"],
+    "tensors": ["parallel=tp2"],
+    "wide tensors": ["parallel=tp2", "model.hidden_size=64", "model.ffn_hidden_size=192"],
+    "data": ["parallel.data=2", "algorithm.prompts_per_iteration=8"],
     "other": ["model.num_layers=3", "model.hidden_size=32", "algorithm.mc_samples=3"],
 }
+ALONE = ("base", "wide", "deep", "many")  # given to the plan, on one rank
 SPLIT = 0.25  # share of the seconds of a made-up iteration outside rollout and update
 
 
 def ranked(settings_file, gpus, measured=None):
     model = open_model(str(settings_file), [], ranks=1)
-    cluster = read_cluster(gpus, "bf16" if "H100" in gpus else "fp32", Given())
-    return rank_layouts(model, cluster if measured is None else cluster.with_measured(measured))
+    cluster = read_cluster(gpus, "bf16" if "H100" in gpus else "fp32", Given(peak=1.0))
+    cluster = cluster if measured is None else cluster.with_measured(measured)
+    return rank_layouts(model, cluster, only=load(Settings, settings_file).parallel)
 
 
 def made_run(folder, name, *, gpus):
-    """Write a run whose iterations took the seconds of `TRUE`; return them."""
+    """Write a run whose iterations took the seconds of `SENDING`; return them."""
     run = folder / name
     (run / "launch").mkdir(parents=True)
     given = ["precision=bf16"] if "H100" in gpus else []
     settings = load(Settings, None, [*TINY, *SIZES[name], *given])
     (run / "config.yaml").write_text(to_yaml(settings))
-    (run / "launch" / "sections.json").write_text('{"world_size": 1}')
+    ranks = int(gpus.partition("x")[0])
+    (run / "launch" / "sections.json").write_text(json.dumps({"world_size": ranks}))
     ranking = ranked(run / "config.yaml", gpus)
     passes, flops = ranking.fitting[0].iteration, ranking.flops
-    rollout = passes.rollout.batches.count * TRUE.seconds(passes.rollout.of.work)
-    update = passes.update.micro_batches * TRUE.seconds(passes.update.of.work)
+    rollout = passes.rollout.batches.count * SENDING.seconds(passes.rollout.of.work)
+    update = passes.update.micro_batches * SENDING.seconds(passes.update.of.work)
+    update += SENDING.seconds(ranking.fitting[0].iteration.gradients)
     whole = rollout + update
     row = {"phase": "rl", "flops": flops.rollout + flops.update, "update_flops": flops.update}
     row |= {"timing/rollout": rollout, "timing/update": update, "timing/cpu": whole}
@@ -53,8 +62,8 @@ def made_run(folder, name, *, gpus):
 
 @pytest.mark.parametrize("gpus", ["1xCPU", "1xH100"])
 def test_runs_predict_sizes_that_were_not_measured(tmp_path, gpus):
-    took = {name: made_run(tmp_path, name, gpus=gpus) for name in SIZES}
-    files = [tmp_path / name for name in SIZES if name != "other"]
+    took = {name: made_run(tmp_path, name, gpus=gpus) for name in (*ALONE, "other")}
+    files = [tmp_path / name for name in ALONE]
     cluster = read_cluster(gpus, "fp32", Given())
     measured = read_measured(files, cluster)
     assert (measured.rollout_share, measured.update_share) == pytest.approx((1, 1))
@@ -65,6 +74,25 @@ def test_runs_predict_sizes_that_were_not_measured(tmp_path, gpus):
             took[name] / (1 + SPLIT * (times.rest > 0))
         )
         assert times.optimizer == 0 and (times.rest > 0) == ("H100" in gpus)
+
+
+def test_runs_on_two_ranks_measure_what_sending_costs(tmp_path):
+    for name in ALONE:
+        made_run(tmp_path, name, gpus="1xCPU")
+    took = {name: made_run(tmp_path, name, gpus="2xCPU") for name in SIZES if name not in ALONE}
+    files = [tmp_path / name for name in (*ALONE, "tensors", "wide tensors")]
+    measured = read_measured(files, read_cluster("1xCPU", "fp32", Given(peak=1.0)))
+    assert vars(measured.rollout) == pytest.approx(vars(SENDING)) and measured.has_exchange
+    assert "us a message" in measured.text
+    for name in ("data", "wide tensors"):
+        (one,) = ranked(tmp_path / name / "config.yaml", "2xCPU", measured).fitting
+        assert one.seconds == pytest.approx(took[name])
+        times = one.iteration.times
+        sending = times.rollout_exchange + times.update_exchange + times.gradients
+        assert 0 < sending < one.seconds
+    alone = read_measured(files[:4], read_cluster("1xCPU", "fp32", Given(peak=1.0)))
+    (one,) = ranked(tmp_path / "data" / "config.yaml", "2xCPU", alone).fitting
+    assert not alone.has_exchange and one.iteration.times.gradients < 1e-4 < took["data"]
 
 
 def test_one_run_is_a_rate_and_its_metrics_file_names_it(tmp_path):

@@ -92,10 +92,10 @@ def test_exchange_of_tensor_parallelism_by_hand():
     near = ranked("llada-8b", "2xH100", only=parallel).too_large
     apart = ranked("llada-8b", "2xH100", only=parallel, given=Given(gpus_per_node=1)).too_large
     found = [one.iteration.rollout.of.exchange for one in (near[0], apart[0])]
-    stream = 8192 * 4096 * 2
+    # The embedding, and two of each layer; those of the last layer of the 32 scored tokens only.
+    streams = (1 + 2 * 31) * 8192 + 2 * 16 * 256 / 128
     for exchange, link in zip(found, (450e9, 50e9), strict=True):
-        bytes_ = 32 * 2 * 2 / 2 * stream
-        assert exchange == pytest.approx(bytes_ / (0.8 * link) + 32 * 2 * 15e-6)
+        assert exchange == pytest.approx(streams * 4096 * 2 / (0.8 * link) + 65 * 15e-6)
 
 
 def test_decoding_of_few_cached_rows_is_as_slow_as_the_reading_of_weights():

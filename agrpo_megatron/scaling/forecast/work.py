@@ -33,6 +33,7 @@ from agrpo_megatron.types import Rollout, ScoredRows
 AUTO_DRAWS = 8  # with which `algorithm.mc_samples=auto` begins, as null of agrpo
 SOME = 32  # completions that are laid out; they stand for all
 LARGEST_GROUP = 256  # completions of a group that are laid out
+SOME_ROWS = 1024  # packed rows that are put into micro-batches
 SOME_UPDATES = 8  # that are counted; further ones score as many states as the last of them
 
 
@@ -84,7 +85,7 @@ def count_flops(
     train = evenly(train, groups)
     share = algorithm.prompts_per_iteration * algorithm.group_size / (len(train) * size)
     rollout = whole_rollout(train, model, settings.sampling, group_size=size)
-    update = _update(settings, rollout)
+    update = _update(settings, rollout, share)
     sampled = sum(completion_flops(rollout.trajectory, settings))
     stored = sum(tensor.nbytes for tensor in tensors(rollout.trajectory).values())
     return Flops(
@@ -97,7 +98,7 @@ def count_flops(
         rollout_work=_scaled(completion_work(rollout.trajectory, settings), share),
         update_work=_scaled([update.work], share),
         update_rows=round(share * update.rows),
-        update_batches=max(1, round(share * update.batches)),
+        update_batches=update.batches,
         update_extra=round(share * update.extra),
     )
 
@@ -109,7 +110,7 @@ class _Passes:
     states: int  # scored
     work: Work  # with gradient
     rows: int  # packed
-    batches: int  # of these rows, within the budget of tokens
+    batches: int  # micro-batches of all rollouts, laid out or not
     flops: int  # with gradient
     extra: int  # FLOPs without gradient
 
@@ -132,21 +133,27 @@ def evenly(values: Sequence[int], count: int) -> list[int]:
     return [values[(2 * number + 1) * len(values) // (2 * count)] for number in range(count)]
 
 
-def _update(settings: Settings, rollout: Rollout) -> _Passes:
-    """Return the passes of all updates on rollouts."""
+def _update(settings: Settings, rollout: Rollout, share: float) -> _Passes:
+    """Return the passes of all updates on rollouts.
+
+    Args:
+        share: all rollouts of an iteration over those that are laid out.
+    """
     algorithm, model = settings.algorithm, settings.model
     updates, total = algorithm.updates_per_iteration, _Passes(0, Work(0, 0, 0), 0, 0, 0, 0)
     counted = min(updates, SOME_UPDATES)
     for number in range(counted):
         context = DrawContext(algorithm, eos_id=model.eos_token_id, seed=number)
         rows = scored_rows(rollout, context)
-        passes = _passes(settings, rollout, rows, is_first=number == 0)
+        passes = _passes(settings, rollout, rows, share=share, is_first=number == 0)
         # Further updates score as many states as the last one that is counted.
         total = total.plus(passes, times=1 if number < counted - 1 else 1 + updates - counted)
     return total
 
 
-def _passes(settings: Settings, rollout: Rollout, rows: ScoredRows, *, is_first: bool) -> _Passes:
+def _passes(
+    settings: Settings, rollout: Rollout, rows: ScoredRows, *, share: float, is_first: bool
+) -> _Passes:
     """Return the passes of an update: with gradient, and without."""
     algorithm, model, lora = settings.algorithm, settings.model, settings.lora
     scored = rows.scored.sum(1).tolist()
@@ -165,17 +172,25 @@ def _passes(settings: Settings, rollout: Rollout, rows: ScoredRows, *, is_first:
         states=len(rows.rollout),
         work=work,
         rows=len(lengths),
-        batches=_micro_batches(lengths, settings),
+        batches=_micro_batches(lengths, settings, share),
         flops=update_cost(model, lora).of(work),
         extra=own * forward_cost(model, lora).of(work) + frozen,
     )
 
 
-def _micro_batches(lengths: Sequence[int], settings: Settings) -> int:
-    """Return the micro-batches of packed rows on one rank."""
+def _micro_batches(lengths: Sequence[int], settings: Settings, share: float) -> int:
+    """Return the micro-batches of an update on one rank.
+
+    Args:
+        lengths: tokens of the packed rows that are laid out.
+        share: all packed rows over these.
+    """
     attention, budget = attention_cost(settings.model), settings.train.token_budget
-    (found,) = assign_rows(torch.tensor(lengths), budget=budget, ranks=1, attention=attention)
-    return len(found)
+    rows = max(1, round(share * len(lengths)))
+    count = min(rows, SOME_ROWS)
+    some = torch.tensor([lengths[number * len(lengths) // count] for number in range(count)])
+    (found,) = assign_rows(some, budget=budget, ranks=1, attention=attention)
+    return -(-len(found) * rows // count)
 
 
 def _evaluation(settings: Settings, held_out: Sequence[int]) -> int:
