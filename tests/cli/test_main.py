@@ -6,7 +6,9 @@ import os
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -89,19 +91,32 @@ def probe_all(several, **environment):
     return found[:-1]
 
 
-def call(arguments, folder):
-    """Call the command on this rank, with what it prints sent to a file; returns both."""
-    os.environ["COLUMNS"] = "200"
-    from agrpo_megatron.cli.main import main
+def call(arguments, folder, *, draws=False):
+    """Call the command on this rank, with what it prints sent to a file; returns both.
 
+    Args:
+        draws: a run that ends has the figures of its report, too: two seconds of CPU time.
+    """
+    os.environ["COLUMNS"] = "200"
+    import agrpo_megatron.cli.main as command
+
+    conclude = command._conclude if draws else partial(_without_figures, command._conclude)
     printed = Path(folder) / f"printed-{os.environ['RANK']}"
     with (
         printed.open("w") as out,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(out),
+        patch.object(command, "_conclude", conclude),
     ):
-        status = main([str(argument) for argument in arguments])
+        status = command.main([str(argument) for argument in arguments])
     return status, printed.read_text()
+
+
+def _without_figures(conclude, run_dir):
+    from agrpo_megatron.reports.page import html
+
+    with patch.object(html, "draw_figures", lambda *_: {}):
+        conclude(run_dir)
 
 
 def call_all(several, folder):

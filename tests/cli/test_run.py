@@ -10,8 +10,12 @@ import yaml
 
 from agrpo_megatron.cli.main import main
 from agrpo_megatron.runs.log import RunLog
-from tests.cli.test_main import agrpo, probe, write_settings
+from tests.cli.test_main import agrpo, call, probe, write_settings
 from tests.ranks import run_ranks
+
+
+def _train(file, folder):
+    return call(["train", file], folder, draws=True)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +23,7 @@ def run(tmp_path_factory):
     """Return (run directory, settings file, what training printed) of a finished run."""
     folder = tmp_path_factory.mktemp("cli")
     file = write_settings(folder / "tiny.yaml", run={"dir": str(folder / "run")})
-    status, printed = agrpo(folder, "train", file)
+    status, printed = run_ranks(1, _train, file, folder)[0]
     assert status == 0
     return folder / "run", file, printed
 

@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 from tests.training.tiny import open_session, tiny
 
 FOUR_LAYERS = "model.num_layers=4"
-LONG = ["sampling.completion_length=32", "sampling.denoising_steps=16", "sampling.block_length=16"]
+LONG = ["sampling.completion_length=16", "sampling.denoising_steps=8", "sampling.block_length=8"]
 SAMPLINGS = {
     "long": LONG,
     "ragged": [  # rows end at different steps, and leave their group
@@ -85,7 +85,7 @@ def test_ring_and_lockstep_sample_the_tokens_of_one_rank(alone, layout):
         by_schedule[schedule] = {case: bubble for case, (_, bubble) in ranks[0].items()}
     ring, lockstep = (by_schedule[name]["long", 16] for name in ("ring", "lockstep"))
     assert ring < lockstep
-    if layout == "pp4":  # 16 groups of 16 steps each, at most
+    if layout == "pp4":  # 16 groups of 8 steps each, at most
         assert ring < 0.03 and lockstep > 0.15
 
 
