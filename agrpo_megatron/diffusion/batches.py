@@ -61,24 +61,27 @@ def timestep_batch(
         old_logprobs=None if old is None else old[row, position],
         reference_logprobs=None,
         advantages=gains,
-        **weights_of(scored, number, position),
+        **weights_of(scored, number, position, dtype=gains.dtype),
         sources=owner,
         row=number,
         position=position,
     )
 
 
-def weights_of(scored: ScoredRows, number: Tensor, position: Tensor) -> dict[str, Tensor]:
-    """Return the float32 weights [S] of scored tokens, and of their KL: fields of a micro-batch.
+def weights_of(
+    scored: ScoredRows, number: Tensor, position: Tensor, *, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the weights [S] of scored tokens, and of their KL: fields of a micro-batch.
 
     Args:
         number, position: [S] of the tokens, the scored row and the place in the completion.
+        dtype: of the micro-batch's advantages.
     """
     spots = number, position
     of_kl = weights_of_kl(scored)[spots]
     if scored.coefficient is not None:  # there, it is of a single token in an exact KL only
         of_kl = of_kl * scored.coefficient[spots]
-    return {"weights": scored.weight[spots].float(), "kl_weights": of_kl.float()}
+    return {"weights": scored.weight[spots].to(dtype), "kl_weights": of_kl.to(dtype)}
 
 
 def recorded_logprobs(

@@ -248,7 +248,7 @@ def with_loss(
     batches = [
         replace(
             batch,
-            **weights_of(scored, batch.row, batch.position),
+            **weights_of(scored, batch.row, batch.position, dtype=batch.advantages.dtype),
             **{n: t if t is None else t[batch.row, batch.position] for n, t in values.items()},
         )
         for batch in part.batches
