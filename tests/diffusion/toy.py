@@ -22,6 +22,7 @@ from agrpo_megatron.estimators.losses import LOSSES, of_tokens
 from agrpo_megatron.estimators.scoring import score_tokens
 from agrpo_megatron.estimators.steps import all_steps, at_level
 from agrpo_megatron.estimators.table import is_joint
+from agrpo_megatron.estimators.weights import corrected
 from agrpo_megatron.trajectories import select, tensors
 from agrpo_megatron.types import PackedRows, Rollout, StepDraws, Trajectory
 from tests.diffusion.batching import batches_of
@@ -319,11 +320,20 @@ def estimator_gradient(
     advantages: Tensor,
     draws: StepDraws,
     algorithm: AlgorithmSettings,
+    *,
+    sampler: Trajectory | None = None,
 ) -> Tensor:
-    """Return the ascent direction of the package's loss, summed over rollouts."""
+    """Return the ascent direction of the package's loss, summed over rollouts.
+
+    Args:
+        sampler: the trajectory with log-probs of another policy, which sampled it; None: its own.
+    """
     table = table.detach().requires_grad_()
     rollout = Rollout(trajectory, advantages, advantages > 0, advantages)
     rows = at_level(draws, rollout, DrawContext(algorithm, toy.eos_id, 0))
+    if sampler is not None:
+        change = (trajectory.logprobs - sampler.logprobs)[rows.rollout]
+        rows, _ = corrected(rows, change, limit=math.inf, kl=algorithm.kl)
     score, total = toy.score(table), table.sum() * 0
     batches = batches_of(rollout, rows, mask_id=toy.mask_id, token_budget=4096)
     if is_joint(rows, algorithm):

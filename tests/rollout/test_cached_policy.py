@@ -9,13 +9,12 @@ from agrpo_megatron.benchmark.reference import model as plain
 from agrpo_megatron.diffusion.blocks import open_part
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.megatron.forward import RolloutForward
-from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.rollout.generate import sample_prompts
 from agrpo_megatron.rollout.requests import encode_prompts
 from agrpo_megatron.tasks.base import task_prompts
 from agrpo_megatron.training.rl import collect_rollout
 from tests.ranks import run_ranks
-from tests.training.tiny import gradient, open_session, relative_error
+from tests.training.tiny import gradient, leaves, open_session, relative_error
 
 CACHED = [
     "sampling.policy=cached",
@@ -141,9 +140,7 @@ def _compare(overrides):
     session, engine = open_session(*CACHED, *overrides)
     settings, network = session.run.settings, engine.network
     rollout, _ = collect_rollout(session, engine, 0)
-    weights = {n: p.detach().clone() for n, p in network.named_parameters()}
-    tables = export_hf(weights, settings.model, session.run.ranks)
-    tables = {name: table.requires_grad_() for name, table in tables.items()}
+    tables = leaves(session, engine)
     reference = plain.Reference(settings.model, tables)
     expected = _expected(reference, rollout, settings.model.mask_token_id, network.vocab)
     metrics, ours = gradient(session, engine, rollout)

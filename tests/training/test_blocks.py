@@ -8,12 +8,11 @@ import torch
 from agrpo_megatron.diffusion.blocks import block_numbers
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.steps import all_steps, at_level
-from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.training.rl import collect_rollout
 from agrpo_megatron.training.update import prepare
 from tests.megatron.literal import literal_logits
 from tests.ranks import run_ranks
-from tests.training.tiny import gradient, open_session, relative_error
+from tests.training.tiny import gradient, leaves, open_session, relative_error
 
 BLOCKS = ["model.block_length=4", "algorithm.name=full_trajectory", "algorithm.mc_samples=null"]
 KINDS = {
@@ -60,9 +59,7 @@ def _compare(overrides):
     settings = session.run.settings
     rollout, _ = collect_rollout(session, engine, 0)
     trajectory = rollout.trajectory
-    named = {name: p.detach() for name, p in engine.network.named_parameters()}
-    exported = export_hf(named, settings.model, session.run.ranks)
-    tensors = {name: tensor.double().requires_grad_() for name, tensor in exported.items()}
+    tensors = leaves(session, engine, dtype=torch.float64)
     context = DrawContext(settings.algorithm, eos_id=session.run.eos_id, seed=0)
     draws = all_steps(trajectory, context)
     weights = at_level(draws, rollout, context).weight.amax(1)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.training.rl import collect_rollout
 from tests.megatron.literal import literal_logits
 from tests.ranks import run_ranks
-from tests.training.tiny import gradient, open_session, relative_error
+from tests.training.tiny import gradient, leaves, open_session, relative_error
 
 EDITS = [
     "model.attention=block_causal",
@@ -57,12 +56,9 @@ def _logprobs(session, tensors, prompt, state, actions):
 
 def _compare(overrides):
     session, engine = open_session(*EDITS, *FULL, *overrides)
-    settings = session.run.settings
     rollout, _ = collect_rollout(session, engine, 0)
     trajectory = rollout.trajectory
-    named = {name: p.detach() for name, p in engine.network.named_parameters()}
-    exported = export_hf(named, settings.model, session.run.ranks)
-    tensors = {name: tensor.double().requires_grad_() for name, tensor in exported.items()}
+    tensors = leaves(session, engine, dtype=torch.float64)
     loss, edits, idle = torch.zeros((), dtype=torch.float64), 0, 0
     for number, prompt in enumerate(trajectory.prompts):
         steps = int(trajectory.num_steps[number])

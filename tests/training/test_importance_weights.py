@@ -9,13 +9,12 @@ import torch
 from agrpo_megatron.benchmark.reference import model as plain
 from agrpo_megatron.diffusion.logprobs import policy_logits, token_logprobs
 from agrpo_megatron.estimators.weights import corrected
-from agrpo_megatron.megatron.weights import export_hf
 from agrpo_megatron.scaling.flops import Work
 from agrpo_megatron.training.rl import collect_rollout
 from agrpo_megatron.training.update import Part, with_old_logprobs
 from agrpo_megatron.types import ScoredRows
 from tests.ranks import run_ranks
-from tests.training.tiny import gradient, open_session, relative_error, tiny
+from tests.training.tiny import gradient, leaves, open_session, relative_error, tiny
 
 LIMIT, KL = 1.25, 0.3
 LEVELS = ("token", "row", "sequence")
@@ -67,10 +66,8 @@ def _compare():
     with torch.no_grad():  # the weights that are trained are not those that sampled
         for _, weight in network.named_parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=generator)
-    weights = {name: weight.detach().clone() for name, weight in network.named_parameters()}
     for level in LEVELS:
-        tables = export_hf(weights, settings.model, session.run.ranks)
-        tables = {name: table.requires_grad_() for name, table in tables.items()}
+        tables = leaves(session, engine)
         reference = plain.Reference(settings.model, tables)
         loss, factors = _expected(reference, rollout, settings, network.vocab, level)
         loss.backward()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from agrpo_megatron.checkpoint.start import load_start_weights
@@ -187,6 +188,15 @@ def gradient(
     metrics, _ = update_policy(session, engine, rollout, reference)
     del engine.optimizer.step
     return metrics, caught
+
+
+def leaves(
+    session: Session, engine: Engine, *, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Return copies of the weights that take a gradient, by their Hugging Face names."""
+    weights = {name: p.detach().clone() for name, p in engine.network.named_parameters()}
+    found = export_hf(weights, session.run.settings.model, session.run.ranks)
+    return {name: table.to(dtype).requires_grad_() for name, table in found.items()}
 
 
 def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
