@@ -33,7 +33,7 @@ def weights_of_kl(scored: ScoredRows) -> Tensor:
 def given_texts(
     prompts: Sequence[Tensor], tokens: Tensor, ids: Tensor, sampling: SamplingSettings
 ) -> Trajectory:
-    """Return texts that no sampler wrote as completions of one denoising step.
+    """Return texts that no sampler wrote as completions of one denoising step, of the exact policy.
 
     Args:
         prompts: R tensors of ids.
@@ -52,7 +52,7 @@ def given_texts(
         support_ids=None,
         num_steps=torch.ones_like(ids),
         rollout_ids=ids,
-        sampling=replace(sampling, completion_length=tokens.shape[1]),
+        sampling=replace(sampling, completion_length=tokens.shape[1], policy="exact"),
     )
 
 

@@ -107,6 +107,8 @@ def test_the_bound_is_the_mean_log_likelihood_over_all_orders():
     ]
     ((exact,), (drawn,), single, mixed, (alone,)) = run_ranks(1, _scores, several)[0]
     assert exact.logprob == pytest.approx(expected, abs=1e-5)
+    [[cached], [four]] = run_ranks(1, _scores, several[:2], "sampling.policy=cached")[0]
+    assert (cached, four) == (exact, drawn), "a bound is of the model, whatever samples"
     assert abs(drawn.logprob - expected) > 1e-4, "four of seven masks are an estimate"
     chances = torch.tensor([found.logprob for found in single]).exp()
     assert float(chances.sum()) == pytest.approx(1.0, abs=1e-5), "one token has its probability"

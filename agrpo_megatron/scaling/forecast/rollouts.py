@@ -38,6 +38,7 @@ def whole_rollout(
         entropies=some,
         spreads=some,
         support_ids=_support(count, sampling, model) if sampling.is_cut else None,
+        sampling=sampling,
         **_records(count, sampling),
     )
     steps, ends = _steps(trajectory)

@@ -41,6 +41,7 @@ KINDS = {
     "smoothed labels": ["sft.preferences.label_smoothing=0.2"],
     "with the chosen text": ["sft.preferences.chosen_weight=0.5", "sft.preferences.masks=1"],
     "blocks": [*BLOCK_MODEL, "sampling.block_origin=row"],
+    "of a policy that is cached": ["sampling.policy=cached"],
 }
 LAYOUTS = {"tp2": (2, 3e-6), "pp2-cp2": (4, 3e-6), "dp2": (2, 1e-6)}
 
