@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 from accuracy_points import Point, Size
-from compare_results import Estimate
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from agrpo_megatron.reports.plots.style import Theme, dress, new_figure, write_png
 from agrpo_megatron.reports.text import compact
+
+Values = Sequence[tuple[float, Sequence[float]]]  # FLOPs, and a value for each seed
 
 
 def write_figure(sizes: Sequence[Size], path: Path) -> Path:
@@ -28,37 +29,37 @@ def accuracy_figure(sizes: Sequence[Size], theme: Theme) -> Figure:
         dress(upper, f"{size.name}: {compact(size.parameters)} parameters", percent=True)
         dress(lower, "RL less SFT of the same FLOPs")
         lower.axhline(0.0, color=theme.ink, linewidth=1.2)
-        _line(upper, [*size.alone.values()], theme.ink, "SFT alone")
         for (count, points), colour in zip(size.curves.items(), theme.cycle(), strict=False):
-            _line(upper, points, colour, f"RL after {count} iterations of SFT")
-            _gains(lower, points, colour)
+            _line(upper, _accuracies(points), colour, f"RL after {count} iterations of SFT")
+            _line(lower, [(p.flops, [*p.gains.values()]) for p in points if p.gain], colour)
+        _line(upper, _accuracies([*size.alone.values()]), theme.ink, "SFT alone")
         upper.set_xscale("log")
-        upper.set_ylim(-0.02, 1.02)
+        upper.margins(x=0.04)
         lower.set_xlabel("training FLOPs")
         lower.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-        lower.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e12:g}T"))
+        lower.xaxis.set_major_formatter(EngFormatter(sep=""))
         lower.xaxis.set_minor_formatter(NullFormatter())
     grid[0, 0].set_ylabel("held-out accuracy, greedy")
-    grid[1, 0].set_ylabel("points")
+    grid[1, 0].set_ylabel("points of accuracy")
+    lower.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{100 * value:+.0f}" if value else "0")
+    )
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    look = {"ncols": len(labels), "frameon": False, "columnspacing": 1.4}
+    title = "lines: mean of the seeds; bands: lowest to highest seed"
+    figure.legend(handles, labels, loc="outside lower center", title=title, **look)
     return figure
 
 
-def _line(axes: Axes, points: Sequence[Point], colour: str, label: str) -> None:
-    x, found = [point.flops for point in points], [point.accuracy for point in points]
-    _band(axes, x, found, colour)
-    axes.plot(x, [each.mean for each in found], color=colour, marker="o", ms=4.5, label=label)
+def _accuracies(points: Sequence[Point]) -> Values:
+    return [(point.flops, [*point.accuracies.values()]) for point in points]
 
 
-def _gains(axes: Axes, points: Sequence[Point], colour: str) -> None:
-    pairs = [(point.flops, gain) for point in points if (gain := point.gain) is not None]
-    x = [flops for flops, _ in pairs]
-    found = [Estimate(100 * g.mean, 100 * g.low, 100 * g.high) for _, g in pairs]
-    _band(axes, x, found, colour)
-    axes.plot(x, [each.mean for each in found], color=colour, marker="o", ms=4.5)
-
-
-def _band(axes: Axes, x: Sequence[float], found: Sequence[Estimate], colour: str) -> None:
-    low, high = np.array([(each.low, each.high) for each in found]).reshape(-1, 2).T
-    axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0, zorder=1)
+def _line(axes: Axes, values: Values, colour: str, label: str = "") -> None:
+    """Draw the mean over seeds with a band from the lowest to the highest."""
+    x = [flops for flops, _ in values]
+    low, mean, high = (
+        [f(seeds) for _, seeds in values] for f in (min, lambda v: float(np.mean(v)), max)
+    )
+    axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0, zorder=1)
+    axes.plot(x, mean, color=colour, marker="o", ms=4, linewidth=1.8, label=label, zorder=3)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from accuracy_plan import Grid, Line
-from compare_results import Estimate, percent_band, points_band
+from compare_results import Estimate, points_band
 
 from agrpo_megatron.reports.read import read_run
-from agrpo_megatron.reports.text import compact, flop
+from agrpo_megatron.reports.text import compact, flop, percent
 from agrpo_megatron.runs.resolve import resolve
 from agrpo_megatron.runs.sizes import measure
 from agrpo_megatron.scaling.forecast.disk import parameters
@@ -29,11 +29,6 @@ class Point:
     # By seed, the accuracy less that of a supervised phase of the same FLOPs; empty if no phase
     # was as long, or without RL.
     gains: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def accuracy(self) -> Estimate:
-        """The mean accuracy with its band."""
-        return Estimate.of([*self.accuracies.values()])
 
     @property
     def gain(self) -> Estimate | None:
@@ -168,13 +163,13 @@ def table_rows(sizes: Sequence[Size], budgets: Sequence[int]) -> list[dict[str, 
 
 
 def _row(size: Size, supervised: int, point: Point) -> dict[str, str]:
-    gain = point.gain
+    gain, values = point.gain, [*point.accuracies.values()]
     return {
         "size": f"{size.name}, {compact(size.parameters)}",
         "supervised": str(supervised),
         "RL": str(point.rl),
         "trained with": flop(point.flops),
-        "accuracy": percent_band(point.accuracy),
-        "against SFT alone, points": "" if gain is None else points_band(gain),
-        "seeds": str(len(point.accuracies)),
+        "accuracy (seeds)": f"{percent(float(np.mean(values)))} "
+        f"({', '.join(f'{100 * value:.0f}' for value in values)})",
+        "less SFT alone, points (95 %)": "" if gain is None else points_band(gain),
     }

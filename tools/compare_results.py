@@ -144,7 +144,7 @@ def _cells(summary: Summary) -> dict[str, str]:
         "settings": ", ".join(shown),
         "seeds": str(len(runs)),
         "start": percent(mean("start")),
-        "final": percent_band(summary.final),
+        "final": _percent_band(summary.final),
         "against the baseline, points": "" if other is None else points_band(other),
         "iterations": f"{mean('iterations'):.0f}",
         "update FLOPs": f"{mean('update_flops'):.2e}",
@@ -153,8 +153,7 @@ def _cells(summary: Summary) -> dict[str, str]:
     }
 
 
-def percent_band(found: Estimate) -> str:
-    """Return a share with its band in percent."""
+def _percent_band(found: Estimate) -> str:
     return f"{percent(found.mean)} ({percent(found.low)} to {percent(found.high)})"
 
 
