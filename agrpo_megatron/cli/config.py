@@ -72,7 +72,7 @@ def config(arguments: argparse.Namespace) -> int:
         print(f"# {line}")  # what is printed stays a settings file
     for line in odd_values(planned.settings, sizes, world_size=ranks):
         print(f"warning: {line}", file=sys.stderr)
-    for line in planned.missing:
+    for line in (*planned.missing, *planned.notes):
         print(f"note: {line}", file=sys.stderr)
     return 0
 

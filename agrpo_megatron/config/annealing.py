@@ -78,6 +78,24 @@ def attention_at(settings: Settings, iteration: int) -> Attention:
     return Attention(model, sampling)
 
 
+def attentions(settings: Settings, *, most: int) -> list[tuple[Attention, float]]:
+    """Return what tokens see during the supervised phase, each with how many iterations it holds.
+
+    Args:
+        most: attentions that stand for `sft.anneal_iterations`, evenly spread.
+    """
+    annealed, last = settings.sft.anneal_iterations, 0
+    count = min(most, annealed)
+    places = [(2 * number + 1) * annealed // (2 * count) + 1 for number in range(count)]
+    found = [(attention_at(settings, place), annealed / count) for place in places]
+    for stage in stages(settings):
+        last += stage.iterations
+        found.append((attention_at(settings, last), float(stage.iterations)))
+    rest = max(0, settings.sft.iterations - annealed - last)
+    own = attention_at(settings, annealed + last + 1)
+    return [*found, (own, float(rest))] if rest or not found else found
+
+
 def without_schedule(settings: Settings) -> Settings:
     """Return the settings of a phase in which the model's own attention holds throughout."""
     return replace(settings, sft=replace(settings.sft, anneal_iterations=0, block_schedule=None))

@@ -15,13 +15,16 @@ def forecast(settings: Settings, sizes: Sizes, speed: Speed, *, world_size: int)
     """Return lines on time, disk and model of complete settings, with what they assume."""
     from agrpo_megatron.scaling.forecast.work import count_flops, may_fail  # loads torch
 
+    settings = sizes.with_iterations(settings)
     try:
         flops = count_flops(settings, sizes.train, sizes.held_out, sizes.rows)
     except Exception as error:
         if not may_fail(settings, error):
             raise
         return [f"forecast  not possible: {one_line(error)}"]
-    stored = disk(settings, rollout_bytes=flops.rollout_bytes)
+    found = sizes.texts
+    tokens = 0 if found is None else found.tokens
+    stored = disk(settings, rollout_bytes=flops.rollout_bytes, text_tokens=tokens)
     whole, trained = parameters(settings)
     algorithm, training = settings.algorithm, settings.train.iterations
     rollout, update, held_out, supervised = (
@@ -38,9 +41,14 @@ def forecast(settings: Settings, sizes: Sizes, speed: Speed, *, world_size: int)
     completions = algorithm.prompts_per_iteration * algorithm.group_size
     hours = f"{world_size * total / 3600:.3g} "
     hours += "rank-hours" if settings.precision == "fp32" else "GPU-hours"
+    of_texts = []
+    if found is not None:
+        made = compact(settings.sft.iterations)
+        of_texts = [f"texts     about {compact(tokens)} tokens; {made} supervised iterations"]
     return [
         f"assumed   {speed.text}; all steps run, rewards and saves take nothing",
         f"model     {compact(whole)} parameters, {compact(trained)} trained",
+        *of_texts,
         f"iteration {duration(rollout + update)}: rollout {duration(rollout)} "
         f"({flop(flops.rollout)}), update {duration(update)} ({flop(flops.update)}); "
         f"{completions} completions, {flops.scored_rows} scored states",
@@ -48,7 +56,7 @@ def forecast(settings: Settings, sizes: Sizes, speed: Speed, *, world_size: int)
         f"{duration(held_out)}" + (f", supervised {duration(supervised)}" if supervised else ""),
         f"disk      {size(stored.total)}: {stored.checkpoints} checkpoints of "
         f"{size(stored.checkpoint)}, rollouts {size(stored.rollouts)}, samples "
-        f"{size(stored.samples)}",
+        f"{size(stored.samples)}" + (f", texts {size(stored.texts)}" if stored.texts else ""),
     ]
 
 

@@ -30,6 +30,7 @@ class JobPlan:
     memory: Memory  # of the rank that needs the most
     missing: tuple[str, ...]  # lines on what the run needs and this machine lacks
     sizes: Sizes  # of its prompts
+    assumed: tuple[str, ...]  # lines on what the plan assumes, and on what later commands lack
 
 
 def plan_run(
@@ -62,7 +63,9 @@ def plan_run(
     elif done is not None:
         of = settings.train.iterations if done.phase == "rl" else settings.sft.iterations
         state = f"resumes after {done.phase} iteration {done.iteration} of {of}"
-    return JobPlan(settings, nodes, state, is_over, memory, planned.missing, measure(planned))
+    sizes = measure(planned)
+    lacks = planned.missing, sizes, planned.notes
+    return JobPlan(settings, nodes, state, is_over, memory, *lacks)
 
 
 def notes(plan: JobPlan, assumed: Assumed) -> list[str]:
@@ -78,6 +81,7 @@ def notes(plan: JobPlan, assumed: Assumed) -> list[str]:
     ]
     speed = speed_of(assumed, settings.precision, has_gpus=launch.gpus_per_node > 0)
     found += forecast(settings, plan.sizes, speed, world_size=plan.nodes * ranks)
+    found += [f"note      {line}" for line in plan.assumed]
     return found + [f"warning   {warning}" for warning in _warnings(plan)]
 
 

@@ -48,7 +48,6 @@ def resolve_run(
         ValueError: as `resolve` and `check_log`.
     """
     check_log(settings)
-    source, given = settings.model.load, settings.tokenizer
     found = _own_start(settings, is_restart=is_restart)
     no_task = "rl" not in phases and settings.sft.is_on and settings.sft.data is not None
     needs = None if no_task else SPLITS
@@ -57,12 +56,17 @@ def resolve_run(
     saved, checkpoint = found
     settings_here = on_its_own(settings, checkpoint)
     resolved = resolve(settings_here, world_size=world_size, needs=needs, phases=phases)
-    if source is not None and given.path is None:
-        template = given.chat_template or saved.tokenizer.chat_template
-        given = replace(saved.tokenizer, chat_template=template)
-    model = replace(resolved.settings.model, load=source)
-    own = replace(resolved.settings, model=model, tokenizer=given, lora=settings.lora)
-    return replace(resolved, settings=own)
+    return replace(resolved, settings=_as_started(resolved.settings, settings, saved))
+
+
+def _as_started(resolved: Settings, given: Settings, saved: Settings) -> Settings:
+    """Return resolved settings of a run that resumes with what it started from."""
+    source, tokenizer = given.model.load, given.tokenizer
+    if source is not None and tokenizer.path is None:
+        template = tokenizer.chat_template or saved.tokenizer.chat_template
+        tokenizer = replace(saved.tokenizer, chat_template=template)
+    model = replace(resolved.model, load=source)
+    return replace(resolved, model=model, tokenizer=tokenizer, lora=given.lora)
 
 
 def plan_settings(settings: Settings, *, world_size: int, is_restart: bool = False) -> Planned:
@@ -71,11 +75,18 @@ def plan_settings(settings: Settings, *, world_size: int, is_restart: bool = Fal
     Raises:
         ValueError: as `resolve_run`.
     """
-    if _own_start(settings, is_restart=is_restart) is None:
-        check_log(settings)
+    check_log(settings)
+    found = _own_start(settings, is_restart=is_restart)
+    if found is None:
         return plan(settings, world_size=world_size)
-    found = resolve_run(settings, world_size=world_size, is_restart=is_restart)
-    return Planned(found.settings, found.task, found.tokenizer, (), found.supervised)
+    saved, checkpoint = found
+    planned = plan(on_its_own(settings, checkpoint), world_size=world_size)
+    known = _as_started(planned.settings, settings, saved)
+    sft, there = known.sft, saved.sft
+    if sft.is_on and not sft.iterations and sft.epochs == there.epochs:
+        sft = replace(sft, iterations=there.iterations)  # its data were not read
+    padding = there.padding if sft.padding is None else sft.padding
+    return replace(planned, settings=replace(known, sft=replace(sft, padding=padding)))
 
 
 def _own_start(settings: Settings, *, is_restart: bool) -> tuple[Settings, Path] | None:

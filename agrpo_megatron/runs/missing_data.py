@@ -1,7 +1,7 @@
 """The data that settings name by file or data set, and what of it this machine lacks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from agrpo_megatron.config.settings import Settings, SftSettings, TaskSettings
@@ -12,6 +12,10 @@ from agrpo_megatron.tasks.own.files import NONE
 from agrpo_megatron.tasks.row_sources import HUB_SPLITS, lack
 from agrpo_megatron.tasks.supervised.sources import sources
 
+PLANNED_TEXTS = (
+    "sft.data: raw texts are read when the run starts; planned with estimates by their first ones"
+)
+RESPONSES = "supervised responses of sampling.completion_length"
 PROMPT_TOKENS = 256  # of a prompt that cannot be read; the benchmarks' have 100 to 300
 
 
@@ -54,6 +58,36 @@ def task_key(key: str, task: TaskSettings) -> str:
     return f"{key}.mixture" if task.name == Mixture.name else key
 
 
+def evaluation_sources(settings: Settings) -> list[Named]:
+    """Return the sources of `evaluation.tasks`.
+
+    Raises:
+        ValueError: a task or its options are wrong.
+    """
+    task, parts = settings.task, settings.evaluation.tasks
+    if not parts:
+        return []
+    mixture = replace(task, name=Mixture.name, mixture=parts, options={}, pass_rates=None)
+    try:
+        return list(task_sources(build_task(mixture), "evaluation.tasks"))
+    except ValueError as error:
+        raise ValueError(str(error).replace("task.mixture", "evaluation.tasks")) from None
+
+
+def plan_notes(settings: Settings, *, has_texts: bool) -> tuple[str, ...]:
+    """Return lines on data that a plan does not read, and that do not stop a run.
+
+    Args:
+        has_texts: whether raw texts are there.
+
+    Raises:
+        ValueError: as `evaluation_sources`.
+    """
+    lines = _lines(iter(evaluation_sources(settings)))
+    later = tuple(f"{line}; only `agrpo evaluate` reads it" for line in lines)
+    return (PLANNED_TEXTS, *later) if has_texts else later
+
+
 def row_sources(sft: SftSettings) -> Iterator[Named]:
     """Yield the sources of supervised rows."""
     for key, source in (sources(sft) if sft.data else {}).items():
@@ -80,7 +114,8 @@ def missing_data(settings: Settings) -> MissingData | None:
     if sft.epochs is not None and not sft.iterations and (rows or sft.data is None):
         planned.append(f"no supervised iteration, as sft.epochs={sft.epochs:g} needs the data")
     elif rows:
-        planned.append("supervised responses of sampling.completion_length")
+        is_text = sft.format == "texts"
+        planned.append("whole rows" if is_text else RESPONSES)
     *lines, last = problems + rows
     last += f"; planned with {', and with '.join(planned)}"
     return MissingData((*lines, last), bool(problems), bool(rows))

@@ -6,13 +6,14 @@ Runs before any process group and before torch is needed, so wrong input is refu
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from agrpo_megatron.config.parallel import stage_layers
 from agrpo_megatron.config.rules import validate
 from agrpo_megatron.config.settings import ModelSettings, Settings
 from agrpo_megatron.families.lora import check_stages
 from agrpo_megatron.runs.loaded_model import missing_files, with_loaded_model
-from agrpo_megatron.runs.missing_data import missing_data
+from agrpo_megatron.runs.missing_data import missing_data, plan_notes
 from agrpo_megatron.runs.progress import PHASES
 from agrpo_megatron.runs.supervised import with_rows, with_solutions
 from agrpo_megatron.tasks import Task, build_task
@@ -25,10 +26,6 @@ from agrpo_megatron.text.notes import text_notes
 from agrpo_megatron.text.tokenizer import Tokenizer, load_tokenizer
 from agrpo_megatron.types import Chat
 
-PLANNED_TEXTS = (
-    "sft.data: raw texts are read when the run starts; planned with sft.iterations, and with "
-    "responses of sampling.completion_length"
-)
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "eval": "held-out"}
 
 
@@ -51,6 +48,8 @@ class Planned:
     tokenizer: Tokenizer | None  # None: it is missing, and nothing that needs it was checked
     missing: tuple[str, ...]  # lines on what a run needs and this machine lacks
     supervised: Supervised | None = None  # rows of `sft.data`; None also where something is missing
+    notes: tuple[str, ...] = ()  # lines on what the plan assumes, or what only `evaluate` lacks
+    has_texts: bool = False  # whether raw texts are there, which were not read
 
 
 def resolve(
@@ -86,12 +85,14 @@ def plan(settings: Settings, *, world_size: int) -> Planned:
     lines = (missing.text,) if missing is not None else ()
     lines += data.lines if data is not None else ()
     needs = None if data is not None and data.of_task else SPLITS
-    phases = () if data is not None and data.of_rows else PHASES
-    if settings.sft.is_on and settings.sft.format == "texts":  # a plan reads no texts
-        phases, lines = (), (*lines, PLANNED_TEXTS)
+    has_rows, is_text = data is None or not data.of_rows, settings.sft.has_texts
+    phases = PHASES if has_rows and not is_text else ()  # a plan reads no texts
+    more: dict[str, Any] = {"missing": lines, "has_texts": has_rows and is_text}
+    more["notes"] = plan_notes(settings, has_texts=more["has_texts"])
     if missing is None:
         found = resolve(settings, world_size=world_size, needs=needs, phases=phases)
-        return Planned(found.settings, found.task, found.tokenizer, lines, found.supervised)
+        given = found.settings, found.task, found.tokenizer
+        return Planned(*given, supervised=found.supervised, **more)
     if missing.has_folder:
         validate_unread(settings, world_size)
         settings = with_loaded_model(settings, has_weights=False)
@@ -107,7 +108,7 @@ def plan(settings: Settings, *, world_size: int) -> Planned:
         filter_by_pass_rate(task, settings.task)
         rows = None
     settings = replace(settings, model=replace(settings.model, load=source))
-    return Planned(settings, task, tokenizer, lines, rows)
+    return Planned(settings, task, tokenizer, supervised=rows, **more)
 
 
 def validate_unread(settings: Settings, world_size: int) -> None:
@@ -150,6 +151,8 @@ def _resolved(
         eos_token_id=tokenizer.eos_id if model.eos_token_id is None else model.eos_token_id,
     )
     settings = replace(settings, model=model)
+    if settings.sft.has_texts:
+        settings = replace(settings, sft=replace(settings.sft, padding="none"))
     _validate_known(settings, world_size)
     _check_tokens(model, tokenizer)
     task = _filled_task(settings, needs)

@@ -26,7 +26,7 @@ def with_rows(settings: Settings, task: Task, tokenizer: Tokenizer) -> tuple[Set
         ValueError: as `read_supervised`, or `sft.iterations` and `sft.epochs` disagree.
     """
     sft, model = settings.sft, settings.model
-    if sft.format == "texts":
+    if sft.has_texts:
         return _with_texts(settings, tokenizer)
     own = "block" if model.has_blocks else "none" if sft.loss == "vrpo" else "batch"
     settings = replace(settings, sft=replace(sft, padding=sft.padding or own))
@@ -42,7 +42,6 @@ def with_rows(settings: Settings, task: Task, tokenizer: Tokenizer) -> tuple[Set
 
 def _with_texts(settings: Settings, tokenizer: Tokenizer) -> tuple[Settings, Supervised]:
     """Do as `with_rows` for raw texts, whose ids the run's directory keeps."""
-    settings = replace(settings, sft=replace(settings.sft, padding="none"))
     folder = Path(settings.run.dir) / TEXTS
     data = read_texts(settings.sft, tokenizer, model=settings.model, folder=folder)
     return _counted(settings, data)

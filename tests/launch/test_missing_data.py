@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from agrpo_megatron.cli.main import main
+from agrpo_megatron.config.rules.profile import validate_profile
 from agrpo_megatron.runs.directory import plan_settings
 from agrpo_megatron.runs.sizes import measure
 from agrpo_megatron.tasks import row_sources
@@ -77,6 +78,26 @@ def test_a_plan_lacks_each_missing_source_and_reads_the_others(tmp_path):
     assert line.startswith(f"sft.data[1]={gone} does not exist; give")
     assert line.endswith("planned with no supervised iteration, as sft.epochs=4 needs the data")
     assert planned.supervised is None and len(planned.task.problems("train")) > 0
+
+
+def test_data_of_later_evaluations_are_noted_and_stop_no_run():
+    tasks = "evaluation.tasks={mine: {name: jsonl, options: {eval: gone.jsonl}}}"
+    planned = plan_settings(tiny(tasks), world_size=1)
+    assert planned.missing == ()
+    (line,) = planned.notes
+    assert line.startswith("evaluation.tasks.mine.options.eval=gone.jsonl does not exist; give")
+    assert line.endswith("; only `agrpo evaluate` reads it")
+    with pytest.raises(ValueError, match="evaluation.tasks.mine.options.level is not"):
+        plan_settings(tiny(tasks.replace("eval: gone.jsonl", "level: 3")), world_size=1)
+
+
+def test_iterations_of_epochs_that_a_plan_does_not_know_can_be_profiled(tmp_path):
+    epochs = [f"sft.data={tmp_path}/gone.jsonl", "sft.iterations=0", "sft.epochs=4"]
+    words = ["profile.phase=sft", "profile.start=3"]
+    planned = plan_settings(tiny(*epochs, *words), world_size=1)
+    validate_profile(planned.settings, 1)
+    with pytest.raises(ValueError, match="profile.start=3 is after the last iteration"):
+        validate_profile(tiny(*words, "sft.iterations=2"), 1)
 
 
 def test_a_data_set_in_the_cache_is_read_without_the_hub(monkeypatch):

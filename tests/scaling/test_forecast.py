@@ -7,8 +7,10 @@ import torch
 
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import Settings
+from agrpo_megatron.diffusion.blocks import doubled_row
+from agrpo_megatron.diffusion.patterns import ahead
 from agrpo_megatron.rollout.generate import sample_prompts
-from agrpo_megatron.scaling.flops import completion_flops
+from agrpo_megatron.scaling.flops import completion_flops, pattern_work, scored_work, update_cost
 from agrpo_megatron.scaling.forecast.disk import disk, evaluations_of, parameters
 from agrpo_megatron.scaling.forecast.rollouts import whole_rollout
 from agrpo_megatron.scaling.forecast.work import count_flops, evenly
@@ -161,6 +163,48 @@ def test_checkpoints_of_the_supervised_phase_stay_during_reinforcement_learning(
     assert [at_one_time(n, 0) for n in (0, 1, 10, 25, 100)] == [0, 1, 1, 3, 3]
     assert [at_one_time(n, 10) for n in (0, 1, 10, 25, 100)] == [1, 2, 2, 3, 3]
     assert at_one_time(100, 100) == 2 + 3
+
+
+def _supervised_flops(*overrides):
+    return count_flops(tiny("sft.data=rows.jsonl", *overrides), [10], [10], [(20, 12), (3, 4)]).sft
+
+
+def test_a_schedule_of_attention_is_counted_by_its_iterations():
+    own = ["model.block_length=4", "sampling.block_length=4", "sampling.block_origin=row"]
+    own += ["model.attention=block_causal", "sft.iterations=10"]
+    settings, works = tiny(*own), [scored_work([32, 7], [6, 2])]
+    for block in (1, 4):
+        model = replace(settings.model, block_length=block)
+        sampling = replace(settings.sampling, block_length=block)
+        rows = [doubled_row(prompt, whole, model, sampling) for prompt, whole in ((20, 32), (3, 7))]
+        works.append(pattern_work(rows, 6 + 2))
+    update, batch = update_cost(settings.model, settings.lora), settings.sft.batch_size
+    full, single, fours = (update.of(work) * batch / 2 for work in works)
+    assert _supervised_flops(*own) == pytest.approx(fours, rel=1e-6)
+    found = _supervised_flops("sft.block_schedule=[1x2,fullx3]", *own)
+    assert found == pytest.approx((2 * single + 3 * full + 5 * fours) / 10, rel=1e-6)
+    assert len({full, single, fours}) == 3
+
+
+def test_annealing_counts_the_pairs_that_see_each_other():
+    """Rows of 32 and 7 tokens; all layers take all queries, as in all rows of patterns."""
+    settings = tiny("sft.iterations=5", "sft.anneal_iterations=4", "sft.data=rows.jsonl")
+    update, batch = update_cost(settings.model, settings.lora), settings.sft.batch_size
+    works = [
+        pattern_work([ahead(32, share), ahead(7, share)], 6 + 2) for share in (0, 0.25, 0.5, 0.75)
+    ]
+    flops = [update.of(work) for work in (*works, scored_work([32, 7], [6, 2]))]
+    found = _supervised_flops("sft.iterations=5", "sft.anneal_iterations=4")
+    assert found == pytest.approx(sum(flops) / 5 * batch / 2, rel=1e-6)
+    many = [
+        _supervised_flops(f"sft.iterations={2 * n}", f"sft.anneal_iterations={n}") for n in (8, 800)
+    ]
+    assert many[1] == pytest.approx(many[0], rel=0.05)
+
+
+def test_ids_of_raw_texts_count_as_disk():
+    plain, texts = (disk(tiny(), rollout_bytes=1, text_tokens=n) for n in (0, 10**6))
+    assert texts.texts == 4 * 10**6 and texts.total - plain.total == 4 * 10**6
 
 
 def test_a_pair_takes_both_texts_under_each_mask_and_two_passes_without_gradient():

@@ -26,6 +26,9 @@ def validate_profile(settings: Settings, world_size: int) -> None:
         "rl": ("train.iterations", settings.train.iterations),
     }
     key, made = phases[profile.phase]
+    # Without the data a plan does not know what epochs make.
+    is_unknown = profile.phase == "sft" and made == 0 and settings.sft.epochs is not None
+    made = profile.start + profile.iterations if is_unknown else made
     if profile.start > made:
         raise ValueError(
             f"profile.start={profile.start} is after the last iteration of profile.phase="

@@ -108,9 +108,9 @@ class SftSettings:
         return self.iterations > 0 or self.epochs is not None
 
     @property
-    def has_texts_apart(self) -> bool:
-        """Return whether rows hold several texts, none of which sees another."""
-        return self.format == "texts" and self.document_mask
+    def has_texts(self) -> bool:
+        """Return whether the run learns from raw texts."""
+        return self.is_on and self.format == "texts"
 
     @property
     def has_schedule(self) -> bool:

@@ -7,9 +7,13 @@ from typing import Any
 
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.runs.loaded_model import missing_files
-from agrpo_megatron.runs.missing_data import row_sources, task_key, task_sources
+from agrpo_megatron.runs.missing_data import (
+    evaluation_sources,
+    row_sources,
+    task_key,
+    task_sources,
+)
 from agrpo_megatron.tasks import build_task
-from agrpo_megatron.tasks.mixture import Mixture
 from agrpo_megatron.tasks.row_sources import data_set, is_local
 
 # Who publishes weights of a name that begins so: recipes name the folder, not the publisher.
@@ -122,11 +126,9 @@ def _hub_name(value: str, *, key: str) -> str:
 
 def _data(settings: Settings, folder: Path) -> Iterator[Source]:
     """Yield the data sets that settings name; files are not fetched."""
-    task, more = settings.task, settings.evaluation.tasks
+    task = settings.task
     named = [*task_sources(build_task(task), task_key("task", task)), *row_sources(settings.sft)]
-    if more:
-        mixture = replace(task, name=Mixture.name, mixture=more, options={})
-        named += task_sources(build_task(mixture), "evaluation.tasks")
+    named += evaluation_sources(settings)
     for key, source, split in named:
         if not is_local(source):
             name, config, chosen = data_set(source)

@@ -10,6 +10,7 @@ ALONE = ParallelSettings()
 STATES = 12  # bytes of a weight: float32, with both moments; moments are saved as float32
 SHORT_WEIGHT = 2  # of the weight itself, where the float32 one is the optimizer's copy
 UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+TEXT_TOKEN = 4  # bytes of an id of raw texts
 SAMPLE = 20  # bytes of a token in samples.jsonl: its text and its step; measured
 
 
@@ -21,11 +22,12 @@ class Disk:
     checkpoints: int  # how many there are at one time, the one that is being written included
     rollouts: int
     samples: int
+    texts: int = 0  # ids of raw texts
 
     @property
     def total(self) -> int:
         """Return the sum of all parts."""
-        return self.checkpoint * self.checkpoints + self.rollouts + self.samples
+        return self.checkpoint * self.checkpoints + self.rollouts + self.samples + self.texts
 
 
 def parameters(settings: Settings) -> tuple[int, int]:
@@ -35,13 +37,14 @@ def parameters(settings: Settings) -> tuple[int, int]:
     return sum(whole), sum(trained_parameters(spec, ALONE, stage=0))
 
 
-def disk(settings: Settings, *, rollout_bytes: int) -> Disk:
+def disk(settings: Settings, *, rollout_bytes: int, text_tokens: int = 0) -> Disk:
     """Return what a run writes.
 
     Rollouts are removed by the checkpoint that has their update, unless all are kept.
 
     Args:
         rollout_bytes: of the stored rollouts of an iteration.
+        text_tokens: ids of raw texts.
     """
     kept, iterations = settings.checkpoint, settings.train.iterations
     between = min(iterations, kept.interval or iterations)
@@ -52,6 +55,7 @@ def disk(settings: Settings, *, rollout_bytes: int) -> Disk:
         checkpoints=_checkpoints(settings),
         rollouts=0 if settings.train.from_rollouts else stored * rollout_bytes,
         samples=SAMPLE * tokens * (iterations + evaluations_of(settings)),
+        texts=TEXT_TOKEN * text_tokens,
     )
 
 

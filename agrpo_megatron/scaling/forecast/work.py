@@ -9,12 +9,14 @@ from dataclasses import astuple, dataclass, replace
 
 import torch
 
+from agrpo_megatron.config.annealing import Attention, attentions
 from agrpo_megatron.config.parallel import attention_cost
 from agrpo_megatron.config.settings import Settings
 from agrpo_megatron.diffusion.batches import recorded_logprobs, row_lengths
+from agrpo_megatron.diffusion.blocks import doubled_row
 from agrpo_megatron.diffusion.packing import assign_rows
+from agrpo_megatron.diffusion.patterns import ahead
 from agrpo_megatron.diffusion.replays.rows import replayed_rows
-from agrpo_megatron.diffusion.supervised.examples import sft_lengths
 from agrpo_megatron.estimators.context import DrawContext
 from agrpo_megatron.estimators.table import needs_current_pass, needs_old_pass, scored_rows
 from agrpo_megatron.scaling.flops import (
@@ -34,6 +36,7 @@ AUTO_DRAWS = 8  # with which `algorithm.mc_samples=auto` begins, as null of agrp
 SOME = 32  # completions that are laid out; they stand for all
 LARGEST_GROUP = 256  # completions of a group that are laid out
 SOME_ROWS = 1024  # packed rows that are put into micro-batches
+SOME_SHARES = 8  # of tokens ahead that stand for annealing
 SOME_UPDATES = 8  # that are counted; further ones score as many states as the last of them
 
 
@@ -204,21 +207,36 @@ def _evaluation(settings: Settings, held_out: Sequence[int]) -> int:
 
 
 def _supervised(settings: Settings, prompts: Sequence[int], rows: Sequence[tuple[int, int]]) -> int:
-    """Return the FLOPs of a supervised step: half of a response is masked, on average.
+    """Return the FLOPs of a supervised step, the mean over the schedule of attention.
 
-    Both texts of a pair pass under each mask: with gradient, and twice without.
+    Half of a response is masked, on average. Both texts of a pair pass under each mask: with
+    gradient, and twice without.
     """
     sft, model, lora = settings.sft, settings.model, settings.lora
     if not sft.iterations:
         return 0
     rows = rows or [(size, settings.sampling.completion_length) for size in prompts]
-    texts = [torch.zeros(size, dtype=torch.int64) for size, _ in rows]
-    widths = [width for _, width in rows]
-    lengths = sft_lengths(texts, torch.tensor(widths), model, settings.sampling).tolist()
-    scored = [width // 2 + (width if sft.autoregressive_weight else 0) for width in widths]
-    work = scored_work(lengths, scored)
-    cost = update_cost(model, lora).of(work)
+    held = attentions(settings, most=SOME_SHARES)
+    works = [(_rows_work(rows, sees, settings), count) for sees, count in held]
+    cost = sum(update_cost(model, lora).of(work) * count for work, count in works)
     if sft.loss == "vrpo":
-        cost += forward_cost(model, lora).of(work) + forward_cost(model).of(work)
+        frozen = forward_cost(model, lora), forward_cost(model)
+        cost += sum(pass_.of(work) * count for pass_ in frozen for work, count in works)
         cost *= 2 * sft.preferences.masks
-    return round(cost * sft.batch_size / len(lengths))
+    return round(cost * sft.batch_size / len(rows) / sum(count for _, count in works))
+
+
+def _rows_work(rows: Sequence[tuple[int, int]], sees: Attention, settings: Settings) -> Work:
+    """Return the work of supervised rows under some attention."""
+    model, widths = sees.model, [width for _, width in rows]
+    scored = [width // 2 for width in widths]
+    if settings.sft.autoregressive_weight:
+        scored = [half + width for half, width in zip(scored, widths, strict=True)]
+    wholes = [prompt + width for prompt, width in rows]
+    if sees.ahead is not None:
+        return pattern_work([ahead(whole, sees.ahead) for whole in wholes], sum(scored))
+    if not model.has_blocks:
+        return scored_work(wholes, scored)
+    pairs = zip(rows, wholes, strict=True)
+    copied = [doubled_row(prompt, whole, model, sees.sampling) for (prompt, _), whole in pairs]
+    return pattern_work(copied, sum(scored))

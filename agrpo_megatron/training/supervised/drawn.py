@@ -132,7 +132,7 @@ def held_out_rows(run: Run, examples: Sequence[Example]) -> Drawn:
         sampling=run.settings.sampling,
         eos_id=run.eos_id,
         device=run.ranks.device,
-        apart=run.settings.sft.has_texts_apart,
+        apart=run.settings.sft.has_texts and run.settings.sft.document_mask,
     )
 
 
@@ -161,7 +161,7 @@ def _draw_rows(run: Run, data: Supervised, places: range) -> Drawn:
         sampling=settings.sampling,
         eos_id=run.eos_id,
         device=run.ranks.device,
-        apart=run.settings.sft.has_texts_apart,
+        apart=run.settings.sft.has_texts and run.settings.sft.document_mask,
     )
 
 

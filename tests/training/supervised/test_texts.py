@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import math
 import random
+import shutil
 from dataclasses import replace
 
 import numpy
@@ -12,8 +14,11 @@ import torch.distributed as dist
 from agrpo_megatron.config.rules import validate
 from agrpo_megatron.config.schema import load
 from agrpo_megatron.config.settings import ModelSettings, Settings, SftSettings, TokenizerSettings
-from agrpo_megatron.runs.directory import progress, resolve_run
-from agrpo_megatron.runs.resolve import plan
+from agrpo_megatron.launch.forecast import forecast
+from agrpo_megatron.launch.speed import Speed
+from agrpo_megatron.runs.directory import plan_settings, progress, resolve_run
+from agrpo_megatron.runs.progress import RUN_SETTINGS
+from agrpo_megatron.runs.sizes import measure
 from agrpo_megatron.tasks.supervised import text_ids, texts
 from agrpo_megatron.text.tokenizer import load_tokenizer
 from agrpo_megatron.training.run import train
@@ -217,9 +222,19 @@ def test_settings_of_replies_are_refused(override, said):
 def test_a_plan_reads_no_texts(folder, tmp_path):
     own = [f"run.dir={tmp_path / 'run'}", f"sft.data={folder[0]}", *RUN[1:], "sft.eval_interval=0"]
     settings = tiny(*own)
-    found = plan(settings, world_size=1)
-    assert any("raw texts are read when the run starts" in line for line in found.missing)
+    found = plan_settings(settings, world_size=1)
+    assert found.missing == () and "raw texts are read when the run starts" in found.notes[0]
     assert not (tmp_path / "run").exists()
+    read = _read(folder[0], tmp_path / "ids", epochs=1.5, batch_size=4)
+    sizes, iterations = measure(found), math.ceil(1.5 * read.epoch / 4)
+    assert sizes.texts is not None and sizes.rows == [(1, LENGTH - 1)]
+    tokens = sum(len(example.rows[0].ids) for example in read.train)
+    assert sizes.texts.tokens == pytest.approx(tokens, rel=0.02)
+    assert sizes.texts.iterations == pytest.approx(iterations, abs=1)
+    lines = forecast(found.settings, sizes, Speed(1e9, 1e9, "assumed"), world_size=1)
+    said = f"about {sizes.texts.tokens} tokens; {sizes.texts.iterations} supervised iterations"
+    assert f"texts     {said}" in lines
+    assert any(line.startswith("disk ") and "texts 3." in line for line in lines), lines
 
 
 def _train(run_dir, folder, overrides=(), line=None):
@@ -260,6 +275,26 @@ def test_other_data_ranks_learn_the_same_rows(whole, tmp_path, folder):
     for name in ("loss", "held_out_loss", "epoch", "scored_tokens"):
         ours, theirs = ([m.get(name) for m in records] for records in (metrics, expected))
         assert ours == [None if t is None else pytest.approx(t, rel=1e-4) for t in theirs]
+
+
+def test_a_plan_of_a_run_that_resumes_neither_needs_nor_writes_texts(
+    whole, tmp_path, folder, monkeypatch
+):
+    """Of the same run with a task, which only a plan reads."""
+    monkeypatch.setattr(text_ids, "_write", None)
+    run = shutil.copytree(whole, tmp_path / "run")
+    saved = run / RUN_SETTINGS
+    saved.write_text(saved.read_text().replace("missing.py", tiny().task.name))
+    gone = tmp_path / "gone"
+    for source, lacks in ((folder[0], ()), (gone, (f"sft.data={gone} does not exist",))):
+        words = [f"run.dir={run}", f"sft.data={source}"]
+        words.append(f"sft.eval_data={folder[0] / 'b.jsonl.gz'}")
+        planned = plan_settings(tiny(*words, *RUN[1:]), world_size=1)
+        assert len(planned.missing) == len(lacks)
+        assert all(map(str.startswith, planned.missing, lacks))
+        assert planned.settings.sft.iterations == len(read(whole / "metrics.jsonl"))
+        done = progress(planned.settings)
+        assert done is not None and done.phase == "sft"
 
 
 def test_a_run_whose_texts_changed_does_not_resume(whole, tmp_path, folder):
