@@ -21,6 +21,7 @@ examples:
   agrpo plan llada2-flash --gpus 128xH100
   agrpo plan 70b --gpus 256xH100 --completion-length 1024 --price 2.5 --watts 1000
   agrpo plan models/LLaDA-8B-Instruct --gpus 8xA100 lora.rank=64
+  agrpo plan llada2-flash --gpus 128xH100 --experts 0.7 --links 0.6 --latency 30 --network 25
   agrpo plan llada-8b --gpus 32xH200 --output plan.yaml && agrpo config plan.yaml --ranks 32
 
 how to read it:
@@ -60,6 +61,10 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         ("nvlink", "GBS", "NVLink of a GPU, one direction"),
         ("network", "GBS", "network of a GPU, one direction"),
         ("mfu", "SHARE", "share of the peak that products reach (bf16 0.55, fp8 0.42)"),
+        ("experts", "SHARE", "share of --mfu that products of experts reach (bf16 0.5, fp8 0.25)"),
+        ("links", "SHARE", "share of NVLink and network that collectives reach (0.8)"),
+        ("latency", "US", "microseconds of a message without data (15)"),
+        ("launch", "US", "microseconds of a layer at least, in each direction (60)"),
         ("overlap", "SHARE", "share of the exchange of gradients that computation hides (0)"),
     ):
         machine.add_argument(f"--{name}", type=float, metavar=unit, help=said)

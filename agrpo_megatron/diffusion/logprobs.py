@@ -172,11 +172,12 @@ def _sums(
     top = reduce(logits.amax(-1), group, dist.ReduceOp.MAX)
     shifted = logits - top[:, None]
     weights = shifted.exp()
-    mean_part = (weights * shifted.masked_fill(weights == 0, 0.0)).sum(-1)
     local = targets - start
     here = (local >= 0) & (local < logits.shape[-1])
     local = local.clamp(0, logits.shape[-1] - 1)
     chosen = shifted.gather(-1, local[:, None]).squeeze(-1)
+    # In place, as each further copy is as large as the logits.
+    mean_part = shifted.masked_fill_(weights == 0, 0.0).mul_(weights).sum(-1)
     parts = [weights.sum(-1), mean_part, chosen.masked_fill(~here, 0.0)]
     if has_spread:
         parts.append((weights * (1 - weights)).sum(-1))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from agrpo_megatron.hardware.rates import TERA, published_rate
 from agrpo_megatron.planning.fit import Measured
 
-GIGA = 1e9
+GIGA, MICRO = 1e9, 1e-6
 MOST_GPUS = 1 << 20
 
 
@@ -112,6 +112,10 @@ class Given:
     network: float | None = None  # GB/s
     gpus_per_node: int | None = None
     mfu: float | None = None
+    experts: float | None = None
+    links: float | None = None
+    latency: float | None = None  # microseconds
+    launch: float | None = None  # microseconds
     overlap: float | None = None
 
 
@@ -136,7 +140,10 @@ def read_cluster(text: str, precision: str, given: Given) -> Cluster:
         per_node=min(per_node, ranks),
         peak=_peak(device, precision, given.peak),
         products=PRODUCTS[precision] if given.mfu is None else given.mfu,
-        experts=EXPERTS[precision],
+        experts=EXPERTS[precision] if given.experts is None else given.experts,
+        links=LINKS if given.links is None else given.links,
+        latency=LATENCY if given.latency is None else given.latency * MICRO,
+        launch=LAUNCH if given.launch is None else given.launch * MICRO,
         overlap=given.overlap or 0.0,
     )
 
@@ -157,8 +164,9 @@ def assumption(cluster: Cluster, precision: str) -> str:
     hidden = f"; {100 * cluster.overlap:g} % of it hidden" if cluster.overlap else ", none hidden"
     return (
         f"{precision} products at {100 * cluster.products:.3g} % of {cluster.peak / TERA:.4g} "
-        f"TFLOP/s, those of experts at {100 * cluster.experts:g} % of that; communication"
-        f"{hidden}; rewards and saves take nothing"
+        f"TFLOP/s, those of experts at {100 * cluster.experts:g} % of that; "
+        f"{cluster.latency / MICRO:g} us at least for a message and {cluster.launch / MICRO:g} us "
+        f"for a layer; communication{hidden}; rewards and saves take nothing"
     )
 
 
@@ -180,7 +188,9 @@ def _check(name: str, value: float | None) -> None:
     """Refuse a figure that is no figure."""
     if value is None:
         return
-    ranges = {"overlap": (0, 1), "mfu": (1e-4, 1), "gpus_per_node": (1, 1024)}
+    shares = dict.fromkeys(("mfu", "experts", "links"), (1e-4, 1))
+    delays = dict.fromkeys(("latency", "launch"), (0, 1e6))
+    ranges = {"overlap": (0, 1), "gpus_per_node": (1, 1024), **shares, **delays}
     low, high = ranges.get(name, (1e-6, 1e9))
     if not low <= value <= high:
         key = name.replace("_", "-")

@@ -9,6 +9,7 @@ from agrpo_megatron.planning.batches import Batches, rollout_batches
 from agrpo_megatron.planning.cluster import Cluster
 from agrpo_megatron.planning.exchange import exchange
 from agrpo_megatron.planning.fit import Work
+from agrpo_megatron.scaling.activations import recomputes
 from agrpo_megatron.scaling.forecast.work import Flops
 from agrpo_megatron.scaling.memory import row_bytes
 
@@ -125,7 +126,7 @@ def update_passes(settings: Settings, flops: Flops, cluster: Cluster, weights: i
     if layout.virtual > 1:
         count = -(-count // layout.pipeline) * layout.pipeline
     tokens = rows * length / count
-    again = _recomputed(model)
+    again = recomputes(model)
     with_gradient = flops.update - flops.update_extra
     whole = (with_gradient * (1 + again / 3) + flops.update_extra) / updates
     of_micro_batch = whole * rows / packed / count
@@ -174,10 +175,6 @@ def _numbers(model: ModelSettings, layout: ParallelSettings, tokens: float, scor
 
 def _ranks_of_a_stage(layout: ParallelSettings) -> int:
     return layout.tensor * layout.context
-
-
-def _recomputed(model: ModelSettings) -> bool:
-    return model.megatron.get("recompute_granularity") == "full"
 
 
 def _read_share(model: ModelSettings, layout: ParallelSettings, tokens: float) -> float:

@@ -17,6 +17,7 @@ from agrpo_megatron.scaling.adapters import layer_number, stage_adapted
 
 EXPERT = "experts."  # before the module of an expert's adapter, where they are counted
 FLOAT32, INT64 = 4, 8  # bytes
+LOGITS = 3  # copies of the logits in float32
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ def kept_bytes(
     Each layer keeps what `_layer` says; the last one, after its attention, of scored tokens only,
     and up to it of all tokens, as on a GPU: elsewhere their queries are not kept.
     Full recomputation keeps only the residual stream, and one layer. Stage s of p holds p - s
-    micro-batches at once. Logits are held three times, in the model's dtype and in float32: one
+    micro-batches at once. Logits are held in the model's dtype, and `LOGITS` times in float32: once
     for the backward pass, the others while the loss is computed. FP8 products keep their inputs in
-    fewer bytes, which is not counted. Nor is what the backward pass itself allocates, of one layer
-    at a time.
+    fewer bytes, which is not counted. Under full recomputation, `backward_bytes` comes on top;
+    otherwise the first layer of the backward pass takes the place of what it frees.
     """
     numbers = layers_of(model, parallel, stage=stage)
     modules = {number: Counter[str]() for number in numbers}
@@ -65,7 +66,7 @@ def kept_bytes(
     flying, is_last = parallel.pipeline - stage, stage == parallel.pipeline - 1
     whole = [sum(layer) for layer in layers]
     cuts = is_last and model.ends_at_scored and not parallel.sequence
-    if model.megatron.get("recompute_granularity") == "full":
+    if recomputes(model):
         residual = kernels.width * model.hidden_size // _split_by(parallel)
         total = tokens * (len(layers) * flying * residual + max(whole))
     else:
@@ -78,7 +79,35 @@ def kept_bytes(
         return total, 0
     ending = _norm(lora, kernels, model.hidden_size) // _split_by(parallel)
     total += (scored if cuts else tokens) * ending
-    return total, 3 * scored * kernels.width * vocab_rows // parallel.tensor
+    copies = kernels.width + LOGITS * FLOAT32
+    return total, scored * copies * vocab_rows // parallel.tensor
+
+
+def recomputes(model: ModelSettings) -> bool:
+    """Return whether each layer computes its activations once more in the backward pass."""
+    return model.megatron.get("recompute_granularity") == "full"
+
+
+def backward_bytes(
+    model: ModelSettings, parallel: ParallelSettings, kernels: Kernels, *, tokens: int
+) -> int:
+    """Estimate the bytes that the backward pass allocates for the gradients of one layer.
+
+    Gradients of the residual stream, and of the inputs of the SwiGLU's last product; with experts,
+    of the inputs of their last product, and of the copies of tokens that they receive, once in the
+    order of the experts and once in that of the tokens.
+    """
+    if not recomputes(model):
+        return 0
+    split, inner = _split_by(parallel), model.ffn_hidden_size // parallel.tensor
+    if model.moe.experts:
+        moe = model.moe
+        assert moe.ffn_hidden_size is not None
+        copies = moe.topk * (2 * model.hidden_size * parallel.expert_tensor + moe.ffn_hidden_size)
+        shared = (moe.shared_ffn_hidden_size or 0) // parallel.tensor
+        dense = inner if moe.dense_layers else 0
+        inner = max(copies // split + shared, dense)
+    return tokens * kernels.width * (model.hidden_size // split + inner)
 
 
 def _layer(

@@ -13,7 +13,7 @@ from agrpo_megatron.config.settings import (
     ParallelSettings,
     Settings,
 )
-from agrpo_megatron.scaling.activations import kept_bytes, kernels_of, scored_share
+from agrpo_megatron.scaling.activations import backward_bytes, kept_bytes, kernels_of, scored_share
 from agrpo_megatron.scaling.adapters import adapted_weights, stage_adapted
 from agrpo_megatron.scaling.parameters import (
     WeightSpec,
@@ -43,7 +43,7 @@ class Memory:
     moments: int = 0
     rollout_copy: int = 0  # a second set of weights, if rollouts have a separate layout
     reference: int = 0  # the frozen policy's weights; with adapters it is the model without them
-    activations: int = 0  # of the layers, kept for the backward pass
+    activations: int = 0  # of the layers: kept for the backward pass, or its gradients
     logits: int = 0
     rollout_cache: int = 0  # keys and values of a rollout, beyond what updates leave free then
     unmerged: int = 0  # weights before `lora.merge_rollouts`, beyond the room that is left then
@@ -122,18 +122,19 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
 
 
 def _activations(settings: Settings, spec: WeightSpec, *, stage: int) -> tuple[int, int]:
-    """Return the bytes that a rank keeps for the backward pass: of layers, and of logits."""
-    tokens = settings.train.token_budget // settings.parallel.context
-    return kept_bytes(
+    """Return the bytes of a rank's forward and backward pass: of layers, and of logits."""
+    tokens, kernels = settings.train.token_budget // settings.parallel.context, kernels_of(settings)
+    layers, logits = kept_bytes(
         spec.model,
         spec.lora,
         settings.parallel,
-        kernels_of(settings),
+        kernels,
         tokens=tokens,
         scored=int(tokens * scored_share(settings.sft, settings.sampling)),
         vocab_rows=spec.vocab_rows,
         stage=stage,
     )
+    return layers + backward_bytes(spec.model, settings.parallel, kernels, tokens=tokens), logits
 
 
 def _expert_records(settings: Settings, world_size: int) -> int:

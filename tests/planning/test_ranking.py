@@ -133,5 +133,14 @@ def test_what_a_plan_overrides_is_used():
     ranking = ranked("llada-8b", "8xH100", given=Given(peak=500, mfu=0.4, overlap=1.0))
     assert ranking.cluster.rate == pytest.approx(0.4 * 500e12)
     assert all(one.iteration.times.gradients == 0 for one in ranking.fitting)
+    parallel, given = read_layout("tp2-sp-ep8"), Given(links=0.4, latency=30, launch=0, experts=1)
+    slow, usual = (
+        ranked("llada2-flash", "64xH100", only=parallel, given=one).too_large[0].iteration
+        for one in (given, Given())
+    )
+    assert slow.rollout.of.exchange == pytest.approx(2 * usual.rollout.of.exchange)
+    assert slow.times.update < usual.times.update
+    with pytest.raises(ValueError, match="--links=2 must be from 0.0001 to 1"):
+        ranked("llada-8b", "8xH100", given=Given(links=2))
     plain = ranked("llada-8b", "8xH100")
     assert any(one.iteration.times.gradients > 0 for one in plain.fitting)

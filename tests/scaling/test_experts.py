@@ -218,9 +218,9 @@ def test_a_rollout_copy_has_its_own_experts():
 def _activations(*overrides):
     """Return the numbers that layers keep, without the norm before the head."""
     settings = planned(SDAR, *overrides)
-    memory = rank_memory(settings, 8, stage=0)
-    assert memory.logits == 2 * 3 * 151936 * (8192 // 2 // 2000) // settings.parallel.tensor
-    return memory.activations // 2 - 8192 * 2 * 2048 // settings.parallel.tensor
+    memory, parallel = rank_memory(settings, 8, stage=0), settings.parallel
+    assert memory.logits == (2 + 3 * 4) * 151936 * (8192 // 2 // 2000) // parallel.tensor
+    return memory.activations // 2 - 8192 * 2 * 2048 // parallel.tensor
 
 
 def test_experts_keep_their_inputs_and_four_products():
@@ -236,7 +236,8 @@ def test_experts_keep_their_inputs_and_four_products():
         "two ranks split each expert"
     )
     full = "model.megatron={recompute_granularity: full}"
-    assert _activations("parallel=ep8", full) == 8192 * (48 * 2048 + layer)
+    gradients = 2048 + 8 * (2 * 2048 + 768)
+    assert _activations("parallel=ep8", full) == 8192 * (48 * 2048 + layer + gradients)
 
 
 def test_the_tool_lists_layouts_of_experts():

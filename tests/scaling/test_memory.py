@@ -251,8 +251,8 @@ def test_a_supervised_phase_scores_half_of_each_completion():
     found = [rank_memory(one, 8, stage=0) for one in settings]
     without, with_sft = (memory.activations + memory.logits for memory in found)
     fixed = 8192 // 2 // 128  # of as long a prompt and completion, in one of 128 steps
-    # Logits, the end of the last layer, and the norm before the head.
-    each = 3 * settings[0].model.vocab_size + 2 * 4096 + 4 * 12288 + 2 * 4096
+    # Logits (bf16, three times float32), the end of the last layer, the norm before the head.
+    each = 7 * settings[0].model.vocab_size + 2 * 4096 + 4 * 12288 + 2 * 4096
     assert with_sft - without == 2 * each * (8192 // 4 - fixed)
 
 
