@@ -31,8 +31,9 @@ SAID = {  # how the failure of each begins
 }
 
 
-def _settings(**options):
-    grader = {"seconds": 2.0, "memory": 256, "failed_score": -1.0}
+def _settings(limit=2.0, **options):
+    """Return settings of the hostile task, with a limit of seconds for each reward."""
+    grader = {"seconds": limit, "memory": 256, "failed_score": -1.0}
     tree = {"name": str(FILE), "options": options, "grader": grader}
     return build(TaskSettings, tree, "task.")
 
@@ -81,9 +82,8 @@ def test_a_reward_that_kills_the_server_costs_its_batch_alone(opened):
 def test_batches_are_graded_while_others_are_handed_in(opened):
     grader, problems = opened(deeds=["slow"], seconds=0.2)
     grader.grade([Call(problems["slow"], "the server has started")])
-    started = time.monotonic()
     batches = [grader.start([Call(problems["slow"], "x" * size)]) for size in range(6)]
-    assert time.monotonic() - started < 0.2, "handing in waits for nothing"
+    assert not batches[-1].done(), "handing in waits for nothing"
     scores = [batch.result()[0].score for batch in batches]
     assert scores == [size / 10 for size in range(6)]
 
@@ -168,12 +168,12 @@ def test_a_failure_that_a_bounded_task_returns_is_the_first_one_of_an_error():
 
 
 def test_a_grader_is_closed_while_a_reward_hangs(opened, tmp_path):
-    grader, problems = opened(deeds=["hang"], folder=str(tmp_path))
+    grader, problems = opened(limit=30.0, deeds=["hang"], folder=str(tmp_path))
     batch = grader.start([Call(problems["hang"], "")])
     hung = _wait_for_hung(tmp_path)
     started = time.monotonic()
     grader.close()
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 15
     with pytest.raises(RuntimeError, match="ended"):
         batch.result(timeout=5)
     _assert_gone(hung)

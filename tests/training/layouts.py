@@ -29,6 +29,7 @@ COMMON = [
     "algorithm.baseline=none",
     "optimizer.megatron.adam_eps=1e-4",
     "optimizer.clip_grad=0.5",
+    "algorithm.prompts_per_iteration=2",
     "train.token_budget=45",  # three rows of 14 or 15 tokens: an odd number now and then
 ]
 DISTRIBUTED = "optimizer.distributed=true"
