@@ -162,15 +162,14 @@ def test_watching_a_section_costs_next_to_nothing(tmp_path):
     watchdog = Watchdog(limits, rank=0, ends=True)
     sections = Sections([watchdog])
     try:
-        times = []
+        started = time.thread_time()
         for _ in range(500):
-            started = time.perf_counter()
             with sections("rollout"):
                 pass
-            times.append(time.perf_counter() - started)
+        seconds = time.thread_time() - started  # of this thread: others use this machine too
     finally:
         sections.close()
-    assert sorted(times)[250] < 50e-6  # seconds; the median, since others use this machine too
+    assert seconds / 500 < 50e-6
 
 
 HOLDS_THE_LOCK = """
