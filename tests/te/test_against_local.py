@@ -6,6 +6,7 @@ import torch.distributed as dist
 from tests.ranks import run_ranks
 from tests.te.models import (
     ADAPTERS,
+    ANNEALED,
     BF16,
     LOCAL,
     TE,
@@ -21,7 +22,7 @@ from tests.te.models import (
 )
 from tests.te.rules import calls
 
-MODELS = {**VARIANTS, "adapters": ADAPTERS}
+MODELS = {**VARIANTS, "adapters": ADAPTERS, "annealed": ANNEALED}
 MODELS["adapted experts"] = [*VARIANTS["experts"], "lora.rank=4", "lora.alpha=8"]
 LAYOUTS = ("tp2", "tp2-sp", "pp2", "cp2")
 NO_FURTHER = 1.5  # times the local spec's own error
@@ -71,7 +72,9 @@ def test_logits_and_gradients_are_no_further_from_float32(start, layout):
     if layout != "dp1":
         overrides.append(f"parallel={layout}")
     for ours in run_ranks(1 if layout == "dp1" else 2, _computed, path, overrides):
-        assert ours["calls"]["fused_attn_bwd"] and ours["calls"]["generic_gemm"]
+        # Its own attention has no patterns, so all else is compared where these are.
+        has_own = "sft.anneal_iterations=4" not in variant
+        assert ours["calls"]["generic_gemm"] and ("fused_attn_bwd" in ours["calls"]) == has_own
         assert ours["loss"] == pytest.approx(exact["loss"], rel=0.01)
         measured = errors(ours["gradient"], exact["gradient"])
         allowed = errors(local["gradient"], exact["gradient"])

@@ -77,8 +77,8 @@ def validate_whole_rows(settings: Settings) -> None:
     chosen = settings.kernels.block_attention
     if chosen != "auto" and not settings.has_patterns:
         raise ValueError(
-            f"kernels.block_attention={chosen} is for models with blocks or a cached policy, and "
-            "model.attention is full; use auto"
+            f"kernels.block_attention={chosen} is for models with blocks, a cached policy or a "
+            "schedule of attention, and there is none; use auto"
         )
 
 

@@ -80,7 +80,9 @@ class ScoredTokens:
         self._bda, self._attention = layer.self_attn_bda, layer.self_attention
         self._project = self._attention.get_query_key_value_tensors
         core = self._attention.core_attention
-        self.takes_queries = isinstance(core, PackedAttention)
+        # Transformer Engine's product has the norm before it inside.
+        has_norm = hasattr(self._attention.linear_qkv, "layer_norm_weight")
+        self.takes_queries = isinstance(core, PackedAttention) and not has_norm
         layer.self_attn_bda = self._make_add
         layer.register_forward_pre_hook(self._begin, with_kwargs=True)
         if self.takes_queries:
