@@ -61,11 +61,11 @@ def open_ours(plan: Plan) -> Ours:
 
 def sample(ours: Ours) -> tuple[Trajectory, RolloutForward]:
     """Complete the prompts, the same way each time; also return the forward, which counts."""
-    settings, network = ours.settings, ours.engine.rollout_network()
-    prompts = list(ours.prompts)
-    return sample_ids(
-        settings, network, prompts, ours.rollout_ids, sampling=settings.sampling, stop_ids=()
-    )
+    settings, prompts = ours.settings, list(ours.prompts)
+    with ours.engine.sampling() as network:
+        return sample_ids(
+            settings, network, prompts, ours.rollout_ids, sampling=settings.sampling, stop_ids=()
+        )
 
 
 def rewarded(ours: Ours, trajectory: Trajectory) -> Rollout:

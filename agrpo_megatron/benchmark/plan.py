@@ -209,6 +209,11 @@ def _check_plan(plan: Plan) -> None:
             f"algorithm.{key}={getattr(algorithm, key)} is not measured here; use "
             "algorithm.name=agrpo with a number as --mc-samples"
         )
+    if plan.settings.train.async_steps:
+        raise ValueError(
+            "train.async_steps=1 samples while rewards are graded, and made-up rewards take no "
+            "time; use train.async_steps=0"
+        )
     if algorithm.needs_reference:
         raise ValueError(
             f"algorithm.kl_coefficient={algorithm.kl_coefficient:g} needs a frozen policy, which "

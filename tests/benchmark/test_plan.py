@@ -1,7 +1,12 @@
 """The command line of a benchmark becomes settings; wrong input is refused with a fix."""
 
-import pytest
+from contextlib import contextmanager
+from typing import Any
 
+import pytest
+import torch
+
+from agrpo_megatron.benchmark import ours
 from agrpo_megatron.benchmark.plan import PRESETS, make_plan
 
 GIVEN = {
@@ -78,6 +83,12 @@ def test_presets_are_the_published_shapes():
         ("train-step", {}, AUTO, "algorithm.mc_samples=auto is not"),
         ("train-step", {}, ["algorithm.group_size=3"], "group_size=3 does not divide --batch=4"),
         ("train-step", {}, ["algorithm.kl_coefficient=0.1"], "needs a frozen policy"),
+        (
+            "iteration",
+            {},
+            ["train.async_steps=1", "algorithm.rollout_correction=2"],
+            "made-up rewards take no time; use train.async_steps=0",
+        ),
     ],
 )
 def test_wrong_input_is_refused(kind, options, overrides, said):
@@ -104,3 +115,25 @@ def test_what_the_reference_lacks_is_refused(options, overrides, said):
     plan_of("rollout", *overrides, **options)  # ours has it
     with pytest.raises(ValueError, match=said):
         plan_of("rollout", *overrides, reference=True, **options)
+
+
+def test_a_rollout_has_the_memory_of_a_runs_rollout(monkeypatch):
+    """`rollout.release` frees within it what it frees in a run."""
+    freed: list[bool] = []
+
+    class Engine:
+        @contextmanager
+        def sampling(self):
+            freed.append(True)
+            yield "network"
+            freed.append(False)
+
+    def sample_ids(_, network, *__, **___):
+        assert freed == [True]
+        return network, None
+
+    monkeypatch.setattr(ours, "sample_ids", sample_ids)
+    engine: Any = Engine()
+    ids = torch.arange(4)
+    mine = ours.Ours(plan_of("rollout", "rollout.release=optimizer"), engine, ids[:, None], ids)
+    assert ours.sample(mine)[0] == "network" and freed == [True, False]
