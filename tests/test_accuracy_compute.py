@@ -62,7 +62,7 @@ def test_the_example_has_three_sizes_phases_and_seeds():
     lines = plan(EXAMPLE, grid, [], Path("runs/accuracy"))
     jobs = [job for line in lines for job in line.jobs]
     assert min(len(grid.sizes), len(grid.starts), len(grid.seeds), len(grid.budgets)) >= 3
-    assert len({job.directory for job in jobs}) == len(jobs) == 3 * 4 * 3
+    assert len({job.directory for job in jobs}) == len(jobs) == 3 * 5 * 3
     for line in lines:
         settings = line.jobs[1].settings
         assert settings.run.seed == grid.seeds[1] and settings.sft.iterations == line.supervised

@@ -15,10 +15,11 @@ from agrpo_megatron.runs.sizes import Sizes, measure
 from tests.cli.test_main import ROOT
 from tests.test_recipes import NO_WEIGHTS
 
+GRIDS = ("sweep.yaml", "layouts.yaml")  # values of sweeps
 EXAMPLES = sorted(
     path.relative_to(ROOT / "examples")
     for path in ROOT.glob("examples/**/*.yaml")
-    if path.parent.name not in ("estimators", "compare") and path.name != "sweep.yaml"
+    if path.parent.name not in ("estimators", "compare") and path.name not in GRIDS
 )
 ESTIMATORS = sorted(path.name for path in ROOT.glob("examples/estimators/*.yaml"))
 RANKS = {"llada2_flash": 128, "sdar_30b": 32, "shapes": 32}
