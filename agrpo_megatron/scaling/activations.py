@@ -45,15 +45,15 @@ def kept_bytes(
     vocab_rows: int,
     stage: int,
 ) -> tuple[int, int]:
-    """Estimate the bytes that are kept for the backward pass: of the layers, and of the logits.
+    """Estimate the most bytes of a forward and backward pass: of the layers, and of the logits.
 
     Each layer keeps what `_layer` says; the last one, after its attention, of scored tokens only,
     and up to it of all tokens, as on a GPU: elsewhere their queries are not kept.
-    Full recomputation keeps only the residual stream, and one layer. Stage s of p holds p - s
-    micro-batches at once. Logits are held in the model's dtype, and `LOGITS` times in float32: once
-    for the backward pass, the others while the loss is computed. FP8 products keep their inputs in
-    fewer bytes, which is not counted. Under full recomputation, `backward_bytes` comes on top;
-    otherwise the first layer of the backward pass takes the place of what it frees.
+    Full recomputation keeps only the residual stream; one layer with its gradients takes the place
+    of the logits. Stage s of p holds p - s micro-batches at once. Logits are held in the model's
+    dtype, and `LOGITS` times in float32: once for the backward pass, the others while the loss is
+    computed. FP8 products keep their inputs in fewer bytes, which is not counted. Without
+    recomputation, what the backward pass allocates takes the place of what it frees.
     """
     numbers = layers_of(model, parallel, stage=stage)
     modules = {number: Counter[str]() for number in numbers}
@@ -66,9 +66,11 @@ def kept_bytes(
     flying, is_last = parallel.pipeline - stage, stage == parallel.pipeline - 1
     whole = [sum(layer) for layer in layers]
     cuts = is_last and model.ends_at_scored and not parallel.sequence
+    again = 0
     if recomputes(model):
         residual = kernels.width * model.hidden_size // _split_by(parallel)
-        total = tokens * (len(layers) * flying * residual + max(whole))
+        total = tokens * len(layers) * flying * residual
+        again = tokens * (max(whole) + _gradients(model, parallel, kernels))
     else:
         total = tokens * flying * sum(whole)
         if cuts:
@@ -76,11 +78,11 @@ def kept_bytes(
     if not kernels.is_fused:
         total += tokens * flying * 2 * FLOAT32 * model.rotary_width  # cosines and sines
     if not is_last:
-        return total, 0
+        return total + again, 0
     ending = _norm(lora, kernels, model.hidden_size) // _split_by(parallel)
     total += (scored if cuts else tokens) * ending
-    copies = kernels.width + LOGITS * FLOAT32
-    return total, scored * copies * vocab_rows // parallel.tensor
+    logits = scored * (kernels.width + LOGITS * FLOAT32) * vocab_rows // parallel.tensor
+    return total + max(0, again - logits), logits
 
 
 def recomputes(model: ModelSettings) -> bool:
@@ -88,17 +90,13 @@ def recomputes(model: ModelSettings) -> bool:
     return model.megatron.get("recompute_granularity") == "full"
 
 
-def backward_bytes(
-    model: ModelSettings, parallel: ParallelSettings, kernels: Kernels, *, tokens: int
-) -> int:
-    """Estimate the bytes that the backward pass allocates for the gradients of one layer.
+def _gradients(model: ModelSettings, parallel: ParallelSettings, kernels: Kernels) -> int:
+    """Return the bytes for each token that the backward pass of one layer allocates.
 
     Gradients of the residual stream, and of the inputs of the SwiGLU's last product; with experts,
     of the inputs of their last product, and of the copies of tokens that they receive, once in the
     order of the experts and once in that of the tokens.
     """
-    if not recomputes(model):
-        return 0
     split, inner = _split_by(parallel), model.ffn_hidden_size // parallel.tensor
     if model.moe.experts:
         moe = model.moe
@@ -107,7 +105,7 @@ def backward_bytes(
         shared = (moe.shared_ffn_hidden_size or 0) // parallel.tensor
         dense = inner if moe.dense_layers else 0
         inner = max(copies // split + shared, dense)
-    return tokens * kernels.width * (model.hidden_size // split + inner)
+    return kernels.width * (model.hidden_size // split + inner)
 
 
 def _layer(

@@ -13,7 +13,7 @@ from agrpo_megatron.config.settings import (
     ParallelSettings,
     Settings,
 )
-from agrpo_megatron.scaling.activations import backward_bytes, kept_bytes, kernels_of, scored_share
+from agrpo_megatron.scaling.activations import kept_bytes, kernels_of, scored_share
 from agrpo_megatron.scaling.adapters import adapted_weights, stage_adapted
 from agrpo_megatron.scaling.parameters import (
     WeightSpec,
@@ -124,7 +124,7 @@ def rank_memory(settings: Settings, world_size: int, *, stage: int) -> Memory:
 def _activations(settings: Settings, spec: WeightSpec, *, stage: int) -> tuple[int, int]:
     """Return the bytes of a rank's forward and backward pass: of layers, and of logits."""
     tokens, kernels = settings.train.token_budget // settings.parallel.context, kernels_of(settings)
-    layers, logits = kept_bytes(
+    return kept_bytes(
         spec.model,
         spec.lora,
         settings.parallel,
@@ -134,7 +134,6 @@ def _activations(settings: Settings, spec: WeightSpec, *, stage: int) -> tuple[i
         vocab_rows=spec.vocab_rows,
         stage=stage,
     )
-    return layers + backward_bytes(spec.model, settings.parallel, kernels, tokens=tokens), logits
 
 
 def _expert_records(settings: Settings, world_size: int) -> int:

@@ -80,7 +80,7 @@ def test_a_cached_policy_is_evaluated_as_it_is_trained_and_may_have_a_cache_and_
     validate(settings)
     assert settings.evaluation_sampling.policy == "cached"
     for key in own:
-        with pytest.raises(ValueError, match="or a cached policy"):
+        with pytest.raises(ValueError, match="a cached policy"):
             validate(load(Settings, None, [key]))
 
 

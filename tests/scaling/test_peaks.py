@@ -3,7 +3,7 @@
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-from agrpo_megatron.scaling.activations import backward_bytes, kept_bytes, kernels_of
+from agrpo_megatron.scaling.activations import kept_bytes, kernels_of
 from agrpo_megatron.scaling.parameters import weight_spec
 from agrpo_megatron.training import step
 from agrpo_megatron.training.rl import collect_rollout, update_policy
@@ -30,6 +30,7 @@ CASES = {
     "experts, recomputed": [*EXPERTS, AGAIN],
     "experts of a block model": [*EXPERTS, *BLOCKS, AGAIN],
     "vocabulary": ["model.vocab_size=16384", "model.num_layers=2"],
+    "vocabulary, recomputed": ["model.vocab_size=16384", "model.num_layers=2", AGAIN],
 }
 
 
@@ -74,8 +75,7 @@ def _most(seen):
 def _estimated(settings, tokens, scored):
     spec, layout, kernels = weight_spec(settings), settings.parallel, kernels_of(settings)
     counts = {"tokens": tokens, "scored": scored, "vocab_rows": spec.vocab_rows, "stage": 0}
-    kept = sum(kept_bytes(spec.model, spec.lora, layout, kernels, **counts))
-    return kept + backward_bytes(spec.model, layout, kernels, tokens=tokens)
+    return sum(kept_bytes(spec.model, spec.lora, layout, kernels, **counts))
 
 
 @pytest.fixture(scope="module")
