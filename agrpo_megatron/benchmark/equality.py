@@ -68,13 +68,16 @@ def same_rollouts(trajectory: Trajectory, found: Rollouts) -> Equality:
             f"position {place}"
         )
     mine = own_records(trajectory, found.prompts, vocab=found.support.shape[-1])
+    is_cut = trajectory.support_ids is not None
+    if is_cut and (count := int((mine.support != found.support).sum())):
+        raise Unequal(
+            f"{count} candidates of top-k and top-p differ; if they are few, sums of probabilities "
+            "that are nearly sampling.top_p round to either side of it: try another run.seed"
+        )
     pairs = [(mine.logprobs, found.logprobs), (mine.entropies, found.entropies)]
     error = max(float((left - right).abs().max()) for left, right in pairs)
     if not error <= TOLERANCE:
         raise Unequal(f"log-probs or entropies differ by {error:.2g} nats")
-    is_cut = trajectory.support_ids is not None
-    if is_cut and (count := int((mine.support != found.support).sum())):
-        raise Unequal(f"{count} candidates of top-k and top-p differ")
     return Equality(is_other.numel(), error)
 
 

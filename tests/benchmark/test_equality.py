@@ -151,5 +151,5 @@ def test_a_difference_is_found():
     token, logprob, support, gradient = run_ranks(1, _differences)[0]
     assert token == "1 of 120 tokens or their steps differ, first at rollout 3, position 2"
     assert logprob == "log-probs or entropies differ by 0.0002 nats"
-    assert support.endswith("candidates of top-k and top-p differ")
+    assert "candidates of top-k and top-p differ; if they are few" in support
     assert gradient.startswith("the gradients of model.transformer.")
