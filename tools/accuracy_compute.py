@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from accuracy_figure import write_figure  # noqa: E402 - in this folder
 from accuracy_plan import Line, plan, read_grid  # noqa: E402
 from accuracy_points import read_sizes, table_rows  # noqa: E402
-from compare_jobs import FINISHED, FOUND, Clock, run_jobs  # noqa: E402
+from compare_jobs import Clock, exit_status, failures_of, run_jobs  # noqa: E402
 
 from agrpo_megatron.reports.tables import markdown_table  # noqa: E402
 
@@ -46,25 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"accuracy_compute: error: {error}", file=sys.stderr)
         return 2
-    try:
-        failures = train_all(lines, arguments.workers)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return exit_status(lambda: train_all(lines, arguments.workers))
 
 
 def train_all(lines: Sequence[Line], workers: int) -> list[str]:
     """Train or resume all runs; returns what failed."""
     jobs = [job for line in lines for job in line.jobs]
     clock = Clock(Counter(whole=len(jobs)), workers, lambda line: print(line, flush=True))
-    return [
-        f"{path}: {outcome.state} {outcome.reason}"
-        for path, outcome in run_jobs(jobs, workers, clock).items()
-        if outcome.state not in (FINISHED, FOUND)
-    ]
+    return failures_of(run_jobs(jobs, workers, clock))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from compare_figures import write_figures  # noqa: E402 - in this folder
-from compare_jobs import FINISHED, FOUND, Clock, Outcome, run_jobs  # noqa: E402
+from compare_jobs import FINISHED, FOUND, Clock, Outcome, exit_status, failures_of, run_jobs  # noqa: E402
 from compare_plan import Choice, Comparison, Job, Members, plan, read_members  # noqa: E402
 from compare_results import (  # noqa: E402
     Estimate,
@@ -51,14 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"compare_estimators: error: {error}", file=sys.stderr)
         return 2
-    try:
-        failures = run(comparisons, arguments.workers)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return exit_status(lambda: run(comparisons, arguments.workers))
 
 
 def run(comparisons: Sequence[Comparison], workers: int) -> list[str]:
@@ -66,7 +59,7 @@ def run(comparisons: Sequence[Comparison], workers: int) -> list[str]:
     clock = Clock(_counts(comparisons), workers, lambda line: print(line, flush=True))
     starts = [job for each in comparisons for job in each.starts()]
     ended = run_jobs(starts, workers, clock)
-    if failures := _failures(ended):
+    if failures := failures_of(ended):
         return failures  # members of that seed have nothing to start from
     tuning = {each.folder: each.tuning() for each in comparisons}
     jobs = [
@@ -92,7 +85,7 @@ def run(comparisons: Sequence[Comparison], workers: int) -> list[str]:
         if (found := finished[each.folder])
     ]
     ended |= run_jobs(jobs, workers, clock)
-    failures = _failures(ended)
+    failures = failures_of(ended)
     for each in comparisons:
         tuned = _tuned(each, tuning[each.folder], ended)
         failures += conclude(each, chosen[each.folder], finished[each.folder], tuned)
@@ -172,14 +165,6 @@ def _tuned(
         ]
         for name, choices in tuning.items()
     }
-
-
-def _failures(ended: dict[Path, Outcome]) -> list[str]:
-    return [
-        f"{path}: {outcome.state} {outcome.reason}"
-        for path, outcome in ended.items()
-        if outcome.state not in (FINISHED, FOUND)
-    ]
 
 
 def _finals(jobs: Sequence[Job], members: Members, ended: dict[Path, Outcome]) -> list[float]:

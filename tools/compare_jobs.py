@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -102,6 +103,27 @@ def run_jobs(jobs: Sequence[Job], workers: int, clock: Clock) -> dict[Path, Outc
         for _, process, _ in running.values():
             process.join()
     return ended
+
+
+def failures_of(ended: dict[Path, Outcome]) -> list[str]:
+    """Return a line for each job that did not finish."""
+    return [
+        f"{path}: {outcome.state} {outcome.reason}"
+        for path, outcome in ended.items()
+        if outcome.state not in (FINISHED, FOUND)
+    ]
+
+
+def exit_status(run: Callable[[], list[str]]) -> int:
+    """Run jobs, print what failed, and return the exit status of the command."""
+    try:
+        failures = run()
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _fork_server() -> ForkServerContext:
