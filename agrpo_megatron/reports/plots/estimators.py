@@ -58,7 +58,7 @@ def curves_figure(
     curves: Mapping[str, Sequence[Curve]], theme: Theme, baseline: str, look: Look
 ) -> Figure:
     """Draw the panels; arguments as of `write_curves`."""
-    means = {name: _mean(seeds, smoothed=look.smoothed) for name, seeds in curves.items()}
+    means = {name: _mean(seeds, look) for name, seeds in curves.items()}
     top = max(float(x[-1]) for x, *_ in means.values())
     unit = max(size for size in UNITS if size <= max(1.0, top / 10))
     key = f"blue: {baseline}; grey: the others; band: 95% of the seeds' mean"
@@ -83,12 +83,17 @@ def curves_figure(
     return figure
 
 
-def _mean(seeds: Sequence[Curve], *, smoothed: bool) -> tuple[np.ndarray, ...]:
-    """Return x, mean over seeds, and the band, where all seeds have values."""
+def _mean(seeds: Sequence[Curve], look: Look) -> tuple[np.ndarray, ...]:
+    """Return x, mean over seeds, and the band, where all seeds have values.
+
+    Bands of shares end at 0 and 1.
+    """
     low, high = max(x[0] for x, _ in seeds), min(x[-1] for x, _ in seeds)
     places = np.linspace(low, high, POINTS)
-    drawn = [np.interp(places, x, smooth(y) if smoothed else y) for x, y in seeds]
+    drawn = [np.interp(places, x, smooth(y) if look.smoothed else y) for x, y in seeds]
     bands = np.array([t_interval(values) for values in np.transpose(drawn)])
+    if look.percent:
+        bands = bands.clip(0.0, 1.0)
     return places, np.mean(drawn, axis=0), bands[:, 0], bands[:, 1]
 
 
