@@ -11,6 +11,7 @@ from agrpo_megatron.tasks.mixture import Mixture
 from agrpo_megatron.tasks.own.files import NONE
 from agrpo_megatron.tasks.row_sources import HUB_SPLITS, lack
 from agrpo_megatron.tasks.supervised.sources import sources
+from agrpo_megatron.tasks.supervised.text_files import text_files
 
 PLANNED_TEXTS = (
     "sft.data: raw texts are read when the run starts; planned with estimates by their first ones"
@@ -104,7 +105,7 @@ def missing_data(settings: Settings) -> MissingData | None:
     """
     task, sft = settings.task, settings.sft
     problems = _lines(task_sources(build_task(task), task_key("task", task)))
-    rows = _lines(row_sources(sft)) if sft.is_on and sft.data is not None else []
+    rows = _lines(row_sources(sft), sft.format) if sft.is_on and sft.data is not None else []
     if not problems and not rows:
         return None
     planned = []
@@ -126,6 +127,16 @@ def held_out_count(task: TaskSettings) -> int:
     return task.eval_problems or GENERATED["eval"]
 
 
-def _lines(named: Iterator[Named]) -> list[str]:
+def _lines(named: Iterator[Named], form: str = "rows") -> list[str]:
+    if form == "texts":
+        return [line for each in named for line in _missing_texts(each)]
     found = ((each.key, each.source, lack(each.source)) for each in named)
     return [f"{key}={source} {lacking}" for key, source, lacking in found if lacking]
+
+
+def _missing_texts(named: Named) -> list[str]:
+    try:
+        text_files(named.source, key=named.key)
+    except ValueError as error:
+        return [str(error)]
+    return []

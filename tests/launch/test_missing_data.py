@@ -81,6 +81,17 @@ def test_a_plan_lacks_each_missing_source_and_reads_the_others(tmp_path):
     assert planned.supervised is None and len(planned.task.problems("train")) > 0
 
 
+def test_raw_texts_that_a_plan_lacks_are_files_and_no_data_set(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for named in ("gone", "empty"):
+        planned = plan_settings(
+            tiny("sft.format=texts", f"sft.data={tmp_path}/{named}", "sft.iterations=2"),
+            world_size=1,
+        )
+        (line,) = planned.missing
+        assert line.startswith(f"sft.data={tmp_path}/{named} names no texts; give a .jsonl, ")
+
+
 def test_data_of_later_evaluations_are_noted_and_stop_no_run():
     tasks = "evaluation.tasks={mine: {name: jsonl, options: {eval: gone.jsonl}}}"
     planned = plan_settings(tiny(tasks), world_size=1)

@@ -286,7 +286,7 @@ def test_a_plan_of_a_run_that_resumes_neither_needs_nor_writes_texts(
     saved = run / RUN_SETTINGS
     saved.write_text(saved.read_text().replace("missing.py", tiny().task.name))
     gone = tmp_path / "gone"
-    for source, lacks in ((folder[0], ()), (gone, (f"sft.data={gone} does not exist",))):
+    for source, lacks in ((folder[0], ()), (gone, (f"sft.data={gone} names no texts",))):
         words = [f"run.dir={run}", f"sft.data={source}"]
         words.append(f"sft.eval_data={folder[0] / 'b.jsonl.gz'}")
         planned = plan_settings(tiny(*words, *RUN[1:]), world_size=1)
