@@ -15,7 +15,6 @@ Exit status 1 if a run failed; the others are not affected.
 """
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from accuracy_figure import write_figure  # noqa: E402 - in this folder
 from accuracy_plan import Line, plan, read_grid  # noqa: E402
 from accuracy_points import read_sizes, table_rows  # noqa: E402
-from compare_jobs import Clock, exit_status, failures_of, run_jobs  # noqa: E402
+from compare_jobs import Clock, add_workers, exit_status, failures_of, run_jobs  # noqa: E402
 
 from agrpo_megatron.reports.tables import markdown_table  # noqa: E402
 
@@ -65,12 +64,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--grid", type=Path, default=GRID, metavar="FILE", help="default: above")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="of the runs")
     parser.add_argument("--draw", type=Path, metavar="PNG", help="draw finished runs, train none")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="processes at a time, of one thread each; default: one per core",
-    )
+    add_workers(parser)
     return parser.parse_args(argv)
 
 

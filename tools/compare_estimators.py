@@ -17,7 +17,6 @@ a supervised phase, without which nothing starts.
 """
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +26,16 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from compare_figures import write_figures  # noqa: E402 - in this folder
-from compare_jobs import FINISHED, FOUND, Clock, Outcome, exit_status, failures_of, run_jobs  # noqa: E402
+from compare_jobs import (  # noqa: E402
+    FINISHED,
+    FOUND,
+    Clock,
+    Outcome,
+    add_workers,
+    exit_status,
+    failures_of,
+    run_jobs,
+)
 from compare_plan import Choice, Comparison, Job, Members, plan, read_members  # noqa: E402
 from compare_results import (  # noqa: E402
     Estimate,
@@ -245,12 +253,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="NAME,...", help="some members; the baseline is needed")
     parser.add_argument("--seeds", type=_numbers, metavar="N,...", help="in place of the file's")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: run.dir of each FILE")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="processes at a time, of one thread each; default: one per core",
-    )
+    add_workers(parser)
     return parser.parse_args(argv)
 
 

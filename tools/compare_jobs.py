@@ -4,6 +4,7 @@ Processes are forked from a server that imported torch and Megatron-Core once: a
 moments, and its end, however sudden, does not disturb the others.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -103,6 +104,16 @@ def run_jobs(jobs: Sequence[Job], workers: int, clock: Clock) -> dict[Path, Outc
         for _, process, _ in running.values():
             process.join()
     return ended
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add `--workers`."""
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes at a time, of one thread each; default: one per core",
+    )
 
 
 def failures_of(ended: dict[Path, Outcome]) -> list[str]:

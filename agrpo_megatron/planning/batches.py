@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from agrpo_megatron.config.parallel import data_ranks
 from agrpo_megatron.config.settings import ParallelSettings, Settings
+from agrpo_megatron.scaling.forecast.work import spread
 from agrpo_megatron.scaling.memory import row_bytes
 
 SOME = 4096  # rows that are laid out; they stand for all
@@ -40,7 +41,8 @@ def rollout_batches(
     groups = settings.rollout.groups or (2 * layout.pipeline if layout.pipeline > 1 else 1)
     longest = max(prompts) + sampling.completion_length
     most, count = settings.rollout.rows or rows, min(rows, SOME)
-    lengths: list[float] = [size + sampling.completion_length for size in _spread(prompts, count)]
+    longest_first = reversed(spread(prompts, count))
+    lengths: list[float] = [size + sampling.completion_length for size in longest_first]
     if settings.caches_keys(sampling):
         slots = int(settings.rollout.cache_memory * 2**30) // row_bytes(settings, layout, longest)
         most = min(most, -(-max(1, min(rows, slots)) // groups))
@@ -56,12 +58,6 @@ def rollout_batches(
         count=passes,
         waits=_waits(settings, layout, fills=len(found), groups=groups, passes=passes),
     )
-
-
-def _spread(values: Sequence[int], count: int) -> list[int]:
-    """Return so many values, evenly spread over the sorted order of some, largest first."""
-    ordered, size = sorted(values, reverse=True), len(values)
-    return [ordered[(2 * number + 1) * size // (2 * count)] for number in range(count)]
 
 
 def _filled(lengths: Sequence[float], *, budget: int, most: int, groups: int) -> list[int]:

@@ -105,7 +105,8 @@ def missing_data(settings: Settings) -> MissingData | None:
     """
     task, sft = settings.task, settings.sft
     problems = _lines(task_sources(build_task(task), task_key("task", task)))
-    rows = _lines(row_sources(sft), sft.format) if sft.is_on and sft.data is not None else []
+    lines = _lines_of_texts if sft.format == "texts" else _lines
+    rows = lines(row_sources(sft)) if sft.is_on and sft.data is not None else []
     if not problems and not rows:
         return None
     planned = []
@@ -115,11 +116,10 @@ def missing_data(settings: Settings) -> MissingData | None:
     if sft.epochs is not None and not sft.iterations and (rows or sft.data is None):
         planned.append(f"no supervised iteration, as sft.epochs={sft.epochs:g} needs the data")
     elif rows:
-        is_text = sft.format == "texts"
-        planned.append("whole rows" if is_text else RESPONSES)
-    *lines, last = problems + rows
+        planned.append("whole rows" if sft.has_texts else RESPONSES)
+    *others, last = problems + rows
     last += f"; planned with {', and with '.join(planned)}"
-    return MissingData((*lines, last), bool(problems), bool(rows))
+    return MissingData((*others, last), bool(problems), bool(rows))
 
 
 def held_out_count(task: TaskSettings) -> int:
@@ -127,16 +127,16 @@ def held_out_count(task: TaskSettings) -> int:
     return task.eval_problems or GENERATED["eval"]
 
 
-def _lines(named: Iterator[Named], form: str = "rows") -> list[str]:
-    if form == "texts":
-        return [line for each in named for line in _missing_texts(each)]
+def _lines(named: Iterator[Named]) -> list[str]:
     found = ((each.key, each.source, lack(each.source)) for each in named)
     return [f"{key}={source} {lacking}" for key, source, lacking in found if lacking]
 
 
-def _missing_texts(named: Named) -> list[str]:
-    try:
-        text_files(named.source, key=named.key)
-    except ValueError as error:
-        return [str(error)]
-    return []
+def _lines_of_texts(named: Iterator[Named]) -> list[str]:
+    found = list[str]()
+    for each in named:
+        try:
+            text_files(each.source, key=each.key)
+        except ValueError as error:
+            found.append(str(error))
+    return found

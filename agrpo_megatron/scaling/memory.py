@@ -43,7 +43,7 @@ class Memory:
     moments: int = 0
     rollout_copy: int = 0  # a second set of weights, if rollouts have a separate layout
     reference: int = 0  # the frozen policy's weights; with adapters it is the model without them
-    activations: int = 0  # of the layers: kept for the backward pass, or its gradients
+    activations: int = 0  # of the layers; recomputed ones as far as logits leave no room
     logits: int = 0
     rollout_cache: int = 0  # keys and values of a rollout, beyond what updates leave free then
     unmerged: int = 0  # weights before `lora.merge_rollouts`, beyond the room that is left then

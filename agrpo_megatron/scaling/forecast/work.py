@@ -132,7 +132,12 @@ def _scaled(parts: Sequence[Work], share: float) -> Work:
 
 def evenly(values: Sequence[int], count: int) -> list[int]:
     """Return at most `count` of some values, evenly spread over their sorted order."""
-    values, count = sorted(values), min(count, len(values))
+    return spread(values, min(count, len(values)))
+
+
+def spread(values: Sequence[int], count: int) -> list[int]:
+    """Return `count` of some values, evenly spread over their sorted order; some may repeat."""
+    values = sorted(values)
     return [values[(2 * number + 1) * len(values) // (2 * count)] for number in range(count)]
 
 
