@@ -176,8 +176,7 @@ def _order(row: Row) -> tuple[int, int]:
 def _timeline(path: Path, *, last: int) -> tuple[Row, ...]:
     """Return the parts of RL iterations up to the last one; of an iteration, the newest line."""
     lines = _of_phase(_read_lines(path / TIMELINE)[0], "rl")
-    lines = [line for line in lines if line["iteration"] <= last and line.get("ranks")]
-    return tuple(line for line in lines if any(line["ranks"].values()))
+    return tuple(line for line in lines if line["iteration"] <= last and line.get("ranks"))
 
 
 def _distinct(samples: Sequence[Row]) -> tuple[Row, ...]:

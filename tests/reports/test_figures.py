@@ -57,6 +57,20 @@ def test_a_timeline_shows_the_last_iterations_but_the_closing_one(tmp_path):
     assert Image.open(io.BytesIO(draw_figures(found)["timeline"])).width == 2200
 
 
+def test_a_timeline_leaves_out_iterations_whose_parts_were_too_short(tmp_path):
+    run = write_run(tmp_path, iterations=4)
+    parts = [["rollout", 10.0, 12.0]], [], [["grading", 20.0, 21.0]], [["update", 30.0, 31.0]]
+    lines = [
+        {"phase": "rl", "iteration": number, "ranks": {"0": own}}
+        for number, own in enumerate(parts, 1)
+    ]
+    write_lines(run / "timeline.jsonl", lines)
+    assert [row["iteration"] for row in shown_iterations(read_run(run))] == [1, 4]
+    assert "timeline" in draw_figures(read_run(run))
+    write_lines(run / "timeline.jsonl", lines[1:3])
+    assert "timeline" not in draw_figures(read_run(run))
+
+
 def test_comparison_of_seeds(tmp_path):
     seeds = [read_run(write_run(tmp_path / str(s), iterations=4, sft=0, seed=s)) for s in (0, 1)]
     path = write_comparison({"two seeds": seeds, "one": seeds[:1]}, tmp_path / "out" / "c.png")

@@ -11,7 +11,7 @@ from agrpo_megatron.reports.plots import style
 from agrpo_megatron.reports.plots.denoising import BY_STEP, denoising_figure, part_rows
 from agrpo_megatron.reports.plots.learning import learning_charts, learning_figure
 from agrpo_megatron.reports.plots.style import LIGHT, Theme
-from agrpo_megatron.reports.plots.timeline import timeline_figure
+from agrpo_megatron.reports.plots.timeline import shown_iterations, timeline_figure
 from agrpo_megatron.reports.plots.timing import time_figure
 from agrpo_megatron.reports.read import Row, Run, ratio_alarm, series, time_totals
 from agrpo_megatron.reports.text import number
@@ -69,7 +69,7 @@ def draw_figures(run: Run, theme: Theme = LIGHT) -> dict[str, bytes]:
         draws["denoising"] = lambda t: denoising_figure(run, parts, t)
     if sum(seconds > 0 for seconds in time_totals(run).values()) > 1:
         draws["time"] = lambda t: time_figure(run, t)
-    if run.timeline:
+    if shown_iterations(run):
         draws["timeline"] = lambda t: timeline_figure(run, t)
     return {name: style.render(draw, theme) for name, draw in draws.items()}
 

@@ -28,10 +28,17 @@ def shown_iterations(run: Run) -> tuple[Row, ...]:
     """Return the iterations that the figure shows: the last ones, but for the end of the run.
 
     The last iteration has the closing evaluation, which may take longer than many iterations.
+    Iterations whose parts all were too short to be recorded are left out.
     """
-    rows = run.timeline
+    rows = [row for row in run.timeline if _begins(row)]
     rows = rows[:-1] if len(rows) > SHOWN else rows
-    return rows[-SHOWN:]
+    return tuple(rows[-SHOWN:])
+
+
+def _begins(row: Row) -> list[float]:
+    """Return when the parts of an iteration began, without those in the background."""
+    spans = (span for own in row["ranks"].values() for span in own)
+    return [begin for part, begin, _ in spans if part in PARTS and part not in BACKGROUND]
 
 
 def timeline_figure(run: Run, theme: Theme) -> Figure:
@@ -73,10 +80,9 @@ def timeline_figure(run: Run, theme: Theme) -> Figure:
 def _borders(axes: Axes, shown: Sequence[Row], start: float, theme: Theme) -> None:
     """Draw a line where each iteration but the first begins."""
     for row in shown[1:]:
-        begin = min(
-            span[1] for own in row["ranks"].values() for span in own if span[0] not in BACKGROUND
+        axes.axvline(
+            min(_begins(row)) - start, color=theme.ink, linewidth=0.9, linestyle=(0, (3, 3))
         )
-        axes.axvline(begin - start, color=theme.ink, linewidth=0.9, linestyle=(0, (3, 3)))
 
 
 def _legend(figure: Figure, parts: set[str], theme: Theme) -> None:
